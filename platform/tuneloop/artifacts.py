@@ -1,0 +1,401 @@
+"""Artifacts: directories with a manifest, published once and never changed.
+
+    <workspace>/<kind>/<name>/v<N>/artifact.json     written last: the commit marker
+    <workspace>/.work/<kind>-<name>-<fingerprint>/   what an unfinished step has so far
+
+A step asks `find` for its fingerprint (reuse), otherwise builds in a `draft` and publishes it.
+A crash leaves only the draft's working directory, from which the same step goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tuneloop.errors import ArtifactError, Problem, ResourceError
+
+SCHEMA_VERSION = 1
+KINDS = ("datasets", "models", "evaluations", "sweeps")
+MANIFEST = "artifact.json"
+_PACKAGES = ("tuneloop", "ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "numpy")
+_REFERENCE = re.compile(r"^(?P<kind>[a-z]+)/(?P<name>[a-z0-9][a-z0-9_.-]*)(@v(?P<version>\d+))?$")
+
+
+def fingerprint(step: str, code_version: int, **parts: Any) -> str:
+    """Return the identity of a step's result as 64 hexadecimal digits.
+
+    Args:
+        step: Name of the step.
+        code_version: Raised whenever the step's code changes its result.
+        parts: Everything else that changes the result, as JSON-serialisable values.
+    """
+    canonical = json.dumps(
+        {"step": step, "code_version": code_version, **parts}, sort_keys=True, ensure_ascii=False
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published artifact.
+
+    Args:
+        path: Local directory with the artifact's files.
+        location: Where the workspace keeps it: equal to `path`, or a URI.
+    """
+
+    kind: str
+    name: str
+    version: int
+    path: Path
+    location: str
+    manifest: dict[str, Any] = field(repr=False)
+
+    @property
+    def ref(self) -> str:
+        return f"{self.kind}/{self.name}@v{self.version}"
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.manifest["fingerprint"])
+
+    def summary(self, reused: bool) -> dict[str, Any]:
+        """Return what `--json` prints about it."""
+        return {
+            "artifact": self.ref,
+            "path": self.location,
+            "reused": reused,
+            "metrics": self.manifest["metrics"],
+        }
+
+
+@dataclass(frozen=True)
+class Published:
+    """A step's result and whether it was there already."""
+
+    artifact: Artifact
+    reused: bool
+
+
+@dataclass
+class Draft:
+    """An artifact under construction.
+
+    Args:
+        path: Directory whose files become the artifact.
+        scratch: Directory beside it for checkpoints and partial results; it survives a crash
+            and is removed when the artifact is published.
+    """
+
+    workspace: Workspace
+    kind: str
+    name: str
+    fingerprint: str
+    path: Path
+    scratch: Path
+    started: float
+    artifact: Artifact | None = None
+
+    def publish(
+        self,
+        *,
+        config: dict[str, Any],
+        resources: dict[str, Any],
+        inputs: list[str],
+        metrics: dict[str, Any],
+    ) -> Artifact:
+        """Write the manifest, move everything into place and return the artifact.
+
+        Args:
+            config: What was fingerprinted, in readable form.
+            resources: How it was executed.
+            inputs: References of artifacts and identities of models and files that went in.
+            metrics: Numbers worth seeing in a list.
+        """
+        files = [
+            {
+                "path": file.relative_to(self.path).as_posix(),
+                "bytes": file.stat().st_size,
+                "sha256": sha256_file(file),
+            }
+            for file in sorted(self.path.rglob("*"))
+            if file.is_file()
+        ]
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": self.kind,
+            "name": self.name,
+            "version": 0,
+            "fingerprint": self.fingerprint,
+            "config": config,
+            "resources": resources,
+            "inputs": inputs,
+            "packages": _package_versions(),
+            "git": _git_commit(),
+            "metrics": metrics,
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "duration_s": round(time.time() - self.started, 3),
+            "files": files,
+        }
+        self.artifact = self.workspace._commit(self, manifest)
+        return self.artifact
+
+
+class Workspace:
+    """The directory or URI that holds all artifacts.
+
+    Args:
+        location: A local path, or a URI that pyarrow's filesystems open (`s3://`, `gs://`).
+
+    Raises:
+        ArtifactError: The location cannot be opened.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        self.location = str(location)
+        self.remote = "://" in self.location and not self.location.startswith("file://")
+        if self.remote:
+            self.location = self.location.rstrip("/")
+            identity = hashlib.sha256(self.location.encode()).hexdigest()[:16]
+            cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+            self.root = cache / "tuneloop" / "workspaces" / identity
+        else:
+            self.root = Path(self.location.removeprefix("file://")).expanduser().absolute()
+            self.location = str(self.root)
+        try:
+            if self.remote:
+                from pyarrow import fs
+
+                self._fs, self._base = fs.FileSystem.from_uri(self.location)
+            elif self.root.exists() and not self.root.is_dir():
+                raise NotADirectoryError(f"{self.root} is a file")
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                Problem(
+                    "cannot open the workspace",
+                    where="workspace",
+                    got=f"{location}: {error}",
+                    allowed="a directory, or a URI such as s3://bucket/prefix",
+                )
+            ) from error
+
+    def find(self, kind: str, name: str, fingerprint: str) -> Artifact | None:
+        """Return the newest artifact with this fingerprint, or None."""
+        for version in reversed(self._versions(kind, name)):
+            artifact = self._load(kind, name, version)
+            if artifact is not None and artifact.fingerprint == fingerprint:
+                return artifact
+        return None
+
+    def open(self, reference: str) -> Artifact:
+        """Return the artifact a reference names; without a version, the newest.
+
+        Raises:
+            ArtifactError: Malformed reference, nothing there, or files missing.
+        """
+        match = _REFERENCE.match(reference)
+        if match is None or match["kind"] not in KINDS:
+            raise ArtifactError(
+                Problem(
+                    "not a reference to an artifact",
+                    got=reference,
+                    allowed="KIND/NAME or KIND/NAME@vN with KIND one of " + ", ".join(KINDS),
+                    remedy="`tuneloop ls` lists what is there",
+                )
+            )
+        versions = self._versions(match["kind"], match["name"])
+        version = int(match["version"]) if match["version"] else max(versions, default=0)
+        artifact = self._load(match["kind"], match["name"], version)
+        if artifact is None:
+            known = [item.ref for item in self.list()]
+            raise ArtifactError(
+                Problem(
+                    f"no artifact `{reference}`",
+                    where=f"workspace {self.location}",
+                    allowed=", ".join(known) if known else "the workspace is empty",
+                    remedy="check `workspace`, or run the step that makes it",
+                )
+            )
+        return artifact
+
+    def list(self) -> list[Artifact]:
+        """Return all published artifacts, oldest first."""
+        found = []
+        for kind in KINDS:
+            for name in self._entries(kind):
+                for version in self._versions(kind, name):
+                    artifact = self._load(kind, name, version, fetch=False)
+                    if artifact is not None:
+                        found.append(artifact)
+        return sorted(found, key=lambda artifact: artifact.manifest["created_at"])
+
+    @contextlib.contextmanager
+    def draft(self, kind: str, name: str, fingerprint: str) -> Iterator[Draft]:
+        """Yield a draft that only this process works on; a crash leaves it for the next run.
+
+        `draft.path` starts empty; `draft.scratch` keeps what an earlier, interrupted run of
+        the same step left.
+
+        Raises:
+            ResourceError: Another process builds the same artifact, or the disk is full.
+        """
+        work = self.root / ".work" / f"{kind}-{name}-{fingerprint[:16]}"
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            with (work / "lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ResourceError(
+                        Problem(
+                            f"another process is building {kind}/{name}",
+                            where=str(work),
+                            remedy="wait for it, or stop it",
+                        )
+                    ) from error
+                path = work / "draft"
+                shutil.rmtree(path, ignore_errors=True)
+                path.mkdir()
+                scratch = work / "scratch"
+                scratch.mkdir(exist_ok=True)
+                draft = Draft(self, kind, name, fingerprint, path, scratch, time.time())
+                yield draft
+                if draft.artifact is not None:
+                    shutil.rmtree(work, ignore_errors=True)
+        except OSError as error:
+            raise ResourceError(
+                Problem(
+                    f"cannot write {kind}/{name}",
+                    where=str(error.filename or work),
+                    got=error.strerror or str(error),
+                    remedy="free disk space or mend the permissions, then run the same command",
+                )
+            ) from error
+
+    def _commit(self, draft: Draft, manifest: dict[str, Any]) -> Artifact:
+        for _ in range(1000):
+            version = max(self._versions(draft.kind, draft.name), default=0) + 1
+            manifest["version"] = version
+            text = json.dumps(manifest, indent=2, ensure_ascii=False, sort_keys=False)
+            target = self.root / draft.kind / draft.name / f"v{version}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if self.remote:
+                from pyarrow import fs
+
+                remote = f"{self._base}/{draft.kind}/{draft.name}/v{version}"
+                fs.copy_files(str(draft.path), remote, destination_filesystem=self._fs)
+                with self._fs.open_output_stream(f"{remote}/{MANIFEST}") as stream:
+                    stream.write(text.encode())
+            # Written beside, then renamed: a manifest is never seen half-written. The directory
+            # is renamed as a whole, which fails if another process has taken the version.
+            temporary = draft.path / f".{MANIFEST}"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.rename(draft.path / MANIFEST)
+            try:
+                draft.path.rename(target)
+            except OSError:
+                if target.exists() and not self.remote:
+                    continue
+                raise
+            artifact = self._load(draft.kind, draft.name, version)
+            if artifact is None:
+                break
+            return artifact
+        raise ArtifactError(Problem("cannot publish the artifact", where=str(draft.path)))
+
+    def _entries(self, kind: str) -> list[str]:
+        if self.remote:
+            from pyarrow import fs
+
+            selector = fs.FileSelector(f"{self._base}/{kind}", allow_not_found=True)
+            return sorted(info.base_name for info in self._fs.get_file_info(selector))
+        folder = self.root / kind
+        return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+    def _versions(self, kind: str, name: str) -> list[int]:
+        names = self._entries(f"{kind}/{name}")
+        return sorted(int(entry[1:]) for entry in names if re.fullmatch(r"v\d+", entry))
+
+    def _load(self, kind: str, name: str, version: int, fetch: bool = True) -> Artifact | None:
+        path = self.root / kind / name / f"v{version}"
+        location = str(path)
+        if self.remote:
+            remote = f"{self._base}/{kind}/{name}/v{version}"
+            location = f"{self.location}/{kind}/{name}/v{version}"
+            try:
+                with self._fs.open_input_stream(f"{remote}/{MANIFEST}") as stream:
+                    text = stream.read().decode()
+            except FileNotFoundError:
+                return None
+            if fetch and not (path / MANIFEST).exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+                    from pyarrow import fs
+
+                    fs.copy_files(remote, temporary, source_filesystem=self._fs)
+                    with contextlib.suppress(OSError):
+                        Path(temporary).rename(path)
+                        Path(temporary).mkdir()
+        else:
+            try:
+                text = (path / MANIFEST).read_text(encoding="utf-8")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        manifest = json.loads(text)
+        if fetch:
+            for entry in manifest["files"]:
+                file = path / entry["path"]
+                if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                    raise ArtifactError(
+                        Problem(
+                            f"{kind}/{name}@v{version} is damaged",
+                            where=str(file),
+                            got=f"{file.stat().st_size} bytes" if file.exists() else "no file",
+                            allowed=f"{entry['bytes']} bytes, as its manifest says",
+                            remedy=f"remove {path} and run the step again",
+                        )
+                    )
+        return Artifact(kind, name, version, path, location, manifest)
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the current directory's checkout, with `-dirty` when it is changed."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None

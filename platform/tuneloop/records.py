@@ -1,0 +1,116 @@
+"""The records that travel between rooms.
+
+Shape legend used in docstrings: B batch, T tokens, N target tokens, V vocabulary, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length"]
+Status = Literal["scored", "unscored"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns that end with the answer to learn.
+
+    Args:
+        messages: At least one user and one assistant message; the last is the assistant's.
+        row_id: Stable hash of source and content.
+        source: Where the row came from, `path:line`.
+    """
+
+    messages: tuple[Message, ...]
+    row_id: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids with the positions to learn.
+
+    Args:
+        input_ids: Shape (T,).
+        loss_mask: Shape (T,); 1 where the token is a target, 0 where it is context.
+    """
+
+    input_ids: list[int]
+    loss_mask: list[int]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Everything that shapes a generation. All of it is sent and logged; a server adds no default.
+
+    Args:
+        max_tokens: Upper bound of generated tokens, at least 1.
+        temperature: 0 is greedy decoding.
+        top_p: Nucleus probability in (0, 1].
+        seed: Seed of the sampler when `temperature` > 0.
+        stop: Strings that end the generation; they are not part of the text.
+        logprobs: Return the log-probability of each generated token.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote.
+
+    Args:
+        text: Decoded without special tokens.
+        token_ids: Shape (T,), the generated ids without the stop token.
+        finish_reason: `stop` when the model ended by itself, `length` when it was cut off.
+        logprobs: Shape (T,), natural log, when asked for.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    latency_s: float = 0.0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server and the model to ask there.
+
+    Args:
+        url: Base URL that ends in `/v1`.
+    """
+
+    url: str
+    model: str
+    api_key: str = ""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of answering the test set, for example `base`, `base+few-shot`, `finetuned`.
+
+    Args:
+        shots: Solved examples put before each question, as user and assistant turns.
+    """
+
+    name: str
+    endpoint: Endpoint
+    shots: tuple[Conversation, ...] = ()
