@@ -127,8 +127,10 @@ class DataConfig(Section):
 
     sources: list[SourceConfig] = Field(min_length=1)
     num_train_examples: int | None = Field(
-        None, ge=1, description="Train on the first so many rows of the shuffled train split; "
-        "smaller subsets are contained in larger ones. Default: all."
+        None,
+        ge=1,
+        description="Train on the first so many rows of the shuffled train split; "
+        "smaller subsets are contained in larger ones. Default: all.",
     )
     max_seq_len: int = Field(512, ge=8, description="Longest row, in tokens.")
     too_long: Literal["error", "drop"] = Field(
@@ -201,8 +203,10 @@ class ResourcesConfig(Section):
     num_workers: int = Field(1, ge=1, description="Training workers.")
     gpus_per_worker: float = Field(0, ge=0)
     micro_batch_size: int | None = Field(
-        None, ge=1, description="Sequences per forward pass; default: the largest divisor of a "
-        "worker's share of the batch that is at most 8."
+        None,
+        ge=1,
+        description="Sequences per forward pass; default: the largest divisor of a "
+        "worker's share of the batch that is at most 8.",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
     checkpoint_every_steps: int = Field(20, ge=1)
@@ -214,8 +218,9 @@ class TuneloopConfig(Section):
 
     name: Name
     workspace: str = Field(
-        "workspace", description="Directory or URI that holds the artifacts; a relative path is "
-        "relative to the current directory."
+        "workspace",
+        description="Directory or URI that holds the artifacts; a relative path is "
+        "relative to the current directory.",
     )
     task: TaskConfig
     model: ModelConfig
@@ -376,9 +381,7 @@ def _set(node: Any, parts: list[str], value: Any, key: str) -> Any:
     return mapping
 
 
-def _problem(
-    detail: Any, path: Path, root: yaml.Node | None, overridden: set[str]
-) -> Problem:
+def _problem(detail: Any, path: Path, root: yaml.Node | None, overridden: set[str]) -> Problem:
     """Turn one pydantic error into a problem with file, line and suggestion."""
     location = [str(part) for part in detail["loc"]]
     key = ".".join(location)
@@ -452,4 +455,6 @@ def _field_names(location: list[str]) -> list[str]:
             model = typing.get_args(model)[0]
     if typing.get_origin(model) is list:
         model = typing.get_args(model)[0]
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []
+    return (
+        list(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []
+    )

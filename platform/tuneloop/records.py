@@ -109,8 +109,12 @@ class Arm:
 
     Args:
         shots: Solved examples put before each question, as user and assistant turns.
+        model_fingerprint: Identity of weights, tokenizer and chat template. Answers are reused
+            only between arms whose fingerprints are equal; without one, the endpoint's URL and
+            model name stand for it.
     """
 
     name: str
     endpoint: Endpoint
     shots: tuple[Conversation, ...] = ()
+    model_fingerprint: str = ""

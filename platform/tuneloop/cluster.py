@@ -1,0 +1,102 @@
+"""The only place that starts or joins Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+from tuneloop.config import ResourcesConfig
+from tuneloop.errors import Problem, ResourceError
+
+logger = logging.getLogger("tuneloop.cluster")
+
+# Read by Ray when it starts its processes.
+_ENVIRONMENT = {
+    # Ray's workers are nice by default and starve on a busy small machine.
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    # Without this Ray hides GPUs from workers that asked for none, and warns about it.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextlib.contextmanager
+def connect(resources: ResourcesConfig) -> Iterator[None]:
+    """Join the cluster at `resources.ray_address` or RAY_ADDRESS, else run a local Ray meanwhile.
+
+    A local Ray listens on 127.0.0.1 only, and its processes end with this context, also when the
+    process is killed. A cluster that was joined is left running.
+
+    Raises:
+        ResourceError: Nothing answers at the address, or Ray cannot start.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    address = resources.ray_address or os.environ.get("RAY_ADDRESS")
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if address and address != "local":
+            _refuse_dead_address(address)
+            ray.init(address=address, logging_level=logging.WARNING)
+            logger.info("joined the Ray cluster at %s", address)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=resources.num_cpus,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                _node_ip_address="127.0.0.1",
+            )
+            logger.info("started a local Ray with %g CPUs", ray.cluster_resources().get("CPU", 0))
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        raise ResourceError(
+            Problem(
+                "cannot reach Ray" if address else "cannot start Ray",
+                where=address or "this machine",
+                got=str(error).splitlines()[0],
+                remedy="`ray status` shows a cluster's state; without RAY_ADDRESS a local Ray "
+                "is started",
+            )
+        ) from error
+    try:
+        _silence_data_progress()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _silence_data_progress() -> None:
+    """Turn off Ray Data's own bars and plan dumps: each stage reports its rows itself."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _refuse_dead_address(address: str) -> None:
+    """Fail within seconds where Ray would retry for a minute."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ResourceError(
+            Problem(
+                "no Ray cluster answers",
+                where="resources.ray_address or RAY_ADDRESS",
+                got=f"{address}: {error}",
+                allowed="HOST:PORT of a Ray head, for example 127.0.0.1:6379",
+                remedy="start one with `ray start --head`, or unset the address for a local Ray",
+            )
+        ) from error

