@@ -10,10 +10,12 @@ A crash leaves only the draft's working directory, from which the same step goes
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import shutil
@@ -31,6 +33,8 @@ from tuneloop.errors import ArtifactError, Problem, ResourceError
 SCHEMA_VERSION = 1
 KINDS = ("datasets", "models", "evaluations", "sweeps")
 MANIFEST = "artifact.json"
+LOG = "log.txt"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _PACKAGES = ("tuneloop", "ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "numpy")
 _REFERENCE = re.compile(r"^(?P<kind>[a-z]+)/(?P<name>[a-z0-9][a-z0-9_.-]*)(@v(?P<version>\d+))?$")
 
@@ -279,10 +283,13 @@ class Workspace:
                 scratch = work / "scratch"
                 scratch.mkdir(exist_ok=True)
                 draft = Draft(self, kind, name, fingerprint, path, scratch, time.time())
-                yield draft
+                with _logged_to(path / LOG):
+                    yield draft
                 if draft.artifact is not None:
                     shutil.rmtree(work, ignore_errors=True)
         except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
             raise ResourceError(
                 Problem(
                     f"cannot write {kind}/{name}",
@@ -376,6 +383,20 @@ class Workspace:
                         )
                     )
         return Artifact(kind, name, version, path, location, manifest)
+
+
+@contextlib.contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    """Write what tuneloop logs meanwhile to a file of the artifact as well."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("tuneloop")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def _package_versions() -> dict[str, str]:

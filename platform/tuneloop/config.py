@@ -431,10 +431,9 @@ def _line(root: yaml.Node | None, location: list[str]) -> int:
             for key_node, value_node in node.value:
                 if key_node.value == part:
                     line, found = key_node.start_mark.line + 1, value_node
-        elif isinstance(node, yaml.SequenceNode) and part.isdigit():
-            if int(part) < len(node.value):
-                found = node.value[int(part)]
-                line = found.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
+            found = node.value[int(part)]
+            line = found.start_mark.line + 1
         if found is None:
             break
         node = found

@@ -1,0 +1,35 @@
+# make demo    install, then finetune and measure a real model on a real task
+# make test    install, then run the tests
+# make check   lint, format, types, import contract
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install demo test check bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dashboard,test,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/tuneloop run jobs/configs/demo.yaml
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python benchmarks/serving.py
+
+clean:
+	rm -rf $(VENV) workspace

@@ -1,0 +1,104 @@
+"""What this machine has, what is missing, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about the machine.
+
+    Args:
+        good: False when something will not work.
+        remedy: What to do; empty when nothing has to be done.
+    """
+
+    name: str
+    found: str
+    good: bool = True
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Return what was found on this machine, without starting Ray."""
+    return [_python(), *_packages(), _cpus(), _memory(), _disk(), _gpu(), _compiler(), _ray()]
+
+
+def _python() -> Finding:
+    good = sys.version_info >= (3, 11)
+    version = f"{platform.python_version()} at {sys.executable}"
+    return Finding("python", version, good, "" if good else "tuneloop needs Python 3.11 or newer")
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for package in ("ray", "torch", "transformers", "peft", "deepspeed", "streamlit"):
+        try:
+            findings.append(Finding(package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            extra = "[dashboard]" if package == "streamlit" else ""
+            remedy = f"pip install 'tuneloop{extra}'"
+            findings.append(Finding(package, "not installed", False, remedy))
+    return findings
+
+
+def _cpus() -> Finding:
+    return Finding("cpus", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}")
+
+
+def _memory() -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    good = memory.available > 4 * GIB
+    found = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f} GiB"
+    remedy = "" if good else "close other programs: the demo needs about 5 GiB"
+    return Finding("memory", found, good, remedy)
+
+
+def _disk() -> Finding:
+    usage = shutil.disk_usage(Path.cwd())
+    good = usage.free > 10 * GIB
+    found = f"{usage.free / GIB:.0f} GiB free under {Path.cwd()}"
+    return Finding("disk", found, good, "" if good else "the demo needs about 10 GiB")
+
+
+def _gpu() -> Finding:
+    try:
+        import torch
+    except ImportError:
+        return Finding("gpu", "unknown without torch", False)
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+        return Finding("gpu", f"{torch.cuda.device_count()} x {', '.join(sorted(names))}")
+    return Finding("gpu", "none; training runs on the CPU in float32")
+
+
+def _compiler() -> Finding:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler:
+        return Finding("compiler", compiler)
+    remedy = "install g++: DeepSpeed builds a small operation for several CPU workers"
+    return Finding("compiler", "no g++", False, remedy)
+
+
+def _ray() -> Finding:
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return Finding("ray cluster", "RAY_ADDRESS is not set; a local Ray is started when needed")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except (OSError, ValueError) as error:
+        return Finding("ray cluster", f"{address}: {error}", False, "unset or mend RAY_ADDRESS")
+    return Finding("ray cluster", f"{address} answers")

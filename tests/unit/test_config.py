@@ -1,0 +1,96 @@
+"""The YAML: what is refused, and what the user is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tuneloop.config import grad_accum_steps, load_config, micro_batch_size
+from tuneloop.errors import ConfigError
+
+GOOD = """\
+name: faq
+task:
+  type: generation
+model: {base: some/model}
+data:
+  sources:
+    - path: faq.jsonl
+      format: question_answer
+training:
+  learning_rate: 1e-3
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "faq.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_a_good_file_loads_and_overrides_win(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    config = load_config(
+        path, ["training.learning_rate=5e-4", "data.sources.0.path=b.jsonl", "data.seed=3"]
+    )
+    assert config.training.learning_rate == 5e-4
+    assert config.data.sources[0].path == "b.jsonl"
+    assert config.data.seed == 3
+    assert load_config(path).training.learning_rate == 1e-3
+
+
+def test_all_mistakes_are_told_at_once_with_line_and_suggestion(tmp_path: Path) -> None:
+    text = GOOD.replace("learning_rate: 1e-3", "learning_rat: 1e-3").replace(
+        "type: generation", "type: generatoin"
+    )
+    found = problems(write(tmp_path, text))
+    assert len(found) == 2
+    assert "faq.yaml:3" in found[0]
+    assert "did you mean `generation`?" in found[0]
+    assert "faq.yaml:10" in found[1]
+    assert "did you mean `learning_rate`?" in found[1]
+
+
+def test_a_mistake_in_an_override_is_placed_on_the_command_line(tmp_path: Path) -> None:
+    (found,) = problems(write(tmp_path, GOOD), "training.learning_rate=-1")
+    assert "command line, training.learning_rate" in found
+    assert "-1" in found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "an empty file"),
+        ("- 1", "list"),
+        ("a: [", "not valid YAML"),
+        (GOOD + "name: again\n", "given twice"),
+        (GOOD.replace("name: faq\n", ""), "`name` is missing"),
+        (GOOD.replace("name: faq", "name: ../faq"), "../faq"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in "\n".join(problems(write(tmp_path, text)))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert "nope.yaml" in problems(tmp_path / "nope.yaml")[0]
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    overrides = ["training.global_batch_size=8", "resources.num_workers=3"]
+    (found,) = problems(path, *overrides)
+    assert "global_batch_size 8" in found
+    config = load_config(path, ["training.global_batch_size=24", "resources.num_workers=2"])
+    assert micro_batch_size(config) * grad_accum_steps(config) * 2 == 24
+
+
+def test_columns_format_needs_its_columns(tmp_path: Path) -> None:
+    (found,) = problems(write(tmp_path, GOOD), "data.sources.0.format=columns")
+    assert "columns.prompt" in found
