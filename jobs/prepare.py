@@ -1,0 +1,8 @@
+"""Run `tuneloop prepare` as a Ray job: `ray job submit -- python jobs/prepare.py CONFIG.yaml key=value`."""
+
+import sys
+
+from tuneloop.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["prepare", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""Run `tuneloop serve` as a Ray job: `ray job submit -- python jobs/serve.py CONFIG.yaml key=value`."""
+
+import sys
+
+from tuneloop.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["serve", *sys.argv[1:]]))
