@@ -193,6 +193,16 @@ class EvaluationConfig(Section):
     seed: int = 0
 
 
+class SweepConfig(Section):
+    """A grid of settings, each trained and scored."""
+
+    parameters: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        min_length=1,
+        description="Dotted key to the values to try, for example "
+        "`data.num_train_examples: [100, 300]`.",
+    )
+
+
 class ResourcesConfig(Section):
     """How it is executed. Never changes a result, never fingerprinted."""
 
@@ -211,6 +221,7 @@ class ResourcesConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
     checkpoint_every_steps: int = Field(20, ge=1)
     max_failures: int = Field(2, ge=0, description="Worker failures survived in one training.")
+    num_concurrent_trials: int = Field(1, ge=1, description="Trials of a sweep at one time.")
 
 
 class TuneloopConfig(Section):
@@ -228,6 +239,7 @@ class TuneloopConfig(Section):
     training: TrainingConfig = TrainingConfig()
     serving: ServingConfig = ServingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    sweep: SweepConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="after")
@@ -356,7 +368,16 @@ def with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
         raise ConfigError(
             Problem("an override's value is not valid YAML", where="command line", got=override)
         ) from error
-    return _set(raw, key.split("."), value, key)
+    return with_value(raw, key, value)
+
+
+def with_value(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return a copy of the raw mapping with a value at a dotted key.
+
+    Raises:
+        ConfigError: The key leads through a list item that is not there.
+    """
+    return dict(_set(raw, key.split("."), value, key))
 
 
 def _set(node: Any, parts: list[str], value: Any, key: str) -> Any:

@@ -7,11 +7,19 @@ it stopped, and a run without changes only looks things up.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from tuneloop.artifacts import Published, Workspace
+from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect
 from tuneloop.config import TuneloopConfig
-from tuneloop.models.source import resolve_base
+from tuneloop.models.source import BaseModel, resolve_base
+from tuneloop.records import Arm, Endpoint
+
+if TYPE_CHECKING:
+    from tuneloop.serving.app import ServedModel
 
 logger = logging.getLogger("tuneloop.pipeline")
 
@@ -41,9 +49,98 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     with connect(config.resources):
         base = resolve_base(config.model.base)
         dataset = _prepare(config, workspace, base)
-        arms = base_arms(config, base, dataset.artifact)
-        baseline = _evaluate(config, workspace, dataset.artifact, arms, None)
+        models = {BASE: _base_model(config, base)}
+        arms = _base_arms(config, base, dataset.artifact)
+        baseline = _evaluate(config, workspace, dataset.artifact, (arms, models), None)
         model = _train(config, workspace, base, dataset.artifact)
-        arms = [*arms, finetuned_arm(model.artifact)]
-        evaluation = _evaluate(config, workspace, dataset.artifact, arms, baseline.artifact)
+        models[FINETUNED] = _finetuned_model(model.artifact)
+        arms = [*arms, Arm(FINETUNED, Endpoint("", FINETUNED), (), model.artifact.fingerprint)]
+        evaluation = _evaluate(
+            config, workspace, dataset.artifact, (arms, models), baseline.artifact
+        )
         return [dataset, baseline, model, evaluation]
+
+
+@contextmanager
+def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, list[str]]]:
+    """Serve the base and, when there is one, the newest finetuned model.
+
+    Yields:
+        The base URL and the names of the models.
+    """
+    from tuneloop.serving import app
+
+    with connect(config.resources):
+        models = {BASE: _base_model(config, resolve_base(config.model.base))}
+        trained = [a for a in workspace.list() if (a.kind, a.name) == ("models", config.name)]
+        if trained:
+            newest = workspace.open(trained[-1].ref)
+            models[FINETUNED] = _finetuned_model(newest)
+            logger.info("%s is %s", FINETUNED, newest.ref)
+        with app.serve(models, config.serving) as url:
+            yield url, list(models)
+
+
+def _prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:
+    from tuneloop.data.prepare import prepare
+
+    return _told(prepare(config, workspace, base))
+
+
+def _train(
+    config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
+) -> Published:
+    from tuneloop.training.launch import train
+
+    return _told(train(config, workspace, base, dataset))
+
+
+def _base_model(config: TuneloopConfig, base: BaseModel) -> ServedModel:
+    from tuneloop.serving.app import ServedModel
+
+    return ServedModel(base.path, config.model.chat_template)
+
+
+def _finetuned_model(model: Artifact) -> ServedModel:
+    from tuneloop.serving.app import ServedModel
+
+    # Its directory carries the tokenizer and the template it was trained with.
+    return ServedModel(model.path)
+
+
+def _base_arms(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> list[Arm]:
+    """Return the arms that need no training: the plain prompt, and solved examples before it."""
+    from tuneloop.evals.tasks import choose_shots
+
+    endpoint = Endpoint("", BASE)
+    arms = [Arm(BASE, endpoint, (), base.fingerprint)]
+    if config.evaluation.num_shots and config.task.type != "language_modeling":
+        shots = choose_shots(dataset, config.evaluation.num_shots, config.evaluation.seed)
+        arms.append(Arm(FEW_SHOT, endpoint, tuple(shots), base.fingerprint))
+    return arms
+
+
+def _evaluate(
+    config: TuneloopConfig,
+    workspace: Workspace,
+    dataset: Artifact,
+    contestants: tuple[list[Arm], dict[str, ServedModel]],
+    baseline: Artifact | None,
+) -> Published:
+    """Serve the models and score the arms; nothing is served when the result is there already."""
+    from tuneloop.evals.runner import evaluate, find_evaluation
+    from tuneloop.serving import app
+
+    arms, models = contestants
+    name = config.name if baseline else f"{config.name}-baseline"
+    found = find_evaluation(config, workspace, dataset, arms, name)
+    if found is not None:
+        return _told(Published(found, reused=True))
+    with app.serve(models, config.serving) as url:
+        arms = [replace(arm, endpoint=Endpoint(url, arm.endpoint.model)) for arm in arms]
+        return _told(evaluate(config, workspace, dataset, arms, name, baseline))
+
+
+def _told(published: Published) -> Published:
+    logger.info("%s %s", "reusing" if published.reused else "published", published.artifact.ref)
+    return published

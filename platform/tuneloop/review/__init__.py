@@ -1,0 +1,1 @@
+"""Human verdicts: stored once, never edited, and what they say about the arms."""

@@ -1,0 +1,160 @@
+"""Human verdicts in SQLite, append-only: a changed mind is a newer row.
+
+Blind pairs: which arm stands left is decided by a hash of reviewer and example, so it does not
+depend on the arms' names, differs between reviewers and stays the same when a page is reloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from tuneloop.errors import ArtifactError, Problem
+
+Choice = Literal["left", "right", "tie", "both_bad"]
+CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both_bad")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS verdicts (
+    id INTEGER PRIMARY KEY,
+    evaluation TEXT NOT NULL,
+    example_id TEXT NOT NULL,
+    arm_left TEXT NOT NULL,
+    arm_right TEXT NOT NULL,
+    choice TEXT NOT NULL CHECK (choice IN ('left', 'right', 'tie', 'both_bad')),
+    reviewer TEXT NOT NULL,
+    comment TEXT NOT NULL DEFAULT '',
+    created_at TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS verdicts_by_evaluation ON verdicts (evaluation, reviewer, example_id);
+CREATE TRIGGER IF NOT EXISTS verdicts_are_not_edited BEFORE UPDATE ON verdicts
+    BEGIN SELECT RAISE(ABORT, 'verdicts are append-only'); END;
+CREATE TRIGGER IF NOT EXISTS verdicts_are_not_deleted BEFORE DELETE ON verdicts
+    BEGIN SELECT RAISE(ABORT, 'verdicts are append-only'); END;
+"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One judgement of one pair of answers.
+
+    Args:
+        evaluation: Reference with version, `evaluations/demo@v1`.
+        created_at: ISO 8601, UTC.
+    """
+
+    evaluation: str
+    example_id: str
+    arm_left: str
+    arm_right: str
+    choice: Choice
+    reviewer: str
+    comment: str = ""
+    created_at: str = ""
+
+    @property
+    def winner(self) -> str | None:
+        """The preferred arm; None for a tie or when both are bad."""
+        return {"left": self.arm_left, "right": self.arm_right}.get(self.choice)
+
+
+class VerdictStore:
+    """The verdicts of one workspace, in `<workspace>/review/verdicts.sqlite`.
+
+    Args:
+        workspace: A local directory. SQLite needs file locks, which object stores do not have.
+
+    Raises:
+        ArtifactError: The workspace is not local, or the file is not a verdict database.
+    """
+
+    def __init__(self, workspace: str | Path) -> None:
+        if "://" in str(workspace):
+            raise ArtifactError(
+                Problem(
+                    "verdicts cannot be stored in a remote workspace",
+                    where="workspace",
+                    got=str(workspace),
+                    allowed="a local directory",
+                    remedy="copy the evaluation to a local workspace to review it",
+                )
+            )
+        self.path = Path(workspace) / "review" / "verdicts.sqlite"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._connect() as connection:
+                connection.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise ArtifactError(
+                Problem("the verdicts cannot be opened", where=str(self.path), got=str(error))
+            ) from error
+
+    def add(self, verdict: Verdict) -> None:
+        """Append a verdict; it is on disk when this returns."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        with self._connect() as connection:
+            connection.execute(
+                "INSERT INTO verdicts (evaluation, example_id, arm_left, arm_right, choice,"
+                " reviewer, comment, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    verdict.evaluation,
+                    verdict.example_id,
+                    verdict.arm_left,
+                    verdict.arm_right,
+                    verdict.choice,
+                    verdict.reviewer,
+                    verdict.comment,
+                    now,
+                ),
+            )
+
+    def read(self, evaluation: str, reviewer: str | None = None) -> list[Verdict]:
+        """Return the verdicts that count, oldest first: the newest of each reviewer and pair."""
+        query = (
+            "SELECT evaluation, example_id, arm_left, arm_right, choice, reviewer, comment,"
+            " created_at FROM verdicts WHERE evaluation = ?"
+        )
+        parameters = [evaluation]
+        if reviewer is not None:
+            query += " AND reviewer = ?"
+            parameters.append(reviewer)
+        with self._connect() as connection:
+            rows = connection.execute(query + " ORDER BY id", parameters).fetchall()
+        newest: dict[tuple[str, str, frozenset[str]], Verdict] = {}
+        for row in rows:
+            verdict = Verdict(*row)
+            pair = frozenset((verdict.arm_left, verdict.arm_right))
+            key = (verdict.reviewer, verdict.example_id, pair)
+            newest.pop(key, None)
+            newest[key] = verdict
+        return list(newest.values())
+
+    @contextmanager
+    def _connect(self) -> Iterator[sqlite3.Connection]:
+        connection = sqlite3.connect(self.path, timeout=30)
+        try:
+            with connection:
+                yield connection
+        finally:
+            connection.close()
+
+
+def blind_order(example_id: str, reviewer: str, arms: tuple[str, str]) -> tuple[str, str]:
+    """Return the two arms as (left, right), decided by a hash."""
+    first, second = sorted(arms)
+    digest = hashlib.sha256(f"{reviewer}\0{example_id}\0{first}\0{second}".encode()).digest()
+    return (first, second) if digest[0] % 2 == 0 else (second, first)
+
+
+def open_examples(
+    example_ids: Sequence[str], verdicts: Sequence[Verdict], arms: tuple[str, str]
+) -> list[str]:
+    """Return the examples without a verdict on this pair of arms, in their order."""
+    done = {v.example_id for v in verdicts if {v.arm_left, v.arm_right} == set(arms)}
+    return [example_id for example_id in example_ids if example_id not in done]
