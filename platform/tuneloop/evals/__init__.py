@@ -1,0 +1,1 @@
+"""Scoring models over HTTP: metrics, error tags, paired comparison, the report."""

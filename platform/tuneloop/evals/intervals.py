@@ -1,0 +1,267 @@
+"""Intervals and tests for one mean and for the mean of paired differences.
+
+Shape legend: n scored examples, R resamples.
+
+0/1 scores get closed-form score intervals, which stay honest at the edges: when five of five
+answers are right, a bootstrap would claim certainty. Other scores get the BCa bootstrap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+_CHUNK_CELLS = 4_000_000
+_MAX_ENUMERATED_FLIPS = 14
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are computed.
+
+    Args:
+        confidence: Level of every interval, for example 0.95.
+        num_resamples: Bootstrap resamples and random sign flips.
+        seed: Seed of both.
+    """
+
+    confidence: float = 0.95
+    num_resamples: int = 10_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval.
+
+    Args:
+        value: The mean; None without examples.
+        low: Lower end; None where there are too few examples to tell.
+        high: Upper end.
+        n: Examples it was computed from.
+        method: How the interval was computed.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    method: str
+
+
+def wilson(num_right: float, n: int, confidence: float) -> tuple[float, float]:
+    """Return the score interval of a proportion.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    z = _quantile(0.5 + confidence / 2)
+    p = num_right / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # At the edges rounding must not exclude the proportion itself.
+    return max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p))
+
+
+def newcombe_paired(counts: tuple[int, int, int, int], confidence: float) -> tuple[float, float]:
+    """Return the interval of the difference of two proportions over the same examples.
+
+    Args:
+        counts: Examples that are (right in both, right in the first only, right in the second
+            only, wrong in both).
+        confidence: For example 0.95.
+
+    Returns:
+        Lower and upper end of first minus second.
+
+    Source: Newcombe 1998, "Improved confidence intervals for the difference between binomial
+    proportions based on paired data", method 10.
+    """
+    both, first_only, second_only, neither = counts
+    n = sum(counts)
+    p1, p2 = (both + first_only) / n, (both + second_only) / n
+    low1, high1 = wilson(both + first_only, n, confidence)
+    low2, high2 = wilson(both + second_only, n, confidence)
+    margins = math.prod(
+        (both + first_only, second_only + neither, both + second_only, first_only + neither)
+    )
+    phi = 0.0
+    if margins:
+        product = both * neither - first_only * second_only
+        # The continuity correction Newcombe applies to a positive association.
+        phi = (max(product - n / 2, 0) if product > 0 else product) / math.sqrt(margins)
+    down1, up1, down2, up2 = p1 - low1, high1 - p1, p2 - low2, high2 - p2
+    below = math.sqrt(max(0.0, down1**2 - 2 * phi * down1 * up2 + up2**2))
+    above = math.sqrt(max(0.0, up1**2 - 2 * phi * up1 * down2 + down2**2))
+    return max(-1.0, p1 - p2 - below), min(1.0, p1 - p2 + above)
+
+
+def bca(values: Floats, resampling: Resampling) -> tuple[float, float]:
+    """Return the bias-corrected and accelerated bootstrap interval of a mean.
+
+    Args:
+        values: Shape (n,), n at least 2 and not all equal.
+        resampling: Level, resamples and seed.
+
+    Source: Efron 1987, "Better bootstrap confidence intervals", section 3.
+    """
+    means = np.concatenate(
+        [values[chunk].mean(axis=1) for chunk in _resamples(len(values), resampling)]
+    )
+    mean = values.mean()
+    share_below = ((means < mean).sum() + 0.5 * (means == mean).sum()) / len(means)
+    bias = _quantile(min(max(float(share_below), 1 / len(means)), 1 - 1 / len(means)))
+    # Jackknife means of a mean have a closed form, and so has their skewness.
+    deviations = (values - mean) / (len(values) - 1)
+    acceleration = float((deviations**3).sum() / (6 * (deviations**2).sum() ** 1.5))
+    tail = _quantile(0.5 + resampling.confidence / 2)
+    ends = []
+    for z in (bias - tail, bias + tail):
+        ends.append(_normal_cdf(bias + z / (1 - acceleration * z)))
+    low, high = np.quantile(means, ends)
+    return float(low), float(high)
+
+
+def estimate_mean(values: Floats, binary: bool, resampling: Resampling) -> Estimate:
+    """Return a mean with its interval: Wilson for 0/1 scores, BCa bootstrap otherwise."""
+    n = len(values)
+    if n == 0:
+        return Estimate(None, None, None, 0, "no examples")
+    mean = float(values.mean())
+    if binary:
+        return Estimate(mean, *wilson(float(values.sum()), n, resampling.confidence), n, "Wilson")
+    return _bootstrapped(values, mean, resampling)
+
+
+def estimate_difference(
+    first: Floats, second: Floats, binary: bool, resampling: Resampling
+) -> tuple[Estimate, float | None, str]:
+    """Return the mean of first minus second over the same examples, with a two-sided p-value.
+
+    Args:
+        first: Shape (n,), scores of one arm.
+        second: Shape (n,), scores of the other arm for the same examples.
+        binary: Scores are 0 or 1.
+        resampling: Level, resamples and seed.
+
+    Returns:
+        The estimate, the p-value of "no difference", and the test's name.
+    """
+    n = len(first)
+    if n == 0:
+        return Estimate(None, None, None, 0, "no examples"), None, "none"
+    differences = first - second
+    mean = float(differences.mean())
+    if binary:
+        fixed, introduced = int((differences > 0).sum()), int((differences < 0).sum())
+        both = int(((first == 1) & (second == 1)).sum())
+        counts = (both, fixed, introduced, n - both - fixed - introduced)
+        ends = newcombe_paired(counts, resampling.confidence)
+        return (
+            Estimate(mean, *ends, n, "Newcombe, paired"),
+            mcnemar_p(fixed, introduced),
+            "McNemar, exact",
+        )
+    return (
+        _bootstrapped(differences, mean, resampling),
+        sign_flip_p(differences, resampling),
+        "sign-flip permutation",
+    )
+
+
+def estimate_statistic(
+    n: int, statistic: Callable[[Floats], Floats], resampling: Resampling
+) -> Estimate:
+    """Return a statistic of weighted examples with its percentile bootstrap interval.
+
+    Args:
+        n: Number of examples.
+        statistic: From weights of shape (R, n), how often each example is drawn, to shape (R,).
+        resampling: Level, resamples and seed.
+    """
+    if n == 0:
+        return Estimate(None, None, None, 0, "no examples")
+    value = float(statistic(np.ones((1, n)))[0])
+    draws = []
+    for chunk in _resamples(n, resampling):
+        rows = np.arange(len(chunk))[:, None]
+        weights = np.zeros((len(chunk), n))
+        np.add.at(weights, (rows, chunk), 1.0)
+        draws.append(statistic(weights))
+    tail = (1 - resampling.confidence) / 2
+    low, high = np.quantile(np.concatenate(draws), (tail, 1 - tail))
+    return Estimate(value, float(low), float(high), n, "percentile bootstrap")
+
+
+def mcnemar_p(fixed: int, introduced: int) -> float:
+    """Return the exact two-sided p-value that fixes and new errors are equally likely.
+
+    Source: McNemar 1947; exact form: the binomial test over the discordant pairs.
+    """
+    total = fixed + introduced
+    if total == 0:
+        return 1.0
+    tail = sum(math.comb(total, k) for k in range(min(fixed, introduced) + 1))
+    # Integers of any size divide exactly enough; floats would overflow at 1,024 pairs.
+    return min(1.0, 2 * tail / 2**total) if total < 1000 else _binomial_p(fixed, total)
+
+
+def sign_flip_p(differences: Floats, resampling: Resampling) -> float:
+    """Return the two-sided p-value that differences are symmetric about zero.
+
+    All sign patterns are tried up to 14 non-zero differences, random ones above.
+    """
+    moved = differences[differences != 0]
+    if len(moved) == 0:
+        return 1.0
+    observed = abs(moved.sum()) * (1 - 1e-12)
+    if len(moved) <= _MAX_ENUMERATED_FLIPS:
+        patterns = np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved)) & 1
+        return float((np.abs((1 - 2 * patterns) @ moved) >= observed).mean())
+    generator = np.random.default_rng(resampling.seed)
+    hits = 0
+    for size in _chunks(resampling.num_resamples, len(moved)):
+        signs = generator.integers(0, 2, (size, len(moved)), dtype=np.int8) * 2 - 1
+        hits += int((np.abs(signs @ moved) >= observed).sum())
+    return (hits + 1) / (resampling.num_resamples + 1)
+
+
+def _bootstrapped(values: Floats, mean: float, resampling: Resampling) -> Estimate:
+    if len(values) < 2:
+        return Estimate(mean, None, None, len(values), "one example")
+    if np.ptp(values) == 0:
+        return Estimate(mean, mean, mean, len(values), "all equal")
+    return Estimate(mean, *bca(values, resampling), len(values), "BCa bootstrap")
+
+
+def _resamples(n: int, resampling: Resampling) -> Iterator[NDArray[np.int64]]:
+    """Yield indices of shape (R, n) in chunks that bound the memory."""
+    generator = np.random.default_rng(resampling.seed)
+    for size in _chunks(resampling.num_resamples, n):
+        yield generator.integers(0, n, (size, n))
+
+
+def _chunks(total: int, n: int) -> Iterator[int]:
+    size = max(1, _CHUNK_CELLS // n)
+    for start in range(0, total, size):
+        yield min(size, total - start)
+
+
+def _quantile(p: float) -> float:
+    from statistics import NormalDist
+
+    return NormalDist().inv_cdf(p)
+
+
+def _normal_cdf(z: float) -> float:
+    return 0.5 * math.erfc(-z / math.sqrt(2))
+
+
+def _binomial_p(successes: int, total: int) -> float:
+    from scipy.stats import binomtest
+
+    return float(binomtest(successes, total, 0.5).pvalue)

@@ -1,0 +1,156 @@
+"""The questions of a test split, and the solved examples put before them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tuneloop.artifacts import Artifact
+from tuneloop.errors import ArtifactError, DataError, Problem
+from tuneloop.records import Conversation, Message
+
+_CANDIDATES = 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """One test row.
+
+    Args:
+        messages: The row without its last answer; empty for plain text.
+        reference: The row's last answer; empty for plain text.
+        text: The row's text where it is plain text.
+    """
+
+    example_id: str
+    messages: tuple[Message, ...] = ()
+    reference: str = ""
+    text: str = ""
+
+    def prompt(self, shots: Sequence[Conversation] = ()) -> tuple[Message, ...]:
+        """Return the messages to send: system, the shots' turns, then the row's own."""
+        system = tuple(m for m in self.messages if m.role == "system")
+        turns = tuple(m for m in self.messages if m.role != "system")
+        solved = tuple(m for shot in shots for m in shot.messages if m.role != "system")
+        return system + solved + turns
+
+
+def read_questions(dataset: Artifact) -> list[Question]:
+    """Return the test split in the order it is stored.
+
+    Raises:
+        DataError: The split is empty.
+        ArtifactError: A row does not end with an answer, or an id occurs twice.
+    """
+    questions = []
+    for row in _read_rows(dataset, "test"):
+        if row.get("text") is not None:
+            questions.append(Question(str(row["row_id"]), text=row["text"]))
+            continue
+        messages = _messages(row)
+        if len(messages) < 2 or messages[-1].role != "assistant":
+            raise ArtifactError(
+                Problem(
+                    "a test row does not end with an answer",
+                    where=f"{dataset.ref}, row {row['row_id']}",
+                    got=", ".join(m.role for m in messages) or "no messages",
+                    allowed="at least one question and a last turn by the assistant",
+                )
+            )
+        questions.append(Question(str(row["row_id"]), messages[:-1], messages[-1].content))
+    if not questions:
+        raise DataError(
+            Problem(
+                "there is nothing to score: the test split is empty",
+                where=dataset.ref,
+                remedy="raise data.split.num_test_examples or data.split.test_ratio",
+            )
+        )
+    if len({question.example_id for question in questions}) < len(questions):
+        raise ArtifactError(
+            Problem(
+                "a row id occurs twice in the test split",
+                where=dataset.ref,
+                remedy="prepare the dataset again with data.dedup.exact=true",
+            )
+        )
+    return questions
+
+
+def choose_shots(dataset: Artifact, num_shots: int, seed: int) -> tuple[Conversation, ...]:
+    """Return solved examples from the train split: of typical length, and unlike one another.
+
+    Rows of middling length (the two middle quarters by tokens) are drawn by the seed; from these
+    each next shot is the one least like those chosen, by words in common on both sides. A plain
+    text corpus has no shots.
+
+    Args:
+        dataset: Artifact with a train split.
+        num_shots: How many; fewer are returned when the split is smaller.
+        seed: The same seed chooses the same rows, in whatever order they are stored.
+    """
+    if num_shots == 0:
+        return ()
+    rows = [row for row in _read_rows(dataset, "train") if row.get("messages")]
+    rows.sort(key=lambda row: (row["num_tokens"], row["row_id"]))
+    if len(rows) >= 4 * num_shots:
+        rows = rows[len(rows) // 4 : len(rows) - len(rows) // 4]
+    pool = random.Random(seed).sample(rows, min(_CANDIDATES, len(rows)))
+    conversations = [
+        Conversation(_messages(row), str(row["row_id"]), str(row.get("source", ""))) for row in pool
+    ]
+    words = [_words_by_side(conversation) for conversation in conversations]
+    chosen: list[int] = []
+    while len(chosen) < min(num_shots, len(conversations)):
+        rest = [index for index in range(len(conversations)) if index not in chosen]
+        chosen.append(
+            max(
+                rest,
+                key=lambda index: min(
+                    (_distance(words[index], words[other]) for other in chosen), default=0.0
+                ),
+            )
+        )
+    return tuple(conversations[index] for index in chosen)
+
+
+def messages_json(messages: Sequence[Message]) -> str:
+    """Return messages as the JSON that predictions keep."""
+    return json.dumps(
+        [{"role": m.role, "content": m.content} for m in messages], ensure_ascii=False
+    )
+
+
+def _words_by_side(conversation: Conversation) -> tuple[frozenset[str], frozenset[str]]:
+    *question, answer = conversation.messages
+    asked = " ".join(m.content for m in question if m.role != "system")
+    return frozenset(asked.split()), frozenset(answer.content.split())
+
+
+def _distance(
+    left: tuple[frozenset[str], frozenset[str]], right: tuple[frozenset[str], frozenset[str]]
+) -> float:
+    """Return 2 minus the Jaccard similarities of questions and of answers."""
+    return sum(
+        1 - len(ours & theirs) / max(1, len(ours | theirs))
+        for ours, theirs in zip(left, right, strict=True)
+    )
+
+
+def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
+    return tuple(Message(turn["role"], turn["content"]) for turn in row["messages"] or ())
+
+
+def _read_rows(dataset: Artifact, split: str) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    wanted = ("row_id", "source", "messages", "text", "num_tokens")
+    rows: list[dict[str, Any]] = []
+    for file in sorted((dataset.path / split).glob("*.parquet")):
+        names = pq.read_schema(file).names
+        table = pq.read_table(file, columns=[name for name in wanted if name in names])
+        rows += table.to_pylist()
+    return rows
