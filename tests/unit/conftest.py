@@ -121,7 +121,8 @@ class ModelServer:
                             "text_offset": [*offsets, position],
                         },
                     }
-                ]
+                ],
+                "usage": {"prompt_tokens": len(tokens), "completion_tokens": 1},
             }
 
         return app

@@ -132,7 +132,7 @@ def test_the_artifact_keeps_the_contract(model_server, config, workspace, datase
     Console(width=100).print(terminal_table(artifact))
     shown = capsys.readouterr().out
     assert "+50.0 points" in shown
-    assert "spell fig" in shown
+    assert "got better than base" in shown
 
 
 def test_prompts_are_the_row_without_its_answer_and_shots_follow_the_system_message(

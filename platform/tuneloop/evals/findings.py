@@ -283,12 +283,21 @@ class Evaluation:
                     "Almost everything is right: this test can no longer tell models apart.",
                 )
             )
+        if not steps and arm["name"] == "finetuned":
+            steps.append(
+                NextStep(
+                    "See whether more data still helps",
+                    "Nothing stands out among the errors; the score with half the rows tells "
+                    "whether it is still rising.",
+                    "data.num_train_examples",
+                )
+            )
         if other and (worse := self.examples(other, "introduced", 1)):
             steps.append(
                 NextStep(
                     "Read the examples that got worse",
-                    f"Start with `{worse[0].example_id}`: what the finetuned model unlearned is "
-                    "best mended by training rows of that kind.",
+                    f"Start with `{worse[0].example_id}`: what got lost is best mended by "
+                    "training rows of that kind.",
                 )
             )
         return steps

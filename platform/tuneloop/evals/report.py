@@ -23,6 +23,7 @@ from tuneloop.evals.views import (
 )
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from rich.console import RenderableType
 
 
@@ -39,6 +40,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["with_code"] = _with_code
     source = resources.files("tuneloop.evals").joinpath("report.html.jinja")
     template = environment.from_string(source.read_text(encoding="utf-8"))
     metric = evaluation.metric(evaluation.primary)
@@ -140,6 +142,17 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
             parts += [Text(), Text(f"{heading} than {other}", style=style)]
             parts += [Padding(_terminal_example(e), (0, 0, 1, 2)) for e in examples]
     return Group(*parts)
+
+
+def _with_code(text: str) -> Markup:
+    """Return a text with its `quoted` parts as code elements, everything escaped."""
+    from markupsafe import Markup, escape
+
+    pieces = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(piece) if index % 2 else escape(piece)
+        for index, piece in enumerate(pieces)
+    )
 
 
 def _terminal_example(example: Example) -> RenderableType:

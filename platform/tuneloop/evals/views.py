@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -82,6 +83,8 @@ def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
     )
     # The axis runs from -span to +span, with zero in the middle.
     span = max(reach * 1.05, 1e-9)
+    if metric.kind != "number":
+        span = min(1.0, math.ceil(10 * reach) / 10) or 0.1
     total = max(1, sum(outcomes.values()))
     words = {
         "fixed": "fixed",
@@ -109,7 +112,7 @@ def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
         "at": _position(difference["value"], span),
         "from": _position(low, span),
         "to": _position(high, span),
-        "span": format_difference(span, metric, unit=False).removeprefix("+"),
+        "span": f"{span:.3f}" if metric.kind == "number" else f"{100 * span:.0f}",
         "outcomes": [
             {"kind": kind, "label": words[kind], "count": count, "width": 100 * count / total}
             for kind, count in outcomes.items()

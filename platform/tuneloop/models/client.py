@@ -142,7 +142,6 @@ class Client:
             # Some servers refuse an empty list.
             "stop": list(params.stop) or None,
             "logprobs": params.logprobs,
-            "n": 1,
             "stream": False,
         }
         started = time.perf_counter()
@@ -204,7 +203,6 @@ class Client:
             "seed": 0,
             "echo": True,
             "logprobs": 1,
-            "n": 1,
             "stream": False,
         }
         answer = await self._send("POST", "/completions", body, self.retries)
@@ -212,7 +210,8 @@ class Client:
             report = answer["choices"][0]["logprobs"]
             chosen, best = report["token_logprobs"], report["top_logprobs"]
             if isinstance(prompt, str):
-                positions, num_bytes = _text_positions(report, str(context), prompt)
+                num_prompt = int(answer["usage"]["prompt_tokens"])
+                positions, num_bytes = _text_positions(report, num_prompt, str(context), prompt)
             else:
                 positions, num_bytes = range(len(context), len(prompt)), None
             scored = [position for position in positions if chosen[position] is not None]
@@ -224,7 +223,7 @@ class Client:
                 num_tokens=len(scored),
                 num_bytes=num_bytes,
             )
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
             raise RequestError(f"no prompt log-probabilities: {answer!r:.300}") from error
 
     async def _send(
@@ -311,15 +310,22 @@ class Client:
         )
 
 
-def _text_positions(report: dict[str, Any], context: str, prompt: str) -> tuple[range, int]:
+def _text_positions(
+    report: dict[str, Any], num_prompt: int, context: str, prompt: str
+) -> tuple[range, int]:
     """Return the tokens of the continuation that can be scored, and the bytes they stand for."""
-    offsets = [offset for offset in report["text_offset"] if offset < len(prompt)]
+    offsets = report["text_offset"][:num_prompt]
+    # A token that holds a part of a character only may end where it starts.
     ends = [*offsets[1:], len(prompt)]
-    first = next(index for index, end in enumerate(ends) if end > len(context))
-    while first < len(offsets) and report["token_logprobs"][first] is None:
+    first = next(
+        index
+        for index, (start, end) in enumerate(zip(offsets, ends, strict=True))
+        if start >= len(context) or end > len(context)
+    )
+    while first < num_prompt and report["token_logprobs"][first] is None:
         first += 1
-    scored_text = prompt[offsets[first] :] if first < len(offsets) else ""
-    return range(first, len(offsets)), len(scored_text.encode())
+    scored_text = prompt[offsets[first] :] if first < num_prompt else ""
+    return range(first, num_prompt), len(scored_text.encode())
 
 
 def _reason(response: httpx.Response) -> str:
