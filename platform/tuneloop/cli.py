@@ -178,13 +178,14 @@ def _init(arguments: argparse.Namespace, output: IO[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace, output: IO[str]) -> int:
-    from tuneloop.preflight import check, print_findings
+    from tuneloop.preflight import check, report
 
-    findings = check(_load(arguments))
+    preflight = check(_load(arguments))
     if arguments.json:
-        print(json.dumps(findings.summary(), ensure_ascii=False), file=output)
-    else:
-        print_findings(findings, output)
+        print(json.dumps(preflight.summary(), ensure_ascii=False), file=output)
+        return 2 if preflight.problems else 0
+    report(preflight, output)
+    print("nothing is in the way", file=output)
     return 0
 
 

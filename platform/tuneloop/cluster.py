@@ -36,6 +36,8 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    # Notices about defaults; failures come as exceptions.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
 
     address = resources.ray_address or os.environ.get("RAY_ADDRESS")
@@ -45,14 +47,14 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     try:
         if address and address != "local":
             _refuse_dead_address(address)
-            ray.init(address=address, logging_level=logging.WARNING)
+            ray.init(address=address, logging_level=logging.ERROR)
             logger.info("joined the Ray cluster at %s", address)
         else:
             ray.init(
                 address="local",
                 num_cpus=resources.num_cpus,
                 include_dashboard=False,
-                logging_level=logging.WARNING,
+                logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
             )
             logger.info("started a local Ray with %g CPUs", ray.cluster_resources().get("CPU", 0))
@@ -80,7 +82,7 @@ def _silence_data_progress() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _refuse_dead_address(address: str) -> None:

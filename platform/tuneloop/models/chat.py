@@ -18,7 +18,7 @@ from typing import Any
 from tuneloop.errors import ModelError, Problem
 from tuneloop.records import Message, Sample
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 # Explicit templates for models that come without one. They are saved with the model, so that
 # any server renders what was trained.
@@ -75,16 +75,10 @@ class Renderer:
     def __init__(self, tokenizer: Any, template: str) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self._special = re.compile(
-            "|".join(
-                re.escape(token.content)
-                for token in tokenizer.added_tokens_decoder.values()
-                if token.special
-            )
-            or r"(?!)"
-        )
+        self._control = re.compile(r"(?!)")
         self.stop_ids: tuple[int, ...] = ()
         self.stop_ids = self._find_stop_ids()
+        self._control = self._find_control_tokens()
 
     @classmethod
     def load(cls, path: str | Path, chat_template: str = "auto") -> Renderer:
@@ -191,7 +185,7 @@ class Renderer:
     ) -> list[tuple[str, bool]]:
         """Cut the rendered conversation into (text, is an answer) pieces."""
         for message in messages:
-            found = self._special.search(message.content)
+            found = self._control.search(message.content)
             if found:
                 raise RenderError(f"the text contains the control token {found.group()!r}")
         segments: list[tuple[str, bool]] = []
@@ -240,6 +234,23 @@ class Renderer:
         """Whether the tokenizer puts BOS before plain text by itself."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.tokenizer.encode("a")[:1] == [bos]
+
+    def _find_control_tokens(self) -> re.Pattern[str]:
+        """Return what may not stand in a message: tokens that open, close or end something.
+
+        Other special tokens, such as a code model's `<filename>`, are harmless words in a text.
+        """
+        turns = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
+        try:
+            skeleton = self._render(turns, True)
+        except RenderError:
+            skeleton = self._render(turns[1:], True)
+        names = {
+            token.content
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.special and token.content in skeleton
+        } | set(self.tokenizer.all_special_tokens)
+        return re.compile("|".join(re.escape(name) for name in sorted(names)) or r"(?!)")
 
     def _find_stop_ids(self) -> tuple[int, ...]:
         """Return the token the template ends an answer with, and EOS."""
