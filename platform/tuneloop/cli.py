@@ -113,7 +113,8 @@ def _step(name: str) -> Any:
         from tuneloop.artifacts import Workspace
 
         config = _load(arguments)
-        published: list[Published] = getattr(pipeline, "run" if name == "evaluate" else name)(config, Workspace(config.workspace))
+        step = {"prepare": pipeline.prepare, "train": pipeline.train}.get(name, pipeline.run)
+        published = step(config, Workspace(config.workspace))
         if arguments.json:
             summaries = [item.artifact.summary(item.reused) for item in published]
             result = {"artifacts": summaries} if name == "run" else summaries[-1]

@@ -23,6 +23,7 @@ _NOTABLE_SHARE = 0.05
 _NOTABLE_GAP = 0.10
 _WIDE_INTERVAL = 0.15
 _SATURATED = 0.97
+_SIGNIFICANT_P = 0.05
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,6 @@ class Evaluation:
         """Return the numbers worth seeing in a list of artifacts, for the manifest."""
         return {
             "primary": self.primary,
-            "num_examples": self.metrics["num_examples"],
-            "num_unscored": sum(arm["num_unscored"] for arm in self.arms),
             "scores": {arm["name"]: arm["scores"][self.primary]["value"] for arm in self.arms},
             "differences": {
                 pair["other"]: {
@@ -132,6 +131,8 @@ class Evaluation:
                 }
                 for pair in self.candidate_pairs()
             },
+            "num_examples": self.metrics["num_examples"],
+            "num_unscored": sum(arm["num_unscored"] for arm in self.arms),
         }
 
     def verdict(self) -> Verdict:
@@ -329,6 +330,9 @@ def direction(difference: dict[str, Any], metric: Metric) -> Literal["better", "
     """Return what a difference's interval allows to say."""
     low, high = difference["low"], difference["high"]
     if low is None or low <= 0 <= high:
+        return "unclear"
+    # Equal differences have an interval without width, which says nothing about so few examples.
+    if difference["method"] == "all equal" and difference["p_value"] >= _SIGNIFICANT_P:
         return "unclear"
     return "better" if (low > 0) != (metric.better == "lower") else "worse"
 

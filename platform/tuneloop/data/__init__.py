@@ -1,0 +1,1 @@
+"""From raw rows to a dataset artifact: read, validate, tokenize, deduplicate, split, describe."""

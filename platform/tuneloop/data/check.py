@@ -1,0 +1,161 @@
+"""Checking the data without preparing it: every row, its length, and what would be learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tuneloop.config import TuneloopConfig
+from tuneloop.data.files import find_files
+from tuneloop.data.readers import read_rows
+from tuneloop.data.rendering import Rendering, percentiles, sample_of
+from tuneloop.data.validation import (
+    BadRow,
+    bad_row_problems,
+    refuse_bad_rows,
+    refuse_mismatched_formats,
+    too_long_problem,
+)
+from tuneloop.errors import DataError, Problem
+from tuneloop.models.chat import RenderError
+from tuneloop.models.source import BaseModel
+from tuneloop.records import Sample
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """One row as the model sees it.
+
+    Args:
+        source: Where the row came from, `path:line`.
+        tokens: Text of each token, and whether it is a target.
+    """
+
+    source: str
+    tokens: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What is known of the rows before anything is prepared.
+
+    Args:
+        findings: Everything that would stop `prepare`; empty if nothing does.
+        notices: Rows that would be dropped, as the configuration allows.
+        num_usable: Rows that would go on to deduplication and split.
+        length_tokens: Percentiles `p50` to `p99` and `max` of the rows' lengths.
+        target_length_tokens: Likewise of their targets.
+        target_ratio: Share of all tokens that are targets.
+    """
+
+    findings: list[Problem] = field(default_factory=list)
+    notices: list[Problem] = field(default_factory=list)
+    num_rows: int = 0
+    num_usable: int = 0
+    num_tokens: int = 0
+    length_tokens: dict[str, int] = field(default_factory=dict)
+    target_length_tokens: dict[str, int] = field(default_factory=dict)
+    target_ratio: float = 0.0
+    samples: list[TokenSample] = field(default_factory=list)
+
+
+def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> DataCheck:
+    """Return what is wrong with the data and what it looks like; reads every row, without Ray.
+
+    Args:
+        config: Of the run.
+        base: Whose tokenizer and chat template render the rows.
+        num_samples: Usable rows to show, spread evenly over the data.
+    """
+    try:
+        refuse_mismatched_formats(config)
+        files = find_files(config.data)
+    except DataError as error:
+        return DataCheck(findings=list(error.problems))
+    rendering = Rendering(str(base.path), config.model.chat_template, config.task, config.data)
+    renderer = rendering.renderer()
+    limit = config.data.max_seq_len if config.task.type != "language_modeling" else None
+    bad: list[BadRow] = []
+    too_long: list[tuple[str, int]] = []
+    lengths: list[int] = []
+    targets: list[int] = []
+    shown = _EvenlySpread(num_samples)
+    total = 0
+    for position, file in enumerate(files):
+        for row in read_rows(file, position, config):
+            total += 1
+            if row["problem"]:
+                bad.append((row["source"], row["problem"]))
+                continue
+            try:
+                sample = sample_of(row, renderer)
+            except RenderError as error:
+                bad.append((row["source"], str(error)))
+                continue
+            if limit is not None and len(sample.input_ids) > limit:
+                too_long.append((row["source"], len(sample.input_ids)))
+                continue
+            lengths.append(len(sample.input_ids))
+            targets.append(sum(sample.loss_mask))
+            shown.offer((row["source"], sample))
+    findings, notices = _findings(config, bad, too_long, total)
+    return DataCheck(
+        findings,
+        notices,
+        num_rows=total,
+        num_usable=len(lengths),
+        num_tokens=sum(lengths),
+        length_tokens=percentiles(lengths),
+        target_length_tokens=percentiles(targets),
+        target_ratio=round(sum(targets) / max(1, sum(lengths)), 4),
+        samples=[_token_sample(source, sample, renderer) for source, sample in shown.chosen()],
+    )
+
+
+def _findings(
+    config: TuneloopConfig, bad: list[BadRow], too_long: list[tuple[str, int]], total: int
+) -> tuple[list[Problem], list[Problem]]:
+    """Return what stops a preparation, and what it would drop."""
+    findings: list[Problem] = []
+    notices: list[Problem] = []
+    try:
+        refuse_bad_rows(bad, total, config.data)
+        notices += bad_row_problems(bad, total, config.data)
+    except DataError as error:
+        findings += error.problems
+    if too_long:
+        problem = too_long_problem(too_long, total, config.data)
+        allowed = config.data.too_long == "drop" and len(bad) + len(too_long) < total
+        (notices if allowed else findings).append(problem)
+    return findings, notices
+
+
+class _EvenlySpread:
+    """A few items spread evenly over a stream of unknown length."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.step, self.seen = count, 1, 0
+        self.items: list[Any] = []
+
+    def offer(self, item: Any) -> None:
+        if self.seen % self.step == 0:
+            self.items.append(item)
+            if len(self.items) >= 2 * max(1, self.count):
+                self.items, self.step = self.items[::2], self.step * 2
+        self.seen += 1
+
+    def chosen(self) -> list[Any]:
+        if not self.items or not self.count:
+            return []
+        stride = max(1, len(self.items) // self.count)
+        return self.items[::stride][: self.count]
+
+
+def _token_sample(source: str, sample: Sample, renderer: Any) -> TokenSample:
+    texts = [
+        renderer.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        for token in sample.input_ids
+    ]
+    return TokenSample(
+        source, [(text, bool(bit)) for text, bit in zip(texts, sample.loss_mask, strict=True)]
+    )

@@ -1,0 +1,281 @@
+"""From the user's files to a dataset artifact, step by step.
+
+Read and validate, tokenize, deduplicate, split, write, describe. Ray Data does what is done row
+by row; what needs all rows at once (clusters, sides) is decided from small columns in this
+process. Every row ends in `train/`, `test/` or `removed/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tuneloop.artifacts import Draft, Published, Workspace, fingerprint
+from tuneloop.config import TuneloopConfig
+from tuneloop.data import stages
+from tuneloop.data.card import write_card
+from tuneloop.data.dedup import Keys, find_duplicates
+from tuneloop.data.files import SourceFile, find_files
+from tuneloop.data.outcome import Outcome
+from tuneloop.data.rendering import Rendering
+from tuneloop.data.split import split_rows
+from tuneloop.data.validation import (
+    reason_of,
+    refuse_bad_rows,
+    refuse_mismatched_formats,
+    too_long_problem,
+)
+from tuneloop.data.writing import write_sides
+from tuneloop.errors import DataError
+from tuneloop.models.source import BaseModel
+
+logger = logging.getLogger("tuneloop.data")
+
+CODE_VERSION = 1
+_COLUMNS = [
+    "source",
+    "problem",
+    "group",
+    "synthetic",
+    "content_id",
+    "num_tokens",
+    "num_target_tokens",
+    "num_characters",
+    "exact_key",
+    "prompt_key",
+    "bands",
+]
+
+
+def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:
+    """Return `datasets/<config.name>`, made or reused. Needs a running Ray.
+
+    Args:
+        config: `task`, `data`, `model.chat_template` and `name` are used.
+        workspace: Where the artifact goes.
+        base: Whose tokenizer and chat template render the rows.
+
+    Raises:
+        DataError: A source leads nowhere, too many rows are unusable or too long, or there are
+            too few to split.
+    """
+    refuse_mismatched_formats(config)
+    files = find_files(config.data)
+    rendering = Rendering(str(base.path), config.model.chat_template, config.task, config.data)
+    contents = {file.path: file.sha256() for file in files}
+    parts: dict[str, Any] = {
+        "task": config.task.model_dump(),
+        "data": config.data.model_dump(),
+        "renderer": rendering.renderer().hash,
+        "files": contents,
+    }
+    identity = fingerprint("prepare", CODE_VERSION, **parts)
+    existing = workspace.find("datasets", config.name, identity)
+    if existing is not None:
+        return Published(existing, reused=True)
+    with workspace.draft("datasets", config.name, identity) as draft:
+        metrics = _build(config, files, rendering, draft)
+        artifact = draft.publish(
+            config={**parts, "chat_template": config.model.chat_template, "files": len(files)},
+            resources=config.resources.model_dump(),
+            inputs=[f"{path} sha256:{digest}" for path, digest in contents.items()]
+            + [f"{base.name} sha256:{base.fingerprint}"],
+            metrics=metrics,
+        )
+    return Published(artifact, reused=False)
+
+
+def _build(
+    config: TuneloopConfig, files: list[SourceFile], rendering: Rendering, draft: Draft
+) -> dict[str, Any]:
+    """Write the artifact's files and return its metrics."""
+    seconds: dict[str, float] = {}
+    with _timed("read", seconds):
+        stages.warm_up(rendering)
+        rows = stages.read_files(files, config)
+        unreadable = _refuse_unreadable(rows, config)
+    total = rows.count()
+    logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, unreadable))
+    with _timed("tokenize", seconds):
+        rows = stages.render_rows(rows, rendering)
+        outcome = _outcome(stages.collect(rows, _COLUMNS), seconds)
+        _drop_unusable(outcome, unreadable, config)
+    num_tokens = int(np.sum(outcome.table["num_tokens"].to_numpy()))
+    logger.info(
+        "tokenized %s tokens, %s a second",
+        f"{num_tokens:,}",
+        _rate(num_tokens, seconds["tokenize"]),
+    )
+    with _timed("dedup", seconds):
+        _drop_duplicates(outcome, rows, rendering)
+    logger.info("removed %s duplicate rows", f"{outcome.stage.count('dedup'):,}")
+    _split(outcome, config)
+    with _timed("write", seconds):
+        columns = stages.column_schema(rows)
+        tables = stages.final_rows(rows, _fates(outcome), columns, rendering)
+        is_text = config.task.type == "language_modeling"
+        written = write_sides(tables, columns, is_text, Path(draft.path))
+    logger.info(
+        "wrote %s train, %s test and %s removed rows",
+        *(f"{written[name].num_rows:,}" for name in ("train", "test", "removed")),
+    )
+    write_card(config, outcome, written, draft.path)
+    return {
+        "num_train_rows": written["train"].num_rows,
+        "num_test_rows": written["test"].num_rows,
+        "num_removed": written["removed"].num_rows,
+        "num_train_tokens": sum(written["train"].num_tokens),
+        "num_target_tokens": sum(written["train"].num_target_tokens),
+    }
+
+
+def _refuse_unreadable(rows: Any, config: TuneloopConfig) -> set[int]:
+    """Return the keys of the unusable rows, or raise DataError if there are too many."""
+    problems = stages.collect(rows, ["source", "problem"])
+    if problems is None:
+        refuse_bad_rows([], 0, config.data)
+    keys, places, texts = (problems[name].to_pylist() for name in ("key", "source", "problem"))
+    bad = [(key, place, text) for key, place, text in zip(keys, places, texts, strict=True) if text]
+    refuse_bad_rows([(place, text) for _, place, text in bad], len(keys), config.data)
+    return {key for key, _, _ in bad}
+
+
+def _outcome(table: Any, seconds: dict[str, float]) -> Outcome:
+    count = table.num_rows
+    seen: Counter[str] = Counter()
+    row_ids: list[str] = []
+    # What a row says identifies it; copies are numbered in the order they are read.
+    for content in table["content_id"].to_pylist():
+        seen[content] += 1
+        row_ids.append(content if seen[content] == 1 else f"{content}-{seen[content]}")
+    return Outcome(
+        table,
+        row_ids,
+        side=np.zeros(count, dtype=np.int64),
+        rank=np.arange(count, dtype=np.int64),
+        stage=[""] * count,
+        reason=[""] * count,
+        seconds=seconds,
+    )
+
+
+def _drop_unusable(outcome: Outcome, unreadable: set[int], config: TuneloopConfig) -> None:
+    """Remove rows that could not be read, rendered, or are too long.
+
+    Raises:
+        DataError: More than `max_bad_rows_ratio`, or too long with `too_long: error`.
+    """
+    table, data = outcome.table, config.data
+    bad, too_long = [], []
+    limited = config.task.type != "language_modeling"
+    columns = [table[name].to_pylist() for name in ("key", "source", "problem", "num_tokens")]
+    for index, (key, source, problem, length) in enumerate(zip(*columns, strict=True)):
+        if problem:
+            bad.append((source, problem))
+            outcome.remove(index, "read" if key in unreadable else "tokenize", reason_of(problem))
+        elif limited and length > data.max_seq_len:
+            too_long.append((source, length))
+            outcome.remove(index, "tokenize", f"{length} tokens, more than {data.max_seq_len}")
+    refuse_bad_rows(bad, table.num_rows, data)
+    if too_long and (data.too_long == "error" or len(bad) + len(too_long) == table.num_rows):
+        raise DataError(too_long_problem(too_long, table.num_rows, data))
+    outcome.usable = np.flatnonzero(outcome.side != stages.REMOVED)
+
+
+def _drop_duplicates(outcome: Outcome, rows: Any, rendering: Rendering) -> None:
+    table = outcome.table.take(outcome.usable)
+    keys = table["key"].to_numpy()
+    content, length = table["content_id"].to_numpy(), table["num_characters"].to_numpy()
+    # People's rows before generated ones, then the longer; ties by what they say.
+    order = np.lexsort((keys, content.astype(str), -length, table["synthetic"].to_numpy()))
+    preference = np.empty(len(keys), dtype=np.int64)
+    preference[order] = np.arange(len(keys))
+    bands = table["bands"].combine_chunks()
+    config = rendering.data.dedup
+
+    def fetch(indices: Any) -> dict[int, Any]:
+        sets = stages.fetch_shingles(rows, keys[indices], rendering)
+        return {int(index): sets[int(keys[index])] for index in indices}
+
+    duplicates = find_duplicates(
+        Keys(
+            table["exact_key"].to_numpy(),
+            bands.flatten().to_numpy().reshape(len(keys), -1),
+            preference,
+        ),
+        config,
+        fetch,
+    )
+    outcome.duplicates = duplicates
+    for index in duplicates.removed.tolist():
+        kept = outcome.row_ids[outcome.usable[duplicates.kept[index]]]
+        kind = "exact" if duplicates.exact[index] else "near"
+        outcome.remove(int(outcome.usable[index]), "dedup", f"{kind} duplicate of {kept}")
+
+
+def _split(outcome: Outcome, config: TuneloopConfig) -> None:
+    assert outcome.duplicates is not None
+    stays = np.ones(len(outcome.usable), dtype=bool)
+    stays[outcome.duplicates.removed] = False
+    rows = outcome.usable[stays]
+    table = outcome.table.take(rows)
+    split = split_rows(
+        [outcome.row_ids[index] for index in rows],
+        table["group"].to_pylist(),
+        [outcome.duplicates.cluster[stays], table["prompt_key"].to_numpy()],
+        config.data,
+    )
+    for side, indices in ((stages.TRAIN, split.train), (stages.TEST, split.test)):
+        outcome.side[rows[indices]] = side
+        outcome.rank[rows[indices]] = np.arange(len(indices))
+    for index, reason in split.surplus.items():
+        outcome.remove(int(rows[index]), "split", reason)
+    outcome.split = split
+
+
+def _fates(outcome: Outcome) -> Any:
+    import pyarrow as pa
+
+    assert outcome.duplicates is not None
+    kept: list[str | None] = [None] * len(outcome.row_ids)
+    similarity: list[float | None] = [None] * len(outcome.row_ids)
+    for index in outcome.duplicates.removed.tolist():
+        place = int(outcome.usable[index])
+        kept[place] = outcome.row_ids[outcome.usable[outcome.duplicates.kept[index]]]
+        similarity[place] = float(outcome.duplicates.similarity[index])
+    return pa.table(
+        {
+            "key": outcome.table["key"],
+            "side": pa.array(outcome.side, pa.int8()),
+            "rank": outcome.rank,
+            "row_id": outcome.row_ids,
+            "source": outcome.table["source"],
+            "stage": outcome.stage,
+            "reason": outcome.reason,
+            "kept_row_id": pa.array(kept, pa.string()),
+            "similarity": pa.array(similarity, pa.float64()),
+        }
+    )
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[stage] = round(time.monotonic() - started, 3)
+
+
+def _counts(total: int, files: list[SourceFile], unreadable: set[int]) -> tuple[str, str, str]:
+    number = len(files)
+    return f"{total:,}", f"{number:,} file{'s' * (number > 1)}", f"{len(unreadable):,}"
+
+
+def _rate(amount: int, seconds: float) -> str:
+    return f"{amount / max(seconds, 1e-9):,.0f}"

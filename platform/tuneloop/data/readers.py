@@ -1,0 +1,281 @@
+"""Reading files row by row: every row becomes a conversation or a reason, never an exception.
+
+A row's place is `path:N`. N is the line in JSONL, CSV and TSV, the position from 1 in JSON arrays
+and Parquet, and 1 for a plain text document.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tuneloop.config import TaskConfig, TuneloopConfig
+from tuneloop.data.files import DOCUMENTS, SourceFile
+from tuneloop.data.formats import (
+    FileError,
+    RowError,
+    missing_column,
+    to_document,
+    to_messages,
+    used_columns,
+)
+from tuneloop.records import Message
+
+# Columns of the dataset artifact: a user's column of the same name is carried as `original_NAME`.
+RESERVED = frozenset(
+    {"row_id", "source", "synthetic", "messages", "text", "input_ids", "loss_mask", "num_tokens"}
+)
+_KEPT_OF_BAD_ROW = 10_000
+_ROWS_PER_FILE_BITS = 40
+
+
+def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterator[dict[str, Any]]:
+    """Yield every row of a file, usable or not, with the columns of `row_schema`.
+
+    Args:
+        file: What to read.
+        position: Index of the file among all; orders rows across files.
+        config: Layout of the source, task and split.
+    """
+    source = config.data.sources[file.source]
+    group_by = config.data.split.group_by
+    used = used_columns(source)
+    for number, (line, record) in enumerate(_records(file)):
+        row = {
+            "key": (position << _ROWS_PER_FILE_BITS) + number,
+            "source": f"{file.path}:{line}",
+            "problem": "",
+            "messages": [],
+            "text": "",
+            "group": "",
+            "synthetic": False,
+            "extra": "{}",
+        }
+        try:
+            if isinstance(record, RowError):
+                raise record
+            if config.task.type == "language_modeling":
+                row["text"] = to_document(record)
+            else:
+                messages = to_messages(record, source, config.task)
+                row["messages"] = [
+                    {"role": message.role, "content": message.content}
+                    for message in with_instruction(messages, config.task)
+                ]
+            if group_by is not None:
+                row["group"] = _group(record, group_by)
+            row["synthetic"] = record.get("synthetic") is True
+            extra = {
+                own_name(name): value
+                for name, value in record.items()
+                if name not in used and name != "synthetic"
+            }
+            row["extra"] = json.dumps(extra, ensure_ascii=False, default=str)
+        except RowError as error:
+            row["problem"] = json.dumps(
+                {**vars(error), "fatal": isinstance(error, FileError)}, ensure_ascii=False
+            )
+            row["text"] = _raw(record, error)[:_KEPT_OF_BAD_ROW]
+        yield row
+
+
+def own_name(column: str) -> str:
+    """Return the name under which a user's column is carried."""
+    is_taken = column in RESERVED or column.startswith("#")
+    return f"original_{column.removeprefix('#')}" if is_taken else column
+
+
+def row_schema() -> Any:
+    """Return the Arrow schema of rows between reading and tokenizing.
+
+    `problem` is empty or JSON of what, got, allowed, remedy and fatal; `extra` is JSON of the
+    user's own columns, whose types need not agree between files.
+    """
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.schema(
+        [
+            ("key", pa.int64()),
+            ("source", pa.string()),
+            ("problem", pa.string()),
+            ("messages", pa.list_(message)),
+            ("text", pa.string()),
+            ("group", pa.string()),
+            ("synthetic", pa.bool_()),
+            ("extra", pa.string()),
+        ]
+    )
+
+
+def with_instruction(messages: list[Message], task: TaskConfig) -> list[Message]:
+    """Return the messages with `task.instruction` as, or before, the system message."""
+    instruction = task.instruction.strip()
+    if not instruction:
+        return messages
+    if messages[0].role == "system":
+        text = f"{instruction}\n\n{messages[0].content}"
+        return [Message("system", text), *messages[1:]]
+    return [Message("system", instruction), *messages]
+
+
+def without_instruction(messages: list[dict[str, str]], task: TaskConfig) -> list[dict[str, str]]:
+    """Return what a row itself says: `with_instruction` undone, for comparing rows."""
+    instruction = task.instruction.strip()
+    if not instruction:
+        return messages
+    own = messages[0]["content"][len(instruction) :].strip()
+    return [{"role": "system", "content": own}] * bool(own) + list(messages[1:])
+
+
+def _records(file: SourceFile) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    """Yield (line, row) of a file; a row that cannot be parsed is its error."""
+    try:
+        with file.open() as stream:
+            if file.suffix in (".jsonl", ".ndjson"):
+                yield from _json_lines(stream)
+            elif file.suffix == ".json":
+                yield from _json_array(stream)
+            elif file.suffix in (".csv", ".tsv"):
+                yield from _separated(stream, "\t" if file.suffix == ".tsv" else ",")
+            elif file.suffix == ".parquet":
+                yield from _parquet(stream)
+            elif file.suffix == ".arrow":
+                yield from _arrow(stream)
+            elif file.suffix in DOCUMENTS:
+                yield 1, {"text": stream.read().decode()}
+    except UnicodeDecodeError as error:
+        yield 1, FileError("the file is not UTF-8", got=f"byte {error.object[error.start]:#04x}")
+    except OSError as error:
+        yield 1, FileError("the file cannot be read", got=str(error))
+
+
+def _json_lines(stream: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    for line, data in enumerate(io.BufferedReader(stream, 1 << 20), 1):
+        if not data.strip():
+            continue
+        try:
+            record = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            yield line, RowError("the line is not UTF-8", got=f"byte {byte:#04x}")
+        except ValueError as error:
+            text = data.decode(errors="replace").rstrip("\n")
+            got = f"{error}: {text if len(text) <= 80 else text[:77] + '…'}"
+            yield line, RowError("the line is not valid JSON", got=got, allowed="one JSON object")
+        else:
+            yield line, _object(record)
+
+
+def _json_array(stream: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    try:
+        records = json.loads(stream.read())
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        yield (
+            line,
+            FileError(
+                "the file is not valid JSON",
+                got=str(error),
+                remedy="one object per line is `.jsonl`",
+            ),
+        )
+        return
+    if not isinstance(records, list):
+        yield (
+            1,
+            FileError(
+                "the file is not a list",
+                got=type(records).__name__,
+                allowed="a list of objects",
+                remedy="one object per line is `.jsonl`",
+            ),
+        )
+        return
+    for number, record in enumerate(records, 1):
+        yield number, _object(record)
+
+
+def _separated(stream: Any, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    csv.field_size_limit(1 << 30)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, RowError("the line is not valid CSV", got=str(error))
+            continue
+        if not header:
+            header = [name.strip() for name in values]
+        elif len(values) == len(header):
+            yield line, dict(zip(header, values, strict=True))
+        elif values:
+            yield (
+                line,
+                RowError(
+                    "the row has another number of columns than the header",
+                    got=str(len(values)),
+                    allowed=str(len(header)),
+                    remedy="put values with separators or line breaks in double quotes",
+                ),
+            )
+
+
+def _parquet(stream: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        # Parquet is read from its end: a stream that cannot seek is taken as a whole.
+        seekable = stream if stream.seekable() else pa.BufferReader(stream.read())
+        for batch in parquet.ParquetFile(seekable).iter_batches(1024):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except pa.ArrowInvalid as error:
+        yield number + 1, FileError("the file is not valid Parquet", got=str(error))
+
+
+def _arrow(stream: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for batch in pa.ipc.open_stream(stream):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except pa.ArrowInvalid as error:
+        yield number + 1, FileError("the file is not a valid Arrow stream", got=str(error))
+
+
+def _object(record: Any) -> dict[str, Any] | RowError:
+    if isinstance(record, dict):
+        return record
+    return RowError("the row is not an object", got=type(record).__name__, allowed="a JSON object")
+
+
+def _group(record: Mapping[str, Any], column: str) -> str:
+    if column not in record:
+        raise missing_column(column, record, "set data.split.group_by to a column of the rows")
+    value = record[column]
+    if value is None or value == "":
+        raise RowError(f"`{column}` is empty, and data.split.group_by needs it")
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+def _raw(record: dict[str, Any] | RowError, error: RowError) -> str:
+    if isinstance(record, RowError):
+        return error.got
+    return json.dumps(record, ensure_ascii=False, default=str)

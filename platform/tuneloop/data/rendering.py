@@ -1,0 +1,181 @@
+"""Tokenizing rows with the model's own rendering, and computing what they are compared by."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from tuneloop.config import DataConfig, TaskConfig
+from tuneloop.data.readers import row_schema, without_instruction
+from tuneloop.data.signatures import (
+    Hashes,
+    band_hashes,
+    compared_text,
+    normalised_hash,
+    shingles,
+)
+from tuneloop.models.chat import Renderer, RenderError
+from tuneloop.records import Message, Sample
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How rows are rendered, small enough to send to every worker.
+
+    Args:
+        path: Model directory with the tokenizer.
+        chat_template: As in `model.chat_template`.
+    """
+
+    path: str
+    chat_template: str
+    task: TaskConfig
+    data: DataConfig
+
+    def renderer(self) -> Renderer:
+        """Return the renderer, loaded once per process."""
+        return _load(self.path, self.chat_template)
+
+
+@lru_cache(maxsize=2)
+def _load(path: str, chat_template: str) -> Renderer:
+    return Renderer.load(path, chat_template)
+
+
+def sample_of(row: Mapping[str, Any], renderer: Renderer) -> Sample:
+    """Return a row's ids and loss mask.
+
+    Raises:
+        RenderError: It cannot be rendered, or nothing or everything in it would be a target.
+    """
+    if not row["messages"]:
+        ids = renderer.text_ids(row["text"])
+        end = renderer.tokenizer.eos_token_id
+        if end is not None and ids[-1:] != [end]:
+            ids = [*ids, end]
+        return Sample(ids, [1] * len(ids))
+    sample = renderer.sample([Message(m["role"], m["content"]) for m in row["messages"]])
+    targets = sum(sample.loss_mask)
+    if not targets:
+        raise RenderError("no token of the row is a target (loss mask 0%)")
+    if targets == len(sample.loss_mask):
+        raise RenderError("every token of the row is a target (loss mask 100%)")
+    if not sample.loss_mask[-1] or sample.input_ids[-1] not in renderer.stop_ids:
+        raise RenderError("the answer's stop token is outside the loss mask")
+    return sample
+
+
+def rendered_schema(data: DataConfig) -> Any:
+    """Return the Arrow schema of tokenized rows.
+
+    To the columns of `row_schema` come `content_id` (hash of what the row itself says), the
+    tokens, and the keys by which rows are compared.
+    """
+    import pyarrow as pa
+
+    from tuneloop.data.signatures import band_shape
+
+    bands, _ = band_shape(data.dedup.threshold)
+    schema = row_schema()
+    for name, kind in [
+        ("content_id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.int8())),
+        ("num_tokens", pa.int32()),
+        ("num_target_tokens", pa.int32()),
+        ("num_characters", pa.int32()),
+        ("exact_key", pa.int64()),
+        ("prompt_key", pa.int64()),
+        ("bands", pa.list_(pa.uint64(), bands)),
+    ]:
+        schema = schema.append(pa.field(name, kind))
+    return schema
+
+
+def render_batch(table: Any, rendering: Rendering) -> Any:
+    """Return an Arrow table of rows with tokens and keys added, by `rendered_schema`."""
+    import pyarrow as pa
+
+    renderer, data = rendering.renderer(), rendering.data
+    rows = table.to_pylist()
+    texts: list[str] = []
+    for row in rows:
+        own = without_instruction(row["messages"], rendering.task) if row["messages"] else []
+        text = compared_text(own, row["text"], data.dedup.on)
+        row["content_id"] = content_id(own, row["text"])
+        row["exact_key"] = normalised_hash(text)
+        row["prompt_key"] = (
+            normalised_hash(compared_text(own, "", "prompt")) if own else row["exact_key"]
+        )
+        row["num_characters"] = sum(len(message["content"]) for message in own) or len(row["text"])
+        texts.append(text)
+        sample = Sample([], [])
+        if not row["problem"]:
+            try:
+                sample = sample_of(row, renderer)
+            except RenderError as error:
+                row["problem"] = str(error)
+        row["input_ids"], row["loss_mask"] = sample.input_ids, sample.loss_mask
+        row["num_tokens"], row["num_target_tokens"] = (
+            len(sample.input_ids),
+            sum(sample.loss_mask),
+        )
+    bands = band_hashes(shingles(texts, data.dedup.ngram_words), data.dedup.threshold)
+    for row, values in zip(rows, bands, strict=True):
+        row["bands"] = values
+    return pa.Table.from_pylist(rows, schema=rendered_schema(data))
+
+
+def shingles_of_rows(table: Any, keys: Any, rendering: Rendering) -> Any:
+    """Return `key` and the sorted distinct `shingles` of the rows whose key is wanted.
+
+    Args:
+        keys: Sorted array of keys.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    chosen = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, pa.int64())))
+    task, data = rendering.task, rendering.data
+    texts = [
+        compared_text(
+            without_instruction(row["messages"], task) if row["messages"] else [],
+            row["text"],
+            data.dedup.on,
+        )
+        for row in chosen.select(["messages", "text"]).to_pylist()
+    ]
+    sets: list[Hashes] = shingles(texts, data.dedup.ngram_words).sets() if texts else []
+    return pa.table(
+        {
+            "key": chosen["key"],
+            "shingles": pa.array(sets, pa.list_(pa.uint64())),
+        }
+    )
+
+
+def content_id(messages: list[dict[str, str]], text: str) -> str:
+    """Return 20 hexadecimal digits that identify what a row says, wherever it was read."""
+    parts = [part for m in messages for part in (m["role"], m["content"])] or [text]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()[:20]
+
+
+def chunks(ids: list[int], max_seq_len: int) -> list[list[int]]:
+    """Return a document's ids cut into pieces of at most `max_seq_len` tokens."""
+    return [ids[start : start + max_seq_len] for start in range(0, len(ids), max_seq_len)]
+
+
+def percentiles(values: Any, points: tuple[int, ...] = (50, 90, 95, 99, 100)) -> dict[str, int]:
+    """Return whole-number percentiles by name, such as `p95`; `max` for 100. Empty for none."""
+    if not len(values):
+        return {}
+    found = np.percentile(np.asarray(values), points, method="higher")
+    return {
+        "max" if point == 100 else f"p{point}": int(value)
+        for point, value in zip(points, found, strict=True)
+    }

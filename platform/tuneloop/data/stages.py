@@ -1,0 +1,257 @@
+"""The steps that Ray Data runs over the rows, and the small tables that come back from them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tuneloop.config import TuneloopConfig
+from tuneloop.data.files import SourceFile
+from tuneloop.data.readers import read_rows, row_schema
+from tuneloop.data.rendering import Rendering, chunks, render_batch, shingles_of_rows
+from tuneloop.data.signatures import Hashes
+
+_ROWS_PER_BLOCK = 2000
+_SORTED_HERE_BYTES = 256 << 20
+TRAIN, TEST, REMOVED = 0, 1, 2
+_SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
+
+
+def warm_up(rendering: Rendering) -> None:
+    """Let a worker import and load the tokenizer while the files are being read."""
+    import ray
+
+    ray.remote(num_cpus=1)(_load_renderer).remote(rendering)
+
+
+def read_files(files: list[SourceFile], config: TuneloopConfig) -> Any:
+    """Return a Ray dataset of all rows by `row_schema`: one read task for each file."""
+    import ray.data
+
+    items = [{"position": position} for position in range(len(files))]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    read = functools.partial(_read_batch, files=ray.put(files), config=config)
+    blocks = dataset.map_batches(read, batch_size=1, batch_format="pyarrow")
+    return blocks.materialize()
+
+
+def render_rows(rows: Any, rendering: Rendering) -> Any:
+    """Return the Ray dataset of tokenized rows by `rendered_schema`."""
+    num_blocks = max(1, -(-rows.count() // _ROWS_PER_BLOCK))
+    if rows.num_blocks() < num_blocks:
+        rows = rows.repartition(num_blocks)
+    render = functools.partial(render_batch, rendering=rendering)
+    return rows.map_batches(
+        render, batch_size=_ROWS_PER_BLOCK, batch_format="pyarrow"
+    ).materialize()
+
+
+def collect(rows: Any, columns: list[str]) -> Any:
+    """Return some columns of all rows as one Arrow table in the order of `key`."""
+    import pyarrow as pa
+
+    wanted = list(dict.fromkeys(["key", *columns]))
+    batches = rows.select_columns(wanted).iter_batches(batch_size=None, batch_format="pyarrow")
+    tables = [batch.select(wanted) for batch in batches if batch.num_rows]
+    if not tables:
+        return None
+    return pa.concat_tables(tables).combine_chunks().sort_by("key")
+
+
+def fetch_shingles(rows: Any, keys: Any, rendering: Rendering) -> dict[int, Hashes]:
+    """Return the sorted distinct shingle hashes of the rows with some keys, by key."""
+    select = functools.partial(shingles_of_rows, keys=np.sort(keys), rendering=rendering)
+    found: dict[int, Hashes] = {}
+    columns = rows.select_columns(["key", "messages", "text"])
+    for batch in columns.map_batches(select, batch_format="pyarrow").iter_batches(
+        batch_size=None, batch_format="pyarrow"
+    ):
+        for key, values in zip(batch["key"].to_pylist(), batch["shingles"], strict=True):
+            found[key] = values.values.to_numpy(zero_copy_only=False).astype(np.uint64)
+    return found
+
+
+def column_schema(rows: Any) -> Any:
+    """Return the Arrow schema of the user's own columns, over all rows.
+
+    A column whose values have types that do not go together becomes a string of JSON.
+    """
+    import pyarrow as pa
+
+    found: list[Any] = []
+    batches = rows.select_columns(["extra"]).map_batches(_column_types, batch_format="pyarrow")
+    for batch in batches.iter_batches(batch_size=None, batch_format="pyarrow"):
+        found += [pa.ipc.read_schema(pa.py_buffer(data)) for data in batch["schema"].to_pylist()]
+    fields: dict[str, Any] = {}
+    for field in itertools.chain.from_iterable(found):
+        known = fields.get(field.name, field)
+        try:
+            merged = pa.unify_schemas(
+                [pa.schema([known]), pa.schema([field])], promote_options="permissive"
+            ).field(0)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            merged = pa.field(field.name, pa.string(), metadata={"encoding": "json"})
+        fields[field.name] = merged
+    return pa.schema(
+        [
+            field if field.type != pa.null() else field.with_type(pa.string())
+            for _, field in sorted(fields.items())
+        ]
+    )
+
+
+def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Iterator[Any]:
+    """Yield Arrow tables of finished rows in the order to write; `#side` says where they go.
+
+    Args:
+        fates: Arrow table in the order of `key` with side, rank, row_id, stage, reason,
+            kept_row_id and similarity of every row.
+        columns: Of `column_schema`.
+    """
+    import pyarrow as pa
+    import ray
+
+    finish = functools.partial(
+        _finish_batch, fates=ray.put(fates), columns=columns, rendering=rendering
+    )
+    finished = rows.map_batches(finish, batch_size=_ROWS_PER_BLOCK, batch_format="pyarrow")
+    finished = finished.materialize()
+    if finished.size_bytes() > _SORTED_HERE_BYTES:
+        yield from finished.sort("#order").iter_batches(batch_size=4096, batch_format="pyarrow")
+        return
+    # Ray's distributed sort costs seconds before it moves the first row.
+    batches = finished.iter_batches(batch_size=None, batch_format="pyarrow")
+    yield pa.concat_tables(list(batches)).sort_by("#order")
+
+
+def _load_renderer(rendering: Rendering) -> None:
+    rendering.renderer()
+
+
+def _read_batch(table: Any, files: Any, config: TuneloopConfig) -> Iterator[Any]:
+    import pyarrow as pa
+    import ray
+
+    sources = ray.get(files)
+    schema = row_schema()
+    for position in table["position"].to_pylist():
+        rows = read_rows(sources[position], position, config)
+        while chunk := list(itertools.islice(rows, _ROWS_PER_BLOCK)):
+            yield pa.Table.from_pylist(chunk, schema=schema)
+    yield schema.empty_table()
+
+
+def _column_types(table: Any) -> Any:
+    import pyarrow as pa
+
+    values: dict[str, list[Any]] = {}
+    for text in table["extra"].to_pylist():
+        for name, value in json.loads(text).items():
+            values.setdefault(name, []).append(value)
+    fields = []
+    for name, items in values.items():
+        try:
+            fields.append(pa.field(name, pa.array(items).type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            fields.append(pa.field(name, pa.string(), metadata={"encoding": "json"}))
+    return pa.table({"schema": [pa.schema(fields).serialize().to_pybytes()]})
+
+
+def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) -> Any:
+    import pyarrow as pa
+    import ray
+
+    all_fates = ray.get(fates)
+    places = np.searchsorted(all_fates["key"].to_numpy(), table["key"].to_numpy())
+    found = all_fates.take(pa.array(places)).to_pylist()
+    is_text = rendering.task.type == "language_modeling"
+    finished: list[dict[str, Any]] = []
+    for row, fate in zip(table.to_pylist(), found, strict=True):
+        own = json.loads(row["extra"])
+        contents = [message["content"] for message in row["messages"]]
+        row |= {field.name: _value(own.get(field.name), field) for field in columns}
+        row |= {f"#{name}": value for name, value in fate.items()}
+        row["row_id"] = fate["row_id"]
+        row["#text"] = "\n\n".join(contents) or row["text"]
+        row["#order"] = (fate["side"] << _SIDE_SHIFT) + (fate["rank"] << _CHUNK_SHIFT)
+        if is_text and fate["side"] != REMOVED:
+            finished += _chunk_rows(row, rendering)
+        else:
+            finished.append(row)
+    return pa.Table.from_pylist(finished, schema=_finished_schema(columns))
+
+
+def _chunk_rows(row: dict[str, Any], rendering: Rendering) -> Iterator[dict[str, Any]]:
+    pieces = chunks(row["input_ids"], rendering.data.max_seq_len)
+    decode = rendering.renderer().decode
+    for number, ids in enumerate(pieces):
+        yield row | {
+            "#order": row["#order"] + number,
+            "row_id": row["row_id"] if len(pieces) == 1 else f"{row['row_id']}.{number}",
+            "#text": row["text"] if len(pieces) == 1 else decode(ids),
+            "input_ids": ids,
+            "loss_mask": [1] * len(ids),
+            "num_tokens": len(ids),
+        }
+
+
+def _value(value: Any, field: Any) -> Any:
+    if field.metadata and value is not None:
+        return json.dumps(value, ensure_ascii=False)
+    return value
+
+
+def _finished_schema(columns: Any) -> Any:
+    """Return the schema of finished rows; no column of a user's can be called `#…` inside."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            *dataset_schema(columns),
+            ("#order", pa.int64()),
+            ("#side", pa.int8()),
+            *[(f"#{field.name}", field.type) for field in removed_schema()],
+        ]
+    )
+
+
+def dataset_schema(columns: Any, is_text: bool = False) -> Any:
+    """Return the Arrow schema of train and test files."""
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    content = ("text", pa.string()) if is_text else ("messages", pa.list_(message))
+    return pa.schema(
+        [
+            ("row_id", pa.string()),
+            ("source", pa.string()),
+            ("synthetic", pa.bool_()),
+            content,
+            ("input_ids", pa.list_(pa.int32())),
+            ("loss_mask", pa.list_(pa.int8())),
+            ("num_tokens", pa.int32()),
+            *[(field.name, field.type) for field in columns],
+        ]
+    )
+
+
+def removed_schema() -> Any:
+    """Return the Arrow schema of `removed/`; `source` is the row's file and line."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("row_id", pa.string()),
+            ("stage", pa.string()),
+            ("reason", pa.string()),
+            ("kept_row_id", pa.string()),
+            ("similarity", pa.float64()),
+            ("text", pa.string()),
+            ("source", pa.string()),
+        ]
+    )

@@ -1,0 +1,109 @@
+"""Telling all that is wrong with the rows in one message, before any long work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from tuneloop.config import DataConfig, TuneloopConfig
+from tuneloop.errors import DataError, Problem
+
+_PLACES = 3
+_KINDS = 5
+
+BadRow = tuple[str, str]  # (place, JSON of what, got, allowed, remedy, fatal; or a plain reason)
+
+
+def refuse_mismatched_formats(config: TuneloopConfig) -> None:
+    """Raise DataError where a source's format does not fit the task."""
+    is_text = config.task.type == "language_modeling"
+    problems = [
+        Problem(
+            "format and task do not fit together",
+            where=f"data.sources.{index}.format",
+            got=f"{source.format} for task.type {config.task.type}",
+            allowed="text" if is_text else "any format but text",
+            remedy="plain text is learned with task.type language_modeling" if not is_text else "",
+        )
+        for index, source in enumerate(config.data.sources)
+        if (source.format == "text") != is_text
+    ]
+    if problems:
+        raise DataError(*problems)
+
+
+def reason_of(problem: str) -> str:
+    """Return a bad row's reason in one line, for `removed/`."""
+    details = _details(problem)
+    return f"{details['what']}: {details['got']}" if details["got"] else details["what"]
+
+
+def bad_row_problems(bad: Sequence[BadRow], total: int, data: DataConfig) -> list[Problem]:
+    """Return one problem for each kind of mistake in the rows, the most frequent first."""
+    by_kind: dict[str, list[BadRow]] = {}
+    for row in bad:
+        by_kind.setdefault(_details(row[1])["what"], []).append(row)
+    problems = []
+    ranked = sorted(by_kind.items(), key=lambda item: -len(item[1]))
+    for what, rows in ranked[:_KINDS]:
+        details = _details(rows[0][1])
+        places = ", ".join(place for place, _ in rows[:_PLACES])
+        more = f", and {len(rows) - _PLACES:,} more" if len(rows) > _PLACES else ""
+        problems.append(
+            Problem(what, places + more, details["got"], details["allowed"], details["remedy"])
+        )
+    rest = sum(len(rows) for _, rows in ranked[_KINDS:])
+    if rest:
+        problems.append(Problem(f"{rest:,} more rows have other mistakes"))
+    if bad and not any(_details(problem)["fatal"] for _, problem in bad):
+        share = len(bad) / total
+        last = problems.pop()
+        advice = (
+            f"mend the rows, or drop them with data.max_bad_rows_ratio={_ceiling(share):g} "
+            f"({len(bad):,} of {total:,} rows cannot be used; {data.max_bad_rows_ratio:g} "
+            "is allowed)"
+        )
+        remedy = f"{last.remedy}; or {advice}" if last.remedy else advice
+        problems.append(Problem(last.what, last.where, last.got, last.allowed, remedy))
+    return problems
+
+
+def refuse_bad_rows(bad: Sequence[BadRow], total: int, data: DataConfig) -> None:
+    """Raise DataError if more rows are bad than allowed, a file is unreadable, or none is left."""
+    if total == 0:
+        raise DataError(
+            Problem(
+                "the data set is empty",
+                where=", ".join(source.path for source in data.sources),
+                got="no rows",
+                allowed="at least two",
+            )
+        )
+    fatal = any(_details(problem)["fatal"] for _, problem in bad)
+    if fatal or len(bad) == total or len(bad) > data.max_bad_rows_ratio * total:
+        raise DataError(*bad_row_problems(bad, total, data))
+
+
+def too_long_problem(rows: Sequence[tuple[str, int]], total: int, data: DataConfig) -> Problem:
+    """Return the problem of rows longer than `max_seq_len`, given as (place, tokens)."""
+    longest = max(length for _, length in rows)
+    places = ", ".join(f"{place} ({length:,} tokens)" for place, length in rows[:_PLACES])
+    more = f", and {len(rows) - _PLACES:,} more" if len(rows) > _PLACES else ""
+    return Problem(
+        f"{len(rows):,} of {total:,} rows are longer than data.max_seq_len",
+        where=places + more,
+        got=f"up to {longest:,} tokens",
+        allowed=f"at most {data.max_seq_len:,}",
+        remedy=f"set data.max_seq_len={longest}, or data.too_long=drop",
+    )
+
+
+def _details(problem: str) -> dict[str, str]:
+    if problem.startswith("{"):
+        return json.loads(problem)
+    return {"what": problem, "got": "", "allowed": "", "remedy": "", "fatal": ""}
+
+
+def _ceiling(share: float) -> float:
+    """Return a share rounded up to two digits, so that it suffices when it is set."""
+    return min(1.0, -(-share * 1000 // 1) / 1000)

@@ -1,0 +1,105 @@
+"""Writing the finished rows of a dataset artifact as Parquet, in streaming fashion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tuneloop.data.stages import REMOVED, TEST, TRAIN, dataset_schema, removed_schema
+
+_ROWS_PER_FILE = 100_000
+_SIDES = {TRAIN: "train", TEST: "test", REMOVED: "removed"}
+
+
+@dataclass
+class Written:
+    """What has been written of one side.
+
+    Args:
+        num_tokens: Length of each row, in tokens.
+        num_target_tokens: Targets of each row.
+        first: The first few rows, for the card.
+    """
+
+    num_rows: int = 0
+    num_tokens: list[int] = field(default_factory=list)
+    num_target_tokens: list[int] = field(default_factory=list)
+    first: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_sides(
+    tables: Iterable[Any], columns: Any, is_text: bool, path: Path
+) -> dict[str, Written]:
+    """Write `train/`, `test/` and `removed/` under `path` and return what is in them.
+
+    Args:
+        tables: Of `stages.final_rows`, sorted by side.
+        columns: Schema of the user's own columns.
+        is_text: Rows have `text` in place of `messages`.
+    """
+    data_schema = dataset_schema(columns, is_text)
+    writers = {
+        name: _SideWriter(path / name, removed_schema() if side == REMOVED else data_schema)
+        for side, name in _SIDES.items()
+    }
+    try:
+        for table in tables:
+            sides = table["#side"].to_pylist()
+            start = 0
+            while start < len(sides):
+                stop = start
+                while stop < len(sides) and sides[stop] == sides[start]:
+                    stop += 1
+                writers[_SIDES[sides[start]]].write(table.slice(start, stop - start))
+                start = stop
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return {name: writer.written for name, writer in writers.items()}
+
+
+class _SideWriter:
+    """Parquet files of one side; there is always at least one, if only an empty one."""
+
+    def __init__(self, folder: Path, schema: Any) -> None:
+        self.folder, self.schema = folder, schema
+        self.written = Written()
+        self._num_files = 0
+        self._rows_in_file = 0
+        folder.mkdir()
+        self._open()
+
+    def write(self, table: Any) -> None:
+        if self._rows_in_file >= _ROWS_PER_FILE:
+            self._file.close()
+            self._open()
+        # Columns of `removed/`, and a document's text, stand beside the user's with a mark.
+        renamed = {name.removeprefix("#"): name for name in table.column_names if name[0] == "#"}
+        is_removed = "reason" in self.schema.names
+        names = [
+            renamed[name] if name in renamed and (is_removed or name == "text") else name
+            for name in self.schema.names
+        ]
+        selected = table.select(names).rename_columns(self.schema.names).cast(self.schema)
+        self._file.write_table(selected)
+        self._rows_in_file += table.num_rows
+        self.written.num_rows += table.num_rows
+        if not is_removed:
+            self.written.num_tokens += table["num_tokens"].to_pylist()
+            masks = table["loss_mask"].to_pylist()
+            self.written.num_target_tokens += [sum(mask) for mask in masks]
+        missing = max(0, 3 - len(self.written.first))
+        self.written.first += selected.slice(0, missing).to_pylist()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _open(self) -> None:
+        from pyarrow import parquet
+
+        path = self.folder / f"part-{self._num_files:05d}.parquet"
+        self._file = parquet.ParquetWriter(path, self.schema, compression="zstd")
+        self._num_files += 1
+        self._rows_in_file = 0

@@ -1,0 +1,1 @@
+"""Serving: the decode engine, the OpenAI protocol and the Ray Serve application."""

@@ -1,0 +1,287 @@
+"""Models on Ray Serve behind one OpenAI-compatible HTTP address.
+
+One small ingress deployment checks the key, finds the model and hands the request on; each model
+is a deployment of its own, with its renderer and its decode engine in the replica.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
+
+import ray
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve as ray_serve
+from ray.serve.exceptions import BackPressureError
+from starlette.exceptions import HTTPException
+
+from tuneloop.config import ServingConfig
+from tuneloop.errors import Problem, ResourceError, find_user_error
+from tuneloop.serving import protocol
+from tuneloop.serving.replica import ModelServer, ServedModel
+
+__all__ = ["ServedModel", "build_application", "serve"]
+
+log = logging.getLogger("tuneloop.serving")
+
+API_KEY_VARIABLE = "TUNELOOP_API_KEY"
+APPLICATION = "tuneloop"
+PROGRESS_EVERY_S = 5.0
+INGRESS_CPUS = 0.1
+MODEL_CPUS = 0.5  # reserved, not a limit: an engine uses all cores while others are idle
+_MAX_ONGOING = 2048  # requests in a replica; the engine's own queue is shorter, and says so
+_QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+
+api = FastAPI(openapi_url=None)
+
+
+@api.exception_handler(HTTPException)
+async def _http_error(_: Request, error: HTTPException) -> JSONResponse:
+    return _refusal(protocol.ProtocolError(error.status_code, str(error.detail)))
+
+
+@ray_serve.ingress(api)
+class Ingress:
+    """The HTTP side. Knows the protocol's addresses and which model is where."""
+
+    def __init__(self, models: Mapping[str, Any], api_key: str) -> None:
+        self.models = models
+        self.api_key = api_key
+        self.created = int(time.time())
+
+    @api.get("/health")
+    async def health(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    @api.get("/v1/models")
+    async def list_models(self, request: Request) -> Response:
+        refused = self._refused(request)
+        return refused or JSONResponse(protocol.model_list(list(self.models), self.created))
+
+    @api.get("/v1/models/{name:path}")
+    async def show_model(self, name: str, request: Request) -> Response:
+        refused = self._refused(request)
+        if refused is None and name not in self.models:
+            refused = _refusal(protocol.unknown_model(name, list(self.models)))
+        return refused or JSONResponse(protocol.model_card(name, self.created))
+
+    @api.post("/v1/chat/completions")
+    async def chat(self, request: Request) -> Response:
+        return await self._answer("chat", request)
+
+    @api.post("/v1/completions")
+    async def complete(self, request: Request) -> Response:
+        return await self._answer("completions", request)
+
+    def _refused(self, request: Request) -> Response | None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not self.api_key or hmac.compare_digest(given.encode(), self.api_key.encode()):
+            return None
+        error = protocol.ProtocolError(
+            401, "the API key is missing or wrong", code="invalid_api_key"
+        )
+        return _refusal(error)
+
+    async def _answer(self, route: str, request: Request) -> Response:
+        refused = self._refused(request)
+        if refused is not None:
+            return refused
+        try:
+            body = await request.json()
+        except ValueError as error:
+            return _refusal(protocol.ProtocolError(400, f"the body is not JSON: {error}"))
+        if not isinstance(body, dict):
+            return _refusal(protocol.ProtocolError(400, "the body is not a JSON object"))
+        name = body.get("model")
+        handle = self.models.get(name) if isinstance(name, str) else None
+        if handle is None:
+            return _refusal(protocol.unknown_model(name, list(self.models)))
+        try:
+            if body.get("stream") is True:
+                items = aiter(handle.options(stream=True).stream.remote(route, body))
+                status, answer = await anext(items)
+                if status == 200:
+                    return StreamingResponse(_events(items), media_type="text/event-stream")
+            else:
+                status, answer = await handle.answer.remote(route, body)
+        except BackPressureError:
+            return _refusal(protocol.ProtocolError(503, "too many requests wait; try again later"))
+        except Exception as error:
+            return _refusal(_lost(error))
+        return JSONResponse(answer, status)
+
+
+async def _events(items: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Pass events on; a replica that dies meanwhile ends the stream with an error event."""
+    try:
+        async for item in items:
+            yield item
+    except Exception as error:
+        yield protocol.event(_lost(error).body())
+
+
+def _lost(error: Exception) -> protocol.ProtocolError:
+    log.warning("a model's replica did not answer: %s", error)
+    reason = (str(error).splitlines() or [""])[0]
+    return protocol.ProtocolError(
+        500, f"the model's replica did not answer: {type(error).__name__}: {reason}"
+    )
+
+
+def _refusal(error: protocol.ProtocolError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status)
+
+
+def build_application(
+    models: Mapping[str, ServedModel], serving: ServingConfig, model_options: dict[str, Any]
+) -> ray_serve.Application:
+    """Return the Serve application, for `serve.run` or a `serve deploy` configuration.
+
+    Args:
+        models: What to serve, by the name requests call it.
+        model_options: `ray_actor_options` of each model's replica.
+    """
+    server = ray_serve.deployment(ModelServer)
+    handles = {
+        name: server.options(
+            name=_deployment(name),
+            ray_actor_options=model_options,
+            max_ongoing_requests=_MAX_ONGOING,
+            graceful_shutdown_wait_loop_s=0.2,
+            graceful_shutdown_timeout_s=5,
+            logging_config=_QUIET,
+        ).bind(name, model, serving.max_batch_size)
+        for name, model in models.items()
+    }
+    ingress = ray_serve.deployment(Ingress).options(
+        name="ingress",
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=5,
+        logging_config=_QUIET,
+    )
+    return ingress.bind(handles, os.environ.get(API_KEY_VARIABLE, ""))
+
+
+@contextlib.contextmanager
+def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator[str]:
+    """Serve models meanwhile; needs a connected Ray.
+
+    The API key, if any, is taken from the environment variable TUNELOOP_API_KEY.
+
+    Yields:
+        The base URL, which ends in `/v1`, once every model is loaded.
+
+    Raises:
+        ResourceError: The port is taken, no CPU is free, or Serve runs already.
+        ModelError: A model cannot be loaded.
+    """
+    _refuse_running_serve()
+    options = _model_options(len(models))
+    port = _free_port(serving)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        ray_serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": serving.host, "port": port},
+            logging_config=_QUIET,
+        )
+        ray_serve.run(
+            build_application(models, serving, options),
+            name=APPLICATION,
+            logging_config=_QUIET,
+        )
+        _await_models(models)
+        host = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
+        url = f"http://{host}:{port}/v1"
+        log.info("serving %s at %s", ", ".join(models), url)
+        yield url
+    finally:
+        ray_serve.shutdown()
+
+
+def _deployment(name: str) -> str:
+    return f"model-{name}"
+
+
+def _await_models(models: Mapping[str, ServedModel]) -> None:
+    """Return when every model is loaded, telling what is still missing."""
+    started = time.monotonic()
+    for name, model in models.items():
+        handle = ray_serve.get_deployment_handle(_deployment(name), APPLICATION)
+        response = handle.ready.remote()
+        while True:
+            try:
+                response.result(timeout_s=PROGRESS_EVERY_S)
+                break
+            except TimeoutError:
+                log.info("loading %s from %s, %.0f s", name, model.path, time.monotonic() - started)
+            except Exception as error:
+                known = find_user_error(error)
+                if known is not None:
+                    raise known from error
+                raise
+        log.info("%s is loaded, %.0f s", name, time.monotonic() - started)
+
+
+def _model_options(num_models: int) -> dict[str, Any]:
+    """Return what each replica reserves; small, because an engine works only when asked."""
+    free = ray.available_resources()
+    share = min(MODEL_CPUS, (free.get("CPU", 0.0) - INGRESS_CPUS) / num_models)
+    if share < 0.01:
+        raise ResourceError(
+            Problem(
+                "no CPU is free to serve on",
+                where="Ray",
+                got=f"{free.get('CPU', 0.0):g} CPUs",
+                allowed=f"more than {INGRESS_CPUS}",
+                remedy="wait for other jobs, or raise resources.num_cpus",
+            )
+        )
+    # Two decimals, rounded down: Ray adds fractions up exactly.
+    options: dict[str, Any] = {"num_cpus": int(share * 100) / 100}
+    if free.get("GPU", 0) > 0:
+        options["num_gpus"] = int(min(1.0, free["GPU"] / num_models) * 100) / 100
+    return options
+
+
+def _free_port(serving: ServingConfig) -> int:
+    """Return the configured port, or any free one for 0."""
+    with socket.socket(socket.AF_INET6 if ":" in serving.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((serving.host, serving.port))
+        except OSError as error:
+            raise ResourceError(
+                Problem(
+                    "cannot listen",
+                    where="serving.host and serving.port",
+                    got=f"{serving.host}:{serving.port}: {error.strerror or error}",
+                    allowed="an address of this machine and a free port, or port 0 for any",
+                    remedy="stop what listens there, or set serving.port=0",
+                )
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _refuse_running_serve() -> None:
+    """Fail if this cluster serves something already: Serve has one address per cluster."""
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return
+    raise ResourceError(
+        Problem(
+            "Ray Serve runs already on this cluster",
+            where="Ray",
+            remedy="`serve shutdown` ends it; or run on another cluster",
+        )
+    )

@@ -1,0 +1,356 @@
+"""Keys and values of running sequences, and attention over them.
+
+Sequences of different length travel through the model packed in one row of tokens, so no linear
+layer computes padding. Only attention has to know where a sequence begins: the model hands its
+queries, keys and values to `attend` (transformers' `AttentionInterface`), which passes each
+group of tokens to the object that holds that group's keys and values:
+
+- `Prompt`: one sequence whose prompt is being read, in chunks.
+- `Cohort`: sequences that write one token per step. They share a prefix and a capacity, and lie
+  in one preallocated block, so that a step copies nothing but the new token.
+- `Prefix`: the common beginning of many prompts, computed once. A cohort reads it once per step
+  for all its sequences, in one matrix product.
+
+Shapes: T tokens, H key-value heads, G query heads per key-value head, D head dimension, B
+sequences, P prefix tokens, C capacity in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+IMPLEMENTATION = "tuneloop"
+# What some families add to attention and `attend` does not compute.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+
+Layers = list[tuple[Tensor, Tensor]]
+
+
+class Group(Protocol):
+    """A run of packed tokens that attend to the same keys and values."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+
+    @property
+    def positions(self) -> list[int]: ...
+
+    @property
+    def kept(self) -> Sequence[int]:
+        """Which of the tokens the model shall score successors for."""
+        ...
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one layer attends.
+
+    Args:
+        window: A token sees itself and `window - 1` tokens before it; None: all before it.
+    """
+
+    scaling: float
+    window: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Keys and values of a common beginning; `layers` holds pairs of shape (H, P, D)."""
+
+    token_ids: tuple[int, ...]
+    layers: Layers
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A sequence whose prompt is being read.
+
+    Args:
+        suffix: The token ids behind the prefix.
+        keep_all: Score the successor of every token, not only of the last.
+        start: How many tokens of the suffix earlier chunks have read.
+        stop: Where the current chunk ends.
+        layers: Pairs of shape (H, len(suffix), D).
+    """
+
+    prefix: Prefix | None
+    suffix: list[int]
+    keep_all: bool = False
+    start: int = 0
+    stop: int = 0
+    layers: Layers = field(default_factory=list)
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.suffix[self.start : self.stop]
+
+    @property
+    def positions(self) -> list[int]:
+        offset = len(self.prefix) if self.prefix else 0
+        return list(range(offset + self.start, offset + self.stop))
+
+    @property
+    def kept(self) -> Sequence[int]:
+        size = self.stop - self.start
+        if self.keep_all:
+            return range(size)
+        return [size - 1] if self.stop == len(self.suffix) else []
+
+    @property
+    def done(self) -> bool:
+        return self.start == len(self.suffix)
+
+    def next_chunk(self, num_tokens: int) -> Prompt:
+        """Set the current chunk to the next so many tokens, or as many as there are."""
+        self.stop = min(len(self.suffix), self.start + num_tokens)
+        return self
+
+    def advance(self) -> None:
+        """Take note that the current chunk has been read."""
+        self.start = self.stop
+        self._masks.clear()
+
+    def freeze(self) -> Prefix:
+        """Return everything read so far as a prefix for others."""
+        ids, layers = tuple(self.suffix), self.layers
+        if self.prefix is not None:
+            ids = self.prefix.token_ids + ids
+            layers = [
+                (torch.cat([pk, k], 1), torch.cat([pv, v], 1))
+                for (pk, pv), (k, v) in zip(self.prefix.layers, layers, strict=True)
+            ]
+        return Prefix(ids, layers)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        """Return attention of the current chunk; query (H*G, T, D) → (T, H*G, D)."""
+        if layer == len(self.layers):
+            size = len(self.suffix)
+            self.layers.append(
+                (key.new_empty(key.shape[0], size, key.shape[2]),
+                 value.new_empty(value.shape[0], size, value.shape[2]))
+            )  # fmt: skip
+        keys, values = self.layers[layer]
+        keys[:, self.start : self.stop] = key
+        values[:, self.start : self.stop] = value
+        keys, values = keys[:, : self.stop], values[:, : self.stop]
+        if self.prefix is not None:
+            keys = torch.cat([self.prefix.layers[layer][0], keys], 1)
+            values = torch.cat([self.prefix.layers[layer][1], values], 1)
+        mask = self._mask(keys.shape[1], rule.window, query.device)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query[None],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=rule.scaling,
+            enable_gqa=query.shape[0] != keys.shape[0],
+        )
+        return out[0].transpose(0, 1)
+
+    def _mask(self, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
+        """Return which keys each token of the chunk sees, or None where plain causal is right."""
+        if window not in self._masks:
+            num_queries = self.stop - self.start
+            mask = None
+            if num_keys > num_queries or (window is not None and window < num_keys):
+                keys = torch.arange(num_keys, device=device)
+                queries = keys[num_keys - num_queries :, None]
+                mask = keys <= queries
+                if window is not None:
+                    mask &= keys > queries - window
+            self._masks[window] = mask
+        return self._masks[window]
+
+
+class Cohort:
+    """Sequences that write, with the same prefix and the same capacity.
+
+    Args:
+        capacity: Tokens behind the prefix that each sequence has room for.
+    """
+
+    def __init__(self, prefix: Prefix | None, capacity: int) -> None:
+        self.prefix = prefix
+        self.capacity = capacity
+        self.owners: list[Any] = []
+        self.lengths: list[int] = []
+        self.token_ids: list[int] = []
+        self.layers: Layers = []
+        # Both hold for one step.
+        self._index: tuple[Tensor, slice, Tensor] | None = None
+        self._biases: dict[int | None, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def positions(self) -> list[int]:
+        offset = len(self.prefix) if self.prefix else 0
+        return [offset + length for length in self.lengths]
+
+    @property
+    def kept(self) -> Sequence[int]:
+        return range(len(self.lengths))
+
+    def add(self, owner: Any, layers: Layers, length: int, next_id: int) -> None:
+        """Take a sequence in as the last one.
+
+        Args:
+            owner: Whatever the caller knows the sequence by.
+            layers: Its keys and values behind the prefix, pairs of shape (H, >= length, D).
+            next_id: The token it has chosen and not yet read.
+        """
+        slot = len(self.lengths)
+        if not self.layers or slot == self.layers[0][0].shape[0]:
+            self._grow(layers, max(4, 2 * slot))
+        for mine, theirs in zip(self.layers, layers, strict=True):
+            for block, tensor in zip(mine, theirs, strict=True):
+                block[slot, :, :length] = tensor[:, :length]
+        self.owners.append(owner)
+        self.lengths.append(length)
+        self.token_ids.append(next_id)
+        self._changed()
+
+    def remove(self, slot: int) -> None:
+        """Drop a sequence; the last one takes its place."""
+        last = len(self.lengths) - 1
+        if slot != last:
+            length = self.lengths[last]
+            for blocks in self.layers:
+                for block in blocks:
+                    block[slot, :, :length] = block[last, :, :length]
+        for column in (self.owners, self.lengths, self.token_ids):
+            column[slot] = column[last]
+            column.pop()
+        self._changed()
+
+    def slot_layers(self, slot: int) -> Layers:
+        """Return keys and values of one sequence, to move it elsewhere."""
+        return [(keys[slot], values[slot]) for keys, values in self.layers]
+
+    def advance(self, next_ids: Sequence[int]) -> None:
+        """Take note that every sequence has read its token and chosen the next."""
+        self.lengths = [length + 1 for length in self.lengths]
+        self.token_ids = list(next_ids)
+        self._changed()
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        """Return attention of one new token per sequence; query (H*G, B, D) → (B, H*G, D)."""
+        num_rows, num_heads = len(self.lengths), key.shape[0]
+        keys, values = (block[:num_rows] for block in self.layers[layer])
+        if self._index is None:
+            self._index = (
+                torch.arange(num_rows, device=key.device),
+                slice(None),
+                torch.tensor(self.lengths, device=key.device),
+            )
+        keys[self._index] = key.transpose(0, 1)
+        values[self._index] = value.transpose(0, 1)
+        longest = max(self.lengths) + 1
+        keys, values = keys[:, :, :longest], values[:, :, :longest]
+
+        heads = query.unflatten(0, (num_heads, -1)) * rule.scaling  # (H, G, B, D)
+        own = heads.permute(2, 0, 1, 3)  # (B, H, G, D)
+        scores = own @ keys.transpose(-1, -2)
+        if self.prefix is not None:
+            flat = heads.flatten(1, 2)  # (H, G*B, D)
+            shared = flat @ self.prefix.layers[layer][0].transpose(-1, -2)
+            shared = shared.unflatten(1, (-1, num_rows)).permute(2, 0, 1, 3)
+            scores = torch.cat([shared, scores], -1)
+        scores += self._bias(longest, rule.window, scores)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
+        if self.prefix is None:
+            return (weights @ values).flatten(1, 2)
+        size = len(self.prefix)
+        out = weights[..., size:] @ values
+        flat = weights[..., :size].permute(1, 2, 0, 3).flatten(1, 2)
+        shared = flat @ self.prefix.layers[layer][1]
+        out += shared.unflatten(1, (-1, num_rows)).permute(2, 0, 1, 3)
+        return out.flatten(1, 2)
+
+    def _bias(self, longest: int, window: int | None, like: Tensor) -> Tensor:
+        """Return 0 where a sequence sees a key, -inf where not; shape (B, 1, 1, P + longest)."""
+        if window not in self._biases:
+            offset = len(self.prefix) if self.prefix else 0
+            keys = torch.arange(offset + longest, device=like.device)
+            queries = torch.tensor(self.positions, device=like.device)[:, None]
+            seen = keys <= queries
+            if window is not None:
+                seen &= keys > queries - window
+            bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+            self._biases[window] = bias.masked_fill_(~seen, float("-inf"))[:, None, None]
+        return self._biases[window]
+
+    def _changed(self) -> None:
+        self._index = None
+        self._biases.clear()
+
+    def _grow(self, layers: Layers, num_slots: int) -> None:
+        grown: Layers = []
+        for index, pair in enumerate(layers):
+            blocks = []
+            for which, tensor in enumerate(pair):
+                # Zeros: a masked weight of 0 times a stray NaN would still be NaN.
+                block = tensor.new_zeros(num_slots, tensor.shape[0], self.capacity, tensor.shape[2])
+                if self.layers:
+                    old = self.layers[index][which]
+                    block[: old.shape[0]] = old
+                blocks.append(block)
+            grown.append((blocks[0], blocks[1]))
+        self.layers = grown
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    groups: Sequence[Group] = (),
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return attention of packed tokens, (1, T, H*G, D), group by group.
+
+    The signature is transformers'. `groups` comes from the engine through the model's forward.
+
+    Raises:
+        NotImplementedError: The model wants a kind of attention that is not computed here.
+    """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"attention with `{name}`")
+    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window)
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+    start = 0
+    for group in groups:
+        stop = start + len(group.token_ids)
+        part = slice(start, stop)
+        out[0, part] = group.attend(
+            module.layer_idx,
+            query[0, :, part],
+            key[0, :, part],
+            value[0, :, part],
+            rule,
+        )
+        start = stop
+    return out, None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)

@@ -1,0 +1,434 @@
+"""The decode engine: many requests share every step of the model.
+
+One thread owns the model. In each step it reads a slice of the waiting prompts and writes one
+token for every running sequence, all packed into one forward pass. A sequence that ends leaves
+at once and a waiting one takes its place. Sampling happens here and nowhere else: what a request
+does not say is not added, neither from `generation_config` nor from anywhere else.
+
+    engine = Engine.load("path/of/model", decode=renderer.decode, stop_ids=renderer.stop_ids)
+    generation = engine.submit(Request(prompt_ids, SamplingParams(max_tokens=64))).result()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from tuneloop.errors import TuneloopError
+from tuneloop.records import Completion, FinishReason, SamplingParams
+from tuneloop.serving.attention import Cohort, Layers, Prefix, Prompt
+from tuneloop.serving.model import forward, load_model, num_threads, switch_attention
+from tuneloop.serving.sampling import TokenScore, sample, score
+
+log = logging.getLogger("tuneloop.serving")
+
+DEFAULT_BATCH_SIZE = 32
+PROMPT_TOKENS_PER_STEP = 512  # bounds how long running sequences wait, and the memory of scores
+MIN_SHARED_TOKENS = 32  # a shorter common beginning is not worth its own matrix products
+PREFIX_CACHE_TOKENS = 8192
+CAPACITY_STEP = 128  # smallest cohort; capacities are this times a power of two
+MEMORY_SHARE = 0.25  # of the memory free after loading, for keys and values
+
+
+class RequestError(ValueError):
+    """One request cannot be answered; the others go on. The message says why.
+
+    Args:
+        code: Short machine-readable reason, as OpenAI has it.
+    """
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class QueueFull(TuneloopError):
+    """Too many requests wait; try again later."""
+
+
+@dataclass(frozen=True)
+class Generation(Completion):
+    """A completion with the scores that were asked for.
+
+    Args:
+        scores: One for each of `token_ids`.
+        prompt_scores: One for each prompt token but the first, which nothing precedes.
+    """
+
+    scores: list[TokenScore] | None = None
+    prompt_scores: list[TokenScore] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue.
+
+    Args:
+        params: `max_tokens` may be 0 when only the prompt is to be scored.
+        num_top: How many of the likeliest tokens each score lists.
+        score_prompt: Score the prompt's tokens as well.
+        on_token: Called in the engine's thread with each token id as soon as it is chosen.
+    """
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams
+    num_top: int = 0
+    score_prompt: bool = False
+    on_token: Callable[[int], None] | None = None
+
+
+@dataclass(eq=False)
+class _Row:
+    """A request on its way through the engine."""
+
+    request: Request
+    future: Future[Generation]
+    submitted: float
+    prompt: Prompt
+    token_ids: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
+    sampler: torch.Generator | None = None
+
+    @property
+    def size(self) -> int:
+        """Tokens this row may come to hold keys and values of."""
+        return len(self.request.prompt_ids) + self.request.params.max_tokens
+
+
+class Engine:
+    """Continuous batching for one causal language model.
+
+    Args:
+        model: Any transformers causal language model on the `AttentionInterface`.
+        decode: Ids to text without special tokens.
+        stop_ids: Tokens that end a generation; they are not part of it.
+        max_batch_size: Sequences that run together.
+        max_waiting: Requests that may wait for a place.
+
+    Raises:
+        ModelError: The model's attention cannot be reproduced, see `switch_attention`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        decode: Callable[[Sequence[int]], str],
+        stop_ids: Sequence[int],
+        max_batch_size: int = DEFAULT_BATCH_SIZE,
+        max_waiting: int = 1024,
+    ) -> None:
+        self.model = model.eval()
+        self.decode = decode
+        self.stop_ids = frozenset(stop_ids)
+        self.max_batch_size = max_batch_size
+        self.max_waiting = max_waiting
+        text = model.config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        self._inbox: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
+        self._waiting: deque[_Row] = deque()
+        self._reading: list[_Row] = []
+        self._cohorts: list[Cohort] = []
+        self._prefixes: list[Prefix] = []  # least recently used first
+        self._recent: deque[Request] = deque(maxlen=4 * max_batch_size)
+        self._closed = False
+        with torch.inference_mode():
+            bytes_per_token = switch_attention(model)
+        # Tokens whose keys and values fit into memory, and the longest prompt plus answer.
+        self._room = int(MEMORY_SHARE * _free_bytes(model.device) / bytes_per_token)
+        positions = getattr(text, "max_position_embeddings", None) or self._room
+        self.max_length: int = min(positions, self._room)
+        self._thread = threading.Thread(target=self._run, name="tuneloop-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> Engine:
+        """Load a Hugging Face directory and start an engine on all cores, or the GPU.
+
+        Args:
+            options: As of the constructor.
+
+        Raises:
+            ModelError: The model cannot be loaded or its attention cannot be reproduced.
+        """
+        batch = options.get("max_batch_size", DEFAULT_BATCH_SIZE)
+        return cls(load_model(path, batch), **options)
+
+    def submit(self, request: Request) -> Future[Generation]:
+        """Queue a request and return its future; cancelling the future drops the request.
+
+        Raises:
+            RequestError: The request can never be answered.
+            QueueFull: `max_waiting` requests wait already.
+        """
+        self._refuse_impossible(request)
+        if self._closed:
+            raise TuneloopError("the engine is closed")
+        if self._inbox.qsize() + len(self._waiting) >= self.max_waiting:
+            raise QueueFull(f"{self.max_waiting} requests wait already")
+        prompt = Prompt(None, list(request.prompt_ids), request.score_prompt)
+        row = _Row(request, Future(), time.monotonic(), prompt)
+        if request.params.temperature > 0:
+            row.sampler = torch.Generator().manual_seed(request.params.seed)
+        self._inbox.put(row)
+        return row.future
+
+    def close(self) -> None:
+        """Stop the thread; requests that have not ended fail."""
+        self._closed = True
+        self._inbox.put(None)
+        self._thread.join()
+        self._collect()  # what came while the thread ended
+        _fail(list(self._waiting), TuneloopError("the engine was closed"))
+
+    def _refuse_impossible(self, request: Request) -> None:
+        ids, params = request.prompt_ids, request.params
+        if len(ids) == 0:
+            raise RequestError("the prompt has no tokens")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise RequestError(f"a token id is outside the vocabulary of {self.vocab_size}")
+        if params.max_tokens < (0 if request.score_prompt else 1):
+            raise RequestError("max_tokens must be at least 1")
+        total = len(ids) + params.max_tokens
+        if total > self.max_length:
+            limit = "memory holds" if self.max_length == self._room else "the model has"
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens and max_tokens is {params.max_tokens}: "
+                f"together {total}, but {limit} {self.max_length} positions",
+                "context_length_exceeded",
+            )
+
+    # The engine's thread.
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        torch.set_num_threads(num_threads())  # holds for one thread only
+        while not self._closed:
+            try:
+                self._collect()
+                self._admit()
+                self._step()
+            except Exception as error:
+                # Out of memory, mostly. Those that wait have done nothing wrong.
+                log.exception("a step of the engine failed")
+                _fail(self._running(), error)
+                self._reading, self._cohorts, self._prefixes = [], [], []
+        self._collect()
+        _fail([*self._running(), *self._waiting], TuneloopError("the engine was closed"))
+
+    def _running(self) -> list[_Row]:
+        return self._reading + [row for cohort in self._cohorts for row in cohort.owners]
+
+    def _collect(self) -> None:
+        """Move new requests to the waiting ones; with nothing to do, wait for one."""
+        idle = not (self._reading or self._cohorts or self._waiting or self._closed)
+        while idle or not self._inbox.empty():
+            row = self._inbox.get()
+            idle = False
+            if row is not None:
+                self._waiting.append(row)
+                self._recent.append(row.request)
+
+    def _admit(self) -> None:
+        """Give places in the batch to waiting requests, in order of arrival."""
+        running = self._running()
+        num_rows, num_tokens = len(running), sum(row.size for row in running)
+        while self._waiting and num_rows < self.max_batch_size:
+            row = self._waiting[0]
+            if num_rows and num_tokens + row.size > self._room:
+                return
+            self._waiting.popleft()
+            if row.future.cancelled():
+                continue
+            self._reading.append(row)
+            num_rows, num_tokens = num_rows + 1, num_tokens + row.size
+            # Scores of a prefix's own tokens are not kept, so such rows read everything.
+            if not row.request.score_prompt:
+                prefix = self._shared_prefix(row.request)
+                row.prompt.prefix = prefix
+                row.prompt.suffix = row.prompt.suffix[len(prefix) if prefix else 0 :]
+
+    def _shared_prefix(self, request: Request) -> Prefix | None:
+        """Return keys and values of the prompt's beginning, if others begin alike."""
+        ids = tuple(request.prompt_ids)
+        known = [p for p in self._prefixes if len(p) < len(ids) and p.token_ids == ids[: len(p)]]
+        prefix = max(known, key=len, default=None)
+        start = len(prefix) if prefix else 0
+        stop = _shared_length(ids, [r.prompt_ids for r in self._recent if r is not request])
+        if stop >= start + MIN_SHARED_TOKENS:
+            prompt = Prompt(prefix, list(ids[start:stop]))
+            while not prompt.done:
+                forward(self.model, [prompt.next_chunk(PROMPT_TOKENS_PER_STEP)])
+                prompt.advance()
+            prefix = prompt.freeze()
+        if prefix is not None:
+            self._prefixes = [p for p in self._prefixes if p is not prefix] + [prefix]
+            while sum(map(len, self._prefixes)) > PREFIX_CACHE_TOKENS and len(self._prefixes) > 1:
+                self._prefixes.pop(0)
+        return prefix
+
+    def _step(self) -> None:
+        """Read a slice of the prompts and write one token for every running sequence."""
+        self._drop_cancelled()
+        cohorts, reading = self._cohorts, self._next_chunks()
+        if not cohorts and not reading:
+            return
+        logits = forward(self.model, [*cohorts, *(row.prompt for row in reading)])
+        writers = [row for cohort in cohorts for row in cohort.owners]
+        last = logits[: len(cohorts)]
+        for row, scores in zip(reading, logits[len(cohorts) :], strict=True):
+            if row.request.score_prompt:
+                targets = row.prompt.suffix[row.prompt.start + 1 : row.prompt.stop + 1]
+                num_top = [row.request.num_top] * len(targets)
+                row.prompt_scores += score(scores[: len(targets)], targets, num_top)
+            row.prompt.advance()
+            if row.prompt.done:
+                writers.append(row)
+                last.append(scores[-1:])
+        if not writers:
+            return
+        chosen = dict(zip(writers, self._choose(torch.cat(last), writers), strict=True))
+        for cohort in cohorts:
+            cohort.advance([chosen[row] for row in cohort.owners])
+            # From the end: what takes the place of a removed row has been looked at.
+            for slot in reversed(range(len(cohort))):
+                if not self._accept(cohort.owners[slot], chosen[cohort.owners[slot]]):
+                    cohort.remove(slot)
+        for cohort in list(cohorts):
+            for slot in reversed(range(len(cohort))):
+                if cohort.lengths[slot] == cohort.capacity:
+                    row, length = cohort.owners[slot], cohort.lengths[slot]
+                    self._place(row, cohort.slot_layers(slot), length, chosen[row])
+                    cohort.remove(slot)
+        for row in [row for row in self._reading if row.prompt.done]:
+            self._reading.remove(row)
+            if self._accept(row, chosen[row]):
+                self._place(row, row.prompt.layers, len(row.prompt.suffix), chosen[row])
+            row.prompt.layers = []
+        self._cohorts = [cohort for cohort in self._cohorts if len(cohort)]
+
+    def _drop_cancelled(self) -> None:
+        self._reading = [row for row in self._reading if not row.future.cancelled()]
+        for cohort in self._cohorts:
+            for slot in reversed(range(len(cohort))):
+                if cohort.owners[slot].future.cancelled():
+                    cohort.remove(slot)
+        self._cohorts = [cohort for cohort in self._cohorts if len(cohort)]
+
+    def _next_chunks(self) -> list[_Row]:
+        """Return the rows that read in this step, each set to its next chunk."""
+        budget, rows = PROMPT_TOKENS_PER_STEP, []
+        for row in self._reading:
+            if budget > 0:
+                budget -= len(row.prompt.next_chunk(budget).token_ids)
+                rows.append(row)
+        return rows
+
+    def _place(self, row: _Row, layers: Layers, length: int, next_id: int) -> None:
+        """Put a row where it has room for more tokens than it has now."""
+        capacity = CAPACITY_STEP
+        while capacity <= length:
+            capacity *= 2
+        prefix = row.prompt.prefix
+        for cohort in self._cohorts:
+            if cohort.prefix is prefix and cohort.capacity == capacity:
+                break
+        else:
+            cohort = Cohort(prefix, capacity)
+            self._cohorts.append(cohort)
+        cohort.add(row, layers, length, next_id)
+
+    def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> list[int]:
+        """Return each row's next token, and note its score where asked for."""
+        chosen = logits.argmax(-1).tolist()
+        for index, row in enumerate(rows):
+            if row.sampler is not None:
+                chosen[index] = sample(logits[index], row.request.params, row.sampler)
+        wanted = [index for index, row in enumerate(rows) if row.request.params.logprobs]
+        if wanted:
+            targets = [chosen[index] for index in wanted]
+            num_top = [rows[index].request.num_top for index in wanted]
+            scores = score(logits[wanted], targets, num_top)
+            for index, found in zip(wanted, scores, strict=True):
+                rows[index].scores.append(found)
+        return chosen
+
+    def _accept(self, row: _Row, token: int) -> bool:
+        """Add a chosen token to its row; return whether the row goes on."""
+        params = row.request.params
+        if token in self.stop_ids and params.max_tokens:
+            return self._finish(row, "stop", num_stop_tokens=1)
+        if params.max_tokens:
+            row.token_ids.append(token)
+            if row.request.on_token is not None:
+                row.request.on_token(token)
+        if params.stop:
+            text = self.decode(row.token_ids)
+            ends = [text.find(stop) for stop in params.stop if stop in text]
+            if ends:
+                return self._finish(row, "stop", text=text[: min(ends)])
+        if len(row.token_ids) == params.max_tokens:
+            return self._finish(row, "length")
+        return True
+
+    def _finish(
+        self,
+        row: _Row,
+        reason: FinishReason,
+        text: str | None = None,
+        num_stop_tokens: int = 0,
+    ) -> bool:
+        request, count = row.request, len(row.token_ids)
+        scores = row.scores[:count] if request.params.logprobs else None
+        generation = Generation(
+            text=self.decode(row.token_ids) if text is None else text,
+            finish_reason=reason,
+            prompt_tokens=len(request.prompt_ids),
+            completion_tokens=count + num_stop_tokens,
+            latency_s=time.monotonic() - row.submitted,
+            token_ids=row.token_ids,
+            logprobs=None if scores is None else [found.logprob for found in scores],
+            scores=scores,
+            prompt_scores=row.prompt_scores if request.score_prompt else None,
+        )
+        with contextlib.suppress(InvalidStateError):  # cancelled
+            row.future.set_result(generation)
+        return False
+
+
+def _shared_length(ids: Sequence[int], others: Sequence[Sequence[int]]) -> int:
+    """Return the length of the beginning that saves most tokens if all `others` came again."""
+    mine = np.asarray(ids)
+    sizes = []
+    for other in others:
+        size = min(len(mine) - 1, len(other))
+        differs = np.flatnonzero(mine[:size] != np.asarray(other)[:size])
+        sizes.append(int(differs[0]) if len(differs) else size)
+    sizes.sort(reverse=True)
+    return max(((size * rank, size) for rank, size in enumerate(sizes, 1)), default=(0, 0))[1]
+
+
+def _fail(rows: Sequence[_Row], error: Exception) -> None:
+    for row in rows:
+        with contextlib.suppress(InvalidStateError):  # cancelled
+            row.future.set_exception(error)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

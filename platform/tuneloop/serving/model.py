@@ -1,0 +1,124 @@
+"""The model behind the engine: loading, packed forward passes, and the check of its attention."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from tuneloop.errors import ModelError, Problem
+from tuneloop.serving.attention import IMPLEMENTATION, Cohort, Group, Prompt
+from tuneloop.serving.linear import speed_up_linear
+
+
+def num_threads() -> int:
+    """Return the physical cores this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or 1))
+
+
+def load_model(path: str | Path, max_batch_size: int) -> Any:
+    """Return a Hugging Face directory's model, on the GPU if there is one.
+
+    Args:
+        max_batch_size: Sequences that will run together.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(num_threads())  # Ray gives workers OMP_NUM_THREADS=1
+    cuda = torch.cuda.is_available()
+    try:
+        # bf16 is emulated, and slow, on most CPUs.
+        dtype = "auto" if cuda else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
+    except Exception as error:
+        raise ModelError(
+            Problem(
+                "cannot load the model",
+                where=str(path),
+                got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:500]}",
+                allowed="a Hugging Face directory with config.json and safetensors",
+            )
+        ) from error
+    if cuda:
+        return model.to("cuda")
+    speed_up_linear(model, num_rows=max_batch_size)
+    return model
+
+
+def forward(model: Any, groups: Sequence[Group]) -> list[Tensor]:
+    """Return the logits behind each group's kept tokens, shape (kept, V) each."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    kept: list[int] = []
+    for group in groups:
+        kept += [len(token_ids) + index for index in group.kept]
+        token_ids += group.token_ids
+        positions += group.positions
+    out = model(
+        input_ids=torch.tensor([token_ids], device=model.device),
+        position_ids=torch.tensor([positions], device=model.device),
+        use_cache=False,
+        logits_to_keep=torch.tensor(kept, dtype=torch.long, device=model.device),
+        groups=groups,
+    )
+    return list(out.logits[0].split([len(group.kept) for group in groups]))
+
+
+def switch_attention(model: Any) -> int:
+    """Give a model the engine's attention, and check that it computes what it did before.
+
+    A prompt is read in one piece with the model's own attention, then as prefix, chunk and
+    single tokens with the engine's.
+
+    Returns:
+        Bytes of keys and values per token.
+
+    Raises:
+        ModelError: The logits differ, or the model does not let its attention be replaced.
+    """
+    size = min(24, getattr(model.config.get_text_config(), "max_position_embeddings", 24))
+    part = size // 3
+    ids = [(37 * index + 11) % model.config.get_text_config().vocab_size for index in range(size)]
+    reason = ""
+    try:
+        expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+        expected = expected.logits[0].float()
+        model.set_attn_implementation(IMPLEMENTATION)
+        prompt = Prompt(None, ids[:part], keep_all=True)
+        found = forward(model, [prompt.next_chunk(size)])
+        prompt.advance()
+        prompt = Prompt(prompt.freeze(), ids[part : 2 * part], keep_all=True)
+        found += forward(model, [prompt.next_chunk(size)])
+        cohort = Cohort(prompt.prefix, size)
+        cohort.add(None, prompt.layers, part, ids[2 * part])
+        for index in range(2 * part, size):
+            cohort.token_ids = [ids[index]]
+            found += forward(model, [cohort])
+            cohort.advance([0])
+        error = (torch.cat(found).float() - expected).abs().max() / expected.abs().max()
+        tolerance = 1e-3 if expected.dtype == model.dtype else 5e-2
+        if not error < tolerance:
+            reason = f"logits differ by {error:.1e} of the largest, {tolerance:.0e} is allowed"
+    except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        raise ModelError(
+            Problem(
+                "the decode engine does not reproduce this model's attention",
+                where=type(model).__name__,
+                got=reason,
+                allowed="causal models whose attention goes through transformers' "
+                "AttentionInterface, such as Llama, Qwen, Gemma 3, Mistral, GPT-NeoX",
+            )
+        )
+    tensors = [tensor for pair in prompt.layers for tensor in pair]
+    return sum(tensor.nbytes // tensor.shape[1] for tensor in tensors)

@@ -1,0 +1,193 @@
+"""What one model's replica does: protocol in, engine requests, protocol out.
+
+Knows nothing of Ray or HTTP, so it can be used and tested without them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tuneloop.errors import UserError
+from tuneloop.models.chat import Renderer, RenderError
+from tuneloop.serving import protocol
+from tuneloop.serving.engine import Engine, Generation, QueueFull, Request, RequestError
+from tuneloop.serving.protocol import ChatRequest, CompletionRequest, ProtocolError
+from tuneloop.serving.text import StreamedText
+
+log = logging.getLogger("tuneloop.serving")
+
+Route = Literal["chat", "completions"]
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model to serve.
+
+    Args:
+        path: Hugging Face directory.
+        chat_template: As in `model.chat_template`.
+    """
+
+    path: Path
+    chat_template: str = "auto"
+
+
+class ModelServer:
+    """One model: its renderer and its engine, loaded in the background."""
+
+    def __init__(self, name: str, model: ServedModel, max_batch_size: int) -> None:
+        self.name = name
+        self._loading: Future[tuple[Renderer, Engine]] = ThreadPoolExecutor(1).submit(
+            _load, model, max_batch_size
+        )
+
+    async def ready(self) -> None:
+        """Return when the model is loaded.
+
+        Raises:
+            ModelError: It cannot be loaded.
+        """
+        await asyncio.wrap_future(self._loading)
+
+    async def answer(self, route: Route, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Return status and JSON for one request."""
+        try:
+            renderer, engine = await asyncio.wrap_future(self._loading)
+            if route == "chat":
+                chat = protocol.parse_chat(body)
+                asked = _chat(chat, renderer, engine)
+                [generation] = await _generate(engine, [asked])
+                return 200, protocol.chat_response(chat, asked.prompt_ids, generation, renderer)
+            completion = protocol.parse_completion(body)
+            texts, requests = _completions(completion, renderer)
+            generations = await _generate(engine, requests)
+            prompts = [(t, r.prompt_ids) for t, r in zip(texts, requests, strict=True)]
+            return 200, protocol.completion_response(completion, prompts, generations, renderer)
+        except Exception as error:
+            failure = _failure(error, route)
+            return failure.status, failure.body()
+
+    async def stream(
+        self, route: Route, body: dict[str, Any]
+    ) -> AsyncIterator[tuple[int, dict[str, Any]] | str]:
+        """Yield status and JSON, then, if the status is 200, server-sent events."""
+        started, future = False, None
+        try:
+            renderer, engine = await asyncio.wrap_future(self._loading)
+            request: ChatRequest | CompletionRequest
+            if route == "chat":
+                request = protocol.parse_chat(body)
+                asked = _chat(request, renderer, engine)
+            else:
+                request = protocol.parse_completion(body)
+                [asked] = _completions(request, renderer)[1]
+            loop = asyncio.get_running_loop()
+            tokens: asyncio.Queue[int | None] = asyncio.Queue()
+
+            def tell(token: int | None) -> None:
+                loop.call_soon_threadsafe(tokens.put_nowait, token)
+
+            future = engine.submit(replace(asked, on_token=tell))
+            future.add_done_callback(lambda _: tell(None))
+            started = True
+            yield 200, {}
+            chunks = protocol.Chunks(request)
+            text = StreamedText(renderer, request.stop_strings)
+            yield chunks.first()
+            while (token := await tokens.get()) is not None:
+                delta = text.push(token)
+                if delta:
+                    yield chunks.text(delta)
+            generation = future.result()
+            rest = text.finish(generation.text)
+            if rest:
+                yield chunks.text(rest)
+            for item in chunks.last(generation):
+                yield item
+        except Exception as error:
+            failure = _failure(error, route)
+            if started:
+                yield protocol.event(failure.body())
+            else:
+                yield failure.status, failure.body()
+        finally:
+            # Closed early: the caller has gone.
+            if future is not None:
+                future.cancel()
+
+
+def _load(model: ServedModel, max_batch_size: int) -> tuple[Renderer, Engine]:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    renderer = Renderer.load(model.path, model.chat_template)
+    engine = Engine.load(
+        model.path,
+        decode=renderer.decode,
+        stop_ids=renderer.stop_ids,
+        max_batch_size=max_batch_size,
+    )
+    return renderer, engine
+
+
+def _chat(request: ChatRequest, renderer: Renderer, engine: Engine) -> Request:
+    ids = renderer.prompt_ids(request.conversation())
+    max_tokens = request.max_completion_tokens or request.max_tokens
+    if max_tokens is None:
+        # OpenAI's default is no bound; the model's positions are one.
+        max_tokens = max(1, engine.max_length - len(ids))
+    params = request.params(max_tokens, logprobs=bool(request.logprobs))
+    return Request(ids, params, num_top=request.top_logprobs or 0)
+
+
+def _completions(request: CompletionRequest, renderer: Renderer) -> tuple[list[str], list[Request]]:
+    """Return each prompt's text and what to ask the engine for it."""
+    max_tokens = request.max_tokens
+    if max_tokens is None:
+        max_tokens = protocol.DEFAULT_COMPLETION_TOKENS
+    texts, requests = [], []
+    for prompt in request.prompts():
+        if isinstance(prompt, str):
+            text, ids = prompt, renderer.text_ids(prompt)
+        else:
+            text, ids = renderer.decode(prompt) if request.echo else "", prompt
+        texts.append(text)
+        params = request.params(max_tokens, logprobs=request.logprobs is not None)
+        scored = bool(request.echo) and (request.logprobs is not None or max_tokens == 0)
+        requests.append(Request(ids, params, request.logprobs or 0, scored))
+    return texts, requests
+
+
+async def _generate(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
+    """Return all generations; if one fails or the caller goes away, the others are dropped."""
+    futures: list[Future[Generation]] = []
+    try:
+        for request in requests:
+            futures.append(engine.submit(request))
+        return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _failure(error: Exception, route: Route) -> ProtocolError:
+    """Return what the client is told."""
+    field = "messages" if route == "chat" else "prompt"
+    if isinstance(error, ProtocolError):
+        return error
+    if isinstance(error, RenderError):
+        return ProtocolError(400, str(error), field, "invalid_messages")
+    if isinstance(error, RequestError):
+        return ProtocolError(400, str(error), field, error.code)
+    if isinstance(error, QueueFull):
+        return ProtocolError(503, str(error), code="queue_full")
+    if isinstance(error, UserError):
+        return ProtocolError(500, str(error), code="model_not_loaded")
+    log.error("a request failed", exc_info=error)
+    return ProtocolError(500, f"{type(error).__name__}: {error}")

@@ -1,0 +1,55 @@
+"""From logits to tokens and their scores.
+
+What a request does not ask for is not done: no `generation_config`, no unstated default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tuneloop.records import SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """What the model thought of one token.
+
+    Args:
+        logprob: Natural log of the token's probability at temperature 1.
+        top: The likeliest tokens at this position, best first, as (token id, logprob).
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def sample(logits: Tensor, params: SamplingParams, sampler: torch.Generator) -> int:
+    """Return a token drawn with temperature and nucleus (Holtzman et al. 2019, §3.1)."""
+    probs = torch.softmax(logits.float().cpu() / params.temperature, -1)
+    if params.top_p >= 1:
+        return int(torch.multinomial(probs, 1, generator=sampler))
+    probs, ids = probs.sort(descending=True)
+    beyond = probs.cumsum(0) - probs >= params.top_p
+    beyond[0] = False  # top_p 0: the likeliest
+    probs[beyond] = 0
+    return int(ids[torch.multinomial(probs, 1, generator=sampler)])
+
+
+def score(logits: Tensor, targets: Sequence[int], num_top: Sequence[int]) -> list[TokenScore]:
+    """Return the log-probability of each target and the likeliest tokens beside it."""
+    if not targets:
+        return []
+    logprobs = torch.log_softmax(logits.float(), -1)
+    index = torch.tensor(targets, device=logits.device)[:, None]
+    chosen = logprobs.gather(1, index)[:, 0].tolist()
+    values, ids = logprobs.topk(min(max(num_top), logprobs.shape[1]), -1)
+    return [
+        TokenScore(logprob, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
+        for logprob, row_ids, row_values, count in zip(
+            chosen, ids.tolist(), values.tolist(), num_top, strict=True
+        )
+    ]

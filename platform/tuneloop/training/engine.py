@@ -1,0 +1,173 @@
+"""The model and its DeepSpeed engine.
+
+ZeRO (Rajbhandari et al. 2019, arXiv:1910.02054) shards optimizer state (stage 1), gradients (2)
+and weights (3) over the workers; stage 0 is plain data parallelism.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuneloop.config import TrainingConfig
+from tuneloop.training.packed import ATTENTION
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a training is executed. None of it changes the result.
+
+    Args:
+        world_size: Workers.
+        micro_batch_size: Rows of one forward pass.
+        grad_accum_steps: Forward passes per worker and optimizer step.
+        zero_stage: DeepSpeed ZeRO stage, 0 to 3.
+        use_gpu: bf16 on CUDA, otherwise float32 on the CPU.
+    """
+
+    world_size: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    zero_stage: int = 0
+    use_gpu: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        # bf16 matrix products are far slower than float32 on CPUs without AMX.
+        return torch.bfloat16 if self.use_gpu else torch.float32
+
+
+def load_model(path: Path, config: TrainingConfig, execution: Execution) -> Any:
+    """Return the base model, with fresh LoRA adapters where they are what is trained.
+
+    The adapters depend on `config.seed` alone, so every worker starts from the same weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=execution.dtype, attn_implementation=ATTENTION
+    )
+    model.config.use_cache = False
+    if config.method == "full":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config.seed)
+    lora = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def make_engine(model: Any, config: TrainingConfig, execution: Execution, num_steps: int) -> Any:
+    """Return the DeepSpeed engine that trains the model.
+
+    The process group of torch.distributed has to exist.
+    """
+    deepspeed = import_deepspeed(execution.use_gpu)
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0))
+        if parameters
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, num_steps, config)
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=deepspeed_config(config, execution),
+        dist_init_required=False if deepspeed.comm.is_initialized() else None,
+    )
+    return engine
+
+
+def deepspeed_config(config: TrainingConfig, execution: Execution) -> dict[str, Any]:
+    """Return DeepSpeed's own configuration."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": execution.micro_batch_size,
+        "gradient_accumulation_steps": execution.grad_accum_steps,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": {"stage": execution.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    if execution.use_gpu:
+        settings["bf16"] = {"enabled": True}
+    return settings
+
+
+def learning_rate_factor(step: int, num_steps: int, config: TrainingConfig) -> float:
+    """Return the share of the peak learning rate at a step from 0.
+
+    Linear warm-up over `warmup_ratio` of the steps, then cosine or linear decay that would reach
+    zero one step after the last, or a constant.
+    """
+    warmup = math.ceil(num_steps * config.warmup_ratio)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.lr_scheduler == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    if config.lr_scheduler == "linear":
+        return 1.0 - progress
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[Any], execution: Execution) -> Iterator[None]:
+    """Hold whole parameters in every worker for a while; all workers have to enter."""
+    if execution.zero_stage < 3:
+        yield
+        return
+    deepspeed = import_deepspeed(execution.use_gpu)
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def import_deepspeed(use_gpu: bool) -> Any:
+    """Import DeepSpeed, bound to the CPU or the GPU, without compiling anything.
+
+    On a CPU DeepSpeed's communication backend asks the accelerator for a shared-memory operator
+    and compiles it with g++: half a minute, an error on a machine without a compiler, and for
+    ever after a build that was interrupted. Only its inference engine uses that operator, so the
+    accelerator given to it here says that it has none.
+    """
+    if not use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # It names functions of torch.distributed that are being renamed; nothing a user can act on.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not use_gpu:
+        from deepspeed.accelerator import get_accelerator, set_accelerator
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        class CpuWithoutSharedMemory(CPU_Accelerator):
+            def create_op_builder(self, class_name: str) -> Any:
+                if class_name == "ShareMemCommBuilder":
+                    return None
+                return super().create_op_builder(class_name)
+
+        if type(get_accelerator()) is CPU_Accelerator:
+            set_accelerator(CpuWithoutSharedMemory())
+    return deepspeed

@@ -1,0 +1,161 @@
+"""Rows without padding: one packed sequence per micro-batch, every row attending to itself only.
+
+Shape legend: T tokens of the packed sequence, N target tokens, V vocabulary, H heads, D head
+dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from tuneloop.training.batches import Rows
+
+ATTENTION = "tuneloop_packed"
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Rows end to end.
+
+    Args:
+        input_ids: Shape (1, T).
+        position_ids: Shape (1, T), from 0 in each row.
+        lengths: Tokens of each row; they add up to T.
+        predict_at: Positions whose next token is a target. Shape (N,).
+        targets: Those next tokens. Shape (N,).
+        rows: Row numbers, in order.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: tuple[int, ...]
+    predict_at: torch.Tensor
+    targets: torch.Tensor
+    rows: tuple[int, ...]
+
+
+def pack(rows: Rows, indices: Sequence[int], device: torch.device | str = "cpu") -> PackedBatch:
+    """Return one packed sequence of the given rows.
+
+    An empty list gives a single token without target: a worker that has no row left still runs
+    the same collective operations as the others, and adds nothing to the loss.
+    """
+    if not indices:
+        zero = torch.zeros((1, 1), dtype=torch.long, device=device)
+        none = torch.zeros(0, dtype=torch.long, device=device)
+        return PackedBatch(zero, zero, (1,), none, none, ())
+    parts = [rows.row(index) for index in indices]
+    lengths = tuple(len(ids) for ids, _ in parts)
+    ids = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
+    mask = np.concatenate([mask for _, mask in parts]).astype(bool)
+    # The first token of a row has nothing before it to be predicted from.
+    starts = np.cumsum([0, *lengths[:-1]])
+    mask[starts] = False
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    at = np.flatnonzero(mask)
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids).to(device)[None],
+        position_ids=torch.from_numpy(positions).to(device)[None],
+        lengths=lengths,
+        predict_at=torch.from_numpy(at - 1).to(device),
+        targets=torch.from_numpy(ids[at]).to(device),
+        rows=tuple(int(index) for index in indices),
+    )
+
+
+def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
+    """Return the cross-entropy summed over the batch's targets, a scalar in float32.
+
+    Logits are computed at target positions only. Shape (1, N, V).
+    """
+    empty = batch.predict_at.numel() == 0
+    keep = batch.predict_at.new_zeros(1) if empty else batch.predict_at
+    logits = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        document_lengths=batch.lengths,
+        logits_to_keep=keep,
+        use_cache=False,
+    ).logits[0]
+    if empty:
+        return logits.float().sum() * 0.0
+    return functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+
+def packed_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend causally within each document of a packed sequence.
+
+    One call for each document: the work grows with the sum of squared lengths, where a
+    block-diagonal mask costs the square of their sum.
+
+    Args:
+        query: Shape (1, H, T, D).
+        key: Shape (1, H of keys, T, D).
+        value: Shape (1, H of keys, T, D).
+        attention_mask: Always None here; the boundaries are in `document_lengths`.
+        options: What transformers passes: `document_lengths`, `scaling`, `dropout`,
+            `sliding_window`, `softcap`.
+
+    Returns:
+        Shape (1, T, H, D), and no attention weights.
+    """
+    if options.get("s_aux") is not None or options.get("position_bias") is not None:
+        raise NotImplementedError("attention sinks and position biases are not supported")
+    lengths = options["document_lengths"]
+    groups = query.shape[1] // key.shape[1]
+    pieces = [
+        _attend(q, k, v, groups, options)
+        for q, k, v in zip(
+            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+        )
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    groups: int,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Attend within one document. Shape of query and result (1, H, T, D)."""
+    length, window, softcap = query.shape[2], options.get("sliding_window"), options.get("softcap")
+    mask = None
+    if window is not None and window < length or softcap is not None:
+        steps = torch.arange(length, device=query.device)
+        distance = steps[:, None] - steps[None, :]
+        mask = (distance >= 0) & (distance < (window or length))
+    if softcap is None:
+        return functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=options.get("dropout") or 0.0,
+            scale=options.get("scaling"),
+            is_causal=mask is None,
+            enable_gqa=groups > 1,
+        )
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    scores = query @ key.transpose(2, 3) * (options.get("scaling") or query.shape[3] ** -0.5)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
+    weights = functional.dropout(scores.float().softmax(-1).to(value.dtype), options["dropout"])
+    return weights @ value
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
