@@ -172,7 +172,7 @@ def test_dataset_page_shows_card_and_rows(monkeypatch, filled):
 
 
 def test_an_address_of_something_gone_falls_back_to_the_overview(monkeypatch, filled):
-    assert open_app(monkeypatch, filled, "models/gone@v9").title[-1].value == "Overview"
+    assert open_app(monkeypatch, filled, "models/gone@v9").main.title[0].value == "Overview"
 
 
 @pytest.fixture(scope="module")

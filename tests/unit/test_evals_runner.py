@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,3 +323,42 @@ def test_any_text_survives_the_file_of_partial_answers(tmp_path):
     again = PartialAnswers(tmp_path / "answers.jsonl")
     assert len(again) == 2
     assert again._answers == partial._answers
+
+
+def test_a_kill_in_the_middle_loses_no_answer(model_server, config, workspace, dataset, tmp_path):
+    model_server.reply, model_server.delay_s = spell, 0.1
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    script = f"""
+import pathlib
+from tuneloop.artifacts import Workspace
+from tuneloop.config import TuneloopConfig
+from tuneloop.evals.runner import evaluate
+from tuneloop.evals.tasks import choose_shots
+from tuneloop.records import Arm, Endpoint
+workspace = Workspace({str(workspace.root)!r})
+dataset = workspace.open("datasets/words")
+text = pathlib.Path({str(tmp_path / "config.json")!r}).read_text()
+config = TuneloopConfig.model_validate_json(text)
+endpoint = Endpoint({model_server.url!r}, "parrot")
+arms = [Arm("base", endpoint, (), "weights-1"),
+        Arm("base+few-shot", endpoint, choose_shots(dataset, 2, 0), "weights-1")]
+evaluate(config, workspace, dataset, arms, "words")
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 60
+    kept = 0
+    while kept < 6:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+        for file in workspace.root.glob(".work/evaluations-*/scratch/answers.jsonl"):
+            kept = file.read_text().count("\n")
+    process.kill()
+    process.wait()
+    assert workspace.list() == [dataset]
+    kept = file.read_text().count("\n")
+    model_server.delay_s = 0
+    model_server.requests.clear()
+    published = evaluate(config, workspace, dataset, arms(model_server, dataset), "words")
+    assert len(model_server.requests) == 20 - kept
+    assert published.artifact.manifest["metrics"]["scores"] == {"base": 0.5, "base+few-shot": 1.0}
