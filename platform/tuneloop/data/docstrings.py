@@ -104,8 +104,8 @@ def first_sentence(docstring: str) -> str | None:
     question mark that is followed by white space or the paragraph's end. Without one, a
     paragraph of a single line is the sentence (PEP 257's summary line). None if:
 
-    - the mark follows an abbreviation or a single letter, ends an ellipsis, or the next word
-      starts in lower case, so that it may not end the sentence;
+    - the mark ends an ellipsis, or text goes on in lower case or after an abbreviation or a
+      single letter, so that it may not end the sentence;
     - it leaves a bracket or quote open;
     - one of its lines ends early, or the next begins with a capital: two phrases without a mark;
     - the paragraph is laid out (indented or bulleted lines, a table, a doctest), is a signature
@@ -127,7 +127,7 @@ def first_sentence(docstring: str) -> str | None:
         sentence = paragraph
     else:
         sentence, rest = paragraph[: end.end()], paragraph[end.end() :].lstrip()
-        if _ABBREVIATION.search(sentence) or sentence.endswith(".."):
+        if sentence.endswith("..") or (rest and _ABBREVIATION.search(sentence)):
             return None
         if rest and not (rest[0].isupper() or rest[0] in "`'\"*<([{"):
             return None

@@ -150,19 +150,24 @@ def _share_of_a_unit(sizes: Indices, wanted: int) -> tuple[int, int]:
 
     Few large groups make a poor test: its rows resemble each other. So each gives at most a
     twentieth of the test. Its other rows are lost, for training on them would leak; where that
-    would cost more than a tenth of all rows and twice the test, units give more.
+    would cost more than a tenth of all rows beyond what cannot be avoided, units give more.
 
     Args:
         sizes: Rows of each unit in the order in which the test takes them.
         wanted: Rows in the test.
     """
-    affordable = max(2 * wanted, int(sizes.sum()) // 10)
-    for fraction in (20, 10, 5, 2, 1):
+
+    def border_for(share: int) -> int:
+        return int(np.searchsorted(np.cumsum(np.minimum(sizes, share)), wanted)) + 1
+
+    unavoidable = int(sizes[: border_for(wanted)].sum())
+    affordable = max(2 * wanted, unavoidable + int(sizes.sum()) // 10)
+    for fraction in (20, 10, 5, 2):
         share = -(-wanted // fraction)
-        border = int(np.searchsorted(np.cumsum(np.minimum(sizes, share)), wanted)) + 1
+        border = border_for(share)
         if border < len(sizes) and sizes[:border].sum() <= affordable:
-            break
-    return share, border
+            return share, border
+    return wanted, border_for(wanted)
 
 
 def _occurrence(labels: Indices) -> Indices:
