@@ -43,7 +43,7 @@ def main() -> None:
     location = workspace_location()
     try:
         workspace = Workspace(location)
-        artifacts = workspace.list()
+        artifacts = workspace.published()
     except UserError as error:
         st.error("This workspace cannot be opened.")
         st.code(str(error), language=None)

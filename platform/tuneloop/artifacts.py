@@ -154,8 +154,8 @@ class Draft:
             "config": config,
             "resources": resources,
             "inputs": inputs,
-            "packages": _package_versions(),
-            "git": _git_commit(),
+            "packages": package_versions(),
+            "git": git_commit(),
             "metrics": metrics,
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "duration_s": round(time.time() - self.started, 3),
@@ -231,7 +231,7 @@ class Workspace:
         version = int(match["version"]) if match["version"] else max(versions, default=0)
         artifact = self._load(match["kind"], match["name"], version)
         if artifact is None:
-            known = [item.ref for item in self.list()]
+            known = [item.ref for item in self.published()]
             raise ArtifactError(
                 Problem(
                     f"no artifact `{reference}`",
@@ -242,7 +242,7 @@ class Workspace:
             )
         return artifact
 
-    def list(self) -> list[Artifact]:
+    def published(self) -> list[Artifact]:
         """Return all published artifacts, oldest first."""
         found = []
         for kind in KINDS:
@@ -399,7 +399,8 @@ def _logged_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-def _package_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of the packages that decide results."""
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -407,7 +408,7 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Return the commit of the current directory's checkout, with `-dirty` when it is changed."""
     try:
         described = subprocess.run(

@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     config_command("evaluate", _step("evaluate"), "score base, few-shot and finetuned model")
     config_command("run", _step("run"), "the whole loop: prepare, baseline, train, evaluate")
     config_command("serve", _serve, "serve the base and the finetuned model until interrupted")
-    workspace_command("dashboard", _dashboard, "artifacts and reports in a browser, on 127.0.0.1")
+    workspace_command(
+        "dashboard", _dashboard, "artifacts and reports in a browser, on 127.0.0.1"
+    ).add_argument("--port", type=int, default=8501, help="default: %(default)s")
     workspace_command("ls", _ls, "list the artifacts of a workspace")
     workspace_command("show", _show, "show one artifact, for example models/demo")
     command("doctor", _doctor, "say what this machine has and what is missing")
@@ -216,7 +218,7 @@ def _dashboard(arguments: argparse.Namespace, output: IO[str]) -> int:
     from tuneloop.artifacts import Workspace
     from tuneloop.review.dashboard import run_dashboard
 
-    return run_dashboard(Workspace(_workspace_location(arguments)).location)
+    return run_dashboard(Workspace(_workspace_location(arguments)).location, arguments.port)
 
 
 def _ls(arguments: argparse.Namespace, output: IO[str]) -> int:
@@ -226,7 +228,7 @@ def _ls(arguments: argparse.Namespace, output: IO[str]) -> int:
     from tuneloop.artifacts import Workspace
 
     workspace = Workspace(_workspace_location(arguments))
-    artifacts = workspace.list()
+    artifacts = workspace.published()
     if arguments.json:
         summaries = [artifact.summary(reused=True) for artifact in artifacts]
         print(json.dumps({"artifacts": summaries}, ensure_ascii=False), file=output)

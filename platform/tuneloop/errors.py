@@ -97,7 +97,7 @@ def find_user_error(error: BaseException) -> UserError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, UserError) and getattr(current, "problems", ()):
+        if isinstance(current, UserError) and current.problems:
             return current
         # RayTaskError keeps the original in `.cause`; Ray Train V2 in `.worker_failures`.
         queue += [getattr(current, "cause", None), current.__cause__, current.__context__]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect
 from tuneloop.config import TuneloopConfig
+from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel, resolve_base
 from tuneloop.records import Arm, Endpoint
 
@@ -72,7 +73,7 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
 
     with connect(config.resources):
         models = {BASE: _base_model(config, resolve_base(config.model.base))}
-        trained = [a for a in workspace.list() if (a.kind, a.name) == ("models", config.name)]
+        trained = [a for a in workspace.published() if (a.kind, a.name) == ("models", config.name)]
         if trained:
             newest = workspace.open(trained[-1].ref)
             models[FINETUNED] = _finetuned_model(newest)
@@ -113,10 +114,12 @@ def _base_arms(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> li
     from tuneloop.evals.tasks import choose_shots
 
     endpoint = Endpoint("", BASE)
-    arms = [Arm(BASE, endpoint, (), base.fingerprint)]
+    renderer = Renderer.load(base.path, config.model.chat_template)
+    identity = f"{base.fingerprint}/{renderer.hash}"
+    arms = [Arm(BASE, endpoint, (), identity)]
     if config.evaluation.num_shots and config.task.type != "language_modeling":
         shots = choose_shots(dataset, config.evaluation.num_shots, config.evaluation.seed)
-        arms.append(Arm(FEW_SHOT, endpoint, tuple(shots), base.fingerprint))
+        arms.append(Arm(FEW_SHOT, endpoint, tuple(shots), identity))
     return arms
 
 

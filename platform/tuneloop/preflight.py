@@ -86,10 +86,9 @@ def report(preflight: Preflight, output: IO[str]) -> None:
         console.print(f"targets    {data.target_ratio:.0%} of the tokens; in a row: {targets}")
     if preflight.estimate is not None:
         expected = preflight.estimate
-        console.print(
-            f"training   about {expected.peak_memory_bytes / GIB:.1f} GiB at the peak on each "
-            f"worker; about {expected.training_s / 60:.1f} minutes"
-        )
+        memory = f"about {expected.peak_memory_bytes / GIB:.1f} GiB at the peak on each worker"
+        time = "" if expected.training_s is None else f", {expected.training_s / 60:.1f} minutes"
+        console.print(f"training   {memory}{time}")
     for notice in data.notices:
         console.print(f"notice     {notice}", markup=False)
     for sample in data.samples:

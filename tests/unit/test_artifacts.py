@@ -49,7 +49,7 @@ def test_same_fingerprint_is_found_and_another_is_the_next_version(tmp_path: Pat
     assert workspace.find("datasets", "faq", "3" * 64) is None
     assert workspace.open("datasets/faq").version == 2
     assert workspace.open("datasets/faq@v1").version == 1
-    assert [artifact.ref for artifact in workspace.list()] == [first.ref, second.ref]
+    assert [artifact.ref for artifact in workspace.published()] == [first.ref, second.ref]
 
 
 def test_a_failure_publishes_nothing_and_keeps_the_scratch(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_failure_publishes_nothing_and_keeps_the_scratch(tmp_path: Path) -> No
         (draft.scratch / "checkpoint").write_text("step 10")
         (draft.path / "half").write_text("half")
         raise ValueError("boom")
-    assert workspace.list() == []
+    assert workspace.published() == []
     with workspace.draft("models", "faq", "a" * 64) as draft:
         assert (draft.scratch / "checkpoint").read_text() == "step 10"
         assert not (draft.path / "half").exists()
@@ -75,9 +75,9 @@ def test_kill_while_building_publishes_nothing_and_frees_the_lock(tmp_path: Path
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
     workspace = Workspace(tmp_path)
-    assert workspace.list() == []
+    assert workspace.published() == []
     publish(workspace, "b" * 64)
-    assert [artifact.ref for artifact in workspace.list()] == ["datasets/faq@v1"]
+    assert [artifact.ref for artifact in workspace.published()] == ["datasets/faq@v1"]
 
 
 def test_two_builders_of_the_same_artifact_are_told(tmp_path: Path) -> None:

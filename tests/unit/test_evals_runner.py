@@ -187,7 +187,7 @@ def test_a_killed_run_goes_on_where_it_was(model_server, config, workspace, data
     model_server.reply = break_down
     with pytest.raises(EndpointError, match="does not serve"):
         evaluate(config, workspace, dataset, arms(model_server, dataset), "words")
-    assert workspace.list() == [dataset]
+    assert workspace.published() == [dataset]
     partial = next(workspace.root.glob(".work/evaluations-*/scratch/answers.jsonl"))
     kept = len(partial.read_text().splitlines())
     assert 1 <= kept < 20
@@ -256,7 +256,7 @@ def test_an_arm_without_any_answer_publishes_nothing(model_server, config, works
     assert "base+few-shot" in problem.what
     assert "longer than 512" in problem.got
     assert "num_shots" in problem.remedy
-    assert workspace.list() == [dataset]
+    assert workspace.published() == [dataset]
 
 
 def test_requests_in_flight_are_bounded(model_server, config, workspace, dataset):
@@ -355,7 +355,7 @@ evaluate(config, workspace, dataset, arms, "words")
             kept = file.read_text().count("\n")
     process.kill()
     process.wait()
-    assert workspace.list() == [dataset]
+    assert workspace.published() == [dataset]
     kept = file.read_text().count("\n")
     model_server.delay_s = 0
     model_server.requests.clear()

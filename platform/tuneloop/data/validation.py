@@ -55,8 +55,9 @@ def bad_row_problems(bad: Sequence[BadRow], total: int, data: DataConfig) -> lis
     rest = sum(len(rows) for _, rows in ranked[_KINDS:])
     if rest:
         problems.append(Problem(f"{rest:,} more rows have other mistakes"))
-    if bad and not any(_details(problem)["fatal"] for _, problem in bad):
-        share = len(bad) / total
+    share = len(bad) / max(1, total)
+    is_fatal = any(_details(problem)["fatal"] for _, problem in bad)
+    if share > data.max_bad_rows_ratio and not is_fatal:
         last = problems.pop()
         advice = (
             f"mend the rows, or drop them with data.max_bad_rows_ratio={_ceiling(share):g} "

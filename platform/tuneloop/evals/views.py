@@ -9,7 +9,7 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
-from tuneloop.artifacts import _git_commit, _package_versions
+from tuneloop.artifacts import git_commit, package_versions
 from tuneloop.config import TuneloopConfig
 from tuneloop.evals.error_tags import ERROR_TAGS
 from tuneloop.evals.findings import (
@@ -253,7 +253,7 @@ def list_facts(
     import psutil
 
     e = config.evaluation
-    versions = ", ".join(f"{name} {version}" for name, version in _package_versions().items())
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     greedy = "greedy (temperature 0)" if e.temperature == 0 else f"temperature {e.temperature:g}"
     return [
         ("Task", f"{config.task.type}, scored by {evaluation.primary}"),
@@ -264,7 +264,7 @@ def list_facts(
         ("Requests", f"over HTTP, {e.concurrency} in flight"),
         ("Resampling", f"{e.num_resamples:,} resamples, seed {e.seed}"),
         ("Versions", f"{versions}, Python {platform.python_version()}"),
-        ("Commit", _git_commit() or "not in a git checkout"),
+        ("Commit", git_commit() or "not in a git checkout"),
         (
             "Machine",
             f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, "

@@ -121,7 +121,9 @@ class Schedule:
         return order[start : start + self.global_batch_size]
 
 
-def split_batch(batch: np.ndarray, lengths: np.ndarray, num_bins: int, size: int) -> list[list[int]]:
+def split_batch(
+    batch: np.ndarray, lengths: np.ndarray, num_bins: int, size: int
+) -> list[list[int]]:
     """Cut a global batch into micro-batches with about the same number of tokens.
 
     Longest first into the lightest micro-batch that has room (Graham 1969, LPT).

@@ -266,5 +266,3 @@ def _quieten() -> None:
 def _write_progress(folder: Path, record: dict[str, Any], num_steps: int) -> None:
     with (folder / PROGRESS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record | {"num_steps": num_steps}) + "\n")
-
-

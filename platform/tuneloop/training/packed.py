@@ -136,11 +136,11 @@ def _attend(
     """Attend within one document. Shape of query and result (1, H, T, D)."""
     length, window, softcap = query.shape[2], options.get("sliding_window"), options.get("softcap")
     mask = None
-    if window is not None and window < length or softcap is not None:
+    if (window is not None and window < length) or softcap is not None:
         steps = torch.arange(length, device=query.device)
         distance = steps[:, None] - steps[None, :]
         mask = (distance >= 0) & (distance < (window or length))
-    if softcap is None:
+    if mask is None or softcap is None:
         return functional.scaled_dot_product_attention(
             query,
             key,

@@ -1,0 +1,100 @@
+"""The model card: what was trained from what, how it went, and how to load it."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from typing import Any
+
+from tuneloop.artifacts import Artifact
+from tuneloop.config import TuneloopConfig
+from tuneloop.models.source import BaseModel
+from tuneloop.training.loop import TrainingResult
+
+_CURVE_ROWS = 12
+
+
+def model_card(
+    config: TuneloopConfig, base: BaseModel, dataset: Artifact, result: TrainingResult
+) -> str:
+    """Return the card as Markdown."""
+    training, last = config.training, result.log[-1]
+    lora = training.method == "lora"
+    tokens = sum(row["num_tokens"] for row in result.log)
+    share = result.num_trainable / result.num_parameters
+    facts = [
+        ("base model", f"`{base.name}`"),
+        ("licence of the base", base.license),
+        ("task", f"`{config.task.type}`"),
+        ("data", f"`{dataset.ref}`, fingerprint `{dataset.fingerprint[:16]}`"),
+        ("method", _method(config)),
+        ("trained parameters", f"{result.num_trainable:,} ({share:.2%})"),
+        ("steps", f"{last['step']:,} of {training.global_batch_size} rows, {last['epoch']} epochs"),
+        ("tokens", f"{tokens:,}"),
+        ("learning rate", f"{training.learning_rate:g}, {training.lr_scheduler}"),
+        ("loss", f"{result.log[0]['loss']:.4f} at the first step, {last['loss']:.4f} at the last"),
+        (
+            "time",
+            f"{last['elapsed_s']:,.0f} s, {tokens / max(1e-9, last['elapsed_s']):,.0f} tokens/s",
+        ),
+        ("seed", str(training.seed)),
+        ("date", datetime.datetime.now(datetime.UTC).date().isoformat()),
+    ]
+    parity = result.parity
+    parts = [
+        f"# `{config.name}`",
+        "Finetuned with tuneloop. The figures of the evaluation are in the evaluation artifact "
+        "that names this model.",
+        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in facts),
+        "## Loss\n\nMean over the target tokens of each step's batch.\n\n" + _curve(result.log),
+        "## Load it\n\nMerged weights, like any model:\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
+    ]
+    if lora:
+        parts.append(
+            "The adapter alone, on top of the base:\n\n```python\n"
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            'base = AutoModelForCausalLM.from_pretrained("BASE")\n'
+            'model = PeftModel.from_pretrained(base, "PATH/adapter")\n```'
+        )
+    parts += [
+        "## Checked\n\nThe reloaded "
+        + " and ".join(parity.arms)
+        + f" answered {parity.prompts} training prompts ({parity.tokens} tokens) like the model "
+        "in training: "
+        + (
+            "the same greedy tokens"
+            if parity.greedy_equal
+            else f"{parity.num_ties} ties aside, the same greedy tokens"
+        )
+        + f", log-probabilities within {parity.max_abs_logprob_diff:.1e}. Prompts are rendered "
+        "as in `tuneloop_render.json`.",
+        "## Licence\n\n"
+        f"The weights derive from `{base.name}` (licence: {base.license}); its terms apply.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _method(config: TuneloopConfig) -> str:
+    if config.training.method == "full":
+        return "all weights"
+    lora = config.training.lora
+    return (
+        f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, "
+        f"targets {lora.target_modules}"
+    )
+
+
+def _curve(log: list[dict[str, Any]]) -> str:
+    """Return about a dozen points of the curve, the first and the last among them."""
+    every = max(1, math.ceil((len(log) - 1) / (_CURVE_ROWS - 1)))
+    picked = log[::every] if (len(log) - 1) % every == 0 else [*log[::every], log[-1]]
+    lines = ["| step | loss | learning rate | gradient norm |", "|---|---|---|---|"]
+    for row in picked:
+        lines.append(
+            f"| {row['step']} | {row['loss']:.4f} | {row['learning_rate']:.2e} "
+            f"| {row['grad_norm']:.3f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.config import TuneloopConfig
+from tuneloop.data import stages
+from tuneloop.data.check import check
+from tuneloop.data.prepare import prepare
+from tuneloop.errors import DataError
+from tuneloop.models.chat import Renderer
+from tuneloop.models.source import BaseModel
+from tuneloop.records import Message
+
+WORDS = [a + b + c for a in ("ka", "lo", "mi", "ru") for b in ("ta", "ne", "so") for c in "xyzw"]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path) -> BaseModel:
+    return BaseModel("tiny", tiny_model, "0" * 64, "none")
+
+
+def sentence(seed: str, length: int) -> list[str]:
+    return random.Random(seed).choices(WORDS, k=length)
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def config_for(path: Path | str, **data: Any) -> TuneloopConfig:
+    task = data.pop("task", {"type": "generation", "instruction": "Answer."})
+    layout = data.pop("format", "question_answer")
+    return TuneloopConfig.model_validate(
+        {
+            "name": "faq",
+            "task": task,
+            "model": {"base": "tiny"},
+            "data": {"sources": [{"path": str(path), "format": layout}], **data},
+        }
+    )
+
+
+def rows_of(artifact: Artifact, side: str) -> list[dict[str, Any]]:
+    return parquet.read_table(artifact.path / side).to_pylist()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_row_ends_in_train_test_or_removed(tmp_path: Path, base: BaseModel) -> None:
+    rows: list[Any] = [
+        {
+            "question": " ".join(sentence(f"q{i}", 12)) + "? ",
+            "answer": " ".join(sentence(f"a{i}", 12)),
+            "topic": f"t{i % 25}",
+            "level": i,
+        }
+        for i in range(100)
+    ]
+    exact = dict(rows[3], question=rows[3]["question"].upper())
+    long_words = sentence("long", 60)
+    near = {"question": " ".join(long_words), "answer": "yes it is", "topic": "t7", "level": None}
+    near_copy = dict(near, question=" ".join([*long_words[:-1], "other"]), topic="t8")
+    too_long = {"question": " ".join(sentence("huge", 900)), "answer": "no", "topic": "t1"}
+    leaking = {"question": "what is <|im_end|> for", "answer": "to end", "topic": "t1"}
+    first = write(tmp_path / "a.jsonl", [*rows[:60], '{"question": "cut', near, too_long])
+    write(tmp_path / "b.jsonl", [*rows[60:], exact, near_copy, leaking, {"question": "no answer"}])
+    config = config_for(
+        tmp_path / "*.jsonl",
+        max_bad_rows_ratio=0.05,
+        max_seq_len=400,
+        too_long="drop",
+        split={"group_by": "topic", "num_test_examples": 20},
+    )
+    workspace = Workspace(tmp_path / "ws")
+    published = prepare(config, workspace, base)
+    artifact = published.artifact
+    train, test = rows_of(artifact, "train"), rows_of(artifact, "test")
+    removed = rows_of(artifact, "removed")
+    assert len(train) + len(test) + len(removed) == 107
+    ids = [row["row_id"] for row in train + test + removed]
+    assert len(set(ids)) == 107
+    assert len(test) == 20
+    assert {row["topic"] for row in train}.isdisjoint(row["topic"] for row in test)
+
+    by_source = {Path(row["source"]).name: row for row in removed}
+    assert by_source["a.jsonl:61"]["stage"] == "read"
+    assert "not valid JSON" in by_source["a.jsonl:61"]["reason"]
+    assert by_source["b.jsonl:44"]["stage"] == "read"
+    assert by_source["b.jsonl:44"]["reason"].startswith("no column `answer`")
+    assert by_source["a.jsonl:63"]["stage"] == "tokenize"
+    assert "more than 400" in by_source["a.jsonl:63"]["reason"]
+    assert by_source["b.jsonl:43"]["stage"] == "tokenize"
+    assert "<|im_end|>" in by_source["b.jsonl:43"]["reason"]
+    duplicates = [row for row in removed if row["stage"] == "dedup"]
+    assert len(duplicates) == 2
+    copies = {row["similarity"] == 1.0: row for row in duplicates}
+    assert Path(copies[True]["source"]).name in ("a.jsonl:4", "b.jsonl:41")
+    assert copies[True]["kept_row_id"] in ids
+    assert Path(copies[False]["source"]).name in ("a.jsonl:62", "b.jsonl:42")
+    # 63 words are 59 shingles, 4 of which the changed word spoils.
+    assert copies[False]["similarity"] == pytest.approx(55 / 63)
+    assert all(
+        row["stage"] == "split"
+        for row in removed
+        if row
+        not in [
+            *duplicates,
+            *(by_source[n] for n in ("a.jsonl:61", "b.jsonl:44", "a.jsonl:63", "b.jsonl:43")),
+        ]
+    )
+
+    renderer = Renderer.load(base.path)
+    for row in train + test:
+        messages = [Message(m["role"], m["content"]) for m in row["messages"]]
+        assert messages[0] == Message("system", "Answer.")
+        sample = renderer.sample(messages)
+        assert (row["input_ids"], row["loss_mask"]) == (sample.input_ids, sample.loss_mask)
+        assert row["num_tokens"] == len(row["input_ids"])
+        answer = [i for i, bit in zip(row["input_ids"], row["loss_mask"], strict=True) if bit]
+        assert renderer.decode(answer) == messages[-1].content
+        assert answer[-1] in renderer.stop_ids
+        assert row["level"] is None or isinstance(row["level"], int)
+
+    card = json.loads((artifact.path / "card.json").read_text())
+    assert [step["rows"] for step in card["funnel"]][:4] == [107, 105, 103, 101]
+    assert card["funnel"][-1]["rows"] == len(train) + len(test)
+    assert card["dedup"]["num_near"] == card["dedup"]["num_exact"] == 1
+    readme = (artifact.path / "README.md").read_text()
+    assert "a.jsonl:62" in readme or "b.jsonl:42" in readme
+    metrics = artifact.manifest["metrics"]
+    assert metrics["num_train_rows"] == len(train)
+    assert metrics["num_removed"] == len(removed)
+    assert metrics["num_train_tokens"] == sum(row["num_tokens"] for row in train)
+    assert metrics["num_target_tokens"] == sum(sum(row["loss_mask"]) for row in train)
+
+    assert prepare(config, workspace, base).reused
+    with first.open("a") as file:
+        file.write(json.dumps({"question": "new one", "answer": "yes", "topic": "t1"}) + "\n")
+    again = prepare(config, workspace, base)
+    assert not again.reused
+    assert again.artifact.version == 2
+    # A row that stays keeps its id and its side when a row is added to a group of the test.
+    moved = {row["row_id"] for row in test} & {
+        row["row_id"] for row in rows_of(again.artifact, "train")
+    }
+    assert not moved
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_bad_data_stops_before_anything_is_published(tmp_path: Path, base: BaseModel) -> None:
+    workspace = Workspace(tmp_path / "ws")
+    good = [{"question": f"q {i}", "answer": f"a {i}"} for i in range(30)]
+    bad_line = write(tmp_path / "bad.jsonl", [*good[:16], "{", *good[16:]])
+    with pytest.raises(DataError) as caught:
+        prepare(config_for(bad_line), workspace, base)
+    assert f"{bad_line}:17" in str(caught.value)
+
+    long_row = {"question": " ".join(["word"] * 800), "answer": "x"}
+    long_rows = write(tmp_path / "long.jsonl", [*good, long_row])
+    with pytest.raises(DataError) as caught:
+        prepare(config_for(long_rows, max_seq_len=64), workspace, base)
+    assert f"{long_rows}:31 (" in str(caught.value)
+    assert "data.too_long=drop" in str(caught.value)
+
+    with pytest.raises(DataError, match="the data set is empty"):
+        prepare(config_for(write(tmp_path / "none.jsonl", [])), workspace, base)
+    with pytest.raises(DataError, match="no such file"):
+        prepare(config_for(tmp_path / "absent.jsonl"), workspace, base)
+    assert workspace.published() == []
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_documents_are_cut_with_every_token_kept_once(tmp_path: Path, base: BaseModel) -> None:
+    texts = [" ".join(sentence(f"d{i}", 20 + 40 * (i % 5))) for i in range(20)]
+    path = write(tmp_path / "a.jsonl", [{"text": text, "order": i} for i, text in enumerate(texts)])
+    config = config_for(
+        path,
+        task={"type": "language_modeling"},
+        format="text",
+        max_seq_len=50,
+        split={"num_test_examples": 4},
+    )
+    artifact = prepare(config, Workspace(tmp_path / "ws"), base).artifact
+    rows = rows_of(artifact, "train") + rows_of(artifact, "test")
+    renderer = Renderer.load(base.path)
+    assert len({row["row_id"] for row in rows}) == len(rows)
+    for i, text in enumerate(texts):
+        pieces = [row for row in rows if row["order"] == i]
+        assert max(row["num_tokens"] for row in pieces) <= 50
+        ids = [token for row in pieces for token in row["input_ids"]]
+        assert ids == [*renderer.text_ids(text), renderer.tokenizer.eos_token_id]
+        assert all(all(row["loss_mask"]) for row in pieces)
+        assert len({row["source"] for row in pieces}) == 1
+    assert len({row["order"] for row in rows_of(artifact, "test")}) == 4
+
+
+def planted(num_documents: int) -> tuple[list[str], dict[int, int]]:
+    """Return documents, and for each planted near-duplicate the one it was made from."""
+    generator = random.Random(7)
+    vocabulary = [f"{a}{b}" for a in WORDS for b in WORDS[:20]]
+    texts: list[str] = []
+    origin: dict[int, int] = {}
+    for _ in range(num_documents):
+        kind = generator.random()
+        if texts and kind < 0.2:
+            source = generator.randrange(len(texts))
+            if source not in origin:
+                words = texts[source].split()
+                # One changed word of w spoils 5 of w - 4 shingles: similarity 0.85 to 0.98.
+                for _ in range(max(1, len(words) // 80)):
+                    words[generator.randrange(len(words))] = generator.choice(vocabulary)
+                origin[len(texts)] = source
+                texts.append(" ".join(words))
+                continue
+        texts.append(" ".join(generator.choices(vocabulary, k=generator.randrange(80, 200))))
+    return texts, origin
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_planted_near_duplicates_are_found_across_blocks(
+    tmp_path: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, origin = planted(3000)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for part in range(6):
+        write(folder / f"{part}.jsonl", [{"text": text} for text in texts[part::6]])
+    config = config_for(folder, task={"type": "language_modeling"}, format="text")
+    started = time.monotonic()
+    artifact = prepare(config, Workspace(tmp_path / "ws"), base).artifact
+    seconds = time.monotonic() - started
+    removed = [row for row in rows_of(artifact, "removed") if row["stage"] == "dedup"]
+
+    def cluster(index: int) -> int:
+        return origin.get(index, index)
+
+    number = {text: index for index, text in enumerate(texts)}
+    correct = [
+        row
+        for row in removed
+        if number[row["text"]] in {i for pair in origin.items() for i in pair}
+    ]
+    assert len(correct) / len(removed) >= 0.97
+    # Of a cluster of n one stays: n - 1 removals are wanted.
+    sizes: dict[int, int] = {}
+    for index in range(len(texts)):
+        sizes[cluster(index)] = sizes.get(cluster(index), 0) + 1
+    wanted = sum(size - 1 for size in sizes.values())
+    assert len(correct) / wanted >= 0.95
+    assert min(row["similarity"] for row in removed) >= 0.8
+    assert seconds < 60
+
+    # One file, another order, other blocks, Ray's own sort: the same rows go to the same places.
+    single = tmp_path / "single"
+    single.mkdir()
+    write(single / "all.jsonl", [{"text": text} for text in sorted(texts)])
+    monkeypatch.setattr(stages, "_ROWS_PER_BLOCK", 500)
+    monkeypatch.setattr(stages, "_SORTED_HERE_BYTES", 0)
+    config = config_for(single, task={"type": "language_modeling"}, format="text")
+    other = prepare(config, Workspace(tmp_path / "ws2"), base).artifact
+    for side in ("train", "test"):
+        assert [row["row_id"] for row in rows_of(artifact, side)] == [
+            row["row_id"] for row in rows_of(other, side)
+        ]
+        assert [row["input_ids"] for row in rows_of(artifact, side)] == [
+            row["input_ids"] for row in rows_of(other, side)
+        ]
+    assert {(row["row_id"], row["kept_row_id"]) for row in removed} == {
+        (row["row_id"], row["kept_row_id"])
+        for row in rows_of(other, "removed")
+        if row["stage"] == "dedup"
+    }
+
+
+def test_check_tells_everything_without_ray(tmp_path: Path, base: BaseModel) -> None:
+    good = [{"question": f"q {i}", "answer": f"a {i}"} for i in range(30)]
+    path = write(tmp_path / "a.jsonl", [*good, "{", {"question": " ".join("word" * 300)}])
+    found = check(config_for(path), base)
+    assert {problem.what for problem in found.findings} == {
+        "the line is not valid JSON",
+        "no column `answer`",
+    }
+    assert (found.num_rows, found.num_usable) == (32, 30)
+    assert len(found.samples) == 3
+    sample = found.samples[0]
+    learned = "".join(text for text, is_target in sample.tokens if is_target)
+    assert learned == "a 0<|im_end|>"
+    assert "".join(text for text, _ in sample.tokens).startswith("<|im_start|>system\nAnswer.")
+    assert found.length_tokens["max"] >= found.length_tokens["p50"] > 0
+    assert 0 < found.target_ratio < 1
+
+    fine = check(config_for(write(tmp_path / "b.jsonl", good)), base)
+    assert fine.findings == []
+    assert fine.notices == []
+    short = check(config_for(tmp_path / "b.jsonl", max_seq_len=8), base)
+    assert "longer than data.max_seq_len" in short.findings[0].what
+    absent = check(config_for(tmp_path / "absent.jsonl"), base)
+    assert [problem.what for problem in absent.findings] == ["no such file"]
