@@ -332,10 +332,13 @@ def attend(
 
     Raises:
         NotImplementedError: The model wants a kind of attention that is not computed here.
+        RuntimeError: There are no groups.
     """
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with `{name}`")
+    if not groups:
+        raise RuntimeError("the model runs outside the engine or does not pass `groups` on")
     rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window)
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
     start = 0

@@ -151,9 +151,8 @@ class CompletionRequest(_Sampling):
         """Return the prompts one by one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
 
 
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
