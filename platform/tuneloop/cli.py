@@ -99,7 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     config_command("train", _step("train"), "finetune (prepares first when needed)")
     config_command("evaluate", _step("evaluate"), "score base, few-shot and finetuned model")
     config_command("run", _step("run"), "the whole loop: prepare, baseline, train, evaluate")
+    config_command("sweep", _sweep, "train and score a grid of settings, fit a learning curve")
     config_command("serve", _serve, "serve the base and the finetuned model until interrupted")
+    submit = command("submit", _submit, "run a command on a cluster as a Ray job")
+    submit.add_argument("job_command", metavar="COMMAND")
+    submit.add_argument("config", metavar="CONFIG.yaml")
+    submit.add_argument("overrides", metavar="key=value", nargs="*")
+    submit.add_argument("--address", help="of the jobs API; default: RAY_API_SERVER_ADDRESS")
     workspace_command(
         "dashboard", _dashboard, "artifacts and reports in a browser, on 127.0.0.1"
     ).add_argument("--port", type=int, default=8501, help="default: %(default)s")
@@ -190,6 +196,43 @@ def _check(arguments: argparse.Namespace, output: IO[str]) -> int:
     report(preflight, output)
     print("nothing is in the way", file=output)
     return 0
+
+
+def _sweep(arguments: argparse.Namespace, output: IO[str]) -> int:
+    from tuneloop.artifacts import Workspace
+    from tuneloop.sweeps.run import sweep
+
+    config = _load(arguments)
+    (published,) = sweep(config, Workspace(config.workspace))
+    if arguments.json:
+        print(json.dumps(published.artifact.summary(published.reused)), file=output)
+    else:
+        from rich.console import Console
+
+        from tuneloop.sweeps.table import sweep_table
+
+        console = Console(file=output)
+        console.print(sweep_table(published.artifact))
+        state = "reused" if published.reused else "new"
+        console.print(f"{published.artifact.ref}  {state}  {published.artifact.location}")
+    return 0
+
+
+def _submit(arguments: argparse.Namespace, output: IO[str]) -> int:
+    from tuneloop.submission import submit
+
+    address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    job = submit(
+        arguments.job_command,
+        arguments.config,
+        arguments.overrides,
+        address or "http://127.0.0.1:8265",
+    )
+    if arguments.json:
+        print(json.dumps(vars(job)), file=output)
+    else:
+        print(f"job {job.submission_id} {job.status}, exit code {job.exit_code}", file=output)
+    return job.exit_code
 
 
 def _serve(arguments: argparse.Namespace, output: IO[str]) -> int:

@@ -30,15 +30,15 @@ BASE, FEW_SHOT, FINETUNED = "base", "base+few-shot", "finetuned"
 def prepare(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """Return the dataset artifact in a list, made or reused."""
     with connect(config.resources):
-        return [_prepare(config, workspace, resolve_base(config.model.base))]
+        return [prepare_dataset(config, workspace, resolve_base(config.model.base))]
 
 
 def train(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """Return dataset and model artifact, made or reused."""
     with connect(config.resources):
         base = resolve_base(config.model.base)
-        dataset = _prepare(config, workspace, base)
-        return [dataset, _train(config, workspace, base, dataset.artifact)]
+        dataset = prepare_dataset(config, workspace, base)
+        return [dataset, train_model(config, workspace, base, dataset.artifact)]
 
 
 def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
@@ -49,15 +49,16 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """
     with connect(config.resources):
         base = resolve_base(config.model.base)
-        dataset = _prepare(config, workspace, base)
+        dataset = prepare_dataset(config, workspace, base)
         models = {BASE: _base_model(config, base)}
         arms = _base_arms(config, base, dataset.artifact)
-        baseline = _evaluate(config, workspace, dataset.artifact, (arms, models), None)
-        model = _train(config, workspace, base, dataset.artifact)
+        name = f"{config.name}-baseline"
+        baseline = _evaluate(config, workspace, dataset.artifact, (arms, models), name)
+        model = train_model(config, workspace, base, dataset.artifact)
         models[FINETUNED] = _finetuned_model(model.artifact)
-        arms = [*arms, Arm(FINETUNED, Endpoint("", FINETUNED), (), model.artifact.fingerprint)]
+        contestants = [*arms, _finetuned_arm(model.artifact)], models
         evaluation = _evaluate(
-            config, workspace, dataset.artifact, (arms, models), baseline.artifact
+            config, workspace, dataset.artifact, contestants, config.name, baseline.artifact
         )
         return [dataset, baseline, model, evaluation]
 
@@ -82,18 +83,32 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
             yield url, list(models)
 
 
-def _prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:
+def prepare_dataset(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:
+    """Return the dataset artifact, made or reused. Needs a running Ray."""
     from tuneloop.data.prepare import prepare
 
     return _told(prepare(config, workspace, base))
 
 
-def _train(
+def train_model(
     config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
 ) -> Published:
+    """Return the model artifact, made or reused. Needs a running Ray."""
     from tuneloop.training.launch import train
 
     return _told(train(config, workspace, base, dataset))
+
+
+def evaluate_finetuned(
+    config: TuneloopConfig, workspace: Workspace, dataset: Artifact, model: Artifact
+) -> Published:
+    """Return the evaluation of a finetuned model alone, made or reused. Needs a running Ray."""
+    contestants = [_finetuned_arm(model)], {FINETUNED: _finetuned_model(model)}
+    return _evaluate(config, workspace, dataset, contestants, f"{config.name}-sweep")
+
+
+def _finetuned_arm(model: Artifact) -> Arm:
+    return Arm(FINETUNED, Endpoint("", FINETUNED), (), model.fingerprint)
 
 
 def _base_model(config: TuneloopConfig, base: BaseModel) -> ServedModel:
@@ -128,20 +143,20 @@ def _evaluate(
     workspace: Workspace,
     dataset: Artifact,
     contestants: tuple[list[Arm], dict[str, ServedModel]],
-    baseline: Artifact | None,
+    name: str,
+    earlier: Artifact | None = None,
 ) -> Published:
     """Serve the models and score the arms; nothing is served when the result is there already."""
     from tuneloop.evals.runner import evaluate, find_evaluation
     from tuneloop.serving import app
 
     arms, models = contestants
-    name = config.name if baseline else f"{config.name}-baseline"
     found = find_evaluation(config, workspace, dataset, arms, name)
     if found is not None:
         return _told(Published(found, reused=True))
     with app.serve(models, config.serving) as url:
         arms = [replace(arm, endpoint=Endpoint(url, arm.endpoint.model)) for arm in arms]
-        return _told(evaluate(config, workspace, dataset, arms, name, baseline))
+        return _told(evaluate(config, workspace, dataset, arms, name, earlier))
 
 
 def _told(published: Published) -> Published:

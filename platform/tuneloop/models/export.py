@@ -105,34 +105,21 @@ class Exporter:
 
     def answer(self, model: Any, prompts: list[list[int]]) -> list[Answer]:
         """Return the live model's greedy answers. With ZeRO-3 all workers call it together."""
-        from transformers import GenerationConfig
-
         plain = _plain(model)
-        pad = self.renderer.tokenizer.pad_token_id
-        pad = self.renderer.stop_ids[0] if pad is None else pad
-        with _standard_attention(plain), torch.no_grad():
+        pad = self._pad_id()
+        width = max(len(prompt) for prompt in prompts)
+        room = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
+        count = NUM_TOKENS if room is None else max(1, min(NUM_TOKENS, room - width))
+        with _standard_attention(plain), self._greedy(plain), torch.no_grad():
             device = next(plain.parameters()).device
-            width = max(len(prompt) for prompt in prompts)
             ids = torch.full((len(prompts), width), pad, device=device)
             mask = torch.zeros_like(ids)
             for row, prompt in enumerate(prompts):
                 ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
                 mask[row, width - len(prompt) :] = 1
-            room = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
-            count = NUM_TOKENS if room is None else max(1, min(NUM_TOKENS, room - width))
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=count,
-                    min_new_tokens=count,
-                    pad_token_id=pad,
-                    use_cache=True,
-                ),
-            )
+            output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count)
             return [
-                _score(model, prompt, output[row, width:].tolist())[0]
+                _score(model, prompt, self._until_stop(output[row, width:].tolist()))[0]
                 for row, prompt in enumerate(prompts)
             ]
 
@@ -243,21 +230,45 @@ class Exporter:
         file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
 
     def _save_generation_config(self) -> None:
+        settings = {k: v for k, v in self._generation_settings().items() if v is not None}
+        text = json.dumps(settings, indent=2)
+        (self.output / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _generation_settings(self) -> dict[str, Any]:
         """State every setting that a library would otherwise fill in: plain greedy decoding."""
-        tokenizer = self.renderer.tokenizer
-        settings = {
-            "bos_token_id": tokenizer.bos_token_id,
+        return {
+            "bos_token_id": self.renderer.tokenizer.bos_token_id,
             "do_sample": False,
             "eos_token_id": list(self.renderer.stop_ids),
             "no_repeat_ngram_size": 0,
             "num_beams": 1,
-            "pad_token_id": tokenizer.pad_token_id,
+            "pad_token_id": self._pad_id(),
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_p": 1.0,
         }
-        text = json.dumps({k: v for k, v in settings.items() if v is not None}, indent=2)
-        (self.output / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _pad_id(self) -> int:
+        pad = self.renderer.tokenizer.pad_token_id
+        return self.renderer.stop_ids[0] if pad is None else int(pad)
+
+    def _until_stop(self, ids: list[int]) -> list[int]:
+        """Return ids up to and with the first stop token; what follows is padding."""
+        stop = next((i for i, token in enumerate(ids) if token in self.renderer.stop_ids), None)
+        return ids if stop is None else ids[: stop + 1]
+
+    @contextlib.contextmanager
+    def _greedy(self, plain: Any) -> Iterator[None]:
+        """Replace the base's own settings, which `generate` merges into what it is given."""
+        from transformers import GenerationConfig
+
+        before = plain.generation_config
+        plain.generation_config = GenerationConfig(**self._generation_settings())
+        use_cache, plain.config.use_cache = plain.config.use_cache, True
+        try:
+            yield
+        finally:
+            plain.generation_config, plain.config.use_cache = before, use_cache
 
 
 def _score(model: Any, prompt: list[int], ids: list[int]) -> tuple[Answer, list[int]]:

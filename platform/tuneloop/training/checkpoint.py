@@ -7,8 +7,10 @@ and is passed over for the one before.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ def save_engine(
     """
     import torch.distributed as dist
 
-    # For LoRA the base model is not written again and again: it has not changed.
-    engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
+    with _without_frozen(engine.module):
+        engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=True)
     rank = dist.get_rank()
     if rank == 0:
         (folder / "trainer_log.json").write_text(json.dumps(log), encoding="utf-8")
@@ -92,6 +94,30 @@ def load_engine(engine: Any, folder: Path, execution: Execution) -> tuple[int, l
     engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
     log = json.loads((folder / "trainer_log.json").read_text(encoding="utf-8"))
     return int(contents["step"]), log
+
+
+@contextlib.contextmanager
+def _without_frozen(model: Any) -> Iterator[None]:
+    """Keep the base model of LoRA out of checkpoints: it has not changed.
+
+    DeepSpeed leaves frozen parameters out by itself, but not the second name of tied ones: the
+    output layer, most of a small model.
+    """
+    frozen = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+
+    def drop(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in frozen & state.keys():
+            del state[name]
+
+    hook = model.register_state_dict_post_hook(drop)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _steps_if_whole(folder: Path) -> int | None:

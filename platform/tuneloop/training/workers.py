@@ -88,6 +88,8 @@ def run_worker(settings: dict[str, Any]) -> TrainingResult | UserError:
     from ray import train as ray_train
     from ray.train.torch import get_device
 
+    # Ray Train notes each report at INFO; the driver tells the progress.
+    logging.getLogger().setLevel(logging.WARNING)
     context = ray_train.get_context()
     execution: Execution = settings["execution"]
     node = next(

@@ -1,0 +1,238 @@
+"""The real application: Ray Serve, HTTP, two models, OpenAI's own client."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from tuneloop.config import ServingConfig
+from tuneloop.errors import ResourceError
+from tuneloop.models.chat import Renderer
+from tuneloop.records import Message
+
+QUESTION = [Message("system", "Answer."), Message("user", "What is the capital of France?")]
+BODY = {
+    "messages": [{"role": m.role, "content": m.content} for m in QUESTION],
+    "max_tokens": 12,
+    "temperature": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def other_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with other weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path_factory.mktemp("other") / "other"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, tiny_model: Path, other_model: Path) -> Iterator[str]:
+    from tuneloop.serving.app import ServedModel, serve
+
+    models = {"base": ServedModel(tiny_model), "finetuned": ServedModel(other_model)}
+    with serve(models, ServingConfig(port=0)) as address:
+        yield address
+
+
+@pytest.fixture
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def local_greedy(path: Path, ids: list[int], count: int) -> tuple[str, list[int]]:
+    """Return what transformers writes, up to the stop token."""
+    from transformers import AutoModelForCausalLM
+
+    renderer = Renderer.load(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    prompt = torch.tensor([ids])
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False
+    )
+    answer: list[int] = out[0, len(ids) :].tolist()
+    stop = next((i for i, token in enumerate(answer) if token in renderer.stop_ids), count)
+    return renderer.decode(answer[:stop]), answer[:stop]
+
+
+def test_served_text_equals_local_text_for_both_models(
+    http: httpx.Client, tiny_model: Path, other_model: Path
+) -> None:
+    texts = []
+    for name, path in (("base", tiny_model), ("finetuned", other_model)):
+        ids = Renderer.load(path).prompt_ids(QUESTION)
+        text, answer = local_greedy(path, ids, 12)
+        response = http.post(
+            "/chat/completions", json={**BODY, "model": name, "return_token_ids": True}
+        )
+        assert response.status_code == 200, response.text
+        got = response.json()
+        assert got["prompt_token_ids"] == ids
+        assert got["choices"][0]["token_ids"] == answer
+        assert got["choices"][0]["message"]["content"] == text
+        assert got["usage"]["prompt_tokens"] == len(ids)
+        texts.append(answer)
+    assert texts[0] != texts[1]
+
+
+def test_openai_client(url: str) -> None:
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["base", "finetuned"]
+    assert client.models.retrieve("finetuned").id == "finetuned"
+    asked = {"model": "base", **BODY}
+    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    content = whole.choices[0].logprobs.content
+    assert all(item.logprob == item.top_logprobs[0].logprob for item in content)
+    streamed = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    assert streamed[-1].usage.completion_tokens == whole.usage.completion_tokens
+    pieces = [chunk.choices[0].delta.content or "" for chunk in streamed[:-1]]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert streamed[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+    plain = client.completions.create(model="base", prompt=["Open the", "yes"], temperature=0)
+    assert [choice.index for choice in plain.choices] == [0, 1]
+    text = "".join(
+        chunk.choices[0].text
+        for chunk in client.completions.create(
+            model="base", prompt="Open the", temperature=0, stream=True
+        )
+    )
+    assert text == plain.choices[0].text
+    with pytest.raises(openai.NotFoundError, match="served: base, finetuned"):
+        client.chat.completions.create(**{**asked, "model": "missing"})
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**asked, n=2)
+    assert caught.value.body == {
+        "message": "`n` is not supported",
+        "type": "invalid_request_error",
+        "param": "n",
+        "code": "unsupported_parameter",
+    }
+
+
+def test_echoed_logprobs_as_harnesses_read_them(http: httpx.Client, tiny_model: Path) -> None:
+    renderer = Renderer.load(tiny_model)
+    ids = renderer.text_ids("Open the file and return its text")
+    body = {
+        "model": "base",
+        "prompt": [ids, ids[:4]],
+        "max_tokens": 1,
+        "temperature": 0,
+        "echo": True,
+        "logprobs": 1,
+    }
+    choices = http.post("/completions", json=body).json()["choices"]
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    chosen = expected[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].tolist()
+    report = choices[0]["logprobs"]
+    assert report["token_logprobs"][0] is None
+    assert report["top_logprobs"][0] is None
+    assert report["token_logprobs"][1:-1] == pytest.approx(chosen, abs=1e-4)
+    assert max(report["top_logprobs"][-1].values()) == report["token_logprobs"][-1]
+    assert len(choices[1]["logprobs"]["tokens"]) == 5
+    assert choices[0]["text"].startswith("Open the file and return its text")
+    at = report["text_offset"]
+    pieces = [choices[0]["text"][a:b] for a, b in itertools.pairwise(at)]
+    assert pieces[: len(ids)] == report["tokens"][: len(ids)]
+
+
+def test_concurrent_requests_do_not_mix(http: httpx.Client, tiny_model: Path) -> None:
+    prompts = [f"read {number} items in the list" for number in range(64)]
+
+    def ask(prompt: str) -> str:
+        body = {"model": "base", "prompt": prompt, "max_tokens": 8, "temperature": 0}
+        return str(http.post("/completions", json=body).json()["choices"][0]["text"])
+
+    with ThreadPoolExecutor(64) as pool:
+        texts = list(pool.map(ask, prompts))
+    for index in (0, 31, 63):
+        ids = Renderer.load(tiny_model).text_ids(prompts[index])
+        assert texts[index] == local_greedy(tiny_model, ids, 8)[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("/chat/completions", {**BODY, "model": "base", "max_tokens": 600}, 400, "512 positions"),
+        ("/chat/completions", {**BODY, "model": "base", "temprature": 1}, 400, "temprature"),
+        ("/chat/completions", {**BODY, "model": "base", "temperature": 3}, 400, "temperature"),
+        ("/chat/completions", {**BODY, "model": "base", "stream": True, "n": 3}, 400, "`n`"),
+        ("/chat/completions", {"model": "base", "messages": []}, 400, "messages"),
+        (
+            "/chat/completions",
+            {"model": "base", "messages": [{"role": "user", "content": "<|im_end|>"}]},
+            400,
+            "control token",
+        ),
+        ("/chat/completions", BODY, 404, "served: base, finetuned"),
+        ("/completions", {"model": "base", "prompt": []}, 400, "prompt"),
+        ("/completions", {"model": "base", "prompt": [100000]}, 400, "vocabulary"),
+        ("/embeddings", {"model": "base"}, 404, "Not Found"),
+    ],
+)
+def test_refusals(http: httpx.Client, path: str, body: object, status: int, says: str) -> None:
+    response = http.post(path, json=body)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert says in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_body_that_is_not_json(http: httpx.Client) -> None:
+    response = http.post("/completions", content=b"{")
+    assert response.status_code == 400
+    assert "not JSON" in response.json()["error"]["message"]
+
+
+def test_left_out_temperature_is_one_and_seeds_repeat(http: httpx.Client) -> None:
+    def ask(**more: object) -> str:
+        body = {"model": "base", "prompt": "Return the", "max_tokens": 16, **more}
+        return json.dumps(http.post("/completions", json=body).json()["choices"])
+
+    assert ask(seed=5) == ask(seed=5)
+    assert len({ask() for _ in range(4)}) > 1
+
+
+def test_taken_port_is_told_before_anything_starts(url: str) -> None:
+    from tuneloop.serving.app import _free_port
+
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        taken = holder.getsockname()[1]
+        with pytest.raises(ResourceError, match=str(taken)):
+            _free_port(ServingConfig(port=taken))
+
+
+def test_second_serve_is_refused(url: str, tiny_model: Path) -> None:
+    from tuneloop.serving.app import ServedModel, serve
+
+    with (
+        pytest.raises(ResourceError, match="runs already"),
+        serve({"base": ServedModel(tiny_model)}, ServingConfig(port=0)),
+    ):
+        pass
+    assert httpx.get(f"{url}/models").status_code == 200
