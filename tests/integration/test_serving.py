@@ -190,7 +190,7 @@ def test_concurrent_requests_do_not_mix(http: httpx.Client, tiny_model: Path) ->
         ("/chat/completions", BODY, 404, "served: base, finetuned"),
         ("/completions", {"model": "base", "prompt": []}, 400, "prompt"),
         ("/completions", {"model": "base", "prompt": [100000]}, 400, "vocabulary"),
-        ("/embeddings", {"model": "base"}, 404, "Not Found"),
+        ("/embeddings", {"model": "base"}, 404, "no POST /v1/embeddings"),
     ],
 )
 def test_refusals(http: httpx.Client, path: str, body: object, status: int, says: str) -> None:

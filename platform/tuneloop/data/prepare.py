@@ -98,13 +98,13 @@ def _build(
     """Write the artifact's files and return its metrics."""
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
-        stages.warm_up(rendering)
+        warm = stages.warm_up(rendering)
         rows = stages.read_files(files, config)
         unreadable = _refuse_unreadable(rows, config)
     total = rows.count()
     logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, unreadable))
     with _timed("tokenize", seconds):
-        rows = stages.render_rows(rows, rendering)
+        rows = stages.render_rows(rows, rendering, warm)
         outcome = _outcome(stages.collect(rows, _COLUMNS), seconds)
         _drop_unusable(outcome, unreadable, config)
     num_tokens = int(np.sum(outcome.table["num_tokens"].to_numpy()))

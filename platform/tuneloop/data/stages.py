@@ -22,11 +22,14 @@ TRAIN, TEST, REMOVED = 0, 1, 2
 _SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
 
 
-def warm_up(rendering: Rendering) -> None:
-    """Let a worker import and load the tokenizer while the files are being read."""
+def warm_up(rendering: Rendering) -> Any:
+    """Let a worker load the tokenizer while the files are read; return the reference to wait for.
+
+    Rendering before it is done would make a second worker load it as well.
+    """
     import ray
 
-    ray.remote(num_cpus=1)(_load_renderer).remote(rendering)
+    return ray.remote(num_cpus=1)(_load_renderer).remote(rendering)
 
 
 def read_files(files: list[SourceFile], config: TuneloopConfig) -> Any:
@@ -40,8 +43,11 @@ def read_files(files: list[SourceFile], config: TuneloopConfig) -> Any:
     return blocks.materialize()
 
 
-def render_rows(rows: Any, rendering: Rendering) -> Any:
-    """Return the Ray dataset of tokenized rows by `rendered_schema`."""
+def render_rows(rows: Any, rendering: Rendering, warm: Any) -> Any:
+    """Return the Ray dataset of tokenized rows by `rendered_schema`, once `warm` is done."""
+    import ray
+
+    ray.get(warm)
     num_blocks = max(1, -(-rows.count() // _ROWS_PER_BLOCK))
     if rows.num_blocks() < num_blocks:
         rows = rows.repartition(num_blocks)

@@ -401,7 +401,8 @@ def word_diff(reference: str, completion: str) -> list[tuple[str, str]]:
 
 def notable_tags(evaluation: Evaluation) -> list[str]:
     """Return the error tags that any arm has, in their fixed order."""
-    return [tag for tag in ERROR_TAGS if any(arm["error_tags"][tag] for arm in evaluation.arms)]
+    # An evaluation of an earlier version lacks tags that are newer.
+    return [tag for tag in ERROR_TAGS if any(a["error_tags"].get(tag) for a in evaluation.arms)]
 
 
 def _join(parts: Sequence[str], word: str = "and") -> str:

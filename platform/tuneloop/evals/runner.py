@@ -25,7 +25,7 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here, in metrics, error tags, intervals or report makes other results.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 def sampling(evaluation: EvaluationConfig) -> SamplingParams:
@@ -192,7 +192,7 @@ def _prediction(scorer: Scorer, request: Request, answer: Answer) -> Prediction:
         status="scored" if scored else "unscored",
         error=answer.error,
         error_tags=(
-            tag_errors(scorer, reference, answer.text, finish_reason)
+            tag_errors(scorer, reference, answer.text, finish_reason, answer.prompt)
             if finish_reason is not None and not request.question.text
             else []
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -11,6 +10,7 @@ from typing import Any
 
 from tuneloop.artifacts import git_commit, package_versions
 from tuneloop.config import TuneloopConfig
+from tuneloop.evals.analysis import prompt_turns
 from tuneloop.evals.error_tags import ERROR_TAGS
 from tuneloop.evals.findings import (
     Evaluation,
@@ -172,8 +172,9 @@ def show_tags(evaluation: Evaluation) -> list[dict[str, Any]]:
             "name": tag,
             "label": ERROR_TAGS[tag],
             "counts": [
-                (arm["error_tags"][tag], 100 * arm["error_tags"][tag] / max(1, arm["num_scored"]))
+                (count, 100 * count / max(1, arm["num_scored"]))
                 for arm in evaluation.arms
+                for count in [arm["error_tags"].get(tag, 0)]
             ],
             "changes": changes.get(tag),
         }
@@ -238,10 +239,9 @@ def show_prompts(evaluation: Evaluation) -> list[dict[str, Any]]:
     shown = []
     for arm in evaluation.arms:
         prompt = next(p.prompt for p in evaluation.predictions if p.arm == arm["name"])
-        try:
-            turns = [(str(turn["role"]), str(turn["content"])) for turn in json.loads(prompt)]
-        except (ValueError, TypeError, KeyError):
-            turns = [("text", shorten(prompt))]
+        turns = [
+            (role, shorten(text) if role == "text" else text) for role, text in prompt_turns(prompt)
+        ]
         shown.append({"arm": arm["name"], "turns": turns})
     return shown
 

@@ -16,7 +16,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -24,18 +24,14 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tuneloop.errors import EndpointError, Problem, TuneloopError
-from tuneloop.records import Completion, Endpoint, FinishReason, Message, SamplingParams
+from tuneloop.errors import EndpointError, Problem
+from tuneloop.models.streaming import FINISH_REASONS, Delta, RequestError, read_deltas
+from tuneloop.records import Completion, Endpoint, Message, SamplingParams
 
 _log = logging.getLogger("tuneloop.models")
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-_FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 30.0
-
-
-class RequestError(TuneloopError):
-    """One request got no usable answer; the endpoint itself may be fine."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +121,9 @@ class Client:
         if self.endpoint.model not in served:
             raise self._unknown_model(served)
 
-    async def generate(self, messages: Sequence[Message], params: SamplingParams) -> Completion:
-        """Return the model's answer to a conversation; every sampling field is sent.
-
-        Raises:
-            EndpointError: The endpoint is unusable.
-            RequestError: This request got no usable answer.
-        """
-        body: dict[str, Any] = {
+    def chat_request(self, messages: Sequence[Message], params: SamplingParams) -> dict[str, Any]:
+        """Return what is sent to ask for an answer; every sampling field is in it."""
+        return {
             "model": self.endpoint.model,
             "messages": [{"role": m.role, "content": m.content} for m in messages],
             "max_tokens": params.max_tokens,
@@ -142,8 +133,16 @@ class Client:
             # Some servers refuse an empty list.
             "stop": list(params.stop) or None,
             "logprobs": params.logprobs,
-            "stream": False,
         }
+
+    async def generate(self, messages: Sequence[Message], params: SamplingParams) -> Completion:
+        """Return the model's answer to a conversation; every sampling field is sent.
+
+        Raises:
+            EndpointError: The endpoint is unusable.
+            RequestError: This request got no usable answer.
+        """
+        body = self.chat_request(messages, params) | {"stream": False}
         started = time.perf_counter()
         answer = await self._send("POST", "/chat/completions", body, self.retries)
         latency_s = time.perf_counter() - started
@@ -160,11 +159,11 @@ class Client:
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise RequestError(f"not a chat completion: {answer!r:.300}") from error
-        if reason not in _FINISH_REASONS:
+        if reason not in FINISH_REASONS:
             raise RequestError(f"the answer ended with finish_reason {reason!r}")
         return Completion(
             text=text or "",
-            finish_reason=_FINISH_REASONS[reason],
+            finish_reason=FINISH_REASONS[reason],
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             latency_s=latency_s,
@@ -172,6 +171,38 @@ class Client:
             token_ids=[int(token) for token in choice.get("token_ids") or ()],
             logprobs=logprobs,
         )
+
+    async def stream(
+        self, messages: Sequence[Message], params: SamplingParams
+    ) -> AsyncIterator[Delta]:
+        """Yield the model's answer as it is written; the last piece says how it ended.
+
+        Nothing is tried again: what was shown cannot be taken back.
+
+        Raises:
+            EndpointError: The endpoint is unusable.
+            RequestError: The request is refused, or the stream breaks off before its end.
+        """
+        body = self.chat_request(messages, params)
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        try:
+            async with self._http.stream(
+                "POST", self._url("/chat/completions"), json=body
+            ) as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    await self._raise_if_unusable(response, "/chat/completions")
+                    raise RequestError(f"HTTP {response.status_code}: {_reason(response)}")
+                async for delta in read_deltas(response.aiter_lines()):
+                    yield delta
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise self._unusable("not a URL to ask", str(error)) from error
+        except httpx.ConnectError as error:
+            raise self._unusable(
+                "the model server does not answer", str(error), "start it, or correct the URL"
+            ) from error
+        except httpx.TransportError as error:
+            raise RequestError(f"the answer broke off: {type(error).__name__} {error}") from error
 
     async def loglikelihood(
         self, context: str | Sequence[int], continuation: str | Sequence[int]

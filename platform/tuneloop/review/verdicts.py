@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from tuneloop.errors import ArtifactError, Problem
 
+T = TypeVar("T")
 Choice = Literal["left", "right", "tie", "both_bad"]
 CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both_bad")
 
@@ -75,7 +76,7 @@ class VerdictStore:
     """
 
     def __init__(self, workspace: str | Path) -> None:
-        if "://" in str(workspace):
+        if "://" in str(workspace).removeprefix("file://"):
             raise ArtifactError(
                 Problem(
                     "verdicts cannot be stored in a remote workspace",
@@ -85,20 +86,20 @@ class VerdictStore:
                     remedy="copy the evaluation to a local workspace to review it",
                 )
             )
-        self.path = Path(workspace) / "review" / "verdicts.sqlite"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with self._connect() as connection:
-                connection.executescript(_SCHEMA)
-        except sqlite3.DatabaseError as error:
-            raise ArtifactError(
-                Problem("the verdicts cannot be opened", where=str(self.path), got=str(error))
-            ) from error
+        self.path = Path(str(workspace).removeprefix("file://")) / "review" / "verdicts.sqlite"
+        if self.path.exists():
+            self._run(lambda connection: connection.executescript(_SCHEMA))
 
     def add(self, verdict: Verdict) -> None:
-        """Append a verdict; it is on disk when this returns."""
+        """Append a verdict; it is on disk when this returns.
+
+        Raises:
+            ArtifactError: The database cannot be written.
+        """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        with self._connect() as connection:
+
+        def insert(connection: sqlite3.Connection) -> None:
+            connection.executescript(_SCHEMA)
             connection.execute(
                 "INSERT INTO verdicts (evaluation, example_id, arm_left, arm_right, choice,"
                 " reviewer, comment, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -114,8 +115,12 @@ class VerdictStore:
                 ),
             )
 
+        self._run(insert)
+
     def read(self, evaluation: str, reviewer: str | None = None) -> list[Verdict]:
         """Return the verdicts that count, oldest first: the newest of each reviewer and pair."""
+        if not self.path.exists():
+            return []
         query = (
             "SELECT evaluation, example_id, arm_left, arm_right, choice, reviewer, comment,"
             " created_at FROM verdicts WHERE evaluation = ?"
@@ -124,8 +129,7 @@ class VerdictStore:
         if reviewer is not None:
             query += " AND reviewer = ?"
             parameters.append(reviewer)
-        with self._connect() as connection:
-            rows = connection.execute(query + " ORDER BY id", parameters).fetchall()
+        rows = self._run(lambda c: c.execute(query + " ORDER BY id", parameters).fetchall())
         newest: dict[tuple[str, str, frozenset[str]], Verdict] = {}
         for row in rows:
             verdict = Verdict(*row)
@@ -135,14 +139,23 @@ class VerdictStore:
             newest[key] = verdict
         return list(newest.values())
 
-    @contextmanager
-    def _connect(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.path, timeout=30)
+    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Return what `work` does in one transaction."""
         try:
-            with connection:
-                yield connection
-        finally:
-            connection.close()
+            # Looking at verdicts makes no file; the first one does.
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
+                return work(connection)
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise ArtifactError(
+                Problem(
+                    "the verdicts cannot be opened",
+                    where=str(self.path),
+                    got=str(error),
+                    remedy="free the disk or mend the permissions; if the file is damaged, move "
+                    "it away",
+                )
+            ) from error
 
 
 def blind_order(example_id: str, reviewer: str, arms: tuple[str, str]) -> tuple[str, str]:

@@ -16,11 +16,10 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import ray
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
-from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from tuneloop.config import ServingConfig
 from tuneloop.errors import Problem, ResourceError, find_user_error
@@ -39,15 +38,7 @@ MODEL_CPUS = 0.5  # reserved, not a limit: an engine uses all cores while others
 _MAX_ONGOING = 2048  # requests in a replica; the engine's own queue is shorter, and says so
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 
-api = FastAPI(openapi_url=None)
 
-
-@api.exception_handler(HTTPException)
-async def _http_error(_: Request, error: HTTPException) -> JSONResponse:
-    return _refusal(protocol.ProtocolError(error.status_code, str(error.detail)))
-
-
-@ray_serve.ingress(api)
 class Ingress:
     """The HTTP side. Knows the protocol's addresses and which model is where."""
 
@@ -56,29 +47,27 @@ class Ingress:
         self.api_key = api_key
         self.created = int(time.time())
 
-    @api.get("/health")
-    async def health(self) -> dict[str, str]:
-        return {"status": "ok"}
-
-    @api.get("/v1/models")
-    async def list_models(self, request: Request) -> Response:
+    async def __call__(self, request: Request) -> Response:
+        """Answer one HTTP request."""
+        method, path = request.method, request.url.path.rstrip("/")
+        if path == "/health":
+            return JSONResponse({"status": "ok"})
         refused = self._refused(request)
-        return refused or JSONResponse(protocol.model_list(list(self.models), self.created))
-
-    @api.get("/v1/models/{name:path}")
-    async def show_model(self, name: str, request: Request) -> Response:
-        refused = self._refused(request)
-        if refused is None and name not in self.models:
-            refused = _refusal(protocol.unknown_model(name, list(self.models)))
-        return refused or JSONResponse(protocol.model_card(name, self.created))
-
-    @api.post("/v1/chat/completions")
-    async def chat(self, request: Request) -> Response:
-        return await self._answer("chat", request)
-
-    @api.post("/v1/completions")
-    async def complete(self, request: Request) -> Response:
-        return await self._answer("completions", request)
+        if refused is not None:
+            return refused
+        match method, path:
+            case "POST", "/v1/chat/completions":
+                return await self._answer("chat", request)
+            case "POST", "/v1/completions":
+                return await self._answer("completions", request)
+            case "GET", "/v1/models":
+                return JSONResponse(protocol.model_list(list(self.models), self.created))
+            case "GET", _ if path.startswith("/v1/models/"):
+                name = path.removeprefix("/v1/models/")
+                if name in self.models:
+                    return JSONResponse(protocol.model_card(name, self.created))
+                return _refusal(protocol.unknown_model(name, list(self.models)))
+        return _refusal(protocol.ProtocolError(404, f"there is no {method} {path} here"))
 
     def _refused(self, request: Request) -> Response | None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -90,9 +79,6 @@ class Ingress:
         return _refusal(error)
 
     async def _answer(self, route: str, request: Request) -> Response:
-        refused = self._refused(request)
-        if refused is not None:
-            return refused
         try:
             body = await request.json()
         except ValueError as error:

@@ -34,7 +34,7 @@ def sweep_table(sweep: Artifact) -> RenderableType:
             style="bold" if best else None,
         )
     lines = [
-        f"{line['series'] or 'all'}: {line['slope']:+.3f} {curve['metric']} per doubling of the data"
+        f"{line['series'] or 'all'}: {line['slope']:+.3f} per doubling of the data"
         for line in curve["curves"]
         if line["slope"] is not None
     ]

@@ -1,0 +1,137 @@
+"""Memory and time estimates, and what is refused before the start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tuneloop.artifacts import Artifact
+from tuneloop.config import TuneloopConfig
+from tuneloop.errors import DataError, ModelError, ResourceError
+from tuneloop.models.chat import Renderer
+from tuneloop.models.source import BaseModel
+from tuneloop.training.batches import make_rows
+from tuneloop.training.engine import Execution, load_model
+from tuneloop.training.estimate import (
+    estimate,
+    estimate_work,
+    model_shape,
+    refuse_impossible,
+    workload,
+)
+from tuneloop.training.packed import loss_sum, pack
+from tuneloop.training.refusals import refuse_other_renderer, refuse_unusable_rows
+
+
+def make_config(**sections: Any) -> TuneloopConfig:
+    raw: dict[str, Any] = {
+        "name": "t",
+        "task": {"type": "generation"},
+        "model": {"base": "tiny"},
+        "data": {"sources": [{"path": "x.jsonl", "format": "messages"}]},
+    }
+    return TuneloopConfig.model_validate(raw | sections)
+
+
+@pytest.fixture
+def base(tiny_model: Path) -> BaseModel:
+    return BaseModel("tiny", tiny_model, "0" * 64)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_counted_parameters_are_those_of_the_loaded_model(method: str, base: BaseModel) -> None:
+    config = make_config(training={"method": method})
+    shape = model_shape(base, config.training)
+    model = load_model(base.path, config.training, Execution(1, 8, 1))
+    assert shape.num_trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    assert shape.num_parameters + shape.num_adapter == total
+    assert shape.max_positions == 512
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_estimated_activations_are_what_autograd_keeps(method: str, base: BaseModel) -> None:
+    config = make_config(training={"method": method})
+    model = load_model(base.path, config.training, Execution(1, 8, 1)).train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    rows = make_rows(["a"], [list(range(5, 405))], [[0] * 399 + [1]])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_sum(model, pack(rows, [0]))
+    loss.backward()
+    shape = model_shape(base, config.training)
+    work = workload(config, rows)
+    expected = estimate_work(config, shape, work).activations_bytes
+    # The estimate allows for the allocator and for what the backward pass needs besides.
+    assert sum(kept.values()) < expected < 1.6 * sum(kept.values())
+
+
+def test_the_estimate_follows_the_configuration(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuneloop.training.estimate.matmul_rate", lambda num_threads: 1e9)
+
+    def expect(**sections: Any) -> Any:
+        return estimate(make_config(**sections), base, 100, 15_000, 0.3)
+
+    lora = expect()
+    full = expect(training={"method": "full"})
+    assert full.optimizer_bytes > 3 * lora.optimizer_bytes
+    small = expect(resources={"micro_batch_size": 1})
+    assert small.activations_bytes == pytest.approx(lora.activations_bytes / 8, rel=0.05)
+    twice = expect(training={"num_epochs": 2})
+    assert twice.training_s == pytest.approx(2 * lora.training_s, rel=0.01)
+    assert twice.peak_memory_bytes == lora.peak_memory_bytes
+    sharded = expect(training={"method": "full"}, resources={"num_workers": 2, "zero_stage": 3})
+    assert sharded.weights_bytes == full.weights_bytes // 2
+    assert sharded.machine_memory_bytes == 2 * sharded.peak_memory_bytes
+
+
+def test_what_cannot_fit_is_refused_with_the_parts(base: BaseModel) -> None:
+    config = make_config(
+        training={"global_batch_size": 100_000_000},
+        resources={"micro_batch_size": 100_000_000},
+    )
+    expected = estimate(config, base, 100_000_000, 15_000_000_000, 0.3)
+    with pytest.raises(ResourceError, match="does not fit into memory") as caught:
+        refuse_impossible(expected)
+    assert "activations" in caught.value.problems[0].got
+    refuse_impossible(estimate(make_config(), base, 100, 15_000, 0.3))
+
+
+def _dataset(renderer_hash: str, path: Path) -> Artifact:
+    return Artifact("datasets", "t", 1, path, str(path), {"config": {"renderer": renderer_hash}})
+
+
+def test_a_dataset_of_another_template_is_refused(base: BaseModel, tmp_path: Path) -> None:
+    same = Renderer.load(base.path).hash
+    other = Renderer.load(base.path, "alpaca").hash
+    refuse_other_renderer(make_config(), base, _dataset(same, tmp_path))
+    with pytest.raises(ModelError, match="another tokenizer or chat template"):
+        refuse_other_renderer(make_config(), base, _dataset(other, tmp_path))
+
+
+def test_rows_the_model_cannot_learn_are_refused(base: BaseModel, tmp_path: Path) -> None:
+    shape = model_shape(base, make_config().training)
+    dataset = _dataset("", tmp_path)
+    refuse_unusable_rows(make_rows(["a"], [[1, 2]], [[0, 1]]), shape, dataset)
+    with pytest.raises(DataError, match="empty"):
+        refuse_unusable_rows(make_rows([], [], []), shape, dataset)
+    with pytest.raises(DataError, match="loss mask is empty"):
+        refuse_unusable_rows(make_rows(["a"], [[1, 2]], [[0, 0]]), shape, dataset)
+    wild = make_rows(["a", "b"], [[1] * 513, [1, shape.vocab_size]], [[1] * 513, [0, 1]])
+    with pytest.raises(ModelError) as caught:
+        refuse_unusable_rows(wild, shape, dataset)
+    assert [problem.got for problem in caught.value.problems] == [
+        "513 tokens",
+        f"token id {shape.vocab_size}",
+    ]

@@ -1,0 +1,273 @@
+"""The loop on one worker, in this process: real DeepSpeed, tiny model, no Ray."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tuneloop.config import TrainingConfig
+from tuneloop.errors import ModelError, ResourceError
+from tuneloop.models.chat import Renderer
+from tuneloop.training.batches import Rows, make_rows
+from tuneloop.training.checkpoint import newest_whole
+from tuneloop.training.engine import Execution, learning_rate_factor
+from tuneloop.training.loop import TrainingJob, TrainingResult, Worker, train_rows
+
+CONFIG = TrainingConfig(
+    global_batch_size=8, num_epochs=4, learning_rate=1e-2, lora={"rank": 8, "dropout": 0.1}
+)
+
+
+class Killed(Exception):
+    """Stands for a SIGKILL right after a checkpoint."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        # As Ray Train sets them in its workers.
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            patch.setenv(name, value)
+        yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    """21 rows of uneven length, counting up: the last batch of an epoch has five."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(5, 40, 21)
+    ids = [(np.arange(length) * 3 % 51 + 5).tolist() for length in lengths]
+    masks = [[0] * (length - length // 3) + [1] * (length // 3) for length in lengths]
+    return make_rows([f"row{i}" for i in range(21)], ids, masks)
+
+
+def run(
+    base: Path,
+    rows: Rows,
+    folder: Path,
+    config: TrainingConfig = CONFIG,
+    micro_batch_size: int = 8,
+    die_after: int | None = None,
+    zero_stage: int = 0,
+) -> TrainingResult:
+    folders = [folder / name for name in ("model", "checkpoints", "progress")]
+    for path in folders:
+        path.mkdir(parents=True, exist_ok=True)
+    job = TrainingJob(base, "tiny", "auto", config, *folders, checkpoint_every_steps=3)
+
+    def report(metrics: dict[str, Any], checkpoint: Path) -> None:
+        shutil.copytree(checkpoint, folders[1] / f"step{metrics['step']}")
+        if die_after is not None and metrics["step"] >= die_after:
+            raise Killed
+
+    execution = Execution(1, micro_batch_size, 8 // micro_batch_size, zero_stage)
+    return train_rows(job, rows, Worker(0, execution, torch.device("cpu"), 1, report))
+
+
+def losses(result: TrainingResult) -> list[float]:
+    return [row["loss"] for row in result.log]
+
+
+@pytest.fixture(scope="module")
+def straight(
+    tiny_model: Path, rows: Rows, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainingResult, Path]:
+    """A training without interruption, that others are compared with."""
+    folder = tmp_path_factory.mktemp("straight")
+    return run(tiny_model, rows, folder), folder
+
+
+def test_the_loss_falls_and_every_step_is_logged(
+    straight: tuple[TrainingResult, Path], rows: Rows
+) -> None:
+    log = straight[0].log
+    assert [row["step"] for row in log] == list(range(1, 13))
+    assert [row["epoch"] for row in log] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    assert log[0]["loss"] == pytest.approx(np.log(600), rel=0.1)
+    # The golden curve: what this seed gave when it was written.
+    assert [log[step]["loss"] for step in (0, 5, 11)] == pytest.approx(
+        [6.1048, 5.7735, 5.1419], abs=2e-3
+    )
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5
+    assert log[0]["learning_rate"] == pytest.approx(1e-2)
+    assert log[-1]["learning_rate"] < 1e-3
+    for epoch in range(4):
+        part = log[3 * epoch : 3 * epoch + 3]
+        assert sum(row["num_tokens"] for row in part) == rows.lengths.sum()
+        assert sum(row["num_target_tokens"] for row in part) == rows.num_target_tokens.sum()
+    assert all(row["grad_norm"] > 0 for row in log)
+    assert straight[0].num_trainable < straight[0].num_parameters / 2
+
+
+def test_a_training_cut_off_twice_equals_one_that_was_not(
+    straight: tuple[TrainingResult, Path], tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    for die_after in (3, 9):
+        with pytest.raises(Killed):
+            run(tiny_model, rows, tmp_path, die_after=die_after)
+    # The newest checkpoint was cut off while it was written: the one before is taken.
+    newest = newest_whole(tmp_path / "checkpoints")
+    assert newest == tmp_path / "checkpoints" / "step9"
+    weights = newest / "engine" / "mp_rank_00_model_states.pt"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step6"
+    shutil.rmtree(newest)
+    result = run(tiny_model, rows, tmp_path)
+    assert losses(result) == losses(straight[0])
+    assert [r["grad_norm"] for r in result.log] == [r["grad_norm"] for r in straight[0].log]
+
+
+def test_checkpoints_leave_the_base_model_out(
+    straight: tuple[TrainingResult, Path],
+) -> None:
+    folder = straight[1] / "checkpoints" / "step12"
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    # Weights, two moments, and the layout; the output layer alone would add 150 KB.
+    assert size < 3 * 4 * straight[0].num_trainable + 100_000
+    assert not list((straight[1] / "progress").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_micro_batches_do_not_change_the_result(
+    method: str, tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(
+        update={
+            "method": method,
+            "max_steps": 4,
+            "lora": CONFIG.lora.model_copy(update={"dropout": 0.0}),
+        }
+    )
+    whole = run(tiny_model, rows, tmp_path / "8x1", config)
+    parts = run(tiny_model, rows, tmp_path / "2x4", config, micro_batch_size=2)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    norms = [[row["grad_norm"] for row in result.log] for result in (parts, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_zero_2_trains_like_zero_0(tiny_model: Path, rows: Rows, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"method": "full", "max_steps": 4})
+    one = run(tiny_model, rows, tmp_path / "0", config)
+    other = run(tiny_model, rows, tmp_path / "2", config, zero_stage=2)
+    assert losses(other) == pytest.approx(losses(one), rel=1e-5)
+    assert [r["grad_norm"] for r in other.log] == pytest.approx(
+        [r["grad_norm"] for r in one.log], rel=1e-4
+    )
+
+
+def test_the_export_is_what_was_trained(
+    straight: tuple[TrainingResult, Path], tiny_model: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    result, folder = straight
+    output = folder / "model"
+    assert result.parity.passed
+    assert result.parity.greedy_equal
+    assert set(result.parity.arms) == {"adapter", "merged"}
+    ids = torch.arange(5, 40)[None]
+    merged = AutoModelForCausalLM.from_pretrained(output)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    before = base(ids).logits
+    adapter = PeftModel.from_pretrained(base, output / "adapter").eval()
+    torch.testing.assert_close(merged(ids).logits, adapter(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (merged(ids).logits - before).abs().max() > 0.1
+    renderer = Renderer.load(output)
+    described = json.loads((output / "tuneloop_render.json").read_text())
+    assert described["renderer_hash"] == renderer.hash == Renderer.load(tiny_model).hash
+    settings = json.loads((output / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == list(renderer.stop_ids)
+    assert not settings["do_sample"]
+    adapter_config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == "tiny"
+    assert "tuneloop" not in (output / "config.json").read_text()
+
+
+def test_a_full_finetuning_exports_all_weights(
+    tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"method": "full", "max_steps": 3})
+    result = run(tiny_model, rows, tmp_path, config)
+    assert set(result.parity.arms) == {"merged"}
+    assert result.parity.passed
+    assert result.num_trainable == result.num_parameters
+    assert not (tmp_path / "model" / "adapter").exists()
+    assert (tmp_path / "model" / "model.safetensors").stat().st_size > 0
+
+
+def test_an_export_that_differs_is_refused(
+    straight: tuple[TrainingResult, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+    from tuneloop.models.export import Exporter
+
+    output = tmp_path / "model"
+    shutil.copytree(straight[1] / "model", output)
+    exporter = Exporter(tiny_model, "tiny", Renderer.load(tiny_model), output, torch.float32)
+    live = exporter.answer(exporter._load(output), [[5, 6, 7], [30, 31, 32, 33]])
+    assert exporter.check(live).passed
+    weights = load_file(output / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 1.5
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="answers differently"):
+        exporter.check(live)
+    assert not json.loads((output / "parity.json").read_text())["passed"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
+    tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"method": "full", "learning_rate": 1e30})
+    with pytest.raises(ModelError) as caught:
+        run(tiny_model, rows, tmp_path, config)
+    problem = caught.value.problems[0]
+    assert "not finite" in problem.what
+    assert problem.where.startswith("step 2 of 12, rows row")
+    assert problem.where.count("row") == 9
+
+
+def test_a_checkpoint_of_another_arrangement_is_refused(
+    straight: tuple[TrainingResult, Path], tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    shutil.copytree(straight[1] / "checkpoints" / "step3", tmp_path / "checkpoints" / "step3")
+    with pytest.raises(ResourceError, match="another arrangement"):
+        run(tiny_model, rows, tmp_path, zero_stage=2)
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    config = TrainingConfig(warmup_ratio=0.2, lr_scheduler="linear")
+    factors = [learning_rate_factor(step, 10, config) for step in range(10)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[-1] == pytest.approx(1 / 8)
+    cosine = TrainingConfig(warmup_ratio=0.0, lr_scheduler="cosine")
+    assert learning_rate_factor(5, 10, cosine) == pytest.approx(0.5)
+    constant = TrainingConfig(warmup_ratio=0.0, lr_scheduler="constant")
+    assert learning_rate_factor(9, 10, constant) == 1.0
+
+
+def test_execution_is_not_part_of_the_result() -> None:
+    execution = Execution(2, 4, 1)
+    assert replace(execution, use_gpu=True).dtype == torch.bfloat16
+    assert execution.dtype == torch.float32
+
+
+def test_deepspeed_starts_without_a_compiler() -> None:
+    from tuneloop.training.engine import import_deepspeed
+
+    import_deepspeed(use_gpu=False)
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.comm.torch import build_shm_op
+
+    assert build_shm_op() is None
+    assert get_accelerator().device_name() == "cpu"

@@ -1,0 +1,130 @@
+"""Packed rows are trained on exactly as if each stood alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from tuneloop.training.batches import Rows, make_rows
+from tuneloop.training.packed import ATTENTION, loss_sum, pack
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**_SMALL, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**_SMALL, num_key_value_heads=2),
+    "qwen3": lambda: Qwen3Config(**_SMALL, num_key_value_heads=2, head_dim=16),
+    # Windows shorter than the rows, so that local and global layers differ.
+    "gemma3": lambda: Gemma3TextConfig(
+        **_SMALL,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**_SMALL),
+}
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    rng = np.random.default_rng(0)
+    lengths = [17, 5, 23, 2, 11]
+    ids = [rng.integers(5, 115, length).tolist() for length in lengths]
+    masks = [[0] * (length // 2) + [1] * (length - length // 2) for length in lengths]
+    return make_rows([f"r{i}" for i in range(5)], ids, masks)
+
+
+def _model(family: str, attention: str) -> Any:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](), attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Enough variance that a leak between rows cannot hide.
+            parameter.mul_(3.0) if parameter.ndim > 1 else None
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradient_equal_those_of_the_rows_one_by_one(family: str, rows: Rows) -> None:
+    model, plain = _model(family, ATTENTION), _model(family, "eager")
+    packed = loss_sum(model, pack(rows, range(5)))
+    packed.backward()
+    alone = torch.zeros(())
+    for index in range(5):
+        ids, mask = (torch.from_numpy(part.astype(np.int64)) for part in rows.row(index))
+        logits = plain(input_ids=ids[None]).logits[0, :-1]
+        losses = functional.cross_entropy(logits, ids[1:], reduction="none")
+        alone = alone + (losses * mask[1:]).sum()
+    alone.backward()
+    assert packed.item() == pytest.approx(alone.item(), rel=1e-5)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_does_not_see_the_row_before_it(family: str, rows: Rows) -> None:
+    model = _model(family, ATTENTION)
+    changed = make_rows(
+        rows.row_ids,
+        [[99] * 17, *(rows.row(i)[0].tolist() for i in range(1, 5))],
+        [rows.row(i)[1].tolist() for i in range(5)],
+    )
+    both = [pack(r, [0, 2]) for r in (rows, changed)]
+    logits = [
+        model(
+            input_ids=b.input_ids, position_ids=b.position_ids, document_lengths=b.lengths
+        ).logits[0, 17:]
+        for b in both
+    ]
+    assert torch.equal(logits[0], logits[1])
+
+
+def test_logits_are_computed_at_targets_only(rows: Rows) -> None:
+    model = _model("llama", ATTENTION)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    batch = pack(rows, range(5))
+    loss_sum(model, batch)
+    assert shapes == [(1, int(rows.num_target_tokens.sum()), 120)]
+
+
+def test_an_empty_micro_batch_adds_nothing_and_still_has_gradients(rows: Rows) -> None:
+    model = _model("llama", ATTENTION)
+    loss = loss_sum(model, pack(rows, []))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_softcapped_scores_equal_the_formula() -> None:
+    from tuneloop.training.packed import packed_attention
+
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    out, _ = packed_attention(
+        None, query, key, value, None, document_lengths=(7,), softcap=5.0, scaling=0.5, dropout=0.0
+    )
+    wide = [part.repeat_interleave(2, dim=1) for part in (key, value)]
+    scores = 5.0 * torch.tanh(query @ wide[0].transpose(2, 3) * 0.5 / 5.0)
+    scores = scores + torch.full((7, 7), float("-inf")).triu(1)
+    torch.testing.assert_close(out, (scores.softmax(-1) @ wide[1]).transpose(1, 2))
