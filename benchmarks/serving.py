@@ -1,0 +1,113 @@
+"""Decode engine against transformers' own `generate` with static batches, side by side.
+
+    python benchmarks/serving.py PATH_OF_MODEL [--prompts 32] [--max-tokens 64] [--rounds 1]
+
+Prompts are slices of this Python's own sources. Each workload runs on both, one after the other,
+with greedy decoding and without stop tokens, so that both write the same number of tokens; the
+ids are compared. One JSON line per workload goes to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from tuneloop.records import SamplingParams
+from tuneloop.serving.engine import Engine, Request
+from tuneloop.serving.model import num_threads
+
+WORKLOADS = {
+    "120 tokens each": (0, (120, 120)),
+    "20 to 220 tokens": (0, (20, 220)),
+    "450 shared, then 20 to 60": (450, (20, 60)),
+}
+
+
+def make_prompts(ids: list[int], count: int, shared: int, lengths: tuple[int, int]) -> Any:
+    """Return `count` prompts that begin with the same `shared` tokens."""
+    chooser = random.Random(0)
+
+    def cut(size: int) -> list[int]:
+        start = chooser.randrange(len(ids) - size)
+        return ids[start : start + size]
+
+    beginning = cut(shared)
+    return [beginning + cut(chooser.randint(*lengths)) for _ in range(count)]
+
+
+def run_engine(path: Path, prompts: list[list[int]], max_tokens: int) -> tuple[float, Any]:
+    """Return seconds and generated ids."""
+    engine = Engine.load(path, decode=lambda ids: "", stop_ids=(), max_batch_size=len(prompts))
+    params = SamplingParams(max_tokens=max_tokens)
+    start = time.perf_counter()
+    futures = [engine.submit(Request(prompt, params)) for prompt in prompts]
+    answers = [future.result().token_ids for future in futures]
+    seconds = time.perf_counter() - start
+    engine.close()
+    return seconds, answers
+
+
+@torch.inference_mode()
+def run_generate(path: Path, prompts: list[list[int]], max_tokens: int) -> tuple[float, Any]:
+    """Return seconds and generated ids of one left-padded static batch."""
+    torch.set_num_threads(num_threads())
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    start = time.perf_counter()
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
+    return time.perf_counter() - start, out[:, longest:].tolist()
+
+
+def main() -> None:
+    """Run all workloads."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    text = "\n".join(
+        Path(os.__file__).with_name(name).read_text() for name in ("argparse.py", "os.py")
+    )
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    for name, (shared, lengths) in WORKLOADS.items():
+        prompts = make_prompts(ids, options.prompts, shared, lengths)
+        tokens = options.prompts * options.max_tokens
+        speeds: dict[str, list[float]] = {"engine": [], "generate": []}
+        equal = 0
+        for _ in range(options.rounds):
+            seconds, ours = run_engine(options.model, prompts, options.max_tokens)
+            speeds["engine"].append(tokens / seconds)
+            seconds, theirs = run_generate(options.model, prompts, options.max_tokens)
+            speeds["generate"].append(tokens / seconds)
+            equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
+            gc.collect()
+        medians = {key: round(statistics.median(values), 1) for key, values in speeds.items()}
+        report = {
+            "workload": name,
+            "prompts": options.prompts,
+            "max_tokens": options.max_tokens,
+            "tokens_per_s": medians,
+            "ratio": round(medians["engine"] / medians["generate"], 2),
+            "equal_ids": f"{equal} of {options.prompts}",
+            "threads": num_threads(),
+        }
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()
