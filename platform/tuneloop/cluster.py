@@ -40,6 +40,9 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
 
+    # What workers print goes to Ray's log files: each room tells its progress itself, and failures
+    # come back as exceptions. `-v` shows all of it.
+    follow = logger.isEnabledFor(logging.DEBUG)
     address = resources.ray_address or os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         yield
@@ -47,7 +50,7 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     try:
         if address and address != "local":
             _refuse_dead_address(address)
-            ray.init(address=address, logging_level=logging.ERROR)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=follow)
             logger.info("joined the Ray cluster at %s", address)
         else:
             ray.init(
@@ -55,6 +58,7 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
                 num_cpus=resources.num_cpus,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
+                log_to_driver=follow,
                 _node_ip_address="127.0.0.1",
             )
             logger.info("started a local Ray with %g CPUs", ray.cluster_resources().get("CPU", 0))
