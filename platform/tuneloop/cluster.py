@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 
 from tuneloop.config import ResourcesConfig
@@ -47,6 +49,7 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address and address != "local":
             _refuse_dead_address(address)
@@ -72,6 +75,9 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
                 "is started",
             )
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray replaces the handler by one that aborts the process with a stack trace.
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         _silence_data_progress()
         yield

@@ -177,7 +177,7 @@ def wait_until_gone(processes: list[psutil.Process], seconds: float = 60) -> lis
     return alive
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_training_then_goes_on_and_leaves_no_process(
     config: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
