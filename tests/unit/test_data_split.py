@@ -81,9 +81,18 @@ def test_a_large_group_does_not_fill_the_test() -> None:
         found = split(ids, groups, seed=seed, split={"group_by": "m", "num_test_examples": 100})
         assert len(found.test) == 100
         counts = np.unique([groups[i] for i in found.test], return_counts=True)[1]
-        assert len(counts) >= 10
-        assert max(counts) <= 10
+        assert len(counts) >= 20
+        assert max(counts) <= 5
+        assert "big" in {groups[i] for i in found.train}
         assert {groups[i] for i in found.train}.isdisjoint(groups[i] for i in found.test)
+
+
+def test_large_groups_are_tested_where_there_are_no_others() -> None:
+    groups = [f"g{i % 5}" for i in range(1000)]
+    found = split(IDS, groups, split={"group_by": "m", "num_test_examples": 50})
+    assert len(found.test) == 50
+    assert len({groups[i] for i in found.train}) >= 3
+    assert {groups[i] for i in found.train}.isdisjoint(groups[i] for i in found.test)
 
 
 @pytest.mark.parametrize(

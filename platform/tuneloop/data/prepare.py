@@ -38,7 +38,7 @@ from tuneloop.models.source import BaseModel
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 _COLUMNS = [
     "source",
     "problem",

@@ -85,6 +85,8 @@ def split_rows(
         border = int(np.searchsorted(place[order], np.uint64(data.split.test_ratio * 2**64)))
         border = min(max(border, 1), num_units - 1)
     else:
+        # Units larger than the whole test come last: taking one would throw away most of it.
+        order = order[np.argsort(sizes[order] > wanted, kind="stable")]
         share, border = _share_of_a_unit(sizes[order], wanted)
     _refuse_unsplittable(count, num_units, border, data)
     in_test = np.zeros(num_units, dtype=bool)
