@@ -135,3 +135,12 @@ def test_missing_tokenizer_and_template(tmp_path: Path, tiny_model: Path) -> Non
         Renderer.load(tmp_path)
     with pytest.raises(ModelError, match="chat template"):
         Renderer.load(tiny_model, "alpacca")
+
+
+def test_the_quick_way_to_load_gives_the_same_tokenizer(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    quick = Renderer.load(tiny_model)
+    usual = Renderer(AutoTokenizer.from_pretrained(tiny_model), quick.template)
+    assert usual.hash == quick.hash
+    assert usual.prompt_ids(TURNS[:2]) == quick.prompt_ids(TURNS[:2])

@@ -91,10 +91,8 @@ class Renderer:
         Raises:
             ModelError: No readable tokenizer, or no such template.
         """
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
+            tokenizer = _load_tokenizer(Path(path))
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
                 Problem(
@@ -270,6 +268,24 @@ class Renderer:
             )
         eos = self.tokenizer.eos_token_id
         return (stop,) if eos is None or eos == stop else (stop, eos)
+
+
+def _load_tokenizer(path: Path) -> Any:
+    """Return the fast tokenizer of a model directory.
+
+    `AutoTokenizer` imports torch and its model classes to find a special class; a directory that
+    asks for the generic one is loaded without, five CPU seconds sooner in every process.
+    """
+    settings = path / "tokenizer_config.json"
+    if settings.is_file():
+        kind = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class")
+        if kind in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(str(path))
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(path))
 
 
 def _template(tokenizer: Any, chat_template: str) -> str:
