@@ -233,7 +233,13 @@ def _model_options(num_models: int) -> dict[str, Any]:
             )
         )
     # Two decimals, rounded down: Ray adds fractions up exactly.
-    options: dict[str, Any] = {"num_cpus": int(share * 100) / 100}
+    options: dict[str, Any] = {
+        "num_cpus": int(share * 100) / 100,
+        # Threads that wait for each other sleep instead of spinning: with as many threads as
+        # cores, spinning keeps the thread that is waited for off its core as soon as anything
+        # else runs (another model, the client). On a busy machine this is three times faster.
+        "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+    }
     if free.get("GPU", 0) > 0:
         options["num_gpus"] = int(min(1.0, free["GPU"] / num_models) * 100) / 100
     return options
