@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine, Request
 from tuneloop.serving.model import num_threads

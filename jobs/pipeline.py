@@ -1,4 +1,7 @@
-"""Run `tuneloop run` as a Ray job: `ray job submit -- python jobs/pipeline.py CONFIG.yaml key=value`."""
+"""`tuneloop run` as a Ray job.
+
+Usage: `ray job submit --working-dir . -- python jobs/pipeline.py CONFIG.yaml [key=value …]`
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Run `tuneloop prepare` as a Ray job: `ray job submit -- python jobs/prepare.py CONFIG.yaml key=value`."""
+"""`tuneloop prepare` as a Ray job.
+
+Usage: `ray job submit --working-dir . -- python jobs/prepare.py CONFIG.yaml [key=value …]`
+"""
 
 import sys
 

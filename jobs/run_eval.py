@@ -1,4 +1,7 @@
-"""Run `tuneloop evaluate` as a Ray job: `ray job submit -- python jobs/run_eval.py CONFIG.yaml key=value`."""
+"""`tuneloop evaluate` as a Ray job.
+
+Usage: `ray job submit --working-dir . -- python jobs/run_eval.py CONFIG.yaml [key=value …]`
+"""
 
 import sys
 

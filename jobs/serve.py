@@ -1,4 +1,7 @@
-"""Run `tuneloop serve` as a Ray job: `ray job submit -- python jobs/serve.py CONFIG.yaml key=value`."""
+"""`tuneloop serve` as a Ray job.
+
+Usage: `ray job submit --working-dir . -- python jobs/serve.py CONFIG.yaml [key=value …]`
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Run `tuneloop train` as a Ray job: `ray job submit -- python jobs/train.py CONFIG.yaml key=value`."""
+"""`tuneloop train` as a Ray job.
+
+Usage: `ray job submit --working-dir . -- python jobs/train.py CONFIG.yaml [key=value …]`
+"""
 
 import sys
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pyarrow import parquet
+
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages

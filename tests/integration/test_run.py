@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
 

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 import torch
+
 from tuneloop.config import ServingConfig
 from tuneloop.errors import ResourceError
 from tuneloop.models.chat import Renderer

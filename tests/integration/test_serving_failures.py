@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from tuneloop.config import ServingConfig
 from tuneloop.errors import ModelError
 

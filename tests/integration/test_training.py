@@ -17,6 +17,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.config import TrainingConfig, TuneloopConfig
 from tuneloop.errors import ModelError, ResourceError
@@ -168,6 +169,7 @@ def train_without_ray(rank: int, world_size: int, base: Path, data: Path, port: 
     """Be one of `world_size` workers, and train with every ZeRO stage in turn."""
     import torch
     import torch.distributed as dist
+
     from tuneloop.training.engine import Execution
     from tuneloop.training.loop import TrainingJob, Worker, train_rows
 

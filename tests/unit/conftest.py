@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import threading
 import time
@@ -12,13 +13,23 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
+EVENTS = "text/event-stream"
 Reply = tuple[str, str]
 
 
 def echo(messages: list[dict[str, str]]) -> Reply:
     return messages[-1]["content"].upper(), "stop"
+
+
+def chunks(text: str, reason: str, usage: dict[str, int]) -> Iterator[str]:
+    deltas: list[tuple[dict[str, str], str | None]] = [
+        ({"content": word}, None) for word in re.findall(r"\S+\s*", text)
+    ]
+    for delta, end in [*deltas, ({}, reason)]:
+        yield f"data: {json.dumps({'choices': [{'delta': delta, 'finish_reason': end}]})}\n\n"
+    yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
 
 
 @dataclass
@@ -79,6 +90,10 @@ class ModelServer:
             except ValueError as problem:
                 return error(400, str(problem))
             tokens = text.split()
+            if body["stream"]:
+                num_prompt = sum(len(m["content"].split()) for m in body["messages"])
+                usage = {"prompt_tokens": num_prompt, "completion_tokens": len(tokens)}
+                return StreamingResponse(chunks(text, reason, usage), media_type=EVENTS)
             logprobs = {"content": [{"token": t, "logprob": -0.5} for t in tokens]}
             return {
                 "choices": [

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from tuneloop.artifacts import Artifact, Workspace, fingerprint, sha256_file
 from tuneloop.errors import ArtifactError, ResourceError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tuneloop.errors import ModelError
 from tuneloop.models.chat import TEMPLATES, Renderer, RenderError
 from tuneloop.records import Message
@@ -97,6 +98,7 @@ def test_double_bos_is_refused(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_that_adds_bos_gets_it_from_the_template_once(tiny_model: Path) -> None:
     from tokenizers import processors
     from transformers import AutoTokenizer
+
     from tuneloop.models.chat import _template
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)

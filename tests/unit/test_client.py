@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+
 from tuneloop.errors import EndpointError
 from tuneloop.models import client as client_module
 from tuneloop.models.client import Client, RequestError

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tuneloop.config import grad_accum_steps, load_config, micro_batch_size
 from tuneloop.errors import ConfigError
 

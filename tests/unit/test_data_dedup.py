@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tuneloop.config import DedupConfig
 from tuneloop.data.dedup import Duplicates, Keys, candidate_pairs, find_duplicates
 from tuneloop.data.signatures import (

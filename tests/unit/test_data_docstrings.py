@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from tuneloop.data import docstrings
 from tuneloop.data.docstrings import first_sentence, read_docstrings, rows_of_source
 

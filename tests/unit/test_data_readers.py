@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.files import find_files
 from tuneloop.data.readers import read_rows

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from tuneloop.config import DataConfig
 from tuneloop.data.split import Split, split_rows
 from tuneloop.errors import DataError

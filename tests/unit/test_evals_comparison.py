@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
+
 from tuneloop.config import TaskConfig
 from tuneloop.evals.comparison import Prediction, compare, summarise
 from tuneloop.evals.intervals import (

@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tuneloop.config import TaskConfig
 from tuneloop.errors import DataError
 from tuneloop.evals.error_tags import is_repetitive, tag_errors

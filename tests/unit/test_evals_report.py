@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+
 from tuneloop.config import TuneloopConfig
 from tuneloop.evals.comparison import Prediction, compare, summarise
 from tuneloop.evals.error_tags import tag_errors

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig
 from tuneloop.errors import ConfigError, DataError, EndpointError

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tuneloop.config import load_config
 
 ROOT = Path(__file__).parents[2]

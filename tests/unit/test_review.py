@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tuneloop.errors import ArtifactError
 from tuneloop.evals.preference import Preference, bradley_terry
 from tuneloop.review.verdicts import Verdict, VerdictStore, blind_order, open_examples

@@ -21,6 +21,7 @@ from transformers import (
     MistralConfig,
     Qwen3Config,
 )
+
 from tuneloop.errors import ModelError, TuneloopError
 from tuneloop.models.chat import Renderer
 from tuneloop.records import SamplingParams

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tuneloop.models.chat import Renderer
 from tuneloop.serving import protocol
 from tuneloop.serving.protocol import ProtocolError, parse_chat, parse_completion

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tuneloop.errors import ModelError
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import resolve_base

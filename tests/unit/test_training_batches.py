@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tuneloop.training.batches import Schedule, make_rows, micro_batches, read_rows, split_batch
 
 

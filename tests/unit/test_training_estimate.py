@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
 from tuneloop.errors import DataError, ModelError, ResourceError

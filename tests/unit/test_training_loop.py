@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+
 from tuneloop.config import TrainingConfig
 from tuneloop.errors import ModelError, ResourceError
 from tuneloop.models.chat import Renderer
@@ -210,6 +211,7 @@ def test_an_export_that_differs_is_refused(
     straight: tuple[TrainingResult, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
+
     from tuneloop.models.export import Exporter
 
     output = tmp_path / "model"

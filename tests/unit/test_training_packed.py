@@ -17,6 +17,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
 from tuneloop.training.batches import Rows, make_rows
 from tuneloop.training.packed import ATTENTION, loss_sum, pack
 

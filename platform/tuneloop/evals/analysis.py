@@ -21,6 +21,9 @@ Against = Literal["reference", "other"]
 Pieces = list[tuple[str, str]]
 T = TypeVar("T")
 
+# With less in common, a text with both sides' words mixed into one another cannot be read.
+_READABLE_RATIO = 0.3
+
 OUTCOMES: dict[Outcome, str] = {
     "fixed": "Fixed",
     "introduced": "Introduced",
@@ -172,8 +175,13 @@ def differences(example: PairedExample, against: Against) -> tuple[Pieces, Piece
     """
     old, new = example.before.completion, example.after.completion
     if against == "reference":
-        return word_diff(example.reference, old), word_diff(example.reference, new)
-    changed = word_diff(old, new)
+        return (
+            _marked(example.reference, old) or [("extra", old)],
+            _marked(example.reference, new) or [("extra", new)],
+        )
+    changed = _marked(old, new)
+    if changed is None:
+        return [("extra", old)], [("extra", new)]
     first = [("extra" if kind == "missing" else kind, text) for kind, text in changed]
     return (
         [piece for piece, (kind, _) in zip(first, changed, strict=True) if kind != "extra"],
@@ -207,7 +215,8 @@ def examples_to_judge(evaluation: Evaluation, arms: tuple[str, str]) -> list[Pai
     That is: answered in both arms, and differently. The same order lets two reviewers who each
     judge only some examples judge the same ones.
     """
-    examples = pair_examples(evaluation, *sorted(arms), evaluation.primary)
+    first, second = sorted(arms)
+    examples = pair_examples(evaluation, first, second, evaluation.primary)
     different = [
         example
         for example in examples
@@ -272,12 +281,12 @@ def tag_rows(counts: Sequence[TagCount], before: str, after: str) -> list[dict[s
         rows.append(
             {
                 "error": tag_label(count.tag),
-                "meaning": values["meaning"],
                 before: values["before"],
                 after: values["after"],
                 "fixed": values["fixed"],
                 "introduced": values["introduced"],
                 "in both": values["both"],
+                "meaning": values["meaning"],
             }
         )
     return rows
@@ -286,6 +295,13 @@ def tag_rows(counts: Sequence[TagCount], before: str, after: str) -> list[dict[s
 def tag_label(tag: str) -> str:
     """Return a tag as words."""
     return tag.replace("_", " ")
+
+
+def _marked(expected: str, text: str) -> Pieces | None:
+    """Return the differences; None where the texts share too little for them to be readable."""
+    pieces = word_diff(expected, text)
+    num_same = sum(len(part) for kind, part in pieces if kind == "same")
+    return pieces if num_same >= _READABLE_RATIO * max(len(expected), len(text)) else None
 
 
 def _gain(then: float, now: float, better: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from tuneloop.artifacts import Artifact
 from tuneloop.evals.findings import Evaluation, Verdict, format_estimate
+from tuneloop.evals.preference import Preference, bradley_terry
 from tuneloop.evals.views import format_number, show_pair
 
 _LONGEST_TEXT = 90
@@ -82,6 +84,26 @@ def tabulate(evaluation: Evaluation) -> EvaluationTables:
     return EvaluationTables(evaluation.verdict(), arms, pairs)
 
 
+def rate_arms(preferences: Sequence[tuple[str, str, float]]) -> list[dict[str, Any]]:
+    """Return the arms' ratings as a table, strongest first.
+
+    Args:
+        preferences: (first arm, second arm, score of the first: 1, 0 or 0.5).
+    """
+    ratings = bradley_terry([Preference(*preference) for preference in preferences])
+    return [
+        {
+            "arm": rating.arm,
+            "Elo": f"{rating.elo:,.0f}",
+            "95% interval": f"{rating.low:,.0f} to {rating.high:,.0f}",
+            "won": rating.num_wins,
+            "lost": rating.num_losses,
+            "neither": rating.num_ties,
+        }
+        for rating in ratings
+    ]
+
+
 def read_training_log(model: Artifact) -> list[dict[str, Any]]:
     """Return the rows of a model's `trainer_log.parquet`, or none where there is none."""
     import pyarrow.parquet as pq
@@ -107,21 +129,173 @@ def read_json(artifact: Artifact, name: str) -> Any:
     return json.loads(text) if text else None
 
 
-def sample_rows(dataset: Artifact, split: str, limit: int) -> list[dict[str, Any]]:
-    """Return the first rows of a split: id, source, and its text or turns in full."""
+def read_rows(dataset: Artifact, folder: str) -> list[dict[str, Any]]:
+    """Return the rows of `train`, `test` or `removed`, without their token ids."""
     import pyarrow.parquet as pq
 
     rows: list[dict[str, Any]] = []
-    for file in sorted((dataset.path / split).glob("*.parquet")):
+    for file in sorted((dataset.path / folder).glob("*.parquet")):
         source = pq.ParquetFile(file)
-        names = {"row_id", "source", "messages", "text", "num_tokens"} & set(
-            source.schema_arrow.names
-        )
-        for batch in source.iter_batches(limit, columns=sorted(names)):
-            rows += batch.to_pylist()
-            if len(rows) >= limit:
-                return rows[:limit]
+        names = [n for n in source.schema_arrow.names if n not in {"input_ids", "loss_mask"}]
+        rows += source.read(columns=names).to_pylist()
     return rows
+
+
+def search_rows(rows: Sequence[dict[str, Any]], words: str) -> list[dict[str, Any]]:
+    """Return the rows that contain every word, in any column and any case."""
+    wanted = words.casefold().split()
+    if not wanted:
+        return list(rows)
+    texts = (json.dumps(row, ensure_ascii=False, default=str).casefold() for row in rows)
+    return [
+        row for row, text in zip(rows, texts, strict=True) if all(word in text for word in wanted)
+    ]
+
+
+def describe_parity(parity: dict[str, Any]) -> str:
+    """Return in one sentence whether the exported model is the trained one."""
+    if "max_abs_logprob_diff" not in parity:
+        return "The export was compared with the trained model."
+    if not parity["passed"]:
+        return "The exported model is NOT the trained one."
+    same = "the same tokens" if parity["greedy_equal"] else "the same tokens but for exact ties"
+    return (
+        f"The exported model picks {same} as the trained one over {parity['tokens']:,} tokens of "
+        f"{parity['prompts']} prompts; log-probabilities differ by at most "
+        f"{parity['max_abs_logprob_diff']:.1e} (allowed {parity['tolerance']:.0e})."
+    )
+
+
+@dataclass(frozen=True)
+class SweepView:
+    """A sweep, ready to draw.
+
+    Args:
+        keys: The swept dotted keys.
+        points: One for each scored trial: `rows, score, low, high, series, trial, best`.
+        lines: The ends of every fitted line: `rows, score, series`.
+        sentences: What each line says.
+        trials: The table, with readable column names.
+        problems: Trials without a score, and why.
+        best: Reference of the best trial's model; empty when no trial finished.
+        percent: Scores are shares.
+    """
+
+    metric: str
+    keys: list[str]
+    points: list[dict[str, Any]]
+    lines: list[dict[str, Any]]
+    sentences: list[str]
+    trials: list[dict[str, Any]]
+    problems: list[tuple[str, str]]
+    best: str
+    best_words: str
+    percent: bool
+
+
+def read_sweep(sweep: Artifact) -> SweepView:
+    """Return a sweep's trials, points and fitted lines from its two files."""
+    import pyarrow.parquet as pq
+
+    trials = pq.read_table(sweep.path / "trials.parquet").to_pylist()
+    curve = read_json(sweep, "curve.json")
+    keys = list(curve["keys"])
+    best = curve.get("best") or {}
+    others = [key for key in keys if key != "data.num_train_examples"]
+    scores = [trial["score"] for trial in trials if trial["score"] is not None]
+    percent = bool(scores) and all(0 <= score <= 1 for score in scores)
+    points, rows, problems = [], [], []
+    for number, trial in enumerate(trials):
+        name = ", ".join(f"{key}={trial[key]}" for key in keys)
+        is_best = number == best.get("trial")
+        if trial["score"] is None:
+            problems.append((name, str(trial.get("problem") or trial.get("status"))))
+        else:
+            points.append(
+                {
+                    "rows": trial["num_train_examples"],
+                    "score": trial["score"],
+                    "low": trial["low"],
+                    "high": trial["high"],
+                    "series": _series(", ".join(f"{key}={trial[key]}" for key in others)),
+                    "trial": name,
+                    "best": is_best,
+                }
+            )
+        rows.append(
+            {
+                "": "best" if is_best else "",
+                **{key: str(trial[key]) for key in keys},
+                **(
+                    {}
+                    if "data.num_train_examples" in keys
+                    else {"train rows": format_number(trial["num_train_examples"])}
+                ),
+                "parameters": _millions(trial["num_parameters"]),
+                curve["metric"]: _score(trial["score"], percent),
+                "95% interval": (
+                    "–"
+                    if trial["low"] is None
+                    else f"{_score(trial['low'], percent)} to {_score(trial['high'], percent)}"
+                ),
+                "loss": format_number(trial["loss"], 3),
+                "time": f"{format_number(trial['wall_s'])} s",
+                "status": trial["status"],
+                "model": trial["model"] or "–",
+            }
+        )
+    return SweepView(
+        metric=curve["metric"],
+        keys=keys,
+        points=points,
+        lines=_line_ends(curve["curves"]),
+        sentences=[_line_in_words(line, percent) for line in curve["curves"]],
+        trials=rows,
+        problems=problems,
+        best=str(best.get("model") or ""),
+        best_words=next(
+            (f"{_score(p['score'], percent)} with {p['trial']}" for p in points if p["best"]), ""
+        ),
+        percent=percent,
+    )
+
+
+def _line_ends(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    ends = []
+    for line in curves:
+        if line["slope"] is None:
+            continue
+        sizes = [size for size, _ in line["points"]]
+        for size in (min(sizes), max(sizes)):
+            score = line["intercept"] + line["slope"] * math.log2(size)
+            ends.append({"rows": size, "score": score, "series": _series(line["series"])})
+    return ends
+
+
+def _line_in_words(line: dict[str, Any], percent: bool) -> str:
+    name = _series(line["series"])
+    if line["slope"] is None:
+        return f"{name}: one size only, so there is no line."
+    gain = f"{100 * line['slope']:+.1f} points" if percent else f"{line['slope']:+.3f}"
+    words = f"{name}: {gain.replace('-', '−')} for each doubling of the training rows"
+    if line["residual"] is None:
+        return words + " (two sizes: the line goes through both points)."
+    spread = f"{100 * line['residual']:.1f} points" if percent else f"{line['residual']:.3f}"
+    return words + f"; the points lie {spread} from the line on average."
+
+
+def _series(label: str) -> str:
+    return label or "all trials"
+
+
+def _millions(count: int | None) -> str:
+    return "–" if count is None else f"{count / 1e6:,.0f} M"
+
+
+def _score(value: float | None, percent: bool) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}%" if percent else f"{value:.3f}"
 
 
 def _short(value: Any) -> str:

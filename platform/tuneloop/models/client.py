@@ -28,6 +28,7 @@ from tuneloop.errors import EndpointError, Problem
 from tuneloop.models.streaming import FINISH_REASONS, Delta, RequestError, read_deltas
 from tuneloop.records import Completion, Endpoint, Message, SamplingParams
 
+__all__ = ["Client", "Delta", "Likelihood", "RequestError", "chat_request"]
 _log = logging.getLogger("tuneloop.models")
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FIRST_WAIT_S = 0.5
@@ -121,20 +122,6 @@ class Client:
         if self.endpoint.model not in served:
             raise self._unknown_model(served)
 
-    def chat_request(self, messages: Sequence[Message], params: SamplingParams) -> dict[str, Any]:
-        """Return what is sent to ask for an answer; every sampling field is in it."""
-        return {
-            "model": self.endpoint.model,
-            "messages": [{"role": m.role, "content": m.content} for m in messages],
-            "max_tokens": params.max_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "seed": params.seed,
-            # Some servers refuse an empty list.
-            "stop": list(params.stop) or None,
-            "logprobs": params.logprobs,
-        }
-
     async def generate(self, messages: Sequence[Message], params: SamplingParams) -> Completion:
         """Return the model's answer to a conversation; every sampling field is sent.
 
@@ -142,7 +129,7 @@ class Client:
             EndpointError: The endpoint is unusable.
             RequestError: This request got no usable answer.
         """
-        body = self.chat_request(messages, params) | {"stream": False}
+        body = chat_request(self.endpoint.model, messages, params) | {"stream": False}
         started = time.perf_counter()
         answer = await self._send("POST", "/chat/completions", body, self.retries)
         latency_s = time.perf_counter() - started
@@ -183,7 +170,7 @@ class Client:
             EndpointError: The endpoint is unusable.
             RequestError: The request is refused, or the stream breaks off before its end.
         """
-        body = self.chat_request(messages, params)
+        body = chat_request(self.endpoint.model, messages, params)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         try:
             async with self._http.stream(
@@ -339,6 +326,21 @@ class Client:
                 remedy="correct the model's name, or serve it",
             )
         )
+
+
+def chat_request(model: str, messages: Sequence[Message], params: SamplingParams) -> dict[str, Any]:
+    """Return what is sent to ask for an answer; every sampling field is in it."""
+    return {
+        "model": model,
+        "messages": [{"role": m.role, "content": m.content} for m in messages],
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "seed": params.seed,
+        # Some servers refuse an empty list.
+        "stop": list(params.stop) or None,
+        "logprobs": params.logprobs,
+    }
 
 
 def _text_positions(

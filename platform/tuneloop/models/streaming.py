@@ -61,7 +61,7 @@ async def read_deltas(lines: AsyncIterator[str]) -> AsyncIterator[Delta]:
                 if text:
                     num_chars += len(text)
                     yield Delta(text)
-                if choice["finish_reason"] is not None:
+                if choice.get("finish_reason") is not None:
                     reason = FINISH_REASONS[choice["finish_reason"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RequestError(f"not a piece of a chat completion: {data:.200}") from error

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 from tuneloop.review.verdicts import Verdict
 
@@ -117,3 +118,41 @@ def preferences(verdicts: Sequence[Verdict]) -> list[tuple[str, str, float]]:
     """
     scores = {"left": 1.0, "right": 0.0, "tie": 0.5, "both_bad": 0.5}
     return [(v.arm_left, v.arm_right, scores[v.choice]) for v in verdicts]
+
+
+def reviewer_rows(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Return the agreement of reviewers as a table."""
+    return [
+        {
+            "reviewers": f"{row.first} and {row.second}",
+            "shared examples": row.num_shared,
+            "same verdict": f"{row.agreed_ratio:.0%}",
+            "Cohen's kappa": "–" if row.kappa is None else f"{row.kappa:.2f}".replace("-", "−"),
+            "in words": describe_kappa(row.kappa),
+        }
+        for row in reviewer_agreement(verdicts)
+    ]
+
+
+def judge_rows(
+    verdicts: Sequence[Verdict],
+    arms: tuple[str, str],
+    judges: Mapping[str, Mapping[str, str | None]],
+) -> list[dict[str, Any]]:
+    """Return how automatic judges agree with the votes on two arms, as a table.
+
+    Args:
+        judges: By name, what each prefers by example; see `judge_agreement`.
+    """
+    chosen = [v for v in verdicts if {v.arm_left, v.arm_right} == set(arms)]
+    found = (judge_agreement(chosen, name, preferred) for name, preferred in judges.items())
+    return [
+        {
+            "judge": row.judge,
+            "votes with a winner": row.num_verdicts,
+            "agrees": f"{row.agreed_ratio:.0%}",
+            "no preference": row.num_undecided,
+        }
+        for row in found
+        if row is not None
+    ]

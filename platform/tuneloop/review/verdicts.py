@@ -171,3 +171,11 @@ def open_examples(
     """Return the examples without a verdict on this pair of arms, in their order."""
     done = {v.example_id for v in verdicts if {v.arm_left, v.arm_right} == set(arms)}
     return [example_id for example_id in example_ids if example_id not in done]
+
+
+def next_example(still_open: Sequence[str], skipped: Sequence[str]) -> str | None:
+    """Return the example to ask for next: those skipped come last, the longest ago first."""
+    fresh = [example_id for example_id in still_open if example_id not in skipped]
+    latest_first = dict.fromkeys(reversed(skipped))
+    again = [example_id for example_id in reversed(latest_first) if example_id in still_open]
+    return next(iter([*fresh, *again]), None)

@@ -1,0 +1,96 @@
+"""What every page begins with: the workspace, the artifact it shows, and one clear message."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import streamlit as st
+
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.errors import UserError
+from tuneloop.evals.findings import Evaluation
+
+_MAKERS = {
+    "datasets": ("dataset", "tuneloop prepare CONFIG.yaml"),
+    "models": ("model", "tuneloop train CONFIG.yaml"),
+    "evaluations": ("evaluation", "tuneloop evaluate CONFIG.yaml"),
+    "sweeps": ("sweep", "tuneloop sweep CONFIG.yaml"),
+}
+
+
+def workspace_location() -> str:
+    """Return the workspace from `--workspace`, else TUNELOOP_WORKSPACE, else `workspace`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workspace", default=os.environ.get("TUNELOOP_WORKSPACE", "workspace"))
+    return str(parser.parse_known_args(sys.argv[1:])[0].workspace)
+
+
+def open_workspace() -> tuple[Workspace, list[Artifact]]:
+    """Return the workspace and what it holds; without either, say so and end the page."""
+    try:
+        workspace = Workspace(workspace_location())
+        artifacts = workspace.published()
+    except UserError as error:
+        refuse("This workspace cannot be opened.", error)
+    if not artifacts:
+        _show_empty(workspace)
+    return workspace, artifacts
+
+
+def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
+    """Return the artifact that the page's selector or its address names; the newest at first."""
+    workspace, artifacts = open_workspace()
+    references = [a.ref for a in reversed(artifacts) if a.kind == kind]
+    if not references:
+        name, command = _MAKERS[kind]
+        st.info(f"No {name} yet. Make one, then come back:")
+        st.code(command, language=None)
+        st.stop()
+    reference = st.selectbox(label, references, key="artifact", bind="query-params")
+    try:
+        return workspace, workspace.open(reference or references[0])
+    except UserError as error:
+        refuse("This artifact cannot be opened.", error)
+        raise
+
+
+def load_evaluation(artifact: Artifact) -> Evaluation:
+    """Return an evaluation, kept in memory: published artifacts do not change."""
+    return _load(artifact.location, artifact.fingerprint, artifact)
+
+
+@st.cache_resource(max_entries=4, show_spinner="Reading the evaluation")
+def _load(location: str, fingerprint: str, _artifact: Artifact) -> Evaluation:
+    return Evaluation.load(_artifact)
+
+
+def refuse(title: str, error: Exception) -> None:
+    """Show what is wrong and what to do, and end the page."""
+    st.error(title)
+    st.code(str(error), language=None, wrap_lines=True)
+    st.stop()
+
+
+def show_origin(artifact: Artifact) -> None:
+    """Show where an artifact comes from, folded away."""
+    manifest = artifact.manifest
+    with st.expander("Where it comes from"):
+        made_from = ", ".join(f"`{name}`" for name in manifest["inputs"]) or "–"
+        st.markdown(f"Made {manifest['created_at']} in `{artifact.location}` from {made_from}.")
+        keys = ("fingerprint", "git", "duration_s", "packages", "config", "resources")
+        st.json({key: manifest[key] for key in keys}, expanded=1)
+
+
+def _show_empty(workspace: Workspace) -> None:
+    st.subheader("Nothing here yet")
+    st.write(f"No artifact has been published in `{workspace.location}`.")
+    st.write("Make the first ones with one command, then come back:")
+    st.code(
+        "make demo\n# or, with your own data\ntuneloop init my.yaml\ntuneloop run my.yaml",
+        language=None,
+    )
+    st.write("If you expected to see something, start the dashboard with another workspace:")
+    st.code("tuneloop dashboard --workspace DIRECTORY_OR_URI", language=None)
+    st.stop()

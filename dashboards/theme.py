@@ -1,0 +1,131 @@
+"""How things look: one style sheet for light and dark, and texts as safe HTML."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+# Colours are laid over the page's own with transparency, so one sheet fits both themes.
+CSS = """
+<style>
+[data-testid="stSidebarNav"]::before {
+  content: "tuneloop"; display: block; padding: 0 0 .6rem;
+  font-weight: 650; font-size: 1.2rem; letter-spacing: -.01em;
+}
+[data-testid="stMainBlockContainer"] { max-width: 76rem; padding-top: 3.5rem; }
+@media (max-width: 640px) {
+  [data-testid="stMainBlockContainer"] { padding-left: 1rem; padding-right: 1rem; }
+}
+[data-testid="stMarkdown"] h1 { font-size: 1.3rem; }
+[data-testid="stMarkdown"] h2 { font-size: 1.1rem; }
+.tl-sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr));
+  gap: .75rem; }
+.tl-box { border: 1px solid rgba(128, 136, 152, .3); border-radius: .5rem; padding: .6rem .8rem;
+  min-width: 0; }
+.tl-head { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; font-size: .82rem;
+  margin-bottom: .35rem; }
+.tl-head b { font-weight: 600; }
+.tl-text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; line-height: 1.5; }
+.tl-mono { font-family: ui-monospace, "Source Code Pro", monospace; font-size: .82rem; }
+.tl-label { font-size: .78rem; opacity: .68; margin: .5rem 0 .15rem; }
+.tl-label:first-child { margin-top: 0; }
+.tl-quiet { opacity: .6; }
+.tl-chip { border-radius: 1rem; padding: .05rem .5rem; font-size: .74rem; white-space: nowrap;
+  background: rgba(128, 136, 152, .18); }
+.tl-good { background: rgba(24, 150, 90, .2); }
+.tl-bad { background: rgba(214, 60, 60, .2); }
+.tl-warn { background: rgba(214, 150, 30, .24); }
+.tl-same { background: rgba(128, 136, 152, .22); }
+.tl-extra { background: rgba(226, 128, 30, .28); border-radius: .2rem; }
+.tl-missing { text-decoration: line-through; opacity: .62; background: rgba(90, 120, 220, .2);
+  border-radius: .2rem; }
+.tl-bar { display: flex; height: .9rem; border-radius: .45rem; overflow: hidden;
+  background: rgba(128, 136, 152, .15); }
+.tl-bar span { min-width: 2px; }
+.tl-bar .tl-good { background: #2a9d6a; } .tl-bar .tl-bad { background: #d45050; }
+.tl-bar .tl-warn { background: #d9a441; } .tl-bar .tl-none { background: rgba(128, 136, 152, .7); }
+.tl-bar .tl-same { background: rgba(128, 136, 152, .3); }
+.tl-legend { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; font-size: .84rem;
+  margin-top: .45rem; }
+.tl-dot { display: inline-block; width: .65rem; height: .65rem; border-radius: .2rem;
+  margin-right: .35rem; }
+.tl-dot.tl-good { background: #2a9d6a; } .tl-dot.tl-bad { background: #d45050; }
+.tl-dot.tl-warn { background: #d9a441; } .tl-dot.tl-none { background: rgba(128, 136, 152, .7); }
+.tl-dot.tl-same { background: rgba(128, 136, 152, .3); }
+.tl-scroll { max-height: 26rem; overflow-y: auto; }
+</style>
+"""
+
+_OUTCOME_TONES = {
+    "fixed": "good",
+    "introduced": "bad",
+    "both_wrong": "warn",
+    "both_right": "same",
+    "same": "same",
+    "unscored": "none",
+}
+
+
+def text(content: str, mono: bool = False) -> str:
+    """Return a text as a block that keeps its line ends."""
+    if not content.strip():
+        return '<div class="tl-text tl-quiet">(empty)</div>'
+    return f'<div class="tl-text{" tl-mono" if mono else ""}">{html.escape(content)}</div>'
+
+
+def pieces(parts: Sequence[tuple[str, str]]) -> str:
+    """Return a text with its differences marked."""
+    marked = [
+        html.escape(part) if kind == "same" else f'<span class="tl-{kind}">{_visible(part)}</span>'
+        for kind, part in parts
+    ]
+    if not "".join(part for _, part in parts).strip():
+        return text("")
+    return f'<div class="tl-text tl-mono">{"".join(marked)}</div>'
+
+
+def chip(words: str, tone: str = "") -> str:
+    """Return a short label; tones are good, bad and warn."""
+    return f'<span class="tl-chip{f" tl-{tone}" if tone else ""}">{html.escape(words)}</span>'
+
+
+def box(title: str, chips: Sequence[str], body: str) -> str:
+    """Return one of several boxes that stand side by side; `chips` and `body` are HTML."""
+    head = f'<div class="tl-head"><b>{html.escape(title)}</b>{"".join(chips)}</div>'
+    return f'<div class="tl-box">{head}{body}</div>'
+
+
+def sides(boxes: Sequence[str]) -> str:
+    """Return boxes side by side, below one another where the page is narrow."""
+    return f'<div class="tl-sides">{"".join(boxes)}</div>'
+
+
+def labelled(label: str, body: str) -> str:
+    """Return HTML with a small label above."""
+    return f'<div class="tl-label">{html.escape(label)}</div>{body}'
+
+
+def outcome_bar(counts: Sequence[tuple[str, str, int]]) -> str:
+    """Return a stacked bar with its legend, from (outcome, label, count)."""
+    parts, legend = [], []
+    for outcome, label, count in counts:
+        tone = _OUTCOME_TONES[outcome]
+        parts.append(f'<span class="tl-{tone}" style="flex:{count}"></span>')
+        legend.append(
+            f'<span><span class="tl-dot tl-{tone}"></span>{html.escape(label)} '
+            f"<b>{count:,}</b></span>"
+        )
+    return (
+        f'<div class="tl-bar">{"".join(parts)}</div><div class="tl-legend">{"".join(legend)}</div>'
+    )
+
+
+def outcome_tone(outcome: str) -> str:
+    """Return the tone of an outcome's label."""
+    tone = _OUTCOME_TONES[outcome]
+    return "" if tone in ("same", "none") else tone
+
+
+def _visible(part: str) -> str:
+    # White space alone would be an unexplained coloured gap.
+    return html.escape(part if part.strip() else part.replace(" ", "␣").replace("\n", "⏎\n"))

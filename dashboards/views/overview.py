@@ -1,0 +1,56 @@
+"""The newest verdict and all artifacts."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from shell import load_evaluation, open_workspace, refuse
+from tuneloop.errors import UserError
+from tuneloop.evals.overview import list_artifacts, tabulate
+from verdict import show_verdict
+
+PAGES = {
+    "datasets": "views/dataset.py",
+    "models": "views/model.py",
+    "sweeps": "views/sweep.py",
+    "evaluations": "views/report.py",
+}
+
+workspace, artifacts = open_workspace()
+evaluations = [artifact for artifact in artifacts if artifact.kind == "evaluations"]
+if evaluations:
+    newest = evaluations[-1]
+    try:
+        tables = tabulate(load_evaluation(workspace.open(newest.ref)))
+    except UserError as error:
+        refuse("The newest evaluation cannot be opened.", error)
+    show_verdict(tables)
+    with st.container(horizontal=True):
+        query = {"artifact": newest.ref}
+        st.page_link(
+            "views/errors.py", label="See what was fixed and what broke →", query_params=query
+        )
+        st.page_link("views/votes.py", label="Judge answers blind →", query_params=query)
+else:
+    st.info("No evaluation yet: `tuneloop run CONFIG.yaml` makes one, with the verdict shown here.")
+
+st.subheader("Artifacts")
+st.caption("Newest first. Choose a row to open it.")
+rows = list_artifacts(artifacts)
+event = st.dataframe(
+    rows,
+    hide_index=True,
+    on_select="rerun",
+    selection_mode="single-row",
+    column_order=["artifact", "created", "took_s", "size_mb", "metrics"],
+    column_config={
+        "artifact": st.column_config.TextColumn("Artifact", width="medium"),
+        "created": st.column_config.DatetimeColumn("Created", format="YYYY-MM-DD HH:mm"),
+        "took_s": st.column_config.NumberColumn("Took (s)", format="localized"),
+        "size_mb": st.column_config.NumberColumn("Size (MB)", format="localized"),
+        "metrics": st.column_config.TextColumn("Numbers", width="large"),
+    },
+)
+if event.selection.rows:
+    chosen = rows[event.selection.rows[0]]
+    st.switch_page(PAGES[chosen["kind"]], query_params={"artifact": chosen["artifact"]})

@@ -1,0 +1,156 @@
+"""The playground: one or two served models answer the same conversation, as they write."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import streamlit as st
+
+import theme
+from tuneloop.errors import EndpointError
+from tuneloop.models.client import Client, Delta, RequestError, chat_request
+from tuneloop.records import Endpoint, Message, SamplingParams
+
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
+MOST_MODELS = 2
+
+
+@st.cache_data(ttl=15, show_spinner="Asking for the list of models")
+def list_models(url: str, api_key: str) -> list[str]:
+    async def ask() -> list[str]:
+        async with Client(Endpoint(url, "", api_key), timeout_s=10) as client:
+            return await client.models()
+
+    return asyncio.run(ask())
+
+
+def connect() -> tuple[str, str, list[str]]:
+    """Return the URL, the key and the models to ask; without an answer, say what to do."""
+    url = st.text_input("Server", DEFAULT_URL, key="url", help="An OpenAI-compatible base URL")
+    api_key = st.text_input("API key", key="api_key", type="password", placeholder="if it has one",
+                            autocomplete="off")  # fmt: skip
+    try:
+        served = list_models((url or DEFAULT_URL).strip(), (api_key or "").strip())
+    except (EndpointError, RequestError) as error:
+        st.error("No list of models from this server.")
+        st.code(str(error), language=None, wrap_lines=True)
+        st.write("Start one in a terminal, then press R here:")
+        st.code("tuneloop serve CONFIG.yaml", language=None)
+        st.stop()
+    models = st.multiselect(
+        "Models", served, served[:MOST_MODELS], max_selections=MOST_MODELS, key="models",
+        help="Two are asked at the same time and stand side by side.",
+    )  # fmt: skip
+    return (url or DEFAULT_URL).strip(), (api_key or "").strip(), models
+
+
+def choose_sampling() -> SamplingParams:
+    """Return how answers are sampled; all of it is sent with every request."""
+    left, right = st.columns(2)
+    stop = st.text_input("Stop text", key="stop", placeholder="none", help="Ends the answer")
+    return SamplingParams(
+        max_tokens=int(left.number_input("Max tokens", 1, 4096, 128, key="max_tokens")),
+        temperature=float(
+            right.number_input(
+                "Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", help="0: always the likeliest"
+            )
+        ),
+        top_p=float(left.number_input("Top p", 0.01, 1.0, 1.0, 0.05, key="top_p")),
+        seed=int(right.number_input("Seed", 0, 2**31 - 1, 0, key="seed")),
+        stop=(stop,) if stop else (),
+    )
+
+
+def conversation(turns: list[dict[str, Any]], model: str, system: str) -> list[Message]:
+    """Return what a model has seen and said so far, with the question that is open."""
+    messages = [Message("system", system)] if system.strip() else []
+    for turn in turns:
+        messages.append(Message("user", turn["question"]))
+        if model in turn["answers"]:
+            messages.append(Message("assistant", turn["answers"][model]["text"]))
+    return messages
+
+
+async def answer(
+    client: Client, messages: list[Message], params: SamplingParams, place: Any
+) -> dict[str, Any]:
+    """Return a model's answer, shown piece by piece meanwhile."""
+    text, last, problem = "", Delta(), ""
+    try:
+        async for delta in client.stream(messages, params):
+            text, last = text + delta.text, delta
+            place.html(
+                theme.box(client.endpoint.model, [theme.chip("writing …")], theme.text(text))
+            )
+    except (EndpointError, RequestError) as error:
+        problem = str(error)
+    return {
+        "text": text,
+        "problem": problem,
+        "finish_reason": last.finish_reason,
+        "tokens": last.completion_tokens,
+    }
+
+
+async def answer_all(
+    url: str, api_key: str, requests: dict[str, list[Message]], params: SamplingParams,
+    places: dict[str, Any],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Return every model's answer; all are asked at the same time."""
+
+    async def one(model: str) -> dict[str, Any]:
+        async with Client(Endpoint(url, model, api_key)) as client:
+            return await answer(client, requests[model], params, places[model])
+
+    answers = await asyncio.gather(*(one(model) for model in requests))
+    return dict(zip(requests, answers, strict=True))
+
+
+def answer_box(model: str, given: dict[str, Any]) -> str:
+    """Return one answer as HTML."""
+    chips = []
+    if given["finish_reason"] == "length":
+        chips.append(theme.chip("cut off by max tokens", "warn"))
+    if given["tokens"] is not None:
+        chips.append(theme.chip(f"{given['tokens']} tokens"))
+    body = theme.text(given["text"]) if given["text"] or not given["problem"] else ""
+    if given["problem"]:
+        chips.append(theme.chip("failed", "bad"))
+        body += theme.labelled("Problem", theme.text(given["problem"]))
+    return theme.box(model, chips, body)
+
+
+settings, talk = st.columns([1, 2], gap="large")
+with settings:
+    url, api_key, models = connect()
+    system = st.text_area("System prompt", key="system", height=90, placeholder="none") or ""
+    params = choose_sampling()
+turns: list[dict[str, Any]] = st.session_state.setdefault("turns", [])
+with talk:
+    above = st.container()
+    question = st.chat_input("Ask", disabled=not models)
+    below = st.container()
+with above:
+    if not turns and not question:
+        st.caption("Ask something; the answers appear here as they are written.")
+    for turn in turns:
+        st.html(theme.labelled("You", theme.text(turn["question"])))
+        st.html(theme.sides([answer_box(m, a) for m, a in turn["answers"].items()]))
+    if question and models:
+        turns.append({"question": question, "answers": {}, "sent": {}})
+        st.html(theme.labelled("You", theme.text(question)))
+        requests = {model: conversation(turns, model, system) for model in models}
+        turns[-1]["sent"] = {m: chat_request(m, r, params) for m, r in requests.items()}
+        columns = st.columns(len(models))
+        places = {m: c.empty() for m, c in zip(models, columns, strict=True)}
+        turns[-1]["answers"] = asyncio.run(answer_all(url, api_key, requests, params, places))
+        for model, given in turns[-1]["answers"].items():
+            places[model].html(answer_box(model, given))
+if turns:
+    with below:
+        with st.expander("What was sent last"):
+            st.json(turns[-1]["sent"], expanded=2)
+        if st.button("Start over"):
+            turns.clear()
+            st.rerun()

@@ -1,0 +1,78 @@
+"""A sweep's learning curve, its best trial and all trials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import streamlit as st
+
+from shell import choose_artifact, show_origin
+from tuneloop.evals.overview import SweepView, read_sweep
+
+
+def chart(sweep: SweepView) -> dict[str, Any]:
+    """Return the Vega-Lite drawing: points with intervals, and the fitted lines."""
+    sizes = sorted({point["rows"] for point in sweep.points})
+    x = {
+        "field": "rows", "type": "quantitative", "title": "training rows (each step doubles)",
+        "scale": {"type": "log", "base": 2, "padding": 24, "nice": False},
+        "axis": {"values": sizes, "format": ",d", "grid": False},
+    }  # fmt: skip
+    y = {
+        "field": "score", "type": "quantitative", "title": sweep.metric,
+        "scale": {"zero": False, "padding": 8},
+        "axis": {"format": ".0%" if sweep.percent else ".3~f"},
+    }  # fmt: skip
+    color = {
+        "field": "series", "type": "nominal", "title": None,
+        "legend": {"orient": "top", "labelLimit": 460},
+    }  # fmt: skip
+    tooltip = [
+        {"field": "trial", "title": "trial"},
+        {"field": "score", "title": sweep.metric, "format": ".3f"},
+        {"field": "low", "format": ".3f"},
+        {"field": "high", "format": ".3f"},
+    ]
+    return {
+        "height": 380,
+        "layer": [
+            {
+                "data": {"values": sweep.lines},
+                "mark": {"type": "line", "strokeDash": [6, 4], "strokeWidth": 2},
+                "encoding": {"x": x, "y": y, "color": color},
+            },
+            {
+                "data": {"values": sweep.points},
+                "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.5},
+                "encoding": {
+                    "x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": color,
+                },
+            },
+            {
+                "data": {"values": sweep.points},
+                "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
+                "encoding": {"x": x, "y": y, "color": color, "tooltip": tooltip},
+            },
+        ],
+    }  # fmt: skip
+
+
+_, artifact = choose_artifact("sweeps", "Sweep")
+sweep = read_sweep(artifact)
+if sweep.best:
+    st.success(f"**Best: {sweep.best_words}**  \nReady to serve as `{sweep.best}`.")
+if sweep.points:
+    st.subheader("Learning curve")
+    st.vega_lite_chart(chart(sweep))
+    st.caption(
+        "Points are trials with their 95% intervals. The dashed lines are fitted to score over "
+        "the logarithm of the training rows; they promise nothing beyond the points."
+    )
+    st.markdown("\n".join(f"- {sentence}" for sentence in sweep.sentences))
+else:
+    st.warning("No trial of this sweep has a score.")
+st.subheader("Trials")
+st.dataframe(sweep.trials, hide_index=True)
+for name, problem in sweep.problems:
+    st.warning(f"**{name}** has no score.  \n{problem}")
+show_origin(artifact)

@@ -1,0 +1,186 @@
+"""Blind votes: two answers without names, and what the votes say."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import streamlit as st
+
+import theme
+from shell import choose_artifact, load_evaluation, refuse
+from tuneloop.errors import UserError
+from tuneloop.evals import analysis
+from tuneloop.evals.analysis import PairedExample
+from tuneloop.evals.findings import Evaluation
+from tuneloop.evals.overview import rate_arms
+from tuneloop.review import agreement
+from tuneloop.review.verdicts import (
+    Choice,
+    Verdict,
+    VerdictStore,
+    blind_order,
+    next_example,
+    open_examples,
+)
+
+BUTTONS: dict[Choice, tuple[str, str]] = {
+    "left": ("Left is better", "1"),
+    "tie": ("Equally good", "2"),
+    "both_bad": ("Both are bad", "3"),
+    "right": ("Right is better", "4"),
+}
+
+
+def vote(example_id: str, sides: tuple[str, str], reviewer: str, choice: Choice) -> None:
+    """Store a verdict; called before the page is drawn again."""
+    comment = st.session_state.get(f"comment-{example_id}", "")
+    try:
+        store.add(Verdict(artifact.ref, example_id, *sides, choice, reviewer, comment.strip()))
+    except UserError as error:
+        st.session_state.problem = str(error)
+        return
+    st.session_state.last_voted = example_id
+    st.session_state.pop("again", None)
+
+
+def put_off(example_id: str) -> None:
+    """Leave an example for later in this session."""
+    st.session_state.setdefault("skipped", []).append(example_id)
+    st.session_state.pop("again", None)
+
+
+def show_ballot(examples: list[PairedExample], arms: tuple[str, str]) -> None:
+    """Ask for a verdict on the next open example."""
+    reviewer = st.text_input(
+        "Your name", key="reviewer", placeholder="stored with each vote", bind="query-params",
+        max_chars=80,
+    )  # fmt: skip
+    reviewer = (reviewer or "").strip()
+    if not reviewer:
+        st.info("Type your name to begin.")
+        return
+    by_id = {example.example_id: example for example in examples}
+    mine = store.read(artifact.ref, reviewer)
+    still_open = open_examples(list(by_id), mine, arms)
+    done = len(by_id) - len(still_open)
+    st.progress(done / len(by_id), text=f"{done:,} of {len(by_id):,} judged by {reviewer}")
+    if problem := st.session_state.pop("problem", None):
+        st.error("The vote was not stored.")
+        st.code(problem, language=None, wrap_lines=True)
+    wanted = st.session_state.get("again")
+    example_id = (
+        wanted if wanted in by_id else next_example(still_open, st.session_state.get("skipped", []))
+    )
+    if example_id is None:
+        st.success("Every example is judged. Thank you! The ratings are under Results.")
+    else:
+        show_pair(by_id[example_id], blind_order(example_id, reviewer, arms), reviewer)
+    last = st.session_state.get("last_voted")
+    if last in by_id and last != example_id and st.button("Change my last vote", type="tertiary"):
+        st.session_state.again = last
+        st.rerun()
+
+
+def show_pair(example: PairedExample, sides: tuple[str, str], reviewer: str) -> None:
+    """Show one question with two nameless answers and the four buttons."""
+    answers = {p.arm: p.completion for p in (example.before, example.after)}
+    with st.container(border=True):
+        st.html(theme.labelled("Question", theme.text(example.question, mono=True)))
+        with st.expander("Reference answer"):
+            st.html(theme.text(example.reference, mono=True))
+        st.html(
+            theme.sides(
+                [
+                    theme.box(title, [], theme.text(answers[arm], mono=True))
+                    for title, arm in zip(("Left", "Right"), sides, strict=True)
+                ]
+            )
+        )
+    st.text_input(
+        "Comment", key=f"comment-{example.example_id}", placeholder="optional: why", max_chars=2000
+    )
+    with st.container(horizontal=True):
+        for choice, (label, shortcut) in BUTTONS.items():
+            st.button(
+                label,
+                key=f"vote-{choice}",
+                type="primary" if choice in ("left", "right") else "secondary",
+                shortcut=shortcut,
+                on_click=vote,
+                args=(example.example_id, sides, reviewer, choice),
+            )
+        st.button("Skip", type="tertiary", on_click=put_off, args=(example.example_id,))
+
+
+def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
+    """Show ratings, and how far they can be trusted."""
+    verdicts = store.read(artifact.ref)
+    if not verdicts:
+        st.info("No votes yet. The ratings appear with the first one.")
+        return
+    people = sorted({verdict.reviewer for verdict in verdicts})
+    st.caption(f"{len(verdicts):,} votes of {len(people)}: {', '.join(people)}.")
+    st.subheader("Ratings")
+    rows = rate_arms(agreement.preferences(verdicts))
+    st.table(rows, border="horizontal", hide_index=True)
+    st.caption(
+        "Elo from Bradley–Terry over the votes of all pairs of arms: 1000 is the average, 400 "
+        "more means ten times the odds to win. Overlapping intervals: not told apart yet."
+    )
+    st.subheader("Do reviewers agree?")
+    between = agreement.reviewer_rows(verdicts)
+    if between:
+        st.table(between, border="horizontal", hide_index=True)
+    else:
+        st.caption("Two people must judge the same examples before this can be told.")
+    st.subheader("Do people agree with the metric?")
+    judges = {
+        evaluation.metric(name).label.replace("`", ""): analysis.metric_preferences(
+            evaluation, examples, name
+        )
+        for name in analysis.judged_metrics(evaluation)
+    }
+    judges["longest wins (baseline)"] = analysis.length_preferences(examples)
+    against = agreement.judge_rows(verdicts, arms, judges)
+    if against:
+        st.table(against, border="horizontal", hide_index=True)
+        st.caption(
+            "Share of the votes with a winner whose winner the judge prefers too; no preference "
+            "counts one half. A metric that does not beat the baseline adds nothing to length."
+        )
+    else:
+        st.caption("No vote on this pair has a winner yet.")
+
+
+left, right = st.columns(2)
+with left:
+    workspace, artifact = choose_artifact("evaluations", "Evaluation")
+try:
+    store = VerdictStore(workspace.location)
+except UserError as error:
+    refuse("Votes cannot be stored here.", error)
+evaluation = load_evaluation(artifact)
+names = [arm["name"] for arm in evaluation.arms]
+if len(names) < 2:
+    st.info("This evaluation has one arm: there is nothing to compare it with.")
+    st.stop()
+if evaluation.metrics["task_type"] == "language_modeling":
+    st.info("Plain text is scored by likelihood: there are no answers to judge.")
+    st.stop()
+# The candidate's comparisons come first.
+pairs = sorted(combinations(names, 2), key=lambda pair: pair[1] != names[-1])
+arms = right.selectbox(
+    "Arms", pairs, format_func=" vs ".join, key="pair", bind="query-params",
+    help="Which answer stands left is drawn anew for every example and reviewer.",
+)  # fmt: skip
+examples = analysis.examples_to_judge(evaluation, arms)
+view = st.segmented_control(
+    "View", ["Vote", "Results"], default="Vote", key="view", required=True,
+    label_visibility="collapsed", bind="query-params",
+)  # fmt: skip
+if view == "Results":
+    show_results(evaluation, examples)
+elif not examples:
+    st.info("Both arms gave the same answers: there is nothing to choose between.")
+else:
+    show_ballot(examples, arms)

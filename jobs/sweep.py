@@ -1,0 +1,11 @@
+"""`tuneloop sweep` as a Ray job.
+
+Usage: `ray job submit --working-dir . -- python jobs/sweep.py CONFIG.yaml [key=value …]`
+"""
+
+import sys
+
+from tuneloop.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["sweep", *sys.argv[1:]]))

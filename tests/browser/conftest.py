@@ -1,0 +1,284 @@
+"""A workspace with one artifact of each kind, and the dashboard over it, started as users do."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from tuneloop.artifacts import Workspace
+from tuneloop.config import TuneloopConfig
+from tuneloop.evals.comparison import Prediction, compare, summarise
+from tuneloop.evals.error_tags import tag_errors
+from tuneloop.evals.findings import Evaluation
+from tuneloop.evals.intervals import Resampling
+from tuneloop.evals.metrics import Scorer
+from tuneloop.evals.report import render_report
+from tuneloop.evals.runner import write_predictions
+from tuneloop.sweeps.curve import learning_curves
+
+APP = Path(__file__).parents[2] / "dashboards" / "app.py"
+NUM_EXAMPLES = 30
+SYSTEM = "Answer with JSON: colour and number of the thing."
+
+
+def publish(
+    workspace: Workspace, kind: str, files: dict[str, object], metrics: dict[str, Any]
+) -> None:
+    with workspace.draft(kind, "demo", kind.ljust(64, "0")) as draft:
+        for name, content in files.items():
+            path = draft.path / name
+            path.parent.mkdir(exist_ok=True)
+            if isinstance(content, str):
+                path.write_text(content)
+            else:
+                pq.write_table(content, path)
+        draft.publish(config={}, resources={}, inputs=["a parrot"], metrics=metrics)
+
+
+def publish_dataset(workspace: Workspace) -> None:
+    turns = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": "say a"},
+        {"role": "assistant", "content": "a-ha"},
+    ]
+    rows = [
+        {
+            "row_id": f"r{i:03d}",
+            "source": f"rows.jsonl:{i}",
+            "messages": turns,
+            "num_tokens": 9 + i,
+        }
+        for i in range(25)
+    ]
+    removed = [
+        {
+            "row_id": "r900", "stage": "dedup", "reason": "near duplicate",
+            "kept_row_id": "r001", "similarity": 0.91, "text": "say a, again",
+        }
+    ]  # fmt: skip
+    files = {
+        "README.md": "---\nlicense: x\n---\n# The card of the rows\n\n25 rows.",
+        "train/part-0.parquet": pa.Table.from_pylist(rows),
+        "test/part-0.parquet": pa.Table.from_pylist(rows[:5]),
+        "removed/part-0.parquet": pa.Table.from_pylist(removed),
+    }
+    publish(workspace, "datasets", files, {"train_rows": 25, "test_rows": 5})
+
+
+def publish_model(workspace: Workspace) -> None:
+    steps = range(1, 41)
+    log = {
+        "step": list(steps),
+        "loss": [2.4 * 0.94**s + 0.3 + 0.05 * (s % 3) for s in steps],
+        "learning_rate": [1e-3 * min(s / 5, 1) for s in steps],
+        "grad_norm": [1.0 + 0.2 * (s % 4) for s in steps],
+        "tokens_per_s": [190.0 + s % 7 for s in steps],
+    }
+    parity = {
+        "passed": True, "prompts": 4, "tokens": 64, "max_abs_logprob_diff": 2.1e-6,
+        "greedy_equal": True, "num_ties": 0, "tolerance": 1e-3, "arms": {"merged": 2.1e-6},
+    }  # fmt: skip
+    files = {
+        "README.md": "# The card of the model",
+        "parity.json": json.dumps(parity),
+        "trainer_log.parquet": pa.table(log),
+    }
+    publish(workspace, "models", files, {"loss": 0.41})
+
+
+def publish_sweep(workspace: Workspace) -> None:
+    trials = []
+    for size, base in ((100, "small"), (200, "small"), (400, "small"), (100, "big"), (200, "big")):
+        score = {"small": 0.3, "big": 0.5}[base] + 0.08 * (size / 100) ** 0.5
+        trials.append(
+            {
+                "data.num_train_examples": size, "model.base": base, "num_train_examples": size,
+                "num_parameters": {"small": 135, "big": 270}[base] * 10**6,
+                "model": f"models/demo-{base}-{size}@v1", "score": score, "low": score - 0.06,
+                "high": score + 0.06, "loss": 1 - score, "wall_s": size / 2, "status": "done",
+                "problem": "",
+            }
+        )  # fmt: skip
+    broken = dict.fromkeys(("model", "score", "low", "high", "loss"))
+    trials.append(
+        trials[-1]
+        | broken
+        | {"data.num_train_examples": 400, "num_train_examples": 400, "status": "failed",
+           "problem": "the loss is not finite"}
+    )  # fmt: skip
+    keys = ["data.num_train_examples", "model.base"]
+    curve = {
+        "metric": "exact_match",
+        "keys": keys,
+        "curves": learning_curves(trials, keys),
+        "best": {"trial": 4, "model": "models/demo-big-200@v1"},
+    }
+    files = {"trials.parquet": pa.Table.from_pylist(trials), "curve.json": json.dumps(curve)}
+    publish(workspace, "sweeps", files, {"trials": 6})
+
+
+def answer(arm: str, index: int) -> str:
+    """What an arm says: `base` knows few, `finetuned` most, and each errs in its own way."""
+    right = json.dumps({"colour": "blue", "number": index})
+    if arm == "base":
+        wordy = "Teh colour definately is a kind of blueish thing, retuning the nubmer " * 3
+        return right if index < 4 or index == 29 else wordy if index % 2 else right[:-4]
+    if arm == "base+few-shot":
+        return right if index < 15 else json.dumps({"colour": "green", "number": index})
+    return right if index < 28 else json.dumps({"colour": "blue", "number": index + 1})
+
+
+def publish_evaluation(workspace: Workspace) -> None:
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "demo",
+            "task": {"type": "extraction"},
+            "model": {"base": "parrot"},
+            "data": {"sources": [{"path": "rows.jsonl", "format": "messages"}]},
+        }
+    )
+    ids = [f"r{index:02d}" for index in range(NUM_EXAMPLES)]
+    references = {r: json.dumps({"colour": "blue", "number": i}) for i, r in enumerate(ids)}
+    scorer = Scorer(config.task, references)
+    rows = []
+    for arm in ("base", "base+few-shot", "finetuned"):
+        for index, row_id in enumerate(ids):
+            question = f"Thing number {index} is blue. <b>What is it?</b>"
+            turns = [("system", SYSTEM), ("user", question)]
+            prompt = json.dumps([{"role": r, "content": c} for r, c in turns])
+            text, reference = answer(arm, index), references[row_id]
+            reason = "stop" if text.endswith("}") else "length"
+            if (arm, index) == ("base", 12):
+                rows.append(
+                    Prediction(row_id, arm, prompt, reference, "", None, None, None, None,
+                               "unscored", error="HTTP 500: out of luck")
+                )  # fmt: skip
+                continue
+            rows.append(
+                Prediction(
+                    row_id, arm, prompt, reference, text, reason, 30, 12, 0.1, "scored",
+                    error_tags=tag_errors(scorer, reference, text, reason, prompt),
+                    scores=scorer.score(reference, text),
+                )
+            )  # fmt: skip
+    resampling = Resampling(num_resamples=200)
+    metrics, comparison = summarise(rows, scorer, resampling), compare(rows, scorer, resampling)
+    evaluation = Evaluation("demo", rows, metrics, comparison)
+    with workspace.draft("evaluations", "demo", "e" * 64) as draft:
+        write_predictions(rows, list(scorer.metrics), draft.path)
+        (draft.path / "metrics.json").write_text(json.dumps(metrics))
+        (draft.path / "comparison.json").write_text(json.dumps(comparison))
+        (draft.path / "report.html").write_text(
+            render_report(evaluation, config, "datasets/demo@v1")
+        )
+        draft.publish(config={}, resources={}, inputs=[], metrics=evaluation.headline_numbers())
+
+
+def fill(folder: Path) -> Path:
+    workspace = Workspace(folder)
+    publish_dataset(workspace)
+    publish_model(workspace)
+    publish_sweep(workspace)
+    publish_evaluation(workspace)
+    return workspace.root
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with one artifact of each kind."""
+    return fill(tmp_path_factory.mktemp("dashboard") / "workspace")
+
+
+def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/_stcore/health", timeout=5).read()
+            return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def served(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a dashboard started the way a user starts it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("streamlit") / "log.txt"
+    command = [sys.executable, "-m", "tuneloop.cli", "dashboard"]
+    command += ["--workspace", str(filled), "--port", str(port)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env={key: value for key, value in os.environ.items() if key != "TUNELOOP_WORKSPACE"},
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    wait_until_up(url, process, log)
+    yield url
+    os.killpg(process.pid, 15)
+    process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def parrots() -> Iterator[str]:
+    """The base URL of a server that streams what it is asked, by our own protocol."""
+
+    from tuneloop.serving import protocol
+    from tuneloop.serving.engine import Generation
+
+    app = FastAPI()
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        return protocol.model_list(["loud", "quiet"], 0)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Any:
+        asked = protocol.parse_chat(await request.json())
+        text = asked.conversation()[-1].content
+        if text == "fail":
+            error = protocol.ProtocolError(400, "this question is refused")
+            return JSONResponse(error.body(), error.status)
+        words = (text.upper() if asked.model == "loud" else text.lower()).split(" ")
+        chunks = protocol.Chunks(asked)
+
+        def events() -> Iterator[str]:
+            yield chunks.first()
+            for word in words:
+                yield chunks.text(word + " ")
+            if text != "break":
+                answer = Generation("", "stop", 3, len(words))
+                yield from chunks.last(answer)
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    server.should_exit = True
+    thread.join(20)

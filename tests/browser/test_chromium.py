@@ -1,0 +1,160 @@
+"""The real Streamlit server in headless Chromium."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+LONG_MS = 30_000
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@dataclass
+class Visit:
+    """A page with what it asked for and what went wrong in it."""
+
+    page: Any
+    asked: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Visit]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(LONG_MS)
+    visit = Visit(page)
+    page.on("request", lambda request: visit.asked.append(request.url))
+
+    def note(message: Any) -> None:
+        # Below a page's own address Streamlit looks for its own settings, then one level up.
+        if message.type == "error" and "/_stcore/" not in message.location.get("url", ""):
+            visit.errors.append(f"{message.text} {message.location}")
+
+    page.on("console", note)
+    page.on("pageerror", lambda error: visit.errors.append(str(error)))
+    yield visit
+    context.close()
+
+
+def choice(page: Any, label: str) -> Any:
+    """Return one of several choices that stand in a row."""
+    return page.locator("[data-testid=stButtonGroup]").get_by_text(label)
+
+
+def assert_clean(visit: Visit, served: str) -> None:
+    local = (served, served.replace("http", "ws"), "data:", "blob:", "about:")
+    assert [url for url in visit.asked if not url.startswith(local)] == []
+    assert visit.errors == []
+
+
+def test_pages_open_from_the_sidebar_and_ask_nobody_else(visit, served):
+    page = visit.page
+    page.goto(served)
+    page.get_by_text("Finetuning helped").first.wait_for()
+    page.get_by_role("link", name="Models").click()
+    page.get_by_text("Training loss").wait_for()
+    page.locator("canvas, svg.marks").first.wait_for()
+    page.get_by_role("link", name="Sweeps").click()
+    page.get_by_text("for each doubling").first.wait_for()
+    page.get_by_role("link", name="Datasets").click()
+    page.get_by_role("heading", name="The card of the rows").wait_for()
+    page.get_by_role("link", name="Reports").click()
+    report = page.frame_locator("iframe").first
+    report.get_by_role("heading", name="Paired differences").wait_for()
+    assert_clean(visit, served)
+
+
+def test_filter_vote_reload_and_the_vote_is_there(visit, served, filled):
+    page = visit.page
+    page.goto(f"{served}/errors")
+    page.get_by_text("30 of 30 examples").wait_for()
+    choice(page, "Introduced 1").click()
+    page.get_by_text("1 of 30 examples").wait_for()
+    page.get_by_text("r29", exact=True).wait_for()
+    choice(page, "Introduced 1").click()
+    page.get_by_label("Search").fill("number 7 definately")
+    page.get_by_label("Search").press("Enter")
+    page.get_by_text("1 of 30 examples").wait_for()
+    page.get_by_text("r07", exact=True).wait_for()
+    assert "q=number" in page.url
+
+    page.get_by_role("link", name="Blind votes").click()
+    page.get_by_label("Your name").fill("grace")
+    page.get_by_label("Your name").press("Enter")
+    page.get_by_text("0 of 25 judged by grace").wait_for()
+    # The digits are the buttons' keys; while somebody writes they are digits.
+    page.get_by_label("Comment").click()
+    page.keyboard.type("1 of 2 is 3 or 4")
+    page.keyboard.press("Tab")
+    page.get_by_text("0 of 25 judged by grace").wait_for()
+    page.get_by_role("button", name="Left is better").click()
+    page.get_by_text("1 of 25 judged by grace").wait_for()
+    page.reload()
+    page.get_by_text("1 of 25 judged by grace").wait_for()
+    with sqlite3.connect(filled / "review" / "verdicts.sqlite") as connection:
+        rows = connection.execute("SELECT reviewer, choice, comment FROM verdicts").fetchall()
+    assert rows == [("grace", "left", "1 of 2 is 3 or 4")]
+    choice(page, "Results").click()
+    page.get_by_text("1 votes of 1: grace.").wait_for()
+    assert_clean(visit, served)
+
+
+def test_an_address_opens_its_page_at_once(visit, served):
+    """Also on a server that nobody has visited yet, where only the main script knows the pages."""
+    page = visit.page
+    page.goto(f"{served}/model?artifact=models/demo@v1")
+    page.get_by_role("heading", name="Models").wait_for()
+    page.get_by_text("Training loss").wait_for()
+    page.get_by_role("link", name="Error analysis").wait_for()
+
+
+def test_playground_streams_from_two_models(visit, served, parrots):
+    page = visit.page
+    page.goto(f"{served}/playground")
+    page.get_by_role("textbox", name="Server").fill(parrots)
+    page.get_by_role("textbox", name="Server").press("Enter")
+    page.get_by_text("loud").first.wait_for()
+    page.get_by_placeholder("Ask").fill("Who is There?")
+    page.get_by_placeholder("Ask").press("Enter")
+    page.get_by_text("WHO IS THERE?").first.wait_for()
+    page.get_by_text("who is there?", exact=True).first.wait_for()
+    assert_clean(visit, served)
+
+
+@pytest.mark.parametrize("path", ["", "errors", "votes?reviewer=x", "sweep", "playground"])
+def test_nothing_is_wider_than_a_phone(browser, served, path: str):
+    context = browser.new_context(viewport={"width": 400, "height": 800})
+    page = context.new_page()
+    page.set_default_timeout(LONG_MS)
+    page.goto(f"{served}/{path}")
+    page.locator("h1").first.wait_for()
+    page.wait_for_timeout(1000)
+    width = page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth")
+    assert width <= 400
+    context.close()

@@ -1,0 +1,259 @@
+"""Every page of the dashboard over real artifacts, without a browser."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import sys
+from pathlib import Path
+
+import pytest
+
+APP = Path(__file__).parents[2] / "dashboards" / "app.py"
+
+pytest.importorskip("streamlit", reason="the dashboard needs `pip install tuneloop[dashboard]`")
+
+
+@pytest.fixture
+def open_page(monkeypatch: pytest.MonkeyPatch):
+    from streamlit.testing.v1 import AppTest
+
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    # As `streamlit run` does.
+    monkeypatch.syspath_prepend(str(APP.parent))
+
+    def open_(workspace: object, page: str = "overview", **query: str) -> AppTest:
+        monkeypatch.setenv("TUNELOOP_WORKSPACE", str(workspace))
+        app = AppTest.from_file(str(APP), default_timeout=60)
+        for key, value in query.items():
+            app.query_params[key] = value
+        app.run()
+        if page != "overview":
+            app.switch_page(f"views/{page}.py").run()
+        assert not app.exception
+        return app
+
+    return open_
+
+
+def page_html(app) -> str:
+    return "\n".join(element.proto.body for element in app.get("html"))
+
+
+PAGES_OF_ARTIFACTS = ["overview", "dataset", "model", "sweep", "report", "errors", "votes"]
+
+
+@pytest.mark.parametrize("page", PAGES_OF_ARTIFACTS)
+def test_an_empty_workspace_says_what_to_do(open_page, tmp_path, page):
+    app = open_page(tmp_path / "none", page)
+    assert app.main.subheader[0].value == "Nothing here yet"
+    assert "make demo" in app.code[0].value
+    assert not (tmp_path / "none").exists(), "looking changes nothing"
+
+
+def test_a_workspace_that_cannot_be_opened_is_told(open_page, tmp_path):
+    (tmp_path / "file").write_text("x")
+    app = open_page(tmp_path / "file")
+    assert "cannot be opened" in app.error[0].value
+    assert "is a file" in app.code[0].value
+
+
+@pytest.mark.parametrize(("page", "command"), [("errors", "evaluate"), ("sweep", "sweep")])
+def test_a_workspace_without_this_kind_says_how_to_make_one(
+    open_page, filled, tmp_path, page, command
+):
+    shutil.copytree(filled / "datasets", tmp_path / "datasets")
+    app = open_page(tmp_path, page)
+    assert "yet" in app.info[0].value
+    assert app.code[0].value == f"tuneloop {command} CONFIG.yaml"
+
+
+def test_the_overview_lists_artifacts_and_the_newest_verdict(open_page, filled):
+    app = open_page(filled)
+    assert "Finetuning helped" in app.success[0].value
+    listed = app.dataframe[0].value
+    assert set(listed["artifact"]) == {
+        "evaluations/demo@v1", "sweeps/demo@v1", "models/demo@v1", "datasets/demo@v1",
+    }  # fmt: skip
+    numbers = dict(zip(listed["artifact"], listed["metrics"], strict=True))
+    assert "finetuned 0.9333" in numbers["evaluations/demo@v1"]
+
+
+def test_dataset_page_shows_card_rows_and_removed_rows(open_page, filled):
+    app = open_page(filled, "dataset")
+    assert any("# The card of the rows" in m.value for m in app.markdown)
+    app.button_group(key="view").set_value("Train rows").run()
+    assert "a-ha" in page_html(app)
+    assert "rows.jsonl:3" in page_html(app)
+    app.text_input(key="q").set_value("rows.jsonl:24").run()
+    assert "1 rows" in [caption.value for caption in app.caption]
+    app.text_input(key="q").set_value("").run()
+    app.button_group(key="view").set_value("Removed rows").run()
+    assert list(app.dataframe[0].value["reason"]) == ["near duplicate"]
+
+
+def test_model_page_shows_curve_parity_and_card(open_page, filled):
+    app = open_page(filled, "model")
+    assert [s.value for s in app.subheader] == [
+        "Training loss", "Export equals training", "Model card",
+    ]  # fmt: skip
+    assert "picks the same tokens" in app.success[0].value
+    assert len(app.get("vega_lite_chart")) == 4
+
+
+def test_sweep_page_shows_curve_best_and_failed_trials(open_page, filled):
+    app = open_page(filled, "sweep")
+    assert "models/demo-big-200@v1" in app.success[0].value
+    assert len(app.get("vega_lite_chart")) == 1
+    assert "+4.0 points for each doubling" in "".join(m.value for m in app.markdown)
+    assert list(app.dataframe[0].value["status"]) == ["done"] * 5 + ["failed"]
+    assert "the loss is not finite" in app.warning[0].value
+
+
+def test_error_page_filters_examples(open_page, filled):
+    app = open_page(filled, "errors")
+    assert "From base to finetuned" in app.markdown[0].value
+    assert "Fixed <b>23</b>" in page_html(app)
+    assert "Introduced <b>1</b>" in page_html(app)
+    tags = app.table[0].value
+    assert dict(zip(tags["error"], tags["fixed"], strict=True))["misspelt"] == 12
+    assert "30 of 30 examples" in page_html(app)
+    app.button_group(key="outcome").set_value("introduced").run()
+    assert "1 of 30 examples" in page_html(app)
+    assert "<b>r29</b>" in page_html(app)
+    app.button_group(key="outcome").set_value(None).run()
+    app.selectbox(key="tag").set_value("misspelt").run()
+    assert "12 of 30 examples" in page_html(app)
+    app.selectbox(key="change").set_value("introduced").run()
+    assert "0 of 30 examples" in page_html(app)
+    assert "Clear one of them" in app.info[0].value
+    app.selectbox(key="change").set_value(None)
+    app.text_input(key="q").set_value("thing NUMBER 7 definately").run()
+    assert "<b>r07</b>" in page_html(app)
+
+
+def test_what_models_and_users_wrote_is_never_markup(open_page, filled):
+    assert "<b>What is it?</b>" not in page_html(open_page(filled, "errors"))
+    assert "&lt;b&gt;What is it?&lt;/b&gt;" in page_html(open_page(filled, "errors"))
+
+
+def test_error_page_compares_any_two_arms_by_any_metric(open_page, filled):
+    app = open_page(filled, "errors")
+    app.selectbox(key="before").set_value("base+few-shot").run()
+    assert "Fixed <b>13</b>" in page_html(app)
+    app.selectbox(key="metric").set_value("valid_json").run()
+    assert "Fixed" not in page_html(app)
+    assert "Right in both <b>30</b>" in page_html(app)
+    app.selectbox(key="after").set_value("base+few-shot").run()
+    assert "two different arms" in app.info[0].value
+
+
+@pytest.fixture
+def own(filled, tmp_path):
+    """A copy of the workspace that a test may vote in."""
+    shutil.copytree(filled, tmp_path / "workspace")
+    return tmp_path / "workspace"
+
+
+def button(app, label):
+    return next(b for b in app.button if b.label == label)
+
+
+def test_a_vote_is_stored_blind_and_the_next_example_comes(open_page, own):
+    app = open_page(own, "votes")
+    assert "Type your name" in app.info[0].value
+    app.text_input(key="reviewer").set_value("ann").run()
+    first = page_html(app)
+    boxes = first[first.index('tl-sides"') :]
+    assert "base" not in boxes
+    assert "finetuned" not in boxes
+    next(t for t in app.text_input if t.key.startswith("comment-")).set_value("too long").run()
+    button(app, "Left is better").click().run()
+    assert page_html(app) != first
+    with sqlite3.connect(own / "review" / "verdicts.sqlite") as connection:
+        rows = connection.execute(
+            "SELECT evaluation, choice, reviewer, comment, arm_left, arm_right FROM verdicts"
+        ).fetchall()
+    assert rows[0][:4] == ("evaluations/demo@v1", "left", "ann", "too long")
+    assert set(rows[0][4:]) == {"base", "finetuned"}
+    # A new session, as after a reload, goes on where this one was.
+    app = open_page(own, "votes")
+    app.text_input(key="reviewer").set_value("ann").run()
+    assert app.get("progress")[0].proto.text.startswith("1 of 25 judged")
+    assert page_html(app) != first
+
+
+def test_a_vote_can_be_changed_and_an_example_put_off(open_page, own):
+    app = open_page(own, "votes")
+    app.text_input(key="reviewer").set_value("ann").run()
+    first = page_html(app)
+    button(app, "Skip").click().run()
+    second = page_html(app)
+    assert second != first
+    button(app, "Equally good").click().run()
+    button(app, "Change my last vote").click().run()
+    assert page_html(app) == second
+    button(app, "Both are bad").click().run()
+    with sqlite3.connect(own / "review" / "verdicts.sqlite") as connection:
+        rows = connection.execute("SELECT example_id, choice FROM verdicts").fetchall()
+    assert [choice for _, choice in rows] == ["tie", "both_bad"]
+    assert rows[0][0] == rows[1][0]
+
+
+def test_results_show_ratings_agreement_and_the_baseline(open_page, own):
+    for reviewer in ("ann", "bob"):
+        app = open_page(own, "votes")
+        app.text_input(key="reviewer").set_value(reviewer).run()
+        for _ in range(3):
+            label = "Equally good" if reviewer == "bob" else "Left is better"
+            button(app, label).click().run()
+    app.button_group(key="view").set_value("Results").run()
+    ratings, between, judges = (table.value for table in app.table)
+    assert set(ratings["arm"]) == {"base", "finetuned"}
+    assert list(between["shared examples"]) == [3]
+    assert list(judges["judge"])[-1] == "longest wins (baseline)"
+    assert next(iter(judges["judge"])) == "all fields right"
+
+
+def test_a_remote_workspace_takes_no_votes(open_page, filled, monkeypatch):
+    from tuneloop.artifacts import Workspace
+
+    # The real thing needs a bucket; what matters here is that its location is a URI.
+    opened = Workspace.__init__
+
+    def remote(self, location):
+        opened(self, location)
+        self.location = "s3://bucket/prefix"
+
+    monkeypatch.setattr(Workspace, "__init__", remote)
+    app = open_page(filled, "votes")
+    assert "cannot be stored" in app.error[0].value
+    assert "remote workspace" in app.code[0].value
+
+
+def test_playground_without_a_server_says_how_to_start_one(open_page, tmp_path):
+    app = open_page(tmp_path, "playground")
+    app.text_input(key="url").set_value("http://127.0.0.1:9/v1").run()
+    assert "No list of models" in app.error[0].value
+    assert "tuneloop serve CONFIG.yaml" in [code.value for code in app.code]
+
+
+def test_playground_asks_two_models_and_shows_what_was_sent(open_page, tmp_path, parrots):
+    app = open_page(tmp_path, "playground")
+    app.text_input(key="url").set_value(parrots).run()
+    assert app.multiselect(key="models").value == ["loud", "quiet"]
+    app.number_input(key="max_tokens").set_value(7)
+    app.chat_input[0].set_value("Hello there").run()
+    assert not app.exception
+    shown = page_html(app)
+    assert "HELLO THERE" in shown
+    assert "hello there" in shown
+    assert '"max_tokens":7' in app.json[0].value.replace(" ", "")
+    # The second question carries the first exchange, each model's own.
+    app.chat_input[0].set_value("break").run()
+    assert "broke off after" in page_html(app)
+    assert app.json[0].value.count("HELLO THERE") == 1
+    app.chat_input[0].set_value("fail").run()
+    assert "this question is refused" in page_html(app)
+    button(app, "Start over").click().run()
+    assert "HELLO" not in page_html(app)
