@@ -98,10 +98,10 @@ def test_filter_vote_reload_and_the_vote_is_there(visit, served, filled):
     page.get_by_text("1 of 30 examples").wait_for()
     page.get_by_text("r29", exact=True).wait_for()
     choice(page, "Introduced 1").click()
-    page.get_by_label("Search").fill("number 7 definately")
+    page.get_by_label("Search").fill("number 23 definately")
     page.get_by_label("Search").press("Enter")
     page.get_by_text("1 of 30 examples").wait_for()
-    page.get_by_text("r07", exact=True).wait_for()
+    page.get_by_text("r23", exact=True).wait_for()
     assert "q=number" in page.url
 
     page.get_by_role("link", name="Blind votes").click()

@@ -103,9 +103,9 @@ def is_repetitive(text: str) -> bool:
 def misspelt_words(text: str, prompt: str, reference: str) -> list[str]:
     """Return the words of a text that nobody knows, in reading order, with repetitions.
 
-    A word is known when an English dictionary has it, in American or British spelling, when it is made of two words of the
-    dictionary (`filename`), or when the prompt or the reference uses it. Where the reference is
-    not English, nothing is misspelt.
+    A word is known when an English dictionary has it, in American or British spelling, when it
+    is made of two words of the dictionary (`filename`), or when the prompt or the reference uses
+    it. Where the reference is not English, nothing is misspelt.
     """
     known = dictionary()
     given = [word.lower() for word in _ANY_WORD.findall(f"{_prompt_text(prompt)} {reference}")]
