@@ -20,6 +20,8 @@ _ENVIRONMENT = {
     # Ray's workers are nice by default and starve on a busy small machine.
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Threads that wait sleep: spinning ones starve each other where processes share few cores.
+    "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_TRAIN_V2_ENABLED": "1",
     # Without this Ray hides GPUs from workers that asked for none, and warns about it.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -7,6 +7,7 @@ it stopped, and a run without changes only looks things up.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -155,7 +156,8 @@ def _evaluate(
     if found is not None:
         return _told(Published(found, reused=True))
     with app.serve(models, config.serving) as url:
-        arms = [replace(arm, endpoint=Endpoint(url, arm.endpoint.model)) for arm in arms]
+        key = os.environ.get(app.API_KEY_VARIABLE, "")
+        arms = [replace(arm, endpoint=Endpoint(url, arm.endpoint.model, key)) for arm in arms]
         return _told(evaluate(config, workspace, dataset, arms, name, earlier))
 
 
