@@ -18,6 +18,8 @@ CSS = """
 }
 [data-testid="stMarkdown"] h1 { font-size: 1.3rem; }
 [data-testid="stMarkdown"] h2 { font-size: 1.1rem; }
+[data-testid="stMarkdown"] table { display: block; overflow-x: auto; }
+.st-key-tags [data-testid="stTable"] * { white-space: nowrap !important; }
 .tl-sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr));
   gap: .75rem; }
 .tl-box { border: 1px solid rgba(128, 136, 152, .3); border-radius: .5rem; padding: .6rem .8rem;
@@ -52,7 +54,6 @@ CSS = """
 .tl-dot.tl-good { background: #2a9d6a; } .tl-dot.tl-bad { background: #d45050; }
 .tl-dot.tl-warn { background: #d9a441; } .tl-dot.tl-none { background: rgba(128, 136, 152, .7); }
 .tl-dot.tl-same { background: rgba(128, 136, 152, .3); }
-.tl-scroll { max-height: 26rem; overflow-y: auto; }
 </style>
 """
 

@@ -48,6 +48,7 @@ def show_removed() -> None:
     st.dataframe(
         found,
         hide_index=True,
+        placeholder="",
         column_config={
             "row_id": st.column_config.TextColumn("Row", width="small"),
             "stage": st.column_config.TextColumn("Stage", width="small"),

@@ -131,7 +131,8 @@ st.html(theme.outcome_bar([(o, OUTCOMES[o], n) for o, n in counts.items()]))
 st.subheader("Errors")
 tags = analysis.count_tags(examples)
 if tags:
-    st.table(analysis.tag_rows(tags, before, after), border="horizontal", hide_index=True)
+    with st.container(key="tags"):
+        st.table(analysis.tag_rows(tags, before, after), border="horizontal", hide_index=True)
 else:
     st.caption("Neither arm makes an error that has a name: " + ", ".join(ERROR_TAGS) + ".")
 

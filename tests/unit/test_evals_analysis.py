@@ -155,6 +155,7 @@ def test_what_judges_prefer(evaluation: Evaluation) -> None:
         ("call parse_args() in /usr/lib or os.path, don't", "", "", []),
         ("Herr Zweigelt, née Kärntner", "", "", []),
         ("Das ist ein schöner Tag gewesen", "", "Gestern war das Wetter sehr angenehm", []),
+        ("use `kwargs` teh\n```python\nelif iter(args)", "", "", ["teh"]),
         ("", "", "", []),
     ],
 )

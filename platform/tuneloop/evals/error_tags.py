@@ -32,6 +32,7 @@ _MIN_TOP_COUNT = 3
 
 # Plain lower-case words: no names, no identifiers, paths, calls, contractions or other scripts.
 _WORD = re.compile(r"(?<![\w@/\\.'’-])[a-z]{3,}(?![\w@/\\('’-])(?!\.\w)")
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _ANY_WORD = re.compile(r"[^\W\d_]{3,}")
 # One odd word in a long answer is a term or a name; one in twenty is bad spelling.
 _MISSPELT_RATIO = 0.05
@@ -69,7 +70,7 @@ def tag_errors(
         tags.add("repetitive")
     if len(completion.split()) > _TOO_LONG_RATIO * max(1, len(reference.split())):
         tags.add("too_long")
-    num_words = len(_WORD.findall(completion))
+    num_words = len(_prose_words(completion))
     if len(misspelt_words(completion, prompt, reference)) > _MISSPELT_RATIO * num_words:
         tags.add("misspelt")
     return [tag for tag in ERROR_TAGS if tag in tags]
@@ -105,7 +106,8 @@ def misspelt_words(text: str, prompt: str, reference: str) -> list[str]:
 
     A word is known when an English dictionary has it, in American or British spelling, when it
     is made of two words of the dictionary (`filename`), or when the prompt or the reference uses
-    it. Where the reference is not English, nothing is misspelt.
+    it. Code between backticks is not looked at. Where the reference is not English, nothing is
+    misspelt.
     """
     known = dictionary()
     given = [word.lower() for word in _ANY_WORD.findall(f"{_prompt_text(prompt)} {reference}")]
@@ -116,7 +118,7 @@ def misspelt_words(text: str, prompt: str, reference: str) -> list[str]:
     allowed = set(given)
     return [
         word
-        for word in _WORD.findall(text)
+        for word in _prose_words(text)
         if word not in known
         and word not in allowed
         and not any(word.replace(ours, theirs) in known for ours, theirs in _SPELLINGS)
@@ -133,6 +135,10 @@ def dictionary() -> frozenset[str]:
     file = importlib.resources.files("symspellpy") / "frequency_dictionary_en_82_765.txt"
     text = file.read_text(encoding="utf-8-sig")
     return frozenset(line.partition(" ")[0] for line in text.splitlines())
+
+
+def _prose_words(text: str) -> list[str]:
+    return _WORD.findall(_CODE.sub(" ", text))
 
 
 def _prompt_text(prompt: str) -> str:

@@ -1,0 +1,82 @@
+"""Take the README's pictures of the dashboard again: `python docs/images/take.py WORKSPACE`.
+
+Needs playwright and a Chromium on the PATH. A picture whose artifact the workspace lacks is left
+as it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tuneloop.artifacts import Workspace
+
+FOLDER = Path(__file__).parent
+# Name, kind of artifact, page, height in pixels, and what to wait for.
+PICTURES = (
+    ("error-analysis", "evaluations", "errors", 1375, "examples"),
+    ("learning-curve", "sweeps", "sweep", 760, "Points are trials"),
+)
+
+
+def main() -> None:
+    """Start the dashboard over the given workspace and write the pictures beside this file."""
+    from playwright.sync_api import sync_playwright
+
+    workspace = sys.argv[1]
+    kinds = {artifact.kind for artifact in Workspace(workspace).published()}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "tuneloop.cli", "dashboard"]
+    server = subprocess.Popen([*command, "--workspace", workspace, "--port", port])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(url)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
+                args=["--no-sandbox", "--disable-gpu"],
+            )
+            for name, kind, page, height, text in PICTURES:
+                if kind in kinds:
+                    shoot(browser, f"{url}/{page}", FOLDER / f"{name}.png", height, text)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait_for(url: str) -> None:
+    """Return when the server answers; give up after a minute."""
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{url}/_stcore/health", timeout=5).read()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise SystemExit("the dashboard does not start")
+
+
+def shoot(browser: Any, url: str, file: Path, height: int, text: str) -> None:
+    """Write one picture of a page, without the sidebar."""
+    page = browser.new_page(viewport={"width": 1100, "height": height})
+    page.goto(url)
+    page.get_by_text(text).first.wait_for(timeout=60_000)
+    page.add_style_tag(
+        content="[data-testid=stSidebar], [data-testid=stHeader] { display: none; }"
+        "[data-testid=stMainBlockContainer] { padding-top: 1.5rem !important; }"
+    )
+    page.wait_for_timeout(2000)
+    page.screenshot(path=file)
+    page.close()
+    print(f"{file} {file.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    main()
