@@ -72,6 +72,8 @@ def shoot(browser: Any, url: str, file: Path, height: int, text: str) -> None:
         content="[data-testid=stSidebar], [data-testid=stHeader] { display: none; }"
         "[data-testid=stMainBlockContainer] { padding-top: 1.5rem !important; }"
     )
+    # Parts are fetched when they are first shown; a slow machine shows grey bars meanwhile.
+    page.wait_for_function("!document.querySelector('[data-testid=stSkeleton]')", timeout=60_000)
     page.wait_for_timeout(2000)
     page.screenshot(path=file)
     page.close()

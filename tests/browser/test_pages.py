@@ -150,8 +150,8 @@ def test_error_page_compares_any_two_arms_by_any_metric(open_page, filled):
 
 @pytest.fixture
 def own(filled, tmp_path):
-    """A copy of the workspace that a test may vote in."""
-    shutil.copytree(filled, tmp_path / "workspace")
+    """A copy of the workspace, without votes, that a test may vote in."""
+    shutil.copytree(filled, tmp_path / "workspace", ignore=shutil.ignore_patterns("review"))
     return tmp_path / "workspace"
 
 
