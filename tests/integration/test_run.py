@@ -115,7 +115,7 @@ def test_table_list_and_show(
 ) -> None:
     code, out, _ = call("run", str(config), capfd=capfd)
     assert code == 0
-    for expected in ("base+few-shot", "finetuned", "report.html", "reused"):
+    for expected in ("base+few-shot", "finetuned", "report.html", "models/tiny@v1"):
         assert expected in out
     code, out, _ = call("ls", str(config), capfd=capfd)
     assert "models/tiny@v1" in out
