@@ -215,6 +215,7 @@ def _sweep(arguments: argparse.Namespace, output: IO[str]) -> int:
         console.print(sweep_table(published.artifact))
         state = "reused" if published.reused else "new"
         console.print(f"{published.artifact.ref}  {state}  {published.artifact.location}")
+        console.print(f"look at it  tuneloop dashboard --workspace {config.workspace}")
     return 0
 
 

@@ -23,6 +23,8 @@ _ENVIRONMENT = {
     # Threads that wait sleep: spinning ones starve each other where processes share few cores.
     "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_TRAIN_V2_ENABLED": "1",
+    # Tune's newer output prints its tables whatever the verbosity.
+    "RAY_AIR_NEW_OUTPUT": "0",
     # Without this Ray hides GPUs from workers that asked for none, and warns about it.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

@@ -16,6 +16,7 @@ import pytest
 
 from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
+from tuneloop.evals.overview import read_sweep
 
 COLOURS = ["red", "green", "blue", "black", "white", "brown", "yellow", "violet"]
 THINGS = ["door", "car", "tree", "house", "boat", "chair", "stone", "lamp", "coat", "cup"]
@@ -165,6 +166,74 @@ def test_malformed_line_is_named(
     )
     assert code == 2
     assert "bad.jsonl:17" in err
+
+
+def test_a_sweep_trains_scores_and_compares_every_cell(
+    ray_cluster: None, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Cells of 32 rows and of a size that diverges; the same command again only looks things up.
+    values = "{data.num_train_examples: [32, 64], training.learning_rate: [1.0e-2, 1.0e+30]}"
+    command = ["sweep", str(config), "--json", f"workspace={tmp_path}/w", "training.method=full"]
+    command += [f"sweep.parameters={values}"]
+    code, out, err = call(*command, capfd=capfd)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["artifact"] == "sweeps/tiny@v1"
+    assert result["metrics"]["num_trials"] == 4
+    assert result["metrics"]["num_failed"] == 2
+    workspace = Workspace(tmp_path / "w")
+    sweep = workspace.open("sweeps/tiny")
+    trials = pq.read_table(sweep.path / "trials.parquet").to_pylist()
+    assert [trial["status"] for trial in trials] == ["done", "failed"] * 2
+    assert [trial["num_train_examples"] for trial in trials] == [32, 32, 64, 64]
+    assert all("not finite" in trial["problem"] for trial in trials if trial["status"] == "failed")
+    for trial in trials[::2]:
+        assert workspace.open(trial["model"]).manifest["metrics"]["num_steps"] == (
+            trial["num_train_examples"] // 8
+        )
+        scores = workspace.open(trial["evaluation"]).manifest["metrics"]["scores"]
+        assert trial["exact_match"] == trial["score"] == scores["finetuned"]
+    assert result["metrics"]["best_model"] in {trials[0]["model"], trials[2]["model"]}
+    # Subsets are nested: the rows of the smaller one are the first of the larger one.
+    small, large = (
+        pq.read_table(workspace.open(f"datasets/tiny@v{version}").path / "train")["row_id"]
+        for version in (1, 2)
+    )
+    assert set(small.to_pylist()) < set(large.to_pylist())
+    curve = json.loads((sweep.path / "curve.json").read_text())
+    assert [len(line["points"]) for line in curve["curves"]] == [2]
+    # The dashboard's page is drawn from the same files.
+    view = read_sweep(sweep)
+    assert len(view.points) == 2
+    assert len(view.problems) == 2
+
+    code, out, err = call(*command, capfd=capfd)
+    assert code == 0, err
+    assert json.loads(out)["reused"] is True
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ("{training.learning_rat: [1, 2]}", "`training.learning_rat`"),
+        ("{training.num_epochs: [1, none]}", "`training.num_epochs`"),
+        ("{model.base: [/nope, /neither]}", "/neither"),
+    ],
+)
+def test_a_wrong_sweep_is_told_before_anything_is_trained(
+    ray_cluster: None,
+    config: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    values: str,
+    expected: str,
+) -> None:
+    overrides = [f"workspace={tmp_path}/w", f"sweep.parameters={values}"]
+    code, _, err = call("sweep", str(config), *overrides, capfd=capfd)
+    assert code == 2
+    assert expected in err
+    assert "Traceback" not in err
+    assert Workspace(tmp_path / "w").published() == []
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -24,6 +24,11 @@ class Cell:
     values: dict[str, Any]
     config: TuneloopConfig
 
+    @property
+    def label(self) -> str:
+        """Its values in one line."""
+        return ", ".join(f"{key}={value}" for key, value in self.values.items())
+
 
 def expand(config: TuneloopConfig) -> list[Cell]:
     """Return the cells of `sweep.parameters`, the last key varying fastest.

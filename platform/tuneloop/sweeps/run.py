@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +20,85 @@ from tuneloop import pipeline
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
 from tuneloop.cluster import connect
 from tuneloop.config import TuneloopConfig
-from tuneloop.errors import Problem, TuneloopError, UserError, find_user_error
+from tuneloop.errors import ModelError, Problem, TuneloopError, UserError, find_user_error
 from tuneloop.models.source import resolve_base
 from tuneloop.sweeps.curve import learning_curves
 from tuneloop.sweeps.grid import Cell, expand
 
 logger = logging.getLogger("tuneloop.sweeps")
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 # A trial only launches workers and waits; what it reserves must leave room for them.
 _TRIAL_CPUS = 0.1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell of the grid when its training has ended.
+
+    Args:
+        model: The trained model; None where the settings themselves made training fail.
+        problem: Why there is no model.
+        wall_s: Seconds the training took, of the run that did it.
+    """
+
+    cell: Cell
+    model: Artifact | None
+    problem: str
+    wall_s: float
 
 
 def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """Return `sweeps/<config.name>` in a list, made or reused.
 
+    A cell whose settings make training fail (a loss that is not finite) is a result like any
+    other: it stands in the table as failed. What another run could mend (memory, workers, disk)
+    ends the sweep after the other cells, which are kept.
+
     Raises:
         ConfigError: An unknown key or a refused value in `sweep.parameters`.
         UserError: What stops a cell: a base model that does not load is told before anything is
-            trained; a training that fails is told when the other cells are done and kept.
+            trained; a training that lacks something is told when the other cells are done.
+        ModelError: No cell could be trained.
     """
     cells = expand(config)
     with connect(config.resources):
         datasets = _prepare_all(cells, workspace)
-        results = _train_all(cells, datasets, config, workspace)
-        models = [workspace.open(result["model"]) for result in results]
+        trials = _train_all(cells, datasets, config, workspace)
+        if not any(trial.model for trial in trials):
+            raise ModelError(*(Problem("no cell could be trained", got=t.problem) for t in trials))
         evaluations = [
-            pipeline.evaluate_finetuned(cell.config, workspace, dataset, model).artifact
-            for cell, dataset, model in zip(cells, datasets, models, strict=True)
+            pipeline.evaluate_finetuned(trial.cell.config, workspace, dataset, trial.model).artifact
+            if trial.model
+            else None
+            for trial, dataset in zip(trials, datasets, strict=True)
         ]
     keys = list(cells[0].values)
     parts = {
         "keys": keys,
         "cells": [cell.values for cell in cells],
-        "models": [model.fingerprint for model in models],
-        "evaluations": [evaluation.fingerprint for evaluation in evaluations],
+        "models": [trial.model.fingerprint if trial.model else None for trial in trials],
+        "evaluations": [item.fingerprint if item else None for item in evaluations],
     }
     identity = fingerprint("sweep", CODE_VERSION, **parts)
     found = workspace.find("sweeps", config.name, identity)
     if found is not None:
         return [Published(found, reused=True)]
-    trials = [
-        _trial_row(cell, model, evaluation, result["wall_s"])
-        for cell, model, evaluation, result in zip(cells, models, evaluations, results, strict=True)
+    rows = [
+        _trial_row(trial, dataset, evaluation)
+        for trial, dataset, evaluation in zip(trials, datasets, evaluations, strict=True)
     ]
+    finished = [item for item in evaluations if item]
     with workspace.draft("sweeps", config.name, identity) as draft:
-        best = _write(draft.path, trials, keys, evaluations[0])
+        best = _write(draft.path, rows, keys, finished[0])
         artifact = draft.publish(
             config=parts,
             resources=config.resources.model_dump(mode="json"),
-            inputs=[item.ref for pair in zip(models, evaluations, strict=True) for item in pair],
+            inputs=[trial.model.ref for trial in trials if trial.model]
+            + [item.ref for item in finished],
             metrics={
-                "num_trials": len(trials),
+                "num_trials": len(rows),
+                "num_failed": sum(row["status"] == "failed" for row in rows),
                 "best_model": best["model"],
                 "best_score": best["score"],
                 **{f"best {key}": best[key] for key in keys},
@@ -100,8 +130,8 @@ def _train_all(
     datasets: Sequence[Artifact],
     config: TuneloopConfig,
     workspace: Workspace,
-) -> list[dict[str, Any]]:
-    """Train every cell in a Ray Tune trial of its own and return what the trials report."""
+) -> list[Trial]:
+    """Train every cell in a Ray Tune trial of its own and return how each ended."""
     from ray import tune
 
     def trial(params: dict[str, Any]) -> None:
@@ -117,7 +147,14 @@ def _train_all(
             mistake = find_user_error(error)
             if mistake is None:
                 raise
-            tune.report({"cell": number, "problems": [vars(p) for p in mistake.problems]})
+            tune.report(
+                {
+                    "cell": number,
+                    "problems": [vars(problem) for problem in mistake.problems],
+                    "by_its_settings": isinstance(mistake, ModelError),
+                    "wall_s": time.monotonic() - started,
+                }
+            )
             return
         wall_s = time.monotonic() - started
         duration_s = model.artifact.manifest["duration_s"]
@@ -135,68 +172,122 @@ def _train_all(
         param_space={"cell": tune.grid_search(list(range(len(cells))))},
         tune_config=tune.TuneConfig(max_concurrent_trials=config.resources.num_concurrent_trials),
         run_config=tune.RunConfig(
-            name=f"{time.time_ns()}", storage_path=str(storage), verbose=0, callbacks=[_progress()]
+            name=f"{time.time_ns()}",
+            storage_path=str(storage),
+            verbose=0,
+            callbacks=[_progress(cells)],
         ),
     )
     logger.info("sweep of %d cells: %s", len(cells), ", ".join(cells[0].values))
-    grid = tuner.fit()
-    results: dict[int, dict[str, Any]] = {}
+    try:
+        grid = _follow(tuner, workspace.root / ".work", config.name)
+    finally:
+        # What a trial leaves is its artifact; Tune's own files are of no further use.
+        shutil.rmtree(storage, ignore_errors=True)
+    trials: dict[int, Trial] = {}
     problems: list[Problem] = []
     for result in grid:
-        metrics = result.metrics or {}
         if result.error is not None:
             raise TuneloopError(f"a trial failed: {result.error}")
-        for problem in metrics.get("problems", []):
-            values = ", ".join(f"{k}={v}" for k, v in cells[metrics["cell"]].values.items())
-            problems.append(Problem(**problem | {"where": f"{values}: {problem['where']}"}))
-        results[metrics["cell"]] = metrics
+        metrics = result.metrics or {}
+        cell = cells[metrics["cell"]]
+        found = [Problem(**problem) for problem in metrics.get("problems", [])]
+        if found and not metrics["by_its_settings"]:
+            problems += [replace(p, where=f"{cell.label}: {p.where}") for p in found]
+            continue
+        if found:
+            logger.warning("%s cannot be trained: %s", cell.label, found[0])
+        model = workspace.open(metrics["model"]) if not found else None
+        problem = "\n".join(str(problem) for problem in found)
+        trials[metrics["cell"]] = Trial(cell, model, problem, metrics["wall_s"])
     if problems:
         raise UserError(*problems)
-    return [results[number] for number in range(len(cells))]
+    return [trials[number] for number in range(len(cells))]
 
 
-def _progress() -> Any:
-    """Return a Tune callback that tells each trial's end in one line."""
+def _follow(tuner: Any, work: Path, name: str) -> Any:
+    """Run the tuner in a thread, and tell meanwhile how far each training is.
+
+    In the main thread Tune would take over Ctrl-C and go on; here it ends the command, and the
+    trainings go on from their checkpoints the next time.
+    """
+    from tuneloop.training.loop import PROGRESS
+    from tuneloop.training.workers import Progress
+
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["grid"] = tuner.fit()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=fit, name="ray-tune", daemon=True)
+    thread.start()
+    followed: dict[Path, Progress] = {}
+    while thread.is_alive():
+        thread.join(timeout=0.5)
+        for file in work.glob(f"models-{name}-*/scratch/{PROGRESS}"):
+            followed.setdefault(file, Progress(file)).tell()
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["grid"]
+
+
+def _progress(cells: Sequence[Cell]) -> Any:
+    """Return a Tune callback that tells each trial's start and end in one line."""
     from ray.tune import Callback
 
     class Progress(Callback):
+        def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            logger.info("training %s", cells[trial.config["cell"]].label)
+
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             done = sum(item.status == "TERMINATED" for item in trials)
-            logger.info("trial %s of the sweep ended (%d done)", trial.config["cell"] + 1, done)
+            logger.info(
+                "%d of %d cells trained: %s",
+                done,
+                len(cells),
+                cells[trial.config["cell"]].label,
+            )
 
     return Progress()
 
 
-def _trial_row(cell: Cell, model: Artifact, evaluation: Artifact, wall_s: float) -> dict[str, Any]:
-    """Return one row of `trials.parquet`."""
+def _trial_row(trial: Trial, dataset: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
+    """Return one row of `trials.parquet`; what a failed trial lacks is None."""
+    row: dict[str, Any] = {
+        **trial.cell.values,
+        "num_train_examples": int(dataset.manifest["metrics"]["num_train_rows"]),
+        "num_parameters": None,
+        "status": "failed",
+        "problem": trial.problem,
+        "model": None,
+        "evaluation": None,
+        "metric": None,
+        "score": None,
+        "low": None,
+        "high": None,
+        "loss": None,
+        "wall_s": round(trial.wall_s, 3),
+    }
+    if trial.model is None or evaluation is None:
+        return row
     metrics = json.loads((evaluation.path / "metrics.json").read_text(encoding="utf-8"))
     (arm,) = [arm for arm in metrics["arms"] if arm["name"] == pipeline.FINETUNED]
     score = arm["scores"][metrics["primary"]]
-    others = {
-        f"metric.{name}": value["value"]
-        for name, value in arm["scores"].items()
-        if name != metrics["primary"]
-    }
-    return {
-        **cell.values,
-        "num_train_examples": _num_train_rows(model),
-        "num_parameters": model.manifest["metrics"]["num_parameters"],
-        "model": model.ref,
+    return row | {
+        "num_parameters": trial.model.manifest["metrics"]["num_parameters"],
+        "status": "done",
+        "model": trial.model.ref,
         "evaluation": evaluation.ref,
         "metric": metrics["primary"],
         "score": score["value"],
         "low": score["low"],
         "high": score["high"],
-        **others,
-        "loss": model.manifest["metrics"]["final_loss"],
-        "wall_s": round(wall_s, 3),
+        **{name: value["value"] for name, value in arm["scores"].items()},
+        "loss": trial.model.manifest["metrics"]["final_loss"],
     }
-
-
-def _num_train_rows(model: Artifact) -> int:
-    workspace = Workspace(model.path.parents[2])
-    dataset = next(item for item in model.manifest["inputs"] if item.startswith("datasets/"))
-    return int(workspace.open(dataset).manifest["metrics"]["num_train_rows"])
 
 
 def _write(
@@ -209,8 +300,12 @@ def _write(
     metrics = json.loads((evaluation.path / "metrics.json").read_text(encoding="utf-8"))
     higher = metrics["metrics"][metrics["primary"]]["better"] == "higher"
     scored = [trial for trial in trials if trial["score"] is not None]
-    best = (max if higher else min)(scored or trials, key=lambda trial: trial["score"] or 0.0)
-    pq.write_table(pa.Table.from_pylist(trials), folder / "trials.parquet", compression="zstd")
+    finished = [trial for trial in trials if trial["model"] is not None]
+    best = (max if higher else min)(scored or finished, key=lambda trial: trial["score"] or 0.0)
+    # Failed trials have no metric columns, and values of one key may be of several types.
+    names = dict.fromkeys(name for trial in trials for name in trial)
+    columns = {name: _column([trial.get(name) for trial in trials]) for name in names}
+    pq.write_table(pa.table(columns), folder / "trials.parquet", compression="zstd")
     curve = {
         "metric": metrics["primary"],
         "higher_is_better": higher,
@@ -220,3 +315,11 @@ def _write(
     }
     (folder / "curve.json").write_text(json.dumps(curve, indent=2), encoding="utf-8")
     return best
+
+
+def _column(values: list[Any]) -> list[Any]:
+    """Return values that one Arrow column can hold: as they are, or all as JSON."""
+    kinds = {type(value) for value in values if value is not None}
+    if len(kinds) <= 1 or kinds == {int, float}:
+        return values
+    return [json.dumps(value) for value in values]

@@ -27,8 +27,8 @@ def sweep_table(sweep: Artifact) -> RenderableType:
         table.add_row(
             *(str(trial[key]) for key in curve["keys"]),
             f"{trial['num_train_examples']:,}",
-            f"{trial['num_parameters'] / 1e6:,.0f} M",
-            _number(trial["score"]),
+            f"{trial['num_parameters'] / 1e6:,.0f} M" if trial["num_parameters"] else "–",
+            _number(trial["score"]) if trial["status"] == "done" else trial["status"],
             f"{_number(trial['low'])} to {_number(trial['high'])}",
             f"{trial['wall_s']:.0f} s",
             style="bold" if best else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -130,7 +131,7 @@ def _follow(trainer: Any, scratch: Path, max_failures: int) -> Any:
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
-    progress = _Progress(scratch / PROGRESS)
+    progress = Progress(scratch / PROGRESS)
     while thread.is_alive():
         thread.join(timeout=0.5)
         progress.tell()
@@ -147,30 +148,38 @@ def _follow(trainer: Any, scratch: Path, max_failures: int) -> Any:
     raise error
 
 
-class _Progress:
-    """Tells new lines of the progress file, at most one every few seconds."""
+class Progress:
+    """Tells new lines of a training's progress file, at most one every few seconds.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file, which need not exist yet; lines that are there already are not told.
+        label: Put before each line.
+    """
+
+    def __init__(self, path: Path, label: str = "") -> None:
         self.path = path
+        self.label = label
         self.position = path.stat().st_size if path.exists() else 0
         self.told = 0.0
         self.pending: dict[str, Any] | None = None
 
     def tell(self, final: bool = False) -> None:
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                file.seek(self.position)
-                for line in file:
-                    if line.endswith(b"\n"):
-                        self.position += len(line)
-                        self.pending = json.loads(line)
+        """Log the newest line, if there is one that has not been told; `final` does not wait."""
+        # The directory goes when the model is published.
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(self.position)
+            for line in file:
+                if line.endswith(b"\n"):
+                    self.position += len(line)
+                    self.pending = json.loads(line)
         row = self.pending
         if row is None or (not final and time.monotonic() - self.told < _LOG_EVERY_S):
             return
         self.told, self.pending = time.monotonic(), None
         left = (row["num_steps"] - row["step"]) * row["elapsed_s"] / row["step"]
         logger.info(
-            "step %d/%d  loss %.4f  learning rate %.2e  %.0f tokens/s  ETA %s",
+            "%sstep %d/%d  loss %.4f  learning rate %.2e  %.0f tokens/s  ETA %s",
+            self.label,
             row["step"],
             row["num_steps"],
             row["loss"],
