@@ -1,13 +1,14 @@
-# make demo    install, then finetune and measure a real model on a real task
-# make test    install, then run the tests
-# make check   lint, format, types, import contract
+# make demo         install, then finetune and measure a real model on a real task
+# make sweep-demo   install, then train and compare two data volumes x two model sizes
+# make test         install, then run the tests
+# make check        lint, format, types, import contract
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo sweep-demo test check bench clean
 
 install: $(STAMP)
 
@@ -18,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/tuneloop run jobs/configs/demo.yaml
+
+sweep-demo: install
+	$(BIN)/tuneloop sweep jobs/configs/demo.yaml
 
 test: install
 	$(BIN)/python -m pytest

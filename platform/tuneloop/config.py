@@ -28,7 +28,9 @@ SourceFormat = Literal[
 class Section(BaseModel):
     """A part of the YAML: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Defaults are validated as well: a default of 32 and a 32 in the YAML are the same 32.0, so
+    # they have the same fingerprint.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class TaskConfig(Section):

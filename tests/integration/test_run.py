@@ -278,3 +278,51 @@ def test_stopped_in_training_then_goes_on_and_leaves_no_process(
     assert result["metrics"]["num_steps"] == 54
     log = pq.read_table(f"{result['path']}/trainer_log.parquet").to_pylist()
     assert [row["step"] for row in log] == list(range(1, 55))
+
+
+# What stands in the workspace when a run is in the middle of a stage.
+STAGES = {
+    "prepare": "datasets-tiny-*/draft/train",
+    "baseline": "evaluations-tiny-baseline-*/scratch/answers.jsonl",
+    "train": "models-tiny-*/scratch/checkpoints/checkpoint_*",
+    "evaluate": "evaluations-tiny-*/scratch/answers.jsonl",
+}
+
+
+def test_killed_in_every_stage_then_ends_like_an_uninterrupted_run(
+    ray_cluster: None, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call("run", str(config), "--json", capfd=capfd)
+    assert code == 0, err
+    expected = json.loads(out)["artifacts"]
+
+    workspace = tmp_path / "w"
+    command = [sys.executable, "-m", "tuneloop.cli", "run", str(config), "--json"]
+    command += [f"workspace={workspace}"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    for number, (stage, pattern) in enumerate(STAGES.items()):
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 240
+        while not list((workspace / ".work").glob(pattern)):
+            assert process.poll() is None, (stage, process.stderr.read())
+            assert time.monotonic() < deadline, stage
+            time.sleep(0.01)
+        started = descendants(process.pid)
+        process.kill()
+        process.communicate()
+        assert len(Workspace(workspace).published()) == number, stage
+        assert wait_until_gone(started) == [], stage
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["artifacts"]
+    assert [item["artifact"] for item in found] == [item["artifact"] for item in expected]
+    assert found[-1]["metrics"]["scores"] == expected[-1]["metrics"]["scores"]
+    losses = [
+        pq.read_table(Path(items[2]["path"]) / "trainer_log.parquet")["loss"].to_pylist()
+        for items in (found, expected)
+    ]
+    assert losses[0] == losses[1]
+    assert not list((workspace / ".work").glob("*/draft"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tuneloop.config import grad_accum_steps, load_config, micro_batch_size
+from tuneloop.config import TuneloopConfig, grad_accum_steps, load_config, micro_batch_size
 from tuneloop.errors import ConfigError
 
 GOOD = """\
@@ -44,6 +45,12 @@ def test_a_good_file_loads_and_overrides_win(tmp_path: Path) -> None:
     assert config.data.sources[0].path == "b.jsonl"
     assert config.data.seed == 3
     assert load_config(path).training.learning_rate == 1e-3
+
+
+def test_a_default_written_out_has_the_same_fingerprint(tmp_path: Path) -> None:
+    bare = load_config(write(tmp_path, GOOD))
+    written = TuneloopConfig.model_validate(json.loads(bare.model_dump_json()))
+    assert json.dumps(written.model_dump()) == json.dumps(bare.model_dump())
 
 
 def test_all_mistakes_are_told_at_once_with_line_and_suggestion(tmp_path: Path) -> None:
