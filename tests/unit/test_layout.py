@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,17 @@ def test_every_committed_configuration_loads(path: Path) -> None:
     config = load_config(path)
     assert config.name
     assert config.data.sources
+
+
+def test_the_configuration_reference_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.FILE.read_text(encoding="utf-8") == module.reference(), (
+        "run `python docs/reference.py`"
+    )
 
 
 def test_jobs_stay_short() -> None:
