@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import random
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pyarrow import parquet
 
@@ -18,6 +20,7 @@ from tuneloop.errors import DataError
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel
 from tuneloop.records import Message
+from tuneloop.training.batches import read_rows
 
 WORDS = [a + b + c for a in ("ka", "lo", "mi", "ru") for b in ("ta", "ne", "so") for c in "xyzw"]
 
@@ -178,28 +181,142 @@ def test_bad_data_stops_before_anything_is_published(tmp_path: Path, base: BaseM
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_documents_are_cut_with_every_token_kept_once(tmp_path: Path, base: BaseModel) -> None:
-    texts = [" ".join(sentence(f"d{i}", 20 + 40 * (i % 5))) for i in range(20)]
-    path = write(tmp_path / "a.jsonl", [{"text": text, "order": i} for i, text in enumerate(texts)])
+@pytest.mark.parametrize("sorted_here_bytes", [256 << 20, 0])
+def test_documents_are_packed_with_every_token_kept_once(
+    sorted_here_bytes: int, tmp_path: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_SORTED_HERE_BYTES", sorted_here_bytes)
+    texts = [" ".join(sentence(f"d{i}", 3 + 7 * (i % 9))) for i in range(60)]
+    lines = [{"text": text, "order": i, "shelf": "a"} for i, text in enumerate(texts)]
     config = config_for(
-        path,
+        write(tmp_path / "a.jsonl", lines),
         task={"type": "language_modeling"},
         format="text",
-        max_seq_len=50,
-        split={"num_test_examples": 4},
+        max_seq_len=100,
+        split={"num_test_examples": 6},
     )
     artifact = prepare(config, Workspace(tmp_path / "ws"), base).artifact
-    rows = rows_of(artifact, "train") + rows_of(artifact, "test")
-    renderer = Renderer.load(base.path)
+    train, test = rows_of(artifact, "train"), rows_of(artifact, "test")
+    rows = train + test
     assert len({row["row_id"] for row in rows}) == len(rows)
-    for i, text in enumerate(texts):
-        pieces = [row for row in rows if row["order"] == i]
-        assert max(row["num_tokens"] for row in pieces) <= 50
-        ids = [token for row in pieces for token in row["input_ids"]]
-        assert ids == [*renderer.text_ids(text), renderer.tokenizer.eos_token_id]
-        assert all(all(row["loss_mask"]) for row in pieces)
-        assert len({row["source"] for row in pieces}) == 1
-    assert len({row["order"] for row in rows_of(artifact, "test")}) == 4
+    assert max(row["num_tokens"] for row in rows) <= 100
+    assert all(all(row["loss_mask"]) for row in rows)
+    assert {row["shelf"] for row in rows} == {"a"}
+    assert all(sum(row["document_lengths"]) == row["num_tokens"] for row in rows)
+    assert all(len(row["document_ids"]) == 1 for row in test)
+    assert len({row["order"] for row in test}) == 6
+
+    renderer = Renderer.load(base.path)
+    end = renderer.tokenizer.eos_token_id
+    pieces: dict[str, list[tuple[int, list[int]]]] = {}
+    for row in rows:
+        cuts = np.cumsum([0, *row["document_lengths"]])
+        for start, stop, name in zip(cuts[:-1], cuts[1:], row["document_ids"], strict=True):
+            document, _, number = name.partition(".")
+            ids = row["input_ids"][start:stop]
+            pieces.setdefault(document, []).append((int(number or 0), ids))
+    found = sorted(list(chain(*(ids for _, ids in sorted(p)))) for p in pieces.values())
+    assert found == sorted([*renderer.text_ids(text), end] for text in texts)
+    # Some documents are longer than a row, most are shorter; only the last row may stay open.
+    assert max(map(len, found)) > 100
+    packing = json.loads((artifact.path / "card.json").read_text())["packing"]
+    assert packing["num_documents"] == 54
+    assert packing["num_rows"] == len(train)
+    assert packing["padding_ratio"] < 0.1
+    room = 100 * len(train)
+    assert packing["padding_ratio"] == pytest.approx(
+        1 - sum(row["num_tokens"] for row in train) / room, abs=1e-6
+    )
+    whole = [row["text"] for row in train if "." not in "".join(row["document_ids"])]
+    assert {part for text in whole for part in text.split("\n\n")} <= set(texts)
+
+    # Training takes the documents of a row apart again.
+    stored = read_rows(artifact.path)
+    assert stored.row_ids == [row["row_id"] for row in train]
+    for index, row in enumerate(train):
+        assert stored.document_lengths(index) == row["document_lengths"]
+        assert stored.num_target_tokens[index] == row["num_tokens"] - len(row["document_ids"])
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_evaluated_on_is_not_trained_on(tmp_path: Path, base: BaseModel) -> None:
+    rows = [
+        {"question": " ".join(sentence(f"q{i}", 30)), "answer": " ".join(sentence(f"a{i}", 30))}
+        for i in range(120)
+    ]
+    bench = [
+        {"question": " ".join(sentence(f"bench{i}", 40)), "answer": " ".join(sentence(f"b{i}", 9))}
+        for i in range(20)
+    ]
+    words = bench[2]["question"].split()
+    rows[0] = {"question": bench[0]["question"].upper(), "answer": "another answer"}
+    rows[1] = {"question": " ".join([*words[:-1], "new"]), "answer": bench[2]["answer"]}
+    rows[2]["answer"] += " " + " ".join(bench[4]["question"].split()[3:35]) + " and so on"
+    plain = tmp_path / "essay.txt"
+    plain.write_text("Before it. " + rows[3]["answer"] + ". After it.")
+    path = write(tmp_path / "a.jsonl", rows)
+    evaluation = write(tmp_path / "bench.jsonl", bench)
+    config = config_for(
+        path,
+        num_train_examples=60,
+        split={"num_test_examples": 10, "num_validation_examples": 12},
+        decontamination={
+            "sources": [
+                {"path": str(evaluation), "format": "question_answer"},
+                {"path": str(plain), "format": "text"},
+            ]
+        },
+    )
+    workspace = Workspace(tmp_path / "ws")
+    artifact = prepare(config, workspace, base).artifact
+    sides = {side: rows_of(artifact, side) for side in ("train", "test", "validation")}
+    assert {side: len(found) for side, found in sides.items()} == {
+        "train": 60,
+        "test": 10,
+        "validation": 12,
+    }
+    gone = {
+        int(row["source"].rpartition(":")[2]): row
+        for row in rows_of(artifact, "removed")
+        if row["stage"] == "decontamination"
+    }
+    # A row that is itself held out may repeat an evaluation: it is not trained on.
+    kept_out = {
+        int(row["source"].rpartition(":")[2]) for row in sides["test"] + sides["validation"]
+    }
+    expected = {
+        1: ("same prompt", "bench.jsonl:1:"),
+        2: ("near-duplicate of", "bench.jsonl:3:"),
+        3: ("13-word n-grams are those of", "bench.jsonl:5:"),
+        4: ("13-word n-grams are those of", "essay.txt:1:"),
+    }
+    assert set(gone) == set(expected) - kept_out
+    assert len(gone) >= 3
+    for line, row in gone.items():
+        assert all(part in row["reason"] for part in expected[line])
+        assert 0.5 <= row["similarity"] <= 1
+    if 3 in gone:
+        assert " ".join(bench[4]["question"].split()[3:20]) in gone[3]["reason"]
+    card = json.loads((artifact.path / "card.json").read_text())
+    origins = {Path(o["name"]).name: o for o in card["decontamination"]["origins"]}
+    assert set(origins) == {"test", "validation", "bench.jsonl", "essay.txt"}
+    assert sum(origin["num_removed"] for origin in origins.values()) == len(gone)
+    assert origins["bench.jsonl"]["num_rows"] == 20
+    assert origins["test"]["num_removed"] == 0
+    metrics = artifact.manifest["metrics"]
+    assert metrics["num_contaminated_rows"] == len(gone)
+    ratio = origins["bench.jsonl"]["num_contaminated"] / 20
+    assert metrics["contamination"][str(evaluation)] == ratio
+    assert metrics["num_validation_rows"] == 12
+    assert "Contamination" in (artifact.path / "README.md").read_text()
+
+    assert prepare(config, workspace, base).reused
+    write(evaluation, bench[5:])
+    assert not prepare(config, workspace, base).reused
+    evaluation.write_text("{\n")
+    with pytest.raises(DataError, match="not valid JSON"):
+        prepare(config, workspace, base)
+    assert check(config, base).findings[0].where == f"{evaluation}:1"
 
 
 def planted(num_documents: int) -> tuple[list[str], dict[int, int]]:

@@ -24,6 +24,7 @@ _STAGES = {
     "read": "could not be read or checked",
     "tokenize": "could not be rendered, or too long",
     "dedup": "repeated another row",
+    "decontamination": "repeated what is evaluated on",
     "split": "in no split",
 }
 _BAR = 30
@@ -41,7 +42,9 @@ def write_card(
 
 def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written]) -> dict[str, Any]:
     splits = {}
-    for name in ("train", "test"):
+    for name in ("train", "validation", "test"):
+        if name not in written:
+            continue
         lengths, targets = written[name].num_tokens, written[name].num_target_tokens
         splits[name] = {
             "num_rows": written[name].num_rows,
@@ -66,6 +69,11 @@ def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written])
         "splits": splits,
         "split": _split_summary(config, outcome),
         "dedup": _dedup_summary(config, outcome),
+        "decontamination": {
+            **config.data.decontamination.model_dump(),
+            "origins": outcome.contamination.origins if outcome.contamination else [],
+        },
+        "packing": _packing(config, outcome, written["train"].num_tokens),
         "synthetic_ratio": round(float(np.mean(outcome.table["synthetic"].to_numpy())), 4),
         "max_seq_len": config.data.max_seq_len,
         "seed": config.data.seed,
@@ -112,6 +120,10 @@ def _reasons(outcome: Outcome) -> list[dict[str, Any]]:
     for stage, reason in zip(outcome.stage, outcome.reason, strict=True):
         if stage == "dedup":
             reason = reason.partition(" of ")[0]
+        elif stage == "decontamination":
+            reason = reason.partition(":")[0]
+            reason = re.sub(r"(test|validation) row \S+", r"\1 rows", reason)
+            reason = re.sub(r"^\d+% of the ", "", reason)
         elif stage == "tokenize" and " tokens, " in reason:
             reason = "more tokens than max_seq_len"
         elif stage in ("read", "tokenize"):
@@ -128,8 +140,7 @@ def _split_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
     assert outcome.split is not None
     summary: dict[str, Any] = {
         **config.data.split.model_dump(),
-        "num_units_train": outcome.split.num_groups[0],
-        "num_units_test": outcome.split.num_groups[1],
+        **{f"num_units_{side}": count for side, count in outcome.split.num_groups.items()},
     }
     if config.data.split.group_by is not None:
         groups = np.array(outcome.table["group"].to_pylist(), dtype=object)
@@ -166,6 +177,20 @@ def _dedup_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
             }
             for index in doubtful.tolist()
         ],
+    }
+
+
+def _packing(
+    config: TuneloopConfig, outcome: Outcome, num_tokens: list[int]
+) -> dict[str, Any] | None:
+    """Return how full the rows of a corpus are; None for conversations."""
+    if config.task.type != "language_modeling":
+        return None
+    room = len(num_tokens) * config.data.max_seq_len
+    return {
+        "num_documents": int((outcome.side == stages.TRAIN).sum()),
+        "num_rows": len(num_tokens),
+        "padding_ratio": round(1 - sum(num_tokens) / max(1, room), 6),
     }
 
 
@@ -233,9 +258,19 @@ def _readme(card: dict[str, Any]) -> str:
                 for name, split in card["splits"].items()
             ],
         ),
+        *(
+            [
+                f"The train rows hold {card['packing']['num_documents']:,} documents, packed whole "
+                f"or in pieces; {card['packing']['padding_ratio']:.2%} of their room is empty."
+            ]
+            if card["packing"]
+            else []
+        ),
         "Train rows by length:\n\n```text\n" + _bars(train["histogram"]) + "\n```",
         "## Duplicates",
-        _dedup_text(card["dedup"]),
+        _dedup_text(card["dedup"], card["packing"] is not None),
+        "## Contamination",
+        _contamination_text(card["decontamination"]),
         "## Split",
         _split_text(card["split"]),
         "## Samples",
@@ -249,11 +284,11 @@ def _readme(card: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _dedup_text(dedup: dict[str, Any]) -> str:
+def _dedup_text(dedup: dict[str, Any], is_text: bool) -> str:
     side = {"both": "prompt and answer", "prompt": "the prompt", "completion": "the answer"}
     text = (
-        f"Compared on {side[dedup['on']]}. Exact copies after case and white space removed: "
-        f"{dedup['num_exact']:,}{'' if dedup['exact'] else ' (switched off)'}. Near-duplicates "
+        f"Compared on {'the text' if is_text else side[dedup['on']]}. Exact copies after case and "
+        f"white space removed: {dedup['num_exact']:,}{'' if dedup['exact'] else ' (switched off)'}. Near-duplicates "
         f"(Jaccard similarity of {dedup['ngram_words']}-word shingles at least "
         f"{dedup['threshold']:g}) removed: {dedup['num_near']:,}"
         f"{'' if dedup['near'] else ' (switched off)'}. Clusters of two or more rows: "
@@ -270,6 +305,35 @@ def _dedup_text(dedup: dict[str, Any]) -> str:
     return text
 
 
+def _contamination_text(found: dict[str, Any]) -> str:
+    text = (
+        "Train rows are held against what is evaluated on and removed if they say or ask the same, "
+        f"are near-duplicates, or share at least {found['overlap_threshold']:.0%} of the long word "
+        "n-grams of the shorter of the two rows."
+    )
+    rows = [
+        [
+            f"`{origin['name']}`",
+            f"{origin['num_rows']:,}",
+            f"{origin['num_contaminated']:,} ({origin['contamination_ratio']:.1%})",
+            f"{origin['num_removed']:,}",
+            ", ".join(f"{kind} {count:,}" for kind, count in origin["kinds"].items()) or "–",
+            f"{origin['ngram_words'] or '–'}",
+        ]
+        for origin in found["origins"]
+    ]
+    header = ["held out", "rows", "were in the train rows", "removed", "how", "words of an n-gram"]
+    text += "\n\n" + _table(header, rows)
+    examples = [example for origin in found["origins"] for example in origin["examples"]]
+    if examples:
+        lines = [
+            [f"`{example['removed']}`", f"{example['similarity']:.2f}", example["reason"]]
+            for example in examples[:10]
+        ]
+        text += "\n\n" + _table(["removed", "similarity", "reason"], lines)
+    return text
+
+
 def _split_text(split: dict[str, Any]) -> str:
     wanted = (
         f"{split['num_test_examples']:,} test rows"
@@ -281,6 +345,8 @@ def _split_text(split: dict[str, Any]) -> str:
         f"on the same side: {split['num_units_train']:,} units that stay together are kept for "
         f"training, {split['num_units_test']:,} for the test."
     )
+    if split["num_units_validation"]:
+        text += f" {split['num_units_validation']:,} more are for validation."
     if split["group_by"] is not None:
         names = [
             f"{side} has {split[f'num_groups_{side}']:,} ("

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tuneloop.config import TuneloopConfig
-from tuneloop.data.files import find_files
+from tuneloop.data.files import find_evaluation_files, find_files
+from tuneloop.data.held_out import read_evaluations
 from tuneloop.data.readers import read_rows
 from tuneloop.data.rendering import Rendering, percentiles, sample_of
 from tuneloop.data.validation import (
@@ -70,6 +71,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     try:
         refuse_mismatched_formats(config)
         files = find_files(config.data)
+        read_evaluations(find_evaluation_files(config.data), config)
     except DataError as error:
         return DataCheck(findings=list(error.problems))
     rendering = Rendering(str(base.path), config.model.chat_template, config.task, config.data)

@@ -26,7 +26,10 @@ from tuneloop.records import Message
 
 # Columns of the dataset artifact: a user's column of the same name is carried as `original_NAME`.
 RESERVED = frozenset(
-    {"row_id", "source", "synthetic", "messages", "text", "input_ids", "loss_mask", "num_tokens"}
+    {
+        *("row_id", "source", "synthetic", "messages", "text", "input_ids", "loss_mask"),
+        *("num_tokens", "document_ids", "document_lengths"),
+    }
 )
 _KEPT_OF_BAD_ROW = 10_000
 _ROWS_PER_FILE_BITS = 40

@@ -41,6 +41,11 @@ class Rendering:
         """Return the renderer, loaded once per process."""
         return _load(self.path, self.chat_template)
 
+    def own_messages(self, row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
+        """Return what a row itself says: messages without the task's instruction, and text."""
+        messages = row["messages"]
+        return (without_instruction(messages, self.task) if messages else []), row["text"]
+
 
 @lru_cache(maxsize=2)
 def _load(path: str, chat_template: str) -> Renderer:
@@ -105,7 +110,7 @@ def render_batch(table: Any, rendering: Rendering) -> Any:
     rows = table.to_pylist()
     texts: list[str] = []
     for row in rows:
-        own = without_instruction(row["messages"], rendering.task) if row["messages"] else []
+        own, _ = rendering.own_messages(row)
         text = compared_text(own, row["text"], data.dedup.on)
         row["content_id"] = content_id(own, row["text"])
         row["exact_key"] = normalised_hash(text)
@@ -141,13 +146,9 @@ def shingles_of_rows(table: Any, keys: Any, rendering: Rendering) -> Any:
     import pyarrow.compute as pc
 
     chosen = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, pa.int64())))
-    task, data = rendering.task, rendering.data
+    data = rendering.data
     texts = [
-        compared_text(
-            without_instruction(row["messages"], task) if row["messages"] else [],
-            row["text"],
-            data.dedup.on,
-        )
+        compared_text(*rendering.own_messages(row), data.dedup.on)
         for row in chosen.select(["messages", "text"]).to_pylist()
     ]
     sets: list[Hashes] = shingles(texts, data.dedup.ngram_words).sets() if texts else []

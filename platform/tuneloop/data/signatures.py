@@ -97,6 +97,14 @@ def shingles(texts: Sequence[str], ngram_words: int) -> Shingles:
     return Shingles(_mixed(hashes), offsets)
 
 
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Return (start, stop) of each word in the UTF-8 bytes of the lower-case text."""
+    data = np.frombuffer(text.lower().encode("utf-8", "replace"), dtype=np.uint8)
+    edges = np.diff(np.concatenate([[False], _IS_WORD[data], [False]]).astype(np.int8))
+    starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
 def band_shape(threshold: float) -> tuple[int, int]:
     """Return (bands, rows per band) that find pairs at the threshold with probability 0.98.
 

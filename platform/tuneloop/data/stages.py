@@ -12,13 +12,14 @@ import numpy as np
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.files import SourceFile
+from tuneloop.data.packing import num_pieces, place_documents
 from tuneloop.data.readers import read_rows, row_schema
 from tuneloop.data.rendering import Rendering, chunks, render_batch, shingles_of_rows
 from tuneloop.data.signatures import Hashes
 
 _ROWS_PER_BLOCK = 2000
 _SORTED_HERE_BYTES = 256 << 20
-TRAIN, TEST, REMOVED = 0, 1, 2
+TRAIN, TEST, REMOVED, VALIDATION = 0, 1, 2, 3
 _SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
 
 
@@ -115,8 +116,8 @@ def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Ite
     """Yield Arrow tables of finished rows in the order to write; `#side` says where they go.
 
     Args:
-        fates: Arrow table in the order of `key` with side, rank, row_id, stage, reason,
-            kept_row_id and similarity of every row.
+        fates: Arrow table in the order of `key` with side, rank, pack and position (of
+            `row_places`), row_id, stage, reason, kept_row_id and similarity of every row.
         columns: Of `column_schema`.
     """
     import pyarrow as pa
@@ -128,11 +129,32 @@ def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Ite
     finished = rows.map_batches(finish, batch_size=_ROWS_PER_BLOCK, batch_format="pyarrow")
     finished = finished.materialize()
     if finished.size_bytes() > _SORTED_HERE_BYTES:
-        yield from finished.sort("#order").iter_batches(batch_size=4096, batch_format="pyarrow")
+        ordered = finished.sort(["#order", "#position"])
+        yield from ordered.iter_batches(batch_size=4096, batch_format="pyarrow")
         return
     # Ray's distributed sort costs seconds before it moves the first row.
     batches = finished.iter_batches(batch_size=None, batch_format="pyarrow")
-    yield pa.concat_tables(list(batches)).sort_by("#order")
+    ascending = [("#order", "ascending"), ("#position", "ascending")]
+    yield pa.concat_tables(list(batches)).sort_by(ascending)
+
+
+def row_places(num_tokens: Any, ranks: Any, max_seq_len: int) -> tuple[Any, Any]:
+    """Return (pack, position) of documents: where the last piece of each one goes.
+
+    Args:
+        num_tokens: Of the documents of one split. Shape (N,).
+        ranks: Their places within the split, from 0. Shape (N,).
+        max_seq_len: Tokens of the longest row.
+    """
+    order = np.argsort(ranks, kind="stable")
+    ordered = np.asarray(num_tokens)[order]
+    places = place_documents(ordered, max_seq_len)
+    numbers = num_pieces(ordered, max_seq_len) - 1
+    pack, position = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+    leader = places.leader
+    pack[order] = (np.asarray(ranks)[order][leader] << _CHUNK_SHIFT) + numbers[leader]
+    position[order] = places.position
+    return pack, position
 
 
 def _load_renderer(rendering: Rendering) -> None:
@@ -185,6 +207,7 @@ def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) ->
         row["row_id"] = fate["row_id"]
         row["#text"] = "\n\n".join(contents) or row["text"]
         row["#order"] = (fate["side"] << _SIDE_SHIFT) + (fate["rank"] << _CHUNK_SHIFT)
+        row["#position"] = 0
         if is_text and fate["side"] != REMOVED:
             finished += _chunk_rows(row, rendering)
         else:
@@ -193,12 +216,21 @@ def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) ->
 
 
 def _chunk_rows(row: dict[str, Any], rendering: Rendering) -> Iterator[dict[str, Any]]:
+    """Yield a document's pieces; the last one where `row_places` puts it."""
     pieces = chunks(row["input_ids"], rendering.data.max_seq_len)
     decode = rendering.renderer().decode
     for number, ids in enumerate(pieces):
+        order, position = row["#order"] + number, 0
+        if row["#pack"] is not None and number == len(pieces) - 1:
+            order = (row["#side"] << _SIDE_SHIFT) + row["#pack"]
+            position = row["#position_in_pack"]
+        row_id = row["row_id"] if len(pieces) == 1 else f"{row['row_id']}.{number}"
         yield row | {
-            "#order": row["#order"] + number,
-            "row_id": row["row_id"] if len(pieces) == 1 else f"{row['row_id']}.{number}",
+            "#order": order,
+            "#position": position,
+            "row_id": row_id,
+            "document_ids": [row_id],
+            "document_lengths": [len(ids)],
             "#text": row["text"] if len(pieces) == 1 else decode(ids),
             "input_ids": ids,
             "loss_mask": [1] * len(ids),
@@ -219,7 +251,9 @@ def _finished_schema(columns: Any) -> Any:
     return pa.schema(
         [
             *dataset_schema(columns),
+            *[(field.name, field.type) for field in document_columns()],
             ("#order", pa.int64()),
+            ("#position", pa.int64()),
             ("#side", pa.int8()),
             *[(f"#{field.name}", field.type) for field in removed_schema()],
         ]
@@ -241,9 +275,20 @@ def dataset_schema(columns: Any, is_text: bool = False) -> Any:
             ("input_ids", pa.list_(pa.int32())),
             ("loss_mask", pa.list_(pa.int8())),
             ("num_tokens", pa.int32()),
+            *(document_columns() if is_text else []),
             *[(field.name, field.type) for field in columns],
         ]
     )
+
+
+def document_columns() -> list[Any]:
+    """Return the Arrow fields that tell the documents in a row of plain text apart."""
+    import pyarrow as pa
+
+    return [
+        pa.field("document_ids", pa.list_(pa.string())),
+        pa.field("document_lengths", pa.list_(pa.int32())),
+    ]
 
 
 def removed_schema() -> Any:
