@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import json
 import random
-import time
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -319,61 +318,102 @@ def test_what_is_evaluated_on_is_not_trained_on(tmp_path: Path, base: BaseModel)
     assert check(config, base).findings[0].where == f"{evaluation}:1"
 
 
-def planted(num_documents: int) -> tuple[list[str], dict[int, int]]:
-    """Return documents, and for each planted near-duplicate the one it was made from."""
-    generator = random.Random(7)
+@pytest.mark.usefixtures("ray_cluster")
+def test_rows_that_ask_the_same_and_answer_differently_are_listed(
+    tmp_path: Path, base: BaseModel
+) -> None:
+    rows = [
+        {"question": " ".join(sentence(f"q{i}", 20)), "answer": f"answer {i}"} for i in range(40)
+    ]
+    words = sentence("near", 30)
+    rows += [
+        {"question": "How much is it?", "answer": "It is free."},
+        {"question": "how much  is it?", "answer": "Ten dollars a month."},
+        {"question": "How much is it?", "answer": "It is Free."},
+        {"question": " ".join(words), "answer": "yes"},
+        {"question": " ".join(words[::-1]), "answer": "no"},
+        # The same answer, and another question: no conflict.
+        {"question": " ".join(sentence("alike", 30)), "answer": "maybe"},
+        {"question": " ".join(sentence("alike", 30)[::-1]), "answer": "maybe"},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    artifact = prepare(config_for(path), Workspace(tmp_path / "ws"), base).artifact
+    found = json.loads((artifact.path / "card.json").read_text())["conflicts"]
+    assert (found["num_same_prompt"], found["num_rows_same_prompt"]) == (1, 2)
+    assert found["num_near_prompt"] == 1
+    assert artifact.manifest["metrics"]["num_conflicts"] == 2
+    same, near = found["examples"]
+    assert same["kind"] == "same prompt"
+    assert {row["answer"].lower() for row in same["rows"]} == {
+        "it is free.",
+        "ten dollars a month.",
+    }
+    assert [row["answer"] for row in near["rows"]] == ["yes", "no"]
+    assert near["rows"][0]["source"] == f"{path}:44"
+    assert "Ten dollars a month." in (artifact.path / "README.md").read_text()
+
+
+def planted(num_documents: int) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
+    """Return shuffled documents and, by kind, the pairs planted among them.
+
+    Of similarity over word 5-grams `near` pairs have at least 0.85 and `decoy` pairs at most 0.75.
+    """
+    chooser = random.Random(7)
     vocabulary = [f"{a}{b}" for a in WORDS for b in WORDS[:20]]
-    texts: list[str] = []
-    origin: dict[int, int] = {}
-    for _ in range(num_documents):
-        kind = generator.random()
-        if texts and kind < 0.2:
-            source = generator.randrange(len(texts))
-            if source not in origin:
-                words = texts[source].split()
-                # One changed word of w spoils 5 of w - 4 shingles: similarity 0.85 to 0.98.
-                for _ in range(max(1, len(words) // 80)):
-                    words[generator.randrange(len(words))] = generator.choice(vocabulary)
-                origin[len(texts)] = source
-                texts.append(" ".join(words))
-                continue
-        texts.append(" ".join(generator.choices(vocabulary, k=generator.randrange(80, 200))))
-    return texts, origin
+    count = num_documents // 10
+    texts = [
+        " ".join(chooser.choices(vocabulary, k=chooser.randrange(80, 200)))
+        for _ in range(num_documents - 2 * count - count // 2)
+    ]
+    sources = iter(chooser.sample(texts, 2 * count + count // 2))
+
+    def changed(text: str, least: float, most: float) -> str:
+        grams = five_grams(text)
+        while True:
+            words = text.split()
+            for _ in range(chooser.randint(1, 12)):
+                words[chooser.randrange(len(words))] = chooser.choice(vocabulary)
+            other = five_grams(" ".join(words))
+            if least <= len(grams & other) / len(grams | other) <= most:
+                return " ".join(words)
+
+    pairs = {
+        "exact": [(text, text.upper().replace(" ", "  ", 3)) for text in islice(sources, count)],
+        "near": [(text, changed(text, 0.85, 0.99)) for text in islice(sources, count)],
+        "decoy": [(text, changed(text, 0.4, 0.75)) for text in sources],
+    }
+    texts += [copy for items in pairs.values() for _, copy in items]
+    chooser.shuffle(texts)
+    return texts, pairs
+
+
+def five_grams(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_planted_near_duplicates_are_found_across_blocks(
+def test_planted_duplicates_are_found_across_blocks(
     tmp_path: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts, origin = planted(3000)
+    texts, pairs = planted(2400)
     folder = tmp_path / "parts"
     folder.mkdir()
     for part in range(6):
         write(folder / f"{part}.jsonl", [{"text": text} for text in texts[part::6]])
     config = config_for(folder, task={"type": "language_modeling"}, format="text")
-    started = time.monotonic()
     artifact = prepare(config, Workspace(tmp_path / "ws"), base).artifact
-    seconds = time.monotonic() - started
     removed = [row for row in rows_of(artifact, "removed") if row["stage"] == "dedup"]
-
-    def cluster(index: int) -> int:
-        return origin.get(index, index)
-
-    number = {text: index for index, text in enumerate(texts)}
-    correct = [
-        row
-        for row in removed
-        if number[row["text"]] in {i for pair in origin.items() for i in pair}
-    ]
-    assert len(correct) / len(removed) >= 0.97
-    # Of a cluster of n one stays: n - 1 removals are wanted.
-    sizes: dict[int, int] = {}
-    for index in range(len(texts)):
-        sizes[cluster(index)] = sizes.get(cluster(index), 0) + 1
-    wanted = sum(size - 1 for size in sizes.values())
-    assert len(correct) / wanted >= 0.95
+    gone = {row["text"] for row in removed}
+    assert len(gone) == len(removed)
+    for kind in ("exact", "near"):
+        # Of each planted pair exactly one goes.
+        found = sum((one in gone) != (copy in gone) for one, copy in pairs[kind])
+        assert found / len(pairs[kind]) >= 0.95
+    mates = {t: other for a, b in pairs["exact"] + pairs["near"] for t, other in ((a, b), (b, a))}
+    assert sum(mates.get(text, text) not in gone for text in gone) / len(gone) >= 0.97
+    assert gone.isdisjoint(text for pair in pairs["decoy"] for text in pair)
     assert min(row["similarity"] for row in removed) >= 0.8
-    assert seconds < 60
 
     # One file, another order, other blocks, Ray's own sort: the same rows go to the same places.
     single = tmp_path / "single"

@@ -16,18 +16,10 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
 from tuneloop.data.files import DOCSTRINGS
 from tuneloop.data.outcome import Outcome
+from tuneloop.data.readme import STAGES, readme
 from tuneloop.data.rendering import percentiles
 from tuneloop.data.signatures import band_shape
 from tuneloop.data.writing import Written
-
-_STAGES = {
-    "read": "could not be read or checked",
-    "tokenize": "could not be rendered, or too long",
-    "dedup": "repeated another row",
-    "decontamination": "repeated what is evaluated on",
-    "split": "in no split",
-}
-_BAR = 30
 
 
 def write_card(
@@ -37,7 +29,7 @@ def write_card(
     card = _card(config, outcome, written)
     text = json.dumps(card, indent=2, ensure_ascii=False)
     (path / "card.json").write_text(text, encoding="utf-8")
-    (path / "README.md").write_text(_readme(card), encoding="utf-8")
+    (path / "README.md").write_text(readme(card), encoding="utf-8")
 
 
 def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written]) -> dict[str, Any]:
@@ -69,6 +61,7 @@ def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written])
         "splits": splits,
         "split": _split_summary(config, outcome),
         "dedup": _dedup_summary(config, outcome),
+        "conflicts": outcome.conflicts,
         "decontamination": {
             **config.data.decontamination.model_dump(),
             "origins": outcome.contamination.origins if outcome.contamination else [],
@@ -100,7 +93,7 @@ def _funnel(outcome: Outcome) -> list[dict[str, Any]]:
     stage = np.array(outcome.stage, dtype=object)
     left = np.ones(len(stage), dtype=bool)
     funnel = [{"stage": "found", "rows": len(stage), "removed": 0, "tokens": int(tokens.sum())}]
-    for name in _STAGES:
+    for name in STAGES:
         removed = stage == name
         left &= ~removed
         funnel.append(
@@ -210,177 +203,3 @@ def _histogram(lengths: list[int]) -> list[dict[str, int]]:
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {name: row[name] for name in ("messages", "text") if name in row}
     return {"row_id": row["row_id"], "source": row["source"], **content}
-
-
-def _readme(card: dict[str, Any]) -> str:
-    train, test = card["splits"]["train"], card["splits"]["test"]
-    parts = [
-        f"# Dataset `{card['name']}`",
-        f"{train['num_rows']:,} train rows and {test['num_rows']:,} test rows for "
-        f"`{card['task']['type']}`, tokenized for `{card['base']}` "
-        f"(chat template `{card['chat_template']}`, at most {card['max_seq_len']:,} tokens a row, "
-        f"seed {card['seed']}).",
-        "## Sources",
-        "\n".join(f"- `{s['path']}`. Licence: {s['licence']}." for s in card["sources"]),
-        "## What happened to the rows",
-        _table(
-            ["stage", "removed", "rows left", "tokens left"],
-            [
-                [
-                    f"{step['stage']}: {_STAGES[step['stage']]}"
-                    if step["stage"] in _STAGES
-                    else "found in the sources",
-                    f"{step['removed']:,}",
-                    f"{step['rows']:,}",
-                    f"{step['tokens']:,}",
-                ]
-                for step in card["funnel"]
-            ],
-        ),
-        "Every removed row is in `removed/` with its reason, its text and its place in the source.",
-    ]
-    if card["reasons"]:
-        rows = [[r["stage"], r["reason"], f"{r['rows']:,}"] for r in card["reasons"][:15]]
-        parts.append(_table(["stage", "reason", "rows"], rows))
-    parts += [
-        "## Lengths",
-        _table(
-            ["split", "rows", "tokens", "targets", "share of targets", "tokens a row"],
-            [
-                [
-                    name,
-                    f"{split['num_rows']:,}",
-                    f"{split['num_tokens']:,}",
-                    f"{split['num_target_tokens']:,}",
-                    f"{split['target_ratio']:.1%}",
-                    ", ".join(f"{k} {v:,}" for k, v in split["length_tokens"].items()),
-                ]
-                for name, split in card["splits"].items()
-            ],
-        ),
-        *(
-            [
-                f"The train rows hold {card['packing']['num_documents']:,} documents, packed whole "
-                f"or in pieces; {card['packing']['padding_ratio']:.2%} of their room is empty."
-            ]
-            if card["packing"]
-            else []
-        ),
-        "Train rows by length:\n\n```text\n" + _bars(train["histogram"]) + "\n```",
-        "## Duplicates",
-        _dedup_text(card["dedup"], card["packing"] is not None),
-        "## Contamination",
-        _contamination_text(card["decontamination"]),
-        "## Split",
-        _split_text(card["split"]),
-        "## Samples",
-        *[_sample_text(name, row) for name, rows in card["samples"].items() for row in rows[:2]],
-        "## Made with",
-        ", ".join(f"{name} {number}" for name, number in card["versions"].items())
-        + "; "
-        + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in card["duration_s"].items())
-        + ".",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _dedup_text(dedup: dict[str, Any], is_text: bool) -> str:
-    side = {"both": "prompt and answer", "prompt": "the prompt", "completion": "the answer"}
-    text = (
-        f"Compared on {'the text' if is_text else side[dedup['on']]}. Exact copies after case and "
-        f"white space removed: {dedup['num_exact']:,}{'' if dedup['exact'] else ' (switched off)'}. Near-duplicates "
-        f"(Jaccard similarity of {dedup['ngram_words']}-word shingles at least "
-        f"{dedup['threshold']:g}) removed: {dedup['num_near']:,}"
-        f"{'' if dedup['near'] else ' (switched off)'}. Clusters of two or more rows: "
-        f"{dedup['num_clusters']:,}; the largest has {dedup['largest_cluster']:,}. Candidates come "
-        f"from MinHash with {dedup['bands']} bands of {dedup['rows_per_band']} and are verified."
-    )
-    if dedup["least_similar_removed"]:
-        rows = [
-            [f"{pair['similarity']:.3f}", f"`{pair['removed']}`", f"`{pair['kept']}`"]
-            for pair in dedup["least_similar_removed"]
-        ]
-        text += "\n\nThe least similar rows that were removed:\n\n"
-        text += _table(["similarity", "removed", "kept"], rows)
-    return text
-
-
-def _contamination_text(found: dict[str, Any]) -> str:
-    text = (
-        "Train rows are held against what is evaluated on and removed if they say or ask the same, "
-        f"are near-duplicates, or share at least {found['overlap_threshold']:.0%} of the long word "
-        "n-grams of the shorter of the two rows."
-    )
-    rows = [
-        [
-            f"`{origin['name']}`",
-            f"{origin['num_rows']:,}",
-            f"{origin['num_contaminated']:,} ({origin['contamination_ratio']:.1%})",
-            f"{origin['num_removed']:,}",
-            ", ".join(f"{kind} {count:,}" for kind, count in origin["kinds"].items()) or "–",
-            f"{origin['ngram_words'] or '–'}",
-        ]
-        for origin in found["origins"]
-    ]
-    header = ["held out", "rows", "were in the train rows", "removed", "how", "words of an n-gram"]
-    text += "\n\n" + _table(header, rows)
-    examples = [example for origin in found["origins"] for example in origin["examples"]]
-    if examples:
-        lines = [
-            [f"`{example['removed']}`", f"{example['similarity']:.2f}", example["reason"]]
-            for example in examples[:10]
-        ]
-        text += "\n\n" + _table(["removed", "similarity", "reason"], lines)
-    return text
-
-
-def _split_text(split: dict[str, Any]) -> str:
-    wanted = (
-        f"{split['num_test_examples']:,} test rows"
-        if split["num_test_examples"] is not None
-        else f"about {split['test_ratio']:.0%} of the rows for the test"
-    )
-    text = (
-        f"Asked for: {wanted}. Rows with the same prompt or in the same cluster of duplicates are "
-        f"on the same side: {split['num_units_train']:,} units that stay together are kept for "
-        f"training, {split['num_units_test']:,} for the test."
-    )
-    if split["num_units_validation"]:
-        text += f" {split['num_units_validation']:,} more are for validation."
-    if split["group_by"] is not None:
-        names = [
-            f"{side} has {split[f'num_groups_{side}']:,} ("
-            + ", ".join(f"{name} {rows:,}" for name, rows in split[f"groups_{side}"].items())
-            + ("…" if split[f"num_groups_{side}"] > len(split[f"groups_{side}"]) else "")
-            + ")"
-            for side in ("train", "test")
-        ]
-        text += f"\n\nNo `{split['group_by']}` is on both sides: " + "; ".join(names) + "."
-    return text
-
-
-def _sample_text(name: str, row: dict[str, Any]) -> str:
-    if "messages" in row:
-        text = "\n".join(f"[{m['role']}]\n{m['content']}" for m in row["messages"])
-    else:
-        text = row["text"]
-    text = text if len(text) <= 2000 else text[:2000] + "…"
-    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
-    return f"{name}, `{row['source']}`:\n\n{fence}text\n{text}\n{fence}"
-
-
-def _bars(histogram: list[dict[str, int]]) -> str:
-    most = max((item["rows"] for item in histogram), default=1)
-    return "\n".join(
-        f"{item['from']:>6}–{item['to']:<6} {item['rows']:>8,}  "
-        + "█" * round(_BAR * item["rows"] / most)
-        for item in histogram
-    )
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
-        for line in lines
-    )

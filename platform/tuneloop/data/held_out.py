@@ -115,7 +115,9 @@ def decontaminate(
         pairs = pairs[~np.isin(pairs[:, 0], list(matches))]
         if len(pairs):
             wanted = np.unique(pairs[:, 0])
-            by_key = stages.fetch_shingles(rows, keys[wanted], rendering)
+            by_key = stages.fetch_shingles(
+                rows, keys[wanted], rendering, data.dedup.on, data.dedup.ngram_words
+            )
             sets = {int(row): by_key[int(keys[row])] for row in wanted}
             for row, (other, value) in near_duplicates(pairs, sets, item, data).items():
                 matches.setdefault(row, Match(row, origin, other, "near-duplicate", value))
@@ -141,24 +143,10 @@ def _splits(outcome: Outcome, rows: Any, rendering: Rendering) -> list[HeldOut]:
         if not len(places):
             continue
         keys = outcome.table["key"].to_numpy()[places]
-        by_key = fetch_texts(rows, keys, rendering)
-        texts, prompts = zip(*(by_key[int(key)] for key in keys), strict=True)
+        by_key = stages.fetch_texts(rows, keys, rendering)
+        texts, prompts, _ = zip(*(by_key[int(key)] for key in keys), strict=True)
         labels = [f"{name} row {outcome.row_ids[place]}" for place in places.tolist()]
         found.append(HeldOut(name, labels, list(texts), list(prompts), is_split=True))
-    return found
-
-
-def fetch_texts(rows: Any, keys: Indices, rendering: Rendering) -> dict[int, tuple[str, str]]:
-    """Return what the rows with some keys say, and their prompts, by key."""
-    select = functools.partial(_texts_of_rows, keys=np.sort(keys), rendering=rendering)
-    found: dict[int, tuple[str, str]] = {}
-    chosen = rows.select_columns(["key", "messages", "text"])
-    for batch in chosen.map_batches(select, batch_format="pyarrow").iter_batches(
-        batch_size=None, batch_format="pyarrow"
-    ):
-        columns = [batch[name].to_pylist() for name in ("key", "text", "prompt")]
-        for key, text, prompt in zip(*columns, strict=True):
-            found[key] = text, prompt
     return found
 
 
@@ -204,7 +192,7 @@ def _note(
     held_out, indices, rows, rendering = context
     keys = outcome.table["key"].to_numpy()
     shared = [places[row] for row, match in matches if match.kind == "n-grams"]
-    texts = fetch_texts(rows, keys[shared], rendering) if shared else {}
+    texts = stages.fetch_texts(rows, keys[shared], rendering) if shared else {}
     for row, match in matches:
         item, place = held_out[match.origin], int(places[row])
         label = item.labels[match.held_out]
@@ -253,23 +241,6 @@ def _examples(
         }
         for row in chosen
     ]
-
-
-def _texts_of_rows(table: Any, keys: Any, rendering: Rendering) -> Any:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    chosen = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, pa.int64())))
-    rows = [rendering.own_messages(row) for row in chosen.to_pylist()]
-    return pa.table(
-        {
-            "key": chosen["key"],
-            "text": pa.array([compared_text(*row, "both") for row in rows], pa.string()),
-            "prompt": pa.array(
-                [compared_text(*row, "prompt") if row[0] else "" for row in rows], pa.string()
-            ),
-        }
-    )
 
 
 def _common_ngrams(table: Any, keys: Any, indices: Any, rendering: Rendering) -> Any:

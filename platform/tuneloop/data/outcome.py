@@ -27,6 +27,7 @@ class Outcome:
         duplicates: Over the rows at `usable`.
         split: Over all rows; those on no side have been removed.
         contamination: Train rows that repeated what is held out.
+        conflicts: Of `find_conflicts`; empty for documents.
         usable: Indices of the rows that could be read and rendered and are not too long.
         seconds: Time of each stage.
     """
@@ -41,6 +42,7 @@ class Outcome:
     duplicates: Duplicates | None = None
     split: Split | None = None
     contamination: Contamination | None = None
+    conflicts: dict[str, Any] = field(default_factory=dict)
     usable: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -21,6 +21,7 @@ from tuneloop.artifacts import Draft, Published, Workspace, fingerprint
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
 from tuneloop.data.card import write_card
+from tuneloop.data.conflicts import find_conflicts
 from tuneloop.data.decontamination import HeldOut
 from tuneloop.data.dedup import Keys, find_duplicates
 from tuneloop.data.files import SourceFile, find_evaluation_files, find_files
@@ -53,7 +54,9 @@ _COLUMNS = [
     "num_characters",
     "exact_key",
     "prompt_key",
+    "answer_key",
     "bands",
+    "prompt_bands",
 ]
 
 
@@ -125,6 +128,9 @@ def _build(
     with _timed("dedup", seconds):
         _drop_duplicates(outcome, rows, rendering)
     logger.info("removed %s duplicate rows", f"{outcome.stage.count('dedup'):,}")
+    if config.task.type != "language_modeling":
+        with _timed("conflicts", seconds):
+            outcome.conflicts = find_conflicts(outcome, rows, rendering)
     _split(outcome, config)
     with _timed("decontaminate", seconds):
         contamination = decontaminate(outcome, rows, rendering, evaluations)
@@ -154,6 +160,9 @@ def _build(
         "num_removed": written["removed"].num_rows,
         "num_train_tokens": sum(written["train"].num_tokens),
         "num_target_tokens": sum(written["train"].num_target_tokens),
+        "num_conflicts": sum(
+            outcome.conflicts.get(name, 0) for name in ("num_same_prompt", "num_near_prompt")
+        ),
         "num_contaminated_rows": len(contamination.removed),
         "contamination": {
             origin["name"]: origin["contamination_ratio"] for origin in contamination.origins
@@ -226,7 +235,7 @@ def _drop_duplicates(outcome: Outcome, rows: Any, rendering: Rendering) -> None:
     config = rendering.data.dedup
 
     def fetch(indices: Any) -> dict[int, Any]:
-        sets = stages.fetch_shingles(rows, keys[indices], rendering)
+        sets = stages.fetch_shingles(rows, keys[indices], rendering, config.on, config.ngram_words)
         return {int(index): sets[int(keys[index])] for index in indices}
 
     duplicates = find_duplicates(

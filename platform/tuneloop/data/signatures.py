@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
+ComparedSide = Literal["both", "prompt", "completion"]
 _WORD_BASE = np.uint64(0x100000001B3)
 _SHINGLE_BASE = np.uint64(0x9E3779B97F4A7C15)
 _IS_WORD = np.zeros(256, dtype=bool)
@@ -28,9 +29,7 @@ _MAX_SIGNATURE = 128
 _TARGET_RECALL = 0.98
 
 
-def compared_text(
-    messages: Sequence[dict[str, str]], text: str, on: Literal["both", "prompt", "completion"]
-) -> str:
+def compared_text(messages: Sequence[dict[str, str]], text: str, on: ComparedSide) -> str:
     """Return the part of a row that `data.dedup.on` compares; a document as it is."""
     if not messages:
         return text

@@ -14,8 +14,14 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.data.files import SourceFile
 from tuneloop.data.packing import num_pieces, place_documents
 from tuneloop.data.readers import read_rows, row_schema
-from tuneloop.data.rendering import Rendering, chunks, render_batch, shingles_of_rows
-from tuneloop.data.signatures import Hashes
+from tuneloop.data.rendering import (
+    Rendering,
+    chunks,
+    render_batch,
+    shingles_of_rows,
+    texts_of_rows,
+)
+from tuneloop.data.signatures import ComparedSide, Hashes
 
 _ROWS_PER_BLOCK = 2000
 _SORTED_HERE_BYTES = 256 << 20
@@ -70,17 +76,38 @@ def collect(rows: Any, columns: list[str]) -> Any:
     return pa.concat_tables(tables).combine_chunks().sort_by("key")
 
 
-def fetch_shingles(rows: Any, keys: Any, rendering: Rendering) -> dict[int, Hashes]:
+def fetch_shingles(
+    rows: Any, keys: Any, rendering: Rendering, on: ComparedSide, ngram_words: int
+) -> dict[int, Hashes]:
     """Return the sorted distinct shingle hashes of the rows with some keys, by key."""
-    select = functools.partial(shingles_of_rows, keys=np.sort(keys), rendering=rendering)
+    select = functools.partial(
+        shingles_of_rows, keys=np.sort(keys), rendering=rendering, on=on, ngram_words=ngram_words
+    )
     found: dict[int, Hashes] = {}
-    columns = rows.select_columns(["key", "messages", "text"])
-    for batch in columns.map_batches(select, batch_format="pyarrow").iter_batches(
-        batch_size=None, batch_format="pyarrow"
-    ):
+    for batch in _selected(rows, select):
         for key, values in zip(batch["key"].to_pylist(), batch["shingles"], strict=True):
             found[key] = values.values.to_numpy(zero_copy_only=False).astype(np.uint64)
     return found
+
+
+def fetch_texts(rows: Any, keys: Any, rendering: Rendering) -> dict[int, tuple[str, str, str]]:
+    """Return what the rows with some keys say, by key: all of it, prompt, answer.
+
+    A document has neither prompt nor answer.
+    """
+    select = functools.partial(texts_of_rows, keys=np.sort(keys), rendering=rendering)
+    found: dict[int, tuple[str, str, str]] = {}
+    for batch in _selected(rows, select):
+        columns = [batch[name].to_pylist() for name in ("key", "text", "prompt", "answer")]
+        for key, *said in zip(*columns, strict=True):
+            found[key] = (said[0], said[1], said[2])
+    return found
+
+
+def _selected(rows: Any, select: Any) -> Iterator[Any]:
+    columns = rows.select_columns(["key", "messages", "text"])
+    chosen = columns.map_batches(select, batch_format="pyarrow")
+    yield from chosen.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def column_schema(rows: Any) -> Any:
@@ -218,7 +245,8 @@ def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) ->
 def _chunk_rows(row: dict[str, Any], rendering: Rendering) -> Iterator[dict[str, Any]]:
     """Yield a document's pieces; the last one where `row_places` puts it."""
     pieces = chunks(row["input_ids"], rendering.data.max_seq_len)
-    decode = rendering.renderer().decode
+    # The fast tokenizer itself: what wraps it looks at every id in Python.
+    decode = rendering.renderer().tokenizer.backend_tokenizer.decode
     for number, ids in enumerate(pieces):
         order, position = row["#order"] + number, 0
         if row["#pack"] is not None and number == len(pieces) - 1:
