@@ -142,6 +142,38 @@ class DedupConfig(Section):
     )
 
 
+class FiltersConfig(Section):
+    """Which rows are mended or dropped for their quality. All are off by default."""
+
+    repair_text: bool = Field(
+        False,
+        description="Mend mojibake (UTF-8 read as Windows-1252), drop invisible characters, "
+        "normalise Unicode to NFC.",
+    )
+    min_characters: int | None = Field(
+        None, ge=1, description="Shortest answer, or document, in characters."
+    )
+    max_characters: int | None = Field(
+        None, ge=1, description="Longest answer, or document, in characters."
+    )
+    repetition: bool = Field(
+        False, description="Drop answers and documents that repeat themselves (Gopher's limits)."
+    )
+    template_markers: Literal["keep", "strip", "drop"] = Field(
+        "keep",
+        description="What happens to markers of chat templates in the text, such as "
+        "`### Response:` or `[INST]`.",
+    )
+    personal_data: Literal["keep", "mask", "drop"] = Field(
+        "keep",
+        description="What happens to e-mail addresses, phone and card numbers, public IP "
+        "addresses and secret keys.",
+    )
+    truncated_answers: bool = Field(
+        False, description="Drop answers that seem cut off in the middle of a sentence."
+    )
+
+
 class DecontaminationConfig(Section):
     """Which train rows are removed because they repeat what is evaluated on.
 
@@ -186,6 +218,7 @@ class DataConfig(Section):
     max_bad_rows_ratio: float = Field(
         0.0, ge=0, le=1, description="Share of unreadable rows from which preparation stops."
     )
+    filters: FiltersConfig = FiltersConfig()
     dedup: DedupConfig = DedupConfig()
     split: SplitConfig = SplitConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()

@@ -132,7 +132,7 @@ def test_every_row_ends_in_train_test_or_removed(tmp_path: Path, base: BaseModel
         assert row["level"] is None or isinstance(row["level"], int)
 
     card = json.loads((artifact.path / "card.json").read_text())
-    assert [step["rows"] for step in card["funnel"]][:4] == [107, 105, 103, 101]
+    assert [step["rows"] for step in card["funnel"]][:5] == [107, 105, 105, 103, 101]
     assert card["funnel"][-1]["rows"] == len(train) + len(test)
     assert card["dedup"]["num_near"] == card["dedup"]["num_exact"] == 1
     readme = (artifact.path / "README.md").read_text()
@@ -316,6 +316,49 @@ def test_what_is_evaluated_on_is_not_trained_on(tmp_path: Path, base: BaseModel)
     with pytest.raises(DataError, match="not valid JSON"):
         prepare(config, workspace, base)
     assert check(config, base).findings[0].where == f"{evaluation}:1"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_filters_drop_and_mend_before_rows_are_compared(tmp_path: Path, base: BaseModel) -> None:
+    rows = [
+        {"question": " ".join(sentence(f"q{i}", 12)), "answer": " ".join(sentence(f"a{i}", 5))}
+        for i in range(40)
+    ]
+    rows[1] = {"question": f"### Question:\n{rows[0]['question']}", "answer": rows[0]["answer"]}
+    rows[2]["answer"] += " to me@example.org"
+    rows[3]["answer"] = "so"
+    rows[4]["question"] = "[INST]"
+    path = write(tmp_path / "a.jsonl", rows)
+    filters = {"template_markers": "strip", "personal_data": "mask", "min_characters": 5}
+    config = config_for(path, filters=filters)
+    artifact = prepare(config, Workspace(tmp_path / "ws"), base).artifact
+    everyone = rows_of(artifact, "train") + rows_of(artifact, "test")
+    removed = {row["source"]: row for row in rows_of(artifact, "removed")}
+    assert len(everyone) == 37
+    assert {source.rpartition(":")[2] for source in removed} in ({"1", "4", "5"}, {"2", "4", "5"})
+    assert removed[f"{path}:4"]["stage"] == removed[f"{path}:5"]["stage"] == "filter"
+    assert removed[f"{path}:4"]["reason"] == "the answer is shorter than 5 characters: 2"
+    texts = [message["content"] for row in everyone for message in row["messages"]]
+    assert sum(text.endswith("to [E-MAIL]") for text in texts) == 1
+    assert not any("@" in text or "###" in text for text in texts)
+    card = json.loads((artifact.path / "card.json").read_text())
+    assert card["filters"]["changes"] == {
+        "template markers stripped": 2,
+        "personal data masked": 1,
+    }
+    assert sum(card["filters"]["num_dropped"].values()) == 2
+    assert {example["source"] for example in card["filters"]["examples"]} == {
+        f"{path}:4",
+        f"{path}:5",
+    }
+    assert [s["removed"] for s in card["funnel"] if s["stage"] == "filter"] == [2]
+    notice = check(config, base).notices[0]
+    assert notice.what == "2 of 40 rows are dropped by filters"
+
+    none = config_for(path, filters={"min_characters": 5000})
+    with pytest.raises(DataError, match="no row is left after the filters"):
+        prepare(none, Workspace(tmp_path / "ws"), base)
+    assert check(none, base).findings[0].where == "data.filters"
 
 
 @pytest.mark.usefixtures("ray_cluster")

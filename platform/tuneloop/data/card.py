@@ -61,6 +61,7 @@ def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written])
         "splits": splits,
         "split": _split_summary(config, outcome),
         "dedup": _dedup_summary(config, outcome),
+        "filters": {**config.data.filters.model_dump(), **outcome.filtered},
         "conflicts": outcome.conflicts,
         "decontamination": {
             **config.data.decontamination.model_dump(),
@@ -119,7 +120,7 @@ def _reasons(outcome: Outcome) -> list[dict[str, Any]]:
             reason = re.sub(r"^\d+% of the ", "", reason)
         elif stage == "tokenize" and " tokens, " in reason:
             reason = "more tokens than max_seq_len"
-        elif stage in ("read", "tokenize"):
+        elif stage in ("read", "filter", "tokenize"):
             reason = reason.partition(":")[0]
         if stage:
             counts[stage, reason] += 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tuneloop.config import SplitConfig, TaskConfig, TuneloopConfig
+from tuneloop.config import FiltersConfig, SplitConfig, TaskConfig, TuneloopConfig
 from tuneloop.data import stages
 from tuneloop.data.decontamination import (
     HeldOut,
@@ -63,7 +63,9 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
         is_text = sources[file.source].format == "text"
         # An evaluation need not be of this task: its labels and fields are its own.
         task = TaskConfig(type="language_modeling" if is_text else "generation")
-        data = config.data.model_copy(update={"sources": sources, "split": SplitConfig()})
+        data = config.data.model_copy(
+            update={"sources": sources, "split": SplitConfig(), "filters": FiltersConfig()}
+        )
         reading = config.model_copy(update={"task": task, "data": data})
         labels: list[str] = []
         texts: list[str] = []

@@ -28,6 +28,7 @@ class Outcome:
         split: Over all rows; those on no side have been removed.
         contamination: Train rows that repeated what is held out.
         conflicts: Of `find_conflicts`; empty for documents.
+        filtered: `changes`, in how many rows which, and `examples` of dropped rows.
         usable: Indices of the rows that could be read and rendered and are not too long.
         seconds: Time of each stage.
     """
@@ -43,6 +44,7 @@ class Outcome:
     split: Split | None = None
     contamination: Contamination | None = None
     conflicts: dict[str, Any] = field(default_factory=dict)
+    filtered: dict[str, Any] = field(default_factory=dict)
     usable: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
 

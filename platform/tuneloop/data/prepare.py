@@ -31,6 +31,7 @@ from tuneloop.data.packing import packed_tables
 from tuneloop.data.rendering import Rendering
 from tuneloop.data.split import Split, limit_train, split_rows
 from tuneloop.data.validation import (
+    nothing_left_problem,
     reason_of,
     refuse_bad_rows,
     refuse_mismatched_formats,
@@ -43,9 +44,12 @@ from tuneloop.models.source import BaseModel
 logger = logging.getLogger("tuneloop.data")
 
 CODE_VERSION = 3
+_NUM_EXAMPLES, _SHOWN_CHARACTERS = 3, 500
 _COLUMNS = [
     "source",
     "problem",
+    "dropped",
+    "changes",
     "group",
     "synthetic",
     "content_id",
@@ -119,6 +123,7 @@ def _build(
         rows = stages.render_rows(rows, rendering, warm)
         outcome = _outcome(stages.collect(rows, _COLUMNS), seconds)
         _drop_unusable(outcome, unreadable, config)
+        outcome.filtered = _filtered(outcome, rows, rendering)
     num_tokens = int(np.sum(outcome.table["num_tokens"].to_numpy()))
     logger.info(
         "tokenized %s tokens, %s a second",
@@ -204,16 +209,19 @@ def _drop_unusable(outcome: Outcome, unreadable: set[int], config: TuneloopConfi
     """Remove rows that could not be read, rendered, or are too long.
 
     Raises:
-        DataError: More than `max_bad_rows_ratio`, or too long with `too_long: error`.
+        DataError: More than `max_bad_rows_ratio`, too long with `too_long: error`, or none is left.
     """
     table, data = outcome.table, config.data
     bad, too_long = [], []
     limited = config.task.type != "language_modeling"
-    columns = [table[name].to_pylist() for name in ("key", "source", "problem", "num_tokens")]
-    for index, (key, source, problem, length) in enumerate(zip(*columns, strict=True)):
+    names = ("key", "source", "problem", "dropped", "num_tokens")
+    columns = [table[name].to_pylist() for name in names]
+    for index, (key, source, problem, dropped, length) in enumerate(zip(*columns, strict=True)):
         if problem:
             bad.append((source, problem))
             outcome.remove(index, "read" if key in unreadable else "tokenize", reason_of(problem))
+        elif dropped:
+            outcome.remove(index, "filter", dropped)
         elif limited and length > data.max_seq_len:
             too_long.append((source, length))
             outcome.remove(index, "tokenize", f"{length} tokens, more than {data.max_seq_len}")
@@ -221,6 +229,32 @@ def _drop_unusable(outcome: Outcome, unreadable: set[int], config: TuneloopConfi
     if too_long and (data.too_long == "error" or len(bad) + len(too_long) == table.num_rows):
         raise DataError(too_long_problem(too_long, table.num_rows, data))
     outcome.usable = np.flatnonzero(outcome.side != stages.REMOVED)
+    if not len(outcome.usable):
+        raise DataError(nothing_left_problem(outcome.reason))
+
+
+def _filtered(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, Any]:
+    """Return what filters changed, and the first few rows that they dropped for each reason."""
+    mended = (change.split(", ") for change in outcome.table["changes"].to_pylist() if change)
+    changes = Counter(name for names in mended for name in names)
+    by_reason: dict[str, list[int]] = {}
+    for index in np.flatnonzero(np.array(outcome.stage, dtype=object) == "filter").tolist():
+        by_reason.setdefault(outcome.reason[index].partition(":")[0], []).append(index)
+    chosen = [index for found in by_reason.values() for index in found[:_NUM_EXAMPLES]]
+    keys = outcome.table["key"].to_numpy()
+    texts = stages.fetch_texts(rows, keys[chosen], rendering) if chosen else {}
+    return {
+        "changes": dict(changes.most_common()),
+        "num_dropped": {reason: len(found) for reason, found in by_reason.items()},
+        "examples": [
+            {
+                "source": outcome.table["source"][index].as_py(),
+                "reason": outcome.reason[index],
+                "text": texts[int(keys[index])][0][:_SHOWN_CHARACTERS],
+            }
+            for index in chosen
+        ],
+    }
 
 
 def _drop_duplicates(outcome: Outcome, rows: Any, rendering: Rendering) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 STAGES = {
     "read": "could not be read or checked",
+    "filter": "dropped by a quality filter",
     "tokenize": "could not be rendered, or too long",
     "dedup": "repeated another row",
     "decontamination": "repeated what is evaluated on",
@@ -73,6 +74,7 @@ def readme(card: dict[str, Any]) -> str:
         "Train rows by length:\n\n```text\n" + _bars(train["histogram"]) + "\n```",
         "## Duplicates",
         _dedup_text(card["dedup"], card["packing"] is not None),
+        *_filters(card["filters"]),
         *_conflicts(card["conflicts"]),
         "## Contamination",
         _contamination_text(card["decontamination"]),
@@ -109,6 +111,24 @@ def _dedup_text(dedup: dict[str, Any], is_text: bool) -> str:
         text += "\n\nThe least similar rows that were removed:\n\n"
         text += _table(["similarity", "removed", "kept"], rows)
     return text
+
+
+def _filters(found: dict[str, Any]) -> list[str]:
+    """Return the section on filters, if any did something."""
+    if not found["changes"] and not found["examples"]:
+        return []
+    changed = ", ".join(f"{name} in {count:,} rows" for name, count in found["changes"].items())
+    parts = ["## Filters", f"Mended: {changed or 'nothing'}."]
+    if found["examples"]:
+        rows = [
+            [f"`{example['source']}`", example["reason"], _cut(example["text"])]
+            for example in found["examples"]
+        ]
+        parts += [
+            "Rows that were dropped, a few of each kind:",
+            _table(["row", "why", "text"], rows),
+        ]
+    return parts
 
 
 def _conflicts(found: dict[str, Any]) -> list[str]:

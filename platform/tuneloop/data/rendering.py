@@ -128,7 +128,7 @@ def render_batch(table: Any, rendering: Rendering) -> Any:
         row["num_characters"] = sum(len(message["content"]) for message in own) or len(row["text"])
         texts.append(text)
         sample = Sample([], [])
-        if not row["problem"]:
+        if not row["problem"] and not row["dropped"]:
             try:
                 sample = sample_of(row, renderer)
             except RenderError as error:
