@@ -319,6 +319,33 @@ def test_what_is_evaluated_on_is_not_trained_on(tmp_path: Path, base: BaseModel)
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_every_answer_of_a_conversation_is_learned(tmp_path: Path, base: BaseModel) -> None:
+    def talk(i: int) -> dict[str, Any]:
+        said = [" ".join(sentence(f"{i} {turn}", 8)) for turn in range(4)]
+        roles = ["user", "assistant"] * 2
+        system = [{"role": "system", "content": f"Be {said[0]}."}] * (i % 2)
+        turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+        return {"messages": [*system, *turns]}
+
+    path = write(tmp_path / "a.jsonl", [talk(i) for i in range(30)])
+    config = config_for(path, format="messages")
+    artifact = prepare(config, Workspace(tmp_path / "ws"), base).artifact
+    renderer = Renderer.load(base.path)
+    rows = rows_of(artifact, "train") + rows_of(artifact, "test")
+    assert len(rows) == 30
+    for row in rows:
+        system, *turns = row["messages"]
+        assert len(turns) == 4
+        own = system["content"].removeprefix("Answer.").strip()
+        assert own == ("" if own == "" else f"Be {turns[0]['content']}.")
+        learned = [i for i, bit in zip(row["input_ids"], row["loss_mask"], strict=True) if bit]
+        assert learned.count(renderer.stop_ids[0]) == 2
+        answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        assert renderer.decode(learned) == "".join(answers)
+    assert sum(row["messages"][0]["content"] != "Answer." for row in rows) == 15
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_filters_drop_and_mend_before_rows_are_compared(tmp_path: Path, base: BaseModel) -> None:
     rows = [
         {"question": " ".join(sentence(f"q{i}", 12)), "answer": " ".join(sentence(f"a{i}", 5))}

@@ -165,6 +165,9 @@ def _local_paths(path: str) -> list[str]:
                     remedy="name one of them, or one source for each",
                 )
             )
+        if (expanded / "state.json").is_file() and any(expanded.glob("*.arrow")):
+            # Written by `Dataset.save_to_disk`: the JSON files beside the rows describe them.
+            return sorted(str(entry) for entry in expanded.glob("*.arrow"))
         found = (entry for entry in expanded.rglob("*") if entry.is_file())
         return sorted(str(entry) for entry in found if not entry.name.startswith((".", "_")))
     return sorted(
