@@ -11,9 +11,11 @@ import pytest
 from pyarrow import parquet
 
 from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.cli import main
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
 from tuneloop.data.check import check
+from tuneloop.data.diff import diff_datasets
 from tuneloop.data.prepare import prepare
 from tuneloop.errors import DataError
 from tuneloop.models.chat import Renderer
@@ -316,6 +318,51 @@ def test_what_is_evaluated_on_is_not_trained_on(tmp_path: Path, base: BaseModel)
     with pytest.raises(DataError, match="not valid JSON"):
         prepare(config, workspace, base)
     assert check(config, base).findings[0].where == f"{evaluation}:1"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_versions_are_compared_by_what_their_rows_say(
+    tmp_path: Path, base: BaseModel, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"question": " ".join(sentence(f"q{i}", 12)), "answer": " ".join(sentence(f"a{i}", 5))}
+        for i in range(60)
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    workspace = Workspace(tmp_path / "ws")
+    old = prepare(config_for(path), workspace, base).artifact
+    # Seven rows go, one changes its answer, three are new, one of them twice.
+    changed = dict(rows[20], answer="another answer than before")
+    new_rows = [{"question": f"new {i} " + rows[i]["answer"], "answer": "x"} for i in range(3)]
+    write(path, [*rows[10:20], changed, *rows[21:57], *rows[:10:10], *rows[1:7], *new_rows])
+    with path.open("a") as file:
+        file.write(json.dumps(new_rows[0]) + "\n")
+    new = prepare(config_for(path, split={"test_ratio": 0.3}), workspace, base).artifact
+    diff = diff_datasets(new, old)
+    assert diff["num_gone"] == 7
+    assert diff["num_added"] == 5
+    assert diff["added_to"]["removed (dedup)"] == 1
+    assert diff["rows"]["test"] == (
+        old.manifest["metrics"]["num_test_rows"],
+        new.manifest["metrics"]["num_test_rows"],
+    )
+    assert diff["funnel"]["found"] == (60, 58)
+    assert diff["settings"]["data.split.test_ratio"] == (0.1, 0.3)
+    # A larger test takes rows from the train split and gives none back.
+    assert set(diff["moves"]) == {"train → test"}
+    before = {row["row_id"] for row in rows_of(old, "train")}
+    assert diff["moves"]["train → test"] == len(
+        before & {row["row_id"] for row in rows_of(new, "test")}
+    )
+    assert diff_datasets(new, new)["settings"] == {}
+    assert diff_datasets(new, new)["num_added"] == 0
+
+    arguments = ["show", "datasets/faq@v2", "--diff", "datasets/faq@v1"]
+    command = [*arguments, "--workspace", str(tmp_path / "ws")]
+    assert main(command) == 0
+    assert "data.split.test_ratio: 0.1 → 0.3" in capfd.readouterr().out
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["num_gone"] == 7
 
 
 @pytest.mark.usefixtures("ray_cluster")
