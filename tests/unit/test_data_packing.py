@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneloop.data.packing import num_pieces, pack, place_documents
+from tuneloop.data.packing import num_pieces, pack, place_documents, rest_lengths
+from tuneloop.data.rendering import chunks
 
 
 @given(st.lists(st.integers(0, 64), max_size=200))
@@ -39,3 +40,15 @@ def test_the_last_piece_of_a_document_goes_to_its_leaders_row() -> None:
     assert places.leader.tolist() == [0, 1, 0, 3]
     assert places.position.tolist() == [0, 0, 1, 0]
     assert place_documents([], 50).leader.tolist() == []
+
+
+@given(st.integers(2, 200), st.integers(2, 40))
+def test_pieces_keep_every_token_and_none_is_a_lone_token(length: int, max_seq_len: int) -> None:
+    ids = list(range(length))
+    pieces = chunks(ids, max_seq_len)
+    assert [token for piece in pieces for token in piece] == ids
+    assert len(pieces) == num_pieces(length, max_seq_len)
+    assert len(pieces[-1]) == rest_lengths(length, max_seq_len)
+    assert all(len(piece) == max_seq_len for piece in pieces[:-2])
+    assert min(map(len, pieces)) >= 2 or max_seq_len == 2
+    assert max(map(len, pieces)) <= max_seq_len

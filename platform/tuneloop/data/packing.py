@@ -37,6 +37,14 @@ def num_pieces(lengths: Any, max_seq_len: int) -> Any:
     return np.maximum(1, -(-np.asarray(lengths) // max_seq_len))
 
 
+def rest_lengths(lengths: Any, max_seq_len: int) -> Any:
+    """Return the tokens of the last piece of each document; at least two of a longer document."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    pieces = num_pieces(lengths, max_seq_len)
+    rests = lengths - (pieces - 1) * max_seq_len
+    return np.where((pieces > 1) & (rests == 1), 2, rests)
+
+
 def pack(lengths: Any, capacity: int) -> Indices:
     """Return the row of each item by best-fit-decreasing bin packing. Shape (N,), from 0.
 
@@ -85,9 +93,7 @@ def place_documents(num_tokens: Any, max_seq_len: int) -> Places:
         num_tokens: Of each document, in the order of the split. Shape (N,).
         max_seq_len: Tokens that fit a row.
     """
-    num_tokens = np.asarray(num_tokens, dtype=np.int64)
-    rests = num_tokens - (num_pieces(num_tokens, max_seq_len) - 1) * max_seq_len
-    rows = pack(rests, max_seq_len)
+    rows = pack(rest_lengths(num_tokens, max_seq_len), max_seq_len)
     order = np.argsort(rows, kind="stable")
     values = rows[order]
     is_first = np.concatenate([[True], values[1:] != values[:-1]])[: len(values)]

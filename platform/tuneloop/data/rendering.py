@@ -67,6 +67,8 @@ def sample_of(row: Mapping[str, Any], renderer: Renderer) -> Sample:
         end = renderer.tokenizer.eos_token_id
         if end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
+        if len(ids) < 2:
+            raise RenderError("the document is a single token: nothing can be predicted in it")
         return Sample(ids, [1] * len(ids))
     sample = renderer.sample([Message(m["role"], m["content"]) for m in row["messages"]])
     targets = sum(sample.loss_mask)
@@ -197,8 +199,14 @@ def content_id(messages: list[dict[str, str]], text: str) -> str:
 
 
 def chunks(ids: list[int], max_seq_len: int) -> list[list[int]]:
-    """Return a document's ids cut into pieces of at most `max_seq_len` tokens."""
-    return [ids[start : start + max_seq_len] for start in range(0, len(ids), max_seq_len)]
+    """Return a document's ids cut into pieces of at most `max_seq_len` tokens.
+
+    All are full but the last, whose length is that of `packing.rest_lengths`.
+    """
+    cuts = list(range(0, len(ids), max_seq_len))
+    if len(cuts) > 1 and len(ids) - cuts[-1] == 1:
+        cuts[-1] -= 1  # A lone token has nothing to be predicted from.
+    return [ids[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(ids)], strict=True)]
 
 
 def percentiles(values: Any, points: tuple[int, ...] = (50, 90, 95, 99, 100)) -> dict[str, int]:
