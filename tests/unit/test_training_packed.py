@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from tuneloop.training.batches import Rows, make_rows
+from tuneloop.training.loop import check_packing
 from tuneloop.training.packed import ATTENTION, loss_sum, pack
 
 _SMALL: dict[str, Any] = {
@@ -92,6 +93,7 @@ def test_documents_of_one_row_are_trained_on_as_rows_of_their_own(rows: Rows) ->
     model = _model("llama", ATTENTION)
     together = loss_sum(model, pack(merged, [0, 1])).item()
     assert together == pytest.approx(loss_sum(model, pack(rows, range(5))).item(), rel=1e-5)
+    check_packing(model, merged, torch.device("cpu"))
     with pytest.raises(ValueError, match="row p: 24 ids but documents of 23"):
         make_rows(["p"], ids[:1], masks[:1], [[2, 17, 4]])
 

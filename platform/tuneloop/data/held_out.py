@@ -31,8 +31,7 @@ from tuneloop.data.outcome import Outcome
 from tuneloop.data.readers import read_rows
 from tuneloop.data.rendering import Rendering
 from tuneloop.data.signatures import compared_text
-from tuneloop.data.validation import reason_of
-from tuneloop.errors import DataError, Problem
+from tuneloop.data.validation import BadRow, refuse_bad_rows
 
 _NUM_EXAMPLES = 5
 
@@ -55,10 +54,11 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
     """Return the rows of the evaluation files, one origin for each file.
 
     Raises:
-        DataError: A row cannot be read; told with its file and line.
+        DataError: A file is empty, or more than `data.max_bad_rows_ratio` of its rows cannot be
+            read; told with file and line.
     """
     sources = config.data.decontamination.sources
-    found, problems = [], []
+    found = []
     for position, file in enumerate(files):
         is_text = sources[file.source].format == "text"
         # An evaluation need not be of this task: its labels and fields are its own.
@@ -71,20 +71,18 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
         texts: list[str] = []
         prompts: list[str] = []
         compared: list[str] = []
+        bad: list[BadRow] = []
         for row in read_rows(file, position, reading):
             if row["problem"]:
-                problems.append(Problem(reason_of(row["problem"]), where=row["source"]))
+                bad.append((row["source"], row["problem"]))
                 continue
             said = row["messages"], row["text"]
             labels.append(row["source"])
             texts.append(compared_text(*said, "both"))
             prompts.append("" if is_text else compared_text(*said, "prompt"))
             compared.append(compared_text(*said, data.dedup.on))
-        if not labels and not problems:
-            problems.append(Problem("an evaluation file has no rows", where=file.path))
+        refuse_bad_rows(bad, len(bad) + len(labels), data)
         found.append(HeldOut(file.path, labels, texts, prompts, compared))
-    if problems:
-        raise DataError(*problems[:_NUM_EXAMPLES])
     return found
 
 

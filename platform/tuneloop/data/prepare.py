@@ -1,8 +1,8 @@
 """From the user's files to a dataset artifact, step by step.
 
-Read and validate, tokenize, deduplicate, split, write, describe. Ray Data does what is done row
-by row; what needs all rows at once (clusters, sides) is decided from small columns in this
-process. Every row ends in `train/`, `test/` or `removed/`.
+Read, filter and validate, tokenize, deduplicate, split, decontaminate, write, describe. Ray Data
+does what is done row by row; what needs all rows at once (clusters, sides) is decided from small
+columns in this process. Every row ends in `train/`, `validation/`, `test/` or `removed/`.
 """
 
 from __future__ import annotations

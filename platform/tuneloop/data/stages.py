@@ -27,6 +27,10 @@ _ROWS_PER_BLOCK = 2000
 _SORTED_HERE_BYTES = 256 << 20
 TRAIN, TEST, REMOVED, VALIDATION = 0, 1, 2, 3
 _SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
+_FINISHED_FROM = [
+    *("source", "synthetic", "messages", "text", "extra"),
+    *("input_ids", "loss_mask", "num_tokens"),
+]
 
 
 def warm_up(rendering: Rendering) -> Any:
@@ -226,7 +230,7 @@ def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) ->
     found = all_fates.take(pa.array(places)).to_pylist()
     is_text = rendering.task.type == "language_modeling"
     finished: list[dict[str, Any]] = []
-    for row, fate in zip(table.to_pylist(), found, strict=True):
+    for row, fate in zip(table.select(_FINISHED_FROM).to_pylist(), found, strict=True):
         own = json.loads(row["extra"])
         contents = [message["content"] for message in row["messages"]]
         row |= {field.name: _value(own.get(field.name), field) for field in columns}
