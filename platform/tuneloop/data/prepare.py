@@ -165,9 +165,8 @@ def _build(
         "num_removed": written["removed"].num_rows,
         "num_train_tokens": sum(written["train"].num_tokens),
         "num_target_tokens": sum(written["train"].num_target_tokens),
-        "num_conflicts": sum(
-            outcome.conflicts.get(name, 0) for name in ("num_same_prompt", "num_near_prompt")
-        ),
+        "num_conflicts": outcome.conflicts.get("num_same_prompt", 0),
+        "num_near_conflicts": outcome.conflicts.get("num_near_prompt", 0),
         "num_contaminated_rows": len(contamination.removed),
         "contamination": {
             origin["name"]: origin["contamination_ratio"] for origin in contamination.origins

@@ -143,8 +143,9 @@ def _conflicts_text(found: dict[str, Any]) -> str:
         f"{found['num_same_prompt']:,} prompts have several answers "
         f"({found['num_rows_same_prompt']:,} rows). {found['num_near_prompt']:,} pairs of prompts "
         f"share at least {found['near_threshold']:.0%} of their words and have different answers. "
-        "Nothing was removed for it. Look at them before training: a model learns a task no better "
-        "than it is defined, so task clarity is the first thing to fix."
+        "Nothing was removed for it. Several answers to one prompt cannot all be learned: task "
+        "clarity is the first thing to fix. Prompts that nearly agree may differ for good reason; "
+        "they are worth a look."
     )
     rows = [
         [
