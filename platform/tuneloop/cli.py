@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, call, help)
         if name == "show":
             sub.add_argument("ref", metavar="REF")
+            sub.add_argument("--diff", metavar="REF", help="a dataset to hold REF against")
         sub.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="whose workspace to open")
         sub.add_argument("overrides", metavar="key=value", nargs="*")
         sub.add_argument("--workspace", default="workspace", help="default: %(default)s")
@@ -298,7 +299,16 @@ def _ls(arguments: argparse.Namespace, output: IO[str]) -> int:
 def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
     from tuneloop.artifacts import Workspace
 
-    artifact = Workspace(_workspace_location(arguments)).open(arguments.ref)
+    workspace = Workspace(_workspace_location(arguments))
+    artifact = workspace.open(arguments.ref)
+    if arguments.diff:
+        from tuneloop.data.diff import diff_datasets, diff_text
+
+        diff = diff_datasets(artifact, workspace.open(arguments.diff))
+        print(
+            json.dumps(diff, ensure_ascii=False) if arguments.json else diff_text(diff), file=output
+        )
+        return 0
     if arguments.json:
         result = artifact.summary(reused=True) | {"manifest": artifact.manifest}
         print(json.dumps(result, ensure_ascii=False), file=output)

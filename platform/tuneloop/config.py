@@ -105,9 +105,29 @@ class SplitConfig(Section):
         None, ge=1, description="Rows in the test split; overrides `test_ratio`."
     )
     test_ratio: float = Field(0.1, gt=0, lt=1, description="Share of rows in the test split.")
+    num_validation_examples: int | None = Field(
+        None, ge=1, description="Rows in a validation split. Default: there is none."
+    )
+    validation_ratio: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the rows outside the test in a validation split. Default: none.",
+    )
     group_by: str | None = Field(
         None, description="A column of the rows; one group is never on both sides."
     )
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation split."""
+        return self.num_validation_examples is not None or self.validation_ratio is not None
+
+    @model_validator(mode="after")
+    def _one_size_of_validation(self) -> SplitConfig:
+        if self.num_validation_examples is not None and self.validation_ratio is not None:
+            raise ValueError("give num_validation_examples or validation_ratio, not both")
+        return self
 
 
 class DedupConfig(Section):
@@ -121,6 +141,65 @@ class DedupConfig(Section):
     ngram_words: int = Field(5, ge=1, le=20, description="Words in one shingle.")
     on: Literal["both", "prompt", "completion"] = Field(
         "both", description="Which side of a pair is compared."
+    )
+
+
+class FiltersConfig(Section):
+    """Which rows are mended or dropped for their quality. All are off by default."""
+
+    repair_text: bool = Field(
+        False,
+        description="Mend mojibake (UTF-8 read as Windows-1252), drop invisible characters, "
+        "normalise Unicode to NFC.",
+    )
+    min_characters: int | None = Field(
+        None, ge=1, description="Shortest answer, or document, in characters."
+    )
+    max_characters: int | None = Field(
+        None, ge=1, description="Longest answer, or document, in characters."
+    )
+    repetition: bool = Field(
+        False, description="Drop answers and documents that repeat themselves (Gopher's limits)."
+    )
+    template_markers: Literal["keep", "strip", "drop"] = Field(
+        "keep",
+        description="What happens to markers of chat templates in the text, such as "
+        "`### Response:` or `[INST]`.",
+    )
+    personal_data: Literal["keep", "mask", "drop"] = Field(
+        "keep",
+        description="What happens to e-mail addresses, phone and card numbers, public IP "
+        "addresses and secret keys.",
+    )
+    truncated_answers: bool = Field(
+        False, description="Drop answers that seem cut off in the middle of a sentence."
+    )
+
+
+class DecontaminationConfig(Section):
+    """Which train rows are removed because they repeat what is evaluated on.
+
+    Train rows are held against the test and the validation split, and against these files.
+    """
+
+    sources: list[SourceConfig] = Field(
+        default_factory=list,
+        description="Evaluation files whose rows may not be trained on; laid out like "
+        "`data.sources`.",
+    )
+    ngram_words: int = Field(
+        13,
+        ge=8,
+        le=50,
+        description="Words of a shared n-gram; fewer, but at least 8, where the evaluation's rows "
+        "are shorter.",
+    )
+    overlap_threshold: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the n-grams of the shorter of two rows from which the train row is "
+        "contaminated.",
     )
 
 
@@ -141,8 +220,10 @@ class DataConfig(Section):
     max_bad_rows_ratio: float = Field(
         0.0, ge=0, le=1, description="Share of unreadable rows from which preparation stops."
     )
+    filters: FiltersConfig = FiltersConfig()
     dedup: DedupConfig = DedupConfig()
     split: SplitConfig = SplitConfig()
+    decontamination: DecontaminationConfig = DecontaminationConfig()
     seed: int = 0
 
 

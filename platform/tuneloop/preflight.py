@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
@@ -59,7 +60,10 @@ def check(config: TuneloopConfig) -> Preflight:
     if data.num_usable:
         num_rows = min(data.num_usable, config.data.num_train_examples or data.num_usable)
         mean = data.num_tokens / data.num_usable
-        expected = estimate(config, base, num_rows, round(mean * num_rows), data.target_ratio)
+        num_tokens = round(mean * num_rows)
+        if config.task.type == "language_modeling":
+            num_rows = math.ceil(num_tokens / config.data.max_seq_len)  # packed
+        expected = estimate(config, base, num_rows, num_tokens, data.target_ratio)
         try:
             refuse_impossible(expected)
         except UserError as error:

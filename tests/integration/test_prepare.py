@@ -2,22 +2,26 @@ from __future__ import annotations
 
 import json
 import random
-import time
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pyarrow import parquet
 
 from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.cli import main
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
 from tuneloop.data.check import check
+from tuneloop.data.diff import diff_datasets
 from tuneloop.data.prepare import prepare
 from tuneloop.errors import DataError
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel
 from tuneloop.records import Message
+from tuneloop.training.batches import read_rows
 
 WORDS = [a + b + c for a in ("ka", "lo", "mi", "ru") for b in ("ta", "ne", "so") for c in "xyzw"]
 
@@ -130,7 +134,7 @@ def test_every_row_ends_in_train_test_or_removed(tmp_path: Path, base: BaseModel
         assert row["level"] is None or isinstance(row["level"], int)
 
     card = json.loads((artifact.path / "card.json").read_text())
-    assert [step["rows"] for step in card["funnel"]][:4] == [107, 105, 103, 101]
+    assert [step["rows"] for step in card["funnel"]][:5] == [107, 105, 105, 103, 101]
     assert card["funnel"][-1]["rows"] == len(train) + len(test)
     assert card["dedup"]["num_near"] == card["dedup"]["num_exact"] == 1
     readme = (artifact.path / "README.md").read_text()
@@ -178,85 +182,356 @@ def test_bad_data_stops_before_anything_is_published(tmp_path: Path, base: BaseM
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_documents_are_cut_with_every_token_kept_once(tmp_path: Path, base: BaseModel) -> None:
-    texts = [" ".join(sentence(f"d{i}", 20 + 40 * (i % 5))) for i in range(20)]
-    path = write(tmp_path / "a.jsonl", [{"text": text, "order": i} for i, text in enumerate(texts)])
+@pytest.mark.parametrize("sorted_here_bytes", [256 << 20, 0])
+def test_documents_are_packed_with_every_token_kept_once(
+    sorted_here_bytes: int, tmp_path: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_SORTED_HERE_BYTES", sorted_here_bytes)
+    texts = [" ".join(sentence(f"d{i}", 3 + 7 * (i % 9))) for i in range(60)]
+    lines = [{"text": text, "order": i, "shelf": "a"} for i, text in enumerate(texts)]
     config = config_for(
-        path,
+        write(tmp_path / "a.jsonl", lines),
         task={"type": "language_modeling"},
         format="text",
-        max_seq_len=50,
-        split={"num_test_examples": 4},
+        max_seq_len=100,
+        split={"num_test_examples": 6},
     )
     artifact = prepare(config, Workspace(tmp_path / "ws"), base).artifact
-    rows = rows_of(artifact, "train") + rows_of(artifact, "test")
-    renderer = Renderer.load(base.path)
+    train, test = rows_of(artifact, "train"), rows_of(artifact, "test")
+    rows = train + test
     assert len({row["row_id"] for row in rows}) == len(rows)
-    for i, text in enumerate(texts):
-        pieces = [row for row in rows if row["order"] == i]
-        assert max(row["num_tokens"] for row in pieces) <= 50
-        ids = [token for row in pieces for token in row["input_ids"]]
-        assert ids == [*renderer.text_ids(text), renderer.tokenizer.eos_token_id]
-        assert all(all(row["loss_mask"]) for row in pieces)
-        assert len({row["source"] for row in pieces}) == 1
-    assert len({row["order"] for row in rows_of(artifact, "test")}) == 4
+    assert max(row["num_tokens"] for row in rows) <= 100
+    assert all(all(row["loss_mask"]) for row in rows)
+    assert {row["shelf"] for row in rows} == {"a"}
+    assert all(sum(row["document_lengths"]) == row["num_tokens"] for row in rows)
+    assert all(len(row["document_ids"]) == 1 for row in test)
+    assert len({row["order"] for row in test}) == 6
 
+    renderer = Renderer.load(base.path)
+    end = renderer.tokenizer.eos_token_id
+    pieces: dict[str, list[tuple[int, list[int]]]] = {}
+    for row in rows:
+        cuts = np.cumsum([0, *row["document_lengths"]])
+        for start, stop, name in zip(cuts[:-1], cuts[1:], row["document_ids"], strict=True):
+            document, _, number = name.partition(".")
+            ids = row["input_ids"][start:stop]
+            pieces.setdefault(document, []).append((int(number or 0), ids))
+    found = sorted(list(chain(*(ids for _, ids in sorted(p)))) for p in pieces.values())
+    assert found == sorted([*renderer.text_ids(text), end] for text in texts)
+    # Some documents are longer than a row, most are shorter; only the last row may stay open.
+    assert max(map(len, found)) > 100
+    packing = json.loads((artifact.path / "card.json").read_text())["packing"]
+    assert packing["num_documents"] == 54
+    assert packing["num_rows"] == len(train)
+    assert packing["padding_ratio"] < 0.1
+    room = 100 * len(train)
+    assert packing["padding_ratio"] == pytest.approx(
+        1 - sum(row["num_tokens"] for row in train) / room, abs=1e-6
+    )
+    whole = [row["text"] for row in train if "." not in "".join(row["document_ids"])]
+    assert {part for text in whole for part in text.split("\n\n")} <= set(texts)
 
-def planted(num_documents: int) -> tuple[list[str], dict[int, int]]:
-    """Return documents, and for each planted near-duplicate the one it was made from."""
-    generator = random.Random(7)
-    vocabulary = [f"{a}{b}" for a in WORDS for b in WORDS[:20]]
-    texts: list[str] = []
-    origin: dict[int, int] = {}
-    for _ in range(num_documents):
-        kind = generator.random()
-        if texts and kind < 0.2:
-            source = generator.randrange(len(texts))
-            if source not in origin:
-                words = texts[source].split()
-                # One changed word of w spoils 5 of w - 4 shingles: similarity 0.85 to 0.98.
-                for _ in range(max(1, len(words) // 80)):
-                    words[generator.randrange(len(words))] = generator.choice(vocabulary)
-                origin[len(texts)] = source
-                texts.append(" ".join(words))
-                continue
-        texts.append(" ".join(generator.choices(vocabulary, k=generator.randrange(80, 200))))
-    return texts, origin
+    # Training takes the documents of a row apart again.
+    stored = read_rows(artifact.path)
+    assert stored.row_ids == [row["row_id"] for row in train]
+    for index, row in enumerate(train):
+        assert stored.document_lengths(index) == row["document_lengths"]
+        assert stored.num_target_tokens[index] == row["num_tokens"] - len(row["document_ids"])
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_planted_near_duplicates_are_found_across_blocks(
+def test_what_is_evaluated_on_is_not_trained_on(tmp_path: Path, base: BaseModel) -> None:
+    rows = [
+        {"question": " ".join(sentence(f"q{i}", 30)), "answer": " ".join(sentence(f"a{i}", 30))}
+        for i in range(120)
+    ]
+    bench = [
+        {"question": " ".join(sentence(f"bench{i}", 40)), "answer": " ".join(sentence(f"b{i}", 9))}
+        for i in range(20)
+    ]
+    words = bench[2]["question"].split()
+    rows[0] = {"question": bench[0]["question"].upper(), "answer": "another answer"}
+    rows[1] = {"question": " ".join([*words[:-1], "new"]), "answer": bench[2]["answer"]}
+    rows[2]["answer"] += " " + " ".join(bench[4]["question"].split()[3:35]) + " and so on"
+    plain = tmp_path / "essay.txt"
+    plain.write_text("Before it. " + rows[3]["answer"] + ". After it.")
+    path = write(tmp_path / "a.jsonl", rows)
+    evaluation = write(tmp_path / "bench.jsonl", bench)
+    config = config_for(
+        path,
+        num_train_examples=60,
+        split={"num_test_examples": 10, "num_validation_examples": 12},
+        decontamination={
+            "sources": [
+                {"path": str(evaluation), "format": "question_answer"},
+                {"path": str(plain), "format": "text"},
+            ]
+        },
+    )
+    workspace = Workspace(tmp_path / "ws")
+    artifact = prepare(config, workspace, base).artifact
+    sides = {side: rows_of(artifact, side) for side in ("train", "test", "validation")}
+    assert {side: len(found) for side, found in sides.items()} == {
+        "train": 60,
+        "test": 10,
+        "validation": 12,
+    }
+    gone = {
+        int(row["source"].rpartition(":")[2]): row
+        for row in rows_of(artifact, "removed")
+        if row["stage"] == "decontamination"
+    }
+    # A row that is itself held out may repeat an evaluation: it is not trained on.
+    kept_out = {
+        int(row["source"].rpartition(":")[2]) for row in sides["test"] + sides["validation"]
+    }
+    expected = {
+        1: ("same prompt", "bench.jsonl:1:"),
+        2: ("near-duplicate of", "bench.jsonl:3:"),
+        3: ("13-word n-grams are those of", "bench.jsonl:5:"),
+        4: ("13-word n-grams are those of", "essay.txt:1:"),
+    }
+    assert set(gone) == set(expected) - kept_out
+    assert len(gone) >= 3
+    for line, row in gone.items():
+        assert all(part in row["reason"] for part in expected[line])
+        assert 0.5 <= row["similarity"] <= 1
+    if 3 in gone:
+        assert " ".join(bench[4]["question"].split()[3:20]) in gone[3]["reason"]
+    card = json.loads((artifact.path / "card.json").read_text())
+    origins = {Path(o["name"]).name: o for o in card["decontamination"]["origins"]}
+    assert set(origins) == {"test", "validation", "bench.jsonl", "essay.txt"}
+    assert sum(origin["num_removed"] for origin in origins.values()) == len(gone)
+    assert origins["bench.jsonl"]["num_rows"] == 20
+    assert origins["test"]["num_removed"] == 0
+    metrics = artifact.manifest["metrics"]
+    assert metrics["num_contaminated_rows"] == len(gone)
+    ratio = origins["bench.jsonl"]["num_contaminated"] / 20
+    assert metrics["contamination"][str(evaluation)] == ratio
+    assert metrics["num_validation_rows"] == 12
+    assert "Contamination" in (artifact.path / "README.md").read_text()
+
+    assert prepare(config, workspace, base).reused
+    write(evaluation, bench[5:])
+    assert not prepare(config, workspace, base).reused
+    evaluation.write_text("{\n")
+    with pytest.raises(DataError, match="not valid JSON"):
+        prepare(config, workspace, base)
+    assert check(config, base).findings[0].where == f"{evaluation}:1"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_versions_are_compared_by_what_their_rows_say(
+    tmp_path: Path, base: BaseModel, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"question": " ".join(sentence(f"q{i}", 12)), "answer": " ".join(sentence(f"a{i}", 5))}
+        for i in range(60)
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    workspace = Workspace(tmp_path / "ws")
+    old = prepare(config_for(path), workspace, base).artifact
+    # Seven rows go, one changes its answer, three are new, one of them twice.
+    changed = dict(rows[20], answer="another answer than before")
+    new_rows = [{"question": f"new {i} " + rows[i]["answer"], "answer": "x"} for i in range(3)]
+    write(path, [*rows[10:20], changed, *rows[21:57], *rows[:10:10], *rows[1:7], *new_rows])
+    with path.open("a") as file:
+        file.write(json.dumps(new_rows[0]) + "\n")
+    new = prepare(config_for(path, split={"test_ratio": 0.3}), workspace, base).artifact
+    diff = diff_datasets(new, old)
+    assert diff["num_gone"] == 7
+    assert diff["num_added"] == 5
+    assert diff["added_to"]["removed (dedup)"] == 1
+    assert diff["rows"]["test"] == (
+        old.manifest["metrics"]["num_test_rows"],
+        new.manifest["metrics"]["num_test_rows"],
+    )
+    assert diff["funnel"]["found"] == (60, 58)
+    assert diff["settings"]["data.split.test_ratio"] == (0.1, 0.3)
+    # A larger test takes rows from the train split and gives none back.
+    assert set(diff["moves"]) == {"train → test"}
+    before = {row["row_id"] for row in rows_of(old, "train")}
+    assert diff["moves"]["train → test"] == len(
+        before & {row["row_id"] for row in rows_of(new, "test")}
+    )
+    assert diff_datasets(new, new)["settings"] == {}
+    assert diff_datasets(new, new)["num_added"] == 0
+
+    arguments = ["show", "datasets/faq@v2", "--diff", "datasets/faq@v1"]
+    command = [*arguments, "--workspace", str(tmp_path / "ws")]
+    assert main(command) == 0
+    assert "data.split.test_ratio: 0.1 → 0.3" in capfd.readouterr().out
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["num_gone"] == 7
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_answer_of_a_conversation_is_learned(tmp_path: Path, base: BaseModel) -> None:
+    def talk(i: int) -> dict[str, Any]:
+        said = [" ".join(sentence(f"{i} {turn}", 8)) for turn in range(4)]
+        roles = ["user", "assistant"] * 2
+        system = [{"role": "system", "content": f"Be {said[0]}."}] * (i % 2)
+        turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+        return {"messages": [*system, *turns]}
+
+    path = write(tmp_path / "a.jsonl", [talk(i) for i in range(30)])
+    config = config_for(path, format="messages")
+    artifact = prepare(config, Workspace(tmp_path / "ws"), base).artifact
+    renderer = Renderer.load(base.path)
+    rows = rows_of(artifact, "train") + rows_of(artifact, "test")
+    assert len(rows) == 30
+    for row in rows:
+        system, *turns = row["messages"]
+        assert len(turns) == 4
+        own = system["content"].removeprefix("Answer.").strip()
+        assert own == ("" if own == "" else f"Be {turns[0]['content']}.")
+        learned = [i for i, bit in zip(row["input_ids"], row["loss_mask"], strict=True) if bit]
+        assert learned.count(renderer.stop_ids[0]) == 2
+        answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        assert renderer.decode(learned) == "".join(answers)
+    assert sum(row["messages"][0]["content"] != "Answer." for row in rows) == 15
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_filters_drop_and_mend_before_rows_are_compared(tmp_path: Path, base: BaseModel) -> None:
+    rows = [
+        {"question": " ".join(sentence(f"q{i}", 12)), "answer": " ".join(sentence(f"a{i}", 5))}
+        for i in range(40)
+    ]
+    rows[1] = {"question": f"### Question:\n{rows[0]['question']}", "answer": rows[0]["answer"]}
+    rows[2]["answer"] += " to me@example.org"
+    rows[3]["answer"] = "so"
+    rows[4]["question"] = "[INST]"
+    path = write(tmp_path / "a.jsonl", rows)
+    filters = {"template_markers": "strip", "personal_data": "mask", "min_characters": 5}
+    config = config_for(path, filters=filters)
+    artifact = prepare(config, Workspace(tmp_path / "ws"), base).artifact
+    everyone = rows_of(artifact, "train") + rows_of(artifact, "test")
+    removed = {row["source"]: row for row in rows_of(artifact, "removed")}
+    assert len(everyone) == 37
+    assert {source.rpartition(":")[2] for source in removed} in ({"1", "4", "5"}, {"2", "4", "5"})
+    assert removed[f"{path}:4"]["stage"] == removed[f"{path}:5"]["stage"] == "filter"
+    assert removed[f"{path}:4"]["reason"] == "the answer is shorter than 5 characters: 2"
+    texts = [message["content"] for row in everyone for message in row["messages"]]
+    assert sum(text.endswith("to [E-MAIL]") for text in texts) == 1
+    assert not any("@" in text or "###" in text for text in texts)
+    card = json.loads((artifact.path / "card.json").read_text())
+    assert card["filters"]["changes"] == {
+        "template markers stripped": 2,
+        "personal data masked": 1,
+    }
+    assert sum(card["filters"]["num_dropped"].values()) == 2
+    assert {example["source"] for example in card["filters"]["examples"]} == {
+        f"{path}:4",
+        f"{path}:5",
+    }
+    assert [s["removed"] for s in card["funnel"] if s["stage"] == "filter"] == [2]
+    notice = check(config, base).notices[0]
+    assert notice.what == "2 of 40 rows are dropped by filters"
+
+    none = config_for(path, filters={"min_characters": 5000})
+    with pytest.raises(DataError, match="no row is left after the filters"):
+        prepare(none, Workspace(tmp_path / "ws"), base)
+    assert check(none, base).findings[0].where == "data.filters"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_rows_that_ask_the_same_and_answer_differently_are_listed(
+    tmp_path: Path, base: BaseModel
+) -> None:
+    rows = [
+        {"question": " ".join(sentence(f"q{i}", 20)), "answer": f"answer {i}"} for i in range(40)
+    ]
+    words = sentence("near", 30)
+    rows += [
+        {"question": "How much is it?", "answer": "It is free."},
+        {"question": "how much  is it?", "answer": "Ten dollars a month."},
+        {"question": "How much is it?", "answer": "It is Free."},
+        {"question": " ".join(words), "answer": "yes"},
+        {"question": " ".join(words[::-1]), "answer": "no"},
+        # The same answer, and another question: no conflict.
+        {"question": " ".join(sentence("alike", 30)), "answer": "maybe"},
+        {"question": " ".join(sentence("alike", 30)[::-1]), "answer": "maybe"},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    artifact = prepare(config_for(path), Workspace(tmp_path / "ws"), base).artifact
+    found = json.loads((artifact.path / "card.json").read_text())["conflicts"]
+    assert (found["num_same_prompt"], found["num_rows_same_prompt"]) == (1, 2)
+    assert found["num_near_prompt"] == 1
+    metrics = artifact.manifest["metrics"]
+    assert (metrics["num_conflicts"], metrics["num_near_conflicts"]) == (1, 1)
+    same, near = found["examples"]
+    assert same["kind"] == "same prompt"
+    assert {row["answer"].lower() for row in same["rows"]} == {
+        "it is free.",
+        "ten dollars a month.",
+    }
+    assert [row["answer"] for row in near["rows"]] == ["yes", "no"]
+    assert near["rows"][0]["source"] == f"{path}:44"
+    assert "Ten dollars a month." in (artifact.path / "README.md").read_text()
+
+
+def planted(num_documents: int) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
+    """Return shuffled documents and, by kind, the pairs planted among them.
+
+    Of similarity over word 5-grams `near` pairs have at least 0.85 and `decoy` pairs at most 0.75.
+    """
+    chooser = random.Random(7)
+    vocabulary = [f"{a}{b}" for a in WORDS for b in WORDS[:20]]
+    count = num_documents // 10
+    texts = [
+        " ".join(chooser.choices(vocabulary, k=chooser.randrange(80, 200)))
+        for _ in range(num_documents - 2 * count - count // 2)
+    ]
+    sources = iter(chooser.sample(texts, 2 * count + count // 2))
+
+    def changed(text: str, least: float, most: float) -> str:
+        grams = five_grams(text)
+        while True:
+            words = text.split()
+            for _ in range(chooser.randint(1, 12)):
+                words[chooser.randrange(len(words))] = chooser.choice(vocabulary)
+            other = five_grams(" ".join(words))
+            if least <= len(grams & other) / len(grams | other) <= most:
+                return " ".join(words)
+
+    pairs = {
+        "exact": [(text, text.upper().replace(" ", "  ", 3)) for text in islice(sources, count)],
+        "near": [(text, changed(text, 0.85, 0.99)) for text in islice(sources, count)],
+        "decoy": [(text, changed(text, 0.4, 0.75)) for text in sources],
+    }
+    texts += [copy for items in pairs.values() for _, copy in items]
+    chooser.shuffle(texts)
+    return texts, pairs
+
+
+def five_grams(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_planted_duplicates_are_found_across_blocks(
     tmp_path: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts, origin = planted(3000)
+    texts, pairs = planted(2400)
     folder = tmp_path / "parts"
     folder.mkdir()
     for part in range(6):
         write(folder / f"{part}.jsonl", [{"text": text} for text in texts[part::6]])
     config = config_for(folder, task={"type": "language_modeling"}, format="text")
-    started = time.monotonic()
     artifact = prepare(config, Workspace(tmp_path / "ws"), base).artifact
-    seconds = time.monotonic() - started
     removed = [row for row in rows_of(artifact, "removed") if row["stage"] == "dedup"]
-
-    def cluster(index: int) -> int:
-        return origin.get(index, index)
-
-    number = {text: index for index, text in enumerate(texts)}
-    correct = [
-        row
-        for row in removed
-        if number[row["text"]] in {i for pair in origin.items() for i in pair}
-    ]
-    assert len(correct) / len(removed) >= 0.97
-    # Of a cluster of n one stays: n - 1 removals are wanted.
-    sizes: dict[int, int] = {}
-    for index in range(len(texts)):
-        sizes[cluster(index)] = sizes.get(cluster(index), 0) + 1
-    wanted = sum(size - 1 for size in sizes.values())
-    assert len(correct) / wanted >= 0.95
+    gone = {row["text"] for row in removed}
+    assert len(gone) == len(removed)
+    for kind in ("exact", "near"):
+        # Of each planted pair exactly one goes.
+        found = sum((one in gone) != (copy in gone) for one, copy in pairs[kind])
+        assert found / len(pairs[kind]) >= 0.95
+    mates = {t: other for a, b in pairs["exact"] + pairs["near"] for t, other in ((a, b), (b, a))}
+    assert sum(mates.get(text, text) not in gone for text in gone) / len(gone) >= 0.97
+    assert gone.isdisjoint(text for pair in pairs["decoy"] for text in pair)
     assert min(row["similarity"] for row in removed) >= 0.8
-    assert seconds < 60
 
     # One file, another order, other blocks, Ray's own sort: the same rows go to the same places.
     single = tmp_path / "single"

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuneloop.config import DedupConfig
+from tuneloop.config import DataConfig, DedupConfig
 from tuneloop.data.dedup import Duplicates, Keys, candidate_pairs, find_duplicates
 from tuneloop.data.signatures import (
     band_hashes,
@@ -16,6 +17,7 @@ from tuneloop.data.signatures import (
     normalised_hash,
     shingles,
 )
+from tuneloop.data.split import split_rows
 
 
 def duplicates_of(texts: list[str], config: DedupConfig, preference: list[int]) -> Duplicates:
@@ -153,6 +155,48 @@ def test_result_does_not_depend_on_row_order() -> None:
     results = [kept_texts(order) for order in orders]
     assert len(results[0]) == len(set(texts))
     assert results[0] == results[1] == results[2]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(90)), st.sets(st.integers(1, 89), max_size=12))
+def test_no_duplicate_straddles_the_split_whatever_the_blocks(
+    order: list[int], cuts: set[int]
+) -> None:
+    originals = [" ".join(random.Random(i).choices("abcdefghijklmnop", k=60)) for i in range(60)]
+    # A third of the rows have a near-duplicate: one word of 60 spoils 5 of 56 shingles.
+    copies = [" ".join(["changed", *text.split()[1:]]) for text in originals[:20]]
+    texts = [(originals + copies + [t.upper() for t in originals[:10]])[i] for i in order]
+    config = DedupConfig(exact=False, near=False)
+    bounds = [0, *sorted(cuts), 90]
+    blocks = [texts[a:b] for a, b in pairwise(bounds)]
+    found = [shingles(block, config.ngram_words) for block in blocks]
+    sets = [values for item in found for values in item.sets()]
+    keys = Keys(
+        np.array([normalised_hash(text) for text in texts]),
+        np.concatenate([band_hashes(item, config.threshold) for item in found]),
+        np.argsort(np.argsort(np.array(texts))),
+    )
+    cluster = find_duplicates(keys, config, lambda rows: {int(i): sets[i] for i in rows}).cluster
+    of_text = dict(zip(texts, cluster.tolist(), strict=True))
+    for original, copy in zip(originals, copies, strict=False):
+        assert of_text[original] == of_text[copy]
+    assert len(set(cluster.tolist())) == 60
+
+    data = DataConfig.model_validate(
+        {
+            "sources": [{"path": "x", "format": "text"}],
+            "split": {"num_test_examples": 20, "validation_ratio": 0.2},
+        }
+    )
+    split = split_rows(texts, [""] * 90, [cluster], data)
+    sides = [set(cluster[s].tolist()) for s in (split.train, split.test, split.validation)]
+    assert sum(map(len, sides)) == len(set.union(*sides))
+    tested = {texts[i] for i in split.test}
+    in_order = sorted(texts)
+    reference = split_rows(
+        in_order, [""] * 90, [np.array([of_text[text] for text in in_order])], data
+    )
+    assert tested == {in_order[i] for i in reference.test}
 
 
 def test_no_rows_and_no_words() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 from pathlib import Path
@@ -88,15 +89,73 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path) -> None:
         table = pa.Table.from_pylist(rows)
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
+    plain = (tmp_path / "a.jsonl").read_bytes()
+    with pa.CompressedOutputStream(str(tmp_path / "c.jsonl.zst"), "zstd") as sink:
+        sink.write(plain)
+    (tmp_path / "d.jsonl.bz2").write_bytes(bz2.compress(plain))
     expected = [[("user", r["question"]), ("assistant", r["answer"])] for r in rows]
-    for name in ("a.jsonl", "a.json", "b.jsonl.gz", "a.csv", "a.parquet", "a.arrow"):
+    names = ("a.jsonl", "a.json", "b.jsonl.gz", "c.jsonl.zst", "d.jsonl.bz2")
+    for name in (*names, "a.csv", "a.parquet", "a.arrow"):
         found = read(config_for(tmp_path / name, "question_answer"))
         assert [turns(row) for row in found] == expected, name
         assert len({row["key"] for row in found}) == 3
     everything = read(config_for(tmp_path, "question_answer"))
-    assert len(everything) == 18
-    assert len({row["key"] for row in everything}) == 18
-    assert len(read(config_for(tmp_path / "*.jsonl*", "question_answer"))) == 6
+    assert len(everything) == 24
+    assert len({row["key"] for row in everything}) == 24
+    assert len(read(config_for(tmp_path / "*.jsonl*", "question_answer"))) == 12
+
+
+def test_a_saved_dataset_is_read_and_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"question": f"q{i}", "answer": f"a{i}", "level": i} for i in range(5)]
+    dataset = Dataset.from_list(rows)
+    dataset.save_to_disk(tmp_path / "one", num_shards=2)
+    found = read(config_for(tmp_path / "one", "question_answer"))
+    assert [turns(row)[0][1] for row in found] == [f"q{i}" for i in range(5)]
+    assert json.loads(found[4]["extra"]) == {"level": 4}
+
+    DatasetDict({"train": dataset, "extra": dataset}).save_to_disk(tmp_path / "many")
+    with pytest.raises(DataError, match="several splits") as caught:
+        read(config_for(tmp_path / "many", "question_answer"))
+    assert str(tmp_path / "many" / "train") in str(caught.value)
+    assert len(read(config_for(tmp_path / "many" / "train", "question_answer"))) == 5
+
+
+@pytest.mark.parametrize("layout", ["messages", "sharegpt"])
+def test_conversations_of_several_turns_keep_them_all(layout: str, tmp_path: Path) -> None:
+    said = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "And?")]
+    said.append(("assistant", "Bye."))
+    if layout == "messages":
+        row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    else:
+        names = {"user": "human", "assistant": "gpt", "system": "system"}
+        row = {"conversations": [{"from": names[role], "value": text} for role, text in said]}
+    path = lines(tmp_path / "a.jsonl", row)
+    (found,) = read(config_for(path, layout))
+    assert turns(found) == said
+    task = {"type": "generation", "instruction": "Answer."}
+    (found,) = read(config_for(path, layout, task=task))
+    assert turns(found) == [("system", "Answer.\n\nBe brief."), *said[1:]]
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        (["user", "user", "assistant"], "do not alternate"),
+        (["user", "assistant", "user"], "do not alternate"),
+        (["assistant", "user", "assistant"], "do not alternate"),
+        (["user", "system", "assistant"], "not the first"),
+        (["user", "tool", "assistant"], "a role that is not supported"),
+        (["system"], "do not alternate"),
+    ],
+)
+def test_turns_that_are_no_conversation_are_refused(
+    roles: list[str], expected: str, tmp_path: Path
+) -> None:
+    row = {"messages": [{"role": role, "content": "x"} for role in roles]}
+    (found,) = read(config_for(lines(tmp_path / "a.jsonl", row), "messages"))
+    assert expected in what(found)["what"]
 
 
 def test_csv_rows_name_their_first_line(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from tuneloop.training.batches import Rows, make_rows
+from tuneloop.training.loop import check_packing
 from tuneloop.training.packed import ATTENTION, loss_sum, pack
 
 _SMALL: dict[str, Any] = {
@@ -80,6 +81,21 @@ def test_loss_and_gradient_equal_those_of_the_rows_one_by_one(family: str, rows:
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert one.grad is not None
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_documents_of_one_row_are_trained_on_as_rows_of_their_own(rows: Rows) -> None:
+    ids, masks = (
+        [np.concatenate([rows.row(i)[part] for i in row]).tolist() for row in ([3, 0, 1], [2, 4])]
+        for part in (0, 1)
+    )
+    merged = make_rows(["p", "q"], ids, masks, [[2, 17, 5], [23, 11]])
+    assert merged.num_target_tokens.sum() == rows.num_target_tokens.sum()
+    model = _model("llama", ATTENTION)
+    together = loss_sum(model, pack(merged, [0, 1])).item()
+    assert together == pytest.approx(loss_sum(model, pack(rows, range(5))).item(), rel=1e-5)
+    check_packing(model, merged, torch.device("cpu"))
+    with pytest.raises(ValueError, match="row p: 24 ids but documents of 23"):
+        make_rows(["p"], ids[:1], masks[:1], [[2, 17, 4]])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,17 +16,10 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
 from tuneloop.data.files import DOCSTRINGS
 from tuneloop.data.outcome import Outcome
+from tuneloop.data.readme import STAGES, readme
 from tuneloop.data.rendering import percentiles
 from tuneloop.data.signatures import band_shape
 from tuneloop.data.writing import Written
-
-_STAGES = {
-    "read": "could not be read or checked",
-    "tokenize": "could not be rendered, or too long",
-    "dedup": "repeated another row",
-    "split": "in no split",
-}
-_BAR = 30
 
 
 def write_card(
@@ -36,12 +29,14 @@ def write_card(
     card = _card(config, outcome, written)
     text = json.dumps(card, indent=2, ensure_ascii=False)
     (path / "card.json").write_text(text, encoding="utf-8")
-    (path / "README.md").write_text(_readme(card), encoding="utf-8")
+    (path / "README.md").write_text(readme(card), encoding="utf-8")
 
 
 def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written]) -> dict[str, Any]:
     splits = {}
-    for name in ("train", "test"):
+    for name in ("train", "validation", "test"):
+        if name not in written:
+            continue
         lengths, targets = written[name].num_tokens, written[name].num_target_tokens
         splits[name] = {
             "num_rows": written[name].num_rows,
@@ -66,6 +61,13 @@ def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written])
         "splits": splits,
         "split": _split_summary(config, outcome),
         "dedup": _dedup_summary(config, outcome),
+        "filters": {**config.data.filters.model_dump(), **outcome.filtered},
+        "conflicts": outcome.conflicts,
+        "decontamination": {
+            **config.data.decontamination.model_dump(),
+            "origins": outcome.contamination.origins if outcome.contamination else [],
+        },
+        "packing": _packing(config, outcome, written["train"].num_tokens),
         "synthetic_ratio": round(float(np.mean(outcome.table["synthetic"].to_numpy())), 4),
         "max_seq_len": config.data.max_seq_len,
         "seed": config.data.seed,
@@ -92,7 +94,7 @@ def _funnel(outcome: Outcome) -> list[dict[str, Any]]:
     stage = np.array(outcome.stage, dtype=object)
     left = np.ones(len(stage), dtype=bool)
     funnel = [{"stage": "found", "rows": len(stage), "removed": 0, "tokens": int(tokens.sum())}]
-    for name in _STAGES:
+    for name in STAGES:
         removed = stage == name
         left &= ~removed
         funnel.append(
@@ -112,9 +114,13 @@ def _reasons(outcome: Outcome) -> list[dict[str, Any]]:
     for stage, reason in zip(outcome.stage, outcome.reason, strict=True):
         if stage == "dedup":
             reason = reason.partition(" of ")[0]
+        elif stage == "decontamination":
+            reason = reason.partition(":")[0]
+            reason = re.sub(r"(test|validation) row \S+", r"\1 rows", reason)
+            reason = re.sub(r"^\d+% of the ", "", reason)
         elif stage == "tokenize" and " tokens, " in reason:
             reason = "more tokens than max_seq_len"
-        elif stage in ("read", "tokenize"):
+        elif stage in ("read", "filter", "tokenize"):
             reason = reason.partition(":")[0]
         if stage:
             counts[stage, reason] += 1
@@ -128,8 +134,7 @@ def _split_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
     assert outcome.split is not None
     summary: dict[str, Any] = {
         **config.data.split.model_dump(),
-        "num_units_train": outcome.split.num_groups[0],
-        "num_units_test": outcome.split.num_groups[1],
+        **{f"num_units_{side}": count for side, count in outcome.split.num_groups.items()},
     }
     if config.data.split.group_by is not None:
         groups = np.array(outcome.table["group"].to_pylist(), dtype=object)
@@ -169,6 +174,20 @@ def _dedup_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def _packing(
+    config: TuneloopConfig, outcome: Outcome, num_tokens: list[int]
+) -> dict[str, Any] | None:
+    """Return how full the rows of a corpus are; None for conversations."""
+    if config.task.type != "language_modeling":
+        return None
+    room = len(num_tokens) * config.data.max_seq_len
+    return {
+        "num_documents": int((outcome.side == stages.TRAIN).sum()),
+        "num_rows": len(num_tokens),
+        "padding_ratio": round(1 - sum(num_tokens) / max(1, room), 6),
+    }
+
+
 def _histogram(lengths: list[int]) -> list[dict[str, int]]:
     """Return about ten classes of equal, round width."""
     if not lengths:
@@ -185,136 +204,3 @@ def _histogram(lengths: list[int]) -> list[dict[str, int]]:
 def _sample(row: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {name: row[name] for name in ("messages", "text") if name in row}
     return {"row_id": row["row_id"], "source": row["source"], **content}
-
-
-def _readme(card: dict[str, Any]) -> str:
-    train, test = card["splits"]["train"], card["splits"]["test"]
-    parts = [
-        f"# Dataset `{card['name']}`",
-        f"{train['num_rows']:,} train rows and {test['num_rows']:,} test rows for "
-        f"`{card['task']['type']}`, tokenized for `{card['base']}` "
-        f"(chat template `{card['chat_template']}`, at most {card['max_seq_len']:,} tokens a row, "
-        f"seed {card['seed']}).",
-        "## Sources",
-        "\n".join(f"- `{s['path']}`. Licence: {s['licence']}." for s in card["sources"]),
-        "## What happened to the rows",
-        _table(
-            ["stage", "removed", "rows left", "tokens left"],
-            [
-                [
-                    f"{step['stage']}: {_STAGES[step['stage']]}"
-                    if step["stage"] in _STAGES
-                    else "found in the sources",
-                    f"{step['removed']:,}",
-                    f"{step['rows']:,}",
-                    f"{step['tokens']:,}",
-                ]
-                for step in card["funnel"]
-            ],
-        ),
-        "Every removed row is in `removed/` with its reason, its text and its place in the source.",
-    ]
-    if card["reasons"]:
-        rows = [[r["stage"], r["reason"], f"{r['rows']:,}"] for r in card["reasons"][:15]]
-        parts.append(_table(["stage", "reason", "rows"], rows))
-    parts += [
-        "## Lengths",
-        _table(
-            ["split", "rows", "tokens", "targets", "share of targets", "tokens a row"],
-            [
-                [
-                    name,
-                    f"{split['num_rows']:,}",
-                    f"{split['num_tokens']:,}",
-                    f"{split['num_target_tokens']:,}",
-                    f"{split['target_ratio']:.1%}",
-                    ", ".join(f"{k} {v:,}" for k, v in split["length_tokens"].items()),
-                ]
-                for name, split in card["splits"].items()
-            ],
-        ),
-        "Train rows by length:\n\n```text\n" + _bars(train["histogram"]) + "\n```",
-        "## Duplicates",
-        _dedup_text(card["dedup"]),
-        "## Split",
-        _split_text(card["split"]),
-        "## Samples",
-        *[_sample_text(name, row) for name, rows in card["samples"].items() for row in rows[:2]],
-        "## Made with",
-        ", ".join(f"{name} {number}" for name, number in card["versions"].items())
-        + "; "
-        + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in card["duration_s"].items())
-        + ".",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _dedup_text(dedup: dict[str, Any]) -> str:
-    side = {"both": "prompt and answer", "prompt": "the prompt", "completion": "the answer"}
-    text = (
-        f"Compared on {side[dedup['on']]}. Exact copies after case and white space removed: "
-        f"{dedup['num_exact']:,}{'' if dedup['exact'] else ' (switched off)'}. Near-duplicates "
-        f"(Jaccard similarity of {dedup['ngram_words']}-word shingles at least "
-        f"{dedup['threshold']:g}) removed: {dedup['num_near']:,}"
-        f"{'' if dedup['near'] else ' (switched off)'}. Clusters of two or more rows: "
-        f"{dedup['num_clusters']:,}; the largest has {dedup['largest_cluster']:,}. Candidates come "
-        f"from MinHash with {dedup['bands']} bands of {dedup['rows_per_band']} and are verified."
-    )
-    if dedup["least_similar_removed"]:
-        rows = [
-            [f"{pair['similarity']:.3f}", f"`{pair['removed']}`", f"`{pair['kept']}`"]
-            for pair in dedup["least_similar_removed"]
-        ]
-        text += "\n\nThe least similar rows that were removed:\n\n"
-        text += _table(["similarity", "removed", "kept"], rows)
-    return text
-
-
-def _split_text(split: dict[str, Any]) -> str:
-    wanted = (
-        f"{split['num_test_examples']:,} test rows"
-        if split["num_test_examples"] is not None
-        else f"about {split['test_ratio']:.0%} of the rows for the test"
-    )
-    text = (
-        f"Asked for: {wanted}. Rows with the same prompt or in the same cluster of duplicates are "
-        f"on the same side: {split['num_units_train']:,} units that stay together are kept for "
-        f"training, {split['num_units_test']:,} for the test."
-    )
-    if split["group_by"] is not None:
-        names = [
-            f"{side} has {split[f'num_groups_{side}']:,} ("
-            + ", ".join(f"{name} {rows:,}" for name, rows in split[f"groups_{side}"].items())
-            + ("…" if split[f"num_groups_{side}"] > len(split[f"groups_{side}"]) else "")
-            + ")"
-            for side in ("train", "test")
-        ]
-        text += f"\n\nNo `{split['group_by']}` is on both sides: " + "; ".join(names) + "."
-    return text
-
-
-def _sample_text(name: str, row: dict[str, Any]) -> str:
-    if "messages" in row:
-        text = "\n".join(f"[{m['role']}]\n{m['content']}" for m in row["messages"])
-    else:
-        text = row["text"]
-    text = text if len(text) <= 2000 else text[:2000] + "…"
-    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
-    return f"{name}, `{row['source']}`:\n\n{fence}text\n{text}\n{fence}"
-
-
-def _bars(histogram: list[dict[str, int]]) -> str:
-    most = max((item["rows"] for item in histogram), default=1)
-    return "\n".join(
-        f"{item['from']:>6}–{item['to']:<6} {item['rows']:>8,}  "
-        + "█" * round(_BAR * item["rows"] / most)
-        for item in histogram
-    )
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
-        for line in lines
-    )

@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tuneloop.config import TuneloopConfig
-from tuneloop.data.files import find_files
+from tuneloop.data.files import find_evaluation_files, find_files
+from tuneloop.data.held_out import read_evaluations
 from tuneloop.data.readers import read_rows
 from tuneloop.data.rendering import Rendering, percentiles, sample_of
 from tuneloop.data.validation import (
     BadRow,
     bad_row_problems,
+    dropped_problem,
+    nothing_left_problem,
     refuse_bad_rows,
     refuse_mismatched_formats,
     too_long_problem,
@@ -70,6 +73,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     try:
         refuse_mismatched_formats(config)
         files = find_files(config.data)
+        read_evaluations(find_evaluation_files(config.data), config)
     except DataError as error:
         return DataCheck(findings=list(error.problems))
     rendering = Rendering(str(base.path), config.model.chat_template, config.task, config.data)
@@ -77,6 +81,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     limit = config.data.max_seq_len if config.task.type != "language_modeling" else None
     bad: list[BadRow] = []
     too_long: list[tuple[str, int]] = []
+    dropped: list[str] = []
     lengths: list[int] = []
     targets: list[int] = []
     shown = _EvenlySpread(num_samples)
@@ -86,6 +91,9 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
             total += 1
             if row["problem"]:
                 bad.append((row["source"], row["problem"]))
+                continue
+            if row["dropped"]:
+                dropped.append(row["dropped"])
                 continue
             try:
                 sample = sample_of(row, renderer)
@@ -99,6 +107,10 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
             targets.append(sum(sample.loss_mask))
             shown.offer((row["source"], sample))
     findings, notices = _findings(config, bad, too_long, total)
+    if dropped and len(dropped) + len(bad) + len(too_long) == total:
+        findings.append(nothing_left_problem(dropped))
+    elif dropped:
+        notices.append(dropped_problem(dropped, total))
     return DataCheck(
         findings,
         notices,

@@ -6,7 +6,7 @@ import difflib
 import glob
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -74,11 +74,25 @@ def find_files(data: DataConfig) -> list[SourceFile]:
     Raises:
         DataError: With one problem for each source that leads nowhere.
     """
+    return _find_all(data.sources, "data.sources")
+
+
+def find_evaluation_files(data: DataConfig) -> list[SourceFile]:
+    """Return the files of `data.decontamination.sources`, likewise."""
+    return _find_all(data.decontamination.sources, "data.decontamination.sources")
+
+
+def _find_all(sources: Sequence[SourceConfig], key: str) -> list[SourceFile]:
+    """Return the files of some sources in a fixed order.
+
+    Raises:
+        DataError: With one problem for each source that leads nowhere.
+    """
     files: list[SourceFile] = []
     problems: list[Problem] = []
-    for index, source in enumerate(data.sources):
+    for index, source in enumerate(sources):
         try:
-            files += _find(source, index)
+            files += _find(source, index, f"{key}.{index}.path")
         except DataError as error:
             problems += error.problems
     seen: dict[str, int] = {}
@@ -87,7 +101,7 @@ def find_files(data: DataConfig) -> list[SourceFile]:
             problems.append(
                 Problem(
                     "a file is read twice",
-                    where=f"data.sources.{seen[file.path]} and data.sources.{file.source}",
+                    where=f"{key}.{seen[file.path]} and {key}.{file.source}",
                     got=file.path,
                     remedy="name it in one source",
                 )
@@ -98,8 +112,7 @@ def find_files(data: DataConfig) -> list[SourceFile]:
     return files
 
 
-def _find(source: SourceConfig, index: int) -> list[SourceFile]:
-    where = f"data.sources.{index}.path"
+def _find(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
     if source.path.startswith("docstrings:"):
         if source.path != DOCSTRINGS:
             raise DataError(
@@ -152,6 +165,9 @@ def _local_paths(path: str) -> list[str]:
                     remedy="name one of them, or one source for each",
                 )
             )
+        if (expanded / "state.json").is_file() and any(expanded.glob("*.arrow")):
+            # Written by `Dataset.save_to_disk`: the JSON files beside the rows describe them.
+            return sorted(str(entry) for entry in expanded.glob("*.arrow"))
         found = (entry for entry in expanded.rglob("*") if entry.is_file())
         return sorted(str(entry) for entry in found if not entry.name.startswith((".", "_")))
     return sorted(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuneloop.data import stages
 from tuneloop.data.dedup import Duplicates
 from tuneloop.data.split import Split
+
+if TYPE_CHECKING:
+    from tuneloop.data.held_out import Contamination
 
 
 @dataclass
@@ -20,8 +23,12 @@ class Outcome:
         rank: Shape (N,), place within the side.
         stage: Shape (N,), where a removed row was removed; empty for the others.
         reason: Shape (N,), likewise.
+        twin: By index, id of and similarity to the row that a removed one repeats.
         duplicates: Over the rows at `usable`.
-        split: Over those of them that stay.
+        split: Over all rows; those on no side have been removed.
+        contamination: Train rows that repeated what is held out.
+        conflicts: Of `find_conflicts`; empty for documents.
+        filtered: `changes`, in how many rows which, and `examples` of dropped rows.
         usable: Indices of the rows that could be read and rendered and are not too long.
         seconds: Time of each stage.
     """
@@ -32,12 +39,25 @@ class Outcome:
     rank: Any
     stage: list[str]
     reason: list[str]
+    twin: dict[int, tuple[str | None, float]] = field(default_factory=dict)
     duplicates: Duplicates | None = None
     split: Split | None = None
+    contamination: Contamination | None = None
+    conflicts: dict[str, Any] = field(default_factory=dict)
+    filtered: dict[str, Any] = field(default_factory=dict)
     usable: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def remove(self, index: int, stage: str, reason: str) -> None:
-        """Note that a row goes, and why."""
+    def remove(
+        self,
+        index: int,
+        stage: str,
+        reason: str,
+        kept_row_id: str | None = None,
+        similarity: float | None = None,
+    ) -> None:
+        """Note that a row goes, why, and which row it repeats."""
         self.side[index] = stages.REMOVED
         self.stage[index], self.reason[index] = stage, reason
+        if similarity is not None:
+            self.twin[index] = kept_row_id, similarity

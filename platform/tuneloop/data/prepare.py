@@ -1,8 +1,8 @@
 """From the user's files to a dataset artifact, step by step.
 
-Read and validate, tokenize, deduplicate, split, write, describe. Ray Data does what is done row
-by row; what needs all rows at once (clusters, sides) is decided from small columns in this
-process. Every row ends in `train/`, `test/` or `removed/`.
+Read, filter and validate, tokenize, deduplicate, split, decontaminate, write, describe. Ray Data
+does what is done row by row; what needs all rows at once (clusters, sides) is decided from small
+columns in this process. Every row ends in `train/`, `validation/`, `test/` or `removed/`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from tuneloop.artifacts import Draft, Published, Workspace, fingerprint
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
 from tuneloop.data.card import write_card
+from tuneloop.data.conflicts import find_conflicts
+from tuneloop.data.decontamination import HeldOut
 from tuneloop.data.dedup import Keys, find_duplicates
-from tuneloop.data.files import SourceFile, find_files
+from tuneloop.data.files import SourceFile, find_evaluation_files, find_files
+from tuneloop.data.held_out import decontaminate, read_evaluations
 from tuneloop.data.outcome import Outcome
+from tuneloop.data.packing import packed_tables
 from tuneloop.data.rendering import Rendering
-from tuneloop.data.split import split_rows
+from tuneloop.data.split import Split, limit_train, split_rows
 from tuneloop.data.validation import (
+    nothing_left_problem,
     reason_of,
     refuse_bad_rows,
     refuse_mismatched_formats,
@@ -38,10 +43,13 @@ from tuneloop.models.source import BaseModel
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 2
+CODE_VERSION = 3
+_NUM_EXAMPLES, _SHOWN_CHARACTERS = 3, 500
 _COLUMNS = [
     "source",
     "problem",
+    "dropped",
+    "changes",
     "group",
     "synthetic",
     "content_id",
@@ -50,7 +58,9 @@ _COLUMNS = [
     "num_characters",
     "exact_key",
     "prompt_key",
+    "answer_key",
     "bands",
+    "prompt_bands",
 ]
 
 
@@ -68,8 +78,9 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
     """
     refuse_mismatched_formats(config)
     files = find_files(config.data)
+    evaluation_files = find_evaluation_files(config.data)
     rendering = Rendering(str(base.path), config.model.chat_template, config.task, config.data)
-    contents = {file.path: file.sha256() for file in files}
+    contents = {file.path: file.sha256() for file in [*files, *evaluation_files]}
     parts: dict[str, Any] = {
         "task": config.task.model_dump(),
         "data": config.data.model_dump(),
@@ -81,7 +92,8 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
     if existing is not None:
         return Published(existing, reused=True)
     with workspace.draft("datasets", config.name, identity) as draft:
-        metrics = _build(config, files, rendering, draft)
+        evaluations = read_evaluations(evaluation_files, config)
+        metrics = _build(config, (files, evaluations), rendering, draft)
         artifact = draft.publish(
             config={**parts, "chat_template": config.model.chat_template, "files": len(files)},
             resources=config.resources.model_dump(),
@@ -93,9 +105,13 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
 
 
 def _build(
-    config: TuneloopConfig, files: list[SourceFile], rendering: Rendering, draft: Draft
+    config: TuneloopConfig,
+    given: tuple[list[SourceFile], list[HeldOut]],
+    rendering: Rendering,
+    draft: Draft,
 ) -> dict[str, Any]:
-    """Write the artifact's files and return its metrics."""
+    """Write the artifact's files, from files and evaluations, and return its metrics."""
+    files, evaluations = given
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
         warm = stages.warm_up(rendering)
@@ -107,6 +123,7 @@ def _build(
         rows = stages.render_rows(rows, rendering, warm)
         outcome = _outcome(stages.collect(rows, _COLUMNS), seconds)
         _drop_unusable(outcome, unreadable, config)
+        outcome.filtered = _filtered(outcome, rows, rendering)
     num_tokens = int(np.sum(outcome.table["num_tokens"].to_numpy()))
     logger.info(
         "tokenized %s tokens, %s a second",
@@ -116,11 +133,21 @@ def _build(
     with _timed("dedup", seconds):
         _drop_duplicates(outcome, rows, rendering)
     logger.info("removed %s duplicate rows", f"{outcome.stage.count('dedup'):,}")
+    if config.task.type != "language_modeling":
+        with _timed("conflicts", seconds):
+            outcome.conflicts = find_conflicts(outcome, rows, rendering)
     _split(outcome, config)
+    with _timed("decontaminate", seconds):
+        contamination = decontaminate(outcome, rows, rendering, evaluations)
+    logger.info("removed %s contaminated train rows", f"{len(contamination.removed):,}")
+    outcome.contamination = contamination
+    _limit_train(outcome, config)
     with _timed("write", seconds):
         columns = stages.column_schema(rows)
-        tables = stages.final_rows(rows, _fates(outcome), columns, rendering)
         is_text = config.task.type == "language_modeling"
+        tables = stages.final_rows(rows, _fates(outcome, config), columns, rendering)
+        if is_text:
+            tables = packed_tables(tables)
         written = write_sides(tables, columns, is_text, Path(draft.path))
     logger.info(
         "wrote %s train, %s test and %s removed rows",
@@ -130,9 +157,20 @@ def _build(
     return {
         "num_train_rows": written["train"].num_rows,
         "num_test_rows": written["test"].num_rows,
+        **(
+            {"num_validation_rows": written["validation"].num_rows}
+            if "validation" in written
+            else {}
+        ),
         "num_removed": written["removed"].num_rows,
         "num_train_tokens": sum(written["train"].num_tokens),
         "num_target_tokens": sum(written["train"].num_target_tokens),
+        "num_conflicts": outcome.conflicts.get("num_same_prompt", 0),
+        "num_near_conflicts": outcome.conflicts.get("num_near_prompt", 0),
+        "num_contaminated_rows": len(contamination.removed),
+        "contamination": {
+            origin["name"]: origin["contamination_ratio"] for origin in contamination.origins
+        },
     }
 
 
@@ -170,16 +208,19 @@ def _drop_unusable(outcome: Outcome, unreadable: set[int], config: TuneloopConfi
     """Remove rows that could not be read, rendered, or are too long.
 
     Raises:
-        DataError: More than `max_bad_rows_ratio`, or too long with `too_long: error`.
+        DataError: More than `max_bad_rows_ratio`, too long with `too_long: error`, or none is left.
     """
     table, data = outcome.table, config.data
     bad, too_long = [], []
     limited = config.task.type != "language_modeling"
-    columns = [table[name].to_pylist() for name in ("key", "source", "problem", "num_tokens")]
-    for index, (key, source, problem, length) in enumerate(zip(*columns, strict=True)):
+    names = ("key", "source", "problem", "dropped", "num_tokens")
+    columns = [table[name].to_pylist() for name in names]
+    for index, (key, source, problem, dropped, length) in enumerate(zip(*columns, strict=True)):
         if problem:
             bad.append((source, problem))
             outcome.remove(index, "read" if key in unreadable else "tokenize", reason_of(problem))
+        elif dropped:
+            outcome.remove(index, "filter", dropped)
         elif limited and length > data.max_seq_len:
             too_long.append((source, length))
             outcome.remove(index, "tokenize", f"{length} tokens, more than {data.max_seq_len}")
@@ -187,6 +228,32 @@ def _drop_unusable(outcome: Outcome, unreadable: set[int], config: TuneloopConfi
     if too_long and (data.too_long == "error" or len(bad) + len(too_long) == table.num_rows):
         raise DataError(too_long_problem(too_long, table.num_rows, data))
     outcome.usable = np.flatnonzero(outcome.side != stages.REMOVED)
+    if not len(outcome.usable):
+        raise DataError(nothing_left_problem(outcome.reason))
+
+
+def _filtered(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, Any]:
+    """Return what filters changed, and the first few rows that they dropped for each reason."""
+    mended = (change.split(", ") for change in outcome.table["changes"].to_pylist() if change)
+    changes = Counter(name for names in mended for name in names)
+    by_reason: dict[str, list[int]] = {}
+    for index in np.flatnonzero(np.array(outcome.stage, dtype=object) == "filter").tolist():
+        by_reason.setdefault(outcome.reason[index].partition(":")[0], []).append(index)
+    chosen = [index for found in by_reason.values() for index in found[:_NUM_EXAMPLES]]
+    keys = outcome.table["key"].to_numpy()
+    texts = stages.fetch_texts(rows, keys[chosen], rendering) if chosen else {}
+    return {
+        "changes": dict(changes.most_common()),
+        "num_dropped": {reason: len(found) for reason, found in by_reason.items()},
+        "examples": [
+            {
+                "source": outcome.table["source"][index].as_py(),
+                "reason": outcome.reason[index],
+                "text": texts[int(keys[index])][0][:_SHOWN_CHARACTERS],
+            }
+            for index in chosen
+        ],
+    }
 
 
 def _drop_duplicates(outcome: Outcome, rows: Any, rendering: Rendering) -> None:
@@ -201,7 +268,7 @@ def _drop_duplicates(outcome: Outcome, rows: Any, rendering: Rendering) -> None:
     config = rendering.data.dedup
 
     def fetch(indices: Any) -> dict[int, Any]:
-        sets = stages.fetch_shingles(rows, keys[indices], rendering)
+        sets = stages.fetch_shingles(rows, keys[indices], rendering, config.on, config.ngram_words)
         return {int(index): sets[int(keys[index])] for index in indices}
 
     duplicates = find_duplicates(
@@ -217,7 +284,9 @@ def _drop_duplicates(outcome: Outcome, rows: Any, rendering: Rendering) -> None:
     for index in duplicates.removed.tolist():
         kept = outcome.row_ids[outcome.usable[duplicates.kept[index]]]
         kind = "exact" if duplicates.exact[index] else "near"
-        outcome.remove(int(outcome.usable[index]), "dedup", f"{kind} duplicate of {kept}")
+        similarity = float(duplicates.similarity[index])
+        place = int(outcome.usable[index])
+        outcome.remove(place, "dedup", f"{kind} duplicate of {kept}", kept, similarity)
 
 
 def _split(outcome: Outcome, config: TuneloopConfig) -> None:
@@ -232,29 +301,53 @@ def _split(outcome: Outcome, config: TuneloopConfig) -> None:
         [outcome.duplicates.cluster[stays], table["prompt_key"].to_numpy()],
         config.data,
     )
-    for side, indices in ((stages.TRAIN, split.train), (stages.TEST, split.test)):
-        outcome.side[rows[indices]] = side
-        outcome.rank[rows[indices]] = np.arange(len(indices))
+    # From here on the split speaks of all rows.
+    outcome.split = Split(
+        rows[split.train],
+        rows[split.test],
+        rows[split.validation],
+        {int(rows[index]): reason for index, reason in split.surplus.items()},
+        split.num_groups,
+    )
+
+
+def _limit_train(outcome: Outcome, config: TuneloopConfig) -> None:
+    """Put the rows on their sides, once it is known which ones may be trained on."""
+    assert outcome.split is not None
+    assert outcome.contamination is not None
+    split = limit_train(outcome.split, outcome.contamination.removed, config.data)
+    for side, indices in (
+        (stages.TRAIN, split.train),
+        (stages.TEST, split.test),
+        (stages.VALIDATION, split.validation),
+    ):
+        outcome.side[indices] = side
+        outcome.rank[indices] = np.arange(len(indices))
     for index, reason in split.surplus.items():
-        outcome.remove(int(rows[index]), "split", reason)
+        outcome.remove(index, "split", reason)
     outcome.split = split
 
 
-def _fates(outcome: Outcome) -> Any:
+def _fates(outcome: Outcome, config: TuneloopConfig) -> Any:
     import pyarrow as pa
 
-    assert outcome.duplicates is not None
-    kept: list[str | None] = [None] * len(outcome.row_ids)
-    similarity: list[float | None] = [None] * len(outcome.row_ids)
-    for index in outcome.duplicates.removed.tolist():
-        place = int(outcome.usable[index])
-        kept[place] = outcome.row_ids[outcome.usable[outcome.duplicates.kept[index]]]
-        similarity[place] = float(outcome.duplicates.similarity[index])
+    pack = np.zeros(len(outcome.row_ids), dtype=np.int64)
+    position = np.zeros(len(outcome.row_ids), dtype=np.int64)
+    is_packed = (outcome.side == stages.TRAIN) & (config.task.type == "language_modeling")
+    train = np.flatnonzero(is_packed)
+    lengths = outcome.table["num_tokens"].to_numpy()[train]
+    pack[train], position[train] = stages.row_places(
+        lengths, outcome.rank[train], config.data.max_seq_len
+    )
+    twins = [outcome.twin.get(index, (None, None)) for index in range(len(outcome.row_ids))]
+    kept, similarity = zip(*twins, strict=True)
     return pa.table(
         {
             "key": outcome.table["key"],
             "side": pa.array(outcome.side, pa.int8()),
             "rank": outcome.rank,
+            "pack": pa.array(pack, mask=~is_packed),
+            "position_in_pack": position,
             "row_id": outcome.row_ids,
             "source": outcome.table["source"],
             "stage": outcome.stage,

@@ -14,6 +14,7 @@ from typing import Any
 
 from tuneloop.config import TaskConfig, TuneloopConfig
 from tuneloop.data.files import DOCUMENTS, SourceFile
+from tuneloop.data.filters import apply_filters, filter_messages
 from tuneloop.data.formats import (
     FileError,
     RowError,
@@ -26,7 +27,10 @@ from tuneloop.records import Message
 
 # Columns of the dataset artifact: a user's column of the same name is carried as `original_NAME`.
 RESERVED = frozenset(
-    {"row_id", "source", "synthetic", "messages", "text", "input_ids", "loss_mask", "num_tokens"}
+    {
+        *("row_id", "source", "synthetic", "messages", "text", "input_ids", "loss_mask"),
+        *("num_tokens", "document_ids", "document_lengths"),
+    }
 )
 _KEPT_OF_BAD_ROW = 10_000
 _ROWS_PER_FILE_BITS = 40
@@ -48,6 +52,8 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
             "key": (position << _ROWS_PER_FILE_BITS) + number,
             "source": f"{file.path}:{line}",
             "problem": "",
+            "dropped": "",
+            "changes": "",
             "messages": [],
             "text": "",
             "group": "",
@@ -58,13 +64,16 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
             if isinstance(record, RowError):
                 raise record
             if config.task.type == "language_modeling":
-                row["text"] = to_document(record)
+                found = apply_filters([to_document(record)], False, config.data.filters)
+                row["text"] = found.texts[0]
             else:
                 messages = to_messages(record, source, config.task)
+                messages, found = filter_messages(messages, config.data.filters)
                 row["messages"] = [
                     {"role": message.role, "content": message.content}
                     for message in with_instruction(messages, config.task)
                 ]
+            row["dropped"], row["changes"] = found.dropped, ", ".join(found.changes)
             if group_by is not None:
                 row["group"] = _group(record, group_by)
             row["synthetic"] = record.get("synthetic") is True
@@ -91,7 +100,8 @@ def own_name(column: str) -> str:
 def row_schema() -> Any:
     """Return the Arrow schema of rows between reading and tokenizing.
 
-    `problem` is empty or JSON of what, got, allowed, remedy and fatal; `extra` is JSON of the
+    `problem` is empty or JSON of what, got, allowed, remedy and fatal; `dropped` is empty or why a
+    filter drops the row, `changes` what filters mended in it; `extra` is JSON of the
     user's own columns, whose types need not agree between files.
     """
     import pyarrow as pa
@@ -102,6 +112,8 @@ def row_schema() -> Any:
             ("key", pa.int64()),
             ("source", pa.string()),
             ("problem", pa.string()),
+            ("dropped", pa.string()),
+            ("changes", pa.string()),
             ("messages", pa.list_(message)),
             ("text", pa.string()),
             ("group", pa.string()),

@@ -13,6 +13,7 @@ import numpy as np
 from tuneloop.config import DataConfig, TaskConfig
 from tuneloop.data.readers import row_schema, without_instruction
 from tuneloop.data.signatures import (
+    ComparedSide,
     Hashes,
     band_hashes,
     compared_text,
@@ -21,6 +22,9 @@ from tuneloop.data.signatures import (
 )
 from tuneloop.models.chat import Renderer, RenderError
 from tuneloop.records import Message, Sample
+
+# Jaccard similarity of their sets of words from which two prompts ask nearly the same.
+ALIKE_PROMPTS = 0.9
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Rendering:
         """Return the renderer, loaded once per process."""
         return _load(self.path, self.chat_template)
 
+    def own_messages(self, row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
+        """Return what a row itself says: messages without the task's instruction, and text."""
+        messages = row["messages"]
+        return (without_instruction(messages, self.task) if messages else []), row["text"]
+
 
 @lru_cache(maxsize=2)
 def _load(path: str, chat_template: str) -> Renderer:
@@ -58,6 +67,8 @@ def sample_of(row: Mapping[str, Any], renderer: Renderer) -> Sample:
         end = renderer.tokenizer.eos_token_id
         if end is not None and ids[-1:] != [end]:
             ids = [*ids, end]
+        if len(ids) < 2:
+            raise RenderError("the document is a single token: nothing can be predicted in it")
         return Sample(ids, [1] * len(ids))
     sample = renderer.sample([Message(m["role"], m["content"]) for m in row["messages"]])
     targets = sum(sample.loss_mask)
@@ -81,6 +92,7 @@ def rendered_schema(data: DataConfig) -> Any:
     from tuneloop.data.signatures import band_shape
 
     bands, _ = band_shape(data.dedup.threshold)
+    prompt_bands, _ = band_shape(ALIKE_PROMPTS)
     schema = row_schema()
     for name, kind in [
         ("content_id", pa.string()),
@@ -91,7 +103,9 @@ def rendered_schema(data: DataConfig) -> Any:
         ("num_characters", pa.int32()),
         ("exact_key", pa.int64()),
         ("prompt_key", pa.int64()),
+        ("answer_key", pa.int64()),
         ("bands", pa.list_(pa.uint64(), bands)),
+        ("prompt_bands", pa.list_(pa.uint64(), prompt_bands)),
     ]:
         schema = schema.append(pa.field(name, kind))
     return schema
@@ -104,18 +118,19 @@ def render_batch(table: Any, rendering: Rendering) -> Any:
     renderer, data = rendering.renderer(), rendering.data
     rows = table.to_pylist()
     texts: list[str] = []
+    prompts: list[str] = []
     for row in rows:
-        own = without_instruction(row["messages"], rendering.task) if row["messages"] else []
+        own, _ = rendering.own_messages(row)
         text = compared_text(own, row["text"], data.dedup.on)
         row["content_id"] = content_id(own, row["text"])
         row["exact_key"] = normalised_hash(text)
-        row["prompt_key"] = (
-            normalised_hash(compared_text(own, "", "prompt")) if own else row["exact_key"]
-        )
+        prompts.append(compared_text(own, "", "prompt"))
+        row["prompt_key"] = normalised_hash(prompts[-1]) if own else row["exact_key"]
+        row["answer_key"] = normalised_hash(compared_text(own, "", "completion"))
         row["num_characters"] = sum(len(message["content"]) for message in own) or len(row["text"])
         texts.append(text)
         sample = Sample([], [])
-        if not row["problem"]:
+        if not row["problem"] and not row["dropped"]:
             try:
                 sample = sample_of(row, renderer)
             except RenderError as error:
@@ -126,37 +141,55 @@ def render_batch(table: Any, rendering: Rendering) -> Any:
             sum(sample.loss_mask),
         )
     bands = band_hashes(shingles(texts, data.dedup.ngram_words), data.dedup.threshold)
-    for row, values in zip(rows, bands, strict=True):
-        row["bands"] = values
+    prompt_bands = band_hashes(shingles(prompts, 1), ALIKE_PROMPTS)
+    for row, values, of_prompt in zip(rows, bands, prompt_bands, strict=True):
+        row["bands"], row["prompt_bands"] = values, of_prompt
     return pa.Table.from_pylist(rows, schema=rendered_schema(data))
 
 
-def shingles_of_rows(table: Any, keys: Any, rendering: Rendering) -> Any:
+def shingles_of_rows(
+    table: Any, keys: Any, rendering: Rendering, on: ComparedSide, ngram_words: int
+) -> Any:
     """Return `key` and the sorted distinct `shingles` of the rows whose key is wanted.
 
     Args:
         keys: Sorted array of keys.
+        on: Which side of a pair is meant.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    chosen = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, pa.int64())))
-    task, data = rendering.task, rendering.data
-    texts = [
-        compared_text(
-            without_instruction(row["messages"], task) if row["messages"] else [],
-            row["text"],
-            data.dedup.on,
-        )
-        for row in chosen.select(["messages", "text"]).to_pylist()
-    ]
-    sets: list[Hashes] = shingles(texts, data.dedup.ngram_words).sets() if texts else []
+    chosen = _with_keys(table, keys)
+    texts = [compared_text(*rendering.own_messages(row), on) for row in chosen.to_pylist()]
+    sets: list[Hashes] = shingles(texts, ngram_words).sets() if texts else []
     return pa.table(
         {
             "key": chosen["key"],
             "shingles": pa.array(sets, pa.list_(pa.uint64())),
         }
     )
+
+
+def texts_of_rows(table: Any, keys: Any, rendering: Rendering) -> Any:
+    """Return `key`, `text`, `prompt` and `answer` of the rows whose key is wanted."""
+    import pyarrow as pa
+
+    chosen = _with_keys(table, keys)
+    said = [rendering.own_messages(row) for row in chosen.to_pylist()]
+    columns = {
+        "text": [compared_text(*row, "both") for row in said],
+        "prompt": [compared_text(row[0], "", "prompt") for row in said],
+        "answer": [compared_text(row[0], "", "completion") for row in said],
+    }
+    return pa.table(
+        {"key": chosen["key"]} | {name: pa.array(c, pa.string()) for name, c in columns.items()}
+    )
+
+
+def _with_keys(table: Any, keys: Any) -> Any:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return table.filter(pc.is_in(table["key"], value_set=pa.array(keys, pa.int64())))
 
 
 def content_id(messages: list[dict[str, str]], text: str) -> str:
@@ -166,8 +199,14 @@ def content_id(messages: list[dict[str, str]], text: str) -> str:
 
 
 def chunks(ids: list[int], max_seq_len: int) -> list[list[int]]:
-    """Return a document's ids cut into pieces of at most `max_seq_len` tokens."""
-    return [ids[start : start + max_seq_len] for start in range(0, len(ids), max_seq_len)]
+    """Return a document's ids cut into pieces of at most `max_seq_len` tokens.
+
+    All are full but the last, whose length is that of `packing.rest_lengths`.
+    """
+    cuts = list(range(0, len(ids), max_seq_len))
+    if len(cuts) > 1 and len(ids) - cuts[-1] == 1:
+        cuts[-1] -= 1  # A lone token has nothing to be predicted from.
+    return [ids[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(ids)], strict=True)]
 
 
 def percentiles(values: Any, points: tuple[int, ...] = (50, 90, 95, 99, 100)) -> dict[str, int]:

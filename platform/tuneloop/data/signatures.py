@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
+ComparedSide = Literal["both", "prompt", "completion"]
 _WORD_BASE = np.uint64(0x100000001B3)
+_WORD_BASE_INVERSE = np.uint64(pow(0x100000001B3, -1, 2**64))
 _SHINGLE_BASE = np.uint64(0x9E3779B97F4A7C15)
 _IS_WORD = np.zeros(256, dtype=bool)
 _IS_WORD[[*range(ord("0"), ord("9") + 1), *range(ord("a"), ord("z") + 1), ord("_")]] = True
@@ -28,9 +30,7 @@ _MAX_SIGNATURE = 128
 _TARGET_RECALL = 0.98
 
 
-def compared_text(
-    messages: Sequence[dict[str, str]], text: str, on: Literal["both", "prompt", "completion"]
-) -> str:
+def compared_text(messages: Sequence[dict[str, str]], text: str, on: ComparedSide) -> str:
     """Return the part of a row that `data.dedup.on` compares; a document as it is."""
     if not messages:
         return text
@@ -97,6 +97,12 @@ def shingles(texts: Sequence[str], ngram_words: int) -> Shingles:
     return Shingles(_mixed(hashes), offsets)
 
 
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Return (start, stop) of each word in the UTF-8 bytes of the lower-case text."""
+    starts, stops = _word_bounds(np.frombuffer(text.lower().encode("utf-8", "replace"), np.uint8))
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+
+
 def band_shape(threshold: float) -> tuple[int, int]:
     """Return (bands, rows per band) that find pairs at the threshold with probability 0.98.
 
@@ -150,26 +156,30 @@ def jaccard(a: Hashes, b: Hashes) -> float:
 
 def _word_hashes(data: NDArray[np.uint8]) -> tuple[Hashes, NDArray[np.int64]]:
     """Return hash and start of each word in the bytes, in order."""
-    inside = _IS_WORD[data]
-    edges = np.diff(np.concatenate([[False], inside, [False]]).astype(np.int8))
-    starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    starts, stops = _word_bounds(data)
     if not len(starts):
         return np.zeros(0, dtype=np.uint64), starts
-    # Within each word the byte at position k counts with the k-th power of a base (mod 2^64).
-    lengths = stops - starts
-    positions = np.flatnonzero(inside) - np.repeat(starts, lengths)
-    powers = _powers(int(lengths.max()))
-    terms = (data[inside].astype(np.uint64) + np.uint64(1)) * powers[positions]
-    word_starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    sums: Hashes = np.add.reduceat(terms, word_starts)
-    return _mixed(sums ^ lengths.astype(np.uint64)), starts
-
-
-def _powers(count: int) -> Hashes:
-    powers = np.full(count, _WORD_BASE, dtype=np.uint64)
+    # A polynomial in the bytes (mod 2^64) by differences of running sums. The byte at place i
+    # counts with the i-th power of a base; the inverse powers take the word's place out again.
+    powers = np.full(len(data), _WORD_BASE, dtype=np.uint64)
     powers[0] = 1
-    result: Hashes = np.multiply.accumulate(powers)
-    return result
+    np.multiply.accumulate(powers, out=powers)
+    powers *= data
+    sums = np.zeros(len(data) + 1, dtype=np.uint64)
+    np.cumsum(powers, out=sums[1:])
+    inverses = np.full(len(data), _WORD_BASE_INVERSE, dtype=np.uint64)
+    inverses[0] = 1
+    np.multiply.accumulate(inverses, out=inverses)
+    words = (sums[stops] - sums[starts]) * inverses[starts]
+    return _mixed(words ^ (stops - starts).astype(np.uint64)), starts
+
+
+def _word_bounds(data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where words start and where they stop."""
+    inside = np.zeros(len(data) + 2, dtype=bool)
+    inside[1:-1] = _IS_WORD[data]
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
+    return edges[::2], edges[1::2]
 
 
 @lru_cache(maxsize=4)

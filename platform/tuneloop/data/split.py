@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,8 @@ from tuneloop.config import DataConfig
 from tuneloop.data.dedup import Indices, connected
 from tuneloop.errors import DataError, Problem
 
-Side = Literal["train", "test", "removed"]
+SIDES = ("train", "test", "validation")
+_TEST, _VALIDATION = 1, 2
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,16 @@ class Split:
     Args:
         train: Indices of the train rows in the order in which they are written.
         test: Indices of the test rows, likewise.
-        surplus: Index to reason of the rows that are on neither side.
-        num_groups: Units that stayed together, on the train and on the test side.
+        validation: Indices of the validation rows, likewise; empty unless asked for.
+        surplus: Index to reason of the rows that are on no side.
+        num_groups: Units that stayed together, on each side.
     """
 
     train: Indices
     test: Indices
+    validation: Indices
     surplus: dict[int, str]
-    num_groups: tuple[int, int]
+    num_groups: dict[str, int]
 
 
 def hash_rank(seed: int, name: str) -> int:
@@ -52,71 +54,158 @@ def split_rows(
     links: Sequence[NDArray[np.int64]],
     data: DataConfig,
 ) -> Split:
-    """Return the sides of N rows.
+    """Return the sides of N rows, whatever `num_train_examples` is.
 
     Args:
         row_ids: Shape (N,), all different.
         groups: Shape (N,), the values of `split.group_by`; all empty without it.
         links: Labels, shape (N,) each; rows with an equal label stay together.
-        data: `split`, `num_train_examples` and `seed`.
+        data: `split` and `seed`.
 
     Raises:
         DataError: There are not enough rows, or they hang together too much to be split.
     """
     count = len(row_ids)
-    ranks = np.array([hash_rank(data.seed, row_id) for row_id in row_ids], dtype=np.uint64)
+    ranks = _ranks(data.seed, row_ids)
     labels = list(links)
-    unit_ranks = ranks
+    names = row_ids
     if data.split.group_by is not None:
         labels.append(np.unique(np.array(groups, dtype=object), return_inverse=True)[1])
-        by_group = {group: hash_rank(data.seed, group) for group in set(groups)}
-        unit_ranks = np.array([by_group[group] for group in groups], dtype=np.uint64)
+        names = groups
     unit = connected(count, np.concatenate([_chain(label) for label in labels]))
     num_units = int(unit.max(initial=-1)) + 1
-    # A unit's place is the lowest of its members' hashes.
-    place = np.full(num_units, np.iinfo(np.uint64).max, dtype=np.uint64)
-    np.minimum.at(place, unit, unit_ranks)
     sizes = np.bincount(unit, minlength=num_units)
-    order = np.argsort(place, kind="stable")
 
     wanted = data.split.num_test_examples
-    share = None
-    if wanted is None:
-        border = int(np.searchsorted(place[order], np.uint64(data.split.test_ratio * 2**64)))
-        border = min(max(border, 1), num_units - 1)
-    else:
-        # Units larger than the whole test come last: taking one would throw away most of it.
-        order = order[np.argsort(sizes[order] > wanted, kind="stable")]
-        share, border = _share_of_a_unit(sizes[order], wanted)
+    place = _unit_places(unit, num_units, _ranks(data.seed, names), data.seed)
+    border, order, share = _border(place, sizes, wanted, data.split.test_ratio)
     _refuse_unsplittable(count, num_units, border, data)
-    in_test = np.zeros(num_units, dtype=bool)
-    in_test[order[:border]] = True
-
-    test = _by_rank(np.flatnonzero(in_test[unit]), ranks)
-    train = _by_rank(np.flatnonzero(~in_test[unit]), ranks)
+    side = np.zeros(num_units, dtype=np.int8)
+    side[order[:border]] = _TEST
     surplus: dict[int, str] = {}
-    if wanted is not None and share is not None:
-        reason = f"its group is in the test split, which has its {wanted} rows"
-        within = _occurrence(unit[test]) < share
-        chosen = test[within][:wanted]
-        surplus.update((int(index), reason) for index in np.setdiff1d(test, chosen))
-        test = chosen
+    test = _by_rank(np.flatnonzero(side[unit] == _TEST), ranks)
+    test = _at_most(test, unit, wanted, share, ("test", surplus))
+
+    validation = np.zeros(0, dtype=np.int64)
+    if data.split.validates:
+        wanted = data.split.num_validation_examples
+        # A hash of its own: what is validated does not depend on how many rows are tested.
+        ranks_here = _ranks(data.seed, names, "validation\0")
+        place = _unit_places(unit, num_units, ranks_here, data.seed)
+        left = np.flatnonzero(side == 0)
+        border, order, share = _border(
+            place[left], sizes[left], wanted, data.split.validation_ratio or 0.0
+        )
+        _refuse_too_little_left(len(left), border, data)
+        side[left[order[:border]]] = _VALIDATION
+        validation = _by_rank(np.flatnonzero(side[unit] == _VALIDATION), ranks)
+        validation = _at_most(validation, unit, wanted, share, ("validation", surplus))
+    train = _by_rank(np.flatnonzero(side[unit] == 0), ranks)
+    num_groups = np.bincount(side, minlength=3).tolist()
+    return Split(train, test, validation, surplus, dict(zip(SIDES, num_groups, strict=True)))
+
+
+def limit_train(split: Split, left_out: Indices, data: DataConfig) -> Split:
+    """Return the split with only the first `num_train_examples` train rows.
+
+    Args:
+        split: Of all rows.
+        left_out: Train rows that may not be trained on.
+        data: `num_train_examples`.
+
+    Raises:
+        DataError: Fewer are left than asked for, or none.
+    """
+    train = split.train[~np.isin(split.train, left_out)]
     limit = data.num_train_examples
-    if limit is not None:
-        if limit > len(train):
-            raise DataError(
-                Problem(
-                    "not enough rows to train on",
-                    where="data.num_train_examples",
-                    got=f"{len(train):,} rows after the test split",
-                    allowed=f"at least {limit:,}",
-                    remedy="lower it, add data, or leave it out to train on all rows",
-                )
+    if len(train) < (limit or 1):
+        held_out = f"the test split{' and the validation split' * data.split.validates}"
+        if len(left_out):
+            held_out += f", and {len(left_out):,} contaminated rows"
+        raise DataError(
+            Problem(
+                "not enough rows to train on",
+                where="data.num_train_examples" if limit else "data",
+                got=f"{len(train):,} rows after {held_out}",
+                allowed=f"at least {limit or 1:,}",
+                remedy="lower it, add data, or leave it out to train on all rows"
+                if limit
+                else "add data, or check data.decontamination",
             )
-        reason = f"not among the first {limit} of the train split"
-        surplus.update((int(index), reason) for index in train[limit:])
-        train = train[:limit]
-    return Split(train, test, surplus, (num_units - border, border))
+        )
+    reason = f"not among the first {limit} of the train split"
+    surplus = {int(index): reason for index in (train[limit:] if limit else ())}
+    return replace(split, train=train[:limit], surplus=split.surplus | surplus)
+
+
+def _ranks(seed: int, names: Sequence[str], prefix: str = "") -> NDArray[np.uint64]:
+    by_name = {name: hash_rank(seed, prefix + name) for name in set(names)}
+    return np.array([by_name[name] for name in names], dtype=np.uint64)
+
+
+def _unit_places(
+    unit: Indices, num_units: int, ranks: NDArray[np.uint64], seed: int
+) -> NDArray[np.uint64]:
+    """Return each unit's place, uniform whatever its size.
+
+    A lone row stands at its own hash. The lowest hash of several is the lower the more they are,
+    and would send most large units to the test; so it is hashed once more.
+    """
+    lowest = np.full(num_units, np.iinfo(np.uint64).max, dtype=np.uint64)
+    highest = np.zeros(num_units, dtype=np.uint64)
+    np.minimum.at(lowest, unit, ranks)
+    np.maximum.at(highest, unit, ranks)
+    for index in np.flatnonzero(lowest != highest).tolist():
+        lowest[index] = hash_rank(seed, f"unit {lowest[index]}")
+    return lowest
+
+
+def _border(
+    place: NDArray[np.uint64], sizes: Indices, wanted: int | None, ratio: float
+) -> tuple[int, Indices, int | None]:
+    """Return how many units are held out, the order they are in, and each one's largest share."""
+    order = np.argsort(place, kind="stable")
+    if wanted is None:
+        border = int(np.searchsorted(place[order], np.uint64(ratio * 2**64)))
+        return min(max(border, 1), len(order) - 1), order, None
+    # Units larger than all that is wanted come last: taking one would throw away most of it.
+    order = order[np.argsort(sizes[order] > wanted, kind="stable")]
+    share, border = _share_of_a_unit(sizes[order], wanted)
+    return border, order, share
+
+
+def _at_most(
+    rows: Indices,
+    unit: Indices,
+    wanted: int | None,
+    share: int | None,
+    told: tuple[str, dict[int, str]],
+) -> Indices:
+    """Return the rows held out; those beyond the number wanted are noted in the surplus."""
+    if wanted is None or share is None:
+        return rows
+    name, surplus = told
+    chosen = rows[_occurrence(unit[rows]) < share][:wanted]
+    reason = f"its group is in the {name} split, which has its {wanted} rows"
+    surplus.update((int(index), reason) for index in np.setdiff1d(rows, chosen))
+    return chosen
+
+
+def _refuse_too_little_left(num_units: int, border: int, data: DataConfig) -> None:
+    if num_units >= 2 and border < num_units:
+        return
+    by_number = data.split.num_validation_examples is not None
+    raise DataError(
+        Problem(
+            "not enough rows for the validation split",
+            where="data.split.num_validation_examples"
+            if by_number
+            else "data.split.validation_ratio",
+            got=f"{num_units:,} groups that stay together after the test split",
+            allowed="enough for validation, and one more to train on",
+            remedy="lower it, or add data",
+        )
+    )
 
 
 def _refuse_unsplittable(count: int, num_units: int, border: int, data: DataConfig) -> None:

@@ -12,14 +12,25 @@ import numpy as np
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.files import SourceFile
+from tuneloop.data.packing import num_pieces, place_documents
 from tuneloop.data.readers import read_rows, row_schema
-from tuneloop.data.rendering import Rendering, chunks, render_batch, shingles_of_rows
-from tuneloop.data.signatures import Hashes
+from tuneloop.data.rendering import (
+    Rendering,
+    chunks,
+    render_batch,
+    shingles_of_rows,
+    texts_of_rows,
+)
+from tuneloop.data.signatures import ComparedSide, Hashes
 
 _ROWS_PER_BLOCK = 2000
 _SORTED_HERE_BYTES = 256 << 20
-TRAIN, TEST, REMOVED = 0, 1, 2
+TRAIN, TEST, REMOVED, VALIDATION = 0, 1, 2, 3
 _SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
+_FINISHED_FROM = [
+    *("source", "synthetic", "messages", "text", "extra"),
+    *("input_ids", "loss_mask", "num_tokens"),
+]
 
 
 def warm_up(rendering: Rendering) -> Any:
@@ -69,17 +80,38 @@ def collect(rows: Any, columns: list[str]) -> Any:
     return pa.concat_tables(tables).combine_chunks().sort_by("key")
 
 
-def fetch_shingles(rows: Any, keys: Any, rendering: Rendering) -> dict[int, Hashes]:
+def fetch_shingles(
+    rows: Any, keys: Any, rendering: Rendering, on: ComparedSide, ngram_words: int
+) -> dict[int, Hashes]:
     """Return the sorted distinct shingle hashes of the rows with some keys, by key."""
-    select = functools.partial(shingles_of_rows, keys=np.sort(keys), rendering=rendering)
+    select = functools.partial(
+        shingles_of_rows, keys=np.sort(keys), rendering=rendering, on=on, ngram_words=ngram_words
+    )
     found: dict[int, Hashes] = {}
-    columns = rows.select_columns(["key", "messages", "text"])
-    for batch in columns.map_batches(select, batch_format="pyarrow").iter_batches(
-        batch_size=None, batch_format="pyarrow"
-    ):
+    for batch in _selected(rows, select):
         for key, values in zip(batch["key"].to_pylist(), batch["shingles"], strict=True):
             found[key] = values.values.to_numpy(zero_copy_only=False).astype(np.uint64)
     return found
+
+
+def fetch_texts(rows: Any, keys: Any, rendering: Rendering) -> dict[int, tuple[str, str, str]]:
+    """Return what the rows with some keys say, by key: all of it, prompt, answer.
+
+    A document has neither prompt nor answer.
+    """
+    select = functools.partial(texts_of_rows, keys=np.sort(keys), rendering=rendering)
+    found: dict[int, tuple[str, str, str]] = {}
+    for batch in _selected(rows, select):
+        columns = [batch[name].to_pylist() for name in ("key", "text", "prompt", "answer")]
+        for key, *said in zip(*columns, strict=True):
+            found[key] = (said[0], said[1], said[2])
+    return found
+
+
+def _selected(rows: Any, select: Any) -> Iterator[Any]:
+    columns = rows.select_columns(["key", "messages", "text"])
+    chosen = columns.map_batches(select, batch_format="pyarrow")
+    yield from chosen.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def column_schema(rows: Any) -> Any:
@@ -115,8 +147,8 @@ def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Ite
     """Yield Arrow tables of finished rows in the order to write; `#side` says where they go.
 
     Args:
-        fates: Arrow table in the order of `key` with side, rank, row_id, stage, reason,
-            kept_row_id and similarity of every row.
+        fates: Arrow table in the order of `key` with side, rank, pack and position (of
+            `row_places`), row_id, stage, reason, kept_row_id and similarity of every row.
         columns: Of `column_schema`.
     """
     import pyarrow as pa
@@ -128,11 +160,32 @@ def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Ite
     finished = rows.map_batches(finish, batch_size=_ROWS_PER_BLOCK, batch_format="pyarrow")
     finished = finished.materialize()
     if finished.size_bytes() > _SORTED_HERE_BYTES:
-        yield from finished.sort("#order").iter_batches(batch_size=4096, batch_format="pyarrow")
+        ordered = finished.sort(["#order", "#position"])
+        yield from ordered.iter_batches(batch_size=4096, batch_format="pyarrow")
         return
     # Ray's distributed sort costs seconds before it moves the first row.
     batches = finished.iter_batches(batch_size=None, batch_format="pyarrow")
-    yield pa.concat_tables(list(batches)).sort_by("#order")
+    ascending = [("#order", "ascending"), ("#position", "ascending")]
+    yield pa.concat_tables(list(batches)).sort_by(ascending)
+
+
+def row_places(num_tokens: Any, ranks: Any, max_seq_len: int) -> tuple[Any, Any]:
+    """Return (pack, position) of documents: where the last piece of each one goes.
+
+    Args:
+        num_tokens: Of the documents of one split. Shape (N,).
+        ranks: Their places within the split, from 0. Shape (N,).
+        max_seq_len: Tokens of the longest row.
+    """
+    order = np.argsort(ranks, kind="stable")
+    ordered = np.asarray(num_tokens)[order]
+    places = place_documents(ordered, max_seq_len)
+    numbers = num_pieces(ordered, max_seq_len) - 1
+    pack, position = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+    leader = places.leader
+    pack[order] = (np.asarray(ranks)[order][leader] << _CHUNK_SHIFT) + numbers[leader]
+    position[order] = places.position
+    return pack, position
 
 
 def _load_renderer(rendering: Rendering) -> None:
@@ -177,7 +230,7 @@ def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) ->
     found = all_fates.take(pa.array(places)).to_pylist()
     is_text = rendering.task.type == "language_modeling"
     finished: list[dict[str, Any]] = []
-    for row, fate in zip(table.to_pylist(), found, strict=True):
+    for row, fate in zip(table.select(_FINISHED_FROM).to_pylist(), found, strict=True):
         own = json.loads(row["extra"])
         contents = [message["content"] for message in row["messages"]]
         row |= {field.name: _value(own.get(field.name), field) for field in columns}
@@ -185,6 +238,7 @@ def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) ->
         row["row_id"] = fate["row_id"]
         row["#text"] = "\n\n".join(contents) or row["text"]
         row["#order"] = (fate["side"] << _SIDE_SHIFT) + (fate["rank"] << _CHUNK_SHIFT)
+        row["#position"] = 0
         if is_text and fate["side"] != REMOVED:
             finished += _chunk_rows(row, rendering)
         else:
@@ -193,12 +247,22 @@ def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) ->
 
 
 def _chunk_rows(row: dict[str, Any], rendering: Rendering) -> Iterator[dict[str, Any]]:
+    """Yield a document's pieces; the last one where `row_places` puts it."""
     pieces = chunks(row["input_ids"], rendering.data.max_seq_len)
-    decode = rendering.renderer().decode
+    # The fast tokenizer itself: what wraps it looks at every id in Python.
+    decode = rendering.renderer().tokenizer.backend_tokenizer.decode
     for number, ids in enumerate(pieces):
+        order, position = row["#order"] + number, 0
+        if row["#pack"] is not None and number == len(pieces) - 1:
+            order = (row["#side"] << _SIDE_SHIFT) + row["#pack"]
+            position = row["#position_in_pack"]
+        row_id = row["row_id"] if len(pieces) == 1 else f"{row['row_id']}.{number}"
         yield row | {
-            "#order": row["#order"] + number,
-            "row_id": row["row_id"] if len(pieces) == 1 else f"{row['row_id']}.{number}",
+            "#order": order,
+            "#position": position,
+            "row_id": row_id,
+            "document_ids": [row_id],
+            "document_lengths": [len(ids)],
             "#text": row["text"] if len(pieces) == 1 else decode(ids),
             "input_ids": ids,
             "loss_mask": [1] * len(ids),
@@ -219,7 +283,9 @@ def _finished_schema(columns: Any) -> Any:
     return pa.schema(
         [
             *dataset_schema(columns),
+            *[(field.name, field.type) for field in document_columns()],
             ("#order", pa.int64()),
+            ("#position", pa.int64()),
             ("#side", pa.int8()),
             *[(f"#{field.name}", field.type) for field in removed_schema()],
         ]
@@ -241,9 +307,20 @@ def dataset_schema(columns: Any, is_text: bool = False) -> Any:
             ("input_ids", pa.list_(pa.int32())),
             ("loss_mask", pa.list_(pa.int8())),
             ("num_tokens", pa.int32()),
+            *(document_columns() if is_text else []),
             *[(field.name, field.type) for field in columns],
         ]
     )
+
+
+def document_columns() -> list[Any]:
+    """Return the Arrow fields that tell the documents in a row of plain text apart."""
+    import pyarrow as pa
+
+    return [
+        pa.field("document_ids", pa.list_(pa.string())),
+        pa.field("document_lengths", pa.list_(pa.int32())),
+    ]
 
 
 def removed_schema() -> Any:

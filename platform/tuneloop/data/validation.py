@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 
 from tuneloop.config import DataConfig, TuneloopConfig
@@ -83,6 +84,31 @@ def refuse_bad_rows(bad: Sequence[BadRow], total: int, data: DataConfig) -> None
     fatal = any(_details(problem)["fatal"] for _, problem in bad)
     if fatal or len(bad) == total or len(bad) > data.max_bad_rows_ratio * total:
         raise DataError(*bad_row_problems(bad, total, data))
+
+
+def nothing_left_problem(reasons: Sequence[str]) -> Problem:
+    """Return the problem of filters that leave no row."""
+    return Problem(
+        "no row is left after the filters",
+        where="data.filters",
+        got=_counted(reasons),
+        remedy="loosen the filter, or mend the rows; data.filters.template_markers=strip and "
+        "data.filters.personal_data=mask keep them",
+    )
+
+
+def dropped_problem(reasons: Sequence[str], total: int) -> Problem:
+    """Return the notice of rows that filters drop."""
+    return Problem(
+        f"{len(reasons):,} of {total:,} rows are dropped by filters",
+        where="data.filters",
+        got=_counted(reasons),
+    )
+
+
+def _counted(reasons: Sequence[str]) -> str:
+    counts = Counter(reason.partition(":")[0] for reason in reasons)
+    return ", ".join(f"{count:,} × {reason}" for reason, count in counts.most_common(_KINDS))
 
 
 def too_long_problem(rows: Sequence[tuple[str, int]], total: int, data: DataConfig) -> Problem:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuneloop.data.stages import REMOVED, TEST, TRAIN, dataset_schema, removed_schema
+from tuneloop.data.stages import REMOVED, TEST, TRAIN, VALIDATION, dataset_schema, removed_schema
 
 _ROWS_PER_FILE = 100_000
-_SIDES = {TRAIN: "train", TEST: "test", REMOVED: "removed"}
+_SIDES = {TRAIN: "train", TEST: "test", REMOVED: "removed", VALIDATION: "validation"}
 
 
 @dataclass
@@ -34,6 +34,8 @@ def write_sides(
 ) -> dict[str, Written]:
     """Write `train/`, `test/` and `removed/` under `path` and return what is in them.
 
+    `validation/` is written where rows are meant for it.
+
     Args:
         tables: Of `stages.final_rows`, sorted by side.
         columns: Schema of the user's own columns.
@@ -41,8 +43,9 @@ def write_sides(
     """
     data_schema = dataset_schema(columns, is_text)
     writers = {
-        name: _SideWriter(path / name, removed_schema() if side == REMOVED else data_schema)
+        side: _SideWriter(path / name, removed_schema() if side == REMOVED else data_schema)
         for side, name in _SIDES.items()
+        if side != VALIDATION
     }
     try:
         for table in tables:
@@ -52,12 +55,14 @@ def write_sides(
                 stop = start
                 while stop < len(sides) and sides[stop] == sides[start]:
                     stop += 1
-                writers[_SIDES[sides[start]]].write(table.slice(start, stop - start))
+                if sides[start] not in writers:
+                    writers[VALIDATION] = _SideWriter(path / "validation", data_schema)
+                writers[sides[start]].write(table.slice(start, stop - start))
                 start = stop
     finally:
         for writer in writers.values():
             writer.close()
-    return {name: writer.written for name, writer in writers.items()}
+    return {_SIDES[side]: writer.written for side, writer in writers.items()}
 
 
 class _SideWriter:

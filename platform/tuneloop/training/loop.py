@@ -207,7 +207,10 @@ def check_packing(model: Any, rows: Rows, device: torch.device) -> None:
         alone = 0.0
         for row in chosen:
             batch = pack(rows, [row], device)
-            logits = model(input_ids=batch.input_ids, use_cache=False).logits[0, batch.predict_at]
+            documents = batch.input_ids.split(batch.lengths, dim=1)
+            logits = torch.cat(
+                [model(input_ids=document, use_cache=False).logits[0] for document in documents]
+            )[batch.predict_at]
             alone += float(
                 torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
             )

@@ -26,8 +26,8 @@ class PackedBatch:
 
     Args:
         input_ids: Shape (1, T).
-        position_ids: Shape (1, T), from 0 in each row.
-        lengths: Tokens of each row; they add up to T.
+        position_ids: Shape (1, T), from 0 in each document.
+        lengths: Tokens of each document, row after row; they add up to T.
         predict_at: Positions whose next token is a target. Shape (N,).
         targets: Those next tokens. Shape (N,).
         rows: Row numbers, in order.
@@ -52,10 +52,10 @@ def pack(rows: Rows, indices: Sequence[int], device: torch.device | str = "cpu")
         none = torch.zeros(0, dtype=torch.long, device=device)
         return PackedBatch(zero, zero, (1,), none, none, ())
     parts = [rows.row(index) for index in indices]
-    lengths = tuple(len(ids) for ids, _ in parts)
+    lengths = tuple(length for index in indices for length in rows.document_lengths(index))
     ids = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
     mask = np.concatenate([mask for _, mask in parts]).astype(bool)
-    # The first token of a row has nothing before it to be predicted from.
+    # The first token of a document has nothing before it to be predicted from.
     starts = np.cumsum([0, *lengths[:-1]])
     mask[starts] = False
     positions = np.concatenate([np.arange(length) for length in lengths])

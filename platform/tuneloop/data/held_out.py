@@ -1,0 +1,271 @@
+"""Gathering what is held out, and removing the train rows that repeat it."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tuneloop.config import FiltersConfig, SplitConfig, TaskConfig, TuneloopConfig
+from tuneloop.data import stages
+from tuneloop.data.decontamination import (
+    HeldOut,
+    Match,
+    NgramIndex,
+    TrainRows,
+    matched_text,
+    near_duplicates,
+    near_pairs,
+    ngram_index,
+    overlapping,
+    quoted,
+    same_rows,
+)
+from tuneloop.data.dedup import Indices
+from tuneloop.data.files import SourceFile
+from tuneloop.data.outcome import Outcome
+from tuneloop.data.readers import read_rows
+from tuneloop.data.rendering import Rendering
+from tuneloop.data.signatures import compared_text
+from tuneloop.data.validation import BadRow, refuse_bad_rows
+
+_NUM_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """What was found for each held-out origin, as the card tells it.
+
+    Args:
+        origins: For each: `name`, `num_rows`, `num_contaminated` (of those rows), `ngram_words`,
+            `num_removed` (train rows), `kinds` and `examples`.
+        removed: Indices of the removed rows among all rows.
+    """
+
+    origins: list[dict[str, Any]]
+    removed: Indices
+
+
+def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> list[HeldOut]:
+    """Return the rows of the evaluation files, one origin for each file.
+
+    Raises:
+        DataError: A file is empty, or more than `data.max_bad_rows_ratio` of its rows cannot be
+            read; told with file and line.
+    """
+    sources = config.data.decontamination.sources
+    found = []
+    for position, file in enumerate(files):
+        is_text = sources[file.source].format == "text"
+        # An evaluation need not be of this task: its labels and fields are its own.
+        task = TaskConfig(type="language_modeling" if is_text else "generation")
+        data = config.data.model_copy(
+            update={"sources": sources, "split": SplitConfig(), "filters": FiltersConfig()}
+        )
+        reading = config.model_copy(update={"task": task, "data": data})
+        labels: list[str] = []
+        texts: list[str] = []
+        prompts: list[str] = []
+        compared: list[str] = []
+        bad: list[BadRow] = []
+        for row in read_rows(file, position, reading):
+            if row["problem"]:
+                bad.append((row["source"], row["problem"]))
+                continue
+            said = row["messages"], row["text"]
+            labels.append(row["source"])
+            texts.append(compared_text(*said, "both"))
+            prompts.append("" if is_text else compared_text(*said, "prompt"))
+            compared.append(compared_text(*said, data.dedup.on))
+        refuse_bad_rows(bad, len(bad) + len(labels), data)
+        found.append(HeldOut(file.path, labels, texts, prompts, compared))
+    return found
+
+
+def decontaminate(
+    outcome: Outcome, rows: Any, rendering: Rendering, evaluations: Sequence[HeldOut]
+) -> Contamination:
+    """Remove the train rows that repeat what is held out, and return what was found.
+
+    Args:
+        outcome: With a split; the rows that go are noted in it.
+        rows: The Ray dataset of tokenized rows.
+        rendering: Of those.
+        evaluations: Of `read_evaluations`.
+    """
+    assert outcome.split is not None
+    data = rendering.data
+    places = np.sort(outcome.split.train)
+    table = outcome.table.take(places)
+    keys = table["key"].to_numpy()
+    bands = table["bands"].combine_chunks().flatten().to_numpy().reshape(len(keys), -1)
+    train = TrainRows(keys, table["exact_key"].to_numpy(), table["prompt_key"].to_numpy(), bands)
+    held_out = [*_splits(outcome, rows, rendering), *evaluations]
+    matches: dict[int, Match] = {}
+    for origin, item in enumerate(held_out):
+        if item.is_split:
+            continue
+        for row, (other, kind) in same_rows(train, item).items():
+            matches.setdefault(row, Match(row, origin, other, kind, 1.0))
+        pairs = near_pairs(train, item, data)
+        pairs = pairs[~np.isin(pairs[:, 0], list(matches))]
+        if len(pairs):
+            wanted = np.unique(pairs[:, 0])
+            by_key = stages.fetch_shingles(
+                rows, keys[wanted], rendering, data.dedup.on, data.dedup.ngram_words
+            )
+            sets = {int(row): by_key[int(keys[row])] for row in wanted}
+            for row, (other, value) in near_duplicates(pairs, sets, item, data).items():
+                matches.setdefault(row, Match(row, origin, other, "near-duplicate", value))
+    indices = [ngram_index(item, data.decontamination.ngram_words) for item in held_out]
+    for match in _ngram_matches(train, rows, indices, rendering):
+        matches.setdefault(match.row, match)
+    _note(outcome, places, sorted(matches.items()), (held_out, indices, rows, rendering))
+    return Contamination(
+        [
+            _summary(item, index, [m for m in matches.values() if m.origin == origin])
+            | {"examples": _examples(outcome, places, matches, origin)}
+            for origin, (item, index) in enumerate(zip(held_out, indices, strict=True))
+        ],
+        places[sorted(matches)],
+    )
+
+
+def _splits(outcome: Outcome, rows: Any, rendering: Rendering) -> list[HeldOut]:
+    assert outcome.split is not None
+    found = []
+    for name in ("test", "validation"):
+        places = getattr(outcome.split, name)
+        if not len(places):
+            continue
+        keys = outcome.table["key"].to_numpy()[places]
+        by_key = stages.fetch_texts(rows, keys, rendering)
+        texts, prompts, _ = zip(*(by_key[int(key)] for key in keys), strict=True)
+        labels = [f"{name} row {outcome.row_ids[place]}" for place in places.tolist()]
+        found.append(HeldOut(name, labels, list(texts), list(prompts), is_split=True))
+    return found
+
+
+def _ngram_matches(
+    train: TrainRows,
+    rows: Any,
+    indices: Sequence[NgramIndex | None],
+    rendering: Rendering,
+) -> list[Match]:
+    import ray
+
+    look_up = functools.partial(
+        _common_ngrams, keys=train.keys, indices=ray.put(list(indices)), rendering=rendering
+    )
+    columns = rows.select_columns(["key", "messages", "text"])
+    found: dict[int, list[tuple[int, Any, int]]] = {}
+    for batch in columns.map_batches(look_up, batch_format="pyarrow").iter_batches(
+        batch_size=None, batch_format="pyarrow"
+    ):
+        for item in batch.to_pylist():
+            grams = np.array(item["grams"], dtype=np.int64)
+            found.setdefault(item["origin"], []).append((item["key"], grams, item["size"]))
+    matches = []
+    threshold = rendering.data.decontamination.overlap_threshold
+    for origin, entries in sorted(found.items()):
+        entries.sort(key=lambda entry: entry[0])
+        index = indices[origin]
+        assert index is not None
+        places = np.searchsorted(train.keys, [key for key, _, _ in entries])
+        shared, sizes = [item for _, item, _ in entries], [size for _, _, size in entries]
+        for row, other, overlap in overlapping(index, shared, sizes, threshold):
+            matches.append(Match(int(places[row]), origin, other, "n-grams", overlap))
+    return matches
+
+
+def _note(
+    outcome: Outcome,
+    places: Indices,
+    matches: Sequence[tuple[int, Match]],
+    context: tuple[Sequence[HeldOut], Sequence[NgramIndex | None], Any, Rendering],
+) -> None:
+    """Remove the rows of the matches, each with the held-out row and the text they share."""
+    held_out, indices, rows, rendering = context
+    keys = outcome.table["key"].to_numpy()
+    shared = [places[row] for row, match in matches if match.kind == "n-grams"]
+    texts = stages.fetch_texts(rows, keys[shared], rendering) if shared else {}
+    for row, match in matches:
+        item, place = held_out[match.origin], int(places[row])
+        label = item.labels[match.held_out]
+        theirs = item.prompts[match.held_out] or item.texts[match.held_out]
+        if match.kind == "n-grams":
+            index = indices[match.origin]
+            assert index is not None
+            both = [item.texts[match.held_out]]
+            passage = matched_text(texts[int(keys[place])][0], both, index.ngram_words)
+            reason = (
+                f"{match.similarity:.0%} of the {index.ngram_words}-word n-grams are those of "
+                f"{label}: {passage}"
+            )
+        else:
+            reason = f"{match.kind} as {label}: {quoted(theirs)}"
+            if match.kind == "near-duplicate":
+                reason = f"near-duplicate of {label}: {quoted(theirs)}"
+        kept = label.rpartition(" ")[2] if item.is_split else None
+        outcome.remove(place, "decontamination", reason, kept, match.similarity)
+
+
+def _summary(item: HeldOut, index: NgramIndex | None, matches: Sequence[Match]) -> dict[str, Any]:
+    return {
+        "name": item.name,
+        "num_rows": len(item.labels),
+        "num_contaminated": len({match.held_out for match in matches}),
+        "contamination_ratio": round(
+            len({match.held_out for match in matches}) / max(1, len(item.labels)), 4
+        ),
+        "num_removed": len(matches),
+        "ngram_words": None if index is None else index.ngram_words,
+        "kinds": dict(Counter(match.kind for match in matches).most_common()),
+    }
+
+
+def _examples(
+    outcome: Outcome, places: Indices, matches: dict[int, Match], origin: int
+) -> list[dict[str, Any]]:
+    source = outcome.table["source"]
+    chosen = [row for row in sorted(matches) if matches[row].origin == origin][:_NUM_EXAMPLES]
+    return [
+        {
+            "removed": source[int(places[row])].as_py(),
+            "reason": outcome.reason[int(places[row])],
+            "similarity": round(matches[row].similarity, 4),
+        }
+        for row in chosen
+    ]
+
+
+def _common_ngrams(table: Any, keys: Any, indices: Any, rendering: Rendering) -> Any:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import ray
+
+    chosen = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, pa.int64())))
+    texts = [
+        compared_text(*rendering.own_messages(row), "both")
+        for row in chosen.select(["messages", "text"]).to_pylist()
+    ]
+    own_keys = chosen["key"].to_pylist()
+    found = [
+        {"key": own_keys[row], "origin": origin, "grams": grams, "size": size}
+        for origin, index in enumerate(ray.get(indices))
+        if index is not None and texts
+        for row, (grams, size) in index.common(texts).items()
+    ]
+    schema = pa.schema(
+        [
+            ("key", pa.int64()),
+            ("origin", pa.int64()),
+            ("grams", pa.list_(pa.int64())),
+            ("size", pa.int64()),
+        ]
+    )
+    return pa.Table.from_pylist(found, schema=schema)
