@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tuneloop.config import load_config
 
@@ -48,3 +49,29 @@ def test_every_committed_configuration_loads(path: Path) -> None:
 def test_jobs_stay_short() -> None:
     for job in (ROOT / "jobs").glob("*.py"):
         assert len(job.read_text().splitlines()) <= 60, job
+
+
+def test_the_cluster_file_is_valid_by_rays_own_schema() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    raw = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    config = prepare_config(raw)
+    # What `ray up` itself adds.
+    config["cluster_synced_files"] = []
+    validate_config(config)
+    # Whoever reaches the head's ports must not get in without the token, and every node needs it.
+    starts = raw["head_start_ray_commands"] + raw["worker_start_ray_commands"]
+    assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
+    assert any(target.endswith(".ray/auth_token") for target in raw["file_mounts"])
+    assert raw["available_node_types"][raw["head_node_type"]]["resources"]["CPU"] == 0
+
+
+def test_the_serve_file_is_valid() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from tuneloop.serving.deploy import DeployArguments
+
+    raw = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())
+    (application,) = ServeDeploySchema.model_validate(raw).applications
+    assert application.import_path == "tuneloop.serving.deploy:application"
+    assert set(DeployArguments.model_validate(application.args).models) == {"base", "finetuned"}

@@ -37,6 +37,10 @@ INGRESS_CPUS = 0.1
 MODEL_CPUS = 0.5  # reserved, not a limit: an engine uses all cores while others are idle
 _MAX_ONGOING = 2048  # requests in a replica; the engine's own queue is shorter, and says so
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+# Threads that wait for each other sleep instead of spinning: with as many threads as cores,
+# spinning keeps the thread that is waited for off its core as soon as anything else runs (another
+# model, the client). On a busy machine this is three times faster.
+REPLICA_ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
 class Ingress:
@@ -235,10 +239,7 @@ def _model_options(num_models: int) -> dict[str, Any]:
     # Two decimals, rounded down: Ray adds fractions up exactly.
     options: dict[str, Any] = {
         "num_cpus": int(share * 100) / 100,
-        # Threads that wait for each other sleep instead of spinning: with as many threads as
-        # cores, spinning keeps the thread that is waited for off its core as soon as anything
-        # else runs (another model, the client). On a busy machine this is three times faster.
-        "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+        "runtime_env": REPLICA_ENVIRONMENT,
     }
     if free.get("GPU", 0) > 0:
         options["num_gpus"] = int(min(1.0, free["GPU"] / num_models) * 100) / 100
