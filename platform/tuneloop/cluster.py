@@ -144,10 +144,10 @@ def refuse_unshared(workspace: Path, base: Path) -> None:
             ).remote([marker.name, str(base)])
             for node in others
         ]
-        found = dict(zip(others.values(), ray.get(answers), strict=True))
+        found = list(zip(others.values(), ray.get(answers), strict=True))
     problems = []
     for number, (what, path) in enumerate([("the workspace", workspace), ("the base model", base)]):
-        blind = [address for address, seen in found.items() if not seen[number]]
+        blind = [address for address, seen in found if not seen[number]]
         if blind:
             problems.append(
                 Problem(

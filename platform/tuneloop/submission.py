@@ -82,7 +82,7 @@ def submit(command: str, config_path: str, overrides: Sequence[str], address: st
             "bundle: %d file%s, %.1f MiB", num_files, "s" * (num_files > 1), num_bytes / 2**20
         )
         submission_id = client.submit_job(
-            entrypoint=f"python -m tuneloop.cli {command} {_CONFIG}",
+            entrypoint=f"python3 -m tuneloop.cli {command} {_CONFIG}",
             runtime_env={
                 "working_dir": str(bundle),
                 "py_modules": [str(Path(__file__).parent)],

@@ -60,6 +60,8 @@ class Nodes:
             "RAY_worker_niceness": "0",
             "OMP_WAIT_POLICY": "PASSIVE",
         }
+        # As in an activated environment: a job's program is found as `python3`.
+        own["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         return kept | own
 
@@ -165,9 +167,10 @@ def nodes() -> Iterator[Nodes]:
     try:
         cluster.start_head()
         cluster.await_alive(1)
-        cluster.start_worker()
-        cluster.start_worker()
-        cluster.await_alive(3)
+        # One after the other: started together they can take the same names for their sockets.
+        for number in (2, 3):
+            cluster.start_worker()
+            cluster.await_alive(number)
         yield cluster
     finally:
         cluster.stop()

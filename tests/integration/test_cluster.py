@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,21 +103,34 @@ def test_a_submitted_loop_publishes_everything(
     assert evaluation.manifest["metrics"]["num_unscored"] == 0
 
 
-def test_ray_job_submit_runs_the_entry_point(
-    nodes: Any, submitted: tuple[subprocess.CompletedProcess[str], Workspace], config: Path
-) -> None:
-    folder = config.parent / "own"
-    folder.mkdir()
-    shutil.copytree(ROOT / "jobs", folder / "jobs")
-    shutil.copyfile(config, folder / "prices.yaml")
-    command = ["-m", "ray.scripts.scripts", "job", "submit", "--address", nodes.url]
-    command += ["--working-dir", str(folder), "--", "python", "jobs/pipeline.py", "prices.yaml"]
-    done = nodes.run(*command)
+@pytest.fixture(scope="module")
+def by_ray(nodes: Any, config: Path) -> Workspace:
+    """The same loop by Ray's own command, in a workspace of its own."""
+    done = ray_job_submit(nodes, config, f"workspace={config.parent}/by-ray")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "reusing" not in done.stdout or "succeeded" in done.stdout
-    assert len(submitted[1].published()) >= 4
-    # The default workspace is in the job's directory, which Ray removes with all results.
-    done = nodes.run(*command, "workspace=workspace")
+    assert "published evaluations/prices@v1" in done.stdout
+    return Workspace(config.parent / "by-ray")
+
+
+def ray_job_submit(nodes: Any, config: Path, override: str) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "jobs", Path(folder) / "jobs")
+        shutil.copyfile(config, Path(folder) / "prices.yaml")
+        command = ["-m", "ray.scripts.scripts", "job", "submit", "--address", nodes.url]
+        command += ["--working-dir", folder, "--", "python", "jobs/pipeline.py", "prices.yaml"]
+        return nodes.run(*command, override)
+
+
+def test_the_entry_point_under_ray_job_submit_gives_the_same(
+    submitted: tuple[subprocess.CompletedProcess[str], Workspace], by_ray: Workspace
+) -> None:
+    assert losses(by_ray) == losses(submitted[1])
+    mine, theirs = (w.open("evaluations/prices").manifest for w in (by_ray, submitted[1]))
+    assert mine["metrics"] == theirs["metrics"]
+
+
+def test_a_workspace_that_ray_would_remove_is_refused_in_a_job(nodes: Any, config: Path) -> None:
+    done = ray_job_submit(nodes, config, "workspace=workspace")
     assert done.returncode == 1
     assert "the results would vanish with the job" in done.stdout
 
@@ -149,11 +164,10 @@ def test_a_jobs_exit_code_is_passed_on(nodes: Any, config: Path) -> None:
     assert json.loads(out)["status"] == "STOPPED"
 
 
-def train_on_two(
-    nodes: Any, config: Path, folder: Path, stage: int, watch: Callable[[Path], bool]
-) -> Workspace:
-    """Train the submitted loop's dataset with two workers, from a driver outside; watch it run."""
-    shutil.copytree(config.parent / "workspace" / "datasets", folder / "datasets")
+def train_on_two(nodes: Any, config: Path, stage: int, watch: Callable[[Path], bool]) -> Workspace:
+    """Train the same dataset with two workers, from a driver that is no job; watch it run."""
+    folder = config.parent / f"zero-{stage}"
+    shutil.copytree(config.parent / "by-ray" / "datasets", folder / "datasets")
     command = [sys.executable, "-m", "tuneloop.cli", "train", str(config), f"workspace={folder}"]
     command += ["resources.num_workers=2", f"resources.zero_stage={stage}"]
     environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
@@ -163,17 +177,14 @@ def train_on_two(
     pending = True
     while process.poll() is None:
         pending = pending and not watch(folder)
-        time.sleep(0.02)
+        time.sleep(0.05)
     assert process.returncode == 0, log.read_text()
     assert not pending, log.read_text()
     return Workspace(folder)
 
 
 def test_two_nodes_train_like_one_worker_with_zero_3(
-    nodes: Any,
-    submitted: tuple[subprocess.CompletedProcess[str], Workspace],
-    config: Path,
-    tmp_path: Path,
+    nodes: Any, by_ray: Workspace, config: Path
 ) -> None:
     places: set[str] = set()
 
@@ -182,16 +193,13 @@ def test_two_nodes_train_like_one_worker_with_zero_3(
         places.update(row["node_id"] for row in workers if row["state"] == "ALIVE")
         return len(places) == 2
 
-    two = train_on_two(nodes, config, tmp_path / "w", 3, note_places)
+    two = train_on_two(nodes, config, 3, note_places)
     assert two.open("models/prices").manifest["resources"]["num_workers"] == 2
-    assert losses(two) == pytest.approx(losses(submitted[1]), rel=1e-4)
+    assert losses(two) == pytest.approx(losses(by_ray), rel=1e-4)
 
 
 def test_a_lost_node_is_replaced_and_nothing_differs(
-    nodes: Any,
-    submitted: tuple[subprocess.CompletedProcess[str], Workspace],
-    config: Path,
-    tmp_path: Path,
+    nodes: Any, by_ray: Workspace, config: Path
 ) -> None:
     def cut_power(folder: Path) -> bool:
         for file in folder.glob(".work/*/scratch/progress.jsonl"):
@@ -201,8 +209,8 @@ def test_a_lost_node_is_replaced_and_nothing_differs(
                 return True
         return False
 
-    two = train_on_two(nodes, config, tmp_path / "w", 0, cut_power)
-    assert losses(two) == pytest.approx(losses(submitted[1]), rel=1e-4)
+    two = train_on_two(nodes, config, 0, cut_power)
+    assert losses(two) == pytest.approx(losses(by_ray), rel=1e-4)
     nodes.await_alive(3)
 
 
@@ -224,6 +232,18 @@ def test_what_cannot_run_there_is_told_before_it_starts(
     assert "Traceback" not in done.stderr
 
 
+def test_what_a_killed_server_left_is_shut_down_by_the_next(nodes: Any, config: Path) -> None:
+    environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
+    command = [sys.executable, "-m", "tuneloop.cli", "serve", str(config), "--json"]
+    for stop, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        answer = httpx.get(json.loads(process.stdout.readline())["url"] + "/models")
+        assert answer.json()["data"]
+        process.send_signal(stop)
+        assert process.wait(timeout=120) == code
+
+
 def test_serve_deploy(
     nodes: Any, submitted: tuple[subprocess.CompletedProcess[str], Workspace], tmp_path: Path
 ) -> None:
@@ -235,6 +255,7 @@ def test_serve_deploy(
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump(settings))
     serve = ["-c", "from ray.serve.scripts import cli; cli()"]
+    nodes.run(*serve, "shutdown", "--yes", "--address", nodes.url)
     done = nodes.run(*serve, "deploy", str(file), "--address", nodes.url)
     assert done.returncode == 0, done.stdout + done.stderr
     body = {
