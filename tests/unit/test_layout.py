@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from tuneloop.config import load_config
 
@@ -66,12 +68,15 @@ def test_the_cluster_file_is_valid_by_rays_own_schema() -> None:
     assert raw["available_node_types"][raw["head_node_type"]]["resources"]["CPU"] == 0
 
 
-def test_the_serve_file_is_valid() -> None:
+def test_the_serve_file_names_an_application_that_can_be_built() -> None:
+    from ray.serve import Application
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
     from ray.serve.schema import ServeDeploySchema
-
-    from tuneloop.serving.deploy import DeployArguments
 
     raw = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())
     (application,) = ServeDeploySchema.model_validate(raw).applications
-    assert application.import_path == "tuneloop.serving.deploy:application"
-    assert set(DeployArguments.model_validate(application.args).models) == {"base", "finetuned"}
+    module, _, name = application.import_path.partition(":")
+    builder = getattr(importlib.import_module(module), name)
+    assert isinstance(build(builder, application.args), Application)
+    with pytest.raises(ValidationError, match="modles"):
+        build(builder, {"modles": application.args["models"]})

@@ -140,3 +140,15 @@ def test_a_workspace_that_would_vanish_with_the_job(
 ) -> None:
     told = refused(capfd, "run", str(config), "workspace=results")
     assert "the results would vanish with the job" in told
+
+
+def test_a_job_refuses_such_a_workspace_itself(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As `ray job submit --working-dir` unpacks it, without any check of ours before.
+    folder = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "package"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert main(["run", str(config), "workspace=results"]) == 2
+    assert "the results would vanish with the job" in capfd.readouterr().err
+    assert list(folder.iterdir()) == []
