@@ -349,8 +349,12 @@ def _doctor(arguments: argparse.Namespace, output: IO[str]) -> int:
 
 def _load(arguments: argparse.Namespace) -> TuneloopConfig:
     from tuneloop.config import load_config
+    from tuneloop.submission import in_job_directory, refuse_fleeting_workspace
 
-    return load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
+    if in_job_directory():
+        refuse_fleeting_workspace(config)
+    return config
 
 
 def _workspace_location(arguments: argparse.Namespace) -> str:

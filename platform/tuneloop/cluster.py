@@ -7,8 +7,10 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from tuneloop.config import ResourcesConfig
 from tuneloop.errors import Problem, ResourceError
@@ -60,14 +62,15 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=follow)
             logger.info("joined the Ray cluster at %s", address)
         else:
-            ray.init(
-                address="local",
-                num_cpus=resources.num_cpus,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=follow,
-                _node_ip_address="127.0.0.1",
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=resources.num_cpus,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=follow,
+                    _node_ip_address="127.0.0.1",
+                )
             logger.info("started a local Ray with %g CPUs", ray.cluster_resources().get("CPU", 0))
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise ResourceError(
@@ -89,6 +92,22 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let Ray take 127.0.0.1 for this machine's address, as it does on macOS and Windows.
+
+    On Linux it replaces 127.0.0.1 by the address that others reach, and listens on all interfaces.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
 def _silence_data_progress() -> None:
     """Turn off Ray Data's own bars and plan dumps: each stage reports its rows itself."""
     import ray.data
@@ -97,6 +116,56 @@ def _silence_data_progress() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def refuse_unshared(workspace: Path, base: Path) -> None:
+    """Fail unless every node that runs work sees the workspace and the base model.
+
+    Args:
+        workspace: Local directory that drafts and checkpoints are written to; made if need be.
+        base: Directory of the base model.
+
+    Raises:
+        ResourceError: With one problem for each of the two that some node does not see.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+    others = {n["NodeID"]: n["NodeManagerAddress"] for n in nodes if n["NodeID"] != here}
+    if not others:
+        return
+    look = ray.remote(num_cpus=0)(_exist)
+    workspace.mkdir(parents=True, exist_ok=True)
+    # Another directory of the same name has no such file.
+    with tempfile.NamedTemporaryFile(dir=workspace, prefix=".seen-") as marker:
+        answers = [
+            look.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote([marker.name, str(base)])
+            for node in others
+        ]
+        found = list(zip(others.values(), ray.get(answers), strict=True))
+    problems = []
+    for number, (what, path) in enumerate([("the workspace", workspace), ("the base model", base)]):
+        blind = [address for address, seen in found if not seen[number]]
+        if blind:
+            problems.append(
+                Problem(
+                    f"not every node of the cluster sees {what}",
+                    where=str(path),
+                    got=f"{len(blind)} of {len(found)} nodes do not: {', '.join(blind[:3])}",
+                    allowed="a directory on a file system that all nodes share",
+                    remedy="set `workspace`, and TUNELOOP_CACHE on every node, to such directories",
+                )
+            )
+    if problems:
+        raise ResourceError(*problems)
+
+
+def _exist(paths: list[str]) -> list[bool]:
+    return [Path(path).exists() for path in paths]
 
 
 def _refuse_dead_address(address: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tuneloop.artifacts import Artifact, Published, Workspace
-from tuneloop.cluster import connect
+from tuneloop.cluster import connect, refuse_unshared
 from tuneloop.config import TuneloopConfig
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel, resolve_base
@@ -88,6 +88,7 @@ def prepare_dataset(config: TuneloopConfig, workspace: Workspace, base: BaseMode
     """Return the dataset artifact, made or reused. Needs a running Ray."""
     from tuneloop.data.prepare import prepare
 
+    refuse_unshared(workspace.root, base.path)
     return _told(prepare(config, workspace, base))
 
 

@@ -1,18 +1,22 @@
 """Any command as a Ray job: a clean bundle, live logs, the job's exit code.
 
-The bundle holds the configuration, the local source files it names and this version of the
-tuneloop package, nothing else of the current directory: no `.git`, no workspace, no secrets.
+The bundle holds the configuration, the local source files and the local model it names, nothing
+else of the current directory: no `.git`, no workspace, no secrets. This version of the tuneloop
+package goes with it, so the cluster runs the code that was submitted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import glob
 import logging
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +35,9 @@ COMMANDS = ("check", "prepare", "train", "evaluate", "run", "sweep", "serve")
 # Ray's own limit for an uploaded working directory.
 MAX_BUNDLE_BYTES = 100 * 1024 * 1024
 _CONFIG = "config.yaml"
+_ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
+_ANSWER_WITHIN_S = 10.0
+_ASK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,22 +63,26 @@ def submit(command: str, config_path: str, overrides: Sequence[str], address: st
         address: The jobs API, `http://HOST:8265`.
 
     Raises:
-        ConfigError: Wrong configuration, or a source that exists only on this machine and is too
-            large to send.
-        ResourceError: Nothing answers at the address.
+        ConfigError: Wrong configuration, a workspace that would vanish with the job, or local
+            files that are too large to send.
+        ResourceError: No jobs API answers at the address, or it asks for another token.
     """
     if command not in COMMANDS:
         raise ConfigError(
             Problem("this command cannot be submitted", got=command, allowed=", ".join(COMMANDS))
         )
     config = load_config(config_path, overrides)
-    client = _client(address)
+    refuse_fleeting_workspace(config)
+    with _only_address(address):
+        client = _client(address)
     with tempfile.TemporaryDirectory(prefix="tuneloop-bundle-") as folder:
         bundle = Path(folder)
-        size = write_bundle(config, bundle)
-        logger.info("bundle: %d files, %.1f MiB", *size)
+        num_files, num_bytes = write_bundle(config, bundle)
+        logger.info(
+            "bundle: %d file%s, %.1f MiB", num_files, "s" * (num_files > 1), num_bytes / 2**20
+        )
         submission_id = client.submit_job(
-            entrypoint=f"python -m tuneloop.cli {command} {_CONFIG}",
+            entrypoint=f"python3 -m tuneloop.cli {command} {_CONFIG}",
             runtime_env={
                 "working_dir": str(bundle),
                 "py_modules": [str(Path(__file__).parent)],
@@ -79,15 +90,39 @@ def submit(command: str, config_path: str, overrides: Sequence[str], address: st
             metadata={"tuneloop_command": command, "tuneloop_name": config.name},
         )
     logger.info("job %s submitted to %s", submission_id, address)
-    asyncio.run(_follow(client, submission_id))
-    details = client.get_job_info(submission_id)
-    exit_code = details.driver_exit_code
-    if str(details.status.value) == "SUCCEEDED":
-        exit_code = 0
-    elif exit_code in (None, 0):
-        logger.error("job %s: %s", submission_id, details.message)
-        exit_code = 1
-    return JobResult(submission_id, str(details.status.value), int(exit_code))
+    try:
+        return _await_end(client, submission_id)
+    except KeyboardInterrupt:
+        logger.warning(
+            "the job goes on; `ray job logs --follow %s` shows it, `ray job stop %s` ends it",
+            submission_id,
+            submission_id,
+        )
+        raise
+
+
+def in_job_directory() -> bool:
+    """Return whether this is a job's program in the directory that Ray unpacked for it."""
+    return "runtime_resources" in Path.cwd().parts
+
+
+def refuse_fleeting_workspace(config: TuneloopConfig) -> None:
+    """Fail if the workspace is relative: Ray removes a job's directory after the job.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if "://" in config.workspace or Path(config.workspace).expanduser().is_absolute():
+        return
+    raise ConfigError(
+        Problem(
+            "the results would vanish with the job",
+            where="workspace",
+            got=f"{config.workspace}, in the job's own directory, which Ray removes",
+            allowed="an absolute path that every node of the cluster shares",
+            remedy="for example workspace=/shared/tuneloop",
+        )
+    )
 
 
 def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
@@ -107,10 +142,16 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
         files = [Path(name) for name in sorted(glob.glob(source["path"], recursive=True))]
         if not files or _is_shared(source["path"]):
             continue
+        # What stands before the first wildcard is of this machine; below it all stays as it is.
+        fixed = _fixed_part(Path(source["path"]))
         target = Path("data") / str(number)
-        plan += [(file, target / file.name) for file in files]
-        pattern = Path(source["path"]).name
-        source["path"] = str(target / (files[0].name if len(files) == 1 else pattern))
+        plan += [(file, target / file.relative_to(fixed)) for file in files if not file.is_dir()]
+        plan += [
+            (file, target / file.relative_to(fixed))
+            for file in files
+            if file.is_dir() and file == Path(source["path"])
+        ]
+        source["path"] = str(target / Path(source["path"]).relative_to(fixed))
     base = Path(raw["model"]["base"]).expanduser()
     if base.exists():
         plan.append((base, Path("model") / base.name))
@@ -135,7 +176,7 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
     for source, target in plan:
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, folder / target)
+            shutil.copytree(source, folder / target, ignore=_hidden)
         else:
             shutil.copyfile(source, folder / target)
     (folder / _CONFIG).write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
@@ -147,28 +188,113 @@ def _is_shared(path: str) -> bool:
     return "://" in path or path.startswith("docstrings:")
 
 
+def _fixed_part(path: Path) -> Path:
+    """Return the directory that a pattern starts from."""
+    parts = path.parts[:-1]
+    for number, part in enumerate(parts):
+        if glob.has_magic(part):
+            return Path(*parts[:number])
+    return Path(*parts)
+
+
+def _hidden(folder: str, names: list[str]) -> set[str]:
+    """Return what of a directory is not sent: `.git`, `.env` and the like."""
+    return {name for name in names if name.startswith(".")}
+
+
 def _num_bytes(path: Path) -> int:
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size
+    if not path.is_dir():
+        return path.stat().st_size
+    total = 0
+    for folder, folders, files in os.walk(path):
+        folders[:] = set(folders) - _hidden(folder, folders)
+        total += sum(os.stat(Path(folder, name)).st_size for name in files if name[0] != ".")
+    return total
+
+
+@contextlib.contextmanager
+def _only_address(address: str) -> Iterator[None]:
+    """Let the address that was given win: Ray prefers what the environment names."""
+    before = os.environ.get(_ADDRESS_VARIABLE)
+    os.environ[_ADDRESS_VARIABLE] = address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ADDRESS_VARIABLE]
+        else:
+            os.environ[_ADDRESS_VARIABLE] = before
 
 
 def _client(address: str) -> JobSubmissionClient:
+    _refuse_other_server(address)
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        client = JobSubmissionClient(address)
+        client.list_jobs()
+        return client
+    except AuthenticationError as error:
         raise ResourceError(
             Problem(
-                "no Ray jobs API answers",
-                where="--address or RAY_API_SERVER_ADDRESS",
-                got=f"{address}: {str(error).splitlines()[0]}",
-                allowed="http://HOST:8265, the dashboard address of a Ray head",
-                remedy="start one with `ray start --head`, or open a tunnel with "
-                "`ray dashboard cluster.yaml`",
+                "the cluster asks for its token",
+                where=address,
+                got=str(error).partition(".")[0],
+                remedy="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what "
+                "`ray get-auth-token` prints on the head",
             )
         ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_jobs_api(address, str(error)) from error
+
+
+def _refuse_other_server(address: str) -> None:
+    """Fail within seconds unless a Ray dashboard answers; Ray's client would wait for ever."""
+    import httpx
+
+    try:
+        # A cluster with a token refuses here already, and Ray's own client tells why.
+        answer = httpx.get(f"{address.rstrip('/')}/api/version", timeout=_ANSWER_WITHIN_S)
+        if answer.status_code not in (401, 403):
+            answer.raise_for_status().json()["ray_version"]
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _no_jobs_api(address, reason) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_jobs_api(address, "another server answers there") from error
+
+
+def _no_jobs_api(address: str, reason: str) -> ResourceError:
+    return ResourceError(
+        Problem(
+            "no Ray jobs API answers",
+            where="--address or RAY_API_SERVER_ADDRESS",
+            got=f"{address}: {reason.splitlines()[0] if reason else 'no answer'}",
+            allowed="http://HOST:8265, the dashboard address of a Ray head",
+            remedy="start one with `ray start --head`, or open a tunnel with "
+            "`ray dashboard cluster.yaml`",
+        )
+    )
+
+
+def _await_end(client: JobSubmissionClient, submission_id: str) -> JobResult:
+    """Follow the job's log and return how it ended."""
+    try:
+        asyncio.run(_follow(client, submission_id))
+    except (OSError, RuntimeError) as error:
+        logger.warning("the log broke off (%s); waiting for the job's end", error)
+    details = client.get_job_info(submission_id)
+    while not details.status.is_terminal():
+        time.sleep(_ASK_EVERY_S)
+        details = client.get_job_info(submission_id)
+    exit_code = details.driver_exit_code
+    if details.status.value == "SUCCEEDED":
+        exit_code = 0
+    elif exit_code not in (1, 2):
+        logger.error("job %s: %s", submission_id, details.message)
+        exit_code = 1
+    return JobResult(submission_id, str(details.status.value), int(exit_code))
 
 
 async def _follow(client: JobSubmissionClient, submission_id: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import ValidationError
 
 from tuneloop.config import load_config
 
@@ -60,3 +63,32 @@ def test_the_configuration_reference_is_up_to_date() -> None:
 def test_jobs_stay_short() -> None:
     for job in (ROOT / "jobs").glob("*.py"):
         assert len(job.read_text().splitlines()) <= 60, job
+
+
+def test_the_cluster_file_is_valid_by_rays_own_schema() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    raw = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    config = prepare_config(raw)
+    # What `ray up` itself adds.
+    config["cluster_synced_files"] = []
+    validate_config(config)
+    # Whoever reaches the head's ports must not get in without the token, and every node needs it.
+    starts = raw["head_start_ray_commands"] + raw["worker_start_ray_commands"]
+    assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
+    assert any(target.endswith(".ray/auth_token") for target in raw["file_mounts"])
+    assert raw["available_node_types"][raw["head_node_type"]]["resources"]["CPU"] == 0
+
+
+def test_the_serve_file_names_an_application_that_can_be_built() -> None:
+    from ray.serve import Application
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
+    from ray.serve.schema import ServeDeploySchema
+
+    raw = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())
+    (application,) = ServeDeploySchema.model_validate(raw).applications
+    module, _, name = application.import_path.partition(":")
+    builder = getattr(importlib.import_module(module), name)
+    assert isinstance(build(builder, application.args), Application)
+    with pytest.raises(ValidationError, match="modles"):
+        build(builder, {"modles": application.args["models"]})

@@ -37,6 +37,10 @@ INGRESS_CPUS = 0.1
 MODEL_CPUS = 0.5  # reserved, not a limit: an engine uses all cores while others are idle
 _MAX_ONGOING = 2048  # requests in a replica; the engine's own queue is shorter, and says so
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+# Threads that wait for each other sleep instead of spinning: with as many threads as cores,
+# spinning keeps the thread that is waited for off its core as soon as anything else runs (another
+# model, the client). On a busy machine this is three times faster.
+REPLICA_ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
 class Ingress:
@@ -182,7 +186,7 @@ def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator
         )
         ray_serve.run(
             build_application(models, serving, options),
-            name=APPLICATION,
+            name=_application(),
             logging_config=_QUIET,
         )
         _await_models(models)
@@ -198,11 +202,16 @@ def _deployment(name: str) -> str:
     return f"model-{name}"
 
 
+def _application() -> str:
+    """Return a name that says which Ray job serves, so that what a dead one left is known."""
+    return f"{APPLICATION}-{ray.get_runtime_context().get_job_id()}"
+
+
 def _await_models(models: Mapping[str, ServedModel]) -> None:
     """Return when every model is loaded, telling what is still missing."""
     started = time.monotonic()
     for name, model in models.items():
-        handle = ray_serve.get_deployment_handle(_deployment(name), APPLICATION)
+        handle = ray_serve.get_deployment_handle(_deployment(name), _application())
         response = handle.ready.remote()
         while True:
             try:
@@ -235,10 +244,7 @@ def _model_options(num_models: int) -> dict[str, Any]:
     # Two decimals, rounded down: Ray adds fractions up exactly.
     options: dict[str, Any] = {
         "num_cpus": int(share * 100) / 100,
-        # Threads that wait for each other sleep instead of spinning: with as many threads as
-        # cores, spinning keeps the thread that is waited for off its core as soon as anything
-        # else runs (another model, the client). On a busy machine this is three times faster.
-        "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+        "runtime_env": REPLICA_ENVIRONMENT,
     }
     if free.get("GPU", 0) > 0:
         options["num_gpus"] = int(min(1.0, free["GPU"] / num_models) * 100) / 100
@@ -265,15 +271,25 @@ def _free_port(serving: ServingConfig) -> int:
 
 
 def _refuse_running_serve() -> None:
-    """Fail if this cluster serves something already: Serve has one address per cluster."""
+    """Fail if this cluster serves something already: Serve has one address per cluster.
+
+    What a killed run left is shut down: on a cluster Serve outlives the program that started it.
+    """
     try:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
+        return
+    running = list(ray_serve.status().applications)
+    dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
+    if running and {name.removeprefix(f"{APPLICATION}-") for name in running} <= dead:
+        log.warning("shutting down what a killed run still serves")
+        ray_serve.shutdown()
         return
     raise ResourceError(
         Problem(
             "Ray Serve runs already on this cluster",
             where="Ray",
+            got=", ".join(running) or "no application",
             remedy="`serve shutdown` ends it; or run on another cluster",
         )
     )

@@ -1,0 +1,53 @@
+"""The application for `serve deploy`: models that answer until somebody takes them down.
+
+Where a `tuneloop serve` ends with its terminal, a deployed application belongs to the cluster. The
+configuration is a Serve config file whose `import_path` is `tuneloop.serving.deploy:application`.
+"""
+
+# No `from __future__ import annotations`: Serve looks at the annotation of `application` itself.
+
+from pathlib import Path
+
+from pydantic import Field
+from ray.serve import Application
+
+from tuneloop.config import Section, ServingConfig
+from tuneloop.serving.app import MODEL_CPUS, REPLICA_ENVIRONMENT, ServedModel, build_application
+
+
+class DeployedModel(Section):
+    """One model to serve."""
+
+    path: str = Field(description="Hugging Face directory that every node can read.")
+    chat_template: str = Field("auto", description="As in `model.chat_template`.")
+
+
+class DeployArguments(Section):
+    """`args` of the application in a Serve config file."""
+
+    models: dict[str, DeployedModel] = Field(
+        min_length=1, description="By the name that requests call it."
+    )
+    max_batch_size: int = Field(
+        ServingConfig().max_batch_size, ge=1, description="Sequences decoded together."
+    )
+    cpus_per_model: float = Field(MODEL_CPUS, gt=0, description="Reserved for each replica.")
+    gpus_per_model: float = Field(0, ge=0, description="Reserved for each replica.")
+
+
+def application(arguments: DeployArguments) -> Application:
+    """Return the Serve application; Serve calls this on the cluster.
+
+    Host and port are the config file's own `http_options`; the API key, if any, is taken from the
+    environment variable TUNELOOP_API_KEY.
+    """
+    models = {
+        name: ServedModel(Path(model.path), model.chat_template)
+        for name, model in arguments.models.items()
+    }
+    options = {"num_cpus": arguments.cpus_per_model, "runtime_env": REPLICA_ENVIRONMENT}
+    if arguments.gpus_per_model:
+        options["num_gpus"] = arguments.gpus_per_model
+    return build_application(
+        models, ServingConfig(max_batch_size=arguments.max_batch_size), options
+    )

@@ -1,0 +1,185 @@
+"""A cluster of several nodes on this machine, for the tests that need one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+# Ray takes 127.0.0.1 for this machine's address where it is told that clusters are not wanted (as
+# on macOS), and refuses worker nodes there; so only the command itself is told that they are.
+RAY = """
+from ray._private import ray_constants, services
+ray_constants.ENABLE_RAY_CLUSTER = True
+services.get_node_ip_address = lambda address=None: "127.0.0.1"
+from ray.scripts.scripts import main
+main()
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests on several nodes last: the shared local Ray has to make room for them."""
+    items.sort(key=lambda item: "nodes" in getattr(item, "fixturenames", ()))
+
+
+@dataclass
+class Nodes:
+    """A head that takes no work and worker nodes of one CPU each, all on 127.0.0.1.
+
+    Every node is a `ray start --block` of its own, with its own raylet; a token is asked for.
+    """
+
+    folder: Path
+    token: str = "0123456789abcdef0123456789abcdef"
+    port: int = 0
+    url: str = ""
+    started: list[subprocess.Popen] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the nodes and every client of theirs run with."""
+        own = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        # As in an activated environment: a job's program is found as `python3`.
+        own["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        return kept | own
+
+    def start_head(self) -> None:
+        self.port, dashboard, client = (self.free_port() for _ in range(3))
+        self.url = f"http://127.0.0.1:{dashboard}"
+        self._start(
+            "--head",
+            f"--port={self.port}",
+            "--num-cpus=0",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={dashboard}",
+            f"--ray-client-server-port={client}",
+            f"--temp-dir={self.folder}",
+        )
+
+    def start_worker(self) -> subprocess.Popen:
+        return self._start(f"--address=127.0.0.1:{self.port}", "--num-cpus=1")
+
+    def await_alive(self, number: int) -> None:
+        """Return when so many nodes are alive."""
+        deadline = time.monotonic() + 120
+        while len(self._alive()) != number:
+            assert time.monotonic() < deadline, f"{len(self._alive())} nodes of {number}"
+            for process in self.started:
+                assert process.poll() is None, (self.folder / "nodes.log").read_text()
+            time.sleep(0.2)
+
+    def rows(self, what: str) -> list[dict[str, Any]]:
+        """Return what the state API knows: `nodes`, `actors`, …"""
+        answer = httpx.get(
+            f"{self.url}/api/v0/{what}",
+            params={"detail": "true"},
+            headers={"Authorization": f"Bearer {self.token}"},
+            timeout=60,
+        )
+        return answer.raise_for_status().json()["data"]["result"]["result"]
+
+    def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run `python COMMAND…` as a client of the cluster."""
+        settings: dict[str, Any] = {"env": self.environment, "capture_output": True, "text": True}
+        return subprocess.run(
+            [sys.executable, *command], **settings | options, check=False, timeout=400
+        )
+
+    def kill(self, node: subprocess.Popen) -> None:
+        """End a node as a power cut would."""
+        self.started.remove(node)
+        for process in [psutil.Process(node.pid), *family(node.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+        node.wait()
+
+    def stop(self) -> None:
+        everything = [process for node in self.started for process in family(node.pid)]
+        for node in reversed(self.started):
+            node.terminate()
+        for node in self.started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.wait(timeout=30)
+            node.kill()
+        _, alive = psutil.wait_procs(everything, timeout=30)
+        for process in alive:
+            process.kill()
+
+    @staticmethod
+    def free_port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    def _alive(self) -> list[dict[str, Any]]:
+        try:
+            return [node for node in self.rows("nodes") if node["state"] == "ALIVE"]
+        except (httpx.HTTPError, KeyError, TypeError):
+            return []
+
+    def _start(self, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", RAY, "start", "--block", "--node-ip-address=127.0.0.1"]
+        command += [f"--dashboard-agent-listen-port={self.free_port()}", *arguments]
+        with (self.folder / "nodes.log").open("a") as log:
+            node = subprocess.Popen(
+                [*command, "--object-store-memory=200000000", "--disable-usage-stats"],
+                env=self.environment,
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self.started.append(node)
+        return node
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Nodes]:
+    """A head without work and two worker nodes of one CPU."""
+    import ray
+
+    # One Ray at a time on a small machine; these tests come last.
+    ray.shutdown()
+    # Sockets lie in there, and their paths have to be short.
+    folder = Path(tempfile.mkdtemp(prefix="nodes-"))
+    cluster = Nodes(folder)
+    try:
+        cluster.start_head()
+        cluster.await_alive(1)
+        # One after the other: started together they can take the same names for their sockets.
+        for number in (2, 3):
+            cluster.start_worker()
+            cluster.await_alive(number)
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """Return the processes that descend from one."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []

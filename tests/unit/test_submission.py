@@ -1,0 +1,154 @@
+"""What is sent to a cluster, and what is told when nothing can be."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tuneloop.cli import main
+from tuneloop.config import load_config
+from tuneloop.errors import ConfigError
+from tuneloop.submission import COMMANDS, MAX_BUNDLE_BYTES, write_bundle
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration with two directories of rows, a model, and things that are nobody's."""
+    for name in ("rows/one/a.jsonl", "rows/two/a.jsonl", "rows/two/b.txt", "model/.git/config"):
+        file = tmp_path / "here" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{name}\n")
+    (tmp_path / "here" / "model" / "config.json").write_text("{}")
+    (tmp_path / "here" / ".env").write_text("SECRET=1")
+    path = tmp_path / "faq.yaml"
+    path.write_text(
+        f"""\
+name: faq
+workspace: {tmp_path}/workspace
+task: {{type: extraction}}
+model: {{base: {tmp_path}/here/model}}
+data:
+  sources:
+    - {{path: "{tmp_path}/here/rows/*/*.jsonl", format: question_answer}}
+    - {{path: "{tmp_path}/here/rows/two/b.txt", format: question_answer}}
+    - {{path: "s3://bucket/rows.jsonl", format: question_answer}}
+"""
+    )
+    return path
+
+
+def test_the_bundle_holds_what_the_configuration_names_and_nothing_else(
+    config: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    num_files, num_bytes = write_bundle(load_config(config), folder)
+    files = {str(f.relative_to(folder)): f for f in folder.rglob("*") if f.is_file()}
+    assert set(files) == {
+        "config.yaml",
+        "data/0/one/a.jsonl",
+        "data/0/two/a.jsonl",
+        "data/1/b.txt",
+        "model/model/config.json",
+    }
+    assert files["data/0/two/a.jsonl"].read_text() == "rows/two/a.jsonl\n"
+    assert (num_files, num_bytes) == (5, sum(f.stat().st_size for f in files.values()))
+    sent = load_config(folder / "config.yaml")
+    assert [source.path for source in sent.data.sources] == [
+        "data/0/*/*.jsonl",
+        "data/1/b.txt",
+        "s3://bucket/rows.jsonl",
+    ]
+    assert sent.model.base == "model/model"
+
+
+def test_a_bundle_over_the_limit_is_refused_and_names_the_largest_file(
+    config: Path, tmp_path: Path
+) -> None:
+    large = tmp_path / "here" / "rows" / "one" / "large.jsonl"
+    with large.open("w") as file:
+        file.truncate(MAX_BUNDLE_BYTES)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="too large") as caught:
+        write_bundle(load_config(config), folder)
+    assert caught.value.problems[0].where == str(large)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.fixture
+def other_server() -> Iterator[str]:
+    """A web server that is no Ray dashboard: it answers every address with a page."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>hello</html>")
+
+        def log_message(self, *arguments: object) -> None:
+            """Say nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Submit, and return the only problem as one text."""
+    assert main(["submit", *arguments, "--json"]) == 2
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err
+    (problem,) = json.loads(out)["error"]["problems"]
+    return " ".join(problem.values())
+
+
+def test_an_address_where_nothing_listens(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        told = refused(capfd, "run", str(config), "--address", address)
+    assert "no Ray jobs API answers" in told
+    assert address in told
+
+
+def test_an_address_that_is_something_else(
+    config: Path, capfd: pytest.CaptureFixture[str], other_server: str
+) -> None:
+    told = refused(capfd, "run", str(config), "--address", other_server)
+    assert "another server answers there" in told
+    told = refused(capfd, "run", str(config), "--address", "head:8265")
+    assert "no Ray jobs API answers" in told
+
+
+def test_a_command_that_cannot_be_submitted(
+    config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(capfd, "dashboard", str(config))
+    assert all(command in told for command in COMMANDS)
+
+
+def test_a_workspace_that_would_vanish_with_the_job(
+    config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(capfd, "run", str(config), "workspace=results")
+    assert "the results would vanish with the job" in told
+
+
+def test_a_job_refuses_such_a_workspace_itself(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As `ray job submit --working-dir` unpacks it, without any check of ours before.
+    folder = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "package"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert main(["run", str(config), "workspace=results"]) == 2
+    assert "the results would vanish with the job" in capfd.readouterr().err
+    assert list(folder.iterdir()) == []
