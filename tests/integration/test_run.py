@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,3 +210,86 @@ def test_stopped_in_training_then_goes_on_and_leaves_no_process(
     assert result["metrics"]["num_steps"] == 54
     log = pq.read_table(f"{result['path']}/trainer_log.parquet").to_pylist()
     assert [row["step"] for row in log] == list(range(1, 55))
+
+
+def test_models_and_adapters_are_served_under_their_names(
+    ray_cluster: None, config: Path, tiny_model: Path
+) -> None:
+    """Base, newest model, an older version and an adapter; the last three on recorded answers."""
+    import httpx
+
+    from tuneloop import pipeline
+    from tuneloop.config import load_config
+
+    workspace = Workspace(config.parent / "workspace")
+    models = {"old": "models/tiny@v1", "small": "models/tiny@v1/adapter", "raw": str(tiny_model)}
+    settings = load_config(config, [f"serving.models={json.dumps(models)}"])
+    asked = {
+        "prompt": "The door number 1 is red today.", "max_tokens": 12, "temperature": 0,
+        "logprobs": 1, "return_token_ids": True,
+    }  # fmt: skip
+    with pipeline.serve(settings, workspace) as (url, names):
+        assert names == ["base", "finetuned", "old", "small", "raw"]
+        listed = httpx.get(f"{url}/models").json()["data"]
+        assert [model["id"] for model in listed] == names
+        choices = {
+            name: httpx.post(
+                f"{url}/completions", json={**asked, "model": name}, timeout=60
+            ).json()["choices"][0]
+            for name in names
+        }
+    ids = {name: choice["token_ids"] for name, choice in choices.items()}
+    assert ids["old"] == ids["small"]
+    assert ids["base"] == ids["raw"] != ids["small"]
+    logprobs = [choices[name]["logprobs"]["token_logprobs"] for name in ("old", "small")]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-3)
+
+    evaluated = json.loads((workspace.open("evaluations/tiny@v1").path / "parity.json").read_text())
+    assert evaluated["finetuned"]["passed"]
+    assert evaluated["finetuned"]["arms"].keys() == {"served"}
+    assert evaluated["finetuned"]["tokens"] > 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["serving.models.x=models/tiny@v9"], "no artifact `models/tiny@v9`"),
+        (["serving.models.x=models/tiny@v1/adapter", "model.base=OTHER"], "another base model"),
+        (["serving.models.x=/nowhere"], "/nowhere"),
+        (["serving.models.base=models/tiny"], "`base` is taken"),
+    ],
+)
+def test_what_cannot_be_served_is_told(
+    config: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    overrides: list[str],
+    expected: str,
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    overrides = [item.replace("OTHER", str(other)) for item in overrides]
+    code, _, err = call("serve", str(config), *overrides, capfd=capfd)
+    assert code == 2
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_a_served_model_that_answers_otherwise_is_refused(
+    ray_cluster: None, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The weights were changed after training: `parity.json` tells."""
+    from safetensors.torch import load_file, save_file
+
+    workspace = tmp_path / "workspace"
+    shutil.copytree(config.parent / "workspace", workspace)
+    for version in (workspace / "models" / "tiny").iterdir():
+        weights = load_file(version / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"] *= 1.5
+        save_file(weights, version / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = call("serve", str(config), f"workspace={workspace}", capfd=capfd)
+    assert code == 2
+    assert "`finetuned` answers differently from the trained one" in err
