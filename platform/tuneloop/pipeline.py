@@ -57,6 +57,8 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         name = f"{config.name}-baseline"
         baseline = _evaluate(config, workspace, dataset.artifact, (arms, models), name)
         model = train_model(config, workspace, base, dataset.artifact)
+        if not baseline.artifact.manifest["metrics"]["num_unscored"]:
+            models = {}  # every answer of the base is there and is taken over
         models[FINETUNED] = _finetuned_model(model.artifact)
         contestants = [*arms, _finetuned_arm(model.artifact)], models
         evaluation = _evaluate(
@@ -80,6 +82,7 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
     """
     from tuneloop.serving import app
 
+    app.free_port(config.serving)  # a taken one is told before Ray starts
     models = _served_models(config, workspace)
     with connect(config.resources), app.serve(models, config.serving) as url:
         _check_served(url, models)

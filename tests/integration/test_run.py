@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -276,6 +277,26 @@ def test_what_cannot_be_served_is_told(
     assert code == 2
     assert expected in err
     assert "Traceback" not in err
+
+
+def test_a_taken_port_is_told_before_anything_starts(config: Path) -> None:
+    """In a process of its own, without Ray: one message, exit code 2, no child left."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        command = [sys.executable, "-m", "tuneloop.cli", "serve", str(config)]
+        done = subprocess.run(
+            [*command, f"serving.port={port}"], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.count("cannot listen") == 1
+    assert str(port) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Ray" not in done.stderr
+    assert not [
+        p for p in psutil.process_iter(["cmdline"]) if str(config) in (p.info["cmdline"] or [])
+    ]
 
 
 def test_a_served_model_that_answers_otherwise_is_refused(

@@ -28,7 +28,7 @@ from tuneloop.errors import Problem, ResourceError, find_user_error
 from tuneloop.serving import protocol
 from tuneloop.serving.replica import ModelServer, ServedModel
 
-__all__ = ["ServedModel", "build_application", "serve"]
+__all__ = ["ServedModel", "build_application", "free_port", "serve"]
 
 log = logging.getLogger("tuneloop.serving")
 
@@ -176,8 +176,9 @@ def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator
     """
     _refuse_running_serve()
     options = _model_options(len(_by_weights(models)))
-    port = _free_port(serving)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    port = free_port(serving)
+    # Its warnings are about queue lengths of replicas that still load.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         ray_serve.start(
             proxy_location="HeadOnly",
@@ -254,8 +255,12 @@ def _model_options(num_models: int) -> dict[str, Any]:
     return options
 
 
-def _free_port(serving: ServingConfig) -> int:
-    """Return the configured port, or any free one for 0."""
+def free_port(serving: ServingConfig) -> int:
+    """Return the configured port, or any free one for 0.
+
+    Raises:
+        ResourceError: The port is taken, or the host is not this machine's.
+    """
     with socket.socket(socket.AF_INET6 if ":" in serving.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
