@@ -314,3 +314,22 @@ def test_a_served_model_that_answers_otherwise_is_refused(
     code, _, err = call("serve", str(config), f"workspace={workspace}", capfd=capfd)
     assert code == 2
     assert "`finetuned` answers differently from the trained one" in err
+
+
+def test_full_finetuning_leaves_merged_weights_only(
+    ray_cluster: None, config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    full = ["name=whole", "training.method=full", "training.max_steps=2"]
+    code, out, err = call("train", str(config), "--json", *full, capfd=capfd)
+    assert code == 0, err
+    model = json.loads(out)
+    assert model["artifact"] == "models/whole@v1"
+    assert model["metrics"]["num_trainable"] == model["metrics"]["num_parameters"]
+    assert json.loads((Path(model["path"]) / "parity.json").read_text())["arms"].keys() == {
+        "merged"
+    }
+    code, _, err = call(
+        "serve", str(config), "serving.models.x=models/whole@v1/adapter", capfd=capfd
+    )
+    assert code == 2
+    assert "the model has no adapter" in err
