@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tuneloop.errors import ConfigError, Problem
 
@@ -260,6 +267,21 @@ class ServingConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
     max_batch_size: int = Field(32, ge=1, description="Sequences decoded together.")
+    models: dict[Name, str] = Field(
+        default_factory=dict,
+        description="What `tuneloop serve` serves beside `base` and `finetuned`, by the name that "
+        "requests ask for: `models/NAME` or `models/NAME@vN` is an artifact's merged weights, "
+        "`models/NAME@vN/adapter` its adapter on the weights of `base`, anything else is read "
+        "as `model.base` is.",
+    )
+
+    @field_validator("models")
+    @classmethod
+    def _names_are_free(cls, models: dict[str, str]) -> dict[str, str]:
+        taken = sorted({"base", "finetuned"} & set(models))
+        if taken:
+            raise ValueError(f"the name `{taken[0]}` is taken; give the model another one")
+        return models
 
 
 class EvaluationConfig(Section):

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect, refuse_unshared
 from tuneloop.config import TuneloopConfig
+from tuneloop.errors import ModelError, Problem
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel, resolve_base
-from tuneloop.records import Arm, Endpoint
+from tuneloop.records import Arm, Endpoint, Parity
 
 if TYPE_CHECKING:
     from tuneloop.serving.app import ServedModel
@@ -56,6 +57,8 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         name = f"{config.name}-baseline"
         baseline = _evaluate(config, workspace, dataset.artifact, (arms, models), name)
         model = train_model(config, workspace, base, dataset.artifact)
+        if not baseline.artifact.manifest["metrics"]["num_unscored"]:
+            models = {}  # every answer of the base is there and is taken over
         models[FINETUNED] = _finetuned_model(model.artifact)
         contestants = [*arms, _finetuned_arm(model.artifact)], models
         evaluation = _evaluate(
@@ -66,22 +69,99 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
 
 @contextmanager
 def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, list[str]]]:
-    """Serve the base and, when there is one, the newest finetuned model.
+    """Serve the base, the newest finetuned model when there is one, and `serving.models`.
 
     Yields:
         The base URL and the names of the models.
+
+    Raises:
+        ModelError: A model cannot be loaded, an adapter belongs to another base, or a served
+            model answers differently from the trained one.
+        ArtifactError: `serving.models` names an artifact that is not there.
+        ResourceError: As of `app.serve`.
     """
     from tuneloop.serving import app
 
-    with connect(config.resources):
-        models = {BASE: _base_model(config, resolve_base(config.model.base))}
-        trained = [a for a in workspace.published() if (a.kind, a.name) == ("models", config.name)]
-        if trained:
-            newest = workspace.open(trained[-1].ref)
-            models[FINETUNED] = _finetuned_model(newest)
-            logger.info("%s is %s", FINETUNED, newest.ref)
-        with app.serve(models, config.serving) as url:
-            yield url, list(models)
+    app.free_port(config.serving)  # a taken one is told before Ray starts
+    models = _served_models(config, workspace)
+    with connect(config.resources), app.serve(models, config.serving) as url:
+        _check_served(url, models)
+        yield url, list(models)
+
+
+def _served_models(config: TuneloopConfig, workspace: Workspace) -> dict[str, ServedModel]:
+    """Return what `serve` serves, by name."""
+    base = resolve_base(config.model.base)
+    models = {BASE: _base_model(config, base)}
+    trained = [a for a in workspace.published() if (a.kind, a.name) == ("models", config.name)]
+    if trained:
+        newest = workspace.open(trained[-1].ref)
+        models[FINETUNED] = _finetuned_model(newest)
+        logger.info("%s is %s", FINETUNED, newest.ref)
+    for name, reference in config.serving.models.items():
+        models[name] = _referenced_model(workspace, base, f"serving.models.{name}", reference)
+    return models
+
+
+def _referenced_model(
+    workspace: Workspace, base: BaseModel, where: str, reference: str
+) -> ServedModel:
+    """Return the model a value of `serving.models` names."""
+    from tuneloop.models.export import ADAPTER
+    from tuneloop.serving.app import ServedModel
+
+    if not reference.startswith("models/"):
+        return ServedModel(resolve_base(reference).path)
+    artifact = workspace.open(reference.removesuffix(f"/{ADAPTER}"))
+    if not reference.endswith(f"/{ADAPTER}"):
+        return _finetuned_model(artifact)
+    merged = f"serve the merged weights: {artifact.ref}"
+    if not (artifact.path / ADAPTER).is_dir():
+        raise ModelError(
+            Problem(
+                "the model has no adapter",
+                where=where,
+                got=f"{reference}, trained with method full",
+                remedy=merged,
+            )
+        )
+    trained_on = artifact.manifest["config"]
+    if trained_on["base_fingerprint"] != base.fingerprint:
+        raise ModelError(
+            Problem(
+                "the adapter belongs to another base model",
+                where=where,
+                got=f"{reference}, trained on {trained_on['base']} "
+                f"({trained_on['base_fingerprint'][:12]})",
+                allowed=f"adapters on {base.name} ({base.fingerprint[:12]})",
+                remedy=f"{merged}; or set model.base to {trained_on['base']}",
+            )
+        )
+    return ServedModel(base.path, adapter=artifact.path)
+
+
+def _check_served(url: str, models: dict[str, ServedModel]) -> dict[str, Parity]:
+    """Return how each served model with recorded answers answers now, beside the trained one.
+
+    Raises:
+        ModelError: One of them answers differently.
+    """
+    from tuneloop.models.parity import check_served
+    from tuneloop.serving.app import API_KEY_VARIABLE
+
+    key = os.environ.get(API_KEY_VARIABLE, "")
+    outcomes = {}
+    for name, model in models.items():
+        outcome = check_served(Endpoint(url, name, key), model.folder)
+        if outcome is not None:
+            outcomes[name] = outcome
+            logger.info(
+                "%s answers as it did in training: %d tokens, log-probabilities within %.1e",
+                name,
+                outcome.tokens,
+                outcome.max_abs_logprob_diff,
+            )
+    return outcomes
 
 
 def prepare_dataset(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:
@@ -157,8 +237,16 @@ def _evaluate(
     if found is not None:
         return _told(Published(found, reused=True))
     with app.serve(models, config.serving) as url:
+        outcomes = _check_served(url, models)
         key = os.environ.get(app.API_KEY_VARIABLE, "")
-        arms = [replace(arm, endpoint=Endpoint(url, arm.endpoint.model, key)) for arm in arms]
+        arms = [
+            replace(
+                arm,
+                endpoint=Endpoint(url, arm.endpoint.model, key),
+                parity=outcomes.get(arm.endpoint.model),
+            )
+            for arm in arms
+        ]
         return _told(evaluate(config, workspace, dataset, arms, name, earlier))
 
 

@@ -91,6 +91,31 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Parity:
+    """How close other forms of a trained model are to the live model.
+
+    Args:
+        passed: Nothing differs by more than rounding explains.
+        prompts: Number of prompts compared.
+        tokens: Number of generated tokens compared.
+        max_abs_logprob_diff: Largest difference over all arms, prompts and tokens.
+        greedy_equal: Every arm picks the live model's token everywhere.
+        num_ties: Differing picks where the live model's two best tokens were within the tolerance.
+        tolerance: Of log-probabilities.
+        arms: The largest difference of each: `adapter`, `merged`, `served`.
+    """
+
+    passed: bool
+    prompts: int
+    tokens: int
+    max_abs_logprob_diff: float
+    greedy_equal: bool
+    num_ties: int
+    tolerance: float
+    arms: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Endpoint:
     """An OpenAI-compatible server and the model to ask there.
 
@@ -112,9 +137,11 @@ class Arm:
         model_fingerprint: Identity of weights, tokenizer and chat template. Answers are reused
             only between arms whose fingerprints are equal; without one, the endpoint's URL and
             model name stand for it.
+        parity: How the served model answered beside the trained one; None: nothing recorded.
     """
 
     name: str
     endpoint: Endpoint
     shots: tuple[Conversation, ...] = ()
     model_fingerprint: str = ""
+    parity: Parity | None = None

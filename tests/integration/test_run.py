@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -326,3 +328,125 @@ def test_killed_in_every_stage_then_ends_like_an_uninterrupted_run(
     ]
     assert losses[0] == losses[1]
     assert not list((workspace / ".work").glob("*/draft"))
+
+
+def test_models_and_adapters_are_served_under_their_names(
+    ray_cluster: None, config: Path, tiny_model: Path
+) -> None:
+    """Base, newest model, an older version and an adapter; the last three on recorded answers."""
+    import httpx
+
+    from tuneloop import pipeline
+    from tuneloop.config import load_config
+
+    workspace = Workspace(config.parent / "workspace")
+    models = {"old": "models/tiny@v1", "small": "models/tiny@v1/adapter", "raw": str(tiny_model)}
+    settings = load_config(config, [f"serving.models={json.dumps(models)}"])
+    asked = {
+        "prompt": "The door number 1 is red today.", "max_tokens": 12, "temperature": 0,
+        "logprobs": 1, "return_token_ids": True,
+    }  # fmt: skip
+    with pipeline.serve(settings, workspace) as (url, names):
+        assert names == ["base", "finetuned", "old", "small", "raw"]
+        listed = httpx.get(f"{url}/models").json()["data"]
+        assert [model["id"] for model in listed] == names
+        choices = {
+            name: httpx.post(
+                f"{url}/completions", json={**asked, "model": name}, timeout=60
+            ).json()["choices"][0]
+            for name in names
+        }
+    ids = {name: choice["token_ids"] for name, choice in choices.items()}
+    assert ids["old"] == ids["small"]
+    assert ids["base"] == ids["raw"] != ids["small"]
+    logprobs = [choices[name]["logprobs"]["token_logprobs"] for name in ("old", "small")]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-3)
+
+    evaluated = json.loads((workspace.open("evaluations/tiny@v1").path / "parity.json").read_text())
+    assert evaluated["finetuned"]["passed"]
+    assert evaluated["finetuned"]["arms"].keys() == {"served"}
+    assert evaluated["finetuned"]["tokens"] > 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["serving.models.x=models/tiny@v9"], "no artifact `models/tiny@v9`"),
+        (["serving.models.x=models/tiny@v1/adapter", "model.base=OTHER"], "another base model"),
+        (["serving.models.x=/nowhere"], "/nowhere"),
+        (["serving.models.base=models/tiny"], "`base` is taken"),
+    ],
+)
+def test_what_cannot_be_served_is_told(
+    config: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    overrides: list[str],
+    expected: str,
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    overrides = [item.replace("OTHER", str(other)) for item in overrides]
+    code, _, err = call("serve", str(config), *overrides, capfd=capfd)
+    assert code == 2
+    assert expected in err
+    assert "Traceback" not in err
+
+
+def test_a_taken_port_is_told_before_anything_starts(config: Path) -> None:
+    """In a process of its own, without Ray: one message, exit code 2, no child left."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        command = [sys.executable, "-m", "tuneloop.cli", "serve", str(config)]
+        done = subprocess.run(
+            [*command, f"serving.port={port}"], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.count("cannot listen") == 1
+    assert str(port) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Ray" not in done.stderr
+    assert not [
+        p for p in psutil.process_iter(["cmdline"]) if str(config) in (p.info["cmdline"] or [])
+    ]
+
+
+def test_a_served_model_that_answers_otherwise_is_refused(
+    ray_cluster: None, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The weights were changed after training: `parity.json` tells."""
+    from safetensors.torch import load_file, save_file
+
+    workspace = tmp_path / "workspace"
+    shutil.copytree(config.parent / "workspace", workspace)
+    for version in (workspace / "models" / "tiny").iterdir():
+        weights = load_file(version / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"] *= 1.5
+        save_file(weights, version / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = call("serve", str(config), f"workspace={workspace}", capfd=capfd)
+    assert code == 2
+    assert "`finetuned` answers differently from the trained one" in err
+
+
+def test_full_finetuning_leaves_merged_weights_only(
+    ray_cluster: None, config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    full = ["name=whole", "training.method=full", "training.max_steps=2"]
+    code, out, err = call("train", str(config), "--json", *full, capfd=capfd)
+    assert code == 0, err
+    model = json.loads(out)
+    assert model["artifact"] == "models/whole@v1"
+    assert model["metrics"]["num_trainable"] == model["metrics"]["num_parameters"]
+    assert json.loads((Path(model["path"]) / "parity.json").read_text())["arms"].keys() == {
+        "merged"
+    }
+    code, _, err = call(
+        "serve", str(config), "serving.models.x=models/whole@v1/adapter", capfd=capfd
+    )
+    assert code == 2
+    assert "the model has no adapter" in err

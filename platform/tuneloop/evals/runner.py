@@ -25,7 +25,7 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here, in metrics, error tags, intervals or report makes other results.
-CODE_VERSION = 3
+CODE_VERSION = 4
 
 
 def sampling(evaluation: EvaluationConfig) -> SamplingParams:
@@ -112,6 +112,7 @@ def evaluate(
         evaluation = _build(config, predictions, scorer, name)
         write_predictions(predictions, list(scorer.metrics), draft.path)
         _write_reports(draft.path, evaluation, config, dataset)
+        _write_parity(draft.path, arms)
         artifact = draft.publish(
             config=parts,
             resources={
@@ -228,6 +229,13 @@ def _write_reports(
     (folder / "report.html").write_text(
         render_report(evaluation, config, dataset.ref), encoding="utf-8"
     )
+
+
+def _write_parity(folder: Path, arms: Sequence[Arm]) -> None:
+    """Keep how served models answered beside the trained ones: `parity.json`, by arm."""
+    outcomes = {arm.name: dataclasses.asdict(arm.parity) for arm in arms if arm.parity is not None}
+    if outcomes:
+        (folder / "parity.json").write_text(json.dumps(outcomes, indent=2), encoding="utf-8")
 
 
 def write_predictions(

@@ -159,6 +159,37 @@ class Client:
             logprobs=logprobs,
         )
 
+    async def complete(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
+        """Return how the model continues token ids; for servers that return token ids.
+
+        Raises:
+            EndpointError: The endpoint is unusable.
+            RequestError: This request got no usable answer.
+        """
+        body = {
+            "model": self.endpoint.model,
+            "prompt": list(prompt_ids),
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "seed": params.seed,
+            "logprobs": 0 if params.logprobs else None,
+            "return_token_ids": True,
+        }
+        answer = await self._send("POST", "/completions", body, self.retries)
+        try:
+            choice, usage = answer["choices"][0], answer["usage"]
+            return Completion(
+                text=choice["text"],
+                finish_reason=FINISH_REASONS[choice["finish_reason"]],
+                prompt_tokens=int(usage["prompt_tokens"]),
+                completion_tokens=int(usage["completion_tokens"]),
+                token_ids=[int(token) for token in choice["token_ids"]],
+                logprobs=choice["logprobs"]["token_logprobs"] if params.logprobs else None,
+            )
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise RequestError(f"not a completion with token ids: {answer!r:.300}") from error
+
     async def stream(
         self, messages: Sequence[Message], params: SamplingParams
     ) -> AsyncIterator[Delta]:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +17,17 @@ import torch
 
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.chat import Renderer
+from tuneloop.models.parity import Answer, write_parity
+from tuneloop.records import Parity
 
 logger = logging.getLogger("tuneloop.models")
 
 ADAPTER = "adapter"
 RENDER_FILE = "tuneloop_render.json"
-PARITY_FILE = "parity.json"
 NUM_TOKENS = 24
 _MAX_PROMPT_TOKENS = 256
 # Largest difference of a log-probability (natural log) that rounding explains.
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model says to one prompt, greedily.
-
-    Args:
-        prompt_ids: Shape (T,).
-        ids: Shape (G,).
-        logprobs: Natural log of each id's probability. Shape (G,).
-        margins: Log-probability of the best token minus that of the second. Shape (G,).
-    """
-
-    prompt_ids: list[int]
-    ids: list[int]
-    logprobs: list[float]
-    margins: list[float]
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How close reloaded exports are to the live model.
-
-    Args:
-        passed: Nothing differs by more than rounding explains.
-        prompts: Number of prompts compared.
-        tokens: Number of generated tokens compared.
-        max_abs_logprob_diff: Largest difference over all exports, prompts and tokens.
-        greedy_equal: Every export picks the live model's token everywhere.
-        num_ties: Differing picks where the live model's two best tokens were within the tolerance.
-        tolerance: Of log-probabilities.
-        arms: The largest difference of each export.
-    """
-
-    passed: bool
-    prompts: int
-    tokens: int
-    max_abs_logprob_diff: float
-    greedy_equal: bool
-    num_ties: int
-    tolerance: float
-    arms: dict[str, float]
 
 
 def parity_prompts(rows: Sequence[tuple[Any, Any]]) -> list[list[int]]:
@@ -83,6 +42,14 @@ def parity_prompts(rows: Sequence[tuple[Any, Any]]) -> list[list[int]]:
         cut = first if first > 1 else max(1, len(ids) // 2)
         prompts.append([int(token) for token in ids[:cut]][-_MAX_PROMPT_TOKENS:])
     return prompts
+
+
+def recorded_renderer(folder: Path) -> str | None:
+    """Return the renderer's hash an export was trained with; None for other directories."""
+    file = folder / RENDER_FILE
+    if not file.is_file():
+        return None
+    return str(json.loads(file.read_text(encoding="utf-8"))["renderer_hash"])
 
 
 @dataclass(frozen=True)
@@ -118,10 +85,12 @@ class Exporter:
                 ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
                 mask[row, width - len(prompt) :] = 1
             output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count)
-            return [
+            answers = [
                 _score(model, prompt, self._until_stop(output[row, width:].tolist()))[0]
                 for row, prompt in enumerate(prompts)
             ]
+        stop_ids = self.renderer.stop_ids
+        return [replace(answer, stopped=answer.ids[-1] in stop_ids) for answer in answers]
 
     def save(self, model: Any) -> None:
         """Write adapter, merged weights, tokenizer, template and generation settings.
@@ -195,7 +164,7 @@ class Exporter:
             tolerance=tolerance,
             arms=arms,
         )
-        (self.output / PARITY_FILE).write_text(json.dumps(asdict(parity), indent=2), "utf-8")
+        write_parity(self.output, parity, live)
         if not parity.passed:
             raise ModelError(
                 Problem(

@@ -15,9 +15,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tuneloop.artifacts import sha256_file
 from tuneloop.errors import ModelError, Problem, ResourceError
@@ -25,6 +29,7 @@ from tuneloop.errors import ModelError, Problem, ResourceError
 logger = logging.getLogger("tuneloop.models")
 
 CODE_VERSION = 1
+_TELL_EVERY_S = 5.0
 _MARKER = "tuneloop_source.json"
 _WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -277,8 +282,9 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         try:
             source = {"gguf_file": file.name}
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", **source)
+            with _conversion_told():
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+                model = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", **source)
         except OSError as error:
             if error.errno is not None:
                 raise
@@ -290,6 +296,7 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        _choose_accelerator()
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         marker = {"base": base, "gguf_sha256": checksum, "license": license}
@@ -298,6 +305,34 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
         Path(temporary).rename(target)
         Path(temporary).mkdir()
     return BaseModel(base, target, checksum, license)
+
+
+@contextmanager
+def _conversion_told() -> Iterator[None]:
+    """Replace transformers' bar over the tensors, which has no switch, by lines in the log."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    def told(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        last = time.monotonic()
+        for number, tensor in enumerate(tensors, 1):
+            yield tensor
+            if number == len(tensors) or time.monotonic() - last >= _TELL_EVERY_S:
+                last = time.monotonic()
+                logger.info("converted %d of %d tensors", number, len(tensors))
+
+    before, gguf.tqdm = gguf.tqdm, told
+    try:
+        yield
+    finally:
+        gguf.tqdm = before
+
+
+def _choose_accelerator() -> None:
+    """Say where DeepSpeed runs, which saving a model imports: it warns when it has to guess."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _unreadable(file: Path, error: Exception) -> ModelError:

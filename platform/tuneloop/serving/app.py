@@ -1,7 +1,8 @@
 """Models on Ray Serve behind one OpenAI-compatible HTTP address.
 
-One small ingress deployment checks the key, finds the model and hands the request on; each model
-is a deployment of its own, with its renderer and its decode engine in the replica.
+One small ingress deployment checks the key, finds the model and hands the request on. Weights are
+a deployment of their own, with a decode engine in the replica; a base model and the adapters on it
+share one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,7 +28,7 @@ from tuneloop.errors import Problem, ResourceError, find_user_error
 from tuneloop.serving import protocol
 from tuneloop.serving.replica import ModelServer, ServedModel
 
-__all__ = ["ServedModel", "build_application", "serve"]
+__all__ = ["ServedModel", "build_application", "free_port", "serve"]
 
 log = logging.getLogger("tuneloop.serving")
 
@@ -136,20 +138,22 @@ def build_application(
 
     Args:
         models: What to serve, by the name requests call it.
-        model_options: `ray_actor_options` of each model's replica.
+        model_options: `ray_actor_options` of each replica.
     """
     server = ray_serve.deployment(ModelServer)
-    handles = {
-        name: server.options(
-            name=_deployment(name),
+    handles: dict[str, Any] = {}
+    for deployment, group in _by_weights(models).items():
+        handle = server.options(
+            name=deployment,
             ray_actor_options=model_options,
             max_ongoing_requests=_MAX_ONGOING,
             graceful_shutdown_wait_loop_s=0.2,
             graceful_shutdown_timeout_s=5,
             logging_config=_QUIET,
-        ).bind(name, model, serving.max_batch_size)
-        for name, model in models.items()
-    }
+        ).bind(group, serving.max_batch_size)
+        handles |= dict.fromkeys(group, handle)
+    # In the order asked for, which is the order they are listed in.
+    handles = {name: handles[name] for name in models}
     ingress = ray_serve.deployment(Ingress).options(
         name="ingress",
         ray_actor_options={"num_cpus": INGRESS_CPUS},
@@ -175,9 +179,10 @@ def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator
         ModelError: A model cannot be loaded.
     """
     _refuse_running_serve()
-    options = _model_options(len(models))
-    port = _free_port(serving)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    options = _model_options(len(_by_weights(models)))
+    port = free_port(serving)
+    # Its warnings are about queue lengths of replicas that still load.
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         ray_serve.start(
             proxy_location="HeadOnly",
@@ -198,8 +203,12 @@ def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator
         ray_serve.shutdown()
 
 
-def _deployment(name: str) -> str:
-    return f"model-{name}"
+def _by_weights(models: Mapping[str, ServedModel]) -> dict[str, dict[str, ServedModel]]:
+    """Return the models that share weights together, by the name of their deployment."""
+    groups: dict[Path, dict[str, ServedModel]] = {}
+    for name, model in models.items():
+        groups.setdefault(model.path, {})[name] = model
+    return {f"model-{next(iter(group))}": group for group in groups.values()}
 
 
 def _application() -> str:
@@ -210,21 +219,22 @@ def _application() -> str:
 def _await_models(models: Mapping[str, ServedModel]) -> None:
     """Return when every model is loaded, telling what is still missing."""
     started = time.monotonic()
-    for name, model in models.items():
-        handle = ray_serve.get_deployment_handle(_deployment(name), _application())
+    for deployment, group in _by_weights(models).items():
+        names, path = ", ".join(group), next(iter(group.values())).path
+        handle = ray_serve.get_deployment_handle(deployment, _application())
         response = handle.ready.remote()
         while True:
             try:
                 response.result(timeout_s=PROGRESS_EVERY_S)
                 break
             except TimeoutError:
-                log.info("loading %s from %s, %.0f s", name, model.path, time.monotonic() - started)
+                log.info("loading %s from %s, %.0f s", names, path, time.monotonic() - started)
             except Exception as error:
                 known = find_user_error(error)
                 if known is not None:
                     raise known from error
                 raise
-        log.info("%s is loaded, %.0f s", name, time.monotonic() - started)
+        log.info("loaded %s, %.0f s", names, time.monotonic() - started)
 
 
 def _model_options(num_models: int) -> dict[str, Any]:
@@ -251,8 +261,12 @@ def _model_options(num_models: int) -> dict[str, Any]:
     return options
 
 
-def _free_port(serving: ServingConfig) -> int:
-    """Return the configured port, or any free one for 0."""
+def free_port(serving: ServingConfig) -> int:
+    """Return the configured port, or any free one for 0.
+
+    Raises:
+        ResourceError: The port is taken, or the host is not this machine's.
+    """
     with socket.socket(socket.AF_INET6 if ":" in serving.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

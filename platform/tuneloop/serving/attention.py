@@ -46,6 +46,11 @@ class Group(Protocol):
         """Which of the tokens the model shall score successors for."""
         ...
 
+    @property
+    def adapter(self) -> str:
+        """The adapter these tokens go through; empty: the base weights alone."""
+        ...
+
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule
     ) -> Tensor: ...
@@ -69,6 +74,7 @@ class Prefix:
 
     token_ids: tuple[int, ...]
     layers: Layers
+    adapter: str = ""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -81,6 +87,7 @@ class Prompt:
     Args:
         suffix: The token ids behind the prefix.
         keep_all: Score the successor of every token, not only of the last.
+        adapter: What the tokens go through beside the base weights.
         start: How many tokens of the suffix earlier chunks have read.
         stop: Where the current chunk ends.
         layers: Pairs of shape (H, len(suffix), D).
@@ -89,6 +96,7 @@ class Prompt:
     prefix: Prefix | None
     suffix: list[int]
     keep_all: bool = False
+    adapter: str = ""
     start: int = 0
     stop: int = 0
     layers: Layers = field(default_factory=list)
@@ -133,7 +141,7 @@ class Prompt:
                 (torch.cat([pk, k], 1), torch.cat([pv, v], 1))
                 for (pk, pv), (k, v) in zip(self.prefix.layers, layers, strict=True)
             ]
-        return Prefix(ids, layers)
+        return Prefix(ids, layers, self.adapter)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Return attention of the current chunk; query (H*G, T, D) → (T, H*G, D)."""
@@ -178,15 +186,17 @@ class Prompt:
 
 
 class Cohort:
-    """Sequences that write, with the same prefix and the same capacity.
+    """Sequences that write, with the same prefix, adapter and capacity.
 
     Args:
         capacity: Tokens behind the prefix that each sequence has room for.
+        adapter: What the tokens go through beside the base weights.
     """
 
-    def __init__(self, prefix: Prefix | None, capacity: int) -> None:
+    def __init__(self, prefix: Prefix | None, capacity: int, adapter: str = "") -> None:
         self.prefix = prefix
         self.capacity = capacity
+        self.adapter = adapter
         self.owners: list[Any] = []
         self.lengths: list[int] = []
         self.token_ids: list[int] = []

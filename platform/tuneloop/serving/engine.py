@@ -17,10 +17,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ from torch import Tensor
 
 from tuneloop.errors import TuneloopError
 from tuneloop.records import Completion, FinishReason, SamplingParams
-from tuneloop.serving.attention import Cohort, Layers, Prefix, Prompt
+from tuneloop.serving.adapters import Adapters
+from tuneloop.serving.attention import Cohort, Group, Layers, Prefix, Prompt
 from tuneloop.serving.model import forward, load_model, num_threads, switch_attention
 from tuneloop.serving.sampling import TokenScore, sample, score
 
@@ -82,6 +84,8 @@ class Request:
         num_top: How many of the likeliest tokens each score lists.
         score_prompt: Score the prompt's tokens as well.
         on_token: Called in the engine's thread with each token id as soon as it is chosen.
+        adapter: One of the engine's adapters; empty: the base weights alone.
+        stop_ids: Tokens that end this generation; None: those of the engine.
     """
 
     prompt_ids: Sequence[int]
@@ -89,6 +93,8 @@ class Request:
     num_top: int = 0
     score_prompt: bool = False
     on_token: Callable[[int], None] | None = None
+    adapter: str = ""
+    stop_ids: frozenset[int] | None = None
 
 
 @dataclass(eq=False)
@@ -119,9 +125,11 @@ class Engine:
         stop_ids: Tokens that end a generation; they are not part of it.
         max_batch_size: Sequences that run together.
         max_waiting: Requests that may wait for a place.
+        adapters: Directories of LoRA adapters, by the name requests use.
 
     Raises:
-        ModelError: The model's attention cannot be reproduced, see `switch_attention`.
+        ModelError: The model's attention cannot be reproduced, see `switch_attention`, or an
+            adapter does not fit.
     """
 
     def __init__(
@@ -129,8 +137,10 @@ class Engine:
         model: Any,
         decode: Callable[[Sequence[int]], str],
         stop_ids: Sequence[int],
+        *,
         max_batch_size: int = DEFAULT_BATCH_SIZE,
         max_waiting: int = 1024,
+        adapters: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         self.model = model.eval()
         self.decode = decode
@@ -148,6 +158,7 @@ class Engine:
         self._closed = False
         with torch.inference_mode():
             bytes_per_token = switch_attention(model)
+        self.adapters = Adapters(model, adapters)
         # Tokens whose keys and values fit into memory, and the longest prompt plus answer.
         self._room = int(MEMORY_SHARE * _free_bytes(model.device) / bytes_per_token)
         positions = getattr(text, "max_position_embeddings", None) or self._room
@@ -163,7 +174,8 @@ class Engine:
             options: As of the constructor.
 
         Raises:
-            ModelError: The model cannot be loaded or its attention cannot be reproduced.
+            ModelError: The model cannot be loaded, its attention cannot be reproduced, or an
+                adapter does not fit.
         """
         batch = options.get("max_batch_size", DEFAULT_BATCH_SIZE)
         return cls(load_model(path, batch), **options)
@@ -180,7 +192,7 @@ class Engine:
             raise TuneloopError("the engine is closed")
         if self._inbox.qsize() + len(self._waiting) >= self.max_waiting:
             raise QueueFull(f"{self.max_waiting} requests wait already")
-        prompt = Prompt(None, list(request.prompt_ids), request.score_prompt)
+        prompt = Prompt(None, list(request.prompt_ids), request.score_prompt, request.adapter)
         row = _Row(request, Future(), time.monotonic(), prompt)
         if request.params.temperature > 0:
             row.sampler = torch.Generator().manual_seed(request.params.seed)
@@ -197,6 +209,8 @@ class Engine:
 
     def _refuse_impossible(self, request: Request) -> None:
         ids, params = request.prompt_ids, request.params
+        if request.adapter and request.adapter not in self.adapters.names:
+            raise RequestError(f"there is no adapter `{request.adapter}`")
         if len(ids) == 0:
             raise RequestError("the prompt has no tokens")
         if min(ids) < 0 or max(ids) >= self.vocab_size:
@@ -265,14 +279,16 @@ class Engine:
     def _shared_prefix(self, request: Request) -> Prefix | None:
         """Return keys and values of the prompt's beginning, if others begin alike."""
         ids = tuple(request.prompt_ids)
-        known = [p for p in self._prefixes if len(p) < len(ids) and p.token_ids == ids[: len(p)]]
+        usable = [p for p in self._prefixes if p.adapter == request.adapter and len(p) < len(ids)]
+        known = [p for p in usable if p.token_ids == ids[: len(p)]]
         prefix = max(known, key=len, default=None)
         start = len(prefix) if prefix else 0
-        stop = _shared_length(ids, [r.prompt_ids for r in self._recent if r is not request])
+        others = [r for r in self._recent if r is not request and r.adapter == request.adapter]
+        stop = _shared_length(ids, [other.prompt_ids for other in others])
         if stop >= start + MIN_SHARED_TOKENS:
-            prompt = Prompt(prefix, list(ids[start:stop]))
+            prompt = Prompt(prefix, list(ids[start:stop]), adapter=request.adapter)
             while not prompt.done:
-                forward(self.model, [prompt.next_chunk(PROMPT_TOKENS_PER_STEP)])
+                self._forward([prompt.next_chunk(PROMPT_TOKENS_PER_STEP)])
                 prompt.advance()
             prefix = prompt.freeze()
         if prefix is not None:
@@ -287,7 +303,7 @@ class Engine:
         cohorts, reading = self._cohorts, self._next_chunks()
         if not cohorts and not reading:
             return
-        logits = forward(self.model, [*cohorts, *(row.prompt for row in reading)])
+        logits = self._forward([*cohorts, *(row.prompt for row in reading)])
         writers = [row for cohort in cohorts for row in cohort.owners]
         last = logits[: len(cohorts)]
         for row, scores in zip(reading, logits[len(cohorts) :], strict=True):
@@ -321,6 +337,10 @@ class Engine:
             row.prompt.layers = []
         self._cohorts = [cohort for cohort in self._cohorts if len(cohort)]
 
+    def _forward(self, groups: Sequence[Group]) -> list[Tensor]:
+        self.adapters.select(groups)
+        return forward(self.model, groups)
+
     def _drop_cancelled(self) -> None:
         self._reading = [row for row in self._reading if not row.future.cancelled()]
         for cohort in self._cohorts:
@@ -343,12 +363,12 @@ class Engine:
         capacity = CAPACITY_STEP
         while capacity <= length:
             capacity *= 2
-        prefix = row.prompt.prefix
+        prefix, adapter = row.prompt.prefix, row.request.adapter
         for cohort in self._cohorts:
-            if cohort.prefix is prefix and cohort.capacity == capacity:
+            if (cohort.prefix, cohort.capacity, cohort.adapter) == (prefix, capacity, adapter):
                 break
         else:
-            cohort = Cohort(prefix, capacity)
+            cohort = Cohort(prefix, capacity, adapter)
             self._cohorts.append(cohort)
         cohort.add(row, layers, length, next_id)
 
@@ -369,8 +389,8 @@ class Engine:
 
     def _accept(self, row: _Row, token: int) -> bool:
         """Add a chosen token to its row; return whether the row goes on."""
-        params = row.request.params
-        if token in self.stop_ids and params.max_tokens:
+        params, stop_ids = row.request.params, row.request.stop_ids
+        if token in (self.stop_ids if stop_ids is None else stop_ids) and params.max_tokens:
             return self._finish(row, "stop", num_stop_tokens=1)
         if params.max_tokens:
             row.token_ids.append(token)

@@ -1,4 +1,4 @@
-"""What one model's replica does: protocol in, engine requests, protocol out.
+"""What a replica does for the models that share its weights: protocol in, engine, protocol out.
 
 Knows nothing of Ray or HTTP, so it can be used and tested without them.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tuneloop.errors import UserError
+from tuneloop.errors import ModelError, Problem, UserError
 from tuneloop.models.chat import Renderer, RenderError
+from tuneloop.models.export import ADAPTER, recorded_renderer
 from tuneloop.serving import protocol
 from tuneloop.serving.engine import Engine, Generation, QueueFull, Request, RequestError
 from tuneloop.serving.protocol import ChatRequest, CompletionRequest, ProtocolError
@@ -30,43 +31,70 @@ class ServedModel:
     """A model to serve.
 
     Args:
-        path: Hugging Face directory.
+        path: Hugging Face directory with the weights.
         chat_template: As in `model.chat_template`.
+        adapter: A model artifact's directory, whose `adapter/` is put on the weights and whose
+            tokenizer and template are used. None: the weights as they are.
     """
 
     path: Path
     chat_template: str = "auto"
+    adapter: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where tokenizer and template are."""
+        return self.adapter or self.path
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """One name's renderer, and the engine it shares with the others."""
+
+    renderer: Renderer
+    engine: Engine
+    adapter: str
+
+    def submit(self, request: Request) -> Future[Generation]:
+        """Queue a request for this model."""
+        stop_ids = frozenset(self.renderer.stop_ids)
+        return self.engine.submit(replace(request, adapter=self.adapter, stop_ids=stop_ids))
 
 
 class ModelServer:
-    """One model: its renderer and its engine, loaded in the background."""
+    """Models with the same weights: their renderers and one engine, loaded in the background.
 
-    def __init__(self, name: str, model: ServedModel, max_batch_size: int) -> None:
-        self.name = name
-        self._loading: Future[tuple[Renderer, Engine]] = ThreadPoolExecutor(1).submit(
-            _load, model, max_batch_size
+    Args:
+        models: By the name requests call them; `path` is the same for all.
+        max_batch_size: Sequences decoded together, whichever model they ask for.
+    """
+
+    def __init__(self, models: Mapping[str, ServedModel], max_batch_size: int) -> None:
+        self._loading: Future[dict[str, _Loaded]] = ThreadPoolExecutor(1).submit(
+            _load, models, max_batch_size
         )
 
     async def ready(self) -> None:
-        """Return when the model is loaded.
+        """Return when the models are loaded.
 
         Raises:
-            ModelError: It cannot be loaded.
+            ModelError: One of them cannot be loaded.
         """
         await asyncio.wrap_future(self._loading)
 
     async def answer(self, route: Route, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Return status and JSON for one request."""
         try:
-            renderer, engine = await asyncio.wrap_future(self._loading)
+            model = (await asyncio.wrap_future(self._loading))[body["model"]]
+            renderer = model.renderer
             if route == "chat":
                 chat = protocol.parse_chat(body)
-                asked = _chat(chat, renderer, engine)
-                [generation] = await _generate(engine, [asked])
+                asked = _chat(chat, model)
+                [generation] = await _generate(model, [asked])
                 return 200, protocol.chat_response(chat, asked.prompt_ids, generation, renderer)
             completion = protocol.parse_completion(body)
             texts, requests = _completions(completion, renderer)
-            generations = await _generate(engine, requests)
+            generations = await _generate(model, requests)
             prompts = [(t, r.prompt_ids) for t, r in zip(texts, requests, strict=True)]
             return 200, protocol.completion_response(completion, prompts, generations, renderer)
         except Exception as error:
@@ -79,26 +107,26 @@ class ModelServer:
         """Yield status and JSON, then, if the status is 200, server-sent events."""
         started, future = False, None
         try:
-            renderer, engine = await asyncio.wrap_future(self._loading)
+            model = (await asyncio.wrap_future(self._loading))[body["model"]]
             request: ChatRequest | CompletionRequest
             if route == "chat":
                 request = protocol.parse_chat(body)
-                asked = _chat(request, renderer, engine)
+                asked = _chat(request, model)
             else:
                 request = protocol.parse_completion(body)
-                [asked] = _completions(request, renderer)[1]
+                [asked] = _completions(request, model.renderer)[1]
             loop = asyncio.get_running_loop()
             tokens: asyncio.Queue[int | None] = asyncio.Queue()
 
             def tell(token: int | None) -> None:
                 loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-            future = engine.submit(replace(asked, on_token=tell))
+            future = model.submit(replace(asked, on_token=tell))
             future.add_done_callback(lambda _: tell(None))
             started = True
             yield 200, {}
             chunks = protocol.Chunks(request)
-            text = StreamedText(renderer, request.stop_strings)
+            text = StreamedText(model.renderer, request.stop_strings)
             yield chunks.first()
             while (token := await tokens.get()) is not None:
                 delta = text.push(token)
@@ -122,26 +150,49 @@ class ModelServer:
                 future.cancel()
 
 
-def _load(model: ServedModel, max_batch_size: int) -> tuple[Renderer, Engine]:
+def _load(models: Mapping[str, ServedModel], max_batch_size: int) -> dict[str, _Loaded]:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    renderer = Renderer.load(model.path, model.chat_template)
+    renderers = {name: _load_renderer(model) for name, model in models.items()}
+    first = next(iter(models))
     engine = Engine.load(
-        model.path,
-        decode=renderer.decode,
-        stop_ids=renderer.stop_ids,
+        models[first].path,
+        # The same weights have the same tokenizer; templates, and so stop tokens, may differ.
+        decode=renderers[first].decode,
+        stop_ids=renderers[first].stop_ids,
         max_batch_size=max_batch_size,
+        adapters={n: m.adapter / ADAPTER for n, m in models.items() if m.adapter is not None},
     )
-    return renderer, engine
+    return {
+        name: _Loaded(renderers[name], engine, name if model.adapter else "")
+        for name, model in models.items()
+    }
 
 
-def _chat(request: ChatRequest, renderer: Renderer, engine: Engine) -> Request:
-    ids = renderer.prompt_ids(request.conversation())
+def _load_renderer(model: ServedModel) -> Renderer:
+    """Return a model's renderer; one that renders otherwise than in training is refused."""
+    renderer = Renderer.load(model.folder, model.chat_template)
+    recorded = recorded_renderer(model.folder)
+    if model.chat_template == "auto" and recorded not in (None, renderer.hash):
+        raise ModelError(
+            Problem(
+                "the model's tokenizer or template renders otherwise than when it was trained",
+                where=str(model.folder),
+                got=renderer.hash,
+                allowed=str(recorded),
+                remedy="put back the directory's own files, or train again",
+            )
+        )
+    return renderer
+
+
+def _chat(request: ChatRequest, model: _Loaded) -> Request:
+    ids = model.renderer.prompt_ids(request.conversation())
     max_tokens = request.max_completion_tokens or request.max_tokens
     if max_tokens is None:
         # OpenAI's default is no bound; the model's positions are one.
-        max_tokens = max(1, engine.max_length - len(ids))
+        max_tokens = max(1, model.engine.max_length - len(ids))
     params = request.params(max_tokens, logprobs=bool(request.logprobs))
     return Request(ids, params, num_top=request.top_logprobs or 0)
 
@@ -164,12 +215,12 @@ def _completions(request: CompletionRequest, renderer: Renderer) -> tuple[list[s
     return texts, requests
 
 
-async def _generate(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
+async def _generate(model: _Loaded, requests: Sequence[Request]) -> list[Generation]:
     """Return all generations; if one fails or the caller goes away, the others are dropped."""
     futures: list[Future[Generation]] = []
     try:
         for request in requests:
-            futures.append(engine.submit(request))
+            futures.append(model.submit(request))
         return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
     finally:
         for future in futures:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tuneloop.training")
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 
 def train(

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from tuneloop.config import TrainingConfig
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.chat import Renderer
-from tuneloop.models.export import Exporter, Parity, parity_prompts
+from tuneloop.models.export import Exporter, parity_prompts
+from tuneloop.records import Parity
 from tuneloop.training.batches import Rows, Schedule, micro_batches, split_batch
 from tuneloop.training.checkpoint import load_engine, newest_whole, save_engine
 from tuneloop.training.engine import Execution, gathered, load_model, make_engine

@@ -1,0 +1,144 @@
+"""LoRA adapters over one base model: every request is answered with the adapter it names.
+
+A packed step multiplies the base weights once for the tokens of all requests, then adds each
+adapter's product to its own run of tokens: y = W x + scaling B (A x) (Hu et al. 2021, section
+4.1). Nothing is merged, so any number of adapters share the memory of one base model.
+
+Shapes: T tokens, R rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tuneloop.errors import ModelError, Problem
+from tuneloop.serving.attention import Group
+
+_PREFIX = "base_model.model."
+# Settings of PEFT that make an adapter something else than A and B with one scaling.
+_UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+
+@dataclass(frozen=True, eq=False)
+class _Delta:
+    """One adapter's part of one layer: `down` (R, in), `up` (out, R)."""
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+
+Run = tuple[str, slice]
+
+
+class Adapters:
+    """The adapters of one model. The thread that runs the model owns them.
+
+    Args:
+        model: A transformers model; the layers that adapters change are given another `forward`.
+        folders: Adapter directories as PEFT saves them, by the name requests use.
+
+    Raises:
+        ModelError: An adapter cannot be read, does not fit, or is not plain LoRA.
+    """
+
+    def __init__(self, model: Any, folders: Mapping[str, Path]) -> None:
+        self.names = frozenset(folders)
+        self._runs: list[Run] = []
+        by_layer: dict[str, dict[str, _Delta]] = {}
+        for name, folder in folders.items():
+            for layer_name, delta in _read(folder, model).items():
+                by_layer.setdefault(layer_name, {})[name] = delta
+        for layer_name, deltas in by_layer.items():
+            layer = model.get_submodule(layer_name)
+            layer.forward = functools.partial(_forward, layer.forward, deltas, self._runs)
+
+    def select(self, groups: Sequence[Group]) -> None:
+        """Note which tokens of the next forward pass belong to which adapter."""
+        self._runs.clear()
+        start = 0
+        for group in groups:
+            stop = start + len(group.token_ids)
+            if group.adapter:
+                self._runs.append((group.adapter, slice(start, stop)))
+            start = stop
+
+
+def _forward(
+    usual: Callable[[Tensor], Tensor], deltas: Mapping[str, _Delta], runs: list[Run], x: Tensor
+) -> Tensor:
+    """Return the layer's output with every run's adapter added; x (1, T, in) → (1, T, out)."""
+    out = usual(x)
+    for name, part in runs:
+        delta = deltas.get(name)
+        if delta is not None:
+            # In the order and the precision of PEFT's own layer.
+            rows = x[:, part].to(delta.down.dtype)
+            out[:, part] = out[:, part] + (rows @ delta.down.t() @ delta.up.t()) * delta.scaling
+    return out
+
+
+def _read(folder: Path, model: Any) -> dict[str, _Delta]:
+    """Return an adapter's part of each layer, by the layer's name in the model."""
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(Problem("cannot read the adapter", str(folder), str(error))) from error
+    odd = [name for name in _UNSUPPORTED if settings.get(name)]
+    if settings.get("peft_type") != "LORA" or odd:
+        raise _unfit(folder, ", ".join(odd) or f"peft_type {settings.get('peft_type')}")
+    scaling = settings["lora_alpha"] / settings["r"]
+    found: dict[str, _Delta] = {}
+    for key in sorted(tensors):
+        layer_name, _, kind = key.removeprefix(_PREFIX).rpartition(".lora_")
+        if kind not in ("A.weight", "B.weight"):
+            raise _unfit(folder, f"tensor {key}")
+        if kind == "A.weight":
+            down, up = tensors[key], tensors.get(f"{_PREFIX}{layer_name}.lora_B.weight")
+            if up is None:
+                raise _unfit(folder, f"{key} without its lora_B")
+            _refuse_misfit(folder, model, layer_name, (down.shape[1], up.shape[0]))
+            # PEFT keeps adapters in float32 also beside weights of less precision.
+            down, up = (tensor.to(model.device, torch.float32) for tensor in (down, up))
+            found[layer_name] = _Delta(down, up, scaling)
+    return found
+
+
+def _refuse_misfit(folder: Path, model: Any, layer_name: str, size: tuple[int, int]) -> None:
+    """Raise when the model has no such layer, or one of another size (in, out)."""
+    try:
+        layer = model.get_submodule(layer_name)
+    except AttributeError as error:
+        raise _unfit(folder, f"there is no layer {layer_name}") from error
+    if layer is model.get_output_embeddings():
+        # It sees only the tokens that are scored, not the packed ones.
+        raise _unfit(folder, f"it changes the output layer {layer_name}")
+    weight = getattr(layer, "weight", None)
+    wanted = () if weight is None else tuple(weight.shape)
+    if isinstance(layer, nn.Linear):
+        wanted = wanted[::-1]
+    if size != wanted:
+        raise _unfit(folder, f"{layer_name} is {wanted} and the adapter's part of it is {size}")
+
+
+def _unfit(folder: Path, got: str) -> ModelError:
+    return ModelError(
+        Problem(
+            "the adapter cannot be put on this base model",
+            where=str(folder),
+            got=got,
+            allowed="plain LoRA on linear layers of the base it was trained on",
+            remedy="serve the merged weights: the reference without `/adapter`",
+        )
+    )
