@@ -69,7 +69,7 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
 
 @contextmanager
 def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, list[str]]]:
-    """Serve the base, the newest finetuned model when there is one, and `serving.models`.
+    """Serve the base, the model finetuned with this configuration, and `serving.models`.
 
     Yields:
         The base URL and the names of the models.
@@ -83,24 +83,52 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
     from tuneloop.serving import app
 
     app.free_port(config.serving)  # a taken one is told before Ray starts
-    models = _served_models(config, workspace)
+    models = served_models(config, workspace)
     with connect(config.resources), app.serve(models, config.serving) as url:
         _check_served(url, models)
         yield url, list(models)
 
 
-def _served_models(config: TuneloopConfig, workspace: Workspace) -> dict[str, ServedModel]:
+def served_models(config: TuneloopConfig, workspace: Workspace) -> dict[str, ServedModel]:
     """Return what `serve` serves, by name."""
     base = resolve_base(config.model.base)
     models = {BASE: _base_model(config, base)}
-    trained = [a for a in workspace.published() if (a.kind, a.name) == ("models", config.name)]
-    if trained:
-        newest = workspace.open(trained[-1].ref)
-        models[FINETUNED] = _finetuned_model(newest)
-        logger.info("%s is %s", FINETUNED, newest.ref)
+    finetuned = _newest_finetuned(config, workspace, base)
+    if finetuned is not None:
+        models[FINETUNED] = _finetuned_model(finetuned)
+        logger.info("%s is %s", FINETUNED, finetuned.ref)
     for name, reference in config.serving.models.items():
         models[name] = _referenced_model(workspace, base, f"serving.models.{name}", reference)
     return models
+
+
+def _newest_finetuned(
+    config: TuneloopConfig, workspace: Workspace, base: BaseModel
+) -> Artifact | None:
+    """Return the newest model that this configuration makes, else the newest of its name.
+
+    A sweep, or a run with overrides, leaves models of the same name that were trained otherwise.
+    """
+    artifacts = workspace.published()
+    trained = [a for a in artifacts if (a.kind, a.name) == ("models", config.name)]
+    wanted = config.model_dump(mode="json")
+    datasets = {
+        a.fingerprint
+        for a in artifacts
+        if a.kind == "datasets"
+        and (a.manifest["config"].get("data"), a.manifest["config"].get("task"))
+        == (wanted["data"], wanted["task"])
+    }
+    same = [
+        model
+        for model in trained
+        if model.manifest["config"]["training"] == wanted["training"]
+        and model.manifest["config"]["base_fingerprint"] == base.fingerprint
+        and model.manifest["config"]["dataset"] in datasets
+    ]
+    if trained and not same:
+        logger.warning("no model was trained with this very configuration: serving the newest")
+    return workspace.open((same or trained)[-1].ref) if trained else None
 
 
 def _referenced_model(

@@ -16,8 +16,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from tuneloop import pipeline
 from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
+from tuneloop.config import load_config
 from tuneloop.evals.overview import read_sweep
 
 COLOURS = ["red", "green", "blue", "black", "white", "brown", "yellow", "violet"]
@@ -111,6 +113,18 @@ def test_what_was_trained_is_what_is_published(ray_cluster: None, config: Path) 
     assert "models/tiny" in json.dumps(evaluation.manifest["inputs"]) or model.fingerprint in str(
         evaluation.manifest
     )
+
+
+def test_what_is_served_is_the_model_of_the_configuration(ray_cluster: None, config: Path) -> None:
+    # The newest model of the name was trained for two steps only, by an override.
+    workspace = Workspace(config.parent / "workspace")
+    for overrides, expected in (
+        ([], "models/tiny@v1"),
+        (["training.max_steps=2"], "models/tiny@v2"),
+    ):
+        loaded = load_config(config, overrides)
+        models = pipeline.served_models(loaded, workspace)
+        assert models["finetuned"].path == workspace.open(expected).path
 
 
 def test_table_list_and_show(
