@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tuneloop.errors import ModelError, Problem
-from tuneloop.models.client import Client
+from tuneloop.errors import EndpointError, ModelError, Problem
+from tuneloop.models.client import Client, RequestError
 from tuneloop.records import Completion, Endpoint, Parity, SamplingParams
 
 PARITY_FILE = "parity.json"
@@ -53,14 +53,26 @@ def check_served(endpoint: Endpoint, folder: Path) -> Parity | None:
 
     Raises:
         ModelError: The served model answers differently from the one that was trained.
-        EndpointError: The endpoint is unusable.
+        EndpointError: The endpoint is unusable, or refuses these prompts.
     """
     file = folder / PARITY_FILE
     recorded = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     live = [Answer(**answer) for answer in recorded.get("answers", ())]
     if not live:
         return None
-    served = asyncio.run(_ask(endpoint, live))
+    try:
+        served = asyncio.run(_ask(endpoint, live))
+    except RequestError as error:
+        raise EndpointError(
+            Problem(
+                f"the served model `{endpoint.model}` cannot be compared with the trained one",
+                where=endpoint.url,
+                got=str(error),
+                allowed="a server that takes and returns token ids, with room for "
+                f"{max(len(a.prompt_ids) + len(a.ids) for a in live)} tokens",
+                remedy="look at the server's log; too little memory leaves too little room",
+            )
+        ) from error
     parity = compare(live, served, recorded["tolerance"])
     if not parity.passed:
         raise ModelError(
