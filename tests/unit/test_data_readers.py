@@ -257,6 +257,24 @@ def test_answers_are_held_against_the_task(tmp_path: Path) -> None:
     assert what(rows[2])["what"] == "the answer has no field `name`"
 
 
+def test_a_mended_answer_is_held_against_the_task_again(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"question": "q", "answer": '{"card": "4111 1111 1111 1111"}'},
+        {"question": "q", "answer": '{"card": 4111111111111111}'},
+    )
+    config = config_for(
+        path,
+        "question_answer",
+        task={"type": "extraction"},
+        filters={"personal_data": "mask"},
+    )
+    quoted, bare = read(config)
+    assert turns(quoted)[-1][1] == '{"card": "[CARD]"}'
+    assert quoted["changes"] == "personal data masked"
+    assert what(bare)["what"] == "the answer is not valid JSON"
+
+
 def test_the_users_columns_are_carried_and_grouped_by(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "a.jsonl",

@@ -75,7 +75,7 @@ def to_messages(row: Mapping[str, Any], source: SourceConfig, task: TaskConfig) 
         messages = _turns(row, source.format)
     else:
         messages = _pair(row, source, task)
-    _check_answer(messages[-1].content, task)
+    check_answer(messages[-1].content, task)
     return messages
 
 
@@ -175,7 +175,8 @@ def _content(value: Any) -> str:
     raise RowError("a turn's content is not text", got=_short(value), allowed="a string")
 
 
-def _check_answer(answer: str, task: TaskConfig) -> None:
+def check_answer(answer: str, task: TaskConfig) -> None:
+    """Raise RowError if the answer is none that the task allows."""
     if task.type == "classification" and answer not in task.labels:
         close = difflib.get_close_matches(answer.lower(), task.labels, n=1)
         raise RowError(

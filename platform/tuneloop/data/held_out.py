@@ -50,6 +50,16 @@ class Contamination:
     removed: Indices
 
 
+@dataclass(frozen=True)
+class _Comparison:
+    """What is compared with what: train rows with held-out rows, and where the texts are."""
+
+    held_out: Sequence[HeldOut]
+    indices: Sequence[NgramIndex | None]
+    rows: Any
+    rendering: Rendering
+
+
 def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> list[HeldOut]:
     """Return the rows of the evaluation files, one origin for each file.
 
@@ -122,9 +132,10 @@ def decontaminate(
             for row, (other, value) in near_duplicates(pairs, sets, item, data).items():
                 matches.setdefault(row, Match(row, origin, other, "near-duplicate", value))
     indices = [ngram_index(item, data.decontamination.ngram_words) for item in held_out]
-    for match in _ngram_matches(train, rows, indices, rendering):
+    comparison = _Comparison(held_out, indices, rows, rendering)
+    for match in _ngram_matches(train, comparison):
         matches.setdefault(match.row, match)
-    _note(outcome, places, sorted(matches.items()), (held_out, indices, rows, rendering))
+    _note(outcome, places, [match for _, match in sorted(matches.items())], comparison)
     return Contamination(
         [
             _summary(item, index, [m for m in matches.values() if m.origin == origin])
@@ -150,18 +161,17 @@ def _splits(outcome: Outcome, rows: Any, rendering: Rendering) -> list[HeldOut]:
     return found
 
 
-def _ngram_matches(
-    train: TrainRows,
-    rows: Any,
-    indices: Sequence[NgramIndex | None],
-    rendering: Rendering,
-) -> list[Match]:
+def _ngram_matches(train: TrainRows, comparison: _Comparison) -> list[Match]:
+    """Return the train rows that share enough n-grams with a held-out row, by origin."""
     import ray
 
     look_up = functools.partial(
-        _common_ngrams, keys=train.keys, indices=ray.put(list(indices)), rendering=rendering
+        _common_ngrams,
+        keys=train.keys,
+        indices=ray.put(list(comparison.indices)),
+        rendering=comparison.rendering,
     )
-    columns = rows.select_columns(["key", "messages", "text"])
+    columns = comparison.rows.select_columns(["key", "messages", "text"])
     found: dict[int, list[tuple[int, Any, int]]] = {}
     for batch in columns.map_batches(look_up, batch_format="pyarrow").iter_batches(
         batch_size=None, batch_format="pyarrow"
@@ -170,10 +180,10 @@ def _ngram_matches(
             grams = np.array(item["grams"], dtype=np.int64)
             found.setdefault(item["origin"], []).append((item["key"], grams, item["size"]))
     matches = []
-    threshold = rendering.data.decontamination.overlap_threshold
+    threshold = comparison.rendering.data.decontamination.overlap_threshold
     for origin, entries in sorted(found.items()):
         entries.sort(key=lambda entry: entry[0])
-        index = indices[origin]
+        index = comparison.indices[origin]
         assert index is not None
         places = np.searchsorted(train.keys, [key for key, _, _ in entries])
         shared, sizes = [item for _, item, _ in entries], [size for _, _, size in entries]
@@ -183,33 +193,29 @@ def _ngram_matches(
 
 
 def _note(
-    outcome: Outcome,
-    places: Indices,
-    matches: Sequence[tuple[int, Match]],
-    context: tuple[Sequence[HeldOut], Sequence[NgramIndex | None], Any, Rendering],
+    outcome: Outcome, places: Indices, matches: Sequence[Match], comparison: _Comparison
 ) -> None:
     """Remove the rows of the matches, each with the held-out row and the text they share."""
-    held_out, indices, rows, rendering = context
     keys = outcome.table["key"].to_numpy()
-    shared = [places[row] for row, match in matches if match.kind == "n-grams"]
-    texts = stages.fetch_texts(rows, keys[shared], rendering) if shared else {}
-    for row, match in matches:
-        item, place = held_out[match.origin], int(places[row])
-        label = item.labels[match.held_out]
-        theirs = item.prompts[match.held_out] or item.texts[match.held_out]
+    shared = [places[match.row] for match in matches if match.kind == "n-grams"]
+    texts = (
+        stages.fetch_texts(comparison.rows, keys[shared], comparison.rendering) if shared else {}
+    )
+    for match in matches:
+        item, place = comparison.held_out[match.origin], int(places[match.row])
+        label, theirs = item.labels[match.held_out], item.texts[match.held_out]
         if match.kind == "n-grams":
-            index = indices[match.origin]
+            index = comparison.indices[match.origin]
             assert index is not None
-            both = [item.texts[match.held_out]]
-            passage = matched_text(texts[int(keys[place])][0], both, index.ngram_words)
+            passage = matched_text(texts[int(keys[place])][0], [theirs], index.ngram_words)
             reason = (
                 f"{match.similarity:.0%} of the {index.ngram_words}-word n-grams are those of "
                 f"{label}: {passage}"
             )
         else:
-            reason = f"{match.kind} as {label}: {quoted(theirs)}"
-            if match.kind == "near-duplicate":
-                reason = f"near-duplicate of {label}: {quoted(theirs)}"
+            linked = "of" if match.kind == "near-duplicate" else "as"
+            said = quoted(item.prompts[match.held_out] or theirs)
+            reason = f"{match.kind} {linked} {label}: {said}"
         kept = label.rpartition(" ")[2] if item.is_split else None
         outcome.remove(place, "decontamination", reason, kept, match.similarity)
 

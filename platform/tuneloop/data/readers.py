@@ -18,6 +18,7 @@ from tuneloop.data.filters import apply_filters, filter_messages
 from tuneloop.data.formats import (
     FileError,
     RowError,
+    check_answer,
     missing_column,
     to_document,
     to_messages,
@@ -69,6 +70,9 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
             else:
                 messages = to_messages(record, source, config.task)
                 messages, found = filter_messages(messages, config.data.filters)
+                if found.changes and not found.dropped:
+                    # A number that was masked leaves no valid JSON, for example.
+                    check_answer(messages[-1].content, config.task)
                 row["messages"] = [
                     {"role": message.role, "content": message.content}
                     for message in with_instruction(messages, config.task)
