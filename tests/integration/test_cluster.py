@@ -155,7 +155,7 @@ def test_a_jobs_exit_code_is_passed_on(nodes: Any, config: Path) -> None:
     # The log is live: this job never ends by itself.
     for line in process.stderr:
         lines.append(line)
-        if "is loaded" in line:
+        if "serving base" in line:
             break
     (identity,) = [line.split()[3] for line in lines if "submitted to" in line]
     nodes.run("-m", "ray.scripts.scripts", "job", "stop", identity, "--address", nodes.url)
