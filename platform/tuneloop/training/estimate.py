@@ -128,7 +128,9 @@ def model_shape(base: BaseModel, config: TrainingConfig) -> ModelShape:
     )
     heads = settings.num_attention_heads
     head_size = getattr(settings, "head_dim", None) or settings.hidden_size // heads
-    lora = config.method == "lora"
+    lora = config.method != "full"
+    if lora and config.lora.use_dora:
+        adapter += sum(linear.out_features for linear in linears)
     return ModelShape(
         num_parameters=total,
         num_trainable=adapter if lora else total,
@@ -216,7 +218,7 @@ def make_schedule(config: TuneloopConfig, num_rows: int) -> Schedule:
 
 def estimate_work(config: TuneloopConfig, shape: ModelShape, work: Workload) -> Estimate:
     """Return what a training of this shape on this workload needs."""
-    resources, lora = config.resources, config.training.method == "lora"
+    resources, lora = config.resources, config.training.method != "full"
     on_gpu = resources.gpus_per_worker > 0
     element = 2 if on_gpu else 4
     stage, workers = resources.zero_stage, resources.num_workers

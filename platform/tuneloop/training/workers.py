@@ -18,6 +18,7 @@ from tuneloop.models.source import BaseModel
 from tuneloop.training.batches import Rows
 from tuneloop.training.engine import Execution
 from tuneloop.training.loop import PROGRESS, TrainingJob, TrainingResult, Worker, train_rows
+from tuneloop.training.trackers import Trackers, flat
 
 logger = logging.getLogger("tuneloop.training")
 
@@ -26,9 +27,13 @@ _LOG_EVERY_S = 5.0
 
 
 def run_workers(
-    config: TuneloopConfig, base: BaseModel, rows: Rows, draft: Draft
+    config: TuneloopConfig, base: BaseModel, rows: Rows, validation: Rows, draft: Draft
 ) -> TrainingResult:
-    """Run the workers to the end and return what rank 0 returned."""
+    """Run the workers to the end and return what rank 0 returned.
+
+    Args:
+        validation: Rows that are only looked at; may be none.
+    """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -40,6 +45,7 @@ def run_workers(
         grad_accum_steps=grad_accum_steps(config),
         zero_stage=resources.zero_stage,
         use_gpu=resources.gpus_per_worker > 0,
+        gradient_checkpointing=resources.gradient_checkpointing,
     )
     scratch = draft.scratch.absolute()
     _tidy(scratch)
@@ -59,7 +65,12 @@ def run_workers(
     trainer = TorchTrainer(
         run_worker,
         # One copy of the rows in Ray's object store serves all workers of a node.
-        train_loop_config={"job": job, "execution": execution, "rows": ray.put(rows)},
+        train_loop_config={
+            "job": job,
+            "execution": execution,
+            "rows": ray.put(rows),
+            "validation": ray.put(validation),
+        },
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=execution.use_gpu,
@@ -74,7 +85,16 @@ def run_workers(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    outcome = _follow(trainer, scratch, resources.max_failures)
+    trackers = Trackers(
+        resources.trackers,
+        config.name,
+        flat(config.training.model_dump()),
+        draft.path / "tensorboard",
+    )
+    try:
+        outcome = _follow(trainer, _Progress(scratch / PROGRESS, trackers), resources.max_failures)
+    finally:
+        trackers.close()
     if isinstance(outcome, UserError):
         raise outcome
     assert isinstance(outcome, TrainingResult)
@@ -97,8 +117,9 @@ def run_worker(settings: dict[str, Any]) -> TrainingResult | UserError:
     )
     cores = min(len(os.sched_getaffinity(0)), int(node["Resources"].get("CPU", 1)))
 
-    def report(metrics: dict[str, Any], folder: Path) -> None:
-        ray_train.report(metrics, checkpoint=ray_train.Checkpoint.from_directory(folder))
+    def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        kept = None if folder is None else ray_train.Checkpoint.from_directory(folder)
+        ray_train.report(metrics, checkpoint=kept)
 
     worker = Worker(
         rank=context.get_world_rank(),
@@ -109,12 +130,13 @@ def run_worker(settings: dict[str, Any]) -> TrainingResult | UserError:
         report=report,
     )
     try:
-        return train_rows(settings["job"], ray.get(settings["rows"]), worker)
+        rows, validation = ray.get([settings["rows"], settings["validation"]])
+        return train_rows(settings["job"], rows, worker, validation if len(validation) else None)
     except UserError as error:
         return error
 
 
-def _follow(trainer: Any, scratch: Path, max_failures: int) -> Any:
+def _follow(trainer: Any, progress: _Progress, max_failures: int) -> Any:
     """Run the trainer in a thread and tell its progress meanwhile.
 
     In the main thread Ray would take over Ctrl-C and end the process with exit code 0. In a
@@ -130,7 +152,6 @@ def _follow(trainer: Any, scratch: Path, max_failures: int) -> Any:
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
-    progress = _Progress(scratch / PROGRESS)
     while thread.is_alive():
         thread.join(timeout=0.5)
         progress.tell()
@@ -148,10 +169,11 @@ def _follow(trainer: Any, scratch: Path, max_failures: int) -> Any:
 
 
 class _Progress:
-    """Tells new lines of the progress file, at most one every few seconds."""
+    """Tells new lines of the progress file, at most one every few seconds; trackers get all."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, trackers: Trackers) -> None:
         self.path = path
+        self.trackers = trackers
         self.position = path.stat().st_size if path.exists() else 0
         self.told = 0.0
         self.pending: dict[str, Any] | None = None
@@ -164,6 +186,7 @@ class _Progress:
                     if line.endswith(b"\n"):
                         self.position += len(line)
                         self.pending = json.loads(line)
+                        self.trackers.log(self.pending)
         row = self.pending
         if row is None or (not final and time.monotonic() - self.told < _LOG_EVERY_S):
             return
