@@ -11,6 +11,9 @@ rows, one worker. One JSON line per run goes to standard output.
 - `loop`: what `tuneloop train` runs in a worker: DeepSpeed, logging, packed rows.
 - `bare`: forward, backward, clip and AdamW on the same packed rows, nothing else.
 - `all-logits`: `bare`, with logits at every position instead of at targets only.
+- `paired`: these three in one process, in turn at each step, on the same rows: what the other two's
+  speed is as a share of the bare loop's, the median over the steps. On a machine that others
+  slow down now and then, trust this one.
 - `trl`, `trl-packed`: TRL's SFTTrainer with batches of 8 padded rows, and with packing into 1,024
   tokens. They need `--peer-python`, an environment that has TRL.
 
@@ -26,6 +29,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 RANK, BATCH, PACKED_TOKENS = 16, 8, 1024
-OURS, PEERS = ("loop", "bare", "all-logits"), ("trl", "trl-packed")
+OURS, PEERS = ("loop", "bare", "all-logits", "paired"), ("trl", "trl-packed")
 
 
 def main() -> None:
@@ -106,43 +110,60 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_ours(base: Path, data: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Run the loop's own step, or the bare one, on the same schedule."""
-    import torch
-    import torch.distributed as dist
-
+    """Run the loop's own step, the bare one, or all in turn, on the same schedule."""
     from tuneloop.config import LoraConfig, TrainingConfig
     from tuneloop.training.batches import Schedule, make_rows
-    from tuneloop.training.engine import Execution, load_model, make_engine
-    from tuneloop.training.loop import Worker, train_step
 
     rows = make_rows([str(i) for i in range(len(data["input_ids"]))], *data.values())
     schedule = Schedule(len(rows), BATCH, 1, None, 0)
     config = TrainingConfig(method=options.method, lora=LoraConfig(rank=RANK))
-    execution = Execution(1, BATCH, 1)
-    model = load_model(base, config, execution)
-    if options.only == "loop":
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        engine = make_engine(model, config, execution, schedule.num_steps)
-        engine.train()
-        worker = Worker(0, execution, torch.device("cpu"), options.threads, lambda *_: None)
-
-        def step(number: int) -> float:
-            return train_step(engine, rows, schedule, number, worker)["loss"]
-    else:
-        step = bare_step(model.train(), rows, schedule, options.only == "all-logits")
-    times, tokens, losses = [], [], []
+    arms = OURS[:-1] if options.only == "paired" else (options.only,)
+    steps = {arm: make_step(arm, base, config, (rows, schedule)) for arm in arms}
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    losses: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(schedule.num_steps):
-        began = time.perf_counter()
-        losses.append(step(number))
-        times.append(time.perf_counter() - began)
-        tokens.append(int(rows.lengths[schedule.batch(number)].sum()))
+        # Every arm is the first, the second and the last equally often.
+        for arm in (*arms[number % len(arms) :], *arms[: number % len(arms)]):
+            began = time.perf_counter()
+            losses[arm].append(steps[arm](number))
+            times[arm].append(time.perf_counter() - began)
+    tokens = [int(rows.lengths[schedule.batch(n)].sum()) for n in range(schedule.num_steps)]
+    if options.only == "paired":
+        shares = {
+            f"{arm}_to_bare": round(
+                statistics.median(
+                    bare / own for bare, own in zip(times["bare"][1:], times[arm][1:], strict=True)
+                ),
+                3,
+            )
+            for arm in ("loop", "all-logits")
+        }
+        return {"num_steps": schedule.num_steps, **shares}
     expected = estimate(base, config, rows) if options.only == "loop" else {}
-    return {
-        "tokens_per_row": sum(tokens) // len(rows),
-        **summary(times, tokens, losses),
-        **expected,
-    }
+    measured = summary(times[options.only], tokens, losses[options.only])
+    return {"tokens_per_row": sum(tokens) // len(rows), **measured, **expected}
+
+
+def make_step(arm: str, base: Path, config: Any, work: tuple[Any, Any]) -> Any:
+    """Return a function of the step's number that takes the step and returns its loss."""
+    import torch
+    import torch.distributed as dist
+
+    from tuneloop.training.engine import Execution, load_model, make_engine
+    from tuneloop.training.loop import Worker, train_step
+
+    execution = Execution(1, BATCH, 1)
+    model = load_model(base, config, execution).train()
+    if arm != "loop":
+        return bare_step(model, *work, arm == "all-logits")
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    rows, schedule = work
+    engine = make_engine(model, config, execution, schedule.num_steps)
+    engine.train()
+    threads = torch.get_num_threads()
+    worker = Worker(0, execution, torch.device("cpu"), threads, lambda *_: None)
+    return lambda number: train_step(engine, rows, schedule, number, worker)["loss"]
 
 
 def estimate(base: Path, training: Any, rows: Any) -> dict[str, float]:
@@ -196,7 +217,7 @@ def bare_step(model: Any, rows: Any, schedule: Any, all_logits: bool) -> Any:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
