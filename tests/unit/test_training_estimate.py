@@ -103,6 +103,9 @@ def test_the_estimate_follows_the_configuration(
     twice = expect(training={"num_epochs": 2})
     assert twice.training_s == pytest.approx(2 * lora.training_s, rel=0.01)
     assert twice.peak_memory_bytes == lora.peak_memory_bytes
+    again = expect(resources={"gradient_checkpointing": True})
+    assert again.activations_bytes < lora.activations_bytes
+    assert lora.training_s < again.training_s < 1.6 * lora.training_s
     sharded = expect(training={"method": "full"}, resources={"num_workers": 2, "zero_stage": 3})
     assert sharded.weights_bytes == full.weights_bytes // 2
     assert sharded.machine_memory_bytes == 2 * sharded.peak_memory_bytes
