@@ -179,34 +179,28 @@ def wait_until_gone(processes: list[psutil.Process], seconds: float = 180) -> li
     return alive
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_training_then_goes_on_and_leaves_no_process(
-    config: Path, tmp_path: Path
+    config: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
     workspace = tmp_path / "w"
     command = [sys.executable, "-m", "tuneloop.cli", "train", str(config), "--json"]
     command += [f"workspace={workspace}", "resources.checkpoint_every_steps=2"]
     command += ["training.num_epochs=3"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-
-    def newest_checkpoint() -> str:
-        found = (workspace / ".work").glob("models-*/scratch/checkpoints/checkpoint_*")
-        return max((folder.name for folder in found), default="")
-
-    # Ctrl-C first, then what a machine gets that is taken away.
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        before = newest_checkpoint()
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 240
-        while newest_checkpoint() == before:
-            assert process.poll() is None, "the training ended before it could be stopped"
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        started = descendants(process.pid)
-        process.send_signal(stop)
-        code = process.wait(timeout=60)
-        assert code == 130
-        assert wait_until_gone(started) == []
-        assert [a.kind for a in Workspace(workspace).published()] == ["datasets"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    scratch = workspace / ".work"
+    deadline = time.monotonic() + 240
+    while len(list(scratch.glob("models-*/scratch/checkpoints/checkpoint_*"))) < 2:
+        assert process.poll() is None, "the training ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    started = descendants(process.pid)
+    process.send_signal(stop)
+    code = process.wait(timeout=60)
+    assert code == 130
+    assert wait_until_gone(started) == []
+    assert [a.kind for a in Workspace(workspace).published()] == ["datasets"]
 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
