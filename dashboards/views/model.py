@@ -1,32 +1,78 @@
-"""A model's training curves, the parity of its export, and its card."""
+"""A model's training curves, its answers on the way, the parity of its export, and its card."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import streamlit as st
 
 from shell import choose_artifact, show_origin
-from tuneloop.evals.overview import describe_parity, read_card, read_json, read_training_log
+from tuneloop.evals.overview import (
+    describe_parity,
+    read_card,
+    read_json,
+    read_samples,
+    read_training_log,
+)
 
 SMALL_CHARTS = (
-    ("learning_rate", "Learning rate"),
-    ("grad_norm", "Gradient norm"),
-    ("tokens_per_s", "Tokens per second"),
+    ("learning_rate", "Learning rate", ""),
+    ("grad_norm", "Gradient norm", "Before clipping."),
+    ("tokens_per_s", "Tokens per second", "All workers together; padding is not counted."),
+    ("peak_memory_gb", "Peak memory, GB", "Of the worker that holds the most, so far."),
 )
+
+
+def draw_curves(rows: list[dict[str, Any]], train: str, validation: str, label: str) -> None:
+    """Draw a curve over the train rows and, where it was measured, over the validation rows."""
+    points = [
+        {"step": row["step"], "rows": name, label: row[column]}
+        for name, column in (("train", train), ("validation", validation))
+        for row in rows
+        if row.get(column) is not None
+    ]
+    st.line_chart(points, x="step", y=label, color="rows", x_label="optimizer step", height=300)
+
 
 _, artifact = choose_artifact("models", "Model")
 log = read_training_log(artifact)
 if log:
-    st.subheader("Training loss")
-    st.caption("Mean over the target tokens of each step's batch, in nats.")
-    st.line_chart(log, x="step", y="loss", x_label="optimizer step", y_label="loss", height=300)
-    shown = [(name, label) for name, label in SMALL_CHARTS if name in log[0]]
-    for column, (name, label) in zip(st.columns(len(shown) or 1), shown, strict=False):
-        column.markdown(f"**{label}**")
-        column.line_chart(log, x="step", y=name, x_label="step", y_label="", height=170)
+    measured = [row for row in log if row.get("validation_loss") is not None]
+    st.subheader("Loss")
+    st.caption(
+        "Mean over the target tokens, in nats: of each step's batch"
+        + (" before the step, and of the validation split after it." if measured else ".")
+    )
+    draw_curves(log, "loss", "validation_loss", "loss")
+    if "token_accuracy" in log[0]:
+        st.subheader("Token accuracy")
+        st.caption("Share of the target tokens that are the likeliest one.")
+        draw_curves(log, "token_accuracy", "validation_accuracy", "accuracy")
+    charts = [
+        row | {"peak_memory_gb": row["peak_memory_bytes"] / 1e9}
+        if "peak_memory_bytes" in row
+        else row
+        for row in log
+    ]
+    shown = [chart for chart in SMALL_CHARTS if chart[0] in charts[0]]
+    for column, (name, label, note) in zip(st.columns(len(shown) or 1), shown, strict=False):
+        column.markdown(f"**{label}**", help=note or None)
+        column.line_chart(charts, x="step", y=name, x_label="step", y_label="", height=170)
+    padding = max(row.get("padding_ratio", 0.0) for row in log)
+    st.caption(f"Padding: {padding:.1%} of the tokens computed.")
     with st.expander("All logged values"):
         st.dataframe(log, hide_index=True)
 else:
     st.info("This model has no training log.")
+samples = read_samples(artifact)
+if samples:
+    st.subheader("What it answered on the way")
+    st.caption("The first validation prompts, answered greedily at each measurement.")
+    wanted = st.selectbox("Prompt", list(dict.fromkeys(row["prompt"] for row in samples)))
+    answers = [row for row in samples if row["prompt"] == wanted]
+    st.text(f"Reference: {answers[0]['reference']}")
+    columns = ("step", "completion")
+    st.dataframe([{name: row[name] for name in columns} for row in answers], hide_index=True)
 parity = read_json(artifact, "parity.json")
 if parity is not None:
     st.subheader("Export equals training")

@@ -241,12 +241,26 @@ class LoraConfig(Section):
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = Field(
+        False,
+        description="Scale by alpha / sqrt(rank) instead of alpha / rank "
+        "(Kalajdzievski 2023, arXiv:2312.03732).",
+    )
+    use_dora: bool = Field(
+        False,
+        description="Train the size of each weight column beside its direction "
+        "(Liu et al. 2024, arXiv:2402.09353).",
+    )
 
 
 class TrainingConfig(Section):
     """How the weights change."""
 
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "full", "qlora"] = Field(
+        "lora",
+        description="`qlora` trains adapters on a base held in 4 bits (Dettmers et al. 2023, "
+        "arXiv:2305.14314); it needs GPUs and bitsandbytes.",
+    )
     lora: LoraConfig = LoraConfig()
     num_epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(
@@ -258,6 +272,23 @@ class TrainingConfig(Section):
     warmup_ratio: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    eval_every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Optimizer steps between measurements on the validation split. Default: "
+        "after each epoch.",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after so many measurements in a row without a new least validation "
+        "loss. Default: never.",
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="Which weights become the model: those of the last step, or those with the "
+        "least validation loss.",
+    )
     seed: int = 0
 
 
@@ -325,6 +356,16 @@ class ResourcesConfig(Section):
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
     checkpoint_every_steps: int = Field(20, ge=1)
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute activations again in the backward pass instead of keeping them: "
+        "less memory, about a third more time, the same result.",
+    )
+    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        default_factory=list,
+        description="Experiment trackers that get every row of the training log as well. Each has "
+        "to be installed; its own environment variables say where it writes.",
+    )
     max_failures: int = Field(2, ge=0, description="Worker failures survived in one training.")
     num_concurrent_trials: int = Field(1, ge=1, description="Trials of a sweep at one time.")
 

@@ -52,10 +52,15 @@ def check(config: TuneloopConfig) -> Preflight:
     from tuneloop.data.check import check as check_data
     from tuneloop.models.source import resolve_base
     from tuneloop.training.estimate import estimate, refuse_impossible
+    from tuneloop.training.refusals import refuse_unsupported
 
     base = resolve_base(config.model.base)
     data = check_data(config, base)
     problems = list(data.findings)
+    try:
+        refuse_unsupported(config)
+    except UserError as error:
+        problems += error.problems
     expected = None
     if data.num_usable:
         num_rows = min(data.num_usable, config.data.num_train_examples or data.num_usable)

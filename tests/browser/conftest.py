@@ -89,7 +89,17 @@ def publish_model(workspace: Workspace) -> None:
         "learning_rate": [1e-3 * min(s / 5, 1) for s in steps],
         "grad_norm": [1.0 + 0.2 * (s % 4) for s in steps],
         "tokens_per_s": [190.0 + s % 7 for s in steps],
+        "token_accuracy": [0.9 - 0.7 * 0.94**s for s in steps],
+        "padding_ratio": [0.0 for _ in steps],
+        "peak_memory_bytes": [3_000_000_000 + 10_000_000 * min(s, 9) for s in steps],
+        "validation_loss": [2.4 * 0.94**s + 0.4 if s % 10 == 0 else None for s in steps],
+        "validation_accuracy": [0.85 - 0.7 * 0.94**s if s % 10 == 0 else None for s in steps],
     }
+    samples = [
+        {"step": s, "row_id": f"v{row}", "prompt": f"Question {row}?",
+         "reference": f"Answer {row}.", "completion": f"<b>Answer</b> {row} of step {s}"}
+        for s in (10, 20, 30, 40) for row in (1, 2)
+    ]  # fmt: skip
     parity = {
         "passed": True, "prompts": 4, "tokens": 64, "max_abs_logprob_diff": 2.1e-6,
         "greedy_equal": True, "num_ties": 0, "tolerance": 1e-3, "arms": {"merged": 2.1e-6},
@@ -98,6 +108,7 @@ def publish_model(workspace: Workspace) -> None:
         "README.md": "# The card of the model",
         "parity.json": json.dumps(parity),
         "trainer_log.parquet": pa.table(log),
+        "samples.jsonl": "".join(json.dumps(sample) + "\n" for sample in samples),
     }
     publish(workspace, "models", files, {"loss": 0.41})
 

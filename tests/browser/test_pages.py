@@ -95,10 +95,16 @@ def test_dataset_page_shows_card_rows_and_removed_rows(open_page, filled):
 def test_model_page_shows_curve_parity_and_card(open_page, filled):
     app = open_page(filled, "model")
     assert [s.value for s in app.subheader] == [
-        "Training loss", "Export equals training", "Model card",
+        "Loss", "Token accuracy", "What it answered on the way", "Export equals training",
+        "Model card",
     ]  # fmt: skip
+    assert "of the validation split" in app.caption[1].value + app.caption[0].value
+    assert any(caption.value == "Padding: 0.0% of the tokens computed." for caption in app.caption)
     assert "picks the same tokens" in app.success[0].value
-    assert len(app.get("vega_lite_chart")) == 4
+    assert len(app.get("vega_lite_chart")) == 6
+    answers = next(frame.value for frame in app.dataframe if "completion" in frame.value)
+    assert list(answers["step"]) == [10, 20, 30, 40]
+    assert answers["completion"][0] == "<b>Answer</b> 1 of step 10"
 
 
 def test_sweep_page_shows_curve_best_and_failed_trials(open_page, filled):

@@ -264,7 +264,7 @@ def wait_until_gone(processes: list[psutil.Process], seconds: float = 180) -> li
     return alive
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_training_then_goes_on_and_leaves_no_process(
     config: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
@@ -294,6 +294,13 @@ def test_stopped_in_training_then_goes_on_and_leaves_no_process(
     assert result["metrics"]["num_steps"] == 54
     log = pq.read_table(f"{result['path']}/trainer_log.parquet").to_pylist()
     assert [row["step"] for row in log] == list(range(1, 55))
+    # No row is seen twice or left out, across the stop.
+    for epoch in (1, 2, 3):
+        seen = sorted(index for row in log if row["epoch"] == epoch for index in row["rows"])
+        assert seen == list(range(len(seen)))
+        assert sum(row["num_tokens"] for row in log if row["epoch"] == epoch) == sum(
+            row["num_tokens"] for row in log if row["epoch"] == 1
+        )
 
 
 # What stands in the workspace when a run is in the middle of a stage.

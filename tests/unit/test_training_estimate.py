@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ from tuneloop.training.estimate import (
     workload,
 )
 from tuneloop.training.packed import loss_sum, pack
-from tuneloop.training.refusals import refuse_other_renderer, refuse_unusable_rows
+from tuneloop.training.refusals import (
+    refuse_other_renderer,
+    refuse_unsupported,
+    refuse_unusable_rows,
+    refuse_without_validation,
+    together,
+)
 
 
 def make_config(**sections: Any) -> TuneloopConfig:
@@ -41,9 +48,13 @@ def base(tiny_model: Path) -> BaseModel:
     return BaseModel("tiny", tiny_model, "0" * 64)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_counted_parameters_are_those_of_the_loaded_model(method: str, base: BaseModel) -> None:
-    config = make_config(training={"method": method})
+@pytest.mark.parametrize(
+    "training", [{"method": "lora"}, {"method": "full"}, {"lora": {"use_dora": True}}]
+)
+def test_counted_parameters_are_those_of_the_loaded_model(
+    training: dict[str, Any], base: BaseModel
+) -> None:
+    config = make_config(training=training)
     shape = model_shape(base, config.training)
     model = load_model(base.path, config.training, Execution(1, 8, 1))
     assert shape.num_trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -92,6 +103,9 @@ def test_the_estimate_follows_the_configuration(
     twice = expect(training={"num_epochs": 2})
     assert twice.training_s == pytest.approx(2 * lora.training_s, rel=0.01)
     assert twice.peak_memory_bytes == lora.peak_memory_bytes
+    again = expect(resources={"gradient_checkpointing": True})
+    assert again.activations_bytes < lora.activations_bytes
+    assert lora.training_s < again.training_s < 1.6 * lora.training_s
     sharded = expect(training={"method": "full"}, resources={"num_workers": 2, "zero_stage": 3})
     assert sharded.weights_bytes == full.weights_bytes // 2
     assert sharded.machine_memory_bytes == 2 * sharded.peak_memory_bytes
@@ -136,3 +150,30 @@ def test_rows_the_model_cannot_learn_are_refused(base: BaseModel, tmp_path: Path
         "513 tokens",
         f"token id {shape.vocab_size}",
     ]
+
+
+def test_settings_that_do_not_go_together_are_all_told(base: BaseModel, tmp_path: Path) -> None:
+    refuse_unsupported(make_config())
+    config = make_config(
+        training={"method": "qlora", "lora": {"use_dora": True}, "keep": "best"},
+        resources={"zero_stage": 3, "trackers": ["wandb"]},
+    )
+    dataset = _dataset("x", tmp_path)
+    with pytest.raises(ResourceError) as caught:
+        together(
+            lambda: refuse_unsupported(config),
+            lambda: refuse_without_validation(config, make_rows([], [], []), dataset),
+        )
+    told = [problem.what for problem in caught.value.problems]
+    assert told[0] == "training.method qlora needs GPUs"
+    assert "ZeRO stage 3 does not go with training.method qlora or training.lora.use_dora" in told
+    assert told[-1] == "the dataset has no validation split"
+    for library in ("bitsandbytes", "wandb"):
+        if importlib.util.find_spec(library) is None:
+            assert any(library in f"{p.what} {p.got}" for p in caught.value.problems)
+
+
+@pytest.mark.parametrize("rank", [0, -8])
+def test_an_adapter_without_rank_is_refused(rank: int) -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        make_config(training={"lora": {"rank": rank}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -69,20 +70,22 @@ def run(
     config: TrainingConfig = CONFIG,
     micro_batch_size: int = 8,
     die_after: int | None = None,
-    zero_stage: int = 0,
+    validation: Rows | None = None,
+    **execution: Any,
 ) -> TrainingResult:
     folders = [folder / name for name in ("model", "checkpoints", "progress")]
     for path in folders:
         path.mkdir(parents=True, exist_ok=True)
     job = TrainingJob(base, "tiny", "auto", config, *folders, checkpoint_every_steps=3)
 
-    def report(metrics: dict[str, Any], checkpoint: Path) -> None:
+    def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        assert checkpoint is not None
         shutil.copytree(checkpoint, folders[1] / f"step{metrics['step']}")
         if die_after is not None and metrics["step"] >= die_after:
             raise Killed
 
-    execution = Execution(1, micro_batch_size, 8 // micro_batch_size, zero_stage)
-    return train_rows(job, rows, Worker(0, execution, torch.device("cpu"), 1, report))
+    how = Execution(1, micro_batch_size, 8 // micro_batch_size, **execution)
+    return train_rows(job, rows, Worker(0, how, torch.device("cpu"), 1, report), validation)
 
 
 def losses(result: TrainingResult) -> list[float]:
@@ -116,7 +119,12 @@ def test_the_loss_falls_and_every_step_is_logged(
         part = log[3 * epoch : 3 * epoch + 3]
         assert sum(row["num_tokens"] for row in part) == rows.lengths.sum()
         assert sum(row["num_target_tokens"] for row in part) == rows.num_target_tokens.sum()
+        # No row is left out and none is seen twice in an epoch.
+        assert sorted(index for row in part for index in row["rows"]) == list(range(21))
     assert all(row["grad_norm"] > 0 for row in log)
+    assert all(row["padding_ratio"] == 0 for row in log)
+    assert all(row["peak_memory_bytes"] > 100e6 for row in log)
+    assert log[-1]["token_accuracy"] > log[0]["token_accuracy"]
     assert straight[0].num_trainable < straight[0].num_parameters / 2
 
 
@@ -129,12 +137,13 @@ def test_a_training_cut_off_twice_equals_one_that_was_not(
     # The newest checkpoint was cut off while it was written: the one before is taken.
     newest = newest_whole(tmp_path / "checkpoints")
     assert newest == tmp_path / "checkpoints" / "step9"
-    weights = newest / "engine" / "mp_rank_00_model_states.pt"
+    weights = newest / "state-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step6"
     shutil.rmtree(newest)
     result = run(tiny_model, rows, tmp_path)
     assert losses(result) == losses(straight[0])
+    assert [r["rows"] for r in result.log] == [r["rows"] for r in straight[0].log]
     assert [r["grad_norm"] for r in result.log] == [r["grad_norm"] for r in straight[0].log]
 
 
@@ -248,12 +257,168 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(
     assert problem.where.count("row") == 9
 
 
-def test_a_checkpoint_of_another_arrangement_is_refused(
+def test_validation_is_measured_as_one_by_one(
+    straight: tuple[TrainingResult, Path], tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = CONFIG.model_copy(update={"eval_every_steps": 5})
+    seen = run(tiny_model, rows, tmp_path, config, validation=unlike(rows))
+    measured = [row["step"] for row in seen.log if row["validation_loss"] is not None]
+    assert measured == [5, 10, 12]
+    # Looking changes nothing in what is learned.
+    assert losses(seen) == losses(straight[0])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    total = hits = count = 0
+    for ids, mask in map(unlike(rows).row, range(12)):
+        logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1]
+        wanted = torch.from_numpy(ids[1:].astype(np.int64))
+        targets = torch.from_numpy(mask[1:].astype(bool))
+        loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        total += float(loss[targets].sum())
+        hits += int((logits.argmax(-1) == wanted)[targets].sum())
+        count += int(targets.sum())
+    assert seen.log[-1]["validation_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert seen.log[-1]["validation_accuracy"] == pytest.approx(hits / count)
+    samples = seen.log[-1]["samples"]
+    assert [sample["row_id"] for sample in samples] == ["other0", "other1", "other2"]
+    assert all(sample["prompt"] and sample["reference"] for sample in samples)
+    assert all("samples" not in row for row in seen.log if row["step"] not in measured)
+
+
+def test_training_stops_early_and_keeps_the_best_weights(
+    tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    from tuneloop.training.validation import best_step
+
+    # The more it learns of the train rows, the worse it gets on rows that go the other way.
+    config = CONFIG.model_copy(
+        update={
+            "method": "full",
+            "eval_every_steps": 1,
+            "early_stopping_patience": 3,
+            "keep": "best",
+            "num_epochs": 40,
+        }
+    )
+    run_it = {"config": config, "validation": unlike(rows)}
+    straight = run(tiny_model, rows, tmp_path / "straight", **run_it)
+    best = best_step(straight.log)
+    assert best is not None
+    assert len(straight.log) == best + 3 < 120
+    assert straight.parity.passed
+    # The exported weights are those of the best step: they give its validation loss again.
+    again = run(
+        tmp_path / "straight" / "model",
+        rows,
+        tmp_path / "again",
+        config.model_copy(update={"max_steps": 1, "learning_rate": 1e-12, "keep": "last"}),
+        validation=unlike(rows),
+    )
+    expected = straight.log[best - 1]["validation_loss"]
+    assert again.log[0]["validation_loss"] == pytest.approx(expected, rel=1e-5)
+    # A training that was cut off on its way decides the same.
+    with pytest.raises(Killed):
+        run(tiny_model, rows, tmp_path / "cut", die_after=3, **run_it)
+    cut = run(tiny_model, rows, tmp_path / "cut", **run_it)
+    assert [r["validation_loss"] for r in cut.log] == [r["validation_loss"] for r in straight.log]
+    weights = [tmp_path / name / "model" / "model.safetensors" for name in ("cut", "straight")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def unlike(rows: Rows) -> Rows:
+    """Return twelve rows that count down where the others count up."""
+    parts = [rows.row(index) for index in range(12)]
+    return make_rows(
+        [f"other{index}" for index in range(12)],
+        [ids[::-1].tolist() for ids, _ in parts],
+        [mask.tolist() for _, mask in parts],
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_gradient_checkpointing_changes_nothing(
+    method: str, tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"method": method, "max_steps": 4})
+    plain = run(tiny_model, rows, tmp_path / "plain", config)
+    again = run(tiny_model, rows, tmp_path / "again", config, gradient_checkpointing=True)
+    assert losses(again) == pytest.approx(losses(plain), rel=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
+def test_variants_of_lora_are_exported_as_they_were_trained(
+    variant: str,
+    straight: tuple[TrainingResult, Path],
+    tiny_model: Path,
+    rows: Rows,
+    tmp_path: Path,
+) -> None:
+    config = CONFIG.model_copy(update={"lora": CONFIG.lora.model_copy(update={variant: True})})
+    result = run(tiny_model, rows, tmp_path, config, zero_stage=2)
+    assert result.parity.passed
+    assert set(result.parity.arms) == {"adapter", "merged"}
+    assert result.log[-1]["loss"] < result.log[0]["loss"] - 0.3
+    assert losses(result)[5:] != pytest.approx(losses(straight[0])[5:], rel=1e-4)
+    settings = json.loads((tmp_path / "model" / "adapter" / "adapter_config.json").read_text())
+    assert settings[variant] is True
+    # DoRA has one more number for each output of a layer.
+    assert (result.num_trainable > straight[0].num_trainable) == (variant == "use_dora")
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_training_goes_on_with_another_zero_stage(
+    zero_stage: int,
+    straight: tuple[TrainingResult, Path],
+    tiny_model: Path,
+    rows: Rows,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(straight[1] / "checkpoints" / "step3", tmp_path / "checkpoints" / "step3")
+    with pytest.raises(Killed):
+        run(tiny_model, rows, tmp_path, die_after=6, zero_stage=zero_stage)
+    result = run(tiny_model, rows, tmp_path)
+    assert losses(result) == pytest.approx(losses(straight[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_half_precision_goes_on_from_its_float32_weights(
+    zero_stage: int, tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    # What a GPU does, on this CPU: bf16 weights, and float32 ones in the optimizer.
+    config = CONFIG.model_copy(update={"max_steps": 6})
+    how = {"config": config, "zero_stage": zero_stage, "use_gpu": True}
+    straight = run(tiny_model, rows, tmp_path / "straight", **how)
+    with pytest.raises(Killed):
+        run(tiny_model, rows, tmp_path / "cut", die_after=3, **how)
+    cut = run(tiny_model, rows, tmp_path / "cut", **how)
+    assert losses(cut) == losses(straight)
+    assert straight.log[-1]["loss"] < straight.log[0]["loss"]
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(
     straight: tuple[TrainingResult, Path], tiny_model: Path, rows: Rows, tmp_path: Path
 ) -> None:
     shutil.copytree(straight[1] / "checkpoints" / "step3", tmp_path / "checkpoints" / "step3")
-    with pytest.raises(ResourceError, match="another arrangement"):
-        run(tiny_model, rows, tmp_path, zero_stage=2)
+    lora = CONFIG.lora.model_copy(update={"rank": 4})
+    with pytest.raises(ModelError, match="of other adapters") as caught:
+        run(tiny_model, rows, tmp_path, CONFIG.model_copy(update={"lora": lora}))
+    assert "[8, 128]" in caught.value.problems[0].got
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    straight: tuple[TrainingResult, Path], tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    shutil.copytree(straight[1] / "checkpoints" / "step3", tmp_path / "checkpoints" / "step3")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ResourceError, match="a checkpoint cannot be written"):
+            run(tiny_model, rows, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step3"
+    assert losses(run(tiny_model, rows, tmp_path)) == losses(straight[0])
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:

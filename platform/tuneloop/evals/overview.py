@@ -112,6 +112,11 @@ def read_training_log(model: Artifact) -> list[dict[str, Any]]:
     return pq.read_table(file).to_pylist() if file.is_file() else []
 
 
+def read_samples(model: Artifact) -> list[dict[str, Any]]:
+    """Return a model's answers during training: `step, row_id, prompt, reference, completion`."""
+    return [json.loads(line) for line in read_text(model, "samples.jsonl").splitlines()]
+
+
 def read_text(artifact: Artifact, name: str) -> str:
     """Return a text file of an artifact, empty where it has none."""
     file = artifact.path / name

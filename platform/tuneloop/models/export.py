@@ -62,6 +62,8 @@ class Exporter:
         renderer: Tokenizer and template that the rows were rendered with.
         output: Directory that becomes the model artifact.
         dtype: Of the training; the exports have the same.
+        four_bit: The base was held in 4 bits; adapters are merged into what those 4 bits mean,
+            as that is what was trained.
     """
 
     base: Path
@@ -69,14 +71,21 @@ class Exporter:
     renderer: Renderer
     output: Path
     dtype: torch.dtype
+    four_bit: bool = False
 
-    def answer(self, model: Any, prompts: list[list[int]]) -> list[Answer]:
-        """Return the live model's greedy answers. With ZeRO-3 all workers call it together."""
+    def answer(
+        self, model: Any, prompts: list[list[int]], num_tokens: int = NUM_TOKENS
+    ) -> list[Answer]:
+        """Return the live model's greedy answers. With ZeRO-3 all workers call it together.
+
+        Args:
+            num_tokens: Longest answer; shorter where the model's positions end.
+        """
         plain = _plain(model)
         pad = self._pad_id()
         width = max(len(prompt) for prompt in prompts)
         room = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
-        count = NUM_TOKENS if room is None else max(1, min(NUM_TOKENS, room - width))
+        count = num_tokens if room is None else max(1, min(num_tokens, room - width))
         with _standard_attention(plain), self._greedy(plain), torch.no_grad():
             device = next(plain.parameters()).device
             ids = torch.full((len(prompts), width), pad, device=device)
@@ -106,7 +115,7 @@ class Exporter:
             model.save_pretrained(str(self.output / ADAPTER), save_embedding_layers=False)
             (self.output / ADAPTER / "README.md").unlink(missing_ok=True)
             self._name_base()
-            merged = self._load_adapter().merge_and_unload(safe_merge=True)
+            merged = self._load_adapter(dequantized=True).merge_and_unload(safe_merge=True)
             with _portable_config(merged):
                 merged.save_pretrained(str(self.output))
         self._save_generation_config()
@@ -178,18 +187,24 @@ class Exporter:
             )
         return parity
 
-    def _load_adapter(self) -> Any:
+    def _load_adapter(self, dequantized: bool = False) -> Any:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(self._load(self.base), str(self.output / ADAPTER)).eval()
+        base = self._load(self.base, self.four_bit)
+        if self.four_bit and dequantized:
+            base = base.dequantize().to(self.dtype)
+        return PeftModel.from_pretrained(base, str(self.output / ADAPTER)).eval()
 
     def _load_merged(self) -> Any:
         return self._load(self.output)
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path, four_bit: bool = False) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(str(path), dtype=self.dtype).eval()
+        options: dict[str, Any] = {"dtype": self.dtype}
+        if four_bit:
+            options["quantization_config"] = four_bits(self.dtype)
+        return AutoModelForCausalLM.from_pretrained(str(path), **options).eval()
 
     def _name_base(self) -> None:
         """Write the base's name instead of a path in this machine's cache."""
@@ -238,6 +253,21 @@ class Exporter:
             yield
         finally:
             plain.generation_config, plain.config.use_cache = before, use_cache
+
+
+def four_bits(dtype: torch.dtype) -> Any:
+    """Return the settings of QLoRA (Dettmers et al. 2023, arXiv:2305.14314): NF4, twice quantized.
+
+    Needs bitsandbytes.
+    """
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _score(model: Any, prompt: list[int], ids: list[int]) -> tuple[Answer, list[int]]:

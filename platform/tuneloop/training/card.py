@@ -10,6 +10,7 @@ from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
 from tuneloop.models.source import BaseModel
 from tuneloop.training.loop import TrainingResult
+from tuneloop.training.validation import best_step
 
 _CURVE_ROWS = 12
 
@@ -19,7 +20,7 @@ def model_card(
 ) -> str:
     """Return the card as Markdown."""
     training, last = config.training, result.log[-1]
-    lora = training.method == "lora"
+    lora = training.method != "full"
     tokens = sum(row["num_tokens"] for row in result.log)
     share = result.num_trainable / result.num_parameters
     facts = [
@@ -33,6 +34,7 @@ def model_card(
         ("tokens", f"{tokens:,}"),
         ("learning rate", f"{training.learning_rate:g}, {training.lr_scheduler}"),
         ("loss", f"{result.log[0]['loss']:.4f} at the first step, {last['loss']:.4f} at the last"),
+        *_validation(config, result),
         (
             "time",
             f"{last['elapsed_s']:,.0f} s, {tokens / max(1e-9, last['elapsed_s']):,.0f} tokens/s",
@@ -81,10 +83,34 @@ def _method(config: TuneloopConfig) -> str:
     if config.training.method == "full":
         return "all weights"
     lora = config.training.lora
-    return (
-        f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, dropout {lora.dropout:g}, "
-        f"targets {lora.target_modules}"
-    )
+    name = "DoRA" if lora.use_dora else "LoRA"
+    facts = [
+        "rank-stabilized " * lora.use_rslora + name,
+        f"rank {lora.rank}",
+        f"alpha {lora.alpha:g}",
+        f"dropout {lora.dropout:g}",
+        f"targets {lora.target_modules}",
+    ]
+    if config.training.method == "qlora":
+        facts.append("base in 4 bits")
+    return ", ".join(facts)
+
+
+def _validation(config: TuneloopConfig, result: TrainingResult) -> list[tuple[str, str]]:
+    """Return what the validation split said, and of which step the weights are."""
+    best = best_step(result.log)
+    if best is None:
+        return []
+    last = next(row for row in reversed(result.log) if row["validation_loss"] is not None)
+    kept = best if config.training.keep == "best" else result.log[-1]["step"]
+    least = result.log[best - 1]["validation_loss"]
+    return [
+        (
+            "validation loss",
+            f"{least:.4f} at step {best}, {last['validation_loss']:.4f} at the last measurement",
+        ),
+        ("weights of step", f"{kept:,}"),
+    ]
 
 
 def _curve(log: list[dict[str, Any]]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from tuneloop.config import TrainingConfig
+from tuneloop.models.export import four_bits
 from tuneloop.training.packed import ATTENTION
 
 
@@ -32,6 +33,7 @@ class Execution:
         grad_accum_steps: Forward passes per worker and optimizer step.
         zero_stage: DeepSpeed ZeRO stage, 0 to 3.
         use_gpu: bf16 on CUDA, otherwise float32 on the CPU.
+        gradient_checkpointing: Compute activations again instead of keeping them.
     """
 
     world_size: int
@@ -39,6 +41,7 @@ class Execution:
     grad_accum_steps: int
     zero_stage: int = 0
     use_gpu: bool = False
+    gradient_checkpointing: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,30 +49,42 @@ class Execution:
         return torch.bfloat16 if self.use_gpu else torch.float32
 
 
-def load_model(path: Path, config: TrainingConfig, execution: Execution) -> Any:
+def load_model(
+    path: Path,
+    config: TrainingConfig,
+    execution: Execution,
+    device: torch.device | str = "cpu",
+) -> Any:
     """Return the base model, with fresh LoRA adapters where they are what is trained.
 
     The adapters depend on `config.seed` alone, so every worker starts from the same weights.
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=execution.dtype, attn_implementation=ATTENTION
-    )
+    options: dict[str, Any] = {"dtype": execution.dtype, "attn_implementation": ATTENTION}
+    if config.method == "qlora":
+        # Weights in 4 bits are made where they stay.
+        options |= {"quantization_config": four_bits(execution.dtype), "device_map": {"": device}}
+    model = AutoModelForCausalLM.from_pretrained(str(path), **options)
     model.config.use_cache = False
-    if config.method == "full":
-        return model
-    from peft import LoraConfig, get_peft_model
+    if config.method != "full":
+        from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(config.seed)
-    lora = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, lora)
+        torch.manual_seed(config.seed)
+        lora = LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=config.lora.target_modules,
+            use_rslora=config.lora.use_rslora,
+            use_dora=config.lora.use_dora,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+    if execution.gradient_checkpointing:
+        # Without reentrance gradients reach adapters although the embeddings are frozen.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model if config.method == "qlora" else model.to(device)
 
 
 def make_engine(model: Any, config: TrainingConfig, execution: Execution, num_steps: int) -> Any:
@@ -96,6 +111,10 @@ def make_engine(model: Any, config: TrainingConfig, execution: Execution, num_st
         config=deepspeed_config(config, execution),
         dist_init_required=False if deepspeed.comm.is_initialized() else None,
     )
+    if execution.zero_stage == 0 and execution.dtype != torch.float32:
+        # DeepSpeed takes a step without gradients to make AdamW's state, which would count one
+        # step too many, unlike every other stage.
+        engine.optimizer.optimizer.state.clear()
     return engine
 
 

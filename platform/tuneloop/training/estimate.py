@@ -128,7 +128,9 @@ def model_shape(base: BaseModel, config: TrainingConfig) -> ModelShape:
     )
     heads = settings.num_attention_heads
     head_size = getattr(settings, "head_dim", None) or settings.hidden_size // heads
-    lora = config.method == "lora"
+    lora = config.method != "full"
+    if lora and config.lora.use_dora:
+        adapter += sum(linear.out_features for linear in linears)
     return ModelShape(
         num_parameters=total,
         num_trainable=adapter if lora else total,
@@ -216,7 +218,7 @@ def make_schedule(config: TuneloopConfig, num_rows: int) -> Schedule:
 
 def estimate_work(config: TuneloopConfig, shape: ModelShape, work: Workload) -> Estimate:
     """Return what a training of this shape on this workload needs."""
-    resources, lora = config.resources, config.training.method == "lora"
+    resources, lora = config.resources, config.training.method != "full"
     on_gpu = resources.gpus_per_worker > 0
     element = 2 if on_gpu else 4
     stage, workers = resources.zero_stage, resources.num_workers
@@ -226,13 +228,21 @@ def estimate_work(config: TuneloopConfig, shape: ModelShape, work: Workload) -> 
     )
     # AdamW's two moments in float32, and a float32 copy of the weights where DeepSpeed keeps one.
     state = 12 if on_gpu or stage else 8
-    per_token = shape.num_layers * (
+    per_token = (
         (7 if lora else 9) * shape.hidden_size
         + 4 * shape.intermediate_size
         + 2 * shape.key_value_size
         + (7 * config.training.lora.rank if lora else 0)
     )
+    if resources.gradient_checkpointing:
+        # What goes into each layer, and one layer that is computed again.
+        per_token += shape.num_layers * shape.hidden_size
+    else:
+        per_token *= shape.num_layers
     weights = (shape.num_parameters + shape.num_adapter) * element
+    if config.training.method == "qlora":
+        # Four bits for a weight of a linear layer, and about half a bit for its scale.
+        weights -= round(shape.num_matmul * (element - 4.5 / 8))
     parts = {
         "weights_bytes": weights // weight_shards,
         "gradients_bytes": shape.num_trainable * element // gradient_shards,
@@ -246,7 +256,8 @@ def estimate_work(config: TuneloopConfig, shape: ModelShape, work: Workload) -> 
     training_s = None
     if not on_gpu:
         rate = matmul_rate(max(1, (os.cpu_count() or 1) // workers))
-        training_s = _flops(shape, work, lora) / (workers * rate * _EFFICIENCY)
+        operations = _flops(shape, work, 2 if lora else 3, resources.gradient_checkpointing)
+        training_s = operations / (workers * rate * _EFFICIENCY)
     shared = resources.ray_address is None and "RAY_ADDRESS" not in os.environ
     return Estimate(
         peak_memory_bytes=peak,
@@ -277,10 +288,14 @@ def matmul_rate(num_threads: int, seconds: float = 0.5) -> float:
     return float(count * 2 * np.prod([1024, 576, 1536]) / elapsed)
 
 
-def _flops(shape: ModelShape, work: Workload, lora: bool) -> float:
-    """Operations of all steps: forward, gradients of inputs, gradients of what is trained."""
-    passes = 2 if lora else 3
-    body = 2 * shape.num_matmul * passes + 6 * shape.num_adapter
+def _flops(shape: ModelShape, work: Workload, passes: int, again: bool) -> float:
+    """Operations of all steps: forward, gradients of inputs, gradients of what is trained.
+
+    Args:
+        passes: 2 where only adapters are trained, 3 for all weights.
+        again: The layers' forward pass is computed twice.
+    """
+    body = 2 * shape.num_matmul * (passes + again) + 6 * shape.num_adapter
     head = 2 * shape.hidden_size * shape.vocab_size * passes
     return float(work.num_tokens * body + work.num_target_tokens * head)
 

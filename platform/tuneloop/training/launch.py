@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tuneloop.training")
 
-CODE_VERSION = 2
+CODE_VERSION = 3
+
+SAMPLES = "samples.jsonl"
 
 
 def train(
@@ -56,19 +59,28 @@ def train(
     from tuneloop.training.refusals import (
         refuse_other_renderer,
         refuse_too_small,
+        refuse_unreadable_rows,
+        refuse_unsupported,
         refuse_unusable_rows,
+        refuse_without_validation,
+        together,
     )
     from tuneloop.training.workers import run_workers
 
-    refuse_other_renderer(config, base, dataset)
-    rows = read_rows(dataset.path)
+    rows, validation = (read_rows(dataset.path, split) for split in ("train", "validation"))
     shape = model_shape(base, config.training)
-    refuse_unusable_rows(rows, shape, dataset)
+    together(
+        lambda: refuse_other_renderer(config, base, dataset),
+        lambda: refuse_unsupported(config),
+        lambda: refuse_without_validation(config, validation, dataset),
+        lambda: refuse_unusable_rows(rows, shape, dataset),
+        lambda: refuse_unreadable_rows(validation, shape, f"{dataset.ref}, validation"),
+    )
     with workspace.draft("models", config.name, identity) as draft:
         expected = estimate_work(config, shape, workload(config, rows))
         refuse_too_small(config, expected, draft.scratch)
         _announce(rows, expected)
-        result = run_workers(config, base, rows, draft)
+        result = run_workers(config, base, rows, validation, draft)
         _write_log(result, draft.path)
         card = model_card(config, base, dataset, result)
         (draft.path / "README.md").write_text(card, encoding="utf-8")
@@ -94,16 +106,33 @@ def _announce(rows: Rows, expected: Estimate) -> None:
 
 
 def _write_log(result: TrainingResult, path: Path) -> None:
+    """Write one row per step, and what the model answered at each measurement."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.Table.from_pylist(result.log), path / "trainer_log.parquet")
+    rows = [{name: v for name, v in row.items() if name != "samples"} for row in result.log]
+    table = pa.Table.from_pylist(rows)
+    for name in ("validation_loss", "validation_accuracy"):
+        # A column without any value would have no type.
+        column = table.column(name).cast(pa.float64())
+        table = table.set_column(table.column_names.index(name), name, column)
+    pq.write_table(table, path / "trainer_log.parquet")
+    samples = [
+        {"step": row["step"], **sample} for row in result.log for sample in row.get("samples", [])
+    ]
+    if samples:
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        (path / SAMPLES).write_text(lines, encoding="utf-8")
 
 
 def _metrics(result: TrainingResult) -> dict[str, Any]:
+    from tuneloop.training.validation import best_step
+
     last = result.log[-1]
     tail = [row["loss"] for row in result.log[-max(1, len(result.log) // 10) :]]
     tokens = sum(row["num_tokens"] for row in result.log)
+    best = best_step(result.log)
+    seen = {} if best is None else {"best_step": best, **_least(result.log[best - 1])}
     return {
         "num_steps": last["step"],
         "first_loss": round(result.log[0]["loss"], 6),
@@ -113,5 +142,11 @@ def _metrics(result: TrainingResult) -> dict[str, Any]:
         "tokens_per_s": round(tokens / max(1e-9, last["elapsed_s"]), 2),
         "num_parameters": result.num_parameters,
         "num_trainable": result.num_trainable,
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in result.log),
         "parity_max_abs_logprob_diff": result.parity.max_abs_logprob_diff,
+        **seen,
     }
+
+
+def _least(row: dict[str, Any]) -> dict[str, float]:
+    return {name: round(row[name], 6) for name in ("validation_loss", "validation_accuracy")}

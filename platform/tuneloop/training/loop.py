@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import shutil
 import tempfile
 import time
 import warnings
@@ -21,9 +23,19 @@ from tuneloop.models.chat import Renderer
 from tuneloop.models.export import Exporter, parity_prompts
 from tuneloop.records import Parity
 from tuneloop.training.batches import Rows, Schedule, micro_batches, split_batch
-from tuneloop.training.checkpoint import load_engine, newest_whole, save_engine
+from tuneloop.training.checkpoint import load_engine, newest_whole, refuse_save, save_engine
 from tuneloop.training.engine import Execution, gathered, load_model, make_engine
-from tuneloop.training.packed import loss_sum, pack
+from tuneloop.training.packed import loss_and_hits, loss_sum, pack
+from tuneloop.training.state import read_state
+from tuneloop.training.validation import (
+    best_folder,
+    best_step,
+    forget_all_but,
+    is_due,
+    is_finished,
+    measure,
+    sample_answers,
+)
 
 PROGRESS = "progress.jsonl"
 _CHECK_ROWS = 2
@@ -40,7 +52,8 @@ class TrainingJob:
         chat_template: `model.chat_template` of the configuration.
         output: Directory that becomes the model artifact.
         checkpoints: Directory whose subdirectories are the checkpoints.
-        progress: Directory for one JSON line per step, read by the driver.
+        progress: Directory for one JSON line per step, read by the driver, and for the best
+            weights so far.
         checkpoint_every_steps: Optimizer steps between checkpoints.
     """
 
@@ -62,14 +75,15 @@ class Worker:
         rank: From 0.
         device: Where its share of the model lives.
         num_threads: CPU threads it may use.
-        report: Takes metrics and a checkpoint directory to keep; called by all workers at once.
+        report: Takes metrics and, in the first worker, a checkpoint directory to keep; called by
+            all workers at once.
     """
 
     rank: int
     execution: Execution
     device: torch.device
     num_threads: int
-    report: Callable[[dict[str, Any], Path], None]
+    report: Callable[[dict[str, Any], Path | None], None]
 
 
 @dataclass(frozen=True)
@@ -89,13 +103,18 @@ class TrainingResult:
     num_trainable: int
 
 
-def train_rows(job: TrainingJob, rows: Rows, worker: Worker) -> TrainingResult:
+def train_rows(
+    job: TrainingJob, rows: Rows, worker: Worker, validation: Rows | None = None
+) -> TrainingResult:
     """Train on all rows, export the model and return the log. All workers run it together.
 
+    Args:
+        validation: Rows that are only looked at; None where the dataset has none.
+
     Raises:
-        ModelError: The loss is not finite, the model mixes packed rows, or an export differs
-            from the live model.
-        ResourceError: The checkpoint belongs to another arrangement of workers.
+        ModelError: The loss is not finite, the model mixes packed rows, an export differs from
+            the live model, or the checkpoint is of another model.
+        ResourceError: A checkpoint cannot be written.
     """
     config, execution = job.config, worker.execution
     torch.set_num_threads(worker.num_threads)
@@ -103,25 +122,28 @@ def train_rows(job: TrainingJob, rows: Rows, worker: Worker) -> TrainingResult:
     schedule = Schedule(
         len(rows), config.global_batch_size, config.num_epochs, config.max_steps, config.seed
     )
-    model = load_model(job.base, config, execution).to(worker.device)
+    model = load_model(job.base, config, execution, worker.device)
     check_packing(model, rows, worker.device)
     sizes = [p.numel() for p in model.parameters()]
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     engine = make_engine(model, config, execution, schedule.num_steps)
-    step, log = _resume(engine, job, worker)
+    log = _resume(engine, job, worker)
     engine.train()
     started = time.monotonic() - (log[-1]["elapsed_s"] if log else 0.0)
-    while step < schedule.num_steps:
+    while not is_finished(log, config, schedule):
+        step = len(log)
         record = train_step(engine, rows, schedule, step, worker)
-        record["elapsed_s"] = round(time.monotonic() - started, 3)
         log.append(record)
-        step += 1
+        if validation is not None and is_due(config, schedule, step + 1):
+            _look(engine, job, validation, worker, log)
+        record["elapsed_s"] = round(time.monotonic() - started, 3)
         if worker.rank == 0:
             _write_progress(job.progress, record, schedule.num_steps)
-        if step % job.checkpoint_every_steps == 0 or step == schedule.num_steps:
-            with tempfile.TemporaryDirectory(dir=job.progress, prefix="checkpoint-") as folder:
-                save_engine(engine, Path(folder), step, log, execution)
-                worker.report({"step": step, "loss": record["loss"]}, Path(folder))
+        if len(log) % job.checkpoint_every_steps == 0 or is_finished(log, config, schedule):
+            _keep_checkpoint(engine, job, worker, log)
+    best = best_step(log)
+    if config.keep == "best" and best is not None and best != len(log):
+        read_state(engine, best_folder(job.progress, best), best)
     parity = _export(engine, job, rows, worker)
     return TrainingResult(log, parity, sum(sizes), sum(trained))
 
@@ -148,12 +170,17 @@ def train_step(
         execution.micro_batch_size,
     )
     num_targets = int(rows.num_target_tokens[batch].sum())
-    total = torch.zeros((), device=worker.device)
+    total = torch.zeros(2, dtype=torch.float64, device=worker.device)
     norm: torch.Tensor | float | None = None
     learning_rate = engine.get_lr()[0]
+    seen: list[int] = []
+    num_padding = 0
     for index, share in enumerate(micro_batches(bins, worker.rank, execution.world_size)):
-        loss = loss_sum(engine, pack(rows, share, worker.device))
-        total += loss.detach()
+        packed = pack(rows, share, worker.device)
+        seen += packed.rows
+        num_padding += 0 if packed.rows else packed.input_ids.numel()
+        loss, hits = loss_and_hits(engine, packed)
+        total += torch.stack([loss.detach().double(), hits.double()])
         # DeepSpeed averages gradients over workers; the loss is divided by all targets already.
         engine.backward(loss * (execution.world_size / max(1, num_targets)), scale_wrt_gas=False)
         if index == execution.grad_accum_steps - 1 and execution.zero_stage == 0:
@@ -163,7 +190,8 @@ def train_step(
     if norm is None:
         norm = engine.get_global_grad_norm()
     dist.all_reduce(total)
-    loss_mean = float(total) / max(1, num_targets)
+    everyone = _gather((seen, num_padding, _peak_memory(worker)), execution)
+    loss_mean, accuracy = (total / max(1, num_targets)).tolist()
     grad_norm = float(norm) if norm is not None else math.nan
     if not math.isfinite(loss_mean) or not math.isfinite(grad_norm):
         raise ModelError(
@@ -176,15 +204,23 @@ def train_step(
             )
         )
     num_tokens = int(rows.lengths[batch].sum())
+    padding = sum(share[1] for share in everyone)
     return {
         "step": step + 1,
         "epoch": schedule.epoch(step) + 1,
         "loss": loss_mean,
+        "token_accuracy": accuracy,
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
         "tokens_per_s": round(num_tokens / max(1e-9, time.monotonic() - began), 2),
         "num_tokens": num_tokens,
         "num_target_tokens": num_targets,
+        "padding_ratio": padding / (padding + num_tokens),
+        "peak_memory_bytes": max(share[2] for share in everyone),
+        # What the workers really took, in no particular order within the step.
+        "rows": sorted(row for share in everyone for row in share[0]),
+        "validation_loss": None,
+        "validation_accuracy": None,
     }
 
 
@@ -228,20 +264,78 @@ def check_packing(model: Any, rows: Rows, device: torch.device) -> None:
         )
 
 
-def _resume(engine: Any, job: TrainingJob, worker: Worker) -> tuple[int, list[dict[str, Any]]]:
-    """Return finished steps and log of the newest whole checkpoint, which rank 0 chooses."""
+def _resume(engine: Any, job: TrainingJob, worker: Worker) -> list[dict[str, Any]]:
+    """Return the log of the newest whole checkpoint, which rank 0 chooses; empty without one."""
     choice = [newest_whole(job.checkpoints) if worker.rank == 0 else None]
     dist.broadcast_object_list(choice, src=0)
-    if choice[0] is None:
-        return 0, []
-    return load_engine(engine, choice[0], worker.execution)
+    return [] if choice[0] is None else load_engine(engine, choice[0])
+
+
+def _look(
+    engine: Any, job: TrainingJob, rows: Rows, worker: Worker, log: list[dict[str, Any]]
+) -> None:
+    """Measure the validation rows, note it in the log's last row, and keep the best weights."""
+    record = log[-1]
+    record |= measure(engine, rows, worker.execution, worker.device)
+    record["samples"] = sample_answers(engine, _exporter(job, worker), rows)
+    if job.config.keep == "best" and best_step(log) == record["step"]:
+        folder = best_folder(job.progress, record["step"])
+        if worker.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        save_engine(engine, folder)
+
+
+def _keep_checkpoint(
+    engine: Any, job: TrainingJob, worker: Worker, log: list[dict[str, Any]]
+) -> None:
+    with tempfile.TemporaryDirectory(dir=job.progress, prefix="checkpoint-") as folder:
+        save_engine(engine, Path(folder), log)
+        reason: list[str | None] = [None]
+        try:
+            kept = Path(folder) if worker.rank == 0 else None
+            worker.report({"step": len(log), "loss": log[-1]["loss"]}, kept)
+        except OSError as error:
+            reason = [str(error)]
+        # Only the first worker writes; the others have to stop with it.
+        dist.broadcast_object_list(reason, src=0)
+        if reason[0] is not None:
+            raise refuse_save(job.checkpoints, reason[0])
+    if worker.rank == 0:
+        forget_all_but(job.progress, best_step(log))
+
+
+def _gather(mine: Any, execution: Execution) -> list[Any]:
+    """Return every worker's value."""
+    if execution.world_size == 1:
+        return [mine]
+    everyone: list[Any] = [None] * execution.world_size
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _peak_memory(worker: Worker) -> int:
+    """Return the most memory this worker has held so far, in bytes."""
+    if worker.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(worker.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _exporter(job: TrainingJob, worker: Worker) -> Exporter:
+    renderer = Renderer.load(job.base, job.chat_template)
+    return Exporter(
+        job.base,
+        job.base_name,
+        renderer,
+        job.output,
+        worker.execution.dtype,
+        four_bit=job.config.method == "qlora",
+    )
 
 
 def _export(engine: Any, job: TrainingJob, rows: Rows, worker: Worker) -> Parity:
     """Write the model artifact's weights and compare them with the live model."""
-    renderer = Renderer.load(job.base, job.chat_template)
-    exporter = Exporter(job.base, job.base_name, renderer, job.output, worker.execution.dtype)
-    model = engine.module
+    exporter, model = _exporter(job, worker), engine.module
     engine.eval()
     # Under ZeRO-3 every worker has a part of each layer, so all of them answer together.
     prompts = parity_prompts([rows.row(row) for row in range(min(len(rows), 4))])
@@ -269,4 +363,5 @@ def _quieten() -> None:
 
 def _write_progress(folder: Path, record: dict[str, Any], num_steps: int) -> None:
     with (folder / PROGRESS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record | {"num_steps": num_steps}) + "\n")
+        shown = {name: value for name, value in record.items() if name not in ("rows", "samples")}
+        file.write(json.dumps(shown | {"num_steps": num_steps}) + "\n")

@@ -71,9 +71,17 @@ def pack(rows: Rows, indices: Sequence[int], device: torch.device | str = "cpu")
 
 
 def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
-    """Return the cross-entropy summed over the batch's targets, a scalar in float32.
+    """Return the cross-entropy summed over the batch's targets, a scalar in float32."""
+    return loss_and_hits(model, batch)[0]
+
+
+def loss_and_hits(model: Any, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed cross-entropy and the number of targets that are the likeliest token.
 
     Logits are computed at target positions only. Shape (1, N, V).
+
+    Returns:
+        Two scalars: the loss in float32, and a count without gradient.
     """
     empty = batch.predict_at.numel() == 0
     keep = batch.predict_at.new_zeros(1) if empty else batch.predict_at
@@ -85,8 +93,9 @@ def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
         use_cache=False,
     ).logits[0]
     if empty:
-        return logits.float().sum() * 0.0
-    return functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
+        return logits.float().sum() * 0.0, torch.zeros((), device=logits.device)
+    loss = functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    return loss, (logits.detach().argmax(-1) == batch.targets).sum()
 
 
 def packed_attention(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
-from tuneloop.errors import DataError, ModelError, Problem, ResourceError
+from tuneloop.errors import DataError, ModelError, Problem, ResourceError, UserError
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel
 from tuneloop.training.batches import Rows
 from tuneloop.training.estimate import Estimate, ModelShape, refuse_impossible
+from tuneloop.training.trackers import refuse_missing_trackers
 
 
 def refuse_other_renderer(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> None:
@@ -33,10 +36,90 @@ def refuse_other_renderer(config: TuneloopConfig, base: BaseModel, dataset: Arti
         )
 
 
+def refuse_unsupported(config: TuneloopConfig) -> None:
+    """Raise ResourceError for settings that do not go together, or that lack a library."""
+    training, resources = config.training, config.resources
+    problems = []
+    if training.method == "qlora":
+        if not resources.gpus_per_worker:
+            problems.append(
+                Problem(
+                    "training.method qlora needs GPUs",
+                    where="training.method",
+                    got="resources.gpus_per_worker 0",
+                    remedy="set resources.gpus_per_worker to 1, or use training.method lora",
+                )
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            problems.append(
+                Problem(
+                    "training.method qlora needs bitsandbytes",
+                    where="training.method",
+                    got="it is not installed",
+                    remedy="pip install bitsandbytes, or use training.method lora",
+                )
+            )
+    # Both compute with a layer's weight outside the layer, where ZeRO-3 holds a part of it only.
+    odd = [
+        name
+        for name, used in (
+            ("training.method qlora", training.method == "qlora"),
+            ("training.lora.use_dora", training.method != "full" and training.lora.use_dora),
+        )
+        if used
+    ]
+    if resources.zero_stage == 3 and odd:
+        problems.append(
+            Problem(
+                "ZeRO stage 3 does not go with " + " or ".join(odd),
+                where="resources.zero_stage",
+                got="3",
+                allowed="0, 1, 2",
+                remedy="set resources.zero_stage to 2: adapters are small, so little is lost",
+            )
+        )
+    try:
+        refuse_missing_trackers(resources.trackers)
+    except ResourceError as error:
+        problems += error.problems
+    if problems:
+        raise ResourceError(*problems)
+
+
+def refuse_without_validation(config: TuneloopConfig, rows: Rows, dataset: Artifact) -> None:
+    """Raise DataError if a setting needs a validation split that is not there."""
+    training = config.training
+    asked = [
+        name
+        for name, used in (
+            ("training.eval_every_steps", training.eval_every_steps is not None),
+            ("training.early_stopping_patience", training.early_stopping_patience is not None),
+            ("training.keep best", training.keep == "best"),
+        )
+        if used
+    ]
+    if asked and not len(rows):
+        raise DataError(
+            Problem(
+                "the dataset has no validation split",
+                where=dataset.ref,
+                got=", ".join(asked),
+                remedy="prepare a dataset with a validation split, or leave these settings out",
+            )
+        )
+
+
 def refuse_unusable_rows(rows: Rows, shape: ModelShape, dataset: Artifact) -> None:
-    """Raise for rows that the model cannot be trained on, with every reason at once."""
+    """Raise for train rows that the model cannot be trained on, with every reason at once."""
     if not len(rows):
         raise DataError(Problem("the train split is empty", where=dataset.ref))
+    together(
+        lambda: _refuse_idle_rows(rows, dataset),
+        lambda: refuse_unreadable_rows(rows, shape, dataset.ref),
+    )
+
+
+def _refuse_idle_rows(rows: Rows, dataset: Artifact) -> None:
     idle = np.flatnonzero(rows.num_target_tokens == 0)
     if len(idle):
         raise DataError(
@@ -47,6 +130,16 @@ def refuse_unusable_rows(rows: Rows, shape: ModelShape, dataset: Artifact) -> No
                 remedy="run `tuneloop prepare` again; `tuneloop check` shows the mask",
             )
         )
+
+
+def refuse_unreadable_rows(rows: Rows, shape: ModelShape, where: str) -> None:
+    """Raise ModelError for rows with too many tokens or with ids the model does not know.
+
+    Args:
+        where: The dataset's reference, and the split.
+    """
+    if not len(rows):
+        return
     problems = []
     longest = int(rows.lengths.max())
     if shape.max_positions is not None and longest > shape.max_positions:
@@ -54,7 +147,7 @@ def refuse_unusable_rows(rows: Rows, shape: ModelShape, dataset: Artifact) -> No
         problems.append(
             Problem(
                 "rows are longer than the model's positions",
-                where=f"{dataset.ref}, rows {_some(rows, long)}",
+                where=f"{where}, rows {_some(rows, long)}",
                 got=f"{longest} tokens",
                 allowed=f"at most {shape.max_positions}",
                 remedy=f"set data.max_seq_len to {shape.max_positions} or less",
@@ -65,7 +158,7 @@ def refuse_unusable_rows(rows: Rows, shape: ModelShape, dataset: Artifact) -> No
         problems.append(
             Problem(
                 "the tokenizer has ids that the model has no embedding for",
-                where=dataset.ref,
+                where=where,
                 got=f"token id {largest}",
                 allowed=f"0 to {shape.vocab_size - 1}",
                 remedy="use the tokenizer that belongs to the model, or a model whose embedding "
@@ -74,6 +167,18 @@ def refuse_unusable_rows(rows: Rows, shape: ModelShape, dataset: Artifact) -> No
         )
     if problems:
         raise ModelError(*problems)
+
+
+def together(*checks: Callable[[], None]) -> None:
+    """Run every check and raise one error, of the first one's kind, with all problems."""
+    errors: list[UserError] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise type(errors[0])(*(problem for error in errors for problem in error.problems))
 
 
 def refuse_too_small(config: TuneloopConfig, expected: Estimate, scratch: Path) -> None:

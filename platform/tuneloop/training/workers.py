@@ -19,6 +19,7 @@ from tuneloop.models.source import BaseModel
 from tuneloop.training.batches import Rows
 from tuneloop.training.engine import Execution
 from tuneloop.training.loop import PROGRESS, TrainingJob, TrainingResult, Worker, train_rows
+from tuneloop.training.trackers import Trackers, flat
 
 logger = logging.getLogger("tuneloop.training")
 
@@ -27,9 +28,13 @@ _LOG_EVERY_S = 5.0
 
 
 def run_workers(
-    config: TuneloopConfig, base: BaseModel, rows: Rows, draft: Draft
+    config: TuneloopConfig, base: BaseModel, rows: Rows, validation: Rows, draft: Draft
 ) -> TrainingResult:
-    """Run the workers to the end and return what rank 0 returned."""
+    """Run the workers to the end and return what rank 0 returned.
+
+    Args:
+        validation: Rows that are only looked at; may be none.
+    """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -41,6 +46,7 @@ def run_workers(
         grad_accum_steps=grad_accum_steps(config),
         zero_stage=resources.zero_stage,
         use_gpu=resources.gpus_per_worker > 0,
+        gradient_checkpointing=resources.gradient_checkpointing,
     )
     scratch = draft.scratch.absolute()
     _tidy(scratch)
@@ -60,7 +66,12 @@ def run_workers(
     trainer = TorchTrainer(
         run_worker,
         # One copy of the rows in Ray's object store serves all workers of a node.
-        train_loop_config={"job": job, "execution": execution, "rows": ray.put(rows)},
+        train_loop_config={
+            "job": job,
+            "execution": execution,
+            "rows": ray.put(rows),
+            "validation": ray.put(validation),
+        },
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=execution.use_gpu,
@@ -75,7 +86,16 @@ def run_workers(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    outcome = _follow(trainer, scratch, resources.max_failures)
+    trackers = Trackers(
+        resources.trackers,
+        config.name,
+        flat(config.training.model_dump()),
+        draft.path / "tensorboard",
+    )
+    try:
+        outcome = _follow(trainer, Progress(scratch / PROGRESS, trackers), resources.max_failures)
+    finally:
+        trackers.close()
     if isinstance(outcome, UserError):
         raise outcome
     assert isinstance(outcome, TrainingResult)
@@ -98,8 +118,9 @@ def run_worker(settings: dict[str, Any]) -> TrainingResult | UserError:
     )
     cores = min(len(os.sched_getaffinity(0)), int(node["Resources"].get("CPU", 1)))
 
-    def report(metrics: dict[str, Any], folder: Path) -> None:
-        ray_train.report(metrics, checkpoint=ray_train.Checkpoint.from_directory(folder))
+    def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        kept = None if folder is None else ray_train.Checkpoint.from_directory(folder)
+        ray_train.report(metrics, checkpoint=kept)
 
     worker = Worker(
         rank=context.get_world_rank(),
@@ -110,12 +131,13 @@ def run_worker(settings: dict[str, Any]) -> TrainingResult | UserError:
         report=report,
     )
     try:
-        return train_rows(settings["job"], ray.get(settings["rows"]), worker)
+        rows, validation = ray.get([settings["rows"], settings["validation"]])
+        return train_rows(settings["job"], rows, worker, validation if len(validation) else None)
     except UserError as error:
         return error
 
 
-def _follow(trainer: Any, scratch: Path, max_failures: int) -> Any:
+def _follow(trainer: Any, progress: Progress, max_failures: int) -> Any:
     """Run the trainer in a thread and tell its progress meanwhile.
 
     In the main thread Ray would take over Ctrl-C and end the process with exit code 0. In a
@@ -131,7 +153,6 @@ def _follow(trainer: Any, scratch: Path, max_failures: int) -> Any:
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
-    progress = Progress(scratch / PROGRESS)
     while thread.is_alive():
         thread.join(timeout=0.5)
         progress.tell()
@@ -153,12 +174,12 @@ class Progress:
 
     Args:
         path: The file, which need not exist yet; lines that are there already are not told.
-        label: Put before each line.
+        trackers: Get every line.
     """
 
-    def __init__(self, path: Path, label: str = "") -> None:
+    def __init__(self, path: Path, trackers: Trackers | None = None) -> None:
         self.path = path
-        self.label = label
+        self.trackers = trackers
         self.position = path.stat().st_size if path.exists() else 0
         self.told = 0.0
         self.pending: dict[str, Any] | None = None
@@ -172,14 +193,15 @@ class Progress:
                 if line.endswith(b"\n"):
                     self.position += len(line)
                     self.pending = json.loads(line)
+                    if self.trackers is not None:
+                        self.trackers.log(self.pending)
         row = self.pending
         if row is None or (not final and time.monotonic() - self.told < _LOG_EVERY_S):
             return
         self.told, self.pending = time.monotonic(), None
         left = (row["num_steps"] - row["step"]) * row["elapsed_s"] / row["step"]
         logger.info(
-            "%sstep %d/%d  loss %.4f  learning rate %.2e  %.0f tokens/s  ETA %s",
-            self.label,
+            "step %d/%d  loss %.4f  learning rate %.2e  %.0f tokens/s  ETA %s",
             row["step"],
             row["num_steps"],
             row["loss"],
