@@ -79,7 +79,10 @@ class Nodes:
         )
 
     def start_worker(self) -> subprocess.Popen:
-        return self._start(f"--address=127.0.0.1:{self.port}", "--num-cpus=1")
+        # A directory of its own, as on a machine of its own: Ray unpacks a job's bundle once for
+        # each node, over what is there, which may be the directory another node's process is in.
+        own = f"--temp-dir={tempfile.mkdtemp(prefix='node-', dir=self.folder)}"
+        return self._start(f"--address=127.0.0.1:{self.port}", "--num-cpus=1", own)
 
     def await_alive(self, number: int) -> None:
         """Return when so many nodes are alive."""
