@@ -138,7 +138,8 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
     # The job runs on the cluster it was submitted to, wherever that is seen from here.
     raw["resources"].pop("ray_address", None)
     plan: list[tuple[Path, Path]] = []
-    for number, source in enumerate(raw["data"]["sources"]):
+    evaluations = raw["data"]["decontamination"]["sources"]
+    for number, source in enumerate([*raw["data"]["sources"], *evaluations]):
         files = [Path(name) for name in sorted(glob.glob(source["path"], recursive=True))]
         if not files or _is_shared(source["path"]):
             continue

@@ -20,7 +20,10 @@ from tuneloop.submission import COMMANDS, MAX_BUNDLE_BYTES, write_bundle
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A configuration with two directories of rows, a model, and things that are nobody's."""
-    for name in ("rows/one/a.jsonl", "rows/two/a.jsonl", "rows/two/b.txt", "model/.git/config"):
+    for name in (
+        *("rows/one/a.jsonl", "rows/two/a.jsonl", "rows/two/b.txt"),
+        *("bench/c.jsonl", "model/.git/config"),
+    ):
         file = tmp_path / "here" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{name}\n")
@@ -38,6 +41,8 @@ data:
     - {{path: "{tmp_path}/here/rows/*/*.jsonl", format: question_answer}}
     - {{path: "{tmp_path}/here/rows/two/b.txt", format: question_answer}}
     - {{path: "s3://bucket/rows.jsonl", format: question_answer}}
+  decontamination:
+    sources: [{{path: "{tmp_path}/here/bench/c.jsonl", format: question_answer}}]
 """
     )
     return path
@@ -55,16 +60,18 @@ def test_the_bundle_holds_what_the_configuration_names_and_nothing_else(
         "data/0/one/a.jsonl",
         "data/0/two/a.jsonl",
         "data/1/b.txt",
+        "data/3/c.jsonl",
         "model/model/config.json",
     }
     assert files["data/0/two/a.jsonl"].read_text() == "rows/two/a.jsonl\n"
-    assert (num_files, num_bytes) == (5, sum(f.stat().st_size for f in files.values()))
+    assert (num_files, num_bytes) == (6, sum(f.stat().st_size for f in files.values()))
     sent = load_config(folder / "config.yaml")
     assert [source.path for source in sent.data.sources] == [
         "data/0/*/*.jsonl",
         "data/1/b.txt",
         "s3://bucket/rows.jsonl",
     ]
+    assert sent.data.decontamination.sources[0].path == "data/3/c.jsonl"
     assert sent.model.base == "model/model"
 
 

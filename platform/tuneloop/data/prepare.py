@@ -43,7 +43,7 @@ from tuneloop.models.source import BaseModel
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 _NUM_EXAMPLES, _SHOWN_CHARACTERS = 3, 500
 _COLUMNS = [
     "source",
