@@ -189,7 +189,7 @@ RESUMED = [
     (2, 3, "1-0"),
     (1, 0, "2-3"),
     (1, 3, "2-2"),
-    (4, 2, "2-1"),
+    (4, 1, "2-2"),
 ]
 # One start of processes each, in this order.
 PHASES = [
