@@ -6,7 +6,7 @@ import streamlit as st
 
 from shell import load_evaluation, open_workspace, refuse
 from tuneloop.errors import UserError
-from tuneloop.evals.overview import list_artifacts, tabulate
+from tuneloop.evals.overview import list_artifacts, newest_comparison, tabulate
 from verdict import show_verdict
 
 PAGES = {
@@ -17,9 +17,8 @@ PAGES = {
 }
 
 workspace, artifacts = open_workspace()
-evaluations = [artifact for artifact in artifacts if artifact.kind == "evaluations"]
-if evaluations:
-    newest = evaluations[-1]
+newest = newest_comparison(artifacts)
+if newest is not None:
     try:
         tables = tabulate(load_evaluation(workspace.open(newest.ref)))
     except UserError as error:

@@ -25,18 +25,22 @@ def list_models(url: str, api_key: str) -> list[str]:
     return asyncio.run(ask())
 
 
-def connect() -> tuple[str, str, list[str]]:
-    """Return the URL, the key and the models to ask; without an answer, say what to do."""
+def connect(page: Any) -> tuple[str, str, list[str]]:
+    """Return the URL, the key and the models to ask; without an answer, say what to do.
+
+    Args:
+        page: Where there is room to say it.
+    """
     url = st.text_input("Server", DEFAULT_URL, key="url", help="An OpenAI-compatible base URL")
     api_key = st.text_input("API key", key="api_key", type="password", placeholder="if it has one",
                             autocomplete="off")  # fmt: skip
     try:
         served = list_models((url or DEFAULT_URL).strip(), (api_key or "").strip())
     except (EndpointError, RequestError) as error:
-        st.error("No list of models from this server.")
-        st.code(str(error), language=None, wrap_lines=True)
-        st.write("Start one in a terminal, then press R here:")
-        st.code("tuneloop serve CONFIG.yaml", language=None)
+        page.error("No list of models from this server.")
+        page.code(str(error), language=None, wrap_lines=True)
+        page.write("Start one in a terminal, then press R here:")
+        page.code("tuneloop serve CONFIG.yaml", language=None)
         st.stop()
     models = st.multiselect(
         "Models", served, served[:MOST_MODELS], max_selections=MOST_MODELS, key="models",
@@ -123,7 +127,7 @@ def answer_box(model: str, given: dict[str, Any]) -> str:
 
 settings, talk = st.columns([1, 2], gap="large")
 with settings:
-    url, api_key, models = connect()
+    url, api_key, models = connect(talk)
     system = st.text_area("System prompt", key="system", height=90, placeholder="none") or ""
     params = choose_sampling()
 turns: list[dict[str, Any]] = st.session_state.setdefault("turns", [])

@@ -78,7 +78,7 @@ def test_pages_open_from_the_sidebar_and_ask_nobody_else(visit, served):
     page.goto(served)
     page.get_by_text("Finetuning helped").first.wait_for()
     page.get_by_role("link", name="Models").click()
-    page.get_by_text("Training loss").wait_for()
+    page.get_by_role("heading", name="Loss", exact=True).wait_for()
     page.locator("canvas, svg.marks").first.wait_for()
     page.get_by_role("link", name="Sweeps").click()
     page.get_by_text("for each doubling").first.wait_for()
@@ -130,7 +130,7 @@ def test_an_address_opens_its_page_at_once(visit, served):
     page = visit.page
     page.goto(f"{served}/model?artifact=models/demo@v1")
     page.get_by_role("heading", name="Models").wait_for()
-    page.get_by_text("Training loss").wait_for()
+    page.get_by_role("heading", name="Loss", exact=True).wait_for()
     page.get_by_role("link", name="Error analysis").wait_for()
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from tuneloop.artifacts import Workspace
+from tuneloop.evals.overview import newest_comparison
 
 APP = Path(__file__).parents[2] / "dashboards" / "app.py"
 
@@ -77,6 +81,19 @@ def test_the_overview_lists_artifacts_and_the_newest_verdict(open_page, filled):
     }  # fmt: skip
     numbers = dict(zip(listed["artifact"], listed["metrics"], strict=True))
     assert "finetuned 0.9333" in numbers["evaluations/demo@v1"]
+
+
+def test_the_overview_prefers_a_comparison_to_a_lone_score(filled):
+    (compared,) = [a for a in Workspace(filled).published() if a.kind == "evaluations"]
+    lone = replace(compared, name="demo-sweep", manifest={"config": {"arms": [{}]}})
+    many = {"config": {"arms": [{}, {}]}}
+    compared, baseline = (
+        replace(compared, manifest=many),
+        replace(compared, name="demo-baseline", manifest=many),
+    )
+    assert newest_comparison([baseline, compared, lone]) is compared
+    assert newest_comparison([lone]) is lone
+    assert newest_comparison([]) is None
 
 
 def test_dataset_page_shows_card_rows_and_removed_rows(open_page, filled):

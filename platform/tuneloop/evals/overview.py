@@ -41,6 +41,22 @@ def list_artifacts(artifacts: Sequence[Artifact]) -> list[dict[str, Any]]:
     ]
 
 
+def newest_comparison(artifacts: Sequence[Artifact]) -> Artifact | None:
+    """Return the newest evaluation that compares arms, else the newest one, or None.
+
+    A sweep scores each of its models alone, and a baseline knows no finetuned model.
+    """
+    evaluations = [artifact for artifact in artifacts if artifact.kind == "evaluations"]
+    compared = [
+        artifact
+        for artifact in evaluations
+        if len(artifact.manifest["config"].get("arms", [])) > 1
+        and not artifact.name.endswith("-baseline")
+    ]
+    found = compared or evaluations
+    return found[-1] if found else None
+
+
 def describe_metrics(metrics: dict[str, Any]) -> str:
     """Return the numbers of a manifest as one short line; nested ones with their own names."""
     parts = []
