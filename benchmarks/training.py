@@ -255,6 +255,7 @@ def run_trl(base: str, data: dict[str, Any], packed: bool) -> dict[str, Any]:
                 bf16=False,
                 use_cpu=True,
                 report_to=[],
+                logging_steps=1,
                 save_strategy="no",
                 disable_tqdm=True,
                 model_init_kwargs={"dtype": "float32"},
@@ -265,7 +266,7 @@ def run_trl(base: str, data: dict[str, Any], packed: bool) -> dict[str, Any]:
         trainer.train()
     # Which rows a step had is not told by the trainer: the mean stands for each of them.
     total = sum(map(len, data["input_ids"]))
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row] or [0.0]
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return summary(times, [total // len(times)] * len(times), losses)
 
 
