@@ -323,6 +323,7 @@ def test_killed_in_every_stage_then_ends_like_an_uninterrupted_run(
     command = [sys.executable, "-m", "tuneloop.cli", "run", str(config), "--json"]
     command += [f"workspace={workspace}"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    started: list[psutil.Process] = []
     for number, (stage, pattern) in enumerate(STAGES.items()):
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -332,11 +333,10 @@ def test_killed_in_every_stage_then_ends_like_an_uninterrupted_run(
             assert process.poll() is None, (stage, process.stderr.read())
             assert time.monotonic() < deadline, stage
             time.sleep(0.01)
-        started = descendants(process.pid)
+        started += descendants(process.pid)
         process.kill()
         process.communicate()
         assert len(Workspace(workspace).published()) == number, stage
-        assert wait_until_gone(started) == [], stage
 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -349,6 +349,8 @@ def test_killed_in_every_stage_then_ends_like_an_uninterrupted_run(
     ]
     assert losses[0] == losses[1]
     assert not list((workspace / ".work").glob("*/draft"))
+    # Ray's agents look for their killed cluster for a minute; the rest ends at once.
+    assert wait_until_gone(started) == []
 
 
 def test_models_and_adapters_are_served_under_their_names(
