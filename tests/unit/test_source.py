@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import zipfile
 from pathlib import Path
@@ -140,8 +141,11 @@ def test_conversion_is_told_in_lines(
     cache: Path,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither transformers' bar nor DeepSpeed's guess at the accelerator gets into the log."""
+    # A command that ran in an earlier test logs to a standard error that is closed by now.
+    monkeypatch.setattr(logging.root, "handlers", [caplog.handler])
     with caplog.at_level("INFO", "tuneloop.models"):
         resolve_base(str(tiny_gguf))
     told = capfd.readouterr()
