@@ -23,8 +23,9 @@ demo: install
 sweep-demo: install
 	$(BIN)/tuneloop sweep jobs/configs/demo.yaml
 
+# The tests that start Ray keep to one of the two processes (tests/conftest.py).
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup
 
 check: install
 	$(BIN)/ruff check .

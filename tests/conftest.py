@@ -10,6 +10,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Two test processes share the cores: threads that wait sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 CORPUS = [
     "Return the number of items in the list. " * 3,
@@ -18,6 +20,15 @@ CORPUS = [
     "system user assistant question answer what is the capital of France Paris",
     "0 1 2 3 4 5 6 7 8 9 10 yes no true false none positive negative neutral",
 ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests that start Ray in one process: several clusters at once choke a small box."""
+    for item in items:
+        folder = item.path.parent.name
+        if folder != "unit":
+            item.add_marker(pytest.mark.xdist_group(folder))
 
 
 def make_tokenizer(vocab_size: int = 600):  # type: ignore[no-untyped-def]

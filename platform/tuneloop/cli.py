@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("path", nargs="?", default="tuneloop.yaml")
     config_command("check", _check, "validate every row, estimate memory and time; runs nothing")
     config_command("prepare", _step("prepare"), "clean, deduplicate, split and tokenize the data")
+    config_command("generate", _step("generate"), "let a larger model write pairs from documents")
     config_command("train", _step("train"), "finetune (prepares first when needed)")
     config_command("evaluate", _step("evaluate"), "score base, few-shot and finetuned model")
     config_command("run", _step("run"), "the whole loop: prepare, baseline, train, evaluate")
@@ -122,7 +123,11 @@ def _step(name: str) -> Any:
         from tuneloop.artifacts import Workspace
 
         config = _load(arguments)
-        step = {"prepare": pipeline.prepare, "train": pipeline.train}.get(name, pipeline.run)
+        step = {
+            "prepare": pipeline.prepare,
+            "generate": pipeline.generate,
+            "train": pipeline.train,
+        }.get(name, pipeline.run)
         published = step(config, Workspace(config.workspace))
         if arguments.json:
             summaries = [item.artifact.summary(item.reused) for item in published]

@@ -29,6 +29,8 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     # Without this Ray hides GPUs from workers that asked for none, and warns about it.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # The controller ends while calls to it are under way, at every end of serving.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": r"Task ServeController\.",
 }
 
 

@@ -339,6 +339,46 @@ class SweepConfig(Section):
     )
 
 
+class GenerationConfig(Section):
+    """Pairs that a larger model writes from documents: `tuneloop generate`."""
+
+    endpoint: str = Field(
+        pattern=r"^https?://",
+        description="Base URL of an OpenAI-compatible server, which ends in `/v1`. A key is taken "
+        "from TUNELOOP_GENERATION_API_KEY.",
+    )
+    model: str = Field(description="Name of the model to ask there.")
+    sources: list[SourceConfig] = Field(
+        min_length=1, description="The documents; laid out like `data.sources`, format `text`."
+    )
+    instruction: str = Field(
+        "Write {num_pairs} questions that the following text answers, each with its answer. "
+        "Use only what the text says. A question has to be understood without the text.",
+        description="What the model is told; `{num_pairs}` stands for the number. That it shall "
+        "answer with a JSON list is added.",
+    )
+    num_pairs_per_passage: int = Field(3, ge=1, description="Pairs asked for at a time.")
+    max_characters: int = Field(
+        4000, ge=200, description="Longest passage; longer documents are cut into several."
+    )
+    max_tokens: int = Field(1024, ge=16, description="Longest reply, in tokens.")
+    temperature: float = Field(0.7, ge=0)
+    concurrency: int = Field(8, ge=1, description="Requests in flight.")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> GenerationConfig:
+        if any(source.format != "text" for source in self.sources):
+            raise ValueError("generation.sources take documents: format `text`")
+        try:
+            self.instruction.format(num_pairs=self.num_pairs_per_passage)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"generation.instruction: only {{num_pairs}} may stand in braces ({error!r})"
+            ) from error
+        return self
+
+
 class ResourcesConfig(Section):
     """How it is executed. Never changes a result, never fingerprinted."""
 
@@ -386,6 +426,7 @@ class TuneloopConfig(Section):
     serving: ServingConfig = ServingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sweep: SweepConfig | None = None
+    generation: GenerationConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="after")

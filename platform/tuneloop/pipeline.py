@@ -35,6 +35,13 @@ def prepare(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         return [prepare_dataset(config, workspace, resolve_base(config.model.base))]
 
 
+def generate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
+    """Return the dataset of pairs that a larger model writes, in a list, made or reused."""
+    from tuneloop.data.generation import generate as generate_pairs
+
+    return [_told(generate_pairs(config, workspace, resolve_base(config.model.base)))]
+
+
 def train(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """Return dataset and model artifact, made or reused."""
     with connect(config.resources):

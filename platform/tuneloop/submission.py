@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tuneloop.submission")
 
-COMMANDS = ("check", "prepare", "train", "evaluate", "run", "sweep", "serve")
+COMMANDS = ("check", "prepare", "generate", "train", "evaluate", "run", "sweep", "serve")
 # Ray's own limit for an uploaded working directory.
 MAX_BUNDLE_BYTES = 100 * 1024 * 1024
 _CONFIG = "config.yaml"
@@ -139,7 +139,8 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
     raw["resources"].pop("ray_address", None)
     plan: list[tuple[Path, Path]] = []
     evaluations = raw["data"]["decontamination"]["sources"]
-    for number, source in enumerate([*raw["data"]["sources"], *evaluations]):
+    documents = raw.get("generation", {}).get("sources", [])
+    for number, source in enumerate([*raw["data"]["sources"], *evaluations, *documents]):
         files = [Path(name) for name in sorted(glob.glob(source["path"], recursive=True))]
         if not files or _is_shared(source["path"]):
             continue

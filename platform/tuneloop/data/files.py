@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tuneloop.config import DataConfig, SourceConfig
+from tuneloop.config import DataConfig, GenerationConfig, SourceConfig
 from tuneloop.data.docstrings import read_docstrings
 from tuneloop.errors import DataError, Problem
 
@@ -80,6 +80,11 @@ def find_files(data: DataConfig) -> list[SourceFile]:
 def find_evaluation_files(data: DataConfig) -> list[SourceFile]:
     """Return the files of `data.decontamination.sources`, likewise."""
     return _find_all(data.decontamination.sources, "data.decontamination.sources")
+
+
+def find_generation_files(generation: GenerationConfig) -> list[SourceFile]:
+    """Return the files of `generation.sources`, likewise."""
+    return _find_all(generation.sources, "generation.sources")
 
 
 def _find_all(sources: Sequence[SourceConfig], key: str) -> list[SourceFile]:

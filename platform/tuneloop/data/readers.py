@@ -33,6 +33,7 @@ RESERVED = frozenset(
         *("num_tokens", "document_ids", "document_lengths"),
     }
 )
+_MADE_BY_US = {"row_id", "input_ids", "loss_mask"}
 _KEPT_OF_BAD_ROW = 10_000
 _ROWS_PER_FILE_BITS = 40
 
@@ -81,10 +82,12 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
             if group_by is not None:
                 row["group"] = _group(record, group_by)
             row["synthetic"] = record.get("synthetic") is True
+            # A row of a dataset artifact is made anew: its ids belong to another preparation.
+            is_ours = record.keys() >= _MADE_BY_US
             extra = {
                 own_name(name): value
                 for name, value in record.items()
-                if name not in used and name != "synthetic"
+                if name not in used and name != "synthetic" and not (is_ours and name in RESERVED)
             }
             row["extra"] = json.dumps(extra, ensure_ascii=False, default=str)
         except RowError as error:

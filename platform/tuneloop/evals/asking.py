@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tuneloop.errors import EndpointError, Problem
 from tuneloop.evals.tasks import Question, messages_json
-from tuneloop.models.client import Client, RequestError
+from tuneloop.models.client import Client, RequestError, ask_each
 from tuneloop.records import Arm, Endpoint, FinishReason, SamplingParams
 
 _log = logging.getLogger("tuneloop.evals")
@@ -151,7 +151,7 @@ def ask_all(
         _log.info("%d of %d answers are already there", len(requests) - len(todo), len(requests))
     failed: dict[tuple[str, str], Answer] = {}
     if todo:
-        progress = _Progress(todo, score)
+        progress = _Progress(todo, concurrency, score)
         with known.appending() as append:
 
             def keep(request: Request, answer: Answer) -> None:
@@ -177,20 +177,11 @@ async def _ask(
             if endpoint not in clients:
                 clients[endpoint] = await stack.enter_async_context(Client(endpoint))
                 await clients[endpoint].check()
-        waiting = iter(todo)
 
-        async def work() -> None:
-            for request in waiting:
-                keep(request, await _answer(clients[request.arm.endpoint], request))
+        async def ask(request: Request) -> None:
+            keep(request, await _answer(clients[request.arm.endpoint], request))
 
-        workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(todo)))]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            # After the first failure the other requests are withdrawn, not waited for.
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await ask_each(todo, concurrency, ask)
 
 
 async def _answer(client: Client, request: Request) -> Answer:
@@ -253,9 +244,13 @@ class _Progress:
     """Writes a line every few seconds: done, rate, time left, running score of the arm."""
 
     def __init__(
-        self, todo: Sequence[Request], score: Callable[[Request, Answer], float | None]
+        self,
+        todo: Sequence[Request],
+        concurrency: int,
+        score: Callable[[Request, Answer], float | None],
     ) -> None:
         self.total = len(todo)
+        self.concurrency = concurrency
         self.totals_by_arm = Counter(request.arm.name for request in todo)
         self.score = score
         self.done = self.tokens = 0
@@ -278,12 +273,14 @@ class _Progress:
         self.last = now
         elapsed = max(now - self.started, 1e-9)
         known = self.scores.get(name, [])
+        # The first answers come late and then all together: they tell no rate.
+        left = _duration(elapsed / self.done * (self.total - self.done))
         _log.info(
-            "evaluation %d/%d, %.0f tokens/s, %s left; %s %d/%d, score so far %s",
+            "evaluation %d/%d, %.0f tokens/s%s; %s %d/%d, score so far %s",
             self.done,
             self.total,
             self.tokens / elapsed,
-            _duration(elapsed / self.done * (self.total - self.done)),
+            f", {left} left" if self.done > self.concurrency else "",
             name,
             self.done_by_arm[name],
             self.totals_by_arm[name],

@@ -16,10 +16,10 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -28,8 +28,9 @@ from tuneloop.errors import EndpointError, Problem
 from tuneloop.models.streaming import FINISH_REASONS, Delta, RequestError, read_deltas
 from tuneloop.records import Completion, Endpoint, Message, SamplingParams
 
-__all__ = ["Client", "Delta", "Likelihood", "RequestError", "chat_request"]
+__all__ = ["Client", "Delta", "Likelihood", "RequestError", "ask_each", "chat_request"]
 _log = logging.getLogger("tuneloop.models")
+T = TypeVar("T")
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 30.0
@@ -357,6 +358,28 @@ class Client:
                 remedy="correct the model's name, or serve it",
             )
         )
+
+
+async def ask_each(
+    items: Sequence[T], concurrency: int, ask: Callable[[T], Awaitable[None]]
+) -> None:
+    """Await `ask` for every item, in the given order, at most `concurrency` at a time.
+
+    After the first failure the other requests are withdrawn, not waited for.
+    """
+    waiting = iter(items)
+
+    async def work() -> None:
+        for item in waiting:
+            await ask(item)
+
+    workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(items)))]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
 
 
 def chat_request(model: str, messages: Sequence[Message], params: SamplingParams) -> dict[str, Any]:
