@@ -11,6 +11,7 @@ import streamlit as st
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.errors import UserError
 from tuneloop.evals.findings import Evaluation
+from tuneloop.evals.overview import newest_comparison
 
 _MAKERS = {
     "datasets": ("dataset", "tuneloop prepare CONFIG.yaml"),
@@ -40,7 +41,10 @@ def open_workspace() -> tuple[Workspace, list[Artifact]]:
 
 
 def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
-    """Return the artifact that the page's selector or its address names; the newest at first."""
+    """Return the artifact that the page's selector or its address names.
+
+    At first that is the newest; of evaluations the newest that compares arms.
+    """
     workspace, artifacts = open_workspace()
     references = [a.ref for a in reversed(artifacts) if a.kind == kind]
     if not references:
@@ -48,9 +52,11 @@ def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
         st.info(f"No {name} yet. Make one, then come back:")
         st.code(command, language=None)
         st.stop()
-    reference = st.selectbox(label, references, key="artifact", bind="query-params")
+    compared = newest_comparison(artifacts) if kind == "evaluations" else None
+    first = references.index(compared.ref) if compared else 0
+    reference = st.selectbox(label, references, first, key="artifact", bind="query-params")
     try:
-        return workspace, workspace.open(reference or references[0])
+        return workspace, workspace.open(reference or references[first])
     except UserError as error:
         refuse("This artifact cannot be opened.", error)
         raise

@@ -46,7 +46,7 @@ event = st.dataframe(
         "artifact": st.column_config.TextColumn("Artifact", width="medium"),
         "created": st.column_config.DatetimeColumn("Created", format="YYYY-MM-DD HH:mm"),
         "took_s": st.column_config.NumberColumn("Took (s)", format="localized"),
-        "size_mb": st.column_config.NumberColumn("Size (MB)", format="localized"),
+        "size_mb": st.column_config.NumberColumn("Size (MB)", format="%.1f"),
         "metrics": st.column_config.TextColumn("Numbers", width="large"),
     },
 )

@@ -45,13 +45,16 @@ def chart(sweep: SweepView) -> dict[str, Any]:
                 "data": {"values": sweep.points},
                 "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.5},
                 "encoding": {
-                    "x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": color,
+                    "x": x | {"field": "place"}, "y": y | {"field": "low"},
+                    "y2": {"field": "high"}, "color": color,
                 },
             },
             {
                 "data": {"values": sweep.points},
                 "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
-                "encoding": {"x": x, "y": y, "color": color, "tooltip": tooltip},
+                "encoding": {
+                    "x": x | {"field": "place"}, "y": y, "color": color, "tooltip": tooltip,
+                },
             },
         ],
     }  # fmt: skip

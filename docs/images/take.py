@@ -20,7 +20,7 @@ from tuneloop.artifacts import Workspace
 FOLDER = Path(__file__).parent
 # Name, kind of artifact, page, height in pixels, and what to wait for.
 PICTURES = (
-    ("error-analysis", "evaluations", "errors", 1375, "examples"),
+    ("error-analysis", "evaluations", "errors?before=base%2Bfew-shot", 1375, "examples"),
     ("learning-curve", "sweeps", "sweep", 760, "Points are trials"),
 )
 

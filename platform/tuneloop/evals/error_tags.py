@@ -17,7 +17,7 @@ ERROR_TAGS: dict[str, str] = {
     "wrong_format": "not the form the task asks for",
     "repetitive": "says the same thing again and again",
     "too_long": "more than twice the reference's words",
-    "misspelt": "words that are in no dictionary, nor in the question or the reference",
+    "misspelt": "words in no dictionary, question or reference",
 }
 _TOO_LONG_RATIO = 2.0
 

@@ -226,6 +226,7 @@ def read_sweep(sweep: Artifact) -> SweepView:
     scores = [trial["score"] for trial in trials if trial["score"] is not None]
     percent = bool(scores) and all(0 <= score <= 1 for score in scores)
     points, rows, problems = [], [], []
+    any_failed = any(trial["status"] != "done" for trial in trials)
     for number, trial in enumerate(trials):
         name = ", ".join(f"{key}={trial[key]}" for key in keys)
         is_best = number == best.get("trial")
@@ -235,6 +236,7 @@ def read_sweep(sweep: Artifact) -> SweepView:
             points.append(
                 {
                     "rows": trial["num_train_examples"],
+                    "place": trial["num_train_examples"],
                     "score": trial["score"],
                     "low": trial["low"],
                     "high": trial["high"],
@@ -261,10 +263,11 @@ def read_sweep(sweep: Artifact) -> SweepView:
                 ),
                 "loss": format_number(trial["loss"], 3),
                 "time": f"{format_number(trial['wall_s'])} s",
-                "status": trial["status"],
+                **({"status": trial["status"]} if any_failed else {}),
                 "model": trial["model"] or "–",
             }
         )
+    _move_apart(points)
     return SweepView(
         metric=curve["metric"],
         keys=keys,
@@ -279,6 +282,14 @@ def read_sweep(sweep: Artifact) -> SweepView:
         ),
         percent=percent,
     )
+
+
+def _move_apart(points: list[dict[str, Any]]) -> None:
+    """Draw points of one size beside each other: intervals on one line cannot be told apart."""
+    series = sorted({point["series"] for point in points})
+    for point in points:
+        steps = series.index(point["series"]) - (len(series) - 1) / 2
+        point["place"] = point["rows"] * 2 ** (0.012 * steps)
 
 
 def _line_ends(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -308,7 +308,7 @@ class Client:
                 raise self._unusable(
                     "the model server does not answer",
                     str(refused),
-                    "start it, or correct the URL; what was answered so far is kept",
+                    "start it, or correct the URL",
                 ) from refused
         tries = f" ({retries + 1} tries)" if retries else ""
         raise RequestError(f"{failure}{tries}")

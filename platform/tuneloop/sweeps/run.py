@@ -61,6 +61,7 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             trained; a training that lacks something is told when the other cells are done.
         ModelError: No cell could be trained.
     """
+    started = time.time()
     cells = expand(config)
     with connect(config.resources):
         datasets = _prepare_all(cells, workspace)
@@ -90,6 +91,7 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     ]
     finished = [item for item in evaluations if item]
     with workspace.draft("sweeps", config.name, identity) as draft:
+        draft.started = started  # what it took is the trials' time, not that of writing
         best = _write(draft.path, rows, keys, finished[0])
         artifact = draft.publish(
             config=parts,
@@ -277,7 +279,7 @@ def _trial_row(trial: Trial, dataset: Artifact, evaluation: Artifact | None) -> 
     (arm,) = [arm for arm in metrics["arms"] if arm["name"] == pipeline.FINETUNED]
     score = arm["scores"][metrics["primary"]]
     return row | {
-        "num_parameters": trial.model.manifest["metrics"]["num_parameters"],
+        "num_parameters": _num_base_parameters(trial.model),
         "status": "done",
         "model": trial.model.ref,
         "evaluation": evaluation.ref,
@@ -288,6 +290,14 @@ def _trial_row(trial: Trial, dataset: Artifact, evaluation: Artifact | None) -> 
         **{name: value["value"] for name, value in arm["scores"].items()},
         "loss": trial.model.manifest["metrics"]["final_loss"],
     }
+
+
+def _num_base_parameters(model: Artifact) -> int:
+    """Return the size of the model that is served: adapters are merged into it."""
+    metrics = model.manifest["metrics"]
+    total = int(metrics["num_parameters"])
+    is_full = model.manifest["config"]["training"]["method"] == "full"
+    return total if is_full else total - int(metrics["num_trainable"])
 
 
 def _write(
