@@ -137,6 +137,10 @@ def test_next_steps_follow_the_errors():
     assert "harder" in steps(make_evaluation({"base": 0, "finetuned": 100}))
     assert "got worse" in steps(make_evaluation({"base": 50, "finetuned": 30}))
     assert "max_tokens" not in steps(make_evaluation({"base": 0, "finetuned": 80}))
+    # Words in common say nothing about the truth; exact answers need no vote.
+    writing = make_evaluation({"base": 0, "finetuned": 80}, task="generation")
+    assert "judge the answers blind" in steps(writing)
+    assert "blind" not in steps(make_evaluation({"base": 0, "finetuned": 80}))
 
 
 def test_a_lagging_field_is_named():

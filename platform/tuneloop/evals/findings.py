@@ -293,6 +293,15 @@ class Evaluation:
                     "data.num_train_examples",
                 )
             )
+        if self.metrics["task_type"] == "generation":
+            steps.append(
+                NextStep(
+                    "Let people judge the answers blind",
+                    "The score counts the words shared with one reference: it sees manner, not "
+                    "truth. The dashboard's page `Blind votes` shows pairs of answers without "
+                    "their names and ranks the arms by the votes.",
+                )
+            )
         if other and (worse := self.examples(other, "introduced", 1)):
             steps.append(
                 NextStep(

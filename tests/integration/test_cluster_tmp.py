@@ -1,0 +1,284 @@
+"""The loop on a cluster of several nodes: as submitted jobs, over two nodes, and deployed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tuneloop.artifacts import Workspace
+
+ROOT = Path(__file__).parents[2]
+NUM_STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """160 rows to train on, 20 steps, in a workspace that all nodes see."""
+    folder = tmp_path_factory.mktemp("cluster")
+    rows = [
+        {
+            "question": f"Item {number} costs {number * 7 % 90} today.",
+            "answer": json.dumps({"item": number, "price": number * 7 % 90}),
+        }
+        for number in range(168)
+    ]
+    (folder / "rows").mkdir()
+    for name, part in (("a", rows[:80]), ("b", rows[80:])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / "rows" / f"{name}.jsonl").write_text(text)
+    (folder / ".env").write_text("SECRET=1")
+    path = folder / "prices.yaml"
+    path.write_text(
+        f"""\
+name: prices
+workspace: {folder}/workspace
+task: {{type: extraction, instruction: Answer with JSON., fields: [item, price]}}
+model: {{base: {tiny_model}}}
+data:
+  sources: [{{path: "{folder}/rows/*.jsonl", format: question_answer}}]
+  max_seq_len: 256
+  dedup: {{near: false}}
+  split: {{num_test_examples: 8}}
+training: {{learning_rate: 1.0e-2, global_batch_size: 8}}
+serving: {{port: 0}}
+evaluation: {{num_shots: 1, max_tokens: 16, num_resamples: 200}}
+resources: {{checkpoint_every_steps: 4}}
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def submitted(nodes: Any, config: Path) -> tuple[subprocess.CompletedProcess[str], Workspace]:
+    """The whole loop as a job, and the workspace it wrote to."""
+    # The address that was given counts, whatever Ray finds in the environment.
+    environment = nodes.environment | {"RAY_ADDRESS": "127.0.0.1:1"}
+    done = submit(nodes, "run", str(config), env=environment)
+    assert done.returncode == 0, done.stderr
+    return done, Workspace(config.parent / "workspace")
+
+
+def submit(nodes: Any, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "tuneloop.cli", "submit", *arguments, "--address", nodes.url, "--json"]
+    return nodes.run(*command, **options)
+
+
+def losses(workspace: Workspace) -> list[float]:
+    table = pq.read_table(workspace.open("models/prices").path / "trainer_log.parquet")
+    assert table["step"].to_pylist() == list(range(1, NUM_STEPS + 1))
+    return table["loss"].to_pylist()
+
+
+def test_a_submitted_loop_publishes_everything(
+    submitted: tuple[subprocess.CompletedProcess[str], Workspace],
+) -> None:
+    done, workspace = submitted
+    job = json.loads(done.stdout)
+    assert (job["status"], job["exit_code"]) == ("SUCCEEDED", 0)
+    published = [artifact.ref for artifact in workspace.published()]
+    assert sorted(published) == [
+        "datasets/prices@v1",
+        "evaluations/prices-baseline@v1",
+        "evaluations/prices@v1",
+        "models/prices@v1",
+    ]
+    assert "bundle: " in done.stderr
+    assert " MiB" in done.stderr
+    # The job's own log came through.
+    assert "published models/prices@v1" in done.stderr
+    evaluation = workspace.open("evaluations/prices")
+    assert evaluation.manifest["metrics"]["num_unscored"] == 0
+
+
+@pytest.fixture(scope="module")
+def by_ray(nodes: Any, config: Path) -> Workspace:
+    """The same loop by Ray's own command, in a workspace of its own."""
+    done = ray_job_submit(nodes, config, f"workspace={config.parent}/by-ray")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "published evaluations/prices@v1" in done.stdout
+    return Workspace(config.parent / "by-ray")
+
+
+def ray_job_submit(nodes: Any, config: Path, override: str) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "jobs", Path(folder) / "jobs")
+        shutil.copyfile(config, Path(folder) / "prices.yaml")
+        command = ["-m", "ray.scripts.scripts", "job", "submit", "--address", nodes.url]
+        command += ["--working-dir", folder, "--", "python", "jobs/pipeline.py", "prices.yaml"]
+        return nodes.run(*command, override)
+
+
+def test_the_entry_point_under_ray_job_submit_gives_the_same(
+    submitted: tuple[subprocess.CompletedProcess[str], Workspace], by_ray: Workspace
+) -> None:
+    assert losses(by_ray) == losses(submitted[1])
+    mine, theirs = (w.open("evaluations/prices").manifest for w in (by_ray, submitted[1]))
+    assert mine["metrics"] == theirs["metrics"]
+
+
+def test_a_workspace_that_ray_would_remove_is_refused_in_a_job(nodes: Any, config: Path) -> None:
+    done = ray_job_submit(nodes, config, "workspace=workspace")
+    assert done.returncode == 1
+    assert "the results would vanish with the job" in done.stdout
+
+
+def test_a_jobs_exit_code_is_passed_on(nodes: Any, config: Path) -> None:
+    done = submit(nodes, "prepare", str(config), "data.sources.0.path=/nowhere.jsonl")
+    assert done.returncode == 2
+    assert "/nowhere.jsonl" in done.stderr
+    assert json.loads(done.stdout)["exit_code"] == 2
+    assert "Traceback" not in done.stderr
+
+    command = [sys.executable, "-m", "tuneloop.cli", "submit", "serve", str(config), "--json"]
+    process = subprocess.Popen(
+        [*command, "--address", nodes.url],
+        env=nodes.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    lines = []
+    # The log is live: this job never ends by itself.
+    for line in process.stderr:
+        lines.append(line)
+        if "serving base" in line:
+            break
+    (identity,) = [line.split()[3] for line in lines if "submitted to" in line]
+    nodes.run("-m", "ray.scripts.scripts", "job", "stop", identity, "--address", nodes.url)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert json.loads(out)["status"] == "STOPPED"
+
+
+def train_on_two(nodes: Any, config: Path, stage: int, watch: Callable[[Path], bool]) -> Workspace:
+    """Train the same dataset with two workers, from a driver that is no job; watch it run."""
+    folder = config.parent / f"zero-{stage}"
+    shutil.copytree(config.parent / "by-ray" / "datasets", folder / "datasets")
+    command = [sys.executable, "-m", "tuneloop.cli", "train", str(config), f"workspace={folder}"]
+    command += ["resources.num_workers=2", f"resources.zero_stage={stage}"]
+    environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
+    log = folder / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    pending = True
+    while process.poll() is None:
+        pending = pending and not watch(folder)
+        time.sleep(0.05)
+    assert process.returncode == 0, log.read_text()
+    assert not pending, log.read_text()
+    return Workspace(folder)
+
+
+@pytest.mark.parametrize("stage",[1,2])
+def test_two_nodes_zero(
+    nodes: Any, by_ray: Workspace, config: Path, stage: int
+) -> None:
+    places: set[str] = set()
+
+    def note_places(folder: Path) -> bool:
+        workers = [row for row in nodes.rows("actors") if "TrainWorker" in row["class_name"]]
+        places.update(row["node_id"] for row in workers if row["state"] == "ALIVE")
+        return len(places) == 2
+
+    two = train_on_two(nodes, config, stage, note_places)
+    assert two.open("models/prices").manifest["resources"]["num_workers"] == 2
+    assert losses(two) == pytest.approx(losses(by_ray), rel=1e-4); import numpy as np; print('MAXREL', stage, max(abs(np.array(losses(two))/np.array(losses(by_ray))-1)), len(losses(two)))
+
+
+def test_a_lost_node_is_replaced_and_nothing_differs(
+    nodes: Any, by_ray: Workspace, config: Path
+) -> None:
+    def cut_power(folder: Path) -> bool:
+        for file in folder.glob(".work/*/scratch/progress.jsonl"):
+            if file.read_text().count("\n") >= 6:
+                nodes.kill(nodes.started[-1])
+                nodes.start_worker()
+                return True
+        return False
+
+    two = train_on_two(nodes, config, 0, cut_power)
+    assert losses(two) == pytest.approx(losses(by_ray), rel=1e-4)
+    nodes.await_alive(3)
+
+
+def test_what_cannot_run_there_is_told_before_it_starts(
+    nodes: Any, config: Path, tmp_path: Path
+) -> None:
+    # The same path is another directory for each process: as on nodes without a shared disk.
+    environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
+    command = ["-m", "tuneloop.cli", "train", str(config), "workspace=/proc/self/cwd/w"]
+    done = nodes.run(*command, env=environment, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "not every node of the cluster sees the workspace" in done.stderr
+    assert "2 of 2 nodes" in done.stderr or "1 of 1 nodes" in done.stderr
+
+    stranger = nodes.environment | {"RAY_AUTH_TOKEN": "f" * 32}
+    done = submit(nodes, "prepare", str(config), env=stranger)
+    assert done.returncode == 2, done.stderr
+    assert "the cluster asks for its token" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_a_killed_server_left_is_shut_down_by_the_next(nodes: Any, config: Path) -> None:
+    environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
+    command = [sys.executable, "-m", "tuneloop.cli", "serve", str(config), "--json"]
+    for stop, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        answer = httpx.get(json.loads(process.stdout.readline())["url"] + "/models")
+        assert answer.json()["data"]
+        process.send_signal(stop)
+        assert process.wait(timeout=120) == code
+
+
+def test_serve_deploy(
+    nodes: Any, submitted: tuple[subprocess.CompletedProcess[str], Workspace], tmp_path: Path
+) -> None:
+    settings = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())
+    port = settings["http_options"]["port"] = nodes.free_port()
+    (application,) = settings["applications"]
+    finetuned = submitted[1].open("models/prices")
+    application["args"]["models"] = {"finetuned": {"path": str(finetuned.path)}}
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    serve = ["-c", "from ray.serve.scripts import cli; cli()"]
+    nodes.run(*serve, "shutdown", "--yes", "--address", nodes.url)
+    done = nodes.run(*serve, "deploy", str(file), "--address", nodes.url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    body = {
+        "model": "finetuned",
+        "messages": [{"role": "user", "content": "Item 3 costs 21 today."}],
+        "max_tokens": 4,
+    }
+    url = f"http://127.0.0.1:{port}/v1"
+    answer = await_answer(lambda: httpx.post(f"{url}/chat/completions", json=body, timeout=60))
+    assert answer.json()["usage"]["completion_tokens"] in range(1, 5)
+    done = nodes.run(*serve, "shutdown", "--yes", "--address", nodes.url)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def await_answer(ask: Callable[[], httpx.Response]) -> httpx.Response:
+    deadline = time.monotonic() + 180
+    while True:
+        try:
+            answer = ask()
+            if answer.status_code == 200:
+                return answer
+        except httpx.TransportError as error:
+            answer = error
+        assert time.monotonic() < deadline, answer
+        time.sleep(0.5)
