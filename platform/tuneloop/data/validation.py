@@ -60,10 +60,10 @@ def bad_row_problems(bad: Sequence[BadRow], total: int, data: DataConfig) -> lis
     is_fatal = any(_details(problem)["fatal"] for _, problem in bad)
     if share > data.max_bad_rows_ratio and not is_fatal:
         last = problems.pop()
+        drop = f" or drop them with data.max_bad_rows_ratio={_ceiling(share):g}"
         advice = (
-            f"mend the rows, or drop them with data.max_bad_rows_ratio={_ceiling(share):g} "
-            f"({len(bad):,} of {total:,} rows cannot be used; {data.max_bad_rows_ratio:g} "
-            "is allowed)"
+            f"mend the rows{',' + drop if share < 1 else ''} ({len(bad):,} of {total:,} rows "
+            f"cannot be used; {data.max_bad_rows_ratio:g} is allowed)"
         )
         remedy = f"{last.remedy}; or {advice}" if last.remedy else advice
         problems.append(Problem(last.what, last.where, last.got, last.allowed, remedy))
