@@ -17,8 +17,8 @@ from tuneloop.errors import Problem, ResourceError
 
 logger = logging.getLogger("tuneloop.cluster")
 
-# Read by Ray when it starts its processes.
-_ENVIRONMENT = {
+# Read by Ray when it starts its processes, some of it when it is imported.
+for _key, _value in {
     # Ray's workers are nice by default and starve on a busy small machine.
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -31,7 +31,8 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # The controller ends while calls to it are under way, at every end of serving.
     "RAY_DEDUP_LOGS_SKIP_REGEX": r"Task ServeController\.",
-}
+}.items():
+    os.environ.setdefault(_key, _value)
 
 
 @contextlib.contextmanager
@@ -44,8 +45,6 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     Raises:
         ResourceError: Nothing answers at the address, or Ray cannot start.
     """
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
     # Notices about defaults; failures come as exceptions.
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
