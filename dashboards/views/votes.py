@@ -119,7 +119,8 @@ def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
         st.info("No votes yet. The ratings appear with the first one.")
         return
     people = sorted({verdict.reviewer for verdict in verdicts})
-    st.caption(f"{len(verdicts):,} votes of {len(people)}: {', '.join(people)}.")
+    votes = "1 vote" if len(verdicts) == 1 else f"{len(verdicts):,} votes"
+    st.caption(f"{votes} by {', '.join(people)}.")
     st.subheader("Ratings")
     rows = rate_arms(agreement.preferences(verdicts))
     st.table(rows, border="horizontal", hide_index=True)

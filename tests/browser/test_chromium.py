@@ -121,7 +121,7 @@ def test_filter_vote_reload_and_the_vote_is_there(visit, served, filled):
         rows = connection.execute("SELECT reviewer, choice, comment FROM verdicts").fetchall()
     assert rows == [("grace", "left", "1 of 2 is 3 or 4")]
     choice(page, "Results").click()
-    page.get_by_text("1 votes of 1: grace.").wait_for()
+    page.get_by_text("1 vote by grace.").wait_for()
     assert_clean(visit, served)
 
 
