@@ -112,7 +112,8 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
 def run_ours(base: Path, data: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Run the loop's own step, the bare one, or all in turn, on the same schedule."""
     from tuneloop.config import LoraConfig, TrainingConfig
-    from tuneloop.training.batches import Schedule, make_rows
+    from tuneloop.training.batches import Schedule
+    from tuneloop.training.rows import make_rows
 
     rows = make_rows([str(i) for i in range(len(data["input_ids"]))], *data.values())
     schedule = Schedule(len(rows), BATCH, 1, None, 0)

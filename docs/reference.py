@@ -73,6 +73,8 @@ def _type(annotation: Any) -> str:
         return _type(parts[0])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type(part) for part in parts)
+    if origin is tuple:
+        return "[" + ", ".join(map(_type, parts)) + "]"
     if origin is list:
         return f"list of {_type(parts[0])}"
     if origin is dict:

@@ -52,13 +52,13 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     # What workers print goes to Ray's log files: each room tells its progress itself, and failures
     # come back as exceptions. `-v` shows all of it.
     follow = logger.isEnabledFor(logging.DEBUG)
-    address = resources.ray_address or os.environ.get("RAY_ADDRESS")
+    address = _address(resources)
     if ray.is_initialized():
         yield
         return
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        if address and address != "local":
+        if address:
             _refuse_dead_address(address)
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=follow)
             logger.info("joined the Ray cluster at %s", address)
@@ -91,6 +91,17 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def joins_cluster(resources: ResourcesConfig) -> bool:
+    """Return whether work runs on a cluster that was there already."""
+    return _address(resources) is not None
+
+
+def _address(resources: ResourcesConfig) -> str | None:
+    """Return the address of the cluster to join; None: a local Ray is started."""
+    address = resources.ray_address or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
 
 
 @contextlib.contextmanager

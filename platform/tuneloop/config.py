@@ -386,8 +386,20 @@ class ResourcesConfig(Section):
         None, description="An existing cluster; default: RAY_ADDRESS, else a local Ray is started."
     )
     num_cpus: int | None = Field(None, ge=1, description="CPUs of a local Ray. Default: all.")
-    num_workers: int = Field(1, ge=1, description="Training workers.")
+    num_workers: int | tuple[int, int] = Field(
+        1,
+        description="Training workers, at least 1. `[min, max]`: as many as there is room for, "
+        "fewer when a node is lost, more when one comes.",
+    )
     gpus_per_worker: float = Field(0, ge=0)
+    price_per_hour: float | None = Field(
+        None, gt=0, description="What one worker costs an hour; estimates then tell the cost."
+    )
+    preflight: bool | None = Field(
+        None,
+        description="Take two steps, save a checkpoint, go on from it and export, before a long "
+        "training, in a place that is thrown away. Default: on a cluster, not on this machine.",
+    )
     micro_batch_size: int | None = Field(
         None,
         ge=1,
@@ -408,6 +420,24 @@ class ResourcesConfig(Section):
     )
     max_failures: int = Field(2, ge=0, description="Worker failures survived in one training.")
     num_concurrent_trials: int = Field(1, ge=1, description="Trials of a sweep at one time.")
+
+    @field_validator("num_workers", mode="plain")
+    @classmethod
+    def _count_or_range(cls, value: Any) -> int | tuple[int, int]:
+        ends = list(value) if isinstance(value, list | tuple) else [value, value]
+        whole = all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+        if not whole or len(ends) != 2 or not 1 <= ends[0] <= ends[1]:
+            raise ValueError(
+                "`resources.num_workers` is a whole number of at least 1, or [min, max]"
+            )
+        return value if isinstance(value, int) else (ends[0], ends[1])
+
+    @property
+    def worker_counts(self) -> range:
+        """Every number of workers that the training may run on, the least first."""
+        if isinstance(self.num_workers, int):
+            return range(self.num_workers, self.num_workers + 1)
+        return range(self.num_workers[0], self.num_workers[1] + 1)
 
 
 class TuneloopConfig(Section):
@@ -431,32 +461,33 @@ class TuneloopConfig(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TuneloopConfig:
-        grad_accum_steps(self)
+        for num_workers in self.resources.worker_counts:
+            grad_accum_steps(self, num_workers)
         return self
 
 
-def micro_batch_size(config: TuneloopConfig) -> int:
-    """Return the sequences per forward pass on one worker."""
-    batch, workers = config.training.global_batch_size, config.resources.num_workers
+def micro_batch_size(config: TuneloopConfig, num_workers: int) -> int:
+    """Return the sequences per forward pass on one of so many workers."""
     if config.resources.micro_batch_size is not None:
         return config.resources.micro_batch_size
-    share = max(1, batch // workers)
+    share = max(1, config.training.global_batch_size // num_workers)
     return max(size for size in range(1, min(8, share) + 1) if share % size == 0)
 
 
-def grad_accum_steps(config: TuneloopConfig) -> int:
-    """Return the micro-batches per worker and optimizer step.
+def grad_accum_steps(config: TuneloopConfig, num_workers: int) -> int:
+    """Return the micro-batches per optimizer step on each of so many workers.
 
     Raises:
         ValueError: The global batch is not a multiple of workers x micro-batch.
     """
-    batch, workers = config.training.global_batch_size, config.resources.num_workers
-    micro = micro_batch_size(config)
-    steps, remainder = divmod(batch, workers * micro)
+    batch, micro = config.training.global_batch_size, micro_batch_size(config, num_workers)
+    steps, remainder = divmod(batch, num_workers * micro)
     if remainder or steps == 0:
+        *fewer, most = config.resources.worker_counts
+        every = f"; it has to be for every number from {fewer[0]} to {most}" if fewer else ""
         raise ValueError(
             f"training.global_batch_size {batch} is not a multiple of resources.num_workers "
-            f"{workers} x resources.micro_batch_size {micro}"
+            f"{num_workers} x resources.micro_batch_size {micro}{every}"
         )
     return steps
 

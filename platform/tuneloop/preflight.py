@@ -51,8 +51,8 @@ def check(config: TuneloopConfig) -> Preflight:
     """
     from tuneloop.data.check import check as check_data
     from tuneloop.models.source import resolve_base
-    from tuneloop.training.estimate import estimate, refuse_impossible
-    from tuneloop.training.refusals import refuse_unsupported
+    from tuneloop.training.estimate import estimate, model_shape, refuse_impossible
+    from tuneloop.training.refusals import refuse_unsupported, too_long_problem
 
     base = resolve_base(config.model.base)
     data = check_data(config, base)
@@ -65,10 +65,14 @@ def check(config: TuneloopConfig) -> Preflight:
     if data.num_usable:
         num_rows = min(data.num_usable, config.data.num_train_examples or data.num_usable)
         mean = data.num_tokens / data.num_usable
-        num_tokens = round(mean * num_rows)
+        num_tokens, longest = round(mean * num_rows), data.length_tokens["max"]
         if config.task.type == "language_modeling":
             num_rows = math.ceil(num_tokens / config.data.max_seq_len)  # packed
-        expected = estimate(config, base, num_rows, num_tokens, data.target_ratio)
+            longest = min(num_tokens, config.data.max_seq_len)
+        shape = model_shape(base, config.training, config.resources.gpus_per_worker > 0)
+        if shape.max_positions is not None and longest > shape.max_positions:
+            problems.append(too_long_problem("data.sources", longest, shape.max_positions))
+        expected = estimate(config, shape, num_rows, num_tokens, data.target_ratio)
         try:
             refuse_impossible(expected)
         except UserError as error:
@@ -97,7 +101,8 @@ def report(preflight: Preflight, output: IO[str]) -> None:
         expected = preflight.estimate
         memory = f"about {expected.peak_memory_bytes / GIB:.1f} GiB at the peak on each worker"
         time = "" if expected.training_s is None else f", {expected.training_s / 60:.1f} minutes"
-        console.print(f"training   {memory}{time}")
+        cost = "" if expected.cost is None else f", cost {expected.cost:.2f}"
+        console.print(f"training   {memory}{time}{cost}")
     for notice in data.notices:
         console.print(f"notice     {notice}", markup=False)
     for sample in data.samples:

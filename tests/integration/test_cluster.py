@@ -55,7 +55,7 @@ data:
 training: {{learning_rate: 1.0e-2, global_batch_size: 8}}
 serving: {{port: 0}}
 evaluation: {{num_shots: 1, max_tokens: 16, num_resamples: 200}}
-resources: {{checkpoint_every_steps: 4}}
+resources: {{checkpoint_every_steps: 4, preflight: false}}
 """
     )
     return path
@@ -164,12 +164,14 @@ def test_a_jobs_exit_code_is_passed_on(nodes: Any, config: Path) -> None:
     assert json.loads(out)["status"] == "STOPPED"
 
 
-def train_on_two(nodes: Any, config: Path, stage: int, watch: Callable[[Path], bool]) -> Workspace:
+def train_on_two(
+    nodes: Any, config: Path, resources: list[str], watch: Callable[[Path], bool]
+) -> Workspace:
     """Train the same dataset with two workers, from a driver that is no job; watch it run."""
-    folder = config.parent / f"zero-{stage}"
+    folder = Path(tempfile.mkdtemp(prefix="on-two-", dir=config.parent))
     shutil.copytree(config.parent / "by-ray" / "datasets", folder / "datasets")
     command = [sys.executable, "-m", "tuneloop.cli", "train", str(config), f"workspace={folder}"]
-    command += ["resources.num_workers=2", f"resources.zero_stage={stage}"]
+    command += [f"resources.{setting}" for setting in resources]
     environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
     log = folder / "log"
     with log.open("w") as file:
@@ -193,24 +195,32 @@ def test_two_nodes_train_like_one_worker_with_zero_3(
         places.update(row["node_id"] for row in workers if row["state"] == "ALIVE")
         return len(places) == 2
 
-    two = train_on_two(nodes, config, 3, note_places)
-    assert two.open("models/prices").manifest["resources"]["num_workers"] == 2
+    # Without the setting a training on a cluster is tried out first.
+    settings = ["num_workers=2", "zero_stage=3", "preflight=null", "price_per_hour=36"]
+    two = train_on_two(nodes, config, settings, note_places)
+    recorded = two.open("models/prices").manifest["resources"]
+    assert recorded["num_workers"] == recorded["measured"]["num_workers"] == 2
+    assert recorded["estimate"]["cost"] == pytest.approx(recorded["estimate"]["training_s"] / 50)
     assert losses(two) == pytest.approx(losses(by_ray), rel=1e-4)
 
 
-def test_a_lost_node_is_replaced_and_nothing_differs(
+def test_a_training_goes_on_without_a_lost_node_and_nothing_differs(
     nodes: Any, by_ray: Workspace, config: Path
 ) -> None:
     def cut_power(folder: Path) -> bool:
         for file in folder.glob(".work/*/scratch/progress.jsonl"):
             if file.read_text().count("\n") >= 6:
                 nodes.kill(nodes.started[-1])
-                nodes.start_worker()
                 return True
         return False
 
-    two = train_on_two(nodes, config, 0, cut_power)
+    two = train_on_two(nodes, config, ["num_workers=[1, 2]"], cut_power)
+    nodes.start_worker()
     assert losses(two) == pytest.approx(losses(by_ray), rel=1e-4)
+    log = pq.read_table(two.open("models/prices").path / "trainer_log.parquet")
+    counts = log["num_workers"].to_pylist()
+    assert counts == [2] * counts.count(2) + [1] * counts.count(1)
+    assert counts.count(1) > 10
     nodes.await_alive(3)
 
 

@@ -21,7 +21,7 @@ from tuneloop.errors import DataError
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel
 from tuneloop.records import Message
-from tuneloop.training.batches import read_rows
+from tuneloop.training.rows import read_rows
 
 WORDS = [a + b + c for a in ("ka", "lo", "mi", "ru") for b in ("ta", "ne", "so") for c in "xyzw"]
 

@@ -96,7 +96,21 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(tmp_path
     (found,) = problems(path, *overrides)
     assert "global_batch_size 8" in found
     config = load_config(path, ["training.global_batch_size=24", "resources.num_workers=2"])
-    assert micro_batch_size(config) * grad_accum_steps(config) * 2 == 24
+    assert micro_batch_size(config, 2) * grad_accum_steps(config, 2) * 2 == 24
+
+
+def test_a_range_of_workers_divides_the_batch_at_every_number(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    overrides = ["training.global_batch_size=8", "resources.num_workers=[1, 4]"]
+    (found,) = problems(path, *overrides)
+    assert "resources.num_workers 3 x" in found
+    assert "every number from 1 to 4" in found
+    config = load_config(path, ["training.global_batch_size=24", *overrides[1:]])
+    assert list(config.resources.worker_counts) == [1, 2, 3, 4]
+    assert [grad_accum_steps(config, count) for count in range(1, 5)] == [3, 2, 1, 1]
+    for wrong in ("0", "[2, 1]", "[1, 2, 3]", "two", "true", "[0, 2]", "1.5"):
+        (found,) = problems(path, f"resources.num_workers={wrong}")
+        assert "at least 1, or [min, max]" in found
 
 
 def test_columns_format_needs_its_columns(tmp_path: Path) -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneloop.training.batches import Schedule, make_rows, micro_batches, read_rows, split_batch
+from tuneloop.training.batches import Schedule, micro_batches, split_batch
 
 
 def test_an_epoch_sees_every_row_once_and_ends_with_a_smaller_batch() -> None:
@@ -72,22 +69,9 @@ def test_all_ranks_have_the_same_number_of_micro_batches() -> None:
         micro_batches(bins, 0, 3)
 
 
-def test_targets_are_counted_by_hand() -> None:
-    # The first token of a row has nothing before it, so it is never a target.
-    rows = make_rows(["a", "b", "c"], [[5, 6, 7], [8, 9], [3]], [[1, 0, 1], [1, 1], [1]])
-    assert rows.num_target_tokens.tolist() == [1, 1, 0]
-    assert rows.lengths.tolist() == [3, 2, 1]
-    ids, mask = rows.row(1)
-    assert ids.tolist() == [8, 9]
-    assert mask.tolist() == [1, 1]
-    with pytest.raises(ValueError, match="row a"):
-        make_rows(["a"], [[1, 2]], [[1]])
-
-
-def test_rows_are_read_in_the_order_of_the_files(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    for name, row in (("b", "second"), ("a", "first")):
-        table = pa.table({"row_id": [row], "input_ids": [[1, 2]], "loss_mask": [[0, 1]]})
-        pq.write_table(table, tmp_path / "train" / f"{name}.parquet")
-    assert read_rows(tmp_path).row_ids == ["first", "second"]
-    assert len(read_rows(tmp_path, "validation")) == 0
+def test_a_value_is_summed_over_the_steps_of_the_first_epoch() -> None:
+    values = np.arange(21)
+    for max_steps in (None, 2, 100):
+        schedule = Schedule(21, 8, 2, max_steps, seed=3)
+        steps = range(min(3, schedule.num_steps))
+        assert schedule.sums(values).tolist() == [int(schedule.batch(s).sum()) for s in steps]

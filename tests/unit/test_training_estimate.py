@@ -14,7 +14,6 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.errors import DataError, ModelError, ResourceError
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel
-from tuneloop.training.batches import make_rows
 from tuneloop.training.engine import Execution, load_model
 from tuneloop.training.estimate import (
     estimate,
@@ -23,6 +22,7 @@ from tuneloop.training.estimate import (
     refuse_impossible,
     workload,
 )
+from tuneloop.training.launch import wants_preflight
 from tuneloop.training.packed import loss_sum, pack
 from tuneloop.training.refusals import (
     refuse_other_renderer,
@@ -31,6 +31,7 @@ from tuneloop.training.refusals import (
     refuse_without_validation,
     together,
 )
+from tuneloop.training.rows import make_rows
 
 
 def make_config(**sections: Any) -> TuneloopConfig:
@@ -93,7 +94,8 @@ def test_the_estimate_follows_the_configuration(
     monkeypatch.setattr("tuneloop.training.estimate.matmul_rate", lambda num_threads: 1e9)
 
     def expect(**sections: Any) -> Any:
-        return estimate(make_config(**sections), base, 100, 15_000, 0.3)
+        config = make_config(**sections)
+        return estimate(config, model_shape(base, config.training), 100, 15_000, 0.3)
 
     lora = expect()
     full = expect(training={"method": "full"})
@@ -109,6 +111,36 @@ def test_the_estimate_follows_the_configuration(
     sharded = expect(training={"method": "full"}, resources={"num_workers": 2, "zero_stage": 3})
     assert sharded.weights_bytes == full.weights_bytes // 2
     assert sharded.machine_memory_bytes == 2 * sharded.peak_memory_bytes
+    assert sharded.cost is None
+    # The fewest workers hold the most, the most are the fastest and the most there can be.
+    how = {"num_workers": [1, 2], "zero_stage": 3, "price_per_hour": 3.0}
+    elastic = expect(training={"method": "full"}, resources=how)
+    assert elastic.weights_bytes == full.weights_bytes
+    assert elastic.machine_memory_bytes == 2 * elastic.peak_memory_bytes
+    assert elastic.training_s == pytest.approx(full.training_s / 2)
+    assert elastic.cost == pytest.approx(2 * 3.0 * elastic.training_s / 3600)
+
+
+def test_a_preflight_is_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wanted(**resources: Any) -> bool:
+        return wants_preflight(make_config(resources=resources).resources)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not wanted()
+    assert wanted(preflight=True)
+    assert wanted(ray_address="10.0.0.1:6379")
+    assert not wanted(ray_address="10.0.0.1:6379", preflight=False)
+    assert not wanted(ray_address="local")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert wanted()
+
+
+def test_only_the_layers_that_get_adapters_count(base: BaseModel) -> None:
+    some = make_config(training={"lora": {"target_modules": ["q_proj"]}}).training
+    every = make_config().training
+    shapes = [model_shape(base, training) for training in (some, every)]
+    assert shapes[0].num_adapter == 2 * 16 * (64 + 64)
+    assert shapes[0].kept_bytes < shapes[1].kept_bytes
 
 
 def test_what_cannot_fit_is_refused_with_the_parts(base: BaseModel) -> None:
@@ -116,11 +148,12 @@ def test_what_cannot_fit_is_refused_with_the_parts(base: BaseModel) -> None:
         training={"global_batch_size": 100_000_000},
         resources={"micro_batch_size": 100_000_000},
     )
-    expected = estimate(config, base, 100_000_000, 15_000_000_000, 0.3)
+    shape = model_shape(base, config.training)
+    expected = estimate(config, shape, 100_000_000, 15_000_000_000, 0.3)
     with pytest.raises(ResourceError, match="does not fit into memory") as caught:
         refuse_impossible(expected)
     assert "activations" in caught.value.problems[0].got
-    refuse_impossible(estimate(make_config(), base, 100, 15_000, 0.3))
+    refuse_impossible(estimate(make_config(), shape, 100, 15_000, 0.3))
 
 
 def _dataset(renderer_hash: str, path: Path) -> Artifact:

@@ -28,10 +28,11 @@ from tuneloop.models.chat import Renderer
 from tuneloop.models.parity import Answer, compare
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine, Request
-from tuneloop.training.batches import Rows, make_rows
 from tuneloop.training.checkpoint import newest_whole
 from tuneloop.training.engine import Execution, learning_rate_factor
 from tuneloop.training.loop import TrainingJob, TrainingResult, Worker, train_rows
+from tuneloop.training.preflight import fly, stage_of
+from tuneloop.training.rows import Rows, make_rows
 
 CONFIG = TrainingConfig(
     global_batch_size=8, num_epochs=4, learning_rate=1e-2, lora={"rank": 8, "dropout": 0.1}
@@ -73,19 +74,27 @@ def run(
     validation: Rows | None = None,
     **execution: Any,
 ) -> TrainingResult:
-    folders = [folder / name for name in ("model", "checkpoints", "progress")]
-    for path in folders:
-        path.mkdir(parents=True, exist_ok=True)
-    job = TrainingJob(base, "tiny", "auto", config, *folders, checkpoint_every_steps=3)
+    job = make_job(base, folder, config)
 
     def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
-        assert checkpoint is not None
-        shutil.copytree(checkpoint, folders[1] / f"step{metrics['step']}")
+        keep(job, metrics, checkpoint)
         if die_after is not None and metrics["step"] >= die_after:
             raise Killed
 
     how = Execution(1, micro_batch_size, 8 // micro_batch_size, **execution)
     return train_rows(job, rows, Worker(0, how, torch.device("cpu"), 1, report), validation)
+
+
+def make_job(base: Path, folder: Path, config: TrainingConfig = CONFIG) -> TrainingJob:
+    folders = [folder / name for name in ("model", "checkpoints", "progress")]
+    for path in folders:
+        path.mkdir(parents=True, exist_ok=True)
+    return TrainingJob(base, "tiny", "auto", config, *folders, 3, config.model_dump_json())
+
+
+def keep(job: TrainingJob, metrics: dict[str, Any], checkpoint: Path | None) -> None:
+    assert checkpoint is not None
+    shutil.copytree(checkpoint, job.checkpoints / f"step{metrics['step']}")
 
 
 def losses(result: TrainingResult) -> list[float]:
@@ -401,9 +410,63 @@ def test_a_checkpoint_of_other_adapters_is_refused(
 ) -> None:
     shutil.copytree(straight[1] / "checkpoints" / "step3", tmp_path / "checkpoints" / "step3")
     lora = CONFIG.lora.model_copy(update={"rank": 4})
+    other = CONFIG.model_copy(update={"lora": lora})
+    contents = tmp_path / "checkpoints" / "step3" / "contents.json"
+    told = json.loads(contents.read_text())
+    contents.write_text(json.dumps(told | {"identity": other.model_dump_json()}))
     with pytest.raises(ModelError, match="of other adapters") as caught:
-        run(tiny_model, rows, tmp_path, CONFIG.model_copy(update={"lora": lora}))
+        run(tiny_model, rows, tmp_path, other)
     assert "[8, 128]" in caught.value.problems[0].got
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(
+    straight: tuple[TrainingResult, Path], tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    shutil.copytree(straight[1] / "checkpoints" / "step3", tmp_path / "checkpoints" / "step3")
+    with pytest.raises(ModelError, match="a training with another configuration"):
+        run(tiny_model, rows, tmp_path, CONFIG.model_copy(update={"learning_rate": 2e-2}))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_preflight_does_everything_once(
+    zero_stage: int, tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    job = make_job(tiny_model, tmp_path)
+    stages: list[str] = []
+    saved: list[dict[str, Any]] = []
+
+    def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        stages.append(stage_of(job.progress))
+        saved.append(metrics)
+        keep(job, metrics, checkpoint)
+
+    worker = Worker(0, Execution(1, 8, 1, zero_stage), torch.device("cpu"), 1, report)
+    measured = fly(job, rows, worker, unlike(rows))
+    assert stages == ["saving a checkpoint"]
+    assert stage_of(job.progress) == "exporting the model"
+    # The step it began with is the one with the most tokens of the epoch.
+    log = json.loads((job.checkpoints / "step1" / "trainer_log.json").read_text())
+    schedule = job.schedule(rows)
+    tokens = [int(rows.lengths[schedule.batch(step)].sum()) for step in range(3)]
+    assert log[0]["num_tokens"] == max(tokens)
+    assert measured.tokens_per_s > 0
+    assert measured.peak_memory_bytes > 100e6
+    assert measured.num_workers == 1
+    assert (job.output / "parity.json").exists()
+
+
+def test_a_preflight_finds_a_checkpoint_that_does_not_come_back(
+    tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    job = make_job(tiny_model, tmp_path, CONFIG.model_copy(update={"learning_rate": 0.5}))
+
+    def lose(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+        """Drop it, as storage that is not shared would."""
+
+    worker = Worker(0, Execution(1, 8, 1), torch.device("cpu"), 1, lose)
+    with pytest.raises(ModelError, match="does not give back what was saved"):
+        fly(job, rows, worker)
+    assert stage_of(job.progress) == "going on from the checkpoint"
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(

@@ -18,9 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from tuneloop.training.batches import Rows, make_rows
-from tuneloop.training.loop import check_packing
-from tuneloop.training.packed import ATTENTION, loss_sum, pack
+from tuneloop.training.packed import ATTENTION, check_packing, loss_sum, pack
+from tuneloop.training.rows import Rows, make_rows
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 120,

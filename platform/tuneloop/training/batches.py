@@ -10,103 +10,17 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 
 
-@dataclass(frozen=True)
-class Rows:
-    """All rows of a split, end to end in flat arrays, so that workers share one copy.
-
-    Args:
-        row_ids: One id for each row.
-        input_ids: int32, shape (all tokens,).
-        loss_mask: int8, shape (all tokens,); 1 where the token is a target.
-        offsets: int64, shape (rows + 1,); row i is `offsets[i]:offsets[i + 1]`.
-        documents: int64, shape (documents + 1,), where documents start, and the end. A row of
-            plain text holds several, which do not see each other; any other row is one.
-    """
-
-    row_ids: list[str]
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
-    offsets: np.ndarray
-    documents: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.row_ids)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row. Shape (rows,)."""
-        return np.diff(self.offsets)
-
-    @property
-    def num_target_tokens(self) -> np.ndarray:
-        """Targets of each row that have a token of their document before them. Shape (rows,)."""
-        mask = self.loss_mask.astype(np.int64)
-        mask[self.documents[:-1][np.diff(self.documents) > 0]] = 0
-        sums = np.concatenate([[0], np.cumsum(mask)])
-        return sums[self.offsets[1:]] - sums[self.offsets[:-1]]
-
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids and loss mask of one row. Shapes (T,), (T,)."""
-        part = slice(self.offsets[index], self.offsets[index + 1])
-        return self.input_ids[part], self.loss_mask[part]
-
-    def document_lengths(self, index: int) -> list[int]:
-        """Return the tokens of each document of one row; they add up to the row's."""
-        first, last = np.searchsorted(self.documents, self.offsets[index : index + 2])
-        return np.diff(self.documents[first : last + 1]).tolist()
-
-
-def read_rows(dataset: Path, split: str = "train") -> Rows:
-    """Return all rows of one split of a dataset artifact, in the order of its files."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = sorted((dataset / split).glob("*.parquet"))
-    columns = ["row_id", "input_ids", "loss_mask"]
-    if files and "document_lengths" in pq.read_schema(files[0]).names:
-        columns.append("document_lengths")
-    tables = [pq.read_table(file, columns=columns) for file in files]
-    table = pa.concat_tables(tables) if tables else pa.table({name: [] for name in columns})
-    return make_rows(*(table.column(name).to_pylist() for name in columns))
-
-
-def make_rows(
-    row_ids: list[str],
-    input_ids: list[list[int]],
-    loss_mask: list[list[int]],
-    document_lengths: list[list[int]] | None = None,
-) -> Rows:
-    """Return rows in flat arrays.
-
-    Args:
-        row_ids: One for each row.
-        input_ids: Of each row.
-        loss_mask: Of each row, as long as its ids.
-        document_lengths: Tokens of the documents of each row. Default: a row is one document.
-
-    Raises:
-        ValueError: A row's ids differ in length from its mask or its documents.
-    """
-    lengths = [len(ids) for ids in input_ids]
-    if document_lengths is None:
-        document_lengths = [[length] for length in lengths]
-    for row_id, length, parts in zip(row_ids, lengths, document_lengths, strict=True):
-        if sum(parts) != length:
-            raise ValueError(f"row {row_id}: {length} ids but documents of {sum(parts)}")
-    for row_id, ids, mask in zip(row_ids, input_ids, loss_mask, strict=True):
-        if len(ids) != len(mask):
-            raise ValueError(f"row {row_id}: {len(ids)} ids but a mask of {len(mask)}")
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    parts = [part for row in document_lengths for part in row if part]
-    documents = np.concatenate([[0], np.cumsum(parts)]).astype(np.int64)
-    flat_ids = np.fromiter((token for ids in input_ids for token in ids), np.int32, offsets[-1])
-    flat_mask = np.fromiter((bit for mask in loss_mask for bit in mask), np.int8, offsets[-1])
-    return Rows(row_ids, flat_ids, flat_mask, offsets, documents)
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    """Return the rows in the order of an epoch; kept, as every step asks for a part of it."""
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+    order.flags.writeable = False
+    return order
 
 
 @dataclass(frozen=True)
@@ -144,9 +58,22 @@ class Schedule:
     def batch(self, step: int) -> np.ndarray:
         """Return the rows of one step. Shape (at most global_batch_size,)."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
         start = position * self.global_batch_size
+        order = _order(self.seed, epoch, self.num_rows)
         return order[start : start + self.global_batch_size]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Return the sum of a value of each row over each step of the first epoch.
+
+        Args:
+            values: Shape (num_rows,).
+
+        Returns:
+            Shape (steps of the first epoch that are taken,).
+        """
+        num_steps = min(self.steps_per_epoch, self.num_steps)
+        order = _order(self.seed, 0, self.num_rows)[: num_steps * self.global_batch_size]
+        return np.add.reduceat(values[order], np.arange(num_steps) * self.global_batch_size)
 
 
 def split_batch(

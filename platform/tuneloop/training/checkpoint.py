@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tuneloop.errors import Problem, ResourceError
+from tuneloop.errors import ModelError, Problem, ResourceError
 from tuneloop.training.state import read_state, write_state
 
 logger = logging.getLogger("tuneloop.training")
@@ -23,7 +23,9 @@ _CONTENTS = "contents.json"
 _LOG = "trainer_log.json"
 
 
-def save_engine(engine: Any, folder: Path, log: list[dict[str, Any]] | None = None) -> None:
+def save_engine(
+    engine: Any, folder: Path, log: list[dict[str, Any]] | None = None, identity: str = ""
+) -> None:
     """Write what a later run needs to go on; without a log, the weights alone.
 
     All workers call it.
@@ -31,6 +33,7 @@ def save_engine(engine: Any, folder: Path, log: list[dict[str, Any]] | None = No
     Args:
         folder: The first worker's directory gets everything; the others' stay empty.
         log: The rows of the trainer log so far, one for each finished step.
+        identity: Fingerprint of what the training makes.
 
     Raises:
         ResourceError: In every worker: the disk is full. Earlier checkpoints are untouched.
@@ -41,8 +44,9 @@ def save_engine(engine: Any, folder: Path, log: list[dict[str, Any]] | None = No
         if log is not None and dist.get_rank() == 0:
             (folder / _LOG).write_text(json.dumps(log), encoding="utf-8")
             files = {file.name: file.stat().st_size for file in folder.iterdir()}
-            contents = json.dumps({"step": len(log), "files": files}, indent=1)
-            (folder / _CONTENTS).write_text(contents, encoding="utf-8")
+            contents = {"step": len(log), "identity": identity, "files": files}
+            text = json.dumps(contents, indent=1)
+            (folder / _CONTENTS).write_text(text, encoding="utf-8")
     except OSError as error:
         outcome = [str(error)]
     dist.broadcast_object_list(outcome, src=0)
@@ -75,16 +79,31 @@ def newest_whole(folder: Path) -> Path | None:
     return max(found, default=(0, None))[1]
 
 
-def load_engine(engine: Any, folder: Path) -> list[dict[str, Any]]:
+def load_engine(engine: Any, folder: Path, identity: str = "") -> list[dict[str, Any]]:
     """Restore an engine. All workers call it with the same checkpoint.
+
+    Args:
+        identity: Fingerprint of what this training makes.
 
     Returns:
         The rows of the trainer log, one for each finished step.
 
     Raises:
-        ModelError: The checkpoint holds other parameters than the engine trains.
+        ModelError: The checkpoint is of a training that makes something else, or holds other
+            parameters than the engine trains.
     """
-    step = int(json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))["step"])
+    contents = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))
+    step, found = int(contents["step"]), contents.get("identity", identity)
+    if found != identity:
+        raise ModelError(
+            Problem(
+                "the checkpoint is of a training with another configuration",
+                where=str(folder),
+                got=f"fingerprint {found[:16]}",
+                allowed=identity[:16],
+                remedy="remove the directory to start over",
+            )
+        )
     read_state(engine, folder, step)
     # The learning rate depends on the step alone.
     scheduler = engine.lr_scheduler

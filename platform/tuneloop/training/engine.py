@@ -67,24 +67,30 @@ def load_model(
         options |= {"quantization_config": four_bits(execution.dtype), "device_map": {"": device}}
     model = AutoModelForCausalLM.from_pretrained(str(path), **options)
     model.config.use_cache = False
-    if config.method != "full":
-        from peft import LoraConfig, get_peft_model
-
-        torch.manual_seed(config.seed)
-        lora = LoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            lora_dropout=config.lora.dropout,
-            target_modules=config.lora.target_modules,
-            use_rslora=config.lora.use_rslora,
-            use_dora=config.lora.use_dora,
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(model, lora)
+    model = with_adapters(model, config)
     if execution.gradient_checkpointing:
         # Without reentrance gradients reach adapters although the embeddings are frozen.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model if config.method == "qlora" else model.to(device)
+
+
+def with_adapters(model: Any, config: TrainingConfig) -> Any:
+    """Return the model with fresh LoRA adapters, or itself where all weights are trained."""
+    if config.method == "full":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config.seed)
+    lora = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
+        use_rslora=config.lora.use_rslora,
+        use_dora=config.lora.use_dora,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
 
 
 def make_engine(model: Any, config: TrainingConfig, execution: Execution, num_steps: int) -> Any:

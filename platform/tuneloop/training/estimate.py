@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tuneloop.cluster import joins_cluster
 from tuneloop.config import TrainingConfig, TuneloopConfig, grad_accum_steps, micro_batch_size
 from tuneloop.errors import ModelError, Problem, ResourceError
 from tuneloop.models.source import BaseModel
-from tuneloop.training.batches import Rows, Schedule, split_batch
+from tuneloop.training.batches import Schedule, split_batch
+from tuneloop.training.engine import with_adapters
+from tuneloop.training.footprint import ATTENTION_SHAPE, kept_bytes
+from tuneloop.training.rows import Rows
+
+if TYPE_CHECKING:
+    from tuneloop.training.preflight import Measured
 
 # A worker's libraries before any weight is loaded, in bytes.
 _PROCESS_BYTES = 650_000_000
@@ -21,6 +29,8 @@ _ACTIVATION_OVERHEAD = 1.35
 _LOGIT_COPIES = 4
 # Tokens of the fullest micro-batch against the mean one, where the rows are not known yet.
 _FULLEST = 1.25
+# Steps whose micro-batches are made for the estimate.
+_LOOKED_AT = 2000
 # Share of the matrix-product rate that a whole training step reaches, measured.
 _EFFICIENCY = 0.65
 
@@ -30,16 +40,16 @@ class ModelShape:
     """What memory and time depend on.
 
     Args:
-        num_parameters: All weights.
+        num_parameters: All weights of the base.
         num_trainable: Those that are trained.
         num_matmul: Weights of the linear layers but the output layer, without adapters.
         num_adapter: Weights of the adapters.
         hidden_size: D of the residual stream.
-        intermediate_size: Of the feed-forward layer.
-        key_value_size: Key heads times head dimension.
+        query_size: Query heads times head dimension, over all layers.
         num_layers: Transformer layers.
         vocab_size: Rows of the output layer.
         max_positions: Longest sequence the model knows, or None.
+        kept_bytes: What the backward pass keeps for each token, without the logits.
     """
 
     num_parameters: int
@@ -47,11 +57,11 @@ class ModelShape:
     num_matmul: int
     num_adapter: int
     hidden_size: int
-    intermediate_size: int
-    key_value_size: int
+    query_size: int
     num_layers: int
     vocab_size: int
     max_positions: int | None
+    kept_bytes: int
 
 
 @dataclass(frozen=True)
@@ -59,14 +69,18 @@ class Workload:
     """How much is trained on.
 
     Args:
+        num_steps: Optimizer steps.
         num_tokens: Over all steps.
         num_target_tokens: Over all steps.
+        num_pairs: Of tokens that attend to one another, over all steps.
         micro_batch_tokens: In the largest micro-batch.
         micro_batch_targets: In the micro-batch with the most targets.
     """
 
+    num_steps: int
     num_tokens: int
     num_target_tokens: int
+    num_pairs: int
     micro_batch_tokens: int
     micro_batch_targets: int
 
@@ -81,6 +95,7 @@ class Estimate:
         machine_memory_bytes: Of all workers that share this machine's memory; 0 on GPUs.
         disk_bytes: For checkpoints and the model.
         training_s: Of all steps; None where it is not known, as on GPUs.
+        cost: Of all steps, in the currency of `resources.price_per_hour`; None without it.
     """
 
     peak_memory_bytes: int
@@ -92,9 +107,10 @@ class Estimate:
     machine_memory_bytes: int
     disk_bytes: int
     training_s: float | None
+    cost: float | None
 
 
-def model_shape(base: BaseModel, config: TrainingConfig) -> ModelShape:
+def model_shape(base: BaseModel, config: TrainingConfig, use_gpu: bool = False) -> ModelShape:
     """Return the shape of a base model without loading its weights.
 
     Raises:
@@ -106,7 +122,11 @@ def model_shape(base: BaseModel, config: TrainingConfig) -> ModelShape:
     try:
         settings = AutoConfig.from_pretrained(str(base.path)).get_text_config()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings)
+            model = AutoModelForCausalLM.from_config(
+                settings,
+                dtype=torch.bfloat16 if use_gpu else torch.float32,
+                attn_implementation=ATTENTION_SHAPE,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             Problem(
@@ -117,53 +137,55 @@ def model_shape(base: BaseModel, config: TrainingConfig) -> ModelShape:
             )
         ) from error
     head = model.get_output_embeddings()
-    linears = [
-        module
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_matmul = sum(
+        module.weight.numel()
         for module in model.modules()
         if isinstance(module, torch.nn.Linear) and module is not head
-    ]
-    total = sum(parameter.numel() for parameter in model.parameters())
-    adapter = sum(
-        config.lora.rank * (linear.in_features + linear.out_features) for linear in linears
     )
+    with torch.device("meta"):
+        model = with_adapters(model, config)
+    num_all = sum(parameter.numel() for parameter in model.parameters())
     heads = settings.num_attention_heads
     head_size = getattr(settings, "head_dim", None) or settings.hidden_size // heads
-    lora = config.method != "full"
-    if lora and config.lora.use_dora:
-        adapter += sum(linear.out_features for linear in linears)
     return ModelShape(
-        num_parameters=total,
-        num_trainable=adapter if lora else total,
-        num_matmul=sum(linear.weight.numel() for linear in linears),
-        num_adapter=adapter if lora else 0,
+        num_parameters=num_parameters,
+        num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_matmul=num_matmul,
+        num_adapter=num_all - num_parameters,
         hidden_size=settings.hidden_size,
-        intermediate_size=getattr(settings, "intermediate_size", 4 * settings.hidden_size),
-        key_value_size=(getattr(settings, "num_key_value_heads", None) or heads) * head_size,
+        query_size=heads * head_size * settings.num_hidden_layers,
         num_layers=settings.num_hidden_layers,
         vocab_size=settings.vocab_size,
         max_positions=getattr(settings, "max_position_embeddings", None),
+        kept_bytes=kept_bytes(model),
     )
 
 
 def estimate(
-    config: TuneloopConfig, base: BaseModel, num_rows: int, num_tokens: int, target_ratio: float
+    config: TuneloopConfig, shape: ModelShape, num_rows: int, num_tokens: int, target_ratio: float
 ) -> Estimate:
     """Return what a training needs, from totals.
 
     Args:
-        base: The model to train; only its configuration is read.
+        shape: Of the model to train.
         num_rows: Rows in the train split, at least 1.
         num_tokens: Of those rows, together.
         target_ratio: Share of the tokens that are targets.
-
-    Raises:
-        ModelError: The configuration describes no causal language model.
     """
     schedule = make_schedule(config, num_rows)
     tokens = round(num_tokens * schedule.num_steps / schedule.steps_per_epoch)
-    micro = round(micro_batch_size(config) * num_tokens / num_rows * _FULLEST)
-    work = Workload(tokens, round(tokens * target_ratio), micro, round(micro * target_ratio))
-    return estimate_work(config, model_shape(base, config.training), work)
+    size = micro_batch_size(config, config.resources.worker_counts[0])
+    micro = round(size * num_tokens / num_rows * _FULLEST)
+    work = Workload(
+        schedule.num_steps,
+        tokens,
+        round(tokens * target_ratio),
+        round(tokens * num_tokens / num_rows / 2),
+        micro,
+        round(micro * target_ratio),
+    )
+    return estimate_work(config, shape, work)
 
 
 def refuse_impossible(expected: Estimate) -> None:
@@ -189,19 +211,38 @@ def refuse_impossible(expected: Estimate) -> None:
 
 
 def workload(config: TuneloopConfig, rows: Rows) -> Workload:
-    """Return what a training on these rows amounts to; the micro-batches are those of epoch 1."""
+    """Return what a training on these rows amounts to.
+
+    The micro-batches are those of epoch 1 on the least number of workers. Of a long epoch only
+    the steps with the most tokens and those with the most targets are looked at.
+    """
     schedule = make_schedule(config, len(rows))
     lengths, targets = rows.lengths, rows.num_target_tokens
-    bins = config.resources.num_workers * grad_accum_steps(config)
+    num_workers = config.resources.worker_counts[0]
+    size = micro_batch_size(config, num_workers)
+    bins = num_workers * grad_accum_steps(config, num_workers)
     largest = most = 0
-    for step in range(min(schedule.steps_per_epoch, schedule.num_steps)):
-        for share in split_batch(schedule.batch(step), lengths, bins, micro_batch_size(config)):
+    fullest = {int(step) for v in (lengths, targets) for step in _highest(schedule.sums(v))}
+    for step in fullest:
+        for share in split_batch(schedule.batch(step), lengths, bins, size):
             largest = max(largest, int(lengths[share].sum()))
             most = max(most, int(targets[share].sum()))
     passes = schedule.num_steps / schedule.steps_per_epoch
+    pairs = np.square(np.diff(rows.documents), dtype=np.float64).sum() / 2
     return Workload(
-        round(float(lengths.sum()) * passes), round(float(targets.sum()) * passes), largest, most
+        schedule.num_steps,
+        round(float(lengths.sum()) * passes),
+        round(float(targets.sum()) * passes),
+        round(float(pairs) * passes),
+        largest,
+        most,
     )
+
+
+def _highest(values: np.ndarray) -> np.ndarray:
+    """Return where the highest values are, at most so many as are looked at."""
+    count = min(len(values), _LOOKED_AT)
+    return np.argpartition(values, len(values) - count)[len(values) - count :]
 
 
 def make_schedule(config: TuneloopConfig, num_rows: int) -> Schedule:
@@ -218,27 +259,22 @@ def make_schedule(config: TuneloopConfig, num_rows: int) -> Schedule:
 
 def estimate_work(config: TuneloopConfig, shape: ModelShape, work: Workload) -> Estimate:
     """Return what a training of this shape on this workload needs."""
-    resources, lora = config.resources, config.training.method != "full"
+    resources = config.resources
     on_gpu = resources.gpus_per_worker > 0
     element = 2 if on_gpu else 4
-    stage, workers = resources.zero_stage, resources.num_workers
+    # The fewer the workers, the more each holds; the more, the sooner it is done.
+    fewest, most = resources.worker_counts[0], resources.worker_counts[-1]
     # ZeRO shards optimizer state from stage 1 on, gradients from 2, weights from 3.
+    stage = resources.zero_stage
     state_shards, gradient_shards, weight_shards = (
-        workers if stage >= least else 1 for least in (1, 2, 3)
+        fewest if stage >= least else 1 for least in (1, 2, 3)
     )
     # AdamW's two moments in float32, and a float32 copy of the weights where DeepSpeed keeps one.
     state = 12 if on_gpu or stage else 8
-    per_token = (
-        (7 if lora else 9) * shape.hidden_size
-        + 4 * shape.intermediate_size
-        + 2 * shape.key_value_size
-        + (7 * config.training.lora.rank if lora else 0)
-    )
+    per_token = shape.kept_bytes
     if resources.gradient_checkpointing:
         # What goes into each layer, and one layer that is computed again.
-        per_token += shape.num_layers * shape.hidden_size
-    else:
-        per_token *= shape.num_layers
+        per_token = shape.num_layers * shape.hidden_size * element + per_token // shape.num_layers
     weights = (shape.num_parameters + shape.num_adapter) * element
     if config.training.method == "qlora":
         # Four bits for a weight of a linear layer, and about half a bit for its scale.
@@ -247,26 +283,48 @@ def estimate_work(config: TuneloopConfig, shape: ModelShape, work: Workload) -> 
         "weights_bytes": weights // weight_shards,
         "gradients_bytes": shape.num_trainable * element // gradient_shards,
         "optimizer_bytes": shape.num_trainable * state // state_shards,
-        "activations_bytes": round(
-            work.micro_batch_tokens * per_token * element * _ACTIVATION_OVERHEAD
-        ),
+        "activations_bytes": round(work.micro_batch_tokens * per_token * _ACTIVATION_OVERHEAD),
         "logits_bytes": work.micro_batch_targets * shape.vocab_size * 4 * _LOGIT_COPIES,
     }
     peak = sum(parts.values()) + _PROCESS_BYTES
-    training_s = None
-    if not on_gpu:
-        rate = matmul_rate(max(1, (os.cpu_count() or 1) // workers))
-        operations = _flops(shape, work, 2 if lora else 3, resources.gradient_checkpointing)
-        training_s = operations / (workers * rate * _EFFICIENCY)
-    shared = resources.ray_address is None and "RAY_ADDRESS" not in os.environ
+    training_s = None if on_gpu else _training_s(config, shape, work)
     return Estimate(
         peak_memory_bytes=peak,
         **parts,
-        machine_memory_bytes=0 if on_gpu else peak * (workers if shared else 1),
+        machine_memory_bytes=0 if on_gpu or joins_cluster(resources) else peak * most,
         # Two checkpoints and the one being written, and the merged model.
         disk_bytes=3 * shape.num_trainable * (element + state) + weights,
         training_s=training_s,
+        cost=_cost(config, training_s, most),
     )
+
+
+def measured_estimate(
+    config: TuneloopConfig, expected: Estimate, work: Workload, measured: Measured
+) -> Estimate:
+    """Return an estimate whose memory, time and cost are those that a preflight measured."""
+    training_s = work.num_tokens / max(1e-9, measured.tokens_per_s) + measured.export_s
+    return replace(
+        expected,
+        peak_memory_bytes=measured.peak_memory_bytes,
+        training_s=training_s,
+        cost=_cost(config, training_s, measured.num_workers),
+    )
+
+
+def _cost(config: TuneloopConfig, training_s: float | None, num_workers: int) -> float | None:
+    price = config.resources.price_per_hour
+    if price is None or training_s is None:
+        return None
+    return price * num_workers * training_s / 3600
+
+
+def _training_s(config: TuneloopConfig, shape: ModelShape, work: Workload) -> float:
+    workers = config.resources.worker_counts[-1]
+    rate = matmul_rate(max(1, (os.cpu_count() or 1) // workers))
+    passes = 3 if config.training.method == "full" else 2
+    operations = _flops(shape, work, passes, config.resources.gradient_checkpointing)
+    return operations / (workers * rate * _EFFICIENCY)
 
 
 def matmul_rate(num_threads: int, seconds: float = 0.5) -> float:
@@ -297,7 +355,11 @@ def _flops(shape: ModelShape, work: Workload, passes: int, again: bool) -> float
     """
     body = 2 * shape.num_matmul * (passes + again) + 6 * shape.num_adapter
     head = 2 * shape.hidden_size * shape.vocab_size * passes
-    return float(work.num_tokens * body + work.num_target_tokens * head)
+    # Two products forward, five backward, whatever is trained.
+    attention = 2 * shape.query_size * (7 + 2 * again)
+    return float(
+        work.num_tokens * body + work.num_target_tokens * head + work.num_pairs * attention
+    )
 
 
 def _gb(size: float) -> str:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
-from tuneloop.config import TuneloopConfig
+from tuneloop.cluster import joins_cluster
+from tuneloop.config import ResourcesConfig, TuneloopConfig
+from tuneloop.errors import UserError
 from tuneloop.models.source import BaseModel
 
 if TYPE_CHECKING:
-    from tuneloop.training.batches import Rows
     from tuneloop.training.estimate import Estimate
     from tuneloop.training.loop import TrainingResult
+    from tuneloop.training.preflight import Measured
+    from tuneloop.training.rows import Rows
 
 logger = logging.getLogger("tuneloop.training")
 
@@ -53,9 +57,8 @@ def train(
     if existing is not None:
         return Published(existing, reused=True)
     # From here on PyTorch is needed; looking an artifact up stays quick without it.
-    from tuneloop.training.batches import read_rows
     from tuneloop.training.card import model_card
-    from tuneloop.training.estimate import estimate_work, model_shape, workload
+    from tuneloop.training.estimate import estimate_work, measured_estimate, model_shape, workload
     from tuneloop.training.refusals import (
         refuse_other_renderer,
         refuse_too_small,
@@ -65,44 +68,86 @@ def train(
         refuse_without_validation,
         together,
     )
-    from tuneloop.training.workers import run_workers
+    from tuneloop.training.rows import open_rows, store_rows
+    from tuneloop.training.workers import Stored, can_go_on, run_preflight, run_workers
 
-    rows, validation = (read_rows(dataset.path, split) for split in ("train", "validation"))
-    shape = model_shape(base, config.training)
-    together(
-        lambda: refuse_other_renderer(config, base, dataset),
-        lambda: refuse_unsupported(config),
-        lambda: refuse_without_validation(config, validation, dataset),
-        lambda: refuse_unusable_rows(rows, shape, dataset),
-        lambda: refuse_unreadable_rows(validation, shape, f"{dataset.ref}, validation"),
-    )
+    shape = model_shape(base, config.training, config.resources.gpus_per_worker > 0)
     with workspace.draft("models", config.name, identity) as draft:
-        expected = estimate_work(config, shape, workload(config, rows))
+        folders = [
+            store_rows(dataset.path, split, draft.scratch.absolute() / "rows")
+            for split in ("train", "validation")
+        ]
+        rows, validation = map(open_rows, folders)
+        try:
+            together(
+                lambda: refuse_other_renderer(config, base, dataset),
+                lambda: refuse_unsupported(config),
+                lambda: refuse_without_validation(config, validation, dataset),
+                lambda: refuse_unusable_rows(rows, shape, dataset),
+                lambda: refuse_unreadable_rows(validation, shape, f"{dataset.ref}, validation"),
+            )
+        except UserError:
+            shutil.rmtree(draft.scratch / "rows")
+            raise
+        work = workload(config, rows)
+        expected = estimate_work(config, shape, work)
         refuse_too_small(config, expected, draft.scratch)
         _announce(rows, expected)
-        result = run_workers(config, base, rows, validation, draft)
+        stored = Stored(folders[0], folders[1] if len(validation) else None)
+        measured = None
+        if wants_preflight(config.resources) and not can_go_on(draft):
+            measured = run_preflight(config, base, stored, draft)
+            expected = measured_estimate(config, expected, work, measured)
+            _announce_measured(expected, measured)
+        result = run_workers(config, base, stored, draft)
         _write_log(result, draft.path)
         card = model_card(config, base, dataset, result)
         (draft.path / "README.md").write_text(card, encoding="utf-8")
         artifact = draft.publish(
             config={**parts, "base": base.name, "base_fingerprint": base.fingerprint},
-            resources=config.resources.model_dump() | {"estimate": asdict(expected)},
+            resources=config.resources.model_dump()
+            | {
+                "estimate": asdict(expected),
+                "measured": None if measured is None else asdict(measured),
+            },
             inputs=[dataset.ref, f"{base.name} sha256:{base.fingerprint}"],
             metrics=_metrics(result),
         )
     return Published(artifact, reused=False)
 
 
-def _announce(rows: Rows, expected: Estimate) -> None:
-    from tuneloop.training.workers import duration
+def wants_preflight(resources: ResourcesConfig) -> bool:
+    """Return whether the training is tried out in small before it starts."""
+    wanted = resources.preflight
+    return joins_cluster(resources) if wanted is None else wanted
 
+
+def _announce(rows: Rows, expected: Estimate) -> None:
     logger.info(
         "training on %s rows, %s tokens; about %.1f GB a worker%s",
         f"{len(rows):,}",
         f"{int(rows.lengths.sum()):,}",
         expected.peak_memory_bytes / 1e9,
-        f", {duration(expected.training_s)}" if expected.training_s else "",
+        _time_and_cost(expected),
     )
+
+
+def _announce_measured(expected: Estimate, measured: Measured) -> None:
+    logger.info(
+        "preflight passed in %.0f s: %.0f tokens/s, %.1f GB a worker, checkpoint %.1f s%s",
+        measured.wall_s,
+        measured.tokens_per_s,
+        measured.peak_memory_bytes / 1e9,
+        measured.checkpoint_s,
+        _time_and_cost(expected),
+    )
+
+
+def _time_and_cost(expected: Estimate) -> str:
+    from tuneloop.training.workers import duration
+
+    time = f", about {duration(expected.training_s)}" if expected.training_s else ""
+    return time + (f", cost {expected.cost:.2f}" if expected.cost is not None else "")
 
 
 def _write_log(result: TrainingResult, path: Path) -> None:

@@ -22,10 +22,11 @@ from tuneloop.errors import ModelError, Problem
 from tuneloop.models.chat import Renderer
 from tuneloop.models.export import Exporter, parity_prompts
 from tuneloop.records import Parity
-from tuneloop.training.batches import Rows, Schedule, micro_batches, split_batch
+from tuneloop.training.batches import Schedule, micro_batches, split_batch
 from tuneloop.training.checkpoint import load_engine, newest_whole, refuse_save, save_engine
 from tuneloop.training.engine import Execution, gathered, load_model, make_engine
-from tuneloop.training.packed import loss_and_hits, loss_sum, pack
+from tuneloop.training.packed import check_packing, loss_and_hits, pack
+from tuneloop.training.rows import Rows
 from tuneloop.training.state import read_state
 from tuneloop.training.validation import (
     best_folder,
@@ -38,8 +39,7 @@ from tuneloop.training.validation import (
 )
 
 PROGRESS = "progress.jsonl"
-_CHECK_ROWS = 2
-_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+_UNFINISHED = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class TrainingJob:
         progress: Directory for one JSON line per step, read by the driver, and for the best
             weights so far.
         checkpoint_every_steps: Optimizer steps between checkpoints.
+        identity: Fingerprint of the result; a checkpoint of another one is refused.
     """
 
     base: Path
@@ -65,6 +66,14 @@ class TrainingJob:
     checkpoints: Path
     progress: Path
     checkpoint_every_steps: int
+    identity: str = ""
+
+    def schedule(self, rows: Rows) -> Schedule:
+        """Return the order in which these rows are trained on."""
+        config = self.config
+        return Schedule(
+            len(rows), config.global_batch_size, config.num_epochs, config.max_steps, config.seed
+        )
 
 
 @dataclass(frozen=True)
@@ -116,18 +125,9 @@ def train_rows(
             the live model, or the checkpoint is of another model.
         ResourceError: A checkpoint cannot be written.
     """
-    config, execution = job.config, worker.execution
-    torch.set_num_threads(worker.num_threads)
-    _quieten()
-    schedule = Schedule(
-        len(rows), config.global_batch_size, config.num_epochs, config.max_steps, config.seed
-    )
-    model = load_model(job.base, config, execution, worker.device)
-    check_packing(model, rows, worker.device)
-    sizes = [p.numel() for p in model.parameters()]
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    engine = make_engine(model, config, execution, schedule.num_steps)
-    log = _resume(engine, job, worker)
+    config, schedule = job.config, job.schedule(rows)
+    engine, sizes = start_engine(job, rows, worker)
+    log = resume(engine, job, worker)
     engine.train()
     started = time.monotonic() - (log[-1]["elapsed_s"] if log else 0.0)
     while not is_finished(log, config, schedule):
@@ -140,12 +140,29 @@ def train_rows(
         if worker.rank == 0:
             _write_progress(job.progress, record, schedule.num_steps)
         if len(log) % job.checkpoint_every_steps == 0 or is_finished(log, config, schedule):
-            _keep_checkpoint(engine, job, worker, log)
+            keep_checkpoint(engine, job, worker, log)
     best = best_step(log)
     if config.keep == "best" and best is not None and best != len(log):
         read_state(engine, best_folder(job.progress, best), best)
-    parity = _export(engine, job, rows, worker)
-    return TrainingResult(log, parity, sum(sizes), sum(trained))
+    parity = export(engine, job, rows, worker)
+    return TrainingResult(log, parity, *sizes)
+
+
+def start_engine(job: TrainingJob, rows: Rows, worker: Worker) -> tuple[Any, tuple[int, int]]:
+    """Load the base model into an engine; return it and the numbers of all and trained parameters.
+
+    Raises:
+        ModelError: The model mixes packed rows.
+    """
+    torch.set_num_threads(worker.num_threads)
+    _quieten()
+    model = load_model(job.base, job.config, worker.execution, worker.device)
+    check_packing(model, rows, worker.device)
+    # Counted before ZeRO takes the parameters apart.
+    counts = [(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()]
+    num_all, num_trained = (sum(column) for column in zip(*counts, strict=True))
+    engine = make_engine(model, job.config, worker.execution, job.schedule(rows).num_steps)
+    return engine, (num_all, num_trained)
 
 
 def train_step(
@@ -213,6 +230,7 @@ def train_step(
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
         "tokens_per_s": round(num_tokens / max(1e-9, time.monotonic() - began), 2),
+        "num_workers": execution.world_size,
         "num_tokens": num_tokens,
         "num_target_tokens": num_targets,
         "padding_ratio": padding / (padding + num_tokens),
@@ -224,51 +242,16 @@ def train_step(
     }
 
 
-def check_packing(model: Any, rows: Rows, device: torch.device) -> None:
-    """Compare packed rows with the same rows one by one in the model's own attention.
-
-    A model whose layers carry state from one row to the next, or that ignores positions, would
-    be trained on mixed rows without any other sign of it.
-
-    Raises:
-        ModelError: The losses differ.
-    """
-    shortest = sorted(range(len(rows)), key=lambda row: int(rows.lengths[row]))
-    chosen = [row for row in shortest if rows.num_target_tokens[row]][:_CHECK_ROWS]
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    attention = plain.config._attn_implementation
-    model.eval()
-    with torch.no_grad():
-        packed = float(loss_sum(model, pack(rows, chosen, device)))
-        plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
-        alone = 0.0
-        for row in chosen:
-            batch = pack(rows, [row], device)
-            documents = batch.input_ids.split(batch.lengths, dim=1)
-            logits = torch.cat(
-                [model(input_ids=document, use_cache=False).logits[0] for document in documents]
-            )[batch.predict_at]
-            alone += float(
-                torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
-            )
-    plain.set_attn_implementation(attention)
-    tolerance = _CHECK_TOLERANCE[plain.dtype]
-    if abs(packed - alone) > tolerance * max(1.0, abs(alone)):
-        raise ModelError(
-            Problem(
-                "the model does not keep packed rows apart",
-                where=f"rows {', '.join(rows.row_ids[row] for row in chosen)}",
-                got=f"loss {packed:.5f} packed, {alone:.5f} one by one",
-                remedy="use a model with plain attention layers (Llama, Qwen, Gemma, GPT-NeoX)",
-            )
-        )
-
-
-def _resume(engine: Any, job: TrainingJob, worker: Worker) -> list[dict[str, Any]]:
+def resume(engine: Any, job: TrainingJob, worker: Worker) -> list[dict[str, Any]]:
     """Return the log of the newest whole checkpoint, which rank 0 chooses; empty without one."""
-    choice = [newest_whole(job.checkpoints) if worker.rank == 0 else None]
+    choice: list[Path | None] = [None]
+    if worker.rank == 0:
+        # What workers that were killed had not finished.
+        for folder in job.progress.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        choice = [newest_whole(job.checkpoints)]
     dist.broadcast_object_list(choice, src=0)
-    return [] if choice[0] is None else load_engine(engine, choice[0])
+    return [] if choice[0] is None else load_engine(engine, choice[0], job.identity)
 
 
 def _look(
@@ -277,7 +260,7 @@ def _look(
     """Measure the validation rows, note it in the log's last row, and keep the best weights."""
     record = log[-1]
     record |= measure(engine, rows, worker.execution, worker.device)
-    record["samples"] = sample_answers(engine, _exporter(job, worker), rows)
+    record["samples"] = sample_answers(engine, exporter(job, worker), rows)
     if job.config.keep == "best" and best_step(log) == record["step"]:
         folder = best_folder(job.progress, record["step"])
         if worker.rank == 0:
@@ -286,11 +269,16 @@ def _look(
         save_engine(engine, folder)
 
 
-def _keep_checkpoint(
+def keep_checkpoint(
     engine: Any, job: TrainingJob, worker: Worker, log: list[dict[str, Any]]
 ) -> None:
-    with tempfile.TemporaryDirectory(dir=job.progress, prefix="checkpoint-") as folder:
-        save_engine(engine, Path(folder), log)
+    """Save a checkpoint and hand it over. All workers call it.
+
+    Raises:
+        ResourceError: It cannot be written; the ones before are untouched.
+    """
+    with tempfile.TemporaryDirectory(dir=job.progress, prefix=_UNFINISHED) as folder:
+        save_engine(engine, Path(folder), log, job.identity)
         reason: list[str | None] = [None]
         try:
             kept = Path(folder) if worker.rank == 0 else None
@@ -321,7 +309,8 @@ def _peak_memory(worker: Worker) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _exporter(job: TrainingJob, worker: Worker) -> Exporter:
+def exporter(job: TrainingJob, worker: Worker) -> Exporter:
+    """Return what writes the model artifact's weights, and what samples are answered with."""
     renderer = Renderer.load(job.base, job.chat_template)
     return Exporter(
         job.base,
@@ -333,20 +322,20 @@ def _exporter(job: TrainingJob, worker: Worker) -> Exporter:
     )
 
 
-def _export(engine: Any, job: TrainingJob, rows: Rows, worker: Worker) -> Parity:
+def export(engine: Any, job: TrainingJob, rows: Rows, worker: Worker) -> Parity:
     """Write the model artifact's weights and compare them with the live model."""
-    exporter, model = _exporter(job, worker), engine.module
+    writer, model = exporter(job, worker), engine.module
     engine.eval()
     # Under ZeRO-3 every worker has a part of each layer, so all of them answer together.
     prompts = parity_prompts([rows.row(row) for row in range(min(len(rows), 4))])
-    live = exporter.answer(model, prompts)
+    live = writer.answer(model, prompts)
     wanted = [p for p in model.parameters() if p.requires_grad]
     if job.config.method == "full":
         wanted = list(model.parameters())
     with gathered(wanted, worker.execution):
         if worker.rank == 0:
-            exporter.save(model)
-    parity = exporter.check(live) if worker.rank == 0 else None
+            writer.save(model)
+    parity = writer.check(live) if worker.rank == 0 else None
     outcome = [parity]
     dist.broadcast_object_list(outcome, src=0)
     assert outcome[0] is not None

@@ -15,9 +15,13 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from tuneloop.training.batches import Rows
+from tuneloop.errors import ModelError, Problem
+from tuneloop.training.rows import Rows
 
 ATTENTION = "tuneloop_packed"
+# Relative difference of a loss that rounding explains.
+LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+_CHECK_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,45 @@ def loss_and_hits(model: Any, batch: PackedBatch) -> tuple[torch.Tensor, torch.T
         return logits.float().sum() * 0.0, torch.zeros((), device=logits.device)
     loss = functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
     return loss, (logits.detach().argmax(-1) == batch.targets).sum()
+
+
+def check_packing(model: Any, rows: Rows, device: torch.device) -> None:
+    """Compare packed rows with the same rows one by one in the model's own attention.
+
+    A model whose layers carry state from one row to the next, or that ignores positions, would
+    be trained on mixed rows without any other sign of it.
+
+    Raises:
+        ModelError: The losses differ.
+    """
+    learned = np.flatnonzero(rows.num_target_tokens)
+    shortest = np.argsort(rows.lengths[learned], kind="stable")[:_CHECK_ROWS]
+    chosen = learned[shortest].tolist()
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = plain.config._attn_implementation
+    model.eval()
+    with torch.no_grad():
+        packed = float(loss_sum(model, pack(rows, chosen, device)))
+        plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
+        alone = 0.0
+        for row in chosen:
+            batch = pack(rows, [row], device)
+            documents = batch.input_ids.split(batch.lengths, dim=1)
+            logits = torch.cat(
+                [model(input_ids=document, use_cache=False).logits[0] for document in documents]
+            )[batch.predict_at]
+            alone += float(functional.cross_entropy(logits.float(), batch.targets, reduction="sum"))
+    plain.set_attn_implementation(attention)
+    tolerance = LOSS_TOLERANCE[plain.dtype]
+    if abs(packed - alone) > tolerance * max(1.0, abs(alone)):
+        raise ModelError(
+            Problem(
+                "the model does not keep packed rows apart",
+                where=f"rows {', '.join(rows.row_ids[row] for row in chosen)}",
+                got=f"loss {packed:.5f} packed, {alone:.5f} one by one",
+                remedy="use a model with plain attention layers (Llama, Qwen, Gemma, GPT-NeoX)",
+            )
+        )
 
 
 def packed_attention(

@@ -14,8 +14,8 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.errors import DataError, ModelError, Problem, ResourceError, UserError
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel
-from tuneloop.training.batches import Rows
 from tuneloop.training.estimate import Estimate, ModelShape, refuse_impossible
+from tuneloop.training.rows import Rows
 from tuneloop.training.trackers import refuse_missing_trackers
 
 
@@ -145,13 +145,7 @@ def refuse_unreadable_rows(rows: Rows, shape: ModelShape, where: str) -> None:
     if shape.max_positions is not None and longest > shape.max_positions:
         long = np.flatnonzero(rows.lengths > shape.max_positions)
         problems.append(
-            Problem(
-                "rows are longer than the model's positions",
-                where=f"{where}, rows {_some(rows, long)}",
-                got=f"{longest} tokens",
-                allowed=f"at most {shape.max_positions}",
-                remedy=f"set data.max_seq_len to {shape.max_positions} or less",
-            )
+            too_long_problem(f"{where}, rows {_some(rows, long)}", longest, shape.max_positions)
         )
     largest = int(rows.input_ids.max())
     if largest >= shape.vocab_size or int(rows.input_ids.min()) < 0:
@@ -167,6 +161,17 @@ def refuse_unreadable_rows(rows: Rows, shape: ModelShape, where: str) -> None:
         )
     if problems:
         raise ModelError(*problems)
+
+
+def too_long_problem(where: str, longest: int, limit: int) -> Problem:
+    """Return what to tell about rows with more tokens than the model has positions."""
+    return Problem(
+        "rows are longer than the model's positions",
+        where=where,
+        got=f"{longest} tokens",
+        allowed=f"at most {limit}",
+        remedy=f"set data.max_seq_len to {limit} or less",
+    )
 
 
 def together(*checks: Callable[[], None]) -> None:
@@ -188,7 +193,8 @@ def refuse_too_small(config: TuneloopConfig, expected: Estimate, scratch: Path) 
     problems = []
     resources = config.resources
     unit = "GPU" if resources.gpus_per_worker else "CPU"
-    wanted = resources.num_workers * (resources.gpus_per_worker or 1)
+    # An elastic training waits for no more than its least number of workers.
+    wanted = resources.worker_counts[0] * (resources.gpus_per_worker or 1)
     present = ray.cluster_resources().get(unit, 0)
     if wanted > present:
         problems.append(

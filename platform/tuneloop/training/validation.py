@@ -18,9 +18,10 @@ import torch.distributed as dist
 
 from tuneloop.config import TrainingConfig
 from tuneloop.models.export import Exporter, parity_prompts
-from tuneloop.training.batches import Rows, Schedule, micro_batches, split_batch
+from tuneloop.training.batches import Schedule, micro_batches, split_batch
 from tuneloop.training.engine import Execution
 from tuneloop.training.packed import loss_and_hits, pack
+from tuneloop.training.rows import Rows
 
 _NUM_SAMPLES = 3
 _SAMPLE_TOKENS = 48
