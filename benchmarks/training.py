@@ -12,8 +12,9 @@ rows, one worker. One JSON line per run goes to standard output.
 - `bare`: forward, backward, clip and AdamW on the same packed rows, nothing else.
 - `all-logits`: `bare`, with logits at every position instead of at targets only.
 - `paired`: these three in one process, in turn at each step, on the same rows: what the other two's
-  speed is as a share of the bare loop's, the median over the steps. On a machine that others
-  slow down now and then, trust this one.
+  speed is as a share of the bare loop's, the median over the steps, by the CPU time of a step. On
+  a machine that others slow down now and then, trust this one.
+- `paired-logits`: `paired` without the loop, for models too large to be held three times.
 - `trl`, `trl-packed`: TRL's SFTTrainer with batches of 8 padded rows, and with packing into 1,024
   tokens. They need `--peer-python`, an environment that has TRL.
 
@@ -38,7 +39,8 @@ from pathlib import Path
 from typing import Any
 
 RANK, BATCH, PACKED_TOKENS = 16, 8, 1024
-OURS, PEERS = ("loop", "bare", "all-logits", "paired"), ("trl", "trl-packed")
+OURS, PEERS = ("loop", "bare", "all-logits", "paired", "paired-logits"), ("trl", "trl-packed")
+IN_TURN = {"paired": ("loop", "bare", "all-logits"), "paired-logits": ("bare", "all-logits")}
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base")
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--arms", nargs="+", default=list(OURS), choices=[*OURS, *PEERS])
+    parser.add_argument("--arms", nargs="+", default=list(OURS[:4]), choices=[*OURS, *PEERS])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--method", default="lora", choices=["lora", "full"])
@@ -118,18 +120,19 @@ def run_ours(base: Path, data: dict[str, Any], options: argparse.Namespace) -> d
     rows = make_rows([str(i) for i in range(len(data["input_ids"]))], *data.values())
     schedule = Schedule(len(rows), BATCH, 1, None, 0)
     config = TrainingConfig(method=options.method, lora=LoraConfig(rank=RANK))
-    arms = OURS[:-1] if options.only == "paired" else (options.only,)
+    arms = IN_TURN.get(options.only, (options.only,))
+    clock = time.process_time if options.only in IN_TURN else time.perf_counter
     steps = {arm: make_step(arm, base, config, (rows, schedule)) for arm in arms}
     times: dict[str, list[float]] = {arm: [] for arm in arms}
     losses: dict[str, list[float]] = {arm: [] for arm in arms}
     for number in range(schedule.num_steps):
         # Every arm is the first, the second and the last equally often.
         for arm in (*arms[number % len(arms) :], *arms[: number % len(arms)]):
-            began = time.perf_counter()
+            began = clock()
             losses[arm].append(steps[arm](number))
-            times[arm].append(time.perf_counter() - began)
+            times[arm].append(clock() - began)
     tokens = [int(rows.lengths[schedule.batch(n)].sum()) for n in range(schedule.num_steps)]
-    if options.only == "paired":
+    if options.only in IN_TURN:
         shares = {
             f"{arm}_to_bare": round(
                 statistics.median(
@@ -137,8 +140,11 @@ def run_ours(base: Path, data: dict[str, Any], options: argparse.Namespace) -> d
                 ),
                 3,
             )
-            for arm in ("loop", "all-logits")
+            for arm in arms
+            if arm != "bare"
         }
+        cpu_s = {f"{arm}_cpu_s": round(statistics.median(times[arm][1:]), 2) for arm in arms}
+        shares |= cpu_s | {"tokens_per_step": sum(tokens) // len(tokens)}
         return {"num_steps": schedule.num_steps, **shares}
     expected = estimate(base, config, rows) if options.only == "loop" else {}
     measured = summary(times[options.only], tokens, losses[options.only])

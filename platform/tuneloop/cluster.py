@@ -25,6 +25,11 @@ for _key, _value in {
     # Threads that wait sleep: spinning ones starve each other where processes share few cores.
     "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_TRAIN_V2_ENABLED": "1",
+    # Ray counts a lost node in for up to 20 s and waits for its workers, by default for a minute;
+    # then it counts again. It never gives up, so a node that is slow to come is waited for.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    # Workers that hang on a lost one are not asked to leave politely for half a minute.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     # Tune's newer output prints its tables whatever the verbosity.
     "RAY_AIR_NEW_OUTPUT": "0",
     # Without this Ray hides GPUs from workers that asked for none, and warns about it.

@@ -119,16 +119,17 @@ class Nodes:
         node.wait()
 
     def stop(self) -> None:
+        """End all nodes; what has not ended after a few seconds is killed, as Ray's agents are."""
         everything = [process for node in self.started for process in family(node.pid)]
         for node in reversed(self.started):
             node.terminate()
+        _, alive = psutil.wait_procs([psutil.Process(node.pid) for node in self.started], 10)
+        _, agents = psutil.wait_procs(everything, timeout=2)
+        for process in [*alive, *agents]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         for node in self.started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                node.wait(timeout=30)
-            node.kill()
-        _, alive = psutil.wait_procs(everything, timeout=30)
-        for process in alive:
-            process.kill()
+            node.wait()
 
     @staticmethod
     def free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.errors import DataError, ModelError, ResourceError
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel
+from tuneloop.preflight import check
 from tuneloop.training.engine import Execution, load_model
 from tuneloop.training.estimate import (
     estimate,
@@ -183,6 +185,24 @@ def test_rows_the_model_cannot_learn_are_refused(base: BaseModel, tmp_path: Path
         "513 tokens",
         f"token id {shape.vocab_size}",
     ]
+
+
+def test_rows_beyond_the_models_positions_are_told_before_anything_is_prepared(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    pairs = [{"prompt": "item", "completion": "7 " * length} for length in (5, 700)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    config = make_config(
+        model={"base": str(tiny_model)},
+        data={
+            "sources": [{"path": str(file), "format": "prompt_completion"}],
+            "max_seq_len": 4096,
+        },
+    )
+    problems = check(config).problems
+    assert [problem.what for problem in problems] == ["rows are longer than the model's positions"]
+    assert problems[0].allowed == "at most 512"
 
 
 def test_settings_that_do_not_go_together_are_all_told(base: BaseModel, tmp_path: Path) -> None:
