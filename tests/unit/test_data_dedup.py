@@ -1,52 +1,89 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuneloop.config import DataConfig, DedupConfig
-from tuneloop.data.dedup import Duplicates, Keys, candidate_pairs, find_duplicates
+from tuneloop.data.dedup import (
+    Duplicates,
+    Group,
+    Keys,
+    Settled,
+    candidate_pairs,
+    find_duplicates,
+    group_candidates,
+    settle,
+)
 from tuneloop.data.signatures import (
+    Texts,
+    _permutations,
     band_hashes,
     band_shape,
     jaccard,
     normalised_hash,
+    normalised_hashes,
     shingles,
+    word_spans,
 )
 from tuneloop.data.split import split_rows
+from tuneloop.data.validation import refuse_too_many_rows
+from tuneloop.errors import ResourceError
+
+ALPHABET = "abAB1_ ,.\n\u00a0éÉжЖ日本“🙂"
+
+
+def keys_of(texts: list[str], config: DedupConfig, preference: list[int]) -> Keys:
+    return Keys(
+        normalised_hashes(Texts.of(texts)),
+        band_hashes(texts, config.ngram_words, config.threshold),
+        np.array(preference),
+        np.array([len(text) for text in texts]),
+    )
+
+
+def comparing(texts: list[str], config: DedupConfig) -> Callable[[Sequence[Group]], list[Settled]]:
+    def compare(groups: Sequence[Group]) -> list[Settled]:
+        return [
+            settle(
+                group.pairs,
+                shingles([texts[row] for row in group.rows], config.ngram_words),
+                config.threshold,
+            )
+            for group in groups
+        ]
+
+    return compare
 
 
 def duplicates_of(texts: list[str], config: DedupConfig, preference: list[int]) -> Duplicates:
-    found = shingles(texts, config.ngram_words)
-    sets = found.sets()
-    keys = Keys(
-        np.array([normalised_hash(text) for text in texts]),
-        band_hashes(found, config.threshold),
-        np.array(preference),
-    )
-    return find_duplicates(keys, config, lambda rows: {int(i): sets[i] for i in rows})
+    keys = keys_of(texts, config, preference)
+    return find_duplicates(keys, config, comparing(texts, config))
+
+
+def python_words(text: str) -> list[str]:
+    return re.findall(r"[日本]|(?:[^\W日本]|🙂)+", text.lower())
 
 
 def python_shingles(text: str, n: int) -> set[tuple[str, ...]]:
-    import re
-
-    words = re.findall(r"[a-z0-9_]+", text.lower())
+    words = python_words(text)
     if len(words) < n:
         return {tuple(words)} if words else set()
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.text(alphabet="abAB1_ ,.\n", max_size=60), min_size=1, max_size=6),
-    st.integers(1, 6),
-)
-def test_vectorised_shingles_equal_plain_python(texts: list[str], n: int) -> None:
-    sets = shingles(texts, n).sets()
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.text(ALPHABET, max_size=60), min_size=1, max_size=6), st.integers(1, 6))
+def test_compiled_shingles_equal_plain_python(texts: list[str], n: int) -> None:
+    found = shingles(texts, n)
+    sets = found.sets()
     plain = [python_shingles(text, n) for text in texts]
     assert [len(s) for s in sets] == [len(s) for s in plain]
     for i in range(len(texts)):
@@ -56,21 +93,57 @@ def test_vectorised_shingles_equal_plain_python(texts: list[str], n: int) -> Non
             assert jaccard(sets[i], sets[j]) == pytest.approx(expected)
 
 
-def test_shingles_do_not_depend_on_the_batch() -> None:
-    texts = [
-        "the quick brown fox jumps over it",
-        "",
-        "one two",
-        "...",
-        "Ünïcode wörter sind es auch",
-    ]
+@settings(max_examples=80, deadline=None)
+@given(st.text(ALPHABET, max_size=60), st.text(ALPHABET, max_size=60))
+def test_words_and_keys_equal_plain_python(one: str, other: str) -> None:
+    data = one.encode()
+    words = [data[start:stop].decode().lower() for start, stop in word_spans(one)]
+    assert words == python_words(one)
+    same = " ".join(one.lower().split()) == " ".join(other.lower().split())
+    assert (normalised_hash(one) == normalised_hash(other)) == same
+    assert normalised_hash(one) == normalised_hash(f"  {one.upper()}\n")
+
+
+def test_arrow_columns_are_read_where_they_are() -> None:
+    texts = ["left out", "one two", "", "Ünïcode wörter 日本", "x" * 300]
+    column = pa.chunked_array([pa.array(texts[:3]), pa.array([*texts[3:], None])])[1:]
+    found = Texts.of_column(column)
+    expected = Texts.of([*texts[1:], ""])
+    assert np.array_equal(normalised_hashes(found), normalised_hashes(expected))
+    assert np.array_equal(shingles(found, 2).hashes, shingles(expected, 2).hashes)
+    array = pa.array(texts)[2:]
+    assert Texts.of_column(array).offsets[-1] - Texts.of_column(array).offsets[0] == sum(
+        len(text.encode()) for text in texts[2:]
+    )
+    assert len(Texts.of_column(pa.array([], pa.string())).offsets) == 1
+
+
+def test_shingles_and_bands_do_not_depend_on_the_batch() -> None:
+    texts = ["the quick brown fox jumps over it", "", "one two", "...", "Ünïcode wörter sind es"]
     together = shingles(texts, 5).sets()
-    for text, expected in zip(texts, together, strict=True):
-        assert np.array_equal(shingles([text], 5).sets()[0], expected)
-    bands = band_hashes(shingles(texts, 5), 0.8)
-    assert not bands[1].any()
-    assert bands[4].all()
-    assert np.array_equal(band_hashes(shingles(texts[4:], 5), 0.8)[0], bands[4])
+    bands = band_hashes(texts, 5, 0.8)
+    for index, text in enumerate(texts):
+        assert np.array_equal(shingles([text], 5).sets()[0], together[index])
+        assert np.array_equal(band_hashes([text], 5, 0.8)[0], bands[index])
+    assert [bool(row.all()) for row in bands] == [True, False, True, False, True]
+    assert not bands[[1, 3]].any()
+
+
+@pytest.mark.parametrize("num_words", [1, 4, 5, 255, 256, 257, 260, 261, 1000])
+def test_bands_are_minima_over_all_shingles_however_long_the_text(num_words: int) -> None:
+    text = " ".join(f"w{i}" for i in range(num_words))
+    found = shingles([text], 5)
+    assert len(found.hashes) == max(1, num_words - 4) == len(np.unique(found.hashes))
+    multipliers, summands = _permutations(np.prod(band_shape(0.8)))
+    values = (found.hashes >> np.uint64(32)).astype(np.uint32)
+    minima = (values[:, None] * multipliers + summands).min(axis=0).reshape(band_shape(0.8))
+    bands = band_hashes([text], 5, 0.8)[0]
+    # The last value of a band decides as well as the first: another text agrees where they do.
+    other = " ".join([*text.split()[:-1], "last"])
+    values = (shingles([other], 5).hashes >> np.uint64(32)).astype(np.uint32)
+    others = (values[:, None] * multipliers + summands).min(axis=0).reshape(band_shape(0.8))
+    same = (minima == others).all(axis=1)
+    assert np.array_equal(bands == band_hashes([other], 5, 0.8)[0], same)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.9, 1.0])
@@ -89,8 +162,8 @@ def test_minhash_recall_at_the_threshold_is_as_computed() -> None:
         # 90 shared words of 100 on each side as single-word shingles: Jaccard 90 / 110 = 0.818.
         shared = [f"w{pair}_{i}" for i in range(90)]
         texts += [" ".join(shared + [f"{side}{pair}_{i}" for i in range(10)]) for side in "ab"]
-    bands = band_hashes(shingles(texts, 1), 0.8)
-    pairs = {tuple(pair) for pair in candidate_pairs(bands).tolist()}
+    bands = band_hashes(texts, 1, 0.8)
+    pairs = {tuple(pair) for pair in candidate_pairs(bands, np.arange(len(bands))).tolist()}
     hits = sum((2 * i, 2 * i + 1) in pairs for i in range(num_pairs))
     assert hits / num_pairs >= 0.97
     assert len(pairs) <= hits + 3
@@ -169,14 +242,10 @@ def test_no_duplicate_straddles_the_split_whatever_the_blocks(
     config = DedupConfig(exact=False, near=False)
     bounds = [0, *sorted(cuts), 90]
     blocks = [texts[a:b] for a, b in pairwise(bounds)]
-    found = [shingles(block, config.ngram_words) for block in blocks]
-    sets = [values for item in found for values in item.sets()]
-    keys = Keys(
-        np.array([normalised_hash(text) for text in texts]),
-        np.concatenate([band_hashes(item, config.threshold) for item in found]),
-        np.argsort(np.argsort(np.array(texts))),
-    )
-    cluster = find_duplicates(keys, config, lambda rows: {int(i): sets[i] for i in rows}).cluster
+    whole = keys_of(texts, config, np.argsort(np.argsort(np.array(texts))).tolist())
+    bands = [band_hashes(block, config.ngram_words, config.threshold) for block in blocks]
+    keys = Keys(whole.exact, np.concatenate(bands), whole.preference, whole.size)
+    cluster = find_duplicates(keys, config, comparing(texts, config)).cluster
     of_text = dict(zip(texts, cluster.tolist(), strict=True))
     for original, copy in zip(originals, copies, strict=False):
         assert of_text[original] == of_text[copy]
@@ -199,5 +268,70 @@ def test_no_duplicate_straddles_the_split_whatever_the_blocks(
     assert tested == {in_order[i] for i in reference.test}
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 40), st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39))))
+def test_groups_divide_the_candidates_and_nothing_else(
+    num_rows: int, edges: list[tuple[int, int]]
+) -> None:
+    chosen = {(min(e), max(e)) for e in edges if e[0] != e[1] and max(e) < num_rows}
+    pairs = np.array(sorted(chosen), dtype=np.int64).reshape(-1, 2)
+    groups = group_candidates(pairs, np.full(num_rows, 10), most_characters=30)
+    found = [tuple(group.rows[pair].tolist()) for group in groups for pair in group.pairs]
+    assert sorted(found) == sorted(chosen)
+    rows = [row for group in groups for row in group.rows.tolist()]
+    assert sorted(rows) == sorted({row for pair in chosen for row in pair})
+    for group in groups:
+        assert (np.diff(group.rows) > 0).all()
+
+
+def test_settling_equals_plain_python() -> None:
+    chooser = random.Random(3)
+    base = [chooser.choices("abcdefghijklmnopqrstuvwxyz", k=60) for _ in range(4)]
+    rows = []
+    for index in range(40):
+        row = list(base[index % 4])
+        for _ in range(chooser.randrange(5)):
+            row[chooser.randrange(60)] = f"new{chooser.randrange(1000)}"
+        rows.append(" ".join(row))
+    sets = [python_shingles(row, 2) for row in rows]
+
+    def alike(a: int, b: int) -> float:
+        return len(sets[a] & sets[b]) / len(sets[a] | sets[b])
+
+    pairs = [(a, b) for a in range(40) for b in range(a + 1, 40) if chooser.random() < 0.5]
+    root = list(range(40))
+    for a, b in pairs:
+        if alike(a, b) >= 0.8:
+            old, new = max(root[a], root[b]), min(root[a], root[b])
+            root = [new if r == old else r for r in root]
+    keeper, stay = list(range(40)), []
+    for row in range(40):
+        best = (
+            max((alike(o, row), -o) for o in stay if root[o] == root[row])
+            if row and any(root[o] == root[row] for o in stay)
+            else (0.0, 0)
+        )
+        if best[0] >= 0.8:
+            keeper[row] = -best[1]
+        else:
+            stay.append(row)
+    found = settle(np.array(pairs), shingles(rows, 2), 0.8)
+    assert found.root.tolist() == root
+    assert found.keeper.tolist() == keeper
+    assert 4 < len(stay) < 40
+    expected = [1.0 if k == r else alike(k, r) for r, k in enumerate(keeper)]
+    assert found.similarity.tolist() == pytest.approx(expected)
+
+
 def test_no_rows_and_no_words() -> None:
     assert duplicates_of(["!!!", "???"], DedupConfig(), [0, 1]).kept.tolist() == [0, 1]
+
+
+def test_rows_that_this_process_cannot_hold_are_refused_before_the_work() -> None:
+    refuse_too_many_rows(1000)
+    with pytest.raises(ResourceError, match="too many for the memory") as caught:
+        refuse_too_many_rows(10**12)
+    problem = caught.value.problems[0]
+    assert problem.got.startswith("1,000,000,000,000 rows")
+    assert problem.allowed
+    assert problem.remedy

@@ -97,8 +97,8 @@ def _near_prompts(table: Any, rows: Any, rendering: Rendering) -> list[tuple[flo
     # One row stands for all with its prompt.
     first = np.sort(np.unique(prompts, return_index=True)[1])
     bands = table["prompt_bands"].combine_chunks()
-    bands = bands.flatten().to_numpy().reshape(table.num_rows, -1)[first]
-    pairs = candidate_pairs(bands)
+    bands = bands.flatten().to_numpy().reshape(table.num_rows, -1)
+    pairs = candidate_pairs(bands, first)
     pairs = pairs[answers[first[pairs[:, 0]]] != answers[first[pairs[:, 1]]]]
     if not len(pairs):
         return []

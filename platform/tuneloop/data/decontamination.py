@@ -25,9 +25,10 @@ from tuneloop.config import DataConfig
 from tuneloop.data.dedup import Indices
 from tuneloop.data.signatures import (
     Hashes,
+    Texts,
     band_hashes,
     jaccard,
-    normalised_hash,
+    normalised_hashes,
     shingles,
     word_spans,
 )
@@ -218,8 +219,8 @@ def same_rows(train: TrainRows, held_out: HeldOut) -> dict[int, tuple[int, str]]
         ("same prompt", train.prompt, [p or t for p, t in _prompts_and_texts(held_out)]),
     ):
         by_hash: dict[int, int] = {}
-        for position, text in enumerate(texts):
-            by_hash.setdefault(normalised_hash(text), position)
+        for position, key in enumerate(normalised_hashes(Texts.of(texts)).tolist()):
+            by_hash.setdefault(key, position)
         known = np.array(list(by_hash), dtype=np.int64)
         for row in np.flatnonzero(np.isin(own, known)).tolist():
             found.setdefault(row, (by_hash[int(own[row])], kind))
@@ -228,8 +229,7 @@ def same_rows(train: TrainRows, held_out: HeldOut) -> dict[int, tuple[int, str]]
 
 def near_pairs(train: TrainRows, held_out: HeldOut, data: DataConfig) -> Indices:
     """Return (train row, held-out row) that share a band, shape (P, 2)."""
-    sketches = shingles(held_out.compared, data.dedup.ngram_words)
-    bands = band_hashes(sketches, data.dedup.threshold)
+    bands = band_hashes(held_out.compared, data.dedup.ngram_words, data.dedup.threshold)
     found: list[NDArray[np.int64]] = [np.zeros((0, 2), dtype=np.int64)]
     for column in range(bands.shape[1]):
         rows = np.flatnonzero(np.isin(train.bands[:, column], bands[:, column]))
@@ -280,7 +280,7 @@ def matched_text(text: str, held_out: Sequence[str], ngram_words: int) -> str:
     longest = int(np.argmax(stops - starts))
     spans = word_spans(text)
     last = min(int(stops[longest]) + ngram_words - 1, len(spans)) - 1
-    passage = text.lower().encode("utf-8", "replace")[spans[starts[longest]][0] : spans[last][1]]
+    passage = text.encode("utf-8", "replace")[spans[starts[longest]][0] : spans[last][1]]
     return quoted(passage.decode("utf-8", "replace"))
 
 

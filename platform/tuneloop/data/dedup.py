@@ -1,26 +1,29 @@
 """Which rows repeat others: exact copies, and near-duplicates by MinHash-LSH with verification.
 
-The signatures are computed where the rows are; clustering them is a fraction of a second in one
-process. Because all rows are compared with all, and ordered by what they say, the result depends
-neither on how rows are spread over blocks nor on their order in the files.
+Because all rows are compared with all, and ordered by what they say, the result depends neither
+on how rows are spread over blocks nor on their order in the files. Here is what is decided from
+small numbers in one process; the texts of rows that may be alike are compared in groups, one after
+the other or wherever the caller likes (`comparing`), so that none of it has to hold them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneloop.config import DedupConfig
-from tuneloop.data.signatures import Hashes, jaccard
+from tuneloop.data.signatures import Hashes, Shingles
 
 Indices = NDArray[np.int64]
 # Rows that share a band are all compared up to this many; beyond it each is compared with the
 # first ones only, which keeps a band full of boilerplate linear.
 _ALL_PAIRS_UP_TO = 64
 _PIVOTS = 32
+# Characters of the rows in a group, unless so many hang together.
+_GROUP_CHARACTERS = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,44 @@ class Keys:
 
     Args:
         exact: Hash of the normalised text that is compared.
-        bands: Shape (N, bands), zeros for a row without shingles.
+        bands: Shape (N, bands), zeros for a row without words.
         preference: Rows in the order in which they are kept: of two duplicates the one with the
             smaller number stays. All different.
+        size: Characters.
     """
 
     exact: Indices
     bands: Hashes
     preference: Indices
+    size: Indices
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows to be compared, of which none may be like a row outside. Shape (M,), M rows.
+
+    Args:
+        rows: Indices of the rows, the preferred one first.
+        pairs: Which may be alike, as positions in `rows`, shape (P, 2).
+    """
+
+    rows: Indices
+    pairs: Indices
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What comparing a group shows, as positions in it. Shape (M,) each.
+
+    Args:
+        root: The first row of those that are linked by alike rows.
+        keeper: The row that stands for this one; its own where it stays.
+        similarity: To the keeper.
+    """
+
+    root: Indices
+    keeper: Indices
+    similarity: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -62,7 +95,7 @@ class Duplicates:
 
 
 def find_duplicates(
-    keys: Keys, config: DedupConfig, fetch: Callable[[Indices], Mapping[int, Hashes]]
+    keys: Keys, config: DedupConfig, compare: Callable[[Sequence[Group]], Iterable[Settled]]
 ) -> Duplicates:
     """Return which rows repeat which.
 
@@ -72,65 +105,106 @@ def find_duplicates(
 
     Args:
         keys: Of all rows.
-        config: `exact`, `near` and `threshold`.
-        fetch: Gives the sorted distinct shingle hashes of the rows at some indices.
+        config: `exact` and `near`.
+        compare: Gives `settle` of each group, in their order.
     """
     num_rows = len(keys.exact)
-    everyone = np.arange(num_rows)
     first = _first_of_equal(keys)
-    unique = np.flatnonzero(first == everyone)
-    # From here on rows are named by their rank of preference among the unique ones.
+    unique = np.flatnonzero(first == np.arange(num_rows))
     ranked = unique[np.argsort(keys.preference[unique], kind="stable")]
-    pairs = candidate_pairs(keys.bands[ranked])
-    sets = fetch(ranked[np.unique(pairs)]) if len(pairs) else {}
-    comparison = _Comparison({rank: sets[int(ranked[rank])] for rank in np.unique(pairs).tolist()})
-    alike = np.array([comparison.of(a, b) >= config.threshold for a, b in pairs.tolist()], bool)
-    pairs = pairs[alike] if len(pairs) else pairs
+    # Rows are named by their rank of preference among the unique ones until they are compared.
+    pairs = candidate_pairs(keys.bands, ranked)
+    groups = group_candidates(pairs, keys.size[ranked], _GROUP_CHARACTERS)
+    groups = [Group(ranked[group.rows], group.pairs) for group in groups]
 
-    component = connected(len(ranked), pairs)
-    rank_of = np.zeros(num_rows, dtype=np.int64)
-    rank_of[ranked] = np.arange(len(ranked))
-    cluster = component[rank_of[first]]
-
-    kept, similarity = everyone.copy(), np.ones(num_rows)
-    if config.near:
-        for rank, (keeper, value) in _near_removed(component, comparison, config.threshold).items():
-            kept[ranked[rank]], similarity[ranked[rank]] = ranked[keeper], value
-    copies = np.flatnonzero(first != everyone)
+    root, kept, similarity = np.arange(num_rows), np.arange(num_rows), np.ones(num_rows)
+    for group, settled in zip(groups, compare(groups) if groups else [], strict=True):
+        root[group.rows] = group.rows[settled.root]
+        if config.near:
+            kept[group.rows] = group.rows[settled.keeper]
+            similarity[group.rows] = settled.similarity
+    copies = np.flatnonzero(first != np.arange(num_rows))
     # A copy goes when copies go, and also when the row it copies goes.
     gone = copies if config.exact else copies[kept[first[copies]] != first[copies]]
     similarity[gone] = similarity[first[gone]]
     kept[gone] = kept[first[gone]]
     exact = np.zeros(num_rows, dtype=bool)
     exact[gone] = kept[gone] == first[gone]
-    return Duplicates(cluster, kept, similarity, exact)
+    return Duplicates(root[first], kept, similarity, exact)
 
 
-def candidate_pairs(bands: Hashes) -> Indices:
-    """Return the pairs of rows that share a band, shape (P, 2), smaller index first, sorted."""
-    num_rows, num_bands = bands.shape if bands.ndim == 2 else (0, 0)
-    if not num_rows or not num_bands:
-        return np.zeros((0, 2), dtype=np.int64)
-    found: list[Indices] = []
-    for column in range(num_bands):
-        rows = np.flatnonzero(bands[:, column])
-        rows = rows[np.argsort(bands[rows, column], kind="stable")]
+def candidate_pairs(bands: Hashes, rows: Indices) -> Indices:
+    """Return the pairs of rows that share a band, shape (P, 2), smaller place first, sorted.
+
+    Args:
+        bands: Shape (N, bands), zeros for a row without words.
+        rows: Which rows, shape (M,); pairs name their places in it.
+    """
+    from tuneloop.data import kernels
+
+    limits = (len(rows), _ALL_PAIRS_UP_TO, _PIVOTS)
+    codes = np.zeros(0, dtype=np.int64)
+    for column in range(bands.shape[1]):
         values = bands[rows, column]
-        starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
-        lengths = np.diff(np.concatenate([starts, [len(rows)]]))
-        for start, length in zip(starts[lengths > 1], lengths[lengths > 1], strict=True):
-            bucket = rows[start : start + length]
-            pivots = length if length <= _ALL_PAIRS_UP_TO else _PIVOTS
-            a, b = np.triu_indices(length, 1) if pivots == length else _with_pivots(length)
-            found.append(bucket[a] * num_rows + bucket[b])
-    if not found:
-        return np.zeros((0, 2), dtype=np.int64)
-    codes = np.unique(np.concatenate(found))
-    return np.stack([codes // num_rows, codes % num_rows], axis=1)
+        places = np.flatnonzero(values)
+        places = places[np.argsort(values[places])]
+        found = kernels.bucket_pairs(places, values[places], limits)
+        codes = np.union1d(codes, found)
+    return np.stack(np.divmod(codes, max(1, len(rows))), axis=1)
+
+
+def group_candidates(pairs: Indices, size: Indices, most_characters: int) -> list[Group]:
+    """Return the rows of candidate pairs in groups to be compared apart, small enough to hold.
+
+    Args:
+        pairs: Of `candidate_pairs`, between rows numbered in the order of preference.
+        size: Characters of each row.
+        most_characters: From this size on a group gets no further rows. Rows that hang together
+            by candidate pairs are never divided, however many they are.
+    """
+    rows, positions = np.unique(pairs, return_inverse=True)
+    if not len(rows):
+        return []
+    edges = positions.reshape(-1, 2)
+    component = connected(len(rows), edges)
+    weight = np.bincount(component, weights=size[rows]).astype(np.int64)
+    of_component = (np.cumsum(weight) - weight) // most_characters
+    of_row = of_component[component]
+    of_pair = of_row[edges[:, 0]]
+    row_order = np.argsort(of_row, kind="stable")
+    pair_order = np.argsort(of_pair, kind="stable")
+    place = np.empty(len(rows), dtype=np.int64)
+    groups = []
+    for number in np.unique(of_component):
+        members = row_order[slice(*np.searchsorted(of_row[row_order], [number, number + 1]))]
+        chosen = pair_order[slice(*np.searchsorted(of_pair[pair_order], [number, number + 1]))]
+        place[members] = np.arange(len(members))
+        groups.append(Group(rows[members], place[edges[chosen]]))
+    return groups
+
+
+def settle(pairs: Indices, found: Shingles, threshold: float) -> Settled:
+    """Return which rows of a group are alike and which of them stay.
+
+    A row goes only if a row that stays is similar enough itself: in a chain a-b-c with a unlike c,
+    b goes in favour of a, and c stays.
+
+    Args:
+        pairs: Of the group.
+        found: Shingles of the group's rows.
+        threshold: Least Jaccard similarity of rows that are alike.
+    """
+    from tuneloop.data import kernels
+
+    ordered = found.in_order()
+    return Settled(*kernels.settle(ordered.hashes, ordered.offsets, pairs, threshold))
 
 
 def connected(num_nodes: int, edges: Indices) -> Indices:
-    """Return the number of each node's connected component, shape (num_nodes,)."""
+    """Return the number of each node's connected component, shape (num_nodes,).
+
+    Components are numbered in the order of their first nodes.
+    """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -141,45 +215,6 @@ def connected(num_nodes: int, edges: Indices) -> Indices:
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-@dataclass
-class _Comparison:
-    """Exact similarities, each computed once."""
-
-    sets: Mapping[int, Hashes]
-    known: dict[tuple[int, int], float] = field(default_factory=dict)
-
-    def of(self, a: int, b: int) -> float:
-        pair = (a, b) if a < b else (b, a)
-        if pair not in self.known:
-            self.known[pair] = jaccard(self.sets[a], self.sets[b])
-        return self.known[pair]
-
-
-def _near_removed(
-    component: Indices, comparison: _Comparison, threshold: float
-) -> dict[int, tuple[int, float]]:
-    """Return (kept rank, similarity) of each removed rank.
-
-    Within a component a row goes only if a row that is kept is similar enough itself: in a
-    chain a-b-c with a unlike c, b goes in favour of a, and c stays.
-    """
-    order = np.argsort(component, kind="stable")
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(component[order]) != 0]))
-    removed: dict[int, tuple[int, float]] = {}
-    for members in np.split(order, starts[1:]):
-        if len(members) < 2:
-            continue
-        keepers: list[int] = []
-        for rank in sorted(members.tolist()):
-            scored = [(comparison.of(keeper, rank), -keeper) for keeper in keepers]
-            value, keeper = max(scored, default=(0.0, 0))
-            if value >= threshold:
-                removed[rank] = (-keeper, value)
-            else:
-                keepers.append(rank)
-    return removed
-
-
 def _first_of_equal(keys: Keys) -> Indices:
     """Return for each row the preferred one among those with the same normalised text."""
     order = np.lexsort((keys.preference, keys.exact))
@@ -188,9 +223,3 @@ def _first_of_equal(keys: Keys) -> Indices:
     first = np.zeros(len(order), dtype=np.int64)
     first[order] = order[np.flatnonzero(is_first)][np.cumsum(is_first) - 1]
     return first
-
-
-def _with_pivots(length: int) -> tuple[Indices, Indices]:
-    a, b = np.divmod(np.arange(_PIVOTS * length), length)
-    later = b > a
-    return a[later], b[later]

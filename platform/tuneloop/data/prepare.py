@@ -21,9 +21,9 @@ from tuneloop.artifacts import Draft, Published, Workspace, fingerprint
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
 from tuneloop.data.card import write_card
+from tuneloop.data.comparing import KEY_COLUMNS, find_duplicate_rows
 from tuneloop.data.conflicts import find_conflicts
 from tuneloop.data.decontamination import HeldOut
-from tuneloop.data.dedup import Keys, find_duplicates
 from tuneloop.data.files import SourceFile, find_evaluation_files, find_files
 from tuneloop.data.held_out import decontaminate, read_evaluations
 from tuneloop.data.outcome import Outcome
@@ -35,6 +35,7 @@ from tuneloop.data.validation import (
     reason_of,
     refuse_bad_rows,
     refuse_mismatched_formats,
+    refuse_too_many_rows,
     too_long_problem,
 )
 from tuneloop.data.writing import write_sides
@@ -43,7 +44,7 @@ from tuneloop.models.source import BaseModel
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 _NUM_EXAMPLES, _SHOWN_CHARACTERS = 3, 500
 _COLUMNS = [
     "source",
@@ -51,16 +52,12 @@ _COLUMNS = [
     "dropped",
     "changes",
     "group",
-    "synthetic",
-    "content_id",
     "num_tokens",
     "num_target_tokens",
-    "num_characters",
-    "exact_key",
     "prompt_key",
     "answer_key",
-    "bands",
     "prompt_bands",
+    *KEY_COLUMNS,
 ]
 
 
@@ -116,6 +113,7 @@ def _build(
     with _timed("read", seconds):
         warm = stages.warm_up(rendering)
         rows = stages.read_files(files, config)
+        refuse_too_many_rows(rows.count())
         unreadable = _refuse_unreadable(rows, config)
     total = rows.count()
     logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, unreadable))
@@ -258,28 +256,7 @@ def _filtered(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, An
 
 def _drop_duplicates(outcome: Outcome, rows: Any, rendering: Rendering) -> None:
     table = outcome.table.take(outcome.usable)
-    keys = table["key"].to_numpy()
-    content, length = table["content_id"].to_numpy(), table["num_characters"].to_numpy()
-    # People's rows before generated ones, then the longer; ties by what they say.
-    order = np.lexsort((keys, content.astype(str), -length, table["synthetic"].to_numpy()))
-    preference = np.empty(len(keys), dtype=np.int64)
-    preference[order] = np.arange(len(keys))
-    bands = table["bands"].combine_chunks()
-    config = rendering.data.dedup
-
-    def fetch(indices: Any) -> dict[int, Any]:
-        sets = stages.fetch_shingles(rows, keys[indices], rendering, config.on, config.ngram_words)
-        return {int(index): sets[int(keys[index])] for index in indices}
-
-    duplicates = find_duplicates(
-        Keys(
-            table["exact_key"].to_numpy(),
-            bands.flatten().to_numpy().reshape(len(keys), -1),
-            preference,
-        ),
-        config,
-        fetch,
-    )
+    duplicates = find_duplicate_rows(table, rows, rendering)
     outcome.duplicates = duplicates
     for index in duplicates.removed.tolist():
         kept = outcome.row_ids[outcome.usable[duplicates.kept[index]]]

@@ -15,9 +15,10 @@ from tuneloop.data.readers import row_schema, without_instruction
 from tuneloop.data.signatures import (
     ComparedSide,
     Hashes,
+    Texts,
     band_hashes,
     compared_text,
-    normalised_hash,
+    normalised_hashes,
     shingles,
 )
 from tuneloop.models.chat import Renderer, RenderError
@@ -115,20 +116,11 @@ def render_batch(table: Any, rendering: Rendering) -> Any:
     """Return an Arrow table of rows with tokens and keys added, by `rendered_schema`."""
     import pyarrow as pa
 
-    renderer, data = rendering.renderer(), rendering.data
+    renderer = rendering.renderer()
+    schema = rendered_schema(rendering.data)
+    keys = dedup_keys(table, rendering) | _prompt_keys(table, rendering)
     rows = table.to_pylist()
-    texts: list[str] = []
-    prompts: list[str] = []
     for row in rows:
-        own, _ = rendering.own_messages(row)
-        text = compared_text(own, row["text"], data.dedup.on)
-        row["content_id"] = content_id(own, row["text"])
-        row["exact_key"] = normalised_hash(text)
-        prompts.append(compared_text(own, "", "prompt"))
-        row["prompt_key"] = normalised_hash(prompts[-1]) if own else row["exact_key"]
-        row["answer_key"] = normalised_hash(compared_text(own, "", "completion"))
-        row["num_characters"] = sum(len(message["content"]) for message in own) or len(row["text"])
-        texts.append(text)
         sample = Sample([], [])
         if not row["problem"] and not row["dropped"]:
             try:
@@ -140,11 +132,84 @@ def render_batch(table: Any, rendering: Rendering) -> Any:
             len(sample.input_ids),
             sum(sample.loss_mask),
         )
-    bands = band_hashes(shingles(texts, data.dedup.ngram_words), data.dedup.threshold)
-    prompt_bands = band_hashes(shingles(prompts, 1), ALIKE_PROMPTS)
-    for row, values, of_prompt in zip(rows, bands, prompt_bands, strict=True):
-        row["bands"], row["prompt_bands"] = values, of_prompt
-    return pa.Table.from_pylist(rows, schema=rendered_schema(data))
+    found = pa.Table.from_pylist(
+        rows, schema=pa.schema([field for field in schema if field.name not in keys])
+    )
+    for name, column in keys.items():
+        found = found.append_column(schema.field(name), column)
+    return found.select(schema.names)
+
+
+def dedup_keys(table: Any, rendering: Rendering) -> dict[str, Any]:
+    """Return the columns, as Arrow arrays, that deduplication needs to know of the rows.
+
+    They are `content_id`, `num_characters`, `exact_key` and `bands`, as in `rendered_schema`.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    dedup = rendering.data.dedup
+    if rendering.task.type == "language_modeling":
+        ids = [content_id([], text) for text in table["text"].to_pylist()]
+        sizes = pc.utf8_length(table["text"])
+    else:
+        said = [rendering.own_messages(row) for row in _messages_and_text(table)]
+        ids = [content_id(*row) for row in said]
+        sizes = pa.array([sum(len(m["content"]) for m in own) or len(text) for own, text in said])
+    texts = Texts.of_column(compared_column(table, rendering))
+    return {
+        "content_id": pa.array(ids, pa.string()),
+        "num_characters": sizes.cast(pa.int32()),
+        "exact_key": pa.array(normalised_hashes(texts)),
+        "bands": _lists(band_hashes(texts, dedup.ngram_words, dedup.threshold)),
+    }
+
+
+def compared_from(rendering: Rendering) -> list[str]:
+    """Return the columns that `compared_column` reads."""
+    return ["text"] if rendering.task.type == "language_modeling" else ["messages", "text"]
+
+
+def compared_column(table: Any, rendering: Rendering) -> Any:
+    """Return what deduplication compares of each row, as an Arrow column of large strings."""
+    import pyarrow as pa
+
+    if rendering.task.type == "language_modeling":
+        return table["text"].cast(pa.large_string())
+    on = rendering.data.dedup.on
+    rows = _messages_and_text(table)
+    texts = [compared_text(*rendering.own_messages(row), on) for row in rows]
+    return pa.array(texts, pa.large_string())
+
+
+def _prompt_keys(table: Any, rendering: Rendering) -> dict[str, Any]:
+    """Return the columns `prompt_key`, `answer_key` and `prompt_bands`, as Arrow arrays.
+
+    A document has its own text for a prompt, but no bands.
+    """
+    import pyarrow as pa
+
+    said = [rendering.own_messages(row) for row in _messages_and_text(table)]
+    prompts = Texts.of([compared_text(own, "", "prompt") for own, _ in said])
+    asked = Texts.of([compared_text(own, text, "prompt") for own, text in said])
+    answers = Texts.of([compared_text(own, "", "completion") for own, _ in said])
+    return {
+        "prompt_key": pa.array(normalised_hashes(asked)),
+        "answer_key": pa.array(normalised_hashes(answers)),
+        "prompt_bands": _lists(band_hashes(prompts, 1, ALIKE_PROMPTS)),
+    }
+
+
+def _messages_and_text(table: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = table.select(["messages", "text"]).to_pylist()
+    return rows
+
+
+def _lists(values: Any) -> Any:
+    """Return an array of shape (B, width) as an Arrow array of B lists."""
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
 
 def shingles_of_rows(

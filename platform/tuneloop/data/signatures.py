@@ -1,18 +1,20 @@
 """What rows are compared by: normalised text, shingles and MinHash signatures.
 
-Everything is computed on whole batches in numpy from the UTF-8 bytes; a Python loop over words
-is what makes near-deduplication slow.
+A word is a run of letters, digits and underscores, case ignored; in a script that is written
+without spaces (Han, kana, Thai, Lao, Burmese, Khmer) each letter is a word. The loops over bytes
+are in `kernels`, compiled: a Python loop over words is what makes near-deduplication slow.
 
 Legend: B rows, S shingles of all rows together, K signature values of a row.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -20,14 +22,12 @@ from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 ComparedSide = Literal["both", "prompt", "completion"]
-_WORD_BASE = np.uint64(0x100000001B3)
-_WORD_BASE_INVERSE = np.uint64(pow(0x100000001B3, -1, 2**64))
-_SHINGLE_BASE = np.uint64(0x9E3779B97F4A7C15)
-_IS_WORD = np.zeros(256, dtype=bool)
-_IS_WORD[[*range(ord("0"), ord("9") + 1), *range(ord("a"), ord("z") + 1), ord("_")]] = True
-_IS_WORD[128:] = True  # bytes of letters outside ASCII
 _MAX_SIGNATURE = 128
 _TARGET_RECALL = 0.98
+_WITHOUT_SPACES = [
+    *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF)),  # Thai and Lao, Burmese, Khmer
+    *((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF)),  # kana, Han
+]
 
 
 def compared_text(messages: Sequence[dict[str, str]], text: str, on: ComparedSide) -> str:
@@ -41,11 +41,52 @@ def compared_text(messages: Sequence[dict[str, str]], text: str, on: ComparedSid
     return "\n".join(message["content"] for message in messages)
 
 
+@dataclass(frozen=True)
+class Texts:
+    """B texts as UTF-8.
+
+    Args:
+        data: The bytes, row after row.
+        offsets: Shape (B + 1,); row i is `data[offsets[i]:offsets[i + 1]]`.
+    """
+
+    data: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+
+    @staticmethod
+    def of(texts: Sequence[str]) -> Texts:
+        """Return the texts; a lone surrogate, which UTF-8 cannot write, counts as `?`."""
+        encoded = [text.encode("utf-8", "replace") for text in texts]
+        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(item) for item in encoded], out=offsets[1:])
+        return Texts(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
+
+    @staticmethod
+    def of_column(column: Any) -> Texts:
+        """Return the texts of an Arrow column of strings, on the same memory where possible."""
+        import pyarrow as pa
+
+        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        array = array.cast(pa.large_string())
+        if array.null_count:
+            array = array.fill_null("")
+        _, offsets, data = array.buffers()
+        # Copied, as the kernels are compiled once more for arrays that cannot be written.
+        places = np.frombuffer(offsets, np.int64, len(array) + 1, array.offset * 8).copy()
+        return Texts(np.frombuffer(data if data is not None else b"", np.uint8), places)
+
+
+def normalised_hashes(texts: Texts) -> NDArray[np.int64]:
+    """Return a 64-bit hash of each text without case and with single spaces. Shape (B,)."""
+    from tuneloop.data import kernels
+
+    keys: NDArray[np.int64] = kernels.text_keys(texts.data, texts.offsets, _letters()[1])
+    return keys
+
+
 def normalised_hash(text: str) -> int:
     """Return a signed 64-bit hash of the text without case and with single spaces."""
-    normalised = " ".join(text.casefold().split())
-    digest = hashlib.blake2b(normalised.encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return int(normalised_hashes(Texts.of([text]))[0])
 
 
 @dataclass(frozen=True)
@@ -62,44 +103,33 @@ class Shingles:
 
     def sets(self) -> list[Hashes]:
         """Return each row's distinct hashes, sorted."""
-        return [
-            np.unique(self.hashes[start:stop])
-            for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True)
-        ]
+        return [np.unique(self.hashes[start:stop]) for start, stop in pairwise(self.offsets)]
+
+    def in_order(self) -> Shingles:
+        """Return the same with each row's hashes ascending; equal ones stay."""
+        hashes = self.hashes.copy()
+        for start, stop in pairwise(self.offsets.tolist()):
+            hashes[start:stop].sort()
+        return Shingles(hashes, self.offsets)
 
 
-def shingles(texts: Sequence[str], ngram_words: int) -> Shingles:
+def shingles(texts: Sequence[str] | Texts, ngram_words: int) -> Shingles:
     """Return the hashed word n-grams of each text.
 
-    A word is a run of letters, digits and underscores, case ignored. A text with fewer than
-    `ngram_words` words is one shingle of all of them; one without words has none.
+    A text with fewer than `ngram_words` words is one shingle of all of them; one without words has
+    none.
     """
-    # A separator between texts, so that no word spans two of them.
-    encoded = [text.lower().encode("utf-8", "replace") + b"\n" for text in texts]
-    data = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-    ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
-    words, starts = _word_hashes(data)
-    first_word = np.searchsorted(starts, np.concatenate([[0], ends]))
-    num_words = np.diff(first_word)
-    # Each word starts an n-gram unless its text ends too soon; a short text has one, cut short.
-    num_shingles = np.where(
-        num_words >= ngram_words, num_words - ngram_words + 1, (num_words > 0).astype(np.int64)
-    )
-    offsets = np.concatenate([[0], np.cumsum(num_shingles)])
-    owner = np.repeat(np.arange(len(texts)), num_shingles)
-    begin = np.arange(offsets[-1]) - offsets[owner] + first_word[owner]
-    length = np.minimum(ngram_words, num_words[owner])
-    hashes = np.zeros(len(begin), dtype=np.uint64)
-    for position in range(ngram_words):
-        inside = position < length
-        term = words[np.where(inside, begin + position, 0)] if len(words) else hashes
-        hashes = np.where(inside, hashes * _SHINGLE_BASE + term, hashes)
-    return Shingles(_mixed(hashes), offsets)
+    from tuneloop.data import kernels
+
+    given = texts if isinstance(texts, Texts) else Texts.of(texts)
+    return Shingles(*kernels.shingle_hashes(given.data, given.offsets, ngram_words, _letters()[0]))
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Return (start, stop) of each word in the UTF-8 bytes of the lower-case text."""
-    starts, stops = _word_bounds(np.frombuffer(text.lower().encode("utf-8", "replace"), np.uint8))
+    """Return (start, stop) of each word in the UTF-8 bytes of the text."""
+    from tuneloop.data import kernels
+
+    starts, stops = kernels.word_bounds(Texts.of([text]).data, _letters()[0])
     return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
@@ -120,28 +150,15 @@ def band_shape(threshold: float) -> tuple[int, int]:
     return _MAX_SIGNATURE, 1
 
 
-def band_hashes(found: Shingles, threshold: float) -> Hashes:
-    """Return a hash for each row and band, shape (B, bands); rows without shingles have zeros."""
+def band_hashes(texts: Sequence[str] | Texts, ngram_words: int, threshold: float) -> Hashes:
+    """Return a hash for each row and band, shape (B, bands); rows without words have zeros."""
+    from tuneloop.data import kernels
+
+    given = texts if isinstance(texts, Texts) else Texts.of(texts)
     bands, rows = band_shape(threshold)
-    num_texts = len(found.offsets) - 1
-    result = np.zeros((num_texts, bands), dtype=np.uint64)
-    filled = np.flatnonzero(np.diff(found.offsets))
-    if not len(filled):
-        return result
-    starts = found.offsets[:-1][filled]
-    multipliers, summands = _permutations(bands * rows)
-    band = np.zeros(len(filled), dtype=np.uint64)
-    for index in range(bands * rows):
-        values = found.hashes * multipliers[index]
-        values += summands[index]
-        values >>= np.uint64(32)
-        minima = np.minimum.reduceat(values, starts)
-        band = _mixed(band * _SHINGLE_BASE + minima + np.uint64(index + 1))
-        if (index + 1) % rows == 0:
-            # Zero means "no shingles"; a real hash of zero would be a 2^-64 accident.
-            result[filled, index // rows] = band
-            band = np.zeros(len(filled), dtype=np.uint64)
-    return result
+    shape, numbers = (ngram_words, bands, rows), _permutations(bands * rows)
+    found: Hashes = kernels.band_hashes(given.data, given.offsets, shape, numbers, _letters()[0])
+    return found
 
 
 def jaccard(a: Hashes, b: Hashes) -> float:
@@ -154,45 +171,33 @@ def jaccard(a: Hashes, b: Hashes) -> float:
     return shared / (len(a) + len(b) - shared)
 
 
-def _word_hashes(data: NDArray[np.uint8]) -> tuple[Hashes, NDArray[np.int64]]:
-    """Return hash and start of each word in the bytes, in order."""
-    starts, stops = _word_bounds(data)
-    if not len(starts):
-        return np.zeros(0, dtype=np.uint64), starts
-    # A polynomial in the bytes (mod 2^64) by differences of running sums. The byte at place i
-    # counts with the i-th power of a base; the inverse powers take the word's place out again.
-    powers = np.full(len(data), _WORD_BASE, dtype=np.uint64)
-    powers[0] = 1
-    np.multiply.accumulate(powers, out=powers)
-    powers *= data
-    sums = np.zeros(len(data) + 1, dtype=np.uint64)
-    np.cumsum(powers, out=sums[1:])
-    inverses = np.full(len(data), _WORD_BASE_INVERSE, dtype=np.uint64)
-    inverses[0] = 1
-    np.multiply.accumulate(inverses, out=inverses)
-    words = (sums[stops] - sums[starts]) * inverses[starts]
-    return _mixed(words ^ (stops - starts).astype(np.uint64)), starts
-
-
-def _word_bounds(data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return where words start and where they stop."""
-    inside = np.zeros(len(data) + 2, dtype=bool)
-    inside[1:-1] = _IS_WORD[data]
-    edges = np.flatnonzero(inside[1:] != inside[:-1])
-    return edges[::2], edges[1::2]
-
-
 @lru_cache(maxsize=4)
-def _permutations(count: int) -> tuple[Any, Any]:
-    """Return odd multipliers and summands of universal hash functions, always the same."""
+def _permutations(count: int) -> Any:
+    """Return odd multipliers and summands of hash functions mod 2^32, always the same."""
     generator = np.random.Generator(np.random.PCG64(20261122))
-    numbers = generator.integers(0, 2**64, size=(2, count), dtype=np.uint64)
-    return numbers[0] | np.uint64(1), numbers[1]
+    numbers = generator.integers(0, 2**32, size=(2, count), dtype=np.uint32)
+    numbers[0] |= np.uint32(1)
+    return numbers
 
 
-def _mixed(values: Hashes) -> Hashes:
-    """Return SplitMix64's finaliser of each value: every input bit reaches every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    result: Hashes = values ^ (values >> np.uint64(31))
-    return result
+@lru_cache(maxsize=1)
+def _letters() -> tuple[Any, Any]:
+    """Return what each character of the Basic Multilingual Plane counts as: in a word, in a key.
+
+    In a word it is its lower-case form, `kernels.ALONE` or more where it is a word of its own,
+    and `kernels.SEPARATOR` where it is part of none. In a key white space is a space.
+    """
+    from tuneloop.data.kernels import ALONE, SEPARATOR
+
+    # Characters beyond it count as letters and have no other case.
+    in_word, in_key = np.zeros(0x10000, np.uint32), np.zeros(0x10000, np.uint32)
+    for point in range(0x10000):
+        letter = chr(point)
+        form = next((f for f in (letter.casefold(), letter.lower()) if len(f) == 1), letter)
+        is_word = letter == "_" or letter.isalnum() or unicodedata.category(letter)[0] == "M"
+        in_word[point] = ord(form) if is_word else SEPARATOR
+        in_key[point] = ord(" ") if letter.isspace() else ord(form)
+    for first, last in _WITHOUT_SPACES:
+        part = in_word[first : last + 1]
+        part[part != SEPARATOR] += np.uint32(ALONE)
+    return in_word, in_key

@@ -7,10 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tuneloop.config import DataConfig, TuneloopConfig
-from tuneloop.errors import DataError, Problem
+from tuneloop.errors import DataError, Problem, ResourceError
 
 _PLACES = 3
 _KINDS = 5
+
+# Peak of what `prepare` holds in its own process of every row, measured (docs/scaling.md).
+_BYTES_PER_ROW = 2000
 
 BadRow = tuple[str, str]  # (place, JSON of what, got, allowed, remedy, fatal; or a plain reason)
 
@@ -31,6 +34,24 @@ def refuse_mismatched_formats(config: TuneloopConfig) -> None:
     ]
     if problems:
         raise DataError(*problems)
+
+
+def refuse_too_many_rows(total: int) -> None:
+    """Raise ResourceError if this process cannot hold what is decided from all rows at once."""
+    import psutil
+
+    needed, free = total * _BYTES_PER_ROW, psutil.virtual_memory().available
+    if needed > free:
+        raise ResourceError(
+            Problem(
+                "the rows are too many for the memory of the process that compares them all",
+                where="data.sources",
+                got=f"{total:,} rows, about {needed / 1e9:,.1f} GB of small numbers about them",
+                allowed=f"{free // _BYTES_PER_ROW:,} rows with the {free / 1e9:,.1f} GB free here",
+                remedy="start the command on a node with more memory, or prepare the sources in "
+                "parts; texts do not count, they stay with the workers",
+            )
+        )
 
 
 def reason_of(problem: str) -> str:

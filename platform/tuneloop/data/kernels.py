@@ -1,0 +1,352 @@
+"""Compiled loops over bytes and hashes: no Python object for a row, a word or a shingle.
+
+Texts are UTF-8 bytes, row after row: row i is `data[offsets[i]:offsets[i + 1]]`. Everything here is
+compiled by numba at its first call and kept on disk beside this file (or in numba's own cache
+where that cannot be written). What the words and hashes mean is told in `signatures`.
+
+Legend: B rows, S shingles of all rows together, K MinHash values of a row, P pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Integers = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+
+# In a table of letters: no part of a word; a word of its own; 32 is white space in a text's key.
+SEPARATOR, ALONE = 0, 1 << 24
+_SPACE = 32
+_CHUNK_WORDS = 256
+_FNV_PRIME = np.uint64(0x100000001B3)
+_FNV_START = np.uint64(0xCBF29CE484222325)
+_SHINGLE_BASE = np.uint64(0x9E3779B97F4A7C15)
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_27, _30, _31, _32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
+
+
+@njit(cache=True)
+def mixed(value: Any) -> Any:
+    """Return SplitMix64's finaliser: every input bit reaches every output bit."""
+    value = (value ^ (value >> _30)) * _MIX[0]
+    value = (value ^ (value >> _27)) * _MIX[1]
+    return value ^ (value >> _31)
+
+
+@njit(cache=True)
+def _letter(data: Bytes, at: int) -> Any:
+    """Return (code point, bytes) of the character at a place of valid UTF-8."""
+    first = np.int64(data[at])
+    if first < 0x80:
+        return first, 1
+    if first < 0xE0:
+        return (first & 0x1F) << 6 | np.int64(data[at + 1] & 0x3F), 2
+    second, third = np.int64(data[at + 1] & 0x3F), np.int64(data[at + 2] & 0x3F)
+    if first < 0xF0:
+        return (first & 0x0F) << 12 | second << 6 | third, 3
+    return (first & 0x07) << 18 | second << 12 | third << 6 | np.int64(data[at + 3] & 0x3F), 4
+
+
+@njit(cache=True)
+def _next_words(
+    data: Bytes, span: tuple[int, int], words: Hashes, count: int, letters: Any
+) -> tuple[int, int]:
+    """Put hashes of words into `words[count:]` until it is full or the bytes of `span` end.
+
+    Returns:
+        The place after the last word, and the new count.
+    """
+    at, stop = span
+    known = len(letters)
+    while at < stop and count < len(words):
+        point, width = _letter(data, at)
+        letter = np.int64(letters[point]) if point < known else point
+        at += width
+        if letter == SEPARATOR:
+            continue
+        value = (_FNV_START ^ np.uint64(letter)) * _FNV_PRIME
+        while letter < ALONE and at < stop:
+            point, width = _letter(data, at)
+            letter = np.int64(letters[point]) if point < known else point
+            if letter == SEPARATOR or letter >= ALONE:
+                break
+            value = (value ^ np.uint64(letter)) * _FNV_PRIME
+            at += width
+        words[count] = mixed(value)
+        count += 1
+    return at, count
+
+
+@njit(cache=True)
+def _next_shingles(
+    data: Bytes, span: tuple[int, int], words: Hashes, carried: int, found: Hashes, letters: Any
+) -> tuple[int, int, int]:
+    """Put hashes of the next shingles into `found`.
+
+    `words` is as much longer than `found` as a shingle is longer than a word: it starts with the
+    `carried` last words of the call before.
+
+    Returns:
+        The place to go on from, how many words are carried on, and the number of shingles.
+    """
+    length = len(words) - len(found) + 1
+    at, count = _next_words(data, span, words, carried, letters)
+    number = count - length + 1
+    if number <= 0:
+        return at, count, 0
+    for start in range(number):
+        found[start] = _shingle(words, start, length)
+    for place in range(length - 1):
+        words[place] = words[number + place]
+    return at, length - 1, number
+
+
+@njit(cache=True)
+def _shingle(words: Hashes, start: int, length: int) -> Any:
+    value = np.uint64(0)
+    for place in range(start, start + length):
+        value = value * _SHINGLE_BASE + words[place]
+    return mixed(value)
+
+
+@njit(cache=True)
+def shingle_hashes(
+    data: Bytes, offsets: Integers, length: int, letters: Any
+) -> tuple[Hashes, Integers]:
+    """Return the hashes of all shingles, shape (S,), and where each row's start, shape (B + 1,)."""
+    starts = np.zeros(len(offsets), np.int64)
+    words, found = np.empty(_CHUNK_WORDS + length - 1, np.uint64), np.empty(_CHUNK_WORDS, np.uint64)
+    for row in range(len(offsets) - 1):
+        number = count_words(data, offsets[row], offsets[row + 1], letters)
+        starts[row + 1] = starts[row] + max(number - length + 1, min(number, 1))
+    hashes = np.empty(starts[-1], np.uint64)
+    for row in range(len(offsets) - 1):
+        at, stop, place, carried = offsets[row], offsets[row + 1], starts[row], 0
+        while place < starts[row + 1]:
+            at, carried, number = _next_shingles(data, (at, stop), words, carried, found, letters)
+            if number == 0:  # a text shorter than a shingle
+                found[0], number = _shingle(words, 0, carried), 1
+            hashes[place : place + number] = found[:number]
+            place += number
+    return hashes, starts
+
+
+@njit(cache=True)
+def count_words(data: Bytes, at: int, stop: int, letters: Any) -> int:
+    """Return the number of words between two places."""
+    known = len(letters)
+    count: Any = 0
+    inside: Any = False
+    while at < stop:
+        point, width = _letter(data, at)
+        letter = np.int64(letters[point]) if point < known else point
+        at += width
+        starts = letter != SEPARATOR and not inside
+        inside = letter != SEPARATOR and letter < ALONE
+        count += starts or letter >= ALONE
+    return count
+
+
+@njit(cache=True)
+def word_bounds(data: Bytes, letters: Any) -> tuple[Integers, Integers]:
+    """Return where the words of one text start and stop, in bytes."""
+    number = count_words(data, 0, len(data), letters)
+    starts, stops = np.empty(number, np.int64), np.empty(number, np.int64)
+    one, at = np.empty(1, np.uint64), 0
+    for word in range(number):
+        before = at
+        at, _ = _next_words(data, (at, len(data)), one, 0, letters)
+        stops[word] = at
+        while True:
+            point, width = _letter(data, before)
+            if point >= len(letters) or letters[point] != SEPARATOR:
+                break
+            before += width
+        starts[word] = before
+    return starts, stops
+
+
+@njit(cache=True)
+def band_hashes(
+    data: Bytes, offsets: Integers, shape: tuple[int, int, int], numbers: Any, letters: Any
+) -> Hashes:
+    """Return a hash for each row and band, shape (B, bands); zeros for rows without words.
+
+    Nothing is kept of a row but its K minima, however long it is.
+
+    Args:
+        shape: Words of a shingle, bands, and MinHash values in a band.
+        numbers: Odd multipliers and summands, shape (2, K), uint32.
+    """
+    length, num_bands, num_rows = shape
+    words, found = np.empty(_CHUNK_WORDS + length - 1, np.uint64), np.empty(_CHUNK_WORDS, np.uint64)
+    short = np.empty(_CHUNK_WORDS, np.uint32)
+    minima = np.empty(num_bands * num_rows, np.uint32)
+    result = np.zeros((len(offsets) - 1, num_bands), np.uint64)
+    for row in range(len(offsets) - 1):
+        minima[:] = np.uint32(0xFFFFFFFF)
+        at, stop, carried, any_found = offsets[row], offsets[row + 1], 0, False
+        while True:
+            at, carried, number = _next_shingles(data, (at, stop), words, carried, found, letters)
+            if number == 0 and carried and not any_found:
+                found[0], number = _shingle(words, 0, carried), 1
+            if number == 0:
+                break
+            any_found = True
+            for place in range(number):
+                short[place] = np.uint32(found[place] >> _32)
+            _lower(minima, short[:number], numbers)
+        if not any_found:
+            continue
+        for band in range(num_bands):
+            value = np.uint64(band + 1)
+            for index in range(band * num_rows, (band + 1) * num_rows):
+                value = mixed(value * _SHINGLE_BASE + np.uint64(minima[index]))
+            # Zero means "no shingles"; a real hash of zero would be a 2^-64 accident.
+            result[row, band] = value
+    return result
+
+
+@njit(cache=True)
+def _lower(minima: Any, values: Any, numbers: Any) -> None:
+    """Lower each minimum to the least of its linear function (mod 2^32) over the values."""
+    for index in range(len(minima)):
+        multiplier, summand, least = numbers[0, index], numbers[1, index], minima[index]
+        for place in range(len(values)):
+            least = min(least, np.uint32(values[place] * multiplier + summand))
+        minima[index] = least
+
+
+@njit(cache=True)
+def text_keys(data: Bytes, offsets: Integers, letters: Any) -> Integers:
+    """Return a hash of each text without case and with single spaces. Shape (B,)."""
+    known = len(letters)
+    result = np.empty(len(offsets) - 1, np.int64)
+    for row in range(len(offsets) - 1):
+        value, started, space = _FNV_START, False, False
+        at = offsets[row]
+        while at < offsets[row + 1]:
+            point, width = _letter(data, at)
+            letter = np.int64(letters[point]) if point < known else point
+            at += width
+            if letter == _SPACE:
+                space = started
+                continue
+            if space:
+                value = (value ^ np.uint64(_SPACE)) * _FNV_PRIME
+            value = (value ^ np.uint64(letter)) * _FNV_PRIME
+            started, space = True, False
+        result[row] = np.int64(mixed(value))
+    return result
+
+
+@njit(cache=True)
+def similarity(values: Hashes, offsets: Integers, a: int, b: int) -> float:
+    """Return the Jaccard similarity of two rows' sorted hashes, which may repeat."""
+    left, right = offsets[a], offsets[b]
+    left_stop, right_stop = offsets[a + 1], offsets[b + 1]
+    if left == left_stop or right == right_stop:
+        return 0.0
+    shared, union = 0, 0
+    while left < left_stop or right < right_stop:
+        if right == right_stop or (left < left_stop and values[left] < values[right]):
+            value, both = values[left], False
+        else:
+            value = values[right]
+            both = left < left_stop and values[left] == value
+        while left < left_stop and values[left] == value:
+            left += 1
+        while right < right_stop and values[right] == value:
+            right += 1
+        union += 1
+        shared += both
+    return shared / union
+
+
+@njit(cache=True)
+def _root(parents: Integers, node: int) -> int:
+    while parents[node] != node:
+        parents[node] = parents[parents[node]]
+        node = parents[node]
+    return node
+
+
+@njit(cache=True)
+def settle(
+    values: Hashes, offsets: Integers, pairs: Integers, threshold: float
+) -> tuple[Integers, Integers, Any]:
+    """Return root, keeper and similarity of rows in the order of preference. Shape (B,) each.
+
+    Rows linked by pairs that are alike have the first of them as root. Among those a row goes only
+    if a row that stays is similar enough itself: in a chain a-b-c with a unlike c, b goes in favour
+    of a, and c stays. The most similar one is the keeper, the first of equally similar ones.
+
+    Args:
+        values: Sorted hashes of each row's shingles, row after row.
+        offsets: Shape (B + 1,).
+        pairs: Candidates, shape (P, 2).
+        threshold: Least similarity of rows that are alike.
+    """
+    number = len(offsets) - 1
+    roots, keepers = np.arange(number), np.arange(number)
+    similarities = np.ones(number, np.float64)
+    for pair in range(len(pairs)):
+        if similarity(values, offsets, pairs[pair, 0], pairs[pair, 1]) >= threshold:
+            a, b = _root(roots, pairs[pair, 0]), _root(roots, pairs[pair, 1])
+            roots[max(a, b)] = min(a, b)
+    # Those that stay, as a list for each root: the one after each, and the last one.
+    following, last = np.full(number, -1), np.arange(number)
+    for row in range(number):
+        root = _root(roots, row)
+        roots[row] = root
+        if root == row:
+            continue
+        best, keeper, other = 0.0, -1, root
+        while other >= 0:
+            found = similarity(values, offsets, other, row)
+            if found > best:
+                best, keeper = found, other
+            other = following[other]
+        if keeper >= 0 and best >= threshold:
+            keepers[row], similarities[row] = keeper, best
+        else:
+            following[last[root]] = row
+            last[root] = row
+    return roots, keepers, similarities
+
+
+@njit(cache=True)
+def bucket_pairs(rows: Integers, values: Hashes, limits: tuple[int, int, int]) -> Integers:
+    """Return a * N + b of the pairs a < b of rows with an equal value, some of them repeated.
+
+    Args:
+        rows: Numbers below N, in the order of `values`.
+        values: Ascending.
+        limits: N; how many rows with an equal value are all compared; and with how many of the
+            first ones each is compared where there are more.
+    """
+    num_rows, all_pairs_up_to, pivots = limits
+    total, start = 0, 0
+    for stop in range(1, len(values) + 1):
+        if stop == len(values) or values[stop] != values[start]:
+            size = stop - start
+            total += size * (size - 1) // 2 if size <= all_pairs_up_to else size * pivots
+            start = stop
+    codes, count, start = np.empty(total, np.int64), 0, 0
+    for stop in range(1, len(values) + 1):
+        if stop < len(values) and values[stop] == values[start]:
+            continue
+        size = stop - start
+        if size > 1:
+            bucket = np.sort(rows[start:stop])
+            for a in range(size if size <= all_pairs_up_to else pivots):
+                for b in range(a + 1, size):
+                    codes[count] = bucket[a] * num_rows + bucket[b]
+                    count += 1
+        start = stop
+    return codes[:count]
