@@ -164,18 +164,29 @@ def test_a_jobs_exit_code_is_passed_on(nodes: Any, config: Path) -> None:
     assert json.loads(out)["status"] == "STOPPED"
 
 
+# Looks for more room every few seconds, so that a test need not wait a minute for it.
+IMPATIENT = """
+import sys
+import tuneloop.training.workers as workers
+from tuneloop.cli import main
+workers._RESIZE_EVERY_S = 5.0
+sys.exit(main())
+"""
+
+
 def train_on_two(
-    nodes: Any, config: Path, resources: list[str], watch: Callable[[Path], bool]
+    nodes: Any, config: Path, overrides: list[str], watch: Callable[[Path], bool]
 ) -> Workspace:
     """Train the same dataset with two workers, from a driver that is no job; watch it run."""
     folder = Path(tempfile.mkdtemp(prefix="on-two-", dir=config.parent))
     shutil.copytree(config.parent / "by-ray" / "datasets", folder / "datasets")
-    command = [sys.executable, "-m", "tuneloop.cli", "train", str(config), f"workspace={folder}"]
-    command += [f"resources.{setting}" for setting in resources]
+    command = [sys.executable, "-c", IMPATIENT, "train", str(config), f"workspace={folder}"]
     environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
     log = folder / "log"
     with log.open("w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [*command, *overrides], env=environment, stdout=file, stderr=file
+        )
     pending = True
     while process.poll() is None:
         pending = pending and not watch(folder)
@@ -197,30 +208,45 @@ def test_two_nodes_train_like_one_worker_with_zero_3(
 
     # Without the setting a training on a cluster is tried out first.
     settings = ["num_workers=2", "zero_stage=3", "preflight=null", "price_per_hour=36"]
-    two = train_on_two(nodes, config, settings, note_places)
+    overrides = [f"resources.{setting}" for setting in settings]
+    two = train_on_two(nodes, config, overrides, note_places)
     recorded = two.open("models/prices").manifest["resources"]
     assert recorded["num_workers"] == recorded["measured"]["num_workers"] == 2
     assert recorded["estimate"]["cost"] == pytest.approx(recorded["estimate"]["training_s"] / 50)
     assert losses(two) == pytest.approx(losses(by_ray), rel=1e-4)
 
 
-def test_a_training_goes_on_without_a_lost_node_and_nothing_differs(
+def test_a_training_goes_on_without_a_lost_node_and_with_a_new_one(
     nodes: Any, by_ray: Workspace, config: Path
 ) -> None:
-    def cut_power(folder: Path) -> bool:
+    lost = False
+
+    def lose_and_replace(folder: Path) -> bool:
+        nonlocal lost
         for file in folder.glob(".work/*/scratch/progress.jsonl"):
-            if file.read_text().count("\n") >= 6:
+            text = file.read_text()
+            told = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+            if len(told) >= 30 and not lost:
                 nodes.kill(nodes.started[-1])
+                lost = True
+            if lost and told[-1]["num_workers"] == 1:
+                nodes.start_worker()
                 return True
         return False
 
-    two = train_on_two(nodes, config, ["num_workers=[1, 2]"], cut_power)
-    nodes.start_worker()
-    assert losses(two) == pytest.approx(losses(by_ray), rel=1e-4)
-    log = pq.read_table(two.open("models/prices").path / "trainer_log.parquet")
-    counts = log["num_workers"].to_pylist()
-    assert counts == [2] * counts.count(2) + [1] * counts.count(1)
-    assert counts.count(1) > 10
+    overrides = ["resources.num_workers=[1, 2]", "training.num_epochs=60"]
+    overrides += ["resources.checkpoint_every_steps=20", "training.learning_rate=1e-3"]
+    workspace = train_on_two(nodes, config, overrides, lose_and_replace)
+    log = pq.read_table(workspace.open("models/prices").path / "trainer_log.parquet").to_pydict()
+    counts = log["num_workers"]
+    changes = [b for a, b in zip([0, *counts], counts, strict=False) if a != b]
+    assert changes == [2, 1, 2]
+    # Whoever trained it, every row came once an epoch.
+    assert len(log["rows"]) == 60 * NUM_STEPS
+    for epoch in range(60):
+        steps = log["rows"][epoch * NUM_STEPS : (epoch + 1) * NUM_STEPS]
+        assert sorted(row for rows in steps for row in rows) == list(range(160))
+    assert log["loss"][-1] < log["loss"][0] / 2
     nodes.await_alive(3)
 
 

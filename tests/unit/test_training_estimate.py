@@ -87,7 +87,8 @@ def test_estimated_activations_are_what_autograd_keeps(method: str, base: BaseMo
     work = workload(config, rows)
     expected = estimate_work(config, shape, work).activations_bytes
     # The estimate allows for the allocator and for what the backward pass needs besides.
-    assert sum(kept.values()) < expected < 1.6 * sum(kept.values())
+    waste = {"lora": 2.2, "full": 1.6}[method]
+    assert sum(kept.values()) < expected < waste * sum(kept.values())
 
 
 def test_the_estimate_follows_the_configuration(

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from tuneloop.training.preflight import Measured
 
 # A worker's libraries before any weight is loaded, in bytes.
-_PROCESS_BYTES = 650_000_000
+_PROCESS_BYTES = 500_000_000
 # What the allocator and the backward pass need beside the tensors that autograd keeps.
-_ACTIVATION_OVERHEAD = 1.35
+_ACTIVATION_OVERHEAD = 1.33
+# Freed in the forward pass, for each output of a layer with an adapter, and not used again: glibc
+# does not find room for an aligned block in a freed one of the same size.
+_ADAPTER_WASTE = 1.1
 # Logits, their log-softmax and two gradients, each of shape (targets, vocabulary).
 _LOGIT_COPIES = 4
 # Tokens of the fullest micro-batch against the mean one, where the rows are not known yet.
@@ -50,6 +53,7 @@ class ModelShape:
         vocab_size: Rows of the output layer.
         max_positions: Longest sequence the model knows, or None.
         kept_bytes: What the backward pass keeps for each token, without the logits.
+        adapted_size: Outputs of all layers that have an adapter.
     """
 
     num_parameters: int
@@ -62,6 +66,7 @@ class ModelShape:
     vocab_size: int
     max_positions: int | None
     kept_bytes: int
+    adapted_size: int
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,7 @@ def model_shape(base: BaseModel, config: TrainingConfig, use_gpu: bool = False) 
         vocab_size=settings.vocab_size,
         max_positions=getattr(settings, "max_position_embeddings", None),
         kept_bytes=kept_bytes(model),
+        adapted_size=sum(m.out_features for m in model.modules() if hasattr(m, "lora_A")),
     )
 
 
@@ -271,10 +277,11 @@ def estimate_work(config: TuneloopConfig, shape: ModelShape, work: Workload) -> 
     )
     # AdamW's two moments in float32, and a float32 copy of the weights where DeepSpeed keeps one.
     state = 12 if on_gpu or stage else 8
-    per_token = shape.kept_bytes
+    per_token = shape.kept_bytes * _ACTIVATION_OVERHEAD
+    per_token += shape.adapted_size * element * _ADAPTER_WASTE
     if resources.gradient_checkpointing:
         # What goes into each layer, and one layer that is computed again.
-        per_token = shape.num_layers * shape.hidden_size * element + per_token // shape.num_layers
+        per_token = shape.num_layers * shape.hidden_size * element + per_token / shape.num_layers
     weights = (shape.num_parameters + shape.num_adapter) * element
     if config.training.method == "qlora":
         # Four bits for a weight of a linear layer, and about half a bit for its scale.
@@ -283,7 +290,7 @@ def estimate_work(config: TuneloopConfig, shape: ModelShape, work: Workload) -> 
         "weights_bytes": weights // weight_shards,
         "gradients_bytes": shape.num_trainable * element // gradient_shards,
         "optimizer_bytes": shape.num_trainable * state // state_shards,
-        "activations_bytes": round(work.micro_batch_tokens * per_token * _ACTIVATION_OVERHEAD),
+        "activations_bytes": round(work.micro_batch_tokens * per_token),
         "logits_bytes": work.micro_batch_targets * shape.vocab_size * 4 * _LOGIT_COPIES,
     }
     peak = sum(parts.values()) + _PROCESS_BYTES
