@@ -31,7 +31,7 @@ TB = 1_000_000_000_000
 
 @dataclass(frozen=True)
 class Costs:
-    """What was measured, for documents of the planted corpus and a quarter of it in candidates.
+    """What was measured, for documents of the planted corpus a fifth of it in candidates.
 
     Args:
         keys_mb_per_cpu_s: Reading and all keys.
@@ -133,9 +133,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 4_000_000, 16_000_000])
     parser.add_argument("--keys-mb-per-cpu-s", type=float, default=60.0)
     parser.add_argument("--compare-mb-per-cpu-s", type=float, default=200.0)
-    parser.add_argument("--compared-ratio", type=float, default=0.25)
+    parser.add_argument("--compared-ratio", type=float, default=0.2)
     parser.add_argument("--document-bytes", type=float, default=3100.0)
-    parser.add_argument("--prepare-bytes", type=float, default=2000.0)
+    parser.add_argument("--prepare-bytes", type=float, default=1500.0)
     parser.add_argument("--decide", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.decide:
