@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -44,6 +45,7 @@ def main() -> None:
     """Make corpora, run each program on them, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[200])
+    parser.add_argument("--file-megabytes", type=int, default=16)
     parser.add_argument("--workers", type=int, nargs="+", default=[2], help="of tuneloop")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=[OURS, *REQUIREMENTS])
@@ -71,8 +73,8 @@ def measured(
     name: str, workers: Any, megabytes: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Run one program on a corpus and return its row of the table."""
-    corpus = options.cache / f"planted-{megabytes}"
-    truth = make_corpus(corpus, megabytes)
+    corpus = options.cache / f"planted-{megabytes}-in-{options.file_megabytes}"
+    truth = make_corpus(corpus, megabytes, options.file_megabytes)
     row = {"program": name, "MB": round(truth["bytes"] / 1e6), "documents": truth["documents"]}
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -146,17 +148,19 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
     with connect(ResourcesConfig(num_cpus=workers)):
         import ray.data
 
-        # Ray starts a worker process when it first has work for it.
-        ready = ray.data.range(workers, override_num_blocks=workers).map_batches(_import)
-        ready.materialize()
-        _import(None)
+        # Ray starts worker processes when there is work for them.
+        ready: set[int] = set()
+        while len(ready) < workers:
+            blocks = ray.data.range(workers, override_num_blocks=workers)
+            ready |= {row["pid"] for row in blocks.map_batches(_import).take_all()}
+        _import()
         start_s = time.monotonic() - started
         watch, laps = Stopwatch(), {}
         files = sorted(str(path) for path in corpus.glob("*.parquet"))
-        rows = ray.data.read_parquet(files, override_num_blocks=len(files))
-        rows = rows.map_batches(
-            _with_keys, batch_size=None, batch_format="pyarrow", fn_kwargs={"rendering": rendering}
-        ).materialize()
+        rows = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
+            _read_with_keys, batch_size=1, batch_format="pyarrow", fn_args=(rendering,)
+        )
+        rows = rows.materialize()
         laps["keys_wall_s"], laps["keys_cpu_s"] = watch.read().values()
         table = stages.collect(rows, comparing.KEY_COLUMNS)
         duplicates = comparing.find_duplicate_rows(table, rows, rendering)
@@ -166,7 +170,7 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
     return {**took, **laps, "start_s": start_s, "kept": ids}
 
 
-def _import(batch: Any) -> Any:
+def _import(batch: Any = None) -> dict[str, Any]:
     """Import what is needed and load compiled code, as peers do before their clocks start."""
     from tuneloop.data.dedup import candidate_pairs, settle
     from tuneloop.data.signatures import Texts, band_hashes, normalised_hashes, shingles
@@ -176,14 +180,17 @@ def _import(batch: Any) -> Any:
     candidate_pairs(band_hashes(texts, 5, 0.8), np.arange(2))
     settle(np.array([[0, 1]]), shingles(texts, 5), 0.8)
     time.sleep(0.5)  # long enough for every worker to get one
-    return batch
+    return {"pid": np.array([os.getpid()])}
 
 
-def _with_keys(table: Any, rendering: Any) -> Any:
+def _read_with_keys(paths: Any, rendering: Any) -> Any:
+    """Return the rows of a file as `prepare` knows them; it reads a file in a task as well."""
     import pyarrow as pa
+    from pyarrow import parquet
 
     from tuneloop.data.rendering import dedup_keys
 
+    table = parquet.read_table(paths["item"][0].as_py())
     columns = {"key": table["id"], "text": table["text"]}
     columns["synthetic"] = pa.array([False] * table.num_rows)
     return pa.table(columns | dedup_keys(table, rendering))

@@ -30,7 +30,6 @@ import pyarrow as pa
 from pyarrow import parquet
 
 THRESHOLD, NGRAM = 0.8, 5
-FILE_BYTES = 16 << 20
 SHARES = {"exact": 0.05, "near": 0.08, "decoy": 0.04}  # of the documents become a cluster's first
 _WORD = re.compile(r"\w+")
 _MARK_EVERY, _SHARED_AT_MOST = 4, 0.3
@@ -44,7 +43,7 @@ def ngrams(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + NGRAM]) for i in range(max(1, len(words) - NGRAM + 1))}
 
 
-def make_corpus(folder: Path, megabytes: int, files: int | None = None) -> dict[str, Any]:
+def make_corpus(folder: Path, megabytes: int, file_megabytes: int) -> dict[str, Any]:
     """Write `*.parquet` (`id`, `text`) and `truth.json` into a folder, unless they are there.
 
     Returns:
@@ -76,7 +75,7 @@ def make_corpus(folder: Path, megabytes: int, files: int | None = None) -> dict[
     order = list(range(len(texts)))
     chooser.shuffle(order)
     place = {number: position for position, number in enumerate(order)}
-    count = files or max(2, -(-size // FILE_BYTES))
+    count = max(2, -(-size // (file_megabytes << 20)))
     for number in range(count):
         ids = range(number * len(order) // count, (number + 1) * len(order) // count)
         table = pa.table({"id": list(ids), "text": [texts[order[i]] for i in ids]})

@@ -1,6 +1,6 @@
 """What near-deduplication would take on corpora and clusters that are not here.
 
-    python benchmarks/scaling.py [--rows 1000000 4000000 16000000] [--keys-mb-per-cpu-s 60]
+    python benchmarks/scaling.py [--rows 1000000 4000000 16000000] [--keys-mb-per-cpu-s 80]
 
 Deduplication has a part that grows with the machines (keys, comparison of texts) and a part in one
 process (`tuneloop.data.dedup`). The part in one process is run here on made-up band hashes, of
@@ -31,7 +31,7 @@ TB = 1_000_000_000_000
 
 @dataclass(frozen=True)
 class Costs:
-    """What was measured, for documents of the planted corpus and a quarter of it in candidates.
+    """What was measured, for documents of the planted corpus a fifth of it in candidates.
 
     Args:
         keys_mb_per_cpu_s: Reading and all keys.
@@ -131,11 +131,11 @@ def main() -> None:
     """Measure the part in one process, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 4_000_000, 16_000_000])
-    parser.add_argument("--keys-mb-per-cpu-s", type=float, default=60.0)
-    parser.add_argument("--compare-mb-per-cpu-s", type=float, default=200.0)
-    parser.add_argument("--compared-ratio", type=float, default=0.25)
+    parser.add_argument("--keys-mb-per-cpu-s", type=float, default=80.0)
+    parser.add_argument("--compare-mb-per-cpu-s", type=float, default=230.0)
+    parser.add_argument("--compared-ratio", type=float, default=0.2)
     parser.add_argument("--document-bytes", type=float, default=3100.0)
-    parser.add_argument("--prepare-bytes", type=float, default=2000.0)
+    parser.add_argument("--prepare-bytes", type=float, default=1500.0)
     parser.add_argument("--decide", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.decide:

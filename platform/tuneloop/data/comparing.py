@@ -18,6 +18,8 @@ from tuneloop.data.signatures import Texts, shingles
 
 KEY_COLUMNS = ["content_id", "num_characters", "synthetic", "exact_key", "bands"]
 _BLOCKS_PER_TASK = 8
+# Of texts on their way from tasks to groups: each is an object that this process knows.
+_MOST_PARTS = 1_000_000
 
 
 def find_duplicate_rows(table: Any, rows: Any, rendering: Rendering) -> Duplicates:
@@ -59,9 +61,10 @@ def _compare(
     order = np.argsort(wanted, kind="stable")
     given = ray.put((wanted[order], number[order], rendering))
     select = ray.remote(num_cpus=1, num_returns=len(groups))(_texts_by_group)
+    step = max(_BLOCKS_PER_TASK, len(blocks) * len(groups) // _MOST_PARTS)
     parts = [
-        select.remote(given, len(groups), *blocks[start : start + _BLOCKS_PER_TASK])
-        for start in range(0, len(blocks), _BLOCKS_PER_TASK)
+        select.remote(given, len(groups), *blocks[start : start + step])
+        for start in range(0, len(blocks), step)
     ]
     if len(groups) == 1:
         parts = [[part] for part in parts]

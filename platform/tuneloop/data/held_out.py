@@ -110,7 +110,7 @@ def decontaminate(
     assert outcome.split is not None
     data = rendering.data
     places = np.sort(outcome.split.train)
-    table = outcome.table.take(places)
+    table = outcome.table.select(["key", "exact_key", "prompt_key", "bands"]).take(places)
     keys = table["key"].to_numpy()
     bands = table["bands"].combine_chunks().flatten().to_numpy().reshape(len(keys), -1)
     train = TrainRows(keys, table["exact_key"].to_numpy(), table["prompt_key"].to_numpy(), bands)

@@ -27,15 +27,16 @@ _FNV_PRIME = np.uint64(0x100000001B3)
 _FNV_START = np.uint64(0xCBF29CE484222325)
 _SHINGLE_BASE = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-_27, _30, _31, _32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
+_MIX_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+_HALF = np.uint64(32)
 
 
 @njit(cache=True)
 def mixed(value: Any) -> Any:
     """Return SplitMix64's finaliser: every input bit reaches every output bit."""
-    value = (value ^ (value >> _30)) * _MIX[0]
-    value = (value ^ (value >> _27)) * _MIX[1]
-    return value ^ (value >> _31)
+    value = (value ^ (value >> _MIX_SHIFTS[0])) * _MIX[0]
+    value = (value ^ (value >> _MIX_SHIFTS[1])) * _MIX[1]
+    return value ^ (value >> _MIX_SHIFTS[2])
 
 
 @njit(cache=True)
@@ -199,7 +200,7 @@ def band_hashes(
                 break
             any_found = True
             for place in range(number):
-                short[place] = np.uint32(found[place] >> _32)
+                short[place] = np.uint32(found[place] >> _HALF)
             _lower(minima, short[:number], numbers)
         if not any_found:
             continue

@@ -56,7 +56,6 @@ _COLUMNS = [
     "num_target_tokens",
     "prompt_key",
     "answer_key",
-    "prompt_bands",
     *KEY_COLUMNS,
 ]
 
@@ -109,6 +108,7 @@ def _build(
 ) -> dict[str, Any]:
     """Write the artifact's files, from files and evaluations, and return its metrics."""
     files, evaluations = given
+    is_text = config.task.type == "language_modeling"
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
         warm = stages.warm_up(rendering)
@@ -119,7 +119,8 @@ def _build(
     logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, unreadable))
     with _timed("tokenize", seconds):
         rows = stages.render_rows(rows, rendering, warm)
-        outcome = _outcome(stages.collect(rows, _COLUMNS), seconds)
+        columns = [*_COLUMNS, *([] if is_text else ["prompt_bands"])]
+        outcome = _outcome(stages.collect(rows, columns), seconds)
         _drop_unusable(outcome, unreadable, config)
         outcome.filtered = _filtered(outcome, rows, rendering)
     num_tokens = int(np.sum(outcome.table["num_tokens"].to_numpy()))
@@ -131,7 +132,7 @@ def _build(
     with _timed("dedup", seconds):
         _drop_duplicates(outcome, rows, rendering)
     logger.info("removed %s duplicate rows", f"{outcome.stage.count('dedup'):,}")
-    if config.task.type != "language_modeling":
+    if not is_text:
         with _timed("conflicts", seconds):
             outcome.conflicts = find_conflicts(outcome, rows, rendering)
     _split(outcome, config)
@@ -142,7 +143,6 @@ def _build(
     _limit_train(outcome, config)
     with _timed("write", seconds):
         columns = stages.column_schema(rows)
-        is_text = config.task.type == "language_modeling"
         tables = stages.final_rows(rows, _fates(outcome, config), columns, rendering)
         if is_text:
             tables = packed_tables(tables)
@@ -255,7 +255,7 @@ def _filtered(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, An
 
 
 def _drop_duplicates(outcome: Outcome, rows: Any, rendering: Rendering) -> None:
-    table = outcome.table.take(outcome.usable)
+    table = outcome.table.select(["key", *KEY_COLUMNS]).take(outcome.usable)
     duplicates = find_duplicate_rows(table, rows, rendering)
     outcome.duplicates = duplicates
     for index in duplicates.removed.tolist():
@@ -271,7 +271,7 @@ def _split(outcome: Outcome, config: TuneloopConfig) -> None:
     stays = np.ones(len(outcome.usable), dtype=bool)
     stays[outcome.duplicates.removed] = False
     rows = outcome.usable[stays]
-    table = outcome.table.take(rows)
+    table = outcome.table.select(["group", "prompt_key"]).take(rows)
     split = split_rows(
         [outcome.row_ids[index] for index in rows],
         table["group"].to_pylist(),

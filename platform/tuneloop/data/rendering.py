@@ -118,7 +118,8 @@ def render_batch(table: Any, rendering: Rendering) -> Any:
 
     renderer = rendering.renderer()
     schema = rendered_schema(rendering.data)
-    keys = dedup_keys(table, rendering) | _prompt_keys(table, rendering)
+    keys = dedup_keys(table, rendering)
+    keys |= _prompt_keys(table, rendering, keys["exact_key"])
     rows = table.to_pylist()
     for row in rows:
         sample = Sample([], [])
@@ -182,19 +183,26 @@ def compared_column(table: Any, rendering: Rendering) -> Any:
     return pa.array(texts, pa.large_string())
 
 
-def _prompt_keys(table: Any, rendering: Rendering) -> dict[str, Any]:
+def _prompt_keys(table: Any, rendering: Rendering, exact: Any) -> dict[str, Any]:
     """Return the columns `prompt_key`, `answer_key` and `prompt_bands`, as Arrow arrays.
 
     A document has its own text for a prompt, but no bands.
+
+    Args:
+        exact: `exact_key` of the rows.
     """
     import pyarrow as pa
 
-    said = [rendering.own_messages(row) for row in _messages_and_text(table)]
-    prompts = Texts.of([compared_text(own, "", "prompt") for own, _ in said])
-    asked = Texts.of([compared_text(own, text, "prompt") for own, text in said])
-    answers = Texts.of([compared_text(own, "", "completion") for own, _ in said])
+    if rendering.task.type == "language_modeling":
+        prompts = answers = Texts.of([""] * table.num_rows)
+    else:
+        said = [rendering.own_messages(row)[0] for row in _messages_and_text(table)]
+        prompts = Texts.of([compared_text(own, "", "prompt") for own in said])
+        answers = Texts.of([compared_text(own, "", "completion") for own in said])
+        has_prompt = np.array([bool(own) for own in said], dtype=bool)
+        exact = np.where(has_prompt, normalised_hashes(prompts), exact)
     return {
-        "prompt_key": pa.array(normalised_hashes(asked)),
+        "prompt_key": pa.array(exact),
         "answer_key": pa.array(normalised_hashes(answers)),
         "prompt_bands": _lists(band_hashes(prompts, 1, ALIKE_PROMPTS)),
     }

@@ -77,11 +77,12 @@ def collect(rows: Any, columns: list[str]) -> Any:
     tables = [batch.select(wanted) for batch in batches if batch.num_rows]
     if not tables:
         return None
-    # Blocks come in any order, rows within one in theirs: sorting all would copy everything.
+    # Blocks come in any order, the rows of one in theirs: sorting all would copy them twice.
     tables.sort(key=lambda table: table["key"][0].as_py())
     found = pa.concat_tables(tables)
     keys = found["key"].to_numpy()
-    return found if (keys[1:] > keys[:-1]).all() else found.sort_by("key")
+    # A copy of its own, so that the object store need not keep the blocks.
+    return found.combine_chunks() if (keys[1:] > keys[:-1]).all() else found.sort_by("key")
 
 
 def fetch_shingles(

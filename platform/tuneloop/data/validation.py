@@ -13,7 +13,7 @@ _PLACES = 3
 _KINDS = 5
 
 # Peak of what `prepare` holds in its own process of every row, measured (docs/scaling.md).
-_BYTES_PER_ROW = 2000
+_BYTES_PER_ROW = 1500
 
 BadRow = tuple[str, str]  # (place, JSON of what, got, allowed, remedy, fatal; or a plain reason)
 
