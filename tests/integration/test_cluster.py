@@ -219,7 +219,7 @@ def test_two_nodes_train_like_one_worker_with_zero_3(
 def test_a_training_goes_on_without_a_lost_node_and_with_a_new_one(
     nodes: Any, by_ray: Workspace, config: Path
 ) -> None:
-    lost = False
+    num_epochs, lost = 12, False
 
     def lose_and_replace(folder: Path) -> bool:
         nonlocal lost
@@ -234,19 +234,20 @@ def test_a_training_goes_on_without_a_lost_node_and_with_a_new_one(
                 return True
         return False
 
-    overrides = ["resources.num_workers=[1, 2]", "training.num_epochs=60"]
-    overrides += ["resources.checkpoint_every_steps=20", "training.learning_rate=1e-3"]
+    # Checkpoints pace it: a node that joins is noticed within half a minute.
+    overrides = ["resources.num_workers=[1, 2]", "resources.checkpoint_every_steps=5"]
+    overrides += [f"training.num_epochs={num_epochs}"]
     workspace = train_on_two(nodes, config, overrides, lose_and_replace)
     log = pq.read_table(workspace.open("models/prices").path / "trainer_log.parquet").to_pydict()
     counts = log["num_workers"]
     changes = [b for a, b in zip([0, *counts], counts, strict=False) if a != b]
     assert changes == [2, 1, 2]
     # Whoever trained it, every row came once an epoch.
-    assert len(log["rows"]) == 60 * NUM_STEPS
-    for epoch in range(60):
+    assert len(log["rows"]) == num_epochs * NUM_STEPS
+    for epoch in range(num_epochs):
         steps = log["rows"][epoch * NUM_STEPS : (epoch + 1) * NUM_STEPS]
         assert sorted(row for rows in steps for row in rows) == list(range(160))
-    assert log["loss"][-1] < log["loss"][0] / 2
+    assert log["loss"][-1] < log["loss"][0]
     nodes.await_alive(3)
 
 

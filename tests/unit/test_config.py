@@ -9,6 +9,7 @@ import pytest
 
 from tuneloop.config import TuneloopConfig, grad_accum_steps, load_config, micro_batch_size
 from tuneloop.errors import ConfigError
+from tuneloop.sweeps.grid import expand
 
 GOOD = """\
 name: faq
@@ -108,6 +109,9 @@ def test_a_range_of_workers_divides_the_batch_at_every_number(tmp_path: Path) ->
     config = load_config(path, ["training.global_batch_size=24", *overrides[1:]])
     assert list(config.resources.worker_counts) == [1, 2, 3, 4]
     assert [grad_accum_steps(config, count) for count in range(1, 5)] == [3, 2, 1, 1]
+    sweep = ["sweep.parameters={training.seed: [1, 2]}", "resources.num_workers=[1, 2]"]
+    with pytest.raises(ConfigError, match="a fixed number of workers"):
+        expand(load_config(path, sweep))
     for wrong in ("0", "[2, 1]", "[1, 2, 3]", "two", "true", "[0, 2]", "1.5"):
         (found,) = problems(path, f"resources.num_workers={wrong}")
         assert "at least 1, or [min, max]" in found

@@ -34,14 +34,24 @@ def expand(config: TuneloopConfig) -> list[Cell]:
     """Return the cells of `sweep.parameters`, the last key varying fastest.
 
     Raises:
-        ConfigError: No `sweep`, or a key or value the configuration does not accept; all of
-            them are told.
+        ConfigError: No `sweep`, a number of workers that is not fixed, or a key or value the
+            configuration does not accept; all of them are told.
     """
     if config.sweep is None:
         raise ConfigError(
             Problem(
                 "there is no `sweep` in the configuration",
                 remedy="add sweep.parameters, for example data.num_train_examples: [100, 300]",
+            )
+        )
+    if not isinstance(config.resources.num_workers, int):
+        # Ray would count the share of a node that a trial holds as room for one more worker.
+        raise ConfigError(
+            Problem(
+                "the trainings of a sweep have a fixed number of workers",
+                where="resources.num_workers",
+                got=str(list(config.resources.num_workers)),
+                remedy="give one number; resources.num_concurrent_trials fills a large cluster",
             )
         )
     raw = config.model_dump(mode="json", exclude={"sweep"})
