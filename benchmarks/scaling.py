@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--compare-mb-per-cpu-s", type=float, default=230.0)
     parser.add_argument("--compared-ratio", type=float, default=0.2)
     parser.add_argument("--document-bytes", type=float, default=3100.0)
+    parser.add_argument("--keys-bytes", type=float, default=330.0, help="table of keys, a row")
     parser.add_argument("--prepare-bytes", type=float, default=1500.0)
     parser.add_argument("--decide", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -152,7 +153,7 @@ def main() -> None:
         options.compared_ratio,
         options.document_bytes,
         measured["us_per_row"] / 1e6,
-        measured["bytes_per_row"],
+        measured["bytes_per_row"] + options.keys_bytes,
         options.prepare_bytes,
     )
     for size in (0.01 * TB, TB, 100 * TB):
