@@ -7,6 +7,7 @@ that border, and the loss mask follows from positions instead of from searching 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneloop.errors import ModelError, Problem
+from tuneloop.models.encoding import Engine, OwnEngine, TokenLists
 from tuneloop.records import Message, Sample
 
 CODE_VERSION = 2
@@ -75,6 +77,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, template: str) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self._engine: Engine = OwnEngine(tokenizer)
         self._control = re.compile(r"(?!)")
         self.stop_ids: tuple[int, ...] = ()
         self.stop_ids = self._find_stop_ids()
@@ -103,6 +106,12 @@ class Renderer:
                 )
             ) from error
         return cls(tokenizer, _template(tokenizer, chat_template))
+
+    def with_engine(self, engine: Engine) -> Renderer:
+        """Return the same rendering, its texts encoded by an engine that was proved to be equal."""
+        renderer = copy.copy(self)
+        renderer._engine = engine
+        return renderer
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a prompt, ready for the model to answer. Shape (T,).
@@ -149,9 +158,27 @@ class Renderer:
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of plain text, with BOS where the tokenizer adds one. Shape (T,)."""
-        ids = self._encode(text)
-        bos = self.tokenizer.bos_token_id
-        return [bos, *ids] if self._adds_bos and ids[:1] != [bos] else ids
+        ids: list[int] = self.batch_ids([text]).values.tolist()
+        return ids
+
+    def batch_ids(self, texts: Sequence[str], closed: bool = False) -> TokenLists:
+        """Return the ids of plain texts, each with BOS where the tokenizer adds one.
+
+        Args:
+            texts: Whole documents, or the beginnings of some.
+            closed: They end here: EOS follows, if there is one and it does not stand there yet.
+        """
+        bos = self.tokenizer.bos_token_id if self._adds_bos else None
+        eos = self.tokenizer.eos_token_id if closed else None
+        return self._engine.encode_batch(texts).enclosed(bos, eos)
+
+    def texts(self, messages: Sequence[Message]) -> list[str]:
+        """Return the pieces of a rendered conversation, each of which is encoded on its own.
+
+        Raises:
+            RenderError: The messages cannot be rendered.
+        """
+        return [text for text, _ in self._segments(messages, generation_prompt=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens."""
@@ -220,7 +247,7 @@ class Renderer:
             raise RenderError(f"the chat template refuses the messages: {error}") from error
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._engine.encode(text)
 
     def _refuse_double_bos(self, ids: Sequence[int]) -> None:
         bos = self.tokenizer.bos_token_id
