@@ -147,7 +147,7 @@ def test_every_row_ends_in_train_test_or_removed(
     readme = (artifact.path / "README.md").read_text()
     assert "a.jsonl:62" in readme or "b.jsonl:42" in readme
     engine = card["tokenizer_engine"]
-    assert engine["is_fast"]
+    assert engine["package"] == "gigatoken"
     # 106 rows could be read; the one with a control token cannot be rendered.
     assert (
         f"Tokenizer engine: gigatoken {version('gigatoken')}, proved on {engine['num_texts']:,}"
@@ -162,7 +162,8 @@ def test_every_row_ends_in_train_test_or_removed(
     assert prepare(config, workspace, base).reused
     with first.open("a") as file:
         file.write(json.dumps({"question": "new one", "answer": "yes", "topic": "t1"}) + "\n")
-    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    for module in ("gigatoken", "splintr"):
+        monkeypatch.setitem(sys.modules, module, None)
     with caplog.at_level("INFO", "tuneloop.data"):
         again = prepare(config, workspace, base)
     assert "because gigatoken: not installed (pip install 'tuneloop[fast]')" in caplog.text

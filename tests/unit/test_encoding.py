@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tuneloop.config import DataConfig, TaskConfig
 from tuneloop.data.rendering import Rendering
 from tuneloop.models.awkward_texts import awkward_texts
 from tuneloop.models.chat import Renderer
-from tuneloop.models.encoding import FastEngine, OwnEngine, TokenLists, choose_engine
+from tuneloop.models.encoding import FAST_PACKAGES, FastEngine, OwnEngine, TokenLists, choose_engine
 from tuneloop.records import Message
 
 OWN_TEXTS = ["Return the number of items.", "def read(path, mode='r'): ..."]
@@ -61,7 +63,7 @@ def test_the_fast_engine_is_proved_on_own_and_awkward_texts(renderer: Renderer) 
 
 def test_an_engine_that_is_right_everywhere_is_taken(renderer: Renderer) -> None:
     engine, choice = choose_engine(
-        renderer.tokenizer, OWN_TEXTS, lambda t: Odd(t, "no text has this")
+        renderer.tokenizer, OWN_TEXTS, lambda t, _: Odd(t, "no text has this")
     )
     assert engine.name == choice.engine == "odd 1.0"
 
@@ -72,10 +74,10 @@ def test_an_engine_with_other_ids_is_refused_and_said_why(
     word: str, alone: bool, batch: bool, renderer: Renderer
 ) -> None:
     engine, choice = choose_engine(
-        renderer.tokenizer, OWN_TEXTS, lambda t: Odd(t, word, alone, batch)
+        renderer.tokenizer, OWN_TEXTS, lambda t, _: Odd(t, word, alone, batch)
     )
     assert type(engine) is OwnEngine
-    assert not choice.is_fast
+    assert not choice.package
     assert choice.engine.startswith("tokenizers ")
     assert "because odd 1.0 gave [" in str(choice)
     assert "is right" in choice.reason
@@ -83,6 +85,9 @@ def test_an_engine_with_other_ids_is_refused_and_said_why(
 
 def test_an_engine_that_fails_is_refused(renderer: Renderer) -> None:
     class Failing(OwnEngine):
+        def __init__(self, tokenizer: Any, package: str) -> None:
+            super().__init__(tokenizer)
+
         def encode_batch(self, texts: Sequence[str]) -> TokenLists:
             raise RuntimeError("out of order")
 
@@ -96,33 +101,68 @@ def test_without_the_package_the_tokenizer_itself_encodes(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     engine, choice = choose_engine(renderer.tokenizer, OWN_TEXTS)
-    assert type(engine) is OwnEngine
+    assert choice.package == "splintr-rs"
     assert choice.reason == "gigatoken: not installed (pip install 'tuneloop[fast]')"
+    monkeypatch.setitem(sys.modules, "splintr", None)
+    engine, choice = choose_engine(renderer.tokenizer, OWN_TEXTS)
+    assert type(engine) is OwnEngine
+    assert choice.reason.endswith("splintr-rs: not installed (pip install 'tuneloop[fast]')")
 
 
-@pytest.mark.parametrize("pattern", [GPT2, QWEN, LLAMA3, r"\d|[a-z]+|\s|."])
-def test_whatever_the_tokenizer_the_ids_are_its_own(pattern: str, tiny_model: Path) -> None:
-    from tokenizers import Regex, pre_tokenizers
-    from transformers import AutoTokenizer
+def split(pattern: str) -> list[Any]:
+    regex = Regex(pattern)
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return [pre_tokenizers.Split(regex, "isolated"), bytes_only]
 
+
+KINDS = {
+    "qwen": ("gigatoken", split(QWEN)),
+    "llama3": ("gigatoken", split(LLAMA3)),
+    "gpt2 written out": ("splintr-rs", split(GPT2)),
+    "any pattern": ("splintr-rs", split(r"\d|[a-z]+|\s|.")),
+    "smollm2": (
+        "splintr-rs",
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_common_kind_of_byte_level_tokenizer_has_a_fast_engine(
+    kind: str, tiny_model: Path
+) -> None:
+    package, steps = KINDS[kind]
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     engine, choice = choose_engine(tokenizer, OWN_TEXTS)
-    assert choice.is_fast or choice.reason
-    own = OwnEngine(tokenizer)
-    texts = [t for t in awkward_texts(tokenizer) if not re.search("[\ud800-\udfff]", t)]
-    assert engine.encode_batch(texts).lists() == [own.encode(text) for text in texts]
+    assert choice.package == package
+    text = " 12  3\u00e9 e\u0301 <|im_end|>x\r\n"
+    assert engine.encode(text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_texts_with_bytes_that_have_no_token_keep_the_tokenizers_ids(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = description["model"]["vocab"]
+    # The names of the bytes 0x01 and 0xF1, which stand in no merge.
+    gone = ["\u0101", "\u00f1"]
+    for name in gone:
+        del vocabulary[name]
+    names = {token: index for index, token in enumerate(vocabulary)}
+    description["model"]["vocab"] = names
+    description["added_tokens"] = [
+        token | {"id": names[token["content"]]} for token in description["added_tokens"]
+    ]
+    short = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(description)), eos_token="<|im_end|>"
+    )
+    engine, choice = choose_engine(short, ["a\x01b \x01."])
+    assert choice.package == "gigatoken"
+    assert engine.encode("a\x01b") == engine.encode("ab")
 
 
 def test_a_tokenizer_of_another_kind_encodes_itself() -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     engine, choice = choose_engine(PreTrainedTokenizerFast(tokenizer_object=words), ["a b"])
@@ -131,8 +171,9 @@ def test_a_tokenizer_of_another_kind_encodes_itself() -> None:
     assert engine.encode("b a") == [1, 0]
 
 
-def test_the_engine_changes_neither_ids_nor_identity(renderer: Renderer) -> None:
-    fast = renderer.with_engine(FastEngine(renderer.tokenizer))
+@pytest.mark.parametrize("package", FAST_PACKAGES)
+def test_the_engine_changes_neither_ids_nor_identity(package: str, renderer: Renderer) -> None:
+    fast = renderer.with_engine(FastEngine(renderer.tokenizer, package))
     turns = [Message("user", "What is 1 2 3?\n"), Message("assistant", "\n\nnone")]
     assert fast.hash == renderer.hash
     assert fast.sample(turns) == renderer.sample(turns)
@@ -149,7 +190,7 @@ def test_rows_that_cannot_be_rendered_prove_nothing(tiny_model: Path) -> None:
     fine = {"messages": [asked, {"role": "assistant", "content": "no"}], "text": ""}
     _, none = rendering.proved([leaking])
     fast, two = rendering.proved([leaking, fine])
-    assert fast.is_fast
+    assert fast.engine == "gigatoken"
     assert two.num_texts == none.num_texts + 2
 
 

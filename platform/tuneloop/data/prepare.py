@@ -200,7 +200,7 @@ def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, Choi
     """
     chosen = keys[:: max(1, -(-len(keys) // _NUM_PROVED))]
     rendering, choice = rendering.proved(stages.fetch_rows(rows, chosen))
-    logger.log(logging.INFO if choice.is_fast else logging.WARNING, "tokenizer engine: %s", choice)
+    logger.log(logging.INFO if choice.package else logging.WARNING, "tokenizer engine: %s", choice)
     return rendering, choice
 
 

@@ -40,21 +40,22 @@ class Rendering:
     Args:
         path: Model directory with the tokenizer.
         chat_template: As in `model.chat_template`.
-        is_fast: Encode by the fast engine, which was proved to give the same ids.
+        engine: Package that encodes, which was proved to give the same ids; empty for the
+            tokenizer itself.
     """
 
     path: str
     chat_template: str
     task: TaskConfig
     data: DataConfig
-    is_fast: bool = False
+    engine: str = ""
 
     def renderer(self) -> Renderer:
         """Return the renderer, loaded once per process."""
-        return _load(self.path, self.chat_template, self.is_fast)
+        return _load(self.path, self.chat_template, self.engine)
 
     def proved(self, rows: Iterable[Mapping[str, Any]]) -> tuple[Rendering, Choice]:
-        """Return the rendering by the fast engine if it gives the same ids on rows, and why not.
+        """Return the rendering by the fastest engine that gives the same ids on rows, and which.
 
         Args:
             rows: Some of those to be rendered, with `messages` and `text`.
@@ -62,7 +63,7 @@ class Rendering:
         renderer = self.renderer()
         texts = [text[:_PROVED_CHARACTERS] for row in rows for text in _texts_of(row, renderer)]
         _, choice = choose_engine(renderer.tokenizer, texts)
-        return replace(self, is_fast=choice.is_fast), choice
+        return replace(self, engine=choice.package), choice
 
     def own_messages(self, row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
         """Return what a row itself says: messages without the task's instruction, and text."""
@@ -71,10 +72,10 @@ class Rendering:
 
 
 @lru_cache(maxsize=4)
-def _load(path: str, chat_template: str, is_fast: bool) -> Renderer:
-    if is_fast:
-        renderer = _load(path, chat_template, False)
-        return renderer.with_engine(FastEngine(renderer.tokenizer))
+def _load(path: str, chat_template: str, engine: str) -> Renderer:
+    if engine:
+        renderer = _load(path, chat_template, "")
+        return renderer.with_engine(FastEngine(renderer.tokenizer, engine))
     return Renderer.load(path, chat_template)
 
 

@@ -274,9 +274,10 @@ def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) ->
 def _chunk_rows(row: dict[str, Any], ids: Any, rendering: Rendering) -> Iterator[dict[str, Any]]:
     """Yield a document's pieces; the last one where `row_places` puts it."""
     pieces = chunks(ids, rendering.data.max_seq_len)
-    # The fast tokenizer itself: what wraps it looks at every id in Python.
-    decode = rendering.renderer().tokenizer.backend_tokenizer.decode
-    for number, piece in enumerate(pieces):
+    texts = [row["text"]]
+    if len(pieces) > 1:
+        texts = rendering.renderer().piece_texts(row["text"], pieces)
+    for number, (piece, text) in enumerate(zip(pieces, texts, strict=True)):
         order, position = row["#order"] + number, 0
         if row["#pack"] is not None and number == len(pieces) - 1:
             order = (row["#side"] << _SIDE_SHIFT) + row["#pack"]
@@ -288,7 +289,7 @@ def _chunk_rows(row: dict[str, Any], ids: Any, rendering: Rendering) -> Iterator
             "row_id": row_id,
             "document_ids": [row_id],
             "document_lengths": [len(piece)],
-            "#text": row["text"] if len(pieces) == 1 else decode(piece.tolist()),
+            "#text": text,
             "num_tokens": len(piece),
         }
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.encoding import Engine, OwnEngine, TokenLists
@@ -187,6 +191,37 @@ class Renderer:
                 list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+    def piece_texts(self, text: str, pieces: Sequence[NDArray[np.int32]]) -> list[str]:
+        """Return what each piece of a text's ids says, without special tokens.
+
+        Args:
+            text: What was encoded.
+            pieces: Its ids, cut anywhere; half a character at a border is replaced.
+        """
+        data, sizes = text.encode(), self._byte_sizes
+        if sizes is not None:
+            ends = np.cumsum([int(sizes[piece].sum()) for piece in pieces]).tolist()
+            # Looked up in the text itself, which is many times as fast as decoding the ids.
+            if ends and ends[-1] == len(data):
+                borders = itertools.pairwise([0, *ends])
+                return [data[a:b].decode("utf-8", "replace") for a, b in borders]
+        decode = self.tokenizer.backend_tokenizer.decode
+        return [decode(piece.tolist()) for piece in pieces]
+
+    @cached_property
+    def _byte_sizes(self) -> NDArray[np.int64] | None:
+        """How many bytes of text each id stands for; None where that is not a matter of the id."""
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        if (backend["decoder"] or {}).get("type") != "ByteLevel" or backend["normalizer"]:
+            return None
+        vocabulary = self.tokenizer.get_vocab()
+        sizes = np.zeros(max(vocabulary.values()) + 1, np.int64)
+        for name, index in vocabulary.items():
+            sizes[index] = len(name)  # a character for a byte
+        for index, token in self.tokenizer.added_tokens_decoder.items():
+            sizes[index] = 0 if token.special else len(token.content.encode())
+        return sizes
 
     @cached_property
     def hash(self) -> str:

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from tuneloop.models.awkward_texts import awkward_texts
 
-_PACKAGE = "gigatoken"
 _SHOWN_CHARACTERS = 60
 
 
@@ -107,30 +106,31 @@ class OwnEngine:
 
 
 class FastEngine:
-    """The same tokenizer in gigatoken: no regular expressions, words it has seen are looked up.
+    """The same tokenizer, read by another package.
 
     A vocabulary may lack tokens for some bytes; what a tokenizer makes of the text around such a
     byte differs from engine to engine, so texts with one are left to the tokenizer itself.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
+        package: One of `FAST_PACKAGES`.
 
     Raises:
         ImportError: The package is not installed.
         ValueError: It does not know this kind of tokenizer. It may also panic.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        try:
-            from gigatoken import Tokenizer
-        except ImportError as error:
-            raise ImportError("not installed (pip install 'tuneloop[fast]')") from error
+    def __init__(self, tokenizer: Any, package: str) -> None:
         self._own = OwnEngine(tokenizer)
         text = tokenizer.backend_tokenizer.to_str()
         description = json.loads(text)
         self._unknown = _give_every_byte_a_token(description)
-        self._tokenizer = Tokenizer.from_json(json.dumps(description) if self._unknown else text)
-        self.name = f"{_PACKAGE} {importlib.metadata.version(_PACKAGE)}"
+        try:
+            load = _LOADERS[package]
+            self._encode = load(json.dumps(description) if self._unknown else text)
+            self.name = f"{package} {importlib.metadata.version(package)}"
+        except ImportError as error:
+            raise ImportError("not installed (pip install 'tuneloop[fast]')") from error
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""
@@ -141,15 +141,47 @@ class FastEngine:
         """Return the ids of several texts, on this thread: Ray starts a worker for each core."""
         found = [self._ids(text) for text in texts]
         offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in found], dtype=np.int64)])
-        # Every text has an array of its own, which costs less than what they are made of.
         return TokenLists(np.concatenate([np.zeros(0, np.uint32), *found]).view(np.int32), offsets)
 
     def _ids(self, text: str) -> NDArray[np.uint32]:
-        data = text.encode()
-        if any(byte in data for byte in self._unknown):
-            return np.array(self._own.encode(text), np.uint32)
-        ids: NDArray[np.uint32] = self._tokenizer.encode(data)
-        return ids
+        if self._unknown:
+            data = text.encode()
+            if any(byte in data for byte in self._unknown):
+                return np.array(self._own.encode(text), np.uint32)
+        return self._encode(text)
+
+
+_Encode = Callable[[str], NDArray[np.uint32]]
+
+
+def _by_gigatoken(description: str) -> _Encode:
+    """Return the encoder that knows the common patterns by heart and remembers words.
+
+    Source: https://github.com/marcelroed/gigatoken
+    """
+    from gigatoken import Tokenizer
+
+    encode: _Encode = Tokenizer.from_json(description).encode
+    return encode
+
+
+def _by_splintr(description: str) -> _Encode:
+    """Return the encoder that knows any pattern, with a regular-expression engine of its own.
+
+    Source: https://github.com/ml-rust/splintr
+    """
+    import splintr
+
+    encode = splintr.from_json_bytes(description.encode()).encode_flat
+    return lambda text: np.frombuffer(encode(text), np.uint32)
+
+
+_LOADERS: dict[str, Callable[[str], _Encode]] = {
+    "gigatoken": _by_gigatoken,
+    "splintr-rs": _by_splintr,
+}
+# Fastest first.
+FAST_PACKAGES = tuple(_LOADERS)
 
 
 def _give_every_byte_a_token(description: dict[str, Any]) -> list[int]:
@@ -188,47 +220,53 @@ class Choice:
 
     Args:
         engine: Name and version.
-        is_fast: Whether it is the fast one.
-        num_texts: On how many texts it was held against the model's own tokenizer.
-        reason: Why the fast one does not encode; empty if it does.
+        package: Of `FAST_PACKAGES`; empty for the tokenizer itself.
+        num_texts: On how many texts the fast engine was held against the tokenizer.
+        reason: Why none of the faster ones encodes; empty for the fastest.
     """
 
     engine: str
-    is_fast: bool = False
+    package: str = ""
     num_texts: int = 0
     reason: str = ""
 
     def __str__(self) -> str:
-        if self.is_fast:
-            return f"{self.engine}, proved on {self.num_texts:,} strings"
-        return f"{self.engine}, because {self.reason}"
+        proof = f", proved on {self.num_texts:,} strings" if self.package else ""
+        return f"{self.engine}{proof}" + (f", because {self.reason}" if self.reason else "")
 
 
 def choose_engine(
-    tokenizer: Any, own_texts: Sequence[str], make: Callable[[Any], Engine] = FastEngine
+    tokenizer: Any,
+    own_texts: Sequence[str],
+    make: Callable[[Any, str], Engine] = FastEngine,
 ) -> tuple[Engine, Choice]:
-    """Return the fast engine if its ids are the tokenizer's, else the tokenizer itself.
+    """Return the fastest engine whose ids are the tokenizer's, or the tokenizer itself.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
         own_texts: What is going to be encoded, or a sample of it.
-        make: The fast engine for a tokenizer.
+        make: The engine of a package for a tokenizer.
     """
     own = OwnEngine(tokenizer)
-    engine, failure = _tried(lambda: make(tokenizer))
-    if engine is None:
-        return own, Choice(own.name, reason=f"{_PACKAGE}: {failure}")
     texts = [*own_texts, *awkward_texts(tokenizer)]
-    difference = _difference(engine, own, texts)
-    if difference:
-        return own, Choice(own.name, num_texts=len(texts), reason=f"{engine.name} {difference}")
-    return engine, Choice(engine.name, is_fast=True, num_texts=len(texts))
-
-
-def _difference(engine: Engine, own: Engine, texts: Sequence[str]) -> str:
-    """Return what an engine does otherwise than the model's own; empty if nothing."""
-    # A lone surrogate is no text: the tokenizer refuses it, and so has the engine.
+    # A lone surrogate is no text: the tokenizer refuses it, and so has an engine.
     wanted = [_tried(partial(own.encode, text))[0] for text in texts]
+    reasons = []
+    for package in FAST_PACKAGES:
+        engine, failure = _tried(partial(make, tokenizer, package))
+        if engine is None:
+            reasons.append(f"{package}: {failure}")
+            continue
+        difference = _difference(engine, texts, wanted)
+        if not difference:
+            choice = Choice(engine.name, package, len(texts), "; ".join(reasons))
+            return engine, choice
+        reasons.append(f"{engine.name} {difference}")
+    return own, Choice(own.name, reason="; ".join(reasons))
+
+
+def _difference(engine: Engine, texts: Sequence[str], wanted: Sequence[list[int] | None]) -> str:
+    """Return what an engine does otherwise than wanted, alone or in a batch; empty if nothing."""
     readable = [text for text, ids in zip(texts, wanted, strict=True) if ids is not None]
     lists, failure = _tried(lambda: engine.encode_batch(readable).lists())
     if lists is None:
