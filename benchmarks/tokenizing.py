@@ -187,12 +187,20 @@ def encode_files(paths: list[Path], encode: Callable[[Any], Any]) -> int:
 
 
 def with_ray(paths: list[Path], rendering: Rendering) -> Any:
-    """Return the dataset that Ray Data read from files and gave to the product's step."""
+    """Return the dataset of files that were read and encoded in Ray Data's tasks."""
     import ray.data
 
-    rows = ray.data.read_parquet([str(path) for path in paths])
-    step = functools.partial(tokenize, rendering=rendering)
-    return rows.map_batches(step, batch_size=_BATCH, batch_format="pyarrow").materialize()
+    items = [{"path": str(path)} for path in paths]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    encode = functools.partial(read_and_encode, rendering=rendering)
+    return dataset.map_batches(encode, batch_size=1, batch_format="pyarrow").materialize()
+
+
+def read_and_encode(table: Any, rendering: Rendering) -> Iterator[Any]:
+    """Yield the rows of the files that a table names, with their tokens."""
+    for path in table["path"].to_pylist():
+        for batch in parquet.ParquetFile(path).iter_batches(_BATCH):
+            yield tokenize(pa.Table.from_batches([batch]), rendering)
 
 
 def compare_engines(sample: list[str], documents: list[str], rendering: Rendering) -> list[Any]:
