@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tuneloop.config import DataConfig, TaskConfig
 from tuneloop.data.rendering import Rendering
+from tuneloop.models import encoding
 from tuneloop.models.awkward_texts import awkward_texts
 from tuneloop.models.chat import Renderer
 from tuneloop.models.encoding import FAST_PACKAGES, FastEngine, OwnEngine, TokenLists, choose_engine
@@ -179,6 +180,22 @@ def test_the_engine_changes_neither_ids_nor_identity(package: str, renderer: Ren
     assert fast.sample(turns) == renderer.sample(turns)
     assert fast.prompt_ids(turns[:1]) == renderer.prompt_ids(turns[:1])
     assert fast.text_ids("yes no") == renderer.text_ids("yes no")
+
+
+def test_what_an_engine_remembers_is_bounded(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    load = encoding._LOADERS["gigatoken"]
+    monkeypatch.setitem(
+        encoding._LOADERS, "gigatoken", lambda text: loads.append(text) or load(text)
+    )
+    monkeypatch.setattr(encoding, "_FORGOTTEN_AFTER", 100)
+    engine = FastEngine(renderer.tokenizer, "gigatoken")
+    texts = ["yes no true false " * 3] * 5  # 54 characters each: a new one for every second text
+    ids = engine.encode_batch(texts).lists()
+    assert len(loads) == 1 + 2
+    assert ids == [OwnEngine(renderer.tokenizer).encode(texts[0])] * 5
 
 
 def test_rows_that_cannot_be_rendered_prove_nothing(tiny_model: Path) -> None:

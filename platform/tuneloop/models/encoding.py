@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from tuneloop.models.awkward_texts import awkward_texts
 
 _SHOWN_CHARACTERS = 60
+# Engines remember words, some of them all; a new one after so many characters bounds that.
+_FORGOTTEN_AFTER = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,12 @@ class FastEngine:
         text = tokenizer.backend_tokenizer.to_str()
         description = json.loads(text)
         self._unknown = _give_every_byte_a_token(description)
+        if self._unknown:
+            text = json.dumps(description)
+        self._load = partial(_LOADERS[package], text)
+        self._num_left = _FORGOTTEN_AFTER
         try:
-            load = _LOADERS[package]
-            self._encode = load(json.dumps(description) if self._unknown else text)
+            self._encode = self._load()
             self.name = f"{package} {importlib.metadata.version(package)}"
         except ImportError as error:
             raise ImportError("not installed (pip install 'tuneloop[fast]')") from error
@@ -148,6 +153,9 @@ class FastEngine:
             data = text.encode()
             if any(byte in data for byte in self._unknown):
                 return np.array(self._own.encode(text), np.uint32)
+        self._num_left -= len(text)
+        if self._num_left < 0:
+            self._encode, self._num_left = self._load(), _FORGOTTEN_AFTER
         return self._encode(text)
 
 
