@@ -28,7 +28,7 @@ from tuneloop.data.files import SourceFile, find_evaluation_files, find_files
 from tuneloop.data.held_out import decontaminate, read_evaluations
 from tuneloop.data.outcome import Outcome
 from tuneloop.data.packing import packed_tables
-from tuneloop.data.rendering import Rendering
+from tuneloop.data.rendering import NUM_PROVED, Rendering, tell_engine
 from tuneloop.data.split import Split, limit_train, split_rows
 from tuneloop.data.validation import (
     nothing_left_problem,
@@ -47,7 +47,6 @@ logger = logging.getLogger("tuneloop.data")
 
 CODE_VERSION = 5
 _NUM_EXAMPLES, _SHOWN_CHARACTERS = 3, 500
-_NUM_PROVED = 200
 _COLUMNS = [
     "source",
     "problem",
@@ -198,9 +197,9 @@ def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, Choi
     Args:
         keys: Of usable rows, some of which the engine is tried on. Shape (N,).
     """
-    chosen = keys[:: max(1, -(-len(keys) // _NUM_PROVED))]
+    chosen = keys[:: max(1, -(-len(keys) // NUM_PROVED))]
     rendering, choice = rendering.proved(stages.fetch_rows(rows, chosen))
-    logger.log(logging.INFO if choice.package else logging.WARNING, "tokenizer engine: %s", choice)
+    tell_engine(choice)
     return rendering, choice
 
 

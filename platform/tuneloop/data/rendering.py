@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -27,8 +28,12 @@ from tuneloop.models.chat import Renderer, RenderError
 from tuneloop.models.encoding import Choice, FastEngine, TokenLists, choose_engine
 from tuneloop.records import Message, Sample
 
+logger = logging.getLogger("tuneloop.data")
+
 # Jaccard similarity of their sets of words from which two prompts ask nearly the same.
 ALIKE_PROMPTS = 0.9
+# On how many of the user's rows an engine is tried, and how much of each.
+NUM_PROVED = 200
 _PROVED_CHARACTERS = 5_000
 _LONE_TOKEN = "the document is a single token: nothing can be predicted in it"
 
@@ -77,6 +82,12 @@ def _load(path: str, chat_template: str, engine: str) -> Renderer:
         renderer = _load(path, chat_template, "")
         return renderer.with_engine(FastEngine(renderer.tokenizer, engine))
     return Renderer.load(path, chat_template)
+
+
+def tell_engine(choice: Choice) -> None:
+    """Log which engine encodes, as a warning if it is none of the fast ones."""
+    level = logging.INFO if choice.package else logging.WARNING
+    logger.log(level, "tokenizer engine: %s", choice)
 
 
 def _texts_of(row: Mapping[str, Any], renderer: Renderer) -> list[str]:
