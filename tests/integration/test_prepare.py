@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,12 @@ def rows_of(artifact: Artifact, side: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_every_row_ends_in_train_test_or_removed(tmp_path: Path, base: BaseModel) -> None:
+def test_every_row_ends_in_train_test_or_removed(
+    tmp_path: Path,
+    base: BaseModel,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     rows: list[Any] = [
         {
             "question": " ".join(sentence(f"q{i}", 12)) + "? ",
@@ -139,6 +146,13 @@ def test_every_row_ends_in_train_test_or_removed(tmp_path: Path, base: BaseModel
     assert card["dedup"]["num_near"] == card["dedup"]["num_exact"] == 1
     readme = (artifact.path / "README.md").read_text()
     assert "a.jsonl:62" in readme or "b.jsonl:42" in readme
+    engine = card["tokenizer_engine"]
+    assert engine["package"] == "gigatoken"
+    # 106 rows could be read; the one with a control token cannot be rendered.
+    assert (
+        f"Tokenizer engine: gigatoken {version('gigatoken')}, proved on {engine['num_texts']:,}"
+        in (readme)
+    )
     metrics = artifact.manifest["metrics"]
     assert metrics["num_train_rows"] == len(train)
     assert metrics["num_removed"] == len(removed)
@@ -148,7 +162,19 @@ def test_every_row_ends_in_train_test_or_removed(tmp_path: Path, base: BaseModel
     assert prepare(config, workspace, base).reused
     with first.open("a") as file:
         file.write(json.dumps({"question": "new one", "answer": "yes", "topic": "t1"}) + "\n")
-    again = prepare(config, workspace, base)
+    for module in ("gigatoken", "splintr"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with caplog.at_level("INFO", "tuneloop.data"):
+        again = prepare(config, workspace, base)
+    assert "because gigatoken: not installed (pip install 'tuneloop[fast]')" in caplog.text
+    slow = json.loads((again.artifact.path / "card.json").read_text())["tokenizer_engine"]
+    assert slow["engine"] == f"tokenizers {version('tokenizers')}"
+    # Whichever engine encodes, a row has the same ids.
+    ids = {row["row_id"]: row["input_ids"] for row in train + test}
+    others = rows_of(again.artifact, "train") + rows_of(again.artifact, "test")
+    assert {row["row_id"]: row["input_ids"] for row in others if row["row_id"] in ids}.items() <= (
+        ids.items()
+    )
     assert not again.reused
     assert again.artifact.version == 2
     # A row that stays keeps its id and its side when a row is added to a group of the test.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tuneloop.errors import ModelError
 from tuneloop.models.chat import TEMPLATES, Renderer, RenderError
@@ -137,6 +140,23 @@ def test_missing_tokenizer_and_template(tmp_path: Path, tiny_model: Path) -> Non
         Renderer.load(tmp_path)
     with pytest.raises(ModelError, match="chat template"):
         Renderer.load(tiny_model, "alpacca")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path) -> Renderer:
+    return Renderer.load(tiny_model)
+
+
+@given(
+    st.lists(st.text() | st.sampled_from(["é😀", "<|im_end|>", "日本", "a b"])).map("".join),
+    st.lists(st.integers(0, 60), max_size=4),
+)
+def test_pieces_say_what_their_ids_say(plain: Renderer, text: str, cuts: list[int]) -> None:
+    ids = plain.batch_ids([text], closed=True).values
+    borders = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
+    pieces = [ids[start:stop] for start, stop in itertools.pairwise(borders)]
+    decode = plain.tokenizer.backend_tokenizer.decode
+    assert plain.piece_texts(text, pieces) == [decode(piece.tolist()) for piece in pieces]
 
 
 def test_the_quick_way_to_load_gives_the_same_tokenizer(tiny_model: Path) -> None:

@@ -207,6 +207,19 @@ def test_bad_rows_say_what_is_wrong(row: Any, layout: str, expected: str, tmp_pa
     assert expected in what(found)["what"]
 
 
+def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:
+    whole = {"question": "who? \U0001f600", "answer": "me", "note": "x"}
+    path = lines(
+        tmp_path / "a.jsonl", whole, {**whole, "note": "\ud83d"}, {**whole, "question": "a \udfff"}
+    )
+    good, *bad = read(config_for(path, "question_answer"))
+    assert turns(good)[0] == ("user", "who? \U0001f600")
+    for row, half in zip(bad, (r"\ud83d", r"\udfff"), strict=True):
+        assert what(row)["what"] == "half of a surrogate pair stands alone"
+        assert half in what(row)["got"]
+        json.dumps(row, ensure_ascii=False).encode()  # what is kept of it can be written
+
+
 def test_wrong_column_suggests_the_right_one_once(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", *[{"question": f"q{i}", "anwser": "a"} for i in range(50)])
     config = config_for(path, "question_answer")

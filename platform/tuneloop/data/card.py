@@ -6,6 +6,7 @@ import json
 import platform
 import re
 from collections import Counter
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def write_card(
 
 
 def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written]) -> dict[str, Any]:
+    assert outcome.engine is not None
     splits = {}
     for name in ("train", "validation", "test"):
         if name not in written:
@@ -52,6 +54,7 @@ def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written])
         "task": config.task.model_dump(),
         "base": config.model.base,
         "chat_template": config.model.chat_template,
+        "tokenizer_engine": asdict(outcome.engine),
         "sources": [
             {"path": source.path, "licence": _licence(source.path)}
             for source in config.data.sources

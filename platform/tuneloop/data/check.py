@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.data.files import find_evaluation_files, find_files
 from tuneloop.data.held_out import read_evaluations
 from tuneloop.data.readers import read_rows
-from tuneloop.data.rendering import Rendering, percentiles, sample_of
+from tuneloop.data.rendering import NUM_PROVED, Rendering, percentiles, sample_of, tell_engine
 from tuneloop.data.validation import (
     BadRow,
     bad_row_problems,
@@ -77,7 +78,6 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     except DataError as error:
         return DataCheck(findings=list(error.problems))
     rendering = Rendering(str(base.path), config.model.chat_template, config.task, config.data)
-    renderer = rendering.renderer()
     limit = config.data.max_seq_len if config.task.type != "language_modeling" else None
     bad: list[BadRow] = []
     too_long: list[tuple[str, int]] = []
@@ -86,26 +86,32 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     targets: list[int] = []
     shown = _EvenlySpread(num_samples)
     total = 0
-    for position, file in enumerate(files):
-        for row in read_rows(file, position, config):
-            total += 1
-            if row["problem"]:
-                bad.append((row["source"], row["problem"]))
-                continue
-            if row["dropped"]:
-                dropped.append(row["dropped"])
-                continue
-            try:
-                sample = sample_of(row, renderer)
-            except RenderError as error:
-                bad.append((row["source"], str(error)))
-                continue
-            if limit is not None and len(sample.input_ids) > limit:
-                too_long.append((row["source"], len(sample.input_ids)))
-                continue
-            lengths.append(len(sample.input_ids))
-            targets.append(sum(sample.loss_mask))
-            shown.offer((row["source"], sample))
+    rows = (row for place, file in enumerate(files) for row in read_rows(file, place, config))
+    first = list(itertools.islice(rows, NUM_PROVED))
+    if len(first) == NUM_PROVED:
+        # Fewer are encoded sooner than an engine is loaded.
+        rendering, engine = rendering.proved(row for row in first if not row["problem"])
+        tell_engine(engine)
+    renderer = rendering.renderer()
+    for row in itertools.chain(first, rows):
+        total += 1
+        if row["problem"]:
+            bad.append((row["source"], row["problem"]))
+            continue
+        if row["dropped"]:
+            dropped.append(row["dropped"])
+            continue
+        try:
+            sample = sample_of(row, renderer)
+        except RenderError as error:
+            bad.append((row["source"], str(error)))
+            continue
+        if limit is not None and len(sample.input_ids) > limit:
+            too_long.append((row["source"], len(sample.input_ids)))
+            continue
+        lengths.append(len(sample.input_ids))
+        targets.append(sum(sample.loss_mask))
+        shown.offer((row["source"], sample))
     findings, notices = _findings(config, bad, too_long, total)
     if dropped and len(dropped) + len(bad) + len(too_long) == total:
         findings.append(nothing_left_problem(dropped))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tuneloop.data import stages
 from tuneloop.data.dedup import Duplicates
 from tuneloop.data.split import Split
+from tuneloop.models.encoding import Choice
 
 if TYPE_CHECKING:
     from tuneloop.data.held_out import Contamination
@@ -31,6 +32,7 @@ class Outcome:
         filtered: `changes`, in how many rows which, and `examples` of dropped rows.
         usable: Indices of the rows that could be read and rendered and are not too long.
         seconds: Time of each stage.
+        engine: What encoded the rows.
     """
 
     table: Any
@@ -47,6 +49,7 @@ class Outcome:
     filtered: dict[str, Any] = field(default_factory=dict)
     usable: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
+    engine: Choice | None = None
 
     def remove(
         self,

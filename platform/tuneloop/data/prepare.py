@@ -28,7 +28,7 @@ from tuneloop.data.files import SourceFile, find_evaluation_files, find_files
 from tuneloop.data.held_out import decontaminate, read_evaluations
 from tuneloop.data.outcome import Outcome
 from tuneloop.data.packing import packed_tables
-from tuneloop.data.rendering import Rendering
+from tuneloop.data.rendering import NUM_PROVED, Rendering, tell_engine
 from tuneloop.data.split import Split, limit_train, split_rows
 from tuneloop.data.validation import (
     nothing_left_problem,
@@ -40,6 +40,7 @@ from tuneloop.data.validation import (
 )
 from tuneloop.data.writing import write_sides
 from tuneloop.errors import DataError
+from tuneloop.models.encoding import Choice
 from tuneloop.models.source import BaseModel
 
 logger = logging.getLogger("tuneloop.data")
@@ -114,13 +115,15 @@ def _build(
         warm = stages.warm_up(rendering)
         rows = stages.read_files(files, config)
         refuse_too_many_rows(rows.count())
-        unreadable = _refuse_unreadable(rows, config)
+        readable, unreadable = _refuse_unreadable(rows, config)
     total = rows.count()
     logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, unreadable))
     with _timed("tokenize", seconds):
+        rendering, engine = _proved(rendering, rows, readable)
         rows = stages.render_rows(rows, rendering, warm)
         columns = [*_COLUMNS, *([] if is_text else ["prompt_bands"])]
         outcome = _outcome(stages.collect(rows, columns), seconds)
+        outcome.engine = engine
         _drop_unusable(outcome, unreadable, config)
         outcome.filtered = _filtered(outcome, rows, rendering)
     num_tokens = int(np.sum(outcome.table["num_tokens"].to_numpy()))
@@ -172,15 +175,32 @@ def _build(
     }
 
 
-def _refuse_unreadable(rows: Any, config: TuneloopConfig) -> set[int]:
-    """Return the keys of the unusable rows, or raise DataError if there are too many."""
+def _refuse_unreadable(rows: Any, config: TuneloopConfig) -> tuple[Any, set[int]]:
+    """Return the keys of the usable and the unusable rows.
+
+    Raises:
+        DataError: Too many are unusable.
+    """
     problems = stages.collect(rows, ["source", "problem"])
     if problems is None:
         refuse_bad_rows([], 0, config.data)
     keys, places, texts = (problems[name].to_pylist() for name in ("key", "source", "problem"))
     bad = [(key, place, text) for key, place, text in zip(keys, places, texts, strict=True) if text]
     refuse_bad_rows([(place, text) for _, place, text in bad], len(keys), config.data)
-    return {key for key, _, _ in bad}
+    unreadable = {key for key, _, _ in bad}
+    return np.array([key for key in keys if key not in unreadable], dtype=np.int64), unreadable
+
+
+def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, Choice]:
+    """Return the rendering by the engine that may be trusted with the rows, and tell which.
+
+    Args:
+        keys: Of usable rows, some of which the engine is tried on. Shape (N,).
+    """
+    chosen = keys[:: max(1, -(-len(keys) // NUM_PROVED))]
+    rendering, choice = rendering.proved(stages.fetch_rows(rows, chosen))
+    tell_engine(choice)
+    return rendering, choice
 
 
 def _outcome(table: Any, seconds: dict[str, float]) -> Outcome:

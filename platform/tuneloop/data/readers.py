@@ -90,11 +90,14 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
                 if name not in used and name != "synthetic" and not (is_ours and name in RESERVED)
             }
             row["extra"] = json.dumps(extra, ensure_ascii=False, default=str)
+            _refuse_lone_surrogates(row)
         except RowError as error:
+            row |= {"messages": [], "group": "", "extra": "{}"}
             row["problem"] = json.dumps(
                 {**vars(error), "fatal": isinstance(error, FileError)}, ensure_ascii=False
             )
-            row["text"] = _raw(record, error)[:_KEPT_OF_BAD_ROW]
+            raw = _raw(record, error)[:_KEPT_OF_BAD_ROW]
+            row["text"] = raw.encode("utf-8", "replace").decode()
         yield row
 
 
@@ -292,6 +295,20 @@ def _group(record: Mapping[str, Any], column: str) -> str:
     if value is None or value == "":
         raise RowError(f"`{column}` is empty, and data.split.group_by needs it")
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+def _refuse_lone_surrogates(row: dict[str, Any]) -> None:
+    """Raise RowError for half of a surrogate pair: JSON can escape one, but it is no text."""
+    said = [row["text"], row["group"], row["extra"], *(m["content"] for m in row["messages"])]
+    try:
+        "".join(said).encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "half of a surrogate pair stands alone",
+            got=ascii(error.object[max(0, error.start - 20) : error.start + 20]),
+            allowed="text that UTF-8 can hold",
+            remedy="mend what wrote the row: it cut a character in two",
+        ) from error
 
 
 def _raw(record: dict[str, Any] | RowError, error: RowError) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from tuneloop.models.encoding import Choice
+
 STAGES = {
     "read": "could not be read or checked",
     "filter": "dropped by a quality filter",
@@ -87,6 +89,7 @@ def readme(card: dict[str, Any]) -> str:
         + "; "
         + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in card["duration_s"].items())
         + ".",
+        f"Tokenizer engine: {Choice(**card['tokenizer_engine'])}.",
     ]
     return "\n\n".join(parts) + "\n"
 

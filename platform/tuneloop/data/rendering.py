@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tuneloop.config import DataConfig, TaskConfig
 from tuneloop.data.readers import row_schema, without_instruction
@@ -22,10 +25,17 @@ from tuneloop.data.signatures import (
     shingles,
 )
 from tuneloop.models.chat import Renderer, RenderError
+from tuneloop.models.encoding import Choice, FastEngine, TokenLists, choose_engine
 from tuneloop.records import Message, Sample
+
+logger = logging.getLogger("tuneloop.data")
 
 # Jaccard similarity of their sets of words from which two prompts ask nearly the same.
 ALIKE_PROMPTS = 0.9
+# On how many of the user's rows an engine is tried, and how much of each.
+NUM_PROVED = 200
+_PROVED_CHARACTERS = 5_000
+_LONE_TOKEN = "the document is a single token: nothing can be predicted in it"
 
 
 @dataclass(frozen=True)
@@ -35,16 +45,30 @@ class Rendering:
     Args:
         path: Model directory with the tokenizer.
         chat_template: As in `model.chat_template`.
+        engine: Package that encodes, which was proved to give the same ids; empty for the
+            tokenizer itself.
     """
 
     path: str
     chat_template: str
     task: TaskConfig
     data: DataConfig
+    engine: str = ""
 
     def renderer(self) -> Renderer:
         """Return the renderer, loaded once per process."""
-        return _load(self.path, self.chat_template)
+        return _load(self.path, self.chat_template, self.engine)
+
+    def proved(self, rows: Iterable[Mapping[str, Any]]) -> tuple[Rendering, Choice]:
+        """Return the rendering by the fastest engine that gives the same ids on rows, and which.
+
+        Args:
+            rows: Some of those to be rendered, with `messages` and `text`.
+        """
+        renderer = self.renderer()
+        texts = [text[:_PROVED_CHARACTERS] for row in rows for text in _texts_of(row, renderer)]
+        _, choice = choose_engine(renderer.tokenizer, texts)
+        return replace(self, engine=choice.package), choice
 
     def own_messages(self, row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
         """Return what a row itself says: messages without the task's instruction, and text."""
@@ -52,9 +76,28 @@ class Rendering:
         return (without_instruction(messages, self.task) if messages else []), row["text"]
 
 
-@lru_cache(maxsize=2)
-def _load(path: str, chat_template: str) -> Renderer:
+@lru_cache(maxsize=4)
+def _load(path: str, chat_template: str, engine: str) -> Renderer:
+    if engine:
+        renderer = _load(path, chat_template, "")
+        return renderer.with_engine(FastEngine(renderer.tokenizer, engine))
     return Renderer.load(path, chat_template)
+
+
+def tell_engine(choice: Choice) -> None:
+    """Log which engine encodes, as a warning if it is none of the fast ones."""
+    level = logging.INFO if choice.package else logging.WARNING
+    logger.log(level, "tokenizer engine: %s", choice)
+
+
+def _texts_of(row: Mapping[str, Any], renderer: Renderer) -> list[str]:
+    """Return what of a row is encoded; nothing if it cannot be rendered."""
+    if not row["messages"]:
+        return [row["text"]]
+    try:
+        return renderer.texts([Message(m["role"], m["content"]) for m in row["messages"]])
+    except RenderError:
+        return []
 
 
 def sample_of(row: Mapping[str, Any], renderer: Renderer) -> Sample:
@@ -64,12 +107,9 @@ def sample_of(row: Mapping[str, Any], renderer: Renderer) -> Sample:
         RenderError: It cannot be rendered, or nothing or everything in it would be a target.
     """
     if not row["messages"]:
-        ids = renderer.text_ids(row["text"])
-        end = renderer.tokenizer.eos_token_id
-        if end is not None and ids[-1:] != [end]:
-            ids = [*ids, end]
+        ids = renderer.batch_ids([row["text"]], closed=True).values.tolist()
         if len(ids) < 2:
-            raise RenderError("the document is a single token: nothing can be predicted in it")
+            raise RenderError(_LONE_TOKEN)
         return Sample(ids, [1] * len(ids))
     sample = renderer.sample([Message(m["role"], m["content"]) for m in row["messages"]])
     targets = sum(sample.loss_mask)
@@ -116,29 +156,70 @@ def render_batch(table: Any, rendering: Rendering) -> Any:
     """Return an Arrow table of rows with tokens and keys added, by `rendered_schema`."""
     import pyarrow as pa
 
-    renderer = rendering.renderer()
     schema = rendered_schema(rendering.data)
     keys = dedup_keys(table, rendering)
     keys |= _prompt_keys(table, rendering, keys["exact_key"])
-    rows = table.to_pylist()
-    for row in rows:
-        sample = Sample([], [])
-        if not row["problem"] and not row["dropped"]:
-            try:
-                sample = sample_of(row, renderer)
-            except RenderError as error:
-                row["problem"] = str(error)
-        row["input_ids"], row["loss_mask"] = sample.input_ids, sample.loss_mask
-        row["num_tokens"], row["num_target_tokens"] = (
-            len(sample.input_ids),
-            sum(sample.loss_mask),
-        )
-    found = pa.Table.from_pylist(
-        rows, schema=pa.schema([field for field in schema if field.name not in keys])
-    )
-    for name, column in keys.items():
-        found = found.append_column(schema.field(name), column)
-    return found.select(schema.names)
+    table = tokenize(table, rendering)
+    columns = {name: table[name] for name in table.column_names}
+    return pa.table(columns | keys, schema=schema)
+
+
+def tokenize(table: Any, rendering: Rendering) -> Any:
+    """Return an Arrow table of rows with their tokens added; `problem` says why a row has none.
+
+    The new columns are `input_ids`, `loss_mask`, `num_tokens` and `num_target_tokens`.
+    """
+    import pyarrow as pa
+
+    problems = table["problem"].to_pylist()
+    flags = enumerate(zip(problems, table["dropped"].to_pylist(), strict=True))
+    usable = [index for index, flag in flags if not any(flag)]
+    of_rows = _documents if rendering.task.type == "language_modeling" else _conversations
+    ids, mask, found = of_rows(table.take(pa.array(usable, pa.int64())), rendering.renderer())
+    for index, problem in zip(usable, found, strict=True):
+        problems[index] = problem
+    lengths = np.zeros(table.num_rows, np.int64)
+    lengths[usable] = np.diff(ids.offsets)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    num_targets = np.diff(np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])[offsets])
+    places = pa.array(offsets, pa.int32())
+    columns = {
+        "problem": pa.array(problems, pa.string()),
+        "input_ids": pa.ListArray.from_arrays(places, pa.array(ids.values)),
+        "loss_mask": pa.ListArray.from_arrays(places, pa.array(mask)),
+        "num_tokens": pa.array(lengths, pa.int32()),
+        "num_target_tokens": pa.array(num_targets, pa.int32()),
+    }
+    return pa.table({name: table[name] for name in table.column_names} | columns)
+
+
+# Ids of rows, shape (T,) of which are targets, and for each row why it has none.
+_Rendered = tuple[TokenLists, NDArray[np.int8], list[str]]
+
+
+def _documents(table: Any, renderer: Renderer) -> _Rendered:
+    """Return the tokens of plain text, all of them targets; no Python object for a token."""
+    ids = renderer.batch_ids(table["text"].to_pylist(), closed=True)
+    lengths = np.diff(ids.offsets)
+    is_lone = lengths < 2
+    if is_lone.any():
+        values = ids.values[np.repeat(~is_lone, lengths)]
+        ids = TokenLists(values, np.concatenate([[0], np.cumsum(np.where(is_lone, 0, lengths))]))
+    problems = [_LONE_TOKEN if lone else "" for lone in is_lone.tolist()]
+    return ids, np.ones(len(ids.values), np.int8), problems
+
+
+def _conversations(table: Any, renderer: Renderer) -> _Rendered:
+    samples, problems = [], []
+    for row in table.select(["messages", "text"]).to_pylist():
+        try:
+            samples.append(sample_of(row, renderer))
+            problems.append("")
+        except RenderError as error:
+            samples.append(Sample([], []))
+            problems.append(str(error))
+    mask = np.fromiter(chain.from_iterable(sample.loss_mask for sample in samples), np.int8)
+    return TokenLists.of([sample.input_ids for sample in samples]), mask, problems
 
 
 def dedup_keys(table: Any, rendering: Rendering) -> dict[str, Any]:
@@ -231,7 +312,7 @@ def shingles_of_rows(
     """
     import pyarrow as pa
 
-    chosen = _with_keys(table, keys)
+    chosen = rows_with_keys(table, keys)
     texts = [compared_text(*rendering.own_messages(row), on) for row in chosen.to_pylist()]
     sets: list[Hashes] = shingles(texts, ngram_words).sets() if texts else []
     return pa.table(
@@ -246,7 +327,7 @@ def texts_of_rows(table: Any, keys: Any, rendering: Rendering) -> Any:
     """Return `key`, `text`, `prompt` and `answer` of the rows whose key is wanted."""
     import pyarrow as pa
 
-    chosen = _with_keys(table, keys)
+    chosen = rows_with_keys(table, keys)
     said = [rendering.own_messages(row) for row in chosen.to_pylist()]
     columns = {
         "text": [compared_text(*row, "both") for row in said],
@@ -258,7 +339,8 @@ def texts_of_rows(table: Any, keys: Any, rendering: Rendering) -> Any:
     )
 
 
-def _with_keys(table: Any, keys: Any) -> Any:
+def rows_with_keys(table: Any, keys: Any) -> Any:
+    """Return the rows whose key is wanted."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -271,8 +353,8 @@ def content_id(messages: list[dict[str, str]], text: str) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()[:20]
 
 
-def chunks(ids: list[int], max_seq_len: int) -> list[list[int]]:
-    """Return a document's ids cut into pieces of at most `max_seq_len` tokens.
+def chunks(ids: Any, max_seq_len: int) -> list[Any]:
+    """Return a document's ids, a list or an array, cut into pieces of at most `max_seq_len` tokens.
 
     All are full but the last, whose length is that of `packing.rest_lengths`.
     """

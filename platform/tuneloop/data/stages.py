@@ -18,6 +18,7 @@ from tuneloop.data.rendering import (
     Rendering,
     chunks,
     render_batch,
+    rows_with_keys,
     shingles_of_rows,
     texts_of_rows,
 )
@@ -29,8 +30,9 @@ TRAIN, TEST, REMOVED, VALIDATION = 0, 1, 2, 3
 _SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
 _FINISHED_FROM = [
     *("source", "synthetic", "messages", "text", "extra"),
-    *("input_ids", "loss_mask", "num_tokens"),
+    "num_tokens",
 ]
+_PER_TOKEN = ("input_ids", "loss_mask")
 
 
 def warm_up(rendering: Rendering) -> Any:
@@ -83,6 +85,12 @@ def collect(rows: Any, columns: list[str]) -> Any:
     keys = found["key"].to_numpy()
     # A copy of its own, so that the object store need not keep the blocks.
     return found.combine_chunks() if (keys[1:] > keys[:-1]).all() else found.sort_by("key")
+
+
+def fetch_rows(rows: Any, keys: Any) -> list[dict[str, Any]]:
+    """Return `messages` and `text` of the rows with some keys."""
+    select = functools.partial(rows_with_keys, keys=np.sort(keys))
+    return [row for batch in _selected(rows, select) for row in batch.to_pylist()]
 
 
 def fetch_shingles(
@@ -234,8 +242,12 @@ def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) ->
     places = np.searchsorted(all_fates["key"].to_numpy(), table["key"].to_numpy())
     found = all_fates.take(pa.array(places)).to_pylist()
     is_text = rendering.task.type == "language_modeling"
+    # What there is for each token stays in Arrow: pieces only put borders between them.
+    tokens = {name: table[name].combine_chunks() for name in _PER_TOKEN}
+    ids, starts = tokens["input_ids"].values.to_numpy(), tokens["input_ids"].offsets.to_numpy()
     finished: list[dict[str, Any]] = []
-    for row, fate in zip(table.select(_FINISHED_FROM).to_pylist(), found, strict=True):
+    rows = table.select(_FINISHED_FROM).to_pylist()
+    for row, fate, start in zip(rows, found, starts.tolist(), strict=False):
         own = json.loads(row["extra"])
         contents = [message["content"] for message in row["messages"]]
         row |= {field.name: _value(own.get(field.name), field) for field in columns}
@@ -245,18 +257,27 @@ def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) ->
         row["#order"] = (fate["side"] << _SIDE_SHIFT) + (fate["rank"] << _CHUNK_SHIFT)
         row["#position"] = 0
         if is_text and fate["side"] != REMOVED:
-            finished += _chunk_rows(row, rendering)
+            finished += _chunk_rows(row, ids[start : start + row["num_tokens"]], rendering)
         else:
             finished.append(row)
-    return pa.Table.from_pylist(finished, schema=_finished_schema(columns))
+    borders = np.concatenate([[0], np.cumsum([row["num_tokens"] for row in finished], dtype=int)])
+    schema = _finished_schema(columns)
+    small = pa.schema([field for field in schema if field.name not in _PER_TOKEN])
+    made = pa.Table.from_pylist(finished, schema=small)
+    arrays = {name: made[name] for name in made.column_names}
+    for name, column in tokens.items():
+        offsets = pa.array(borders + column.offsets[0].as_py(), pa.int32())
+        arrays[name] = pa.ListArray.from_arrays(offsets, column.values)
+    return pa.table(arrays, schema=schema)
 
 
-def _chunk_rows(row: dict[str, Any], rendering: Rendering) -> Iterator[dict[str, Any]]:
+def _chunk_rows(row: dict[str, Any], ids: Any, rendering: Rendering) -> Iterator[dict[str, Any]]:
     """Yield a document's pieces; the last one where `row_places` puts it."""
-    pieces = chunks(row["input_ids"], rendering.data.max_seq_len)
-    # The fast tokenizer itself: what wraps it looks at every id in Python.
-    decode = rendering.renderer().tokenizer.backend_tokenizer.decode
-    for number, ids in enumerate(pieces):
+    pieces = chunks(ids, rendering.data.max_seq_len)
+    texts = [row["text"]]
+    if len(pieces) > 1:
+        texts = rendering.renderer().piece_texts(row["text"], pieces)
+    for number, (piece, text) in enumerate(zip(pieces, texts, strict=True)):
         order, position = row["#order"] + number, 0
         if row["#pack"] is not None and number == len(pieces) - 1:
             order = (row["#side"] << _SIDE_SHIFT) + row["#pack"]
@@ -267,11 +288,9 @@ def _chunk_rows(row: dict[str, Any], rendering: Rendering) -> Iterator[dict[str,
             "#position": position,
             "row_id": row_id,
             "document_ids": [row_id],
-            "document_lengths": [len(ids)],
-            "#text": row["text"] if len(pieces) == 1 else decode(ids),
-            "input_ids": ids,
-            "loss_mask": [1] * len(ids),
-            "num_tokens": len(ids),
+            "document_lengths": [len(piece)],
+            "#text": text,
+            "num_tokens": len(piece),
         }
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tuneloop.data.stages import REMOVED, TEST, TRAIN, VALIDATION, dataset_schema, removed_schema
 
 _ROWS_PER_FILE = 100_000
@@ -93,8 +95,7 @@ class _SideWriter:
         self.written.num_rows += table.num_rows
         if not is_removed:
             self.written.num_tokens += table["num_tokens"].to_pylist()
-            masks = table["loss_mask"].to_pylist()
-            self.written.num_target_tokens += [sum(mask) for mask in masks]
+            self.written.num_target_tokens += _sums(table["loss_mask"].combine_chunks())
         missing = max(0, 3 - len(self.written.first))
         self.written.first += selected.slice(0, missing).to_pylist()
 
@@ -108,3 +109,10 @@ class _SideWriter:
         self._file = parquet.ParquetWriter(path, self.schema, compression="zstd")
         self._num_files += 1
         self._rows_in_file = 0
+
+
+def _sums(lists: Any) -> list[int]:
+    """Return the sum of each list of an Arrow array."""
+    so_far = np.concatenate([[0], np.cumsum(lists.values.to_numpy(), dtype=np.int64)])
+    sums: list[int] = np.diff(so_far[lists.offsets.to_numpy()]).tolist()
+    return sums

@@ -7,7 +7,9 @@ that border, and the loss mask follows from positions instead of from searching 
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -15,7 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tuneloop.errors import ModelError, Problem
+from tuneloop.models.encoding import Engine, OwnEngine, TokenLists
 from tuneloop.records import Message, Sample
 
 CODE_VERSION = 2
@@ -75,6 +81,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, template: str) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self._engine: Engine = OwnEngine(tokenizer)
         self._control = re.compile(r"(?!)")
         self.stop_ids: tuple[int, ...] = ()
         self.stop_ids = self._find_stop_ids()
@@ -103,6 +110,12 @@ class Renderer:
                 )
             ) from error
         return cls(tokenizer, _template(tokenizer, chat_template))
+
+    def with_engine(self, engine: Engine) -> Renderer:
+        """Return the same rendering, its texts encoded by an engine that was proved to be equal."""
+        renderer = copy.copy(self)
+        renderer._engine = engine
+        return renderer
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of a prompt, ready for the model to answer. Shape (T,).
@@ -149,9 +162,27 @@ class Renderer:
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of plain text, with BOS where the tokenizer adds one. Shape (T,)."""
-        ids = self._encode(text)
-        bos = self.tokenizer.bos_token_id
-        return [bos, *ids] if self._adds_bos and ids[:1] != [bos] else ids
+        ids: list[int] = self.batch_ids([text]).values.tolist()
+        return ids
+
+    def batch_ids(self, texts: Sequence[str], closed: bool = False) -> TokenLists:
+        """Return the ids of plain texts, each with BOS where the tokenizer adds one.
+
+        Args:
+            texts: Whole documents, or the beginnings of some.
+            closed: They end here: EOS follows, if there is one and it does not stand there yet.
+        """
+        bos = self.tokenizer.bos_token_id if self._adds_bos else None
+        eos = self.tokenizer.eos_token_id if closed else None
+        return self._engine.encode_batch(texts).enclosed(bos, eos)
+
+    def texts(self, messages: Sequence[Message]) -> list[str]:
+        """Return the pieces of a rendered conversation, each of which is encoded on its own.
+
+        Raises:
+            RenderError: The messages cannot be rendered.
+        """
+        return [text for text, _ in self._segments(messages, generation_prompt=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens."""
@@ -160,6 +191,37 @@ class Renderer:
                 list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+    def piece_texts(self, text: str, pieces: Sequence[NDArray[np.int32]]) -> list[str]:
+        """Return what each piece of a text's ids says, without special tokens.
+
+        Args:
+            text: What was encoded.
+            pieces: Its ids, cut anywhere; half a character at a border is replaced.
+        """
+        data, sizes = text.encode(), self._byte_sizes
+        if sizes is not None:
+            ends = np.cumsum([int(sizes[piece].sum()) for piece in pieces]).tolist()
+            # Looked up in the text itself, which is many times as fast as decoding the ids.
+            if ends and ends[-1] == len(data):
+                borders = itertools.pairwise([0, *ends])
+                return [data[a:b].decode("utf-8", "replace") for a, b in borders]
+        decode = self.tokenizer.backend_tokenizer.decode
+        return [decode(piece.tolist()) for piece in pieces]
+
+    @cached_property
+    def _byte_sizes(self) -> NDArray[np.int64] | None:
+        """How many bytes of text each id stands for; None where that is not a matter of the id."""
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        if (backend["decoder"] or {}).get("type") != "ByteLevel" or backend["normalizer"]:
+            return None
+        vocabulary = self.tokenizer.get_vocab()
+        sizes = np.zeros(max(vocabulary.values()) + 1, np.int64)
+        for name, index in vocabulary.items():
+            sizes[index] = len(name)  # a character for a byte
+        for index, token in self.tokenizer.added_tokens_decoder.items():
+            sizes[index] = 0 if token.special else len(token.content.encode())
+        return sizes
 
     @cached_property
     def hash(self) -> str:
@@ -220,7 +282,7 @@ class Renderer:
             raise RenderError(f"the chat template refuses the messages: {error}") from error
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._engine.encode(text)
 
     def _refuse_double_bos(self, ids: Sequence[int]) -> None:
         bos = self.tokenizer.bos_token_id
