@@ -26,6 +26,7 @@ from tuneloop.data.signatures import ComparedSide, Hashes
 _ROWS_PER_BLOCK = 2000
 _SORTED_HERE_BYTES = 256 << 20
 TRAIN, TEST, REMOVED, VALIDATION = 0, 1, 2, 3
+SIDES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 _SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
 _FINISHED_FROM = [
     *("source", "synthetic", "messages", "text", "extra"),
