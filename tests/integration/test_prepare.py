@@ -462,7 +462,7 @@ def test_sources_are_mixed_stratified_and_described_whatever_the_blocks(
     made = [row("m", i, topic="ab"[i % 4 == 0], synthetic=True) for i in range(180)]
     filters = {"languages": ["en", "de"], "boilerplate": "drop", "max_misspelt_ratio": 0.2}
 
-    def prepared(folder: Path, num_files: int, block: int) -> Artifact:
+    def prepared(folder: Path, num_files: int, block: int, kept_from: int) -> Artifact:
         monkeypatch.setattr(stages, "_ROWS_PER_BLOCK", block)
         (folder / "people").mkdir(parents=True)
         size = len(people) // num_files
@@ -476,9 +476,27 @@ def test_sources_are_mixed_stratified_and_described_whatever_the_blocks(
         ]
         split = {"stratify_by": "topic", "test_ratio": 0.2}
         config = config_for("", sources=sources, filters=filters, split=split)
-        return prepare(config, Workspace(tmp_path / "ws"), base).artifact
+        workspace = Workspace(tmp_path / "ws")
+        monkeypatch.setattr(stages, "KEPT_FROM_ROWS", kept_from)
+        if kept_from < len(people):
+            # Ended twice after the rows were tokenized: the second time they need not be again.
+            assert ended(config, workspace) == ended(config, workspace) != {}
+        return prepare(config, workspace, base).artifact
 
-    artifact, other = prepared(tmp_path / "one", 1, 2000), prepared(tmp_path / "many", 3, 16)
+    def ended(config: TuneloopConfig, workspace: Workspace) -> dict[Path, int]:
+        def end(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tuneloop.data.prepare.find_conflicts", end)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(config, workspace, base)
+        blocks = workspace.root.glob(".work/*/scratch/tokenized/*.parquet")
+        return {file: file.stat().st_mtime_ns for file in blocks}
+
+    artifact = prepared(tmp_path / "one", 1, 2000, kept_from=1000)
+    other = prepared(tmp_path / "many", 3, 16, kept_from=0)
+    assert not (tmp_path / "ws" / ".work").exists() or not [*(tmp_path / "ws/.work").iterdir()]
     sides = {side: rows_of(artifact, side) for side in ("train", "test", "removed")}
     for side in ("train", "test"):
         assert [r["row_id"] for r in rows_of(other, side)] == [r["row_id"] for r in sides[side]]

@@ -127,7 +127,7 @@ def _build(
     total = rows.count()
     logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, unreadable))
     with _timed("tokenize", seconds):
-        rows = stages.render_rows(rows, rendering, warm)
+        rows = stages.render_rows(rows, rendering, warm, draft.scratch)
         columns = [*_COLUMNS, *([] if is_text else ["prompt_bands"])]
         outcome = _outcome(stages.collect(rows, columns), files, seconds)
         _drop_unusable(outcome, unreadable, config)
