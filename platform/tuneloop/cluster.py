@@ -9,6 +9,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tuneloop.errors import Problem, ResourceError
 
 logger = logging.getLogger("tuneloop.cluster")
 
+WAITING_TOLD_EVERY_S = 15.0
 # Read by Ray when it starts its processes, some of it when it is imported.
 for _key, _value in {
     # Ray's workers are nice by default and starve on a busy small machine.
@@ -133,6 +135,80 @@ def _silence_data_progress() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def await_cpu() -> None:
+    """Return as soon as a task can run, and tell meanwhile what it waits for.
+
+    Ray itself waits without a word, for ever where no node has a CPU.
+
+    Raises:
+        ResourceError: No node has a CPU for tasks.
+    """
+    import ray
+
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    if max(nodes, default=0) < 1:
+        raise ResourceError(
+            Problem(
+                "no node of the cluster has a CPU for tasks",
+                where="the cluster",
+                got=f"{len(nodes)} nodes with {sum(nodes):g} CPUs",
+                allowed="at least one node with a whole CPU",
+                remedy="start a worker node: `ray start --address=HEAD:PORT`",
+            )
+        )
+    # Asked by a task: an idle worker's lease is returned late, so counting free CPUs misleads.
+    probe = ray.remote(num_cpus=1)(_exist).remote([])
+    while not ray.wait([probe], timeout=WAITING_TOLD_EVERY_S)[0]:
+        logger.warning("waiting for a CPU: %s", _occupation())
+
+
+class WaitingNotice:
+    """Tells, while work stands still, what its workers wait for."""
+
+    def __init__(self) -> None:
+        self.told, self.progress = time.monotonic(), -1
+
+    def tell(self, progress: int) -> None:
+        """Log what is waited for if `progress` is what it was some seconds ago."""
+        if time.monotonic() - self.told < WAITING_TOLD_EVERY_S:
+            return
+        self.told, stood, self.progress = time.monotonic(), progress == self.progress, progress
+        if stood and (waiting := unplaced_workers()):
+            logger.warning("waiting for room for %s", waiting)
+
+
+def unplaced_workers() -> str:
+    """Return what groups of workers wait for that no node can take now; empty if none waits."""
+    from ray.util import placement_group_table
+
+    waiting = [
+        bundle
+        for group in placement_group_table().values()
+        if group["state"] == "PENDING"
+        for bundle in group["bundles"].values()
+    ]
+    if not waiting:
+        return ""
+    wanted = [
+        f"{total:g} {name}s"
+        for name in ("CPU", "GPU")
+        if (total := sum(bundle.get(name, 0) for bundle in waiting))
+    ]
+    return f"{len(waiting)} workers with {' and '.join(wanted)}; {_occupation()}"
+
+
+def _occupation() -> str:
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    told = [
+        f"{free.get(name, 0):g} of {total[name]:g} {name}s are free"
+        for name in ("CPU", "GPU")
+        if total.get(name)
+    ]
+    return ", ".join(told) + "; other work has the rest"
 
 
 def refuse_unshared(workspace: Path, base: Path) -> None:

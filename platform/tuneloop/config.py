@@ -95,6 +95,14 @@ class SourceConfig(Section):
     columns: dict[Literal["prompt", "completion", "system"], str] = Field(
         default_factory=dict, description="`columns`: which of the file's columns is which."
     )
+    split: str | None = Field(
+        None,
+        description="Which split of a data set that has several, for example `train`; `all` takes "
+        "every one.",
+    )
+    subset: str | None = Field(
+        None, description="Which configuration of a Hub data set that has several."
+    )
 
     @model_validator(mode="after")
     def _columns_name_both_sides(self) -> SourceConfig:
@@ -103,6 +111,18 @@ class SourceConfig(Section):
         if self.columns and self.format != "columns":
             raise ValueError("`columns` belong to format `columns`")
         return self
+
+
+class MixedSourceConfig(SourceConfig):
+    """One place rows come from, and its part in the mixture."""
+
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="The source's part of the train rows (of the train tokens of plain text), "
+        "relative to the weights of the other sources: the most rows are taken that keep these "
+        "parts, none twice. Default: all rows of all sources.",
+    )
 
 
 class SplitConfig(Section):
@@ -124,6 +144,11 @@ class SplitConfig(Section):
     group_by: str | None = Field(
         None, description="A column of the rows; one group is never on both sides."
     )
+    stratify_by: str | None = Field(
+        None,
+        description="A column of the rows, for example the label; each of its values has the same "
+        "share of rows in the test and validation split.",
+    )
 
     @property
     def validates(self) -> bool:
@@ -134,6 +159,8 @@ class SplitConfig(Section):
     def _one_size_of_validation(self) -> SplitConfig:
         if self.num_validation_examples is not None and self.validation_ratio is not None:
             raise ValueError("give num_validation_examples or validation_ratio, not both")
+        if self.stratify_by is not None and self.stratify_by == self.group_by:
+            raise ValueError("group_by and stratify_by are the same column: a group is on one side")
         return self
 
 
@@ -156,7 +183,7 @@ class FiltersConfig(Section):
 
     repair_text: bool = Field(
         False,
-        description="Mend mojibake (UTF-8 read as Windows-1252), drop invisible characters, "
+        description="Mend mojibake (UTF-8 read as another encoding), drop invisible characters, "
         "normalise Unicode to NFC.",
     )
     min_characters: int | None = Field(
@@ -180,6 +207,23 @@ class FiltersConfig(Section):
     )
     truncated_answers: bool = Field(
         False, description="Drop answers that seem cut off in the middle of a sentence."
+    )
+    languages: list[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]] = Field(
+        default_factory=list,
+        description="ISO 639-1 codes; rows with a text that is clearly in another language are "
+        "dropped. Default: all languages stay.",
+    )
+    boilerplate: Literal["keep", "strip", "drop"] = Field(
+        "keep",
+        description="What happens to lines of web pages that say nothing (cookie notices, "
+        "copyright, sharing buttons). `drop` also drops answers that speak of being an AI.",
+    )
+    max_misspelt_ratio: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Share of the plain words of an English answer, or document, that may be in no "
+        "dictionary; rows with more are dropped.",
     )
 
 
@@ -213,7 +257,7 @@ class DecontaminationConfig(Section):
 class DataConfig(Section):
     """From raw rows to a dataset artifact."""
 
-    sources: list[SourceConfig] = Field(min_length=1)
+    sources: list[MixedSourceConfig] = Field(min_length=1)
     num_train_examples: int | None = Field(
         None,
         ge=1,
@@ -232,6 +276,15 @@ class DataConfig(Section):
     split: SplitConfig = SplitConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _all_sources_are_weighted_or_none(self) -> DataConfig:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                f"`weight` is given for {sum(weighted)} of {len(weighted)} sources; give it for all"
+            )
+        return self
 
 
 class LoraConfig(Section):

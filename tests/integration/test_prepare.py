@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections import Counter
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from tuneloop.errors import DataError
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel
 from tuneloop.records import Message
+from tuneloop.spelling import words_by_frequency
 from tuneloop.training.rows import read_rows
 
 WORDS = [a + b + c for a in ("ka", "lo", "mi", "ru") for b in ("ta", "ne", "so") for c in "xyzw"]
@@ -50,7 +52,7 @@ def config_for(path: Path | str, **data: Any) -> TuneloopConfig:
             "name": "faq",
             "task": task,
             "model": {"base": "tiny"},
-            "data": {"sources": [{"path": str(path), "format": layout}], **data},
+            "data": {"sources": [{"path": str(path), "format": layout}]} | data,
         }
     )
 
@@ -459,6 +461,107 @@ def test_filters_drop_and_mend_before_rows_are_compared(tmp_path: Path, base: Ba
     with pytest.raises(DataError, match="no row is left after the filters"):
         prepare(none, Workspace(tmp_path / "ws"), base)
     assert check(none, base).findings[0].where == "data.filters"
+
+
+FRENCH = "Les archives conservent des lettres de quatre siècles que les lecteurs demandent."
+
+
+def english(seed: str, length: int) -> str:
+    return " ".join(random.Random(seed).choices(words_by_frequency()[400:4000], k=length))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_sources_are_mixed_stratified_and_described_whatever_the_blocks(
+    tmp_path: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(name: str, i: int, **more: Any) -> dict[str, Any]:
+        lead = ("List", "Please explain", "Why")[i % 3]
+        asked = f"{lead} {english(f'q{name}{i}', 9)}"
+        return {"question": asked, "answer": english(f"a{name}{i}", 24), **more}
+
+    people = [row("p", i, topic="ab"[i % 4 == 0]) for i in range(96)]
+    # At both sides of what were blocks of 16 rows.
+    people[15]["answer"] = FRENCH
+    people[16]["answer"] = "As an AI language model, I cannot say. " + people[16]["answer"]
+    people[31]["question"] += "\nThis site uses cookies to remember you."
+    people[32]["answer"] = people[32]["answer"].replace("e", "qe")
+    made = [row("m", i, topic="ab"[i % 4 == 0], synthetic=True) for i in range(180)]
+    filters = {"languages": ["en", "de"], "boilerplate": "drop", "max_misspelt_ratio": 0.2}
+
+    def prepared(folder: Path, num_files: int, block: int, kept_from: int) -> Artifact:
+        monkeypatch.setattr(stages, "_ROWS_PER_BLOCK", block)
+        (folder / "people").mkdir(parents=True)
+        size = len(people) // num_files
+        for part in range(num_files):
+            rows = people[part * size : (part + 1) * size]
+            write(folder / "people" / f"{part}.jsonl", rows)
+        write(folder / "made.jsonl", made)
+        sources = [
+            {"path": str(folder / "people"), "format": "question_answer", "weight": 2},
+            {"path": str(folder / "made.jsonl"), "format": "question_answer", "weight": 1},
+        ]
+        split = {"stratify_by": "topic", "test_ratio": 0.2}
+        config = config_for("", sources=sources, filters=filters, split=split)
+        workspace = Workspace(tmp_path / "ws")
+        monkeypatch.setattr(stages, "KEPT_FROM_ROWS", kept_from)
+        if kept_from < len(people):
+            # Ended twice after the rows were tokenized: the second time they need not be again.
+            assert ended(config, workspace) == ended(config, workspace) != {}
+        return prepare(config, workspace, base).artifact
+
+    def ended(config: TuneloopConfig, workspace: Workspace) -> dict[Path, int]:
+        def end(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tuneloop.data.prepare.find_conflicts", end)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(config, workspace, base)
+        blocks = workspace.root.glob(".work/*/scratch/tokenized/*.parquet")
+        return {file: file.stat().st_mtime_ns for file in blocks}
+
+    artifact = prepared(tmp_path / "one", 1, 2000, kept_from=1000)
+    other = prepared(tmp_path / "many", 3, 16, kept_from=0)
+    assert not (tmp_path / "ws" / ".work").exists() or not [*(tmp_path / "ws/.work").iterdir()]
+    sides = {side: rows_of(artifact, side) for side in ("train", "test", "removed")}
+    for side in ("train", "test"):
+        assert [r["row_id"] for r in rows_of(other, side)] == [r["row_id"] for r in sides[side]]
+
+    dropped = {
+        int(r["source"].rpartition(":")[2]): r["reason"]
+        for r in sides["removed"]
+        if r["stage"] == "filter"
+    }
+    assert set(dropped) == {16, 17, 32, 33}
+    assert dropped[16] == "a text is in another language: fr"
+    assert dropped[17] == "the answer speaks of being an AI: As an AI language model"
+    assert dropped[32].endswith("This site uses cookies to remember you.")
+    assert dropped[33].startswith("the answer is misspelt: ")
+
+    # Of 92 and 180 rows a fifth is tested, of each topic; then two for one are trained on.
+    topics = Counter(row["topic"] for row in sides["test"])
+    total = Counter(r["topic"] for i, r in enumerate(people + made) if i not in (15, 16, 31, 32))
+    assert all(abs(topics[topic] - total[topic] / 5) <= 1 for topic in "ab")
+    kept = Counter(row["synthetic"] for row in sides["train"])
+    assert kept[False] == 92 - sum(not row["synthetic"] for row in sides["test"])
+    assert abs(kept[True] - kept[False] / 2) <= 1
+    beyond = [r for r in sides["removed"] if r["reason"].startswith("beyond its source's part")]
+    assert len(beyond) == 180 - kept[True] - sum(row["synthetic"] for row in sides["test"])
+
+    card = json.loads((artifact.path / "card.json").read_text())
+    first, second = card["sources"]
+    assert (first["weight"], first["num_found"], first["num_train"]) == (2, 96, kept[False])
+    assert first["train_row_share"] == pytest.approx(2 / 3, abs=0.01)
+    assert (first["synthetic_ratio"], second["synthetic_ratio"]) == (0, 1)
+    assert card["synthetic_ratios"]["train"] == pytest.approx(1 / 3, abs=0.01)
+    assert card["split"]["strata"]["test"] == dict(topics.most_common())
+    assert set(card["wording"]["lead_words"]) == {"list", "explain", "why"}
+    assert 2.9 < card["wording"]["effective_lead_words"] <= 3
+    assert card["wording"]["num_rows"] == len(sides["train"])
+    assert card["dedup"]["cluster_sizes"] == {"1": 272}
+    readme = (artifact.path / "README.md").read_text()
+    assert "Stratified by `topic`" in readme
+    assert "Prompts lead with 3 different words" in readme
 
 
 @pytest.mark.usefixtures("ray_cluster")

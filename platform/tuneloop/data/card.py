@@ -15,6 +15,7 @@ import numpy as np
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
+from tuneloop.data.composition import cluster_sizes, describe_sources
 from tuneloop.data.files import DOCSTRINGS
 from tuneloop.data.outcome import Outcome
 from tuneloop.data.readme import STAGES, readme
@@ -56,9 +57,10 @@ def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written])
         "chat_template": config.model.chat_template,
         "tokenizer_engine": asdict(outcome.engine),
         "sources": [
-            {"path": source.path, "licence": _licence(source.path)}
-            for source in config.data.sources
+            {"licence": _licence(source["path"]), **source}
+            for source in describe_sources(outcome, config.data)
         ],
+        "wording": outcome.wording,
         "funnel": _funnel(outcome),
         "reasons": _reasons(outcome),
         "splits": splits,
@@ -72,6 +74,7 @@ def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written])
         },
         "packing": _packing(config, outcome, written["train"].num_tokens),
         "synthetic_ratio": round(float(np.mean(outcome.table["synthetic"].to_numpy())), 4),
+        "synthetic_ratios": _synthetic_ratios(outcome),
         "max_seq_len": config.data.max_seq_len,
         "seed": config.data.seed,
         "samples": {
@@ -145,7 +148,24 @@ def _split_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
             counts = Counter(groups[outcome.side == side].tolist())
             summary[f"groups_{name}"] = dict(counts.most_common(20))
             summary[f"num_groups_{name}"] = len(counts)
+    if config.data.split.stratify_by is not None:
+        strata = np.array(outcome.table["stratum"].to_pylist(), dtype=object)
+        summary["strata"] = {
+            name: dict(Counter(strata[outcome.side == side].tolist()).most_common())
+            for name, side in stages.SIDES.items()
+            if (outcome.side == side).any()
+        }
     return summary
+
+
+def _synthetic_ratios(outcome: Outcome) -> dict[str, float]:
+    """Return the share of generated rows in each split; the others are people's."""
+    synthetic = outcome.table["synthetic"].to_numpy(zero_copy_only=False)
+    return {
+        name: round(float(synthetic[outcome.side == side].mean()), 4)
+        for name, side in stages.SIDES.items()
+        if (outcome.side == side).any()
+    }
 
 
 def _dedup_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
@@ -163,6 +183,7 @@ def _dedup_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
         "num_exact": int(found.exact[removed].sum()),
         "num_near": len(near),
         "num_clusters": int((sizes > 1).sum()),
+        "cluster_sizes": cluster_sizes(found.cluster),
         "largest_cluster": int(sizes.max(initial=0)),
         "bands": bands,
         "rows_per_band": rows,

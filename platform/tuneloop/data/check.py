@@ -9,6 +9,7 @@ from typing import Any
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.files import find_evaluation_files, find_files
 from tuneloop.data.held_out import read_evaluations
+from tuneloop.data.languages import refuse_unknown_languages
 from tuneloop.data.readers import read_rows
 from tuneloop.data.rendering import NUM_PROVED, Rendering, percentiles, sample_of, tell_engine
 from tuneloop.data.validation import (
@@ -73,6 +74,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     """
     try:
         refuse_mismatched_formats(config)
+        refuse_unknown_languages(config.data.filters.languages)
         files = find_files(config.data)
         read_evaluations(find_evaluation_files(config.data), config)
     except DataError as error:

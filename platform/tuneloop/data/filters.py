@@ -13,16 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tuneloop.config import FiltersConfig
+from tuneloop.data.boilerplate import notice, speaks_of_itself, without_notices
+from tuneloop.data.languages import foreign_language
 from tuneloop.records import Message
+from tuneloop.spelling import is_known, prose_words
 
-# Windows-1252 as web browsers read it: the five undefined bytes stand for themselves.
-_BYTE_OF = {(bytes([b]).decode("cp1252", "ignore") or chr(b)): b for b in range(0x80, 0x100)}
-_C = "[" + re.escape("".join(c for c, b in _BYTE_OF.items() if b < 0xC0)) + "]"
-# Accented letters, Greek and Cyrillic are two bytes in UTF-8, typographic signs three, emoji four.
-# A lone pair that ends in a quote or dash may be real (MANHÃ”); a run of pairs is not.
-_PAIR = f"[ÂÃÄÅÆËÎÏÐÑ]{_C}"
-_LONGER = f"[âï]{_C}{{2}}|ð{_C}{{3}}"
-_MOJIBAKE = re.compile(f"(?:{_PAIR}|{_LONGER}){{2,}}|{_LONGER}|[ÂÃ](?![‘’“”–—…]){_C}")
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u2060\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 _MARKERS = re.compile(
@@ -37,12 +32,16 @@ _PERSONAL: dict[str, re.Pattern[str]] = {
     "key": re.compile(
         r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)|"
         r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bsk-[A-Za-z0-9_-]{20,}\b|"
+        r"\bgithub_pat_\w{36,}\b|\bhf_[A-Za-z0-9]{30,}\b|\bAIza[A-Za-z0-9_-]{35}\b|"
+        r"\b[sr]k_live_[A-Za-z0-9]{16,}\b|"
         r"\bxox[abprs]-[A-Za-z0-9-]{10,}\b|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
     ),
     "e-mail": re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]+\.)+[A-Za-z]{2,24}(?![\w-])"),
     "card": _DIGITS,
     "IP address": re.compile(
-        r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\.?\w)"
+        r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\.?\w)|"
+        # Version 6: public addresses begin with 2000 to 3fff.
+        r"(?<![\w.:])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:])"
     ),
     "phone": re.compile(
         r"(?<![\w.])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}|"
@@ -54,6 +53,9 @@ _FEWEST_WORDS_TO_REPEAT = 50
 _TOP_NGRAM_LIMITS = {2: 0.20, 3: 0.18, 4: 0.16}
 _REPEATED_NGRAM_LIMITS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 _REPEATED_LINES, _REPEATED_LINE_CHARACTERS = 0.30, 0.20
+
+_FEWEST_WORDS_TO_SPELL = 20
+_SHOWN = 120
 
 _FEWEST_WORDS_TO_BE_CUT = 20
 _SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*\s")
@@ -104,6 +106,8 @@ def apply_filters(texts: list[str], is_conversation: bool, config: FiltersConfig
         change(repaired, "text repaired")
     if config.template_markers == "strip":
         change(lambda text: _MARKERS.sub("", text).strip(), "template markers stripped")
+    if config.boilerplate == "strip":
+        change(without_notices, "boilerplate stripped")
     if config.personal_data == "mask":
         change(masked, "personal data masked")
     if not all(text.strip() for text in texts):
@@ -131,28 +135,38 @@ def _reason_to_drop(texts: Sequence[str], is_conversation: bool, config: Filters
         return f"{name} repeats itself: {reason}"
     if config.truncated_answers and is_conversation and (reason := cut_off(subject)):
         return f"the answer seems cut off: {reason}"
+    return _reason_of_wording(texts, is_conversation, config)
+
+
+def _reason_of_wording(texts: Sequence[str], is_conversation: bool, config: FiltersConfig) -> str:
+    subject = texts[-1]
+    name = "the answer" if is_conversation else "the document"
+    if config.boilerplate == "drop":
+        for text in texts:
+            if line := notice(text):
+                return f"boilerplate stands in the text: {line[:_SHOWN]}"
+        if is_conversation and (words := speaks_of_itself(subject)):
+            return f"the answer speaks of being an AI: {words}"
+    if config.max_misspelt_ratio is not None:
+        unknown, share = misspelling(subject)
+        if share > config.max_misspelt_ratio:
+            return f"{name} is misspelt: {share:.0%} of its words, {', '.join(unknown[:5])}"
+    if config.languages:
+        for text in texts:
+            if code := foreign_language(text, config.languages):
+                return f"a text is in another language: {code}"
     return ""
 
 
 def repaired(text: str) -> str:
     """Return the text with mojibake mended, invisible characters dropped, in Unicode form NFC.
 
-    Mended is UTF-8 that was read as Windows-1252, once or twice, where it stood for Latin letters,
-    typographic signs or emoji.
+    Mended is UTF-8 that was read as another encoding, also several times over, where ftfy is sure
+    (Speer 2019, doi:10.5281/zenodo.2591652).
     """
-    for _ in range(2):
-        text, count = _MOJIBAKE.subn(_decoded, text)
-        if not count:
-            break
-    return unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+    import ftfy
 
-
-def _decoded(match: re.Match[str]) -> str:
-    data = bytes(_BYTE_OF[character] for character in match.group())
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return match.group()
+    return unicodedata.normalize("NFC", _INVISIBLE.sub("", ftfy.fix_encoding(text)))
 
 
 def personal_data(text: str) -> list[tuple[str, int, int]]:
@@ -196,7 +210,10 @@ def passes_luhn(number: str) -> bool:
 def _is_public(address: str) -> bool:
     import ipaddress
 
-    return ipaddress.ip_address(address).is_global
+    try:
+        return ipaddress.ip_address(address).is_global
+    except ValueError:  # a time, for example
+        return False
 
 
 def repetition(text: str) -> str:
@@ -229,6 +246,18 @@ def repetition(text: str) -> str:
         if share > limit:
             return f"{share:.0%} of its characters are in repeated {size}-word phrases"
     return ""
+
+
+def misspelling(text: str) -> tuple[list[str], float]:
+    """Return the plain words that are in no English dictionary, and their share of all.
+
+    Of a text with fewer than 20 plain words nothing is told.
+    """
+    words = prose_words(text)
+    if len(words) < _FEWEST_WORDS_TO_SPELL:
+        return [], 0.0
+    unknown = [word for word in words if not is_known(word)]
+    return list(dict.fromkeys(unknown)), len(unknown) / len(words)
 
 
 def _repeated_share(words: Sequence[str], size: int) -> int:

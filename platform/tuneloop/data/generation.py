@@ -21,8 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from tuneloop.artifacts import Published, Workspace, fingerprint
-from tuneloop.config import DataConfig, GenerationConfig, TaskConfig, TuneloopConfig
+from tuneloop.config import (
+    DataConfig,
+    GenerationConfig,
+    MixedSourceConfig,
+    TaskConfig,
+    TuneloopConfig,
+)
 from tuneloop.data.files import find_generation_files
+from tuneloop.data.languages import refuse_unknown_languages
 from tuneloop.data.readers import read_rows
 from tuneloop.data.rendering import content_id
 from tuneloop.data.stages import dataset_schema, removed_schema
@@ -133,12 +140,16 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
 
 def _passages(config: TuneloopConfig, generation: GenerationConfig) -> Iterator[Passage]:
     """Yield the passages of all documents, each text once."""
+    refuse_unknown_languages(config.data.filters.languages)
     files = find_generation_files(generation)
     # Documents are read as those of a corpus are, with the same filters.
     documents = config.model_copy(
         update={
             "task": TaskConfig(type="language_modeling"),
-            "data": DataConfig(sources=generation.sources, filters=config.data.filters),
+            "data": DataConfig(
+                sources=[MixedSourceConfig(**vars(source)) for source in generation.sources],
+                filters=config.data.filters,
+            ),
         }
     )
     seen: set[str] = set()

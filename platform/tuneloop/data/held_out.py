@@ -92,7 +92,7 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
             prompts.append("" if is_text else compared_text(*said, "prompt"))
             compared.append(compared_text(*said, data.dedup.on))
         refuse_bad_rows(bad, len(bad) + len(labels), data)
-        found.append(HeldOut(file.path, labels, texts, prompts, compared))
+        found.append(HeldOut(file.name, labels, texts, prompts, compared))
     return found
 
 

@@ -20,6 +20,7 @@ class Outcome:
 
     Args:
         table: Small columns of all rows in the order of `key`.
+        source: Shape (N,), index in `data.sources`.
         side: Shape (N,), of `stages`.
         rank: Shape (N,), place within the side.
         stage: Shape (N,), where a removed row was removed; empty for the others.
@@ -29,6 +30,7 @@ class Outcome:
         split: Over all rows; those on no side have been removed.
         contamination: Train rows that repeated what is held out.
         conflicts: Of `find_conflicts`; empty for documents.
+        wording: Of `describe_wording`, over the train rows.
         filtered: `changes`, in how many rows which, and `examples` of dropped rows.
         usable: Indices of the rows that could be read and rendered and are not too long.
         seconds: Time of each stage.
@@ -36,6 +38,7 @@ class Outcome:
     """
 
     table: Any
+    source: Any
     row_ids: list[str]
     side: Any
     rank: Any
@@ -46,6 +49,7 @@ class Outcome:
     split: Split | None = None
     contamination: Contamination | None = None
     conflicts: dict[str, Any] = field(default_factory=dict)
+    wording: dict[str, Any] = field(default_factory=dict)
     filtered: dict[str, Any] = field(default_factory=dict)
     usable: Any = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -18,16 +18,21 @@ from typing import Any
 import numpy as np
 
 from tuneloop.artifacts import Draft, Published, Workspace, fingerprint
+from tuneloop.cluster import await_cpu
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
 from tuneloop.data.card import write_card
 from tuneloop.data.comparing import KEY_COLUMNS, find_duplicate_rows
+from tuneloop.data.composition import describe_wording
 from tuneloop.data.conflicts import find_conflicts
 from tuneloop.data.decontamination import HeldOut
 from tuneloop.data.files import SourceFile, find_evaluation_files, find_files
 from tuneloop.data.held_out import decontaminate, read_evaluations
+from tuneloop.data.languages import refuse_unknown_languages
+from tuneloop.data.mixture import Mixture
 from tuneloop.data.outcome import Outcome
 from tuneloop.data.packing import packed_tables
+from tuneloop.data.readers import file_positions
 from tuneloop.data.rendering import NUM_PROVED, Rendering, tell_engine
 from tuneloop.data.split import Split, limit_train, split_rows
 from tuneloop.data.validation import (
@@ -45,7 +50,7 @@ from tuneloop.models.source import BaseModel
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 5
+CODE_VERSION = 6
 _NUM_EXAMPLES, _SHOWN_CHARACTERS = 3, 500
 _COLUMNS = [
     "source",
@@ -53,6 +58,7 @@ _COLUMNS = [
     "dropped",
     "changes",
     "group",
+    "stratum",
     "num_tokens",
     "num_target_tokens",
     "prompt_key",
@@ -72,12 +78,14 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
     Raises:
         DataError: A source leads nowhere, too many rows are unusable or too long, or there are
             too few to split.
+        ResourceError: The cluster has no CPU for tasks.
     """
     refuse_mismatched_formats(config)
+    refuse_unknown_languages(config.data.filters.languages)
     files = find_files(config.data)
     evaluation_files = find_evaluation_files(config.data)
     rendering = Rendering(str(base.path), config.model.chat_template, config.task, config.data)
-    contents = {file.path: file.sha256() for file in [*files, *evaluation_files]}
+    contents = {file.name: file.sha256() for file in [*files, *evaluation_files]}
     parts: dict[str, Any] = {
         "task": config.task.model_dump(),
         "data": config.data.model_dump(),
@@ -88,6 +96,7 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
     existing = workspace.find("datasets", config.name, identity)
     if existing is not None:
         return Published(existing, reused=True)
+    await_cpu()
     with workspace.draft("datasets", config.name, identity) as draft:
         evaluations = read_evaluations(evaluation_files, config)
         metrics = _build(config, (files, evaluations), rendering, draft)
@@ -120,9 +129,9 @@ def _build(
     logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, unreadable))
     with _timed("tokenize", seconds):
         rendering, engine = _proved(rendering, rows, readable)
-        rows = stages.render_rows(rows, rendering, warm)
+        rows = stages.render_rows(rows, rendering, warm, draft.scratch)
         columns = [*_COLUMNS, *([] if is_text else ["prompt_bands"])]
-        outcome = _outcome(stages.collect(rows, columns), seconds)
+        outcome = _outcome(stages.collect(rows, columns), files, seconds)
         outcome.engine = engine
         _drop_unusable(outcome, unreadable, config)
         outcome.filtered = _filtered(outcome, rows, rendering)
@@ -144,6 +153,8 @@ def _build(
     logger.info("removed %s contaminated train rows", f"{len(contamination.removed):,}")
     outcome.contamination = contamination
     _limit_train(outcome, config)
+    with _timed("describe", seconds):
+        outcome.wording = describe_wording(outcome, rows, rendering)
     with _timed("write", seconds):
         columns = stages.column_schema(rows)
         tables = stages.final_rows(rows, _fates(outcome, config), columns, rendering)
@@ -203,8 +214,9 @@ def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, Choi
     return rendering, choice
 
 
-def _outcome(table: Any, seconds: dict[str, float]) -> Outcome:
+def _outcome(table: Any, files: list[SourceFile], seconds: dict[str, float]) -> Outcome:
     count = table.num_rows
+    source = np.array([file.source for file in files])[file_positions(table["key"].to_numpy())]
     seen: Counter[str] = Counter()
     row_ids: list[str] = []
     # What a row says identifies it; copies are numbered in the order they are read.
@@ -213,6 +225,7 @@ def _outcome(table: Any, seconds: dict[str, float]) -> Outcome:
         row_ids.append(content if seen[content] == 1 else f"{content}-{seen[content]}")
     return Outcome(
         table,
+        source,
         row_ids,
         side=np.zeros(count, dtype=np.int64),
         rank=np.arange(count, dtype=np.int64),
@@ -297,6 +310,7 @@ def _split(outcome: Outcome, config: TuneloopConfig) -> None:
         table["group"].to_pylist(),
         [outcome.duplicates.cluster[stays], table["prompt_key"].to_numpy()],
         config.data,
+        table["stratum"].to_pylist() if config.data.split.stratify_by is not None else (),
     )
     # From here on the split speaks of all rows.
     outcome.split = Split(
@@ -312,7 +326,9 @@ def _limit_train(outcome: Outcome, config: TuneloopConfig) -> None:
     """Put the rows on their sides, once it is known which ones may be trained on."""
     assert outcome.split is not None
     assert outcome.contamination is not None
-    split = limit_train(outcome.split, outcome.contamination.removed, config.data)
+    split = limit_train(
+        outcome.split, outcome.contamination.removed, config.data, _mixture(outcome, config)
+    )
     for side, indices in (
         (stages.TRAIN, split.train),
         (stages.TEST, split.test),
@@ -323,6 +339,19 @@ def _limit_train(outcome: Outcome, config: TuneloopConfig) -> None:
     for index, reason in split.surplus.items():
         outcome.remove(index, "split", reason)
     outcome.split = split
+
+
+def _mixture(outcome: Outcome, config: TuneloopConfig) -> Mixture | None:
+    """Return the parts of the sources in the train split, or None if none has a weight."""
+    sources = config.data.sources
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return None
+    # Conversations count as one each; documents are packed, so what they fill counts.
+    size = outcome.table["num_tokens"].to_numpy().astype(np.int64)
+    if config.task.type != "language_modeling":
+        size = np.ones_like(size)
+    return Mixture(outcome.source, size, weights, [source.path for source in sources])
 
 
 def _fates(outcome: Outcome, config: TuneloopConfig) -> Any:

@@ -1,7 +1,7 @@
 """Reading files row by row: every row becomes a conversation or a reason, never an exception.
 
-A row's place is `path:N`. N is the line in JSONL, CSV and TSV, the position from 1 in JSON arrays
-and Parquet, and 1 for a plain text document.
+A row's place is `path:N`. N is the line in JSONL, CSV and TSV, the position from 1 in JSON arrays,
+Parquet and Arrow, and 1 for a plain text document. A class label of `datasets` is read as its name.
 """
 
 from __future__ import annotations
@@ -47,18 +47,19 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
         config: Layout of the source, task and split.
     """
     source = config.data.sources[file.source]
-    group_by = config.data.split.group_by
+    split = config.data.split
     used = used_columns(source)
     for number, (line, record) in enumerate(_records(file)):
         row = {
             "key": (position << _ROWS_PER_FILE_BITS) + number,
-            "source": f"{file.path}:{line}",
+            "source": f"{file.name}:{line}",
             "problem": "",
             "dropped": "",
             "changes": "",
             "messages": [],
             "text": "",
             "group": "",
+            "stratum": "",
             "synthetic": False,
             "extra": "{}",
         }
@@ -79,8 +80,10 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
                     for message in with_instruction(messages, config.task)
                 ]
             row["dropped"], row["changes"] = found.dropped, ", ".join(found.changes)
-            if group_by is not None:
-                row["group"] = _group(record, group_by)
+            if split.group_by is not None:
+                row["group"] = _told_by(record, split.group_by, "group_by")
+            if split.stratify_by is not None:
+                row["stratum"] = _told_by(record, split.stratify_by, "stratify_by")
             row["synthetic"] = record.get("synthetic") is True
             # A row of a dataset artifact is made anew: its ids belong to another preparation.
             is_ours = record.keys() >= _MADE_BY_US
@@ -99,6 +102,11 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
             raw = _raw(record, error)[:_KEPT_OF_BAD_ROW]
             row["text"] = raw.encode("utf-8", "replace").decode()
         yield row
+
+
+def file_positions(keys: Any) -> Any:
+    """Return the positions of the files that rows with these keys were read from. Shape (N,)."""
+    return keys >> _ROWS_PER_FILE_BITS
 
 
 def own_name(column: str) -> str:
@@ -127,6 +135,7 @@ def row_schema() -> Any:
             ("messages", pa.list_(message)),
             ("text", pa.string()),
             ("group", pa.string()),
+            ("stratum", pa.string()),
             ("synthetic", pa.bool_()),
             ("extra", pa.string()),
         ]
@@ -261,10 +270,12 @@ def _parquet(stream: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     try:
         # Parquet is read from its end: a stream that cannot seek is taken as a whole.
         seekable = stream if stream.seekable() else pa.BufferReader(stream.read())
-        for batch in parquet.ParquetFile(seekable).iter_batches(1024):
+        file = parquet.ParquetFile(seekable)
+        classes = _class_names(file.schema_arrow)
+        for batch in file.iter_batches(1024):
             for record in batch.to_pylist():
                 number += 1
-                yield number, record
+                yield number, _with_names(record, classes)
     except pa.ArrowInvalid as error:
         yield number + 1, FileError("the file is not valid Parquet", got=str(error))
 
@@ -274,12 +285,33 @@ def _arrow(stream: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
 
     number = 0
     try:
-        for batch in pa.ipc.open_stream(stream):
+        reader = pa.ipc.open_stream(stream)
+        classes = _class_names(reader.schema)
+        for batch in reader:
             for record in batch.to_pylist():
                 number += 1
-                yield number, record
+                yield number, _with_names(record, classes)
     except pa.ArrowInvalid as error:
         yield number + 1, FileError("the file is not a valid Arrow stream", got=str(error))
+
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+    """Return the names of the classes that `datasets` keeps as numbers, by column."""
+    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = described.get("info", {}).get("features", {})
+    return {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+
+
+def _with_names(record: dict[str, Any], classes: Mapping[str, list[str]]) -> dict[str, Any]:
+    for column, names in classes.items():
+        number = record.get(column)
+        if isinstance(number, int) and 0 <= number < len(names):  # -1 is a label that is missing
+            record[column] = names[number]
+    return record
 
 
 def _object(record: Any) -> dict[str, Any] | RowError:
@@ -288,12 +320,12 @@ def _object(record: Any) -> dict[str, Any] | RowError:
     return RowError("the row is not an object", got=type(record).__name__, allowed="a JSON object")
 
 
-def _group(record: Mapping[str, Any], column: str) -> str:
+def _told_by(record: Mapping[str, Any], column: str, key: str) -> str:
     if column not in record:
-        raise missing_column(column, record, "set data.split.group_by to a column of the rows")
+        raise missing_column(column, record, f"set data.split.{key} to a column of the rows")
     value = record[column]
     if value is None or value == "":
-        raise RowError(f"`{column}` is empty, and data.split.group_by needs it")
+        raise RowError(f"`{column}` is empty, and data.split.{key} needs it")
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 

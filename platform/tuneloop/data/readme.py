@@ -29,6 +29,8 @@ def readme(card: dict[str, Any]) -> str:
         f"seed {card['seed']}).",
         "## Sources",
         "\n".join(f"- `{s['path']}`. Licence: {s['licence']}." for s in card["sources"]),
+        _sources_table(card["sources"]),
+        _synthetic_text(card["synthetic_ratios"]),
         "## What happened to the rows",
         _table(
             ["stage", "removed", "rows left", "tokens left"],
@@ -74,6 +76,7 @@ def readme(card: dict[str, Any]) -> str:
             else []
         ),
         "Train rows by length:\n\n```text\n" + _bars(train["histogram"]) + "\n```",
+        *_wording(card["wording"]),
         "## Duplicates",
         _dedup_text(card["dedup"], card["packing"] is not None),
         *_filters(card["filters"]),
@@ -94,6 +97,41 @@ def readme(card: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _sources_table(sources: list[dict[str, Any]]) -> str:
+    header = ["source", "weight", "found", "removed", "train", "validation", "test"]
+    rows = [
+        [
+            f"`{source['path']}`",
+            "–" if source["weight"] is None else f"{source['weight']:g}",
+            *(f"{source[f'num_{name}']:,}" for name in header[2:]),
+            f"{source['train_row_share']:.1%}",
+            f"{source['train_token_share']:.1%}",
+            f"{source['synthetic_ratio']:.1%}",
+        ]
+        for source in sources
+    ]
+    return _table([*header, "of the train rows", "of the train tokens", "synthetic"], rows)
+
+
+def _synthetic_text(ratios: dict[str, float]) -> str:
+    told = ", ".join(f"{name} {1 - ratio:.1%} and {ratio:.1%}" for name, ratio in ratios.items())
+    return f"People's rows and synthetic ones (rows with `synthetic: true`): {told}."
+
+
+def _wording(found: dict[str, Any]) -> list[str]:
+    """Return the section on how varied the train rows are."""
+    parts = ["## Variety", f"Of the first {found['num_rows']:,} train rows."]
+    if found["lead_words"]:
+        told = ", ".join(f"{word} {count:,}" for word, count in found["lead_words"].items())
+        parts.append(
+            f"Prompts lead with {found['num_lead_words']:,} different words, as spread as "
+            f"{found['effective_lead_words']:g} equally frequent ones: {told}."
+        )
+    told = ", ".join(f"{term} {share:.0%}" for term, share in found["terms"].items())
+    parts.append(f"{found['num_terms']:,} different terms; in most rows: {told or 'none'}.")
+    return parts
+
+
 def _dedup_text(dedup: dict[str, Any], is_text: bool) -> str:
     side = {"both": "prompt and answer", "prompt": "the prompt", "completion": "the answer"}
     text = (
@@ -106,6 +144,11 @@ def _dedup_text(dedup: dict[str, Any], is_text: bool) -> str:
         f"{dedup['num_clusters']:,}; the largest has {dedup['largest_cluster']:,}. Candidates come "
         f"from MinHash with {dedup['bands']} bands of {dedup['rows_per_band']} and are verified."
     )
+    told = ", ".join(
+        f"{size} row{'s' * (size != '1')}: {count:,}"
+        for size, count in dedup["cluster_sizes"].items()
+    )
+    text += f" Clusters by size: {told or 'none'}."
     if dedup["least_similar_removed"]:
         rows = [
             [f"{pair['similarity']:.3f}", f"`{pair['removed']}`", f"`{pair['kept']}`"]
@@ -219,7 +262,23 @@ def _split_text(split: dict[str, Any]) -> str:
             for side in ("train", "test")
         ]
         text += f"\n\nNo `{split['group_by']}` is on both sides: " + "; ".join(names) + "."
+    if split["stratify_by"] is not None:
+        text += f"\n\nStratified by `{split['stratify_by']}`:\n\n" + _strata(split["strata"])
     return text
+
+
+def _strata(strata: dict[str, dict[str, int]]) -> str:
+    total = {name: sum(counts.values()) for name, counts in strata.items()}
+    values = list(strata["train"])[:20]
+    rows = [
+        [value]
+        + [
+            f"{counts.get(value, 0):,} ({counts.get(value, 0) / total[name]:.1%})"
+            for name, counts in strata.items()
+        ]
+        for value in values
+    ]
+    return _table(["value", *strata], rows)
 
 
 def _sample_text(name: str, row: dict[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 Rows that belong together (a cluster of near-duplicates, the same prompt, a group of the user's)
 go to one side together. Sides and order come from a hash of the seed and of what the rows say,
-never from their position: adding rows later leaves the others where they were, up to the border
-that `num_test_examples` moves.
+never from their position: adding rows later leaves the others where they were. Three things move
+a few: the border of `num_test_examples`, with `stratify_by` that of each stratum (which gives its
+share of rows, no more and no less), and a new row that joins others and may lead them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from tuneloop.config import DataConfig
 from tuneloop.data.dedup import Indices, connected
+from tuneloop.data.mixture import Mixture
 from tuneloop.errors import DataError, Problem
 
 SIDES = ("train", "test", "validation")
@@ -53,6 +55,7 @@ def split_rows(
     groups: Sequence[str],
     links: Sequence[NDArray[np.int64]],
     data: DataConfig,
+    strata: Sequence[str] = (),
 ) -> Split:
     """Return the sides of N rows, whatever `num_train_examples` is.
 
@@ -61,6 +64,7 @@ def split_rows(
         groups: Shape (N,), the values of `split.group_by`; all empty without it.
         links: Labels, shape (N,) each; rows with an equal label stay together.
         data: `split` and `seed`.
+        strata: Shape (N,), the values of `split.stratify_by`; empty without it.
 
     Raises:
         DataError: There are not enough rows, or they hang together too much to be split.
@@ -76,52 +80,64 @@ def split_rows(
     num_units = int(unit.max(initial=-1)) + 1
     sizes = np.bincount(unit, minlength=num_units)
 
-    wanted = data.split.num_test_examples
-    place = _unit_places(unit, num_units, _ranks(data.seed, names), data.seed)
-    border, order, share = _border(place, sizes, wanted, data.split.test_ratio)
-    _refuse_unsplittable(count, num_units, border, data)
+    stratum = strata_of_units(unit, num_units, strata) if data.split.stratify_by else None
+    choice = _ranks(data.seed, names, "unit\0")
+    place = _unit_places(unit, _ranks(data.seed, names), choice)
+    taken = _take(place, sizes, (data.split.num_test_examples, data.split.test_ratio), stratum)
+    _refuse_unsplittable(count, num_units, _num_units(taken), data)
+    _refuse_used_up(taken, stratum, strata, data)
     side = np.zeros(num_units, dtype=np.int8)
-    side[order[:border]] = _TEST
     surplus: dict[int, str] = {}
-    test = _by_rank(np.flatnonzero(side[unit] == _TEST), ranks)
-    test = _at_most(test, unit, wanted, share, ("test", surplus))
+    test = _by_rank(_rows_of(taken, unit, ranks, ("test", surplus)), ranks)
+    side[_all_units(taken)] = _TEST
 
     validation = np.zeros(0, dtype=np.int64)
     if data.split.validates:
-        wanted = data.split.num_validation_examples
         # A hash of its own: what is validated does not depend on how many rows are tested.
         ranks_here = _ranks(data.seed, names, "validation\0")
-        place = _unit_places(unit, num_units, ranks_here, data.seed)
+        place = _unit_places(unit, ranks_here, choice)
         left = np.flatnonzero(side == 0)
-        border, order, share = _border(
-            place[left], sizes[left], wanted, data.split.validation_ratio or 0.0
-        )
-        _refuse_too_little_left(len(left), border, data)
-        side[left[order[:border]]] = _VALIDATION
-        validation = _by_rank(np.flatnonzero(side[unit] == _VALIDATION), ranks)
-        validation = _at_most(validation, unit, wanted, share, ("validation", surplus))
+        asked = data.split.num_validation_examples, data.split.validation_ratio or 0.0
+        here = None if stratum is None else stratum[left]
+        taken = [
+            replace(part, units=left[part.units])
+            for part in _take(place[left], sizes[left], asked, here)
+        ]
+        _refuse_too_little_left(len(left), _num_units(taken), data)
+        validation = _by_rank(_rows_of(taken, unit, ranks, ("validation", surplus)), ranks)
+        side[_all_units(taken)] = _VALIDATION
     train = _by_rank(np.flatnonzero(side[unit] == 0), ranks)
     num_groups = np.bincount(side, minlength=3).tolist()
     return Split(train, test, validation, surplus, dict(zip(SIDES, num_groups, strict=True)))
 
 
-def limit_train(split: Split, left_out: Indices, data: DataConfig) -> Split:
-    """Return the split with only the first `num_train_examples` train rows.
+def limit_train(
+    split: Split, left_out: Indices, data: DataConfig, mixture: Mixture | None = None
+) -> Split:
+    """Return the split with only the first `num_train_examples` train rows, mixed as asked for.
 
     Args:
         split: Of all rows.
         left_out: Train rows that may not be trained on.
         data: `num_train_examples`.
+        mixture: The parts of the sources, if they have weights.
 
     Raises:
         DataError: Fewer are left than asked for, or none.
     """
-    train = split.train[~np.isin(split.train, left_out)]
+    train = everyone = split.train[~np.isin(split.train, left_out)]
+    surplus: dict[int, str] = {}
+    if mixture is not None:
+        train = mixture.order(everyone)
+        beyond = np.setdiff1d(everyone, train).tolist()
+        surplus = dict.fromkeys(beyond, "beyond its source's part of the mixture")
     limit = data.num_train_examples
     if len(train) < (limit or 1):
         held_out = f"the test split{' and the validation split' * data.split.validates}"
         if len(left_out):
             held_out += f", and {len(left_out):,} contaminated rows"
+        if mixture is not None:
+            held_out += f"; {len(everyone):,} without the weights of the sources"
         raise DataError(
             Problem(
                 "not enough rows to train on",
@@ -134,8 +150,9 @@ def limit_train(split: Split, left_out: Indices, data: DataConfig) -> Split:
             )
         )
     reason = f"not among the first {limit} of the train split"
-    surplus = {int(index): reason for index in (train[limit:] if limit else ())}
-    return replace(split, train=train[:limit], surplus=split.surplus | surplus)
+    surplus |= {int(index): reason for index in (train[limit:] if limit else ())}
+    kept = everyone[np.isin(everyone, train[:limit])]  # shuffled, as all of them are
+    return replace(split, train=kept, surplus=split.surplus | surplus)
 
 
 def _ranks(seed: int, names: Sequence[str], prefix: str = "") -> NDArray[np.uint64]:
@@ -144,20 +161,22 @@ def _ranks(seed: int, names: Sequence[str], prefix: str = "") -> NDArray[np.uint
 
 
 def _unit_places(
-    unit: Indices, num_units: int, ranks: NDArray[np.uint64], seed: int
+    unit: Indices, ranks: NDArray[np.uint64], choice: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
-    """Return each unit's place, uniform whatever its size.
+    """Return each unit's place: the hash of one of its rows, uniform whatever the unit's size.
 
-    A lone row stands at its own hash. The lowest hash of several is the lower the more they are,
-    and would send most large units to the test; so it is hashed once more.
+    It is the row that a second hash puts first. (The lowest of several hashes would be the lower
+    the more they are, and send most large units to the test.) A row that joins n others becomes
+    it in one of n + 1 cases, so most units stay where they were.
+
+    Args:
+        unit: Number of each row's unit. Shape (N,).
+        ranks: A hash of each row. Shape (N,).
+        choice: Another one. Shape (N,).
     """
-    lowest = np.full(num_units, np.iinfo(np.uint64).max, dtype=np.uint64)
-    highest = np.zeros(num_units, dtype=np.uint64)
-    np.minimum.at(lowest, unit, ranks)
-    np.maximum.at(highest, unit, ranks)
-    for index in np.flatnonzero(lowest != highest).tolist():
-        lowest[index] = hash_rank(seed, f"unit {lowest[index]}")
-    return lowest
+    order = np.lexsort((choice, unit))
+    starts = np.flatnonzero(np.diff(unit[order], prepend=-1))
+    return ranks[order[starts]]
 
 
 def _border(
@@ -174,21 +193,130 @@ def _border(
     return border, order, share
 
 
-def _at_most(
-    rows: Indices,
+@dataclass(frozen=True)
+class _Taken:
+    """Units held out together.
+
+    Args:
+        units: Indices of them.
+        wanted: How many rows they shall give; None: all.
+        share: The most rows that one of them gives; None: all.
+        is_all: Nothing of their stratum is left.
+    """
+
+    units: Indices
+    wanted: int | None = None
+    share: int | None = None
+    is_all: bool = False
+
+
+def _take(
+    place: NDArray[np.uint64],
+    sizes: Indices,
+    asked: tuple[int | None, float],
+    stratum: Indices | None,
+) -> list[_Taken]:
+    """Return the units to hold out, apart for each stratum.
+
+    Args:
+        place: Of `_unit_places`. Shape (U,), U units.
+        sizes: Rows of each. Shape (U,).
+        asked: How many rows to hold out, or else which ratio of them.
+        stratum: Number of each one's stratum. Shape (U,).
+    """
+    wanted, ratio = asked
+    if stratum is None:
+        border, order, share = _border(place, sizes, wanted, ratio)
+        return [_Taken(order[:border], wanted, share)]
+    parts = [np.flatnonzero(stratum == number) for number in np.unique(stratum)]
+    # One that hangs together as a whole cannot be on two sides.
+    parts = [part for part in parts if len(part) > 1]
+    num_rows = np.array([sizes[part].sum() for part in parts], dtype=np.int64)
+    total = int(num_rows.sum())
+    taken = []
+    shares = quotas(num_rows, wanted or max(1, round(ratio * total)))
+    for part, quota in zip(parts, shares, strict=True):
+        if wanted is not None and quota:
+            border, order, share = _border(place[part], sizes[part], quota, ratio)
+            taken.append(_Taken(part[order[:border]], quota, share, border >= len(part)))
+        elif quota:
+            order = part[np.argsort(place[part], kind="stable")]
+            missed = np.abs(np.cumsum([0, *sizes[order]]) - quota)
+            border = len(part) - int(np.argmin(missed[::-1]))  # of two as near the larger
+            taken.append(_Taken(order[: min(border, len(part) - 1)]))
+    return taken
+
+
+def quotas(num_rows: Indices, wanted: int) -> list[int]:
+    """Return how many rows each stratum gives, by largest remainder, so that the sum is `wanted`.
+
+    Args:
+        num_rows: Rows of each stratum. Shape (S,).
+        wanted: Rows in all, at most as many as there are.
+    """
+    exact = num_rows * (wanted / max(1, int(num_rows.sum())))
+    floors = np.floor(exact).astype(np.int64)
+    # Of equal remainders the larger stratum comes first, then the one named first.
+    order = np.lexsort((np.arange(len(exact)), -num_rows, floors - exact))
+    floors[order[: max(0, wanted - int(floors.sum()))]] += 1
+    return floors.tolist()
+
+
+def strata_of_units(unit: Indices, num_units: int, strata: Sequence[str]) -> Indices:
+    """Return the number of the stratum that most rows of each unit are in. Shape (num_units,)."""
+    names, number = np.unique(np.array(strata, dtype=object), return_inverse=True)
+    pairs, counts = np.unique(unit * len(names) + number, return_counts=True)
+    # Ascending by count, and the name that comes first last: the last one written stays.
+    order = np.lexsort((-pairs, counts))
+    result = np.zeros(num_units, dtype=np.int64)
+    for pair in pairs[order].tolist():
+        result[pair // len(names)] = pair % len(names)
+    return result
+
+
+def _all_units(taken: Sequence[_Taken]) -> Indices:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(part.units for part in taken)])
+
+
+def _num_units(taken: Sequence[_Taken]) -> int:
+    return sum(len(part.units) for part in taken)
+
+
+def _rows_of(
+    taken: Sequence[_Taken],
     unit: Indices,
-    wanted: int | None,
-    share: int | None,
+    ranks: NDArray[np.uint64],
     told: tuple[str, dict[int, str]],
 ) -> Indices:
     """Return the rows held out; those beyond the number wanted are noted in the surplus."""
-    if wanted is None or share is None:
-        return rows
     name, surplus = told
-    chosen = rows[_occurrence(unit[rows]) < share][:wanted]
-    reason = f"its group is in the {name} split, which has its {wanted} rows"
-    surplus.update((int(index), reason) for index in np.setdiff1d(rows, chosen))
-    return chosen
+    found = [np.zeros(0, dtype=np.int64)]
+    for part in taken:
+        rows = _by_rank(np.flatnonzero(np.isin(unit, part.units)), ranks)
+        if part.wanted is not None and part.share is not None:
+            chosen = rows[_occurrence(unit[rows]) < part.share][: part.wanted]
+            reason = f"its group is in the {name} split, which has its {part.wanted} rows"
+            surplus.update((int(index), reason) for index in np.setdiff1d(rows, chosen))
+            rows = chosen
+        found.append(rows)
+    return np.concatenate(found)
+
+
+def _refuse_used_up(
+    taken: Sequence[_Taken], stratum: Indices | None, strata: Sequence[str], data: DataConfig
+) -> None:
+    if stratum is None or not any(part.is_all for part in taken):
+        return
+    names = np.unique(np.array(strata, dtype=object))
+    gone = [names[stratum[part.units[0]]] for part in taken if part.is_all]
+    raise DataError(
+        Problem(
+            "the test split would take all rows of a stratum",
+            where="data.split.stratify_by",
+            got=", ".join(f"{data.split.stratify_by} {name}" for name in gone[:5]),
+            remedy="lower data.split.num_test_examples, or add rows of it",
+        )
+    )
 
 
 def _refuse_too_little_left(num_units: int, border: int, data: DataConfig) -> None:
@@ -209,7 +337,7 @@ def _refuse_too_little_left(num_units: int, border: int, data: DataConfig) -> No
 
 
 def _refuse_unsplittable(count: int, num_units: int, border: int, data: DataConfig) -> None:
-    if num_units >= 2 and border < num_units:
+    if num_units >= 2 and 0 < border < num_units:
         return
     wanted = data.split.num_test_examples
     if wanted is not None and wanted >= count:

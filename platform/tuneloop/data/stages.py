@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.files import SourceFile
+from tuneloop.data.kept import KEPT_FROM_ROWS, kept_blocks, make_or_read
 from tuneloop.data.packing import num_pieces, place_documents
 from tuneloop.data.readers import read_rows, row_schema
 from tuneloop.data.rendering import (
@@ -24,9 +27,12 @@ from tuneloop.data.rendering import (
 )
 from tuneloop.data.signatures import ComparedSide, Hashes
 
+logger = logging.getLogger("tuneloop.data")
+
 _ROWS_PER_BLOCK = 2000
 _SORTED_HERE_BYTES = 256 << 20
 TRAIN, TEST, REMOVED, VALIDATION = 0, 1, 2, 3
+SIDES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 _SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
 _FINISHED_FROM = [
     *("source", "synthetic", "messages", "text", "extra"),
@@ -56,15 +62,25 @@ def read_files(files: list[SourceFile], config: TuneloopConfig) -> Any:
     return blocks.materialize()
 
 
-def render_rows(rows: Any, rendering: Rendering, warm: Any) -> Any:
-    """Return the Ray dataset of tokenized rows by `rendered_schema`, once `warm` is done."""
+def render_rows(rows: Any, rendering: Rendering, warm: Any, scratch: Path) -> Any:
+    """Return the Ray dataset of tokenized rows by `rendered_schema`, once `warm` is done.
+
+    Args:
+        scratch: Where the blocks of a large corpus are kept for a run that has to go on.
+    """
     import ray
 
     ray.get(warm)
-    num_blocks = max(1, -(-rows.count() // _ROWS_PER_BLOCK))
+    num_rows = rows.count()
+    num_blocks = max(1, -(-num_rows // _ROWS_PER_BLOCK))
     if rows.num_blocks() < num_blocks:
         rows = rows.repartition(num_blocks)
     render = functools.partial(render_batch, rendering=rendering)
+    if num_rows >= KEPT_FROM_ROWS:
+        folder = scratch / "tokenized"
+        if number := kept_blocks(folder):
+            logger.info("%s blocks of tokenized rows are there from an earlier run", f"{number:,}")
+        render = functools.partial(make_or_read, make=render, folder=folder)
     return rows.map_batches(
         render, batch_size=_ROWS_PER_BLOCK, batch_format="pyarrow"
     ).materialize()

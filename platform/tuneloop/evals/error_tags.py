@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.resources
 import json
 import re
 from collections import Counter
 
 from tuneloop.evals.metrics import Scorer, parse_object
 from tuneloop.records import FinishReason
+from tuneloop.spelling import dictionary, is_known, prose_words
 
 ERROR_TAGS: dict[str, str] = {
     "cut_off": "stopped by the token limit, not by the model",
@@ -30,17 +29,11 @@ _REPEATED_NGRAM_SHARE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 # in it, so the most frequent n-gram counts from its third occurrence.
 _MIN_TOP_COUNT = 3
 
-# Plain lower-case words: no names, no identifiers, paths, calls, contractions or other scripts.
-_WORD = re.compile(r"(?<![\w@/\\.'’-])[a-z]{3,}(?![\w@/\\('’-])(?!\.\w)")
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _ANY_WORD = re.compile(r"[^\W\d_]{3,}")
 # One odd word in a long answer is a term or a name; one in twenty is bad spelling.
 _MISSPELT_RATIO = 0.05
 # Where the reference itself is mostly not English, an English dictionary says nothing.
 _FOREIGN_RATIO = 0.4
-_SHORTEST_PART = 4
-# The dictionary has some words in one spelling only, `analyse` and `catalogue` among them.
-_SPELLINGS = (("yz", "ys"), ("iz", "is"), ("log", "logue"), ("or", "our"), ("er", "re"))
 
 
 def tag_errors(
@@ -70,7 +63,7 @@ def tag_errors(
         tags.add("repetitive")
     if len(completion.split()) > _TOO_LONG_RATIO * max(1, len(reference.split())):
         tags.add("too_long")
-    num_words = len(_prose_words(completion))
+    num_words = len(prose_words(completion))
     if len(misspelt_words(completion, prompt, reference)) > _MISSPELT_RATIO * num_words:
         tags.add("misspelt")
     return [tag for tag in ERROR_TAGS if tag in tags]
@@ -116,29 +109,7 @@ def misspelt_words(text: str, prompt: str, reference: str) -> list[str]:
     if foreign > _FOREIGN_RATIO * len(expected):
         return []
     allowed = set(given)
-    return [
-        word
-        for word in _prose_words(text)
-        if word not in known
-        and word not in allowed
-        and not any(word.replace(ours, theirs) in known for ours, theirs in _SPELLINGS)
-        and not _is_compound(word, known)
-    ]
-
-
-@functools.cache
-def dictionary() -> frozenset[str]:
-    """Return 82,000 English words; read once, in a seventh of a second.
-
-    Source: the dictionary that symspellpy brings (SCOWL words that Google Books Ngrams count).
-    """
-    file = importlib.resources.files("symspellpy") / "frequency_dictionary_en_82_765.txt"
-    text = file.read_text(encoding="utf-8-sig")
-    return frozenset(line.partition(" ")[0] for line in text.splitlines())
-
-
-def _prose_words(text: str) -> list[str]:
-    return _WORD.findall(_CODE.sub(" ", text))
+    return [word for word in prose_words(text) if word not in allowed and not is_known(word)]
 
 
 def _prompt_text(prompt: str) -> str:
@@ -147,8 +118,3 @@ def _prompt_text(prompt: str) -> str:
         return "\n".join(str(turn["content"]) for turn in json.loads(prompt))
     except (ValueError, TypeError, KeyError):
         return prompt
-
-
-def _is_compound(word: str, known: frozenset[str]) -> bool:
-    cuts = range(_SHORTEST_PART, len(word) - _SHORTEST_PART + 1)
-    return any(word[:cut] in known and word[cut:] in known for cut in cuts)

@@ -18,9 +18,16 @@ from typing import Any
 
 from tuneloop import pipeline
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
-from tuneloop.cluster import connect
+from tuneloop.cluster import WaitingNotice, connect
 from tuneloop.config import TuneloopConfig
-from tuneloop.errors import ModelError, Problem, TuneloopError, UserError, find_user_error
+from tuneloop.errors import (
+    ModelError,
+    Problem,
+    ResourceError,
+    TuneloopError,
+    UserError,
+    find_user_error,
+)
 from tuneloop.models.source import resolve_base
 from tuneloop.sweeps.curve import learning_curves
 from tuneloop.sweeps.grid import Cell, expand
@@ -168,6 +175,7 @@ def _train_all(
             }
         )
 
+    _refuse_too_few_cpus(config)
     storage = workspace.root / ".work" / f"sweep-{config.name}"
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": _TRIAL_CPUS}),
@@ -207,6 +215,27 @@ def _train_all(
     return [trials[number] for number in range(len(cells))]
 
 
+def _refuse_too_few_cpus(config: TuneloopConfig) -> None:
+    """Raise ResourceError where the trials would take the CPUs that their own workers wait for."""
+    import ray
+
+    resources = config.resources
+    num_workers = resources.worker_counts[0]
+    wanted = num_workers + _TRIAL_CPUS * resources.num_concurrent_trials
+    present = ray.cluster_resources().get("CPU", 0)
+    if wanted > present:
+        raise ResourceError(
+            Problem(
+                "the cluster has too few CPUs for a trial and its workers",
+                where="resources",
+                got=f"{present:g} CPUs",
+                allowed=f"at least {wanted:g}: {num_workers} workers, and {_TRIAL_CPUS} "
+                f"for each of {resources.num_concurrent_trials} trials at one time",
+                remedy="lower resources.num_workers, raise resources.num_cpus, or add nodes",
+            )
+        )
+
+
 def _follow(tuner: Any, work: Path, name: str) -> Any:
     """Run the tuner in a thread, and tell meanwhile how far each training is.
 
@@ -227,8 +256,10 @@ def _follow(tuner: Any, work: Path, name: str) -> Any:
     thread = threading.Thread(target=fit, name="ray-tune", daemon=True)
     thread.start()
     followed: dict[Path, Progress] = {}
+    notice = WaitingNotice()
     while thread.is_alive():
         thread.join(timeout=0.5)
+        notice.tell(sum(progress.position for progress in followed.values()))
         for file in work.glob(f"models-{name}-*/scratch/{PROGRESS}"):
             followed.setdefault(file, Progress(file)).tell()
     if "error" in outcome:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneloop.artifacts import Draft
+from tuneloop.cluster import WaitingNotice
 from tuneloop.config import TuneloopConfig, grad_accum_steps, micro_batch_size
 from tuneloop.errors import Problem, ResourceError, UserError, find_user_error
 from tuneloop.models.source import BaseModel
@@ -226,9 +227,11 @@ def _follow(trainer: Any, progress: Progress, max_failures: int) -> Any:
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
+    notice = WaitingNotice()
     while thread.is_alive():
         thread.join(timeout=0.5)
         progress.tell()
+        notice.tell(progress.position)
     progress.tell(final=True)
     error = outcome.get("error")
     if error is None:

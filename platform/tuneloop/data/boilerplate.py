@@ -1,0 +1,65 @@
+"""Text that is on every page and says nothing, and assistants that speak of themselves."""
+
+from __future__ import annotations
+
+import re
+
+_LINK = (
+    r"(?:privacy(?: policy| notice)?|terms(?: (?:of (?:use|service)|and conditions|& conditions))?|"
+    r"cookies?(?: policy| settings| preferences)?|contact(?: us)?|about(?: us)?|home|help|faq|"
+    r"sitemap|imprint|impressum|careers|log ?in|sign (?:in|up)|register|search|menu)"
+)
+# Whole lines only: an answer that explains a privacy policy in a sentence of its own stays. Items
+# of a list as well: `- Read more` is a resolution.
+_NOTICE = re.compile(
+    r"^[ \t>|]*(?:"
+    r"(?:this|our) (?:web ?)?site (?:also )?uses cookies\b.{0,300}|"
+    r"we (?:and our partners )?use cookies\b.{0,300}|"
+    r"by (?:continuing|using|clicking|browsing)\b.{0,120}\b(?:agree|accept|consent)\b.{0,160}|"
+    r"(?:accept|reject|manage)(?: all)? cookies[.!]?|"
+    r"(?:please )?(?:enable|turn on|activate) javascript\b.{0,120}|"
+    r"(?:you need|this (?:page|site|app) (?:needs|requires)) .{0,20}javascript\b.{0,120}|"
+    r"javascript (?:is|must be|seems to be|appears to be) (?:disabled|enabled|required)\b.{0,120}|"
+    r"(?:©|\(c\)|copyright\b).{0,12}(?:19|20)\d\d\b.{0,120}|"
+    r".{0,120}\ball rights reserved[.]?|"
+    r"lorem ipsum\b.*|"
+    r"skip to (?:main )?content|"
+    r"(?:share|tweet|pin|like|follow)(?: (?:us|this|it|page|article|post))?"
+    r"(?: (?:on|to|via|with) (?:facebook|twitter|x|linkedin|pinterest|instagram|whatsapp|e-?mail))?"
+    r"[.!]?|"
+    r"(?:click here|read more|learn more|show more|load more|back to top)[.!…]*(?: ?[»›→>]+)?|"
+    r"(?:subscribe to|sign up (?:for|to)) (?:our|the) newsletter\b.{0,120}|"
+    rf"{_LINK}(?:[ \t]*[|·•/–-][ \t]*{_LINK})+"
+    r")[ \t]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_ASSISTANT = re.compile(
+    r"\b(?:as|i(?:'|’)?m(?: just)?|i am(?: just)?) an? "
+    r"(?:ai|artificial intelligence|(?:large |ai )*language model)"
+    r"(?: language model| model| assistant| chatbot)?\b|"
+    r"\bmy (?:knowledge cut-?off|training data)\b|"
+    r"\bi (?:do not|don['’]t|cannot|can['’]t) (?:browse|access) the internet\b",
+    re.IGNORECASE,
+)
+
+
+def notice(text: str) -> str:
+    """Return the first line that is boilerplate; empty if there is none.
+
+    Source: after the line filters of C4 (Raffel et al. 2020, arXiv:1910.10683, section 2.2), which
+    drop every line that so much as names a cookie policy.
+    """
+    found = _NOTICE.search(text)
+    return found.group().strip() if found else ""
+
+
+def without_notices(text: str) -> str:
+    """Return the text without lines that are boilerplate, and without the gaps they leave."""
+    kept, count = _NOTICE.subn("", text)
+    return re.sub(r"\n{3,}", "\n\n", kept).strip() if count else text
+
+
+def speaks_of_itself(answer: str) -> str:
+    """Return the words in which an answer speaks of being an AI; empty if it does not."""
+    found = _ASSISTANT.search(answer)
+    return found.group() if found else ""

@@ -1,0 +1,71 @@
+"""Which language a text is in, told only where it is clear."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from tuneloop.errors import DataError, Problem
+
+# What is the same in every language says nothing about it.
+_NEUTRAL = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\S+@\S+|<[^>\n]{1,200}>|\S*[_/\\{}=]\S*|[\d\W_]+",
+    re.DOTALL,
+)
+_FEWEST_LETTERS = 40
+_LARGEST_CHANCE = 0.2
+_NO_LANGUAGE = "zxx"
+_MOST_CHARACTERS = 2_000
+
+
+def foreign_language(text: str, allowed: Sequence[str]) -> str:
+    """Return the language of a text that is clearly in none of those allowed; empty otherwise.
+
+    A text with fewer than 40 letters, code left out, is not judged. It is clear where the
+    languages allowed have at most a fifth of the probability together; of a long text the
+    beginning is judged.
+
+    Args:
+        text: What is judged.
+        allowed: ISO 639-1 codes that `known_languages` has.
+    """
+    words = _NEUTRAL.sub(" ", text[:_MOST_CHARACTERS])
+    if sum(map(len, words.split())) < _FEWEST_LETTERS:
+        return ""
+    ranked = _identifier().rank(words)
+    # Near languages share the probability: what counts is that none of those allowed has it.
+    possible = sum(probability for code, probability in ranked if code in allowed)
+    code = str(ranked[0][0])
+    return code if code != _NO_LANGUAGE and possible <= _LARGEST_CHANCE else ""
+
+
+def refuse_unknown_languages(codes: Sequence[str]) -> None:
+    """Raise DataError for codes of languages that are not told apart."""
+    if not codes:
+        return
+    known = known_languages()
+    unknown = [code for code in codes if code not in known]
+    if unknown:
+        raise DataError(
+            Problem(
+                "a language is not known",
+                where="data.filters.languages",
+                got=", ".join(unknown),
+                allowed=", ".join(sorted(known)),
+            )
+        )
+
+
+def known_languages() -> frozenset[str]:
+    """Return the ISO 639-1 codes of the languages that are told apart."""
+    return frozenset(str(code) for code in _identifier().labels) - {_NO_LANGUAGE}
+
+
+@cache
+def _identifier() -> Any:
+    """Return the identifier, loaded once per process in half a second."""
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
