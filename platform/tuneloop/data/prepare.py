@@ -304,7 +304,7 @@ def _split(outcome: Outcome, config: TuneloopConfig) -> None:
     stays = np.ones(len(outcome.usable), dtype=bool)
     stays[outcome.duplicates.removed] = False
     rows = outcome.usable[stays]
-    table = outcome.table.select(["group", "prompt_key"]).take(rows)
+    table = outcome.table.select(["group", "stratum", "prompt_key"]).take(rows)
     split = split_rows(
         [outcome.row_ids[index] for index in rows],
         table["group"].to_pylist(),
