@@ -26,7 +26,7 @@ sweep-demo: install
 
 # The tests that start Ray keep to one of the two processes (tests/conftest.py).
 test: install
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup
+	$(BIN)/python -m pytest --numprocesses=2 --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff check .
