@@ -273,7 +273,14 @@ def test_stopped_in_training_then_goes_on_and_leaves_no_process(
     command += [f"workspace={workspace}", "resources.checkpoint_every_steps=2"]
     command += ["training.num_epochs=3"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell in the background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     scratch = workspace / ".work"
     deadline = time.monotonic() + 240
     while len(list(scratch.glob("models-*/scratch/checkpoints/checkpoint_*"))) < 2:
