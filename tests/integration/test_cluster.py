@@ -272,7 +272,7 @@ def test_what_cannot_run_there_is_told_before_it_starts(
 def test_what_a_killed_server_left_is_shut_down_by_the_next(nodes: Any, config: Path) -> None:
     environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
     command = [sys.executable, "-m", "tuneloop.cli", "serve", str(config), "--json"]
-    for stop, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+    for stop, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         answer = httpx.get(json.loads(process.stdout.readline())["url"] + "/models")
