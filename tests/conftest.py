@@ -25,14 +25,18 @@ CORPUS = [
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests that start Ray in one process: several clusters at once choke a small box."""
+    """Share Ray within a process, and never run more than two clusters at once.
+
+    The tests on several nodes stop the shared local Ray or wait for timeouts of their own nodes, so
+    they go to the process that has the browser's and the unit tests behind it.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFolder(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            folder = Path(file).parent.name
-            return file if folder == "unit" else folder
+            file = Path(nodeid.partition("::")[0])
+            alone = file.parent.name == "unit" or file.name == "test_cluster.py"
+            return str(file if alone else file.parent)
 
     return ByFolder(config, log)
 
