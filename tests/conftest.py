@@ -28,14 +28,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Share Ray within a process, and never run more than two clusters at once.
 
     The tests on several nodes stop the shared local Ray or wait for timeouts of their own nodes, so
-    they go to the process that has the browser's and the unit tests behind it.
+    they go to the process that has the browser's and the unit tests behind it, and so do those that
+    train without Ray.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFolder(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = Path(nodeid.partition("::")[0])
-            alone = file.parent.name == "unit" or file.name == "test_cluster.py"
+            without_shared_ray = {"test_cluster.py", "test_training_workers.py"}
+            alone = file.parent.name == "unit" or file.name in without_shared_ray
             return str(file if alone else file.parent)
 
     return ByFolder(config, log)

@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, _interrupt)
-    with _result_stream() as output:
-        _start_logging(arguments.verbose)
+    with _result_stream() as output, _logging_to_stderr(arguments.verbose):
         try:
             return int(arguments.call(arguments, output))
         except KeyboardInterrupt:
@@ -394,15 +393,17 @@ def _result_stream() -> Iterator[IO[str]]:
         os.close(saved)
 
 
-def _start_logging(verbose: bool) -> None:
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(asctime)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
-    )
+@contextlib.contextmanager
+def _logging_to_stderr(verbose: bool) -> Iterator[None]:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("tuneloop").setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        yield
+    finally:
+        # Who calls this from Python may close the stream.
+        logging.root.removeHandler(handler)
 
 
 def _print_error(error: UserError, arguments: argparse.Namespace, output: IO[str]) -> None:

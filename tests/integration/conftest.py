@@ -11,14 +11,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.models.chat import Renderer
+from tuneloop.models.source import BaseModel
+from tuneloop.records import Message
 
 # Ray takes 127.0.0.1 for this machine's address where it is told that clusters are not wanted (as
 # on macOS), and refuses worker nodes there; so only the command itself is told that they are.
@@ -187,3 +194,31 @@ def family(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+@pytest.fixture(scope="session")
+def publish_sums() -> Callable[[Workspace, BaseModel], Artifact]:
+    """Publish 37 rows for training and 5 for validation, as `prepare` would."""
+
+    def publish(workspace: Workspace, base: BaseModel) -> Artifact:
+        renderer = Renderer.load(base.path)
+        rows = []
+        for number in range(42):
+            question = Message("user", f"What comes after {number}? " * (1 + number % 3))
+            sample = renderer.sample([question, Message("assistant", f"It is {number + 1}.")])
+            rows.append(
+                {
+                    "row_id": f"row{number}",
+                    "input_ids": sample.input_ids,
+                    "loss_mask": sample.loss_mask,
+                }
+            )
+        with workspace.draft("datasets", "sums", "d" * 64) as draft:
+            for split, part in (("train", rows[:37]), ("validation", rows[37:])):
+                (draft.path / split).mkdir()
+                pq.write_table(pa.Table.from_pylist(part), draft.path / split / "0.parquet")
+            return draft.publish(
+                config={"renderer": renderer.hash}, resources={}, inputs=[], metrics={}
+            )
+
+    return publish

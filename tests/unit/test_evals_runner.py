@@ -190,15 +190,20 @@ def test_a_killed_run_goes_on_where_it_was(model_server, config, workspace, data
         evaluate(config, workspace, dataset, arms(model_server, dataset), "words")
     assert workspace.published() == [dataset]
     partial = next(workspace.root.glob(".work/evaluations-*/scratch/answers.jsonl"))
-    kept = len(partial.read_text().splitlines())
-    assert 1 <= kept < 20
+    kept = {json.loads(line)["prompt"] for line in partial.read_text().splitlines()}
+    assert 1 <= len(kept) < 20
     with partial.open("a") as file:
         file.write('{"identity": "cut off by the cra')
 
     model_server.models, model_server.reply = ["parrot"], spell
     model_server.requests.clear()
     published = evaluate(config, workspace, dataset, arms(model_server, dataset), "words")
-    assert len(model_server.requests) == 20 - kept
+    # A request that the first run withdrew may arrive as late as this, so they are not counted.
+    asked = {
+        json.dumps(request["messages"], ensure_ascii=False) for request in model_server.requests
+    }
+    assert not asked & kept
+    assert len(asked) == 20 - len(kept)
     scores = published.artifact.manifest["metrics"]["scores"]
     assert scores == {"base": 0.5, "base+few-shot": 1.0}
 
