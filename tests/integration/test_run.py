@@ -352,7 +352,8 @@ def test_killed_in_every_stage_then_ends_like_an_uninterrupted_run(
         started += descendants(process.pid)
         process.kill()
         process.communicate()
-        assert len(Workspace(workspace).published()) == number, stage
+        # The stage may have published between the look and the signal.
+        assert len(Workspace(workspace).published()) - number in (0, 1), stage
 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
