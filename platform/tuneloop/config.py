@@ -444,7 +444,13 @@ class ResourcesConfig(Section):
         description="Training workers, at least 1. `[min, max]`: as many as there is room for, "
         "fewer when a node is lost, more when one comes.",
     )
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: float = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1 trains on GPUs in bfloat16, 0 on CPUs in float32; a share of a GPU is "
+        "possible for one worker.",
+    )
     price_per_hour: float | None = Field(
         None, gt=0, description="What one worker costs an hour; estimates then tell the cost."
     )
@@ -511,6 +517,15 @@ class TuneloopConfig(Section):
     sweep: SweepConfig | None = None
     generation: GenerationConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _a_shared_gpu_has_one_worker(self) -> TuneloopConfig:
+        if 0 < self.resources.gpus_per_worker < 1 and self.resources.worker_counts[-1] > 1:
+            raise ValueError(
+                f"resources.gpus_per_worker {self.resources.gpus_per_worker:g} goes with "
+                "resources.num_workers 1: NCCL needs a GPU for each worker"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TuneloopConfig:

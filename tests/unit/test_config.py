@@ -100,6 +100,15 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(tmp_path
     assert micro_batch_size(config, 2) * grad_accum_steps(config, 2) * 2 == 24
 
 
+def test_a_worker_has_one_gpu_or_is_alone_on_a_share_of_one(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    (found,) = problems(path, "resources.gpus_per_worker=2")
+    assert "resources.gpus_per_worker" in found
+    (found,) = problems(path, "resources.gpus_per_worker=0.5", "resources.num_workers=2")
+    assert "NCCL needs a GPU for each worker" in found
+    assert load_config(path, ["resources.gpus_per_worker=0.5"]).resources.gpus_per_worker == 0.5
+
+
 def test_a_range_of_workers_divides_the_batch_at_every_number(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     overrides = ["training.global_batch_size=8", "resources.num_workers=[1, 4]"]

@@ -13,6 +13,7 @@ import pytest
 
 from tuneloop.models.chat import Renderer
 from tuneloop.serving import protocol
+from tuneloop.serving.app import _gpu_share
 from tuneloop.serving.protocol import ProtocolError, parse_chat, parse_completion
 from tuneloop.serving.replica import ModelServer, ServedModel
 from tuneloop.serving.text import Detokenizer, StreamedText
@@ -204,3 +205,15 @@ def test_unknown_model_lists_what_is_served() -> None:
     error = protocol.unknown_model("x", ["a", "b"])
     assert (error.status, error.code) == (404, "model_not_found")
     assert "a, b" in error.message
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "num_models"), [(1, 1), (1, 3), (2, 3), (8, 2), (0.5, 2), (3, 7)]
+)
+def test_every_replica_finds_a_gpu_with_room_for_its_share(
+    num_gpus: float, num_models: int
+) -> None:
+    share = _gpu_share(num_gpus, num_models)
+    on_each = [int(min(1.0, num_gpus) / share)] * max(1, int(num_gpus))
+    assert 0 < share <= 1
+    assert sum(on_each) >= num_models

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import logging
+import math
 import os
 import socket
 import time
@@ -257,8 +258,15 @@ def _model_options(num_models: int) -> dict[str, Any]:
         "runtime_env": REPLICA_ENVIRONMENT,
     }
     if free.get("GPU", 0) > 0:
-        options["num_gpus"] = int(min(1.0, free["GPU"] / num_models) * 100) / 100
+        options["num_gpus"] = _gpu_share(free["GPU"], num_models)
     return options
+
+
+def _gpu_share(num_gpus: float, num_models: int) -> float:
+    """Return the share of one GPU that each replica reserves; a replica is never on two of them."""
+    if num_gpus < 1:
+        return int(num_gpus / num_models * 100) / 100
+    return int(100 / math.ceil(num_models / int(num_gpus))) / 100
 
 
 def free_port(serving: ServingConfig) -> int:
