@@ -80,7 +80,14 @@ def _gpu() -> Finding:
         return Finding("gpu", "unknown without torch", False)
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        return Finding("gpu", f"{torch.cuda.device_count()} x {', '.join(sorted(names))}")
+        found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}"
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            remedy = "training needs bfloat16: NVIDIA Ampere or newer"
+            return Finding("gpu", f"{found}, without bfloat16", False, remedy)
+        return Finding("gpu", f"{found}; resources.gpus_per_worker=1 trains on it")
+    if shutil.which("nvidia-smi") and torch.version.cuda is None:
+        remedy = "install PyTorch's build for CUDA to train on the GPU"
+        return Finding("gpu", f"not usable: torch {torch.__version__} is for CPUs", False, remedy)
     return Finding("gpu", "none; training runs on the CPU in float32")
 
 

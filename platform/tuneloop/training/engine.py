@@ -178,6 +178,9 @@ def import_deepspeed(use_gpu: bool) -> Any:
     """
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    elif torch.cuda.is_available():
+        # Whatever it was set to for work on the CPU.
+        os.environ["DS_ACCELERATOR"] = "cuda"
     # It names functions of torch.distributed that are being renamed; nothing a user can act on.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated")
     import deepspeed

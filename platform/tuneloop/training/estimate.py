@@ -149,7 +149,8 @@ def model_shape(base: BaseModel, config: TrainingConfig, use_gpu: bool = False) 
         if isinstance(module, torch.nn.Linear) and module is not head
     )
     with torch.device("meta"):
-        model = with_adapters(model, config)
+        # PEFT keeps adapters in float32, DeepSpeed makes them what the base is.
+        model = with_adapters(model, config).to(model.dtype)
     num_all = sum(parameter.numel() for parameter in model.parameters())
     heads = settings.num_attention_heads
     head_size = getattr(settings, "head_dim", None) or settings.hidden_size // heads
@@ -278,7 +279,8 @@ def estimate_work(config: TuneloopConfig, shape: ModelShape, work: Workload) -> 
     # AdamW's two moments in float32, and a float32 copy of the weights where DeepSpeed keeps one.
     state = 12 if on_gpu or stage else 8
     per_token = shape.kept_bytes * _ACTIVATION_OVERHEAD
-    per_token += shape.adapted_size * element * _ADAPTER_WASTE
+    if not on_gpu:
+        per_token += shape.adapted_size * element * _ADAPTER_WASTE
     if resources.gradient_checkpointing:
         # What goes into each layer, and one layer that is computed again.
         per_token = shape.num_layers * shape.hidden_size * element + per_token / shape.num_layers

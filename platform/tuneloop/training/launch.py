@@ -92,6 +92,7 @@ def train(
         work = workload(config, rows)
         expected = estimate_work(config, shape, work)
         refuse_too_small(config, expected, draft.scratch)
+        _mention_idle_gpus(config.resources)
         _announce(rows, expected)
         stored = Stored(folders[0], folders[1] if len(validation) else None)
         measured = None
@@ -120,6 +121,17 @@ def wants_preflight(resources: ResourcesConfig) -> bool:
     """Return whether the training is tried out in small before it starts."""
     wanted = resources.preflight
     return joins_cluster(resources) if wanted is None else wanted
+
+
+def _mention_idle_gpus(resources: ResourcesConfig) -> None:
+    import ray
+
+    num_gpus = ray.cluster_resources().get("GPU", 0)
+    if num_gpus and not resources.gpus_per_worker:
+        logger.warning(
+            "training on the CPU while Ray has %g GPUs; resources.gpus_per_worker=1 uses them",
+            num_gpus,
+        )
 
 
 def _announce(rows: Rows, expected: Estimate) -> None:

@@ -159,10 +159,16 @@ def start_engine(job: TrainingJob, rows: Rows, worker: Worker) -> tuple[Any, tup
     model = load_model(job.base, job.config, worker.execution, worker.device)
     check_packing(model, rows, worker.device)
     # Counted before ZeRO takes the parameters apart.
-    counts = [(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()]
-    num_all, num_trained = (sum(column) for column in zip(*counts, strict=True))
+    num_all = sum(_num_weights(p) for p in model.parameters())
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine = make_engine(model, job.config, worker.execution, job.schedule(rows).num_steps)
     return engine, (num_all, num_trained)
+
+
+def _num_weights(parameter: torch.Tensor) -> int:
+    """Return how many weights a parameter holds; with bitsandbytes two of them share a byte."""
+    quantized = getattr(parameter, "quant_state", None)
+    return parameter.numel() if quantized is None else quantized.shape.numel()
 
 
 def train_step(
