@@ -17,7 +17,7 @@ from tuneloop.data.rendering import Rendering, compared_column, compared_from
 from tuneloop.data.signatures import Texts, as_matrix, shingles
 
 KEY_COLUMNS = ["content_id", "num_characters", "synthetic", "exact_key", "bands"]
-_BLOCKS_PER_TASK = 8
+_BLOCKS_PER_TASK = 2
 # Of texts on their way from tasks to groups: each is an object that this process knows.
 _MOST_PARTS = 1_000_000
 
