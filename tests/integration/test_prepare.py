@@ -517,7 +517,7 @@ def test_sources_are_mixed_stratified_and_described_whatever_the_blocks(
             patch.setattr("tuneloop.data.prepare.find_conflicts", end)
             with pytest.raises(KeyboardInterrupt):
                 prepare(config, workspace, base)
-        blocks = workspace.root.glob(".work/*/scratch/tokenized/*.parquet")
+        blocks = workspace.root.glob(".work/*/scratch/tokenized/*.arrow")
         return {file: file.stat().st_mtime_ns for file in blocks}
 
     artifact = prepared(tmp_path / "one", 1, 2000, kept_from=1000)
@@ -670,7 +670,7 @@ def test_planted_duplicates_are_found_across_blocks(
     monkeypatch.setattr(stages, "_ROWS_PER_BLOCK", 500)
     monkeypatch.setattr(stages, "_SORTED_HERE_BYTES", 0)
     monkeypatch.setattr(dedup, "_GROUP_CHARACTERS", 20_000)
-    monkeypatch.setattr(comparing, "_BLOCKS_PER_TASK", 2)
+    monkeypatch.setattr(comparing, "_BLOCKS_PER_TASK", 1)
     config = config_for(single, task={"type": "language_modeling"}, format="text")
     other = prepare(config, Workspace(tmp_path / "ws2"), base).artifact
     for side in ("train", "test"):

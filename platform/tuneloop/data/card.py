@@ -6,6 +6,7 @@ import json
 import platform
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -177,7 +178,7 @@ def _dedup_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
     near = removed[~found.exact[removed]]
     # The least similar pairs are the ones worth a reader's doubt.
     doubtful = near[np.argsort(found.similarity[near], kind="stable")][:5]
-    place = outcome.table["source"].to_pylist()
+    place = outcome.table["source"]
     return {
         **config.data.dedup.model_dump(),
         "num_exact": int(found.exact[removed].sum()),
@@ -189,8 +190,8 @@ def _dedup_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
         "rows_per_band": rows,
         "least_similar_removed": [
             {
-                "removed": place[outcome.usable[index]],
-                "kept": place[outcome.usable[found.kept[index]]],
+                "removed": place[int(outcome.usable[index])].as_py(),
+                "kept": place[int(outcome.usable[found.kept[index]])].as_py(),
                 "similarity": round(float(found.similarity[index]), 4),
             }
             for index in doubtful.tolist()
@@ -199,7 +200,7 @@ def _dedup_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
 
 
 def _packing(
-    config: TuneloopConfig, outcome: Outcome, num_tokens: list[int]
+    config: TuneloopConfig, outcome: Outcome, num_tokens: Sequence[int]
 ) -> dict[str, Any] | None:
     """Return how full the rows of a corpus are; None for conversations."""
     if config.task.type != "language_modeling":
@@ -212,7 +213,7 @@ def _packing(
     }
 
 
-def _histogram(lengths: list[int]) -> list[dict[str, int]]:
+def _histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
     """Return about ten classes of equal, round width."""
     if not lengths:
         return []

@@ -14,10 +14,10 @@ import numpy as np
 
 from tuneloop.data.dedup import Duplicates, Group, Indices, Keys, Settled, find_duplicates, settle
 from tuneloop.data.rendering import Rendering, compared_column, compared_from
-from tuneloop.data.signatures import Texts, shingles
+from tuneloop.data.signatures import Texts, as_matrix, shingles
 
 KEY_COLUMNS = ["content_id", "num_characters", "synthetic", "exact_key", "bands"]
-_BLOCKS_PER_TASK = 8
+_BLOCKS_PER_TASK = 2
 # Of texts on their way from tasks to groups: each is an object that this process knows.
 _MOST_PARTS = 1_000_000
 
@@ -33,7 +33,7 @@ def find_duplicate_rows(table: Any, rows: Any, rendering: Rendering) -> Duplicat
     keys = table["key"].to_numpy()
     preference = np.empty(len(keys), dtype=np.int64)
     preference[_by_preference(table)] = np.arange(len(keys))
-    bands = table["bands"].combine_chunks().flatten().to_numpy().reshape(len(keys), -1)
+    bands = as_matrix(table["bands"])
     size = table["num_characters"].to_numpy().astype(np.int64)
     compare = functools.partial(_compare, keys=keys, rows=rows, rendering=rendering)
     found = Keys(table["exact_key"].to_numpy(), bands, preference, size)

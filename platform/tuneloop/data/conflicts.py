@@ -14,10 +14,11 @@ from tuneloop.data import stages
 from tuneloop.data.dedup import Indices, candidate_pairs
 from tuneloop.data.outcome import Outcome
 from tuneloop.data.rendering import ALIKE_PROMPTS, Rendering
-from tuneloop.data.signatures import jaccard
+from tuneloop.data.signatures import as_matrix, jaccard
 
 _NUM_EXAMPLES = 5
 _ROWS_SHOWN = 3
+_COLUMNS = ["key", "source", "prompt_key", "answer_key", "prompt_bands"]
 
 
 def find_conflicts(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def find_conflicts(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[st
         `near_threshold` and `examples`, each with `kind`, `similarity` and `rows`.
     """
     places = np.flatnonzero(outcome.side != stages.REMOVED)
-    table = outcome.table.take(places)
+    table = outcome.table.select(_COLUMNS).take(places)
     prompts, answers = table["prompt_key"].to_numpy(), table["answer_key"].to_numpy()
     same = same_prompts(prompts, answers)
     near = _near_prompts(table, rows, rendering)
@@ -96,9 +97,7 @@ def _near_prompts(table: Any, rows: Any, rendering: Rendering) -> list[tuple[flo
     prompts, answers = table["prompt_key"].to_numpy(), table["answer_key"].to_numpy()
     # One row stands for all with its prompt.
     first = np.sort(np.unique(prompts, return_index=True)[1])
-    bands = table["prompt_bands"].combine_chunks()
-    bands = bands.flatten().to_numpy().reshape(table.num_rows, -1)
-    pairs = candidate_pairs(bands, first)
+    pairs = candidate_pairs(as_matrix(table["prompt_bands"]), first)
     pairs = pairs[answers[first[pairs[:, 0]]] != answers[first[pairs[:, 1]]]]
     if not len(pairs):
         return []

@@ -30,7 +30,7 @@ from tuneloop.data.files import SourceFile
 from tuneloop.data.outcome import Outcome
 from tuneloop.data.readers import read_rows
 from tuneloop.data.rendering import Rendering
-from tuneloop.data.signatures import compared_text
+from tuneloop.data.signatures import as_matrix, compared_text
 from tuneloop.data.validation import BadRow, refuse_bad_rows
 
 _NUM_EXAMPLES = 5
@@ -112,8 +112,12 @@ def decontaminate(
     places = np.sort(outcome.split.train)
     table = outcome.table.select(["key", "exact_key", "prompt_key", "bands"]).take(places)
     keys = table["key"].to_numpy()
-    bands = table["bands"].combine_chunks().flatten().to_numpy().reshape(len(keys), -1)
-    train = TrainRows(keys, table["exact_key"].to_numpy(), table["prompt_key"].to_numpy(), bands)
+    train = TrainRows(
+        keys,
+        table["exact_key"].to_numpy(),
+        table["prompt_key"].to_numpy(),
+        as_matrix(table["bands"]),
+    )
     held_out = [*_splits(outcome, rows, rendering), *evaluations]
     matches: dict[int, Match] = {}
     for origin, item in enumerate(held_out):
@@ -156,7 +160,7 @@ def _splits(outcome: Outcome, rows: Any, rendering: Rendering) -> list[HeldOut]:
         keys = outcome.table["key"].to_numpy()[places]
         by_key = stages.fetch_texts(rows, keys, rendering)
         texts, prompts, _ = zip(*(by_key[int(key)] for key in keys), strict=True)
-        labels = [f"{name} row {outcome.row_ids[place]}" for place in places.tolist()]
+        labels = [f"{name} row {row_id}" for row_id in outcome.row_ids.take(places).to_pylist()]
         found.append(HeldOut(name, labels, list(texts), list(prompts), is_split=True))
     return found
 

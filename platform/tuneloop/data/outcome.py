@@ -21,6 +21,7 @@ class Outcome:
     Args:
         table: Small columns of all rows in the order of `key`.
         source: Shape (N,), index in `data.sources`.
+        row_ids: Arrow array of strings, shape (N,), all different.
         side: Shape (N,), of `stages`.
         rank: Shape (N,), place within the side.
         stage: Shape (N,), where a removed row was removed; empty for the others.
@@ -39,7 +40,7 @@ class Outcome:
 
     table: Any
     source: Any
-    row_ids: list[str]
+    row_ids: Any
     side: Any
     rank: Any
     stage: list[str]

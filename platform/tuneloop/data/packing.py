@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +66,9 @@ def pack(lengths: Any, capacity: int) -> Indices:
     rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms = 0
     num_rows = 0
-    chosen: list[int] = []
-    for length in lengths[order].tolist():
+    # Arrays of numbers: a list would hold an object for each.
+    chosen = array("q")
+    for length in array("q", lengths[order].tobytes()):
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1

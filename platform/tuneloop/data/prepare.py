@@ -34,7 +34,8 @@ from tuneloop.data.outcome import Outcome
 from tuneloop.data.packing import packed_tables
 from tuneloop.data.readers import file_positions
 from tuneloop.data.rendering import NUM_PROVED, Rendering, tell_engine
-from tuneloop.data.split import Split, limit_train, split_rows
+from tuneloop.data.signatures import one_array
+from tuneloop.data.split import Split, limit_train, occurrence, split_rows
 from tuneloop.data.validation import (
     nothing_left_problem,
     reason_of,
@@ -152,6 +153,10 @@ def _build(
         contamination = decontaminate(outcome, rows, rendering, evaluations)
     logger.info("removed %s contaminated train rows", f"{len(contamination.removed):,}")
     outcome.contamination = contamination
+    # Nothing is compared from here on.
+    outcome.table = outcome.table.select(
+        [name for name in outcome.table.column_names if not name.endswith("bands")]
+    )
     _limit_train(outcome, config)
     with _timed("describe", seconds):
         outcome.wording = describe_wording(outcome, rows, rendering)
@@ -195,11 +200,18 @@ def _refuse_unreadable(rows: Any, config: TuneloopConfig) -> tuple[Any, set[int]
     problems = stages.collect(rows, ["source", "problem"])
     if problems is None:
         refuse_bad_rows([], 0, config.data)
-    keys, places, texts = (problems[name].to_pylist() for name in ("key", "source", "problem"))
-    bad = [(key, place, text) for key, place, text in zip(keys, places, texts, strict=True) if text]
-    refuse_bad_rows([(place, text) for _, place, text in bad], len(keys), config.data)
-    unreadable = {key for key, _, _ in bad}
-    return np.array([key for key in keys if key not in unreadable], dtype=np.int64), unreadable
+    is_bad = _is_told(problems["problem"])
+    bad = problems.filter(is_bad)
+    told = zip(bad["source"].to_pylist(), bad["problem"].to_pylist(), strict=True)
+    refuse_bad_rows(list(told), problems.num_rows, config.data)
+    return problems["key"].to_numpy()[~is_bad], set(bad["key"].to_pylist())
+
+
+def _is_told(column: Any) -> Any:
+    """Return which strings of an Arrow column are not empty. Shape (N,)."""
+    import pyarrow.compute as pc
+
+    return pc.not_equal(column, "").to_numpy()
 
 
 def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, Choice]:
@@ -217,22 +229,29 @@ def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, Choi
 def _outcome(table: Any, files: list[SourceFile], seconds: dict[str, float]) -> Outcome:
     count = table.num_rows
     source = np.array([file.source for file in files])[file_positions(table["key"].to_numpy())]
-    seen: Counter[str] = Counter()
-    row_ids: list[str] = []
-    # What a row says identifies it; copies are numbered in the order they are read.
-    for content in table["content_id"].to_pylist():
-        seen[content] += 1
-        row_ids.append(content if seen[content] == 1 else f"{content}-{seen[content]}")
     return Outcome(
         table,
         source,
-        row_ids,
+        _row_ids(one_array(table["content_id"])),
         side=np.zeros(count, dtype=np.int64),
         rank=np.arange(count, dtype=np.int64),
         stage=[""] * count,
         reason=[""] * count,
         seconds=seconds,
     )
+
+
+def _row_ids(contents: Any) -> Any:
+    """Return what rows are known by, from hashes of what they say; no two are the same."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    # What a row says identifies it; copies are numbered in the order they are read.
+    earlier = occurrence(contents.dictionary_encode().indices.to_numpy())
+    is_copy = earlier > 0
+    copies = zip(contents.filter(is_copy).to_pylist(), earlier[is_copy].tolist(), strict=True)
+    told = pa.array([f"{content}-{count + 1}" for content, count in copies], pa.string())
+    return pc.replace_with_mask(contents, pa.array(is_copy), told)
 
 
 def _drop_unusable(outcome: Outcome, unreadable: set[int], config: TuneloopConfig) -> None:
@@ -245,14 +264,16 @@ def _drop_unusable(outcome: Outcome, unreadable: set[int], config: TuneloopConfi
     bad, too_long = [], []
     limited = config.task.type != "language_modeling"
     names = ("key", "source", "problem", "dropped", "num_tokens")
-    columns = [table[name].to_pylist() for name in names]
-    for index, (key, source, problem, dropped, length) in enumerate(zip(*columns, strict=True)):
+    is_long = limited & (table["num_tokens"].to_numpy() > data.max_seq_len)
+    goes = np.flatnonzero(_is_told(table["problem"]) | _is_told(table["dropped"]) | is_long)
+    columns = [table[name].take(goes).to_pylist() for name in names]
+    for index, key, source, problem, dropped, length in zip(goes.tolist(), *columns, strict=True):
         if problem:
             bad.append((source, problem))
             outcome.remove(index, "read" if key in unreadable else "tokenize", reason_of(problem))
         elif dropped:
             outcome.remove(index, "filter", dropped)
-        elif limited and length > data.max_seq_len:
+        else:
             too_long.append((source, length))
             outcome.remove(index, "tokenize", f"{length} tokens, more than {data.max_seq_len}")
     refuse_bad_rows(bad, table.num_rows, data)
@@ -265,10 +286,11 @@ def _drop_unusable(outcome: Outcome, unreadable: set[int], config: TuneloopConfi
 
 def _filtered(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, Any]:
     """Return what filters changed, and the first few rows that they dropped for each reason."""
-    mended = (change.split(", ") for change in outcome.table["changes"].to_pylist() if change)
+    changed = outcome.table["changes"].filter(_is_told(outcome.table["changes"]))
+    mended = (change.split(", ") for change in changed.to_pylist())
     changes = Counter(name for names in mended for name in names)
     by_reason: dict[str, list[int]] = {}
-    for index in np.flatnonzero(np.array(outcome.stage, dtype=object) == "filter").tolist():
+    for index in (place for place, stage in enumerate(outcome.stage) if stage == "filter"):
         by_reason.setdefault(outcome.reason[index].partition(":")[0], []).append(index)
     chosen = [index for found in by_reason.values() for index in found[:_NUM_EXAMPLES]]
     keys = outcome.table["key"].to_numpy()
@@ -288,11 +310,13 @@ def _filtered(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, An
 
 
 def _drop_duplicates(outcome: Outcome, rows: Any, rendering: Rendering) -> None:
-    table = outcome.table.select(["key", *KEY_COLUMNS]).take(outcome.usable)
+    table = outcome.table.select(["key", *KEY_COLUMNS])
+    if len(outcome.usable) < table.num_rows:
+        table = table.take(outcome.usable)
     duplicates = find_duplicate_rows(table, rows, rendering)
     outcome.duplicates = duplicates
     for index in duplicates.removed.tolist():
-        kept = outcome.row_ids[outcome.usable[duplicates.kept[index]]]
+        kept = outcome.row_ids[int(outcome.usable[duplicates.kept[index]])].as_py()
         kind = "exact" if duplicates.exact[index] else "near"
         similarity = float(duplicates.similarity[index])
         place = int(outcome.usable[index])
@@ -306,7 +330,7 @@ def _split(outcome: Outcome, config: TuneloopConfig) -> None:
     rows = outcome.usable[stays]
     table = outcome.table.select(["group", "stratum", "prompt_key"]).take(rows)
     split = split_rows(
-        [outcome.row_ids[index] for index in rows],
+        outcome.row_ids.take(rows).to_pylist(),
         table["group"].to_pylist(),
         [outcome.duplicates.cluster[stays], table["prompt_key"].to_numpy()],
         config.data,
@@ -365,8 +389,10 @@ def _fates(outcome: Outcome, config: TuneloopConfig) -> Any:
     pack[train], position[train] = stages.row_places(
         lengths, outcome.rank[train], config.data.max_seq_len
     )
-    twins = [outcome.twin.get(index, (None, None)) for index in range(len(outcome.row_ids))]
-    kept, similarity = zip(*twins, strict=True)
+    kept: list[str | None] = [None] * len(pack)
+    similarity: list[float | None] = [None] * len(pack)
+    for index, twin in outcome.twin.items():
+        kept[index], similarity[index] = twin
     return pa.table(
         {
             "key": outcome.table["key"],

@@ -175,14 +175,15 @@ def tokenize(table: Any, rendering: Rendering) -> Any:
     flags = enumerate(zip(problems, table["dropped"].to_pylist(), strict=True))
     usable = [index for index, flag in flags if not any(flag)]
     of_rows = _documents if rendering.task.type == "language_modeling" else _conversations
-    ids, mask, found = of_rows(table.take(pa.array(usable, pa.int64())), rendering.renderer())
+    # Taking rows copies their texts.
+    is_whole = len(usable) == table.num_rows
+    chosen = table if is_whole else table.take(pa.array(usable, pa.int64()))
+    ids, mask, targets, found = of_rows(chosen, rendering.renderer())
     for index, problem in zip(usable, found, strict=True):
         problems[index] = problem
-    lengths = np.zeros(table.num_rows, np.int64)
-    lengths[usable] = np.diff(ids.offsets)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    num_targets = np.diff(np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])[offsets])
-    places = pa.array(offsets, pa.int32())
+    lengths, num_targets = np.zeros(table.num_rows, np.int64), np.zeros(table.num_rows, np.int64)
+    lengths[usable], num_targets[usable] = np.diff(ids.offsets), targets
+    places = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     columns = {
         "problem": pa.array(problems, pa.string()),
         "input_ids": pa.ListArray.from_arrays(places, pa.array(ids.values)),
@@ -193,8 +194,8 @@ def tokenize(table: Any, rendering: Rendering) -> Any:
     return pa.table({name: table[name] for name in table.column_names} | columns)
 
 
-# Ids of rows, shape (T,) of which are targets, and for each row why it has none.
-_Rendered = tuple[TokenLists, NDArray[np.int8], list[str]]
+# Ids of B rows, shape (T,) of which are targets, shape (B,) how many are, and why a row has none.
+_Rendered = tuple[TokenLists, NDArray[np.int8], Any, list[str]]
 
 
 def _documents(table: Any, renderer: Renderer) -> _Rendered:
@@ -206,7 +207,7 @@ def _documents(table: Any, renderer: Renderer) -> _Rendered:
         values = ids.values[np.repeat(~is_lone, lengths)]
         ids = TokenLists(values, np.concatenate([[0], np.cumsum(np.where(is_lone, 0, lengths))]))
     problems = [_LONE_TOKEN if lone else "" for lone in is_lone.tolist()]
-    return ids, np.ones(len(ids.values), np.int8), problems
+    return ids, np.ones(len(ids.values), np.int8), np.diff(ids.offsets), problems
 
 
 def _conversations(table: Any, renderer: Renderer) -> _Rendered:
@@ -219,7 +220,8 @@ def _conversations(table: Any, renderer: Renderer) -> _Rendered:
             samples.append(Sample([], []))
             problems.append(str(error))
     mask = np.fromiter(chain.from_iterable(sample.loss_mask for sample in samples), np.int8)
-    return TokenLists.of([sample.input_ids for sample in samples]), mask, problems
+    targets = [sum(sample.loss_mask) for sample in samples]
+    return TokenLists.of([sample.input_ids for sample in samples]), mask, targets, problems
 
 
 def dedup_keys(table: Any, rendering: Rendering) -> dict[str, Any]:

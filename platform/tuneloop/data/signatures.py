@@ -66,7 +66,7 @@ class Texts:
         """Return the texts of an Arrow column of strings, on the same memory where possible."""
         import pyarrow as pa
 
-        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        array = one_array(column) if isinstance(column, pa.ChunkedArray) else column
         array = array.cast(pa.large_string())
         if array.null_count:
             array = array.fill_null("")
@@ -74,6 +74,18 @@ class Texts:
         # Copied, as the kernels are compiled once more for arrays that cannot be written.
         places = np.frombuffer(offsets, np.int64, len(array) + 1, array.offset * 8).copy()
         return Texts(np.frombuffer(data if data is not None else b"", np.uint8), places)
+
+
+def one_array(column: Any) -> Any:
+    """Return an Arrow column as one array, on the same memory where it is one already."""
+    # `combine_chunks` copies a single chunk, too.
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def as_matrix(column: Any) -> Any:
+    """Return an Arrow column of N lists of equal length as an array, shape (N, length)."""
+    array = one_array(column)
+    return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
 
 
 def normalised_hashes(texts: Texts) -> NDArray[np.int64]:

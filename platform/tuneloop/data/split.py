@@ -156,8 +156,8 @@ def limit_train(
 
 
 def _ranks(seed: int, names: Sequence[str], prefix: str = "") -> NDArray[np.uint64]:
-    by_name = {name: hash_rank(seed, prefix + name) for name in set(names)}
-    return np.array([by_name[name] for name in names], dtype=np.uint64)
+    ranks = (hash_rank(seed, prefix + name) for name in names)
+    return np.fromiter(ranks, np.uint64, len(names))
 
 
 def _unit_places(
@@ -294,7 +294,7 @@ def _rows_of(
     for part in taken:
         rows = _by_rank(np.flatnonzero(np.isin(unit, part.units)), ranks)
         if part.wanted is not None and part.share is not None:
-            chosen = rows[_occurrence(unit[rows]) < part.share][: part.wanted]
+            chosen = rows[occurrence(unit[rows]) < part.share][: part.wanted]
             reason = f"its group is in the {name} split, which has its {part.wanted} rows"
             surplus.update((int(index), reason) for index in np.setdiff1d(rows, chosen))
             rows = chosen
@@ -389,7 +389,7 @@ def _share_of_a_unit(sizes: Indices, wanted: int) -> tuple[int, int]:
     return wanted, border_for(wanted)
 
 
-def _occurrence(labels: Indices) -> Indices:
+def occurrence(labels: Indices) -> Indices:
     """Return how many equal labels come before each one."""
     order = np.argsort(labels, kind="stable")
     values = labels[order]

@@ -30,6 +30,7 @@ from tuneloop.data.signatures import ComparedSide, Hashes
 logger = logging.getLogger("tuneloop.data")
 
 _ROWS_PER_BLOCK = 2000
+_TASKS_PER_CPU, _BYTES_PER_TASK = 4, 32 << 20
 _SORTED_HERE_BYTES = 256 << 20
 TRAIN, TEST, REMOVED, VALIDATION = 0, 1, 2, 3
 SIDES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
@@ -72,7 +73,12 @@ def render_rows(rows: Any, rendering: Rendering, warm: Any, scratch: Path) -> An
 
     ray.get(warm)
     num_rows = rows.count()
-    num_blocks = max(1, -(-num_rows // _ROWS_PER_BLOCK))
+    # Each task costs the driver ten milliseconds and its worker a wait for the next one.
+    wanted = max(
+        _TASKS_PER_CPU * int(ray.cluster_resources()["CPU"]),
+        rows.size_bytes() // _BYTES_PER_TASK,
+    )
+    num_blocks = min(wanted, -(-num_rows // _ROWS_PER_BLOCK))
     if rows.num_blocks() < num_blocks:
         rows = rows.repartition(num_blocks)
     render = functools.partial(render_batch, rendering=rendering)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +28,8 @@ class Written:
     """
 
     num_rows: int = 0
-    num_tokens: list[int] = field(default_factory=list)
-    num_target_tokens: list[int] = field(default_factory=list)
+    num_tokens: array[int] = field(default_factory=lambda: array("q"))
+    num_target_tokens: array[int] = field(default_factory=lambda: array("q"))
     first: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -51,16 +53,13 @@ def write_sides(
     }
     try:
         for table in tables:
-            sides = table["#side"].to_pylist()
-            start = 0
-            while start < len(sides):
-                stop = start
-                while stop < len(sides) and sides[stop] == sides[start]:
-                    stop += 1
-                if sides[start] not in writers:
+            sides = table["#side"].to_numpy()
+            starts = np.flatnonzero(np.diff(sides, prepend=-1))
+            for start, stop in itertools.pairwise([*starts.tolist(), len(sides)]):
+                side = int(sides[start])
+                if side not in writers:
                     writers[VALIDATION] = _SideWriter(path / "validation", data_schema)
-                writers[sides[start]].write(table.slice(start, stop - start))
-                start = stop
+                writers[side].write(table.slice(start, stop - start))
     finally:
         for writer in writers.values():
             writer.close()
@@ -94,8 +93,10 @@ class _SideWriter:
         self._rows_in_file += table.num_rows
         self.written.num_rows += table.num_rows
         if not is_removed:
-            self.written.num_tokens += table["num_tokens"].to_pylist()
-            self.written.num_target_tokens += _sums(table["loss_mask"].combine_chunks())
+            lengths = table["num_tokens"].to_numpy().astype(np.int64)
+            self.written.num_tokens.frombytes(lengths.tobytes())
+            targets = _sums(table["loss_mask"].combine_chunks())
+            self.written.num_target_tokens.frombytes(targets.tobytes())
         missing = max(0, 3 - len(self.written.first))
         self.written.first += selected.slice(0, missing).to_pylist()
 
@@ -111,8 +112,7 @@ class _SideWriter:
         self._rows_in_file = 0
 
 
-def _sums(lists: Any) -> list[int]:
+def _sums(lists: Any) -> Any:
     """Return the sum of each list of an Arrow array."""
     so_far = np.concatenate([[0], np.cumsum(lists.values.to_numpy(), dtype=np.int64)])
-    sums: list[int] = np.diff(so_far[lists.offsets.to_numpy()]).tolist()
-    return sums
+    return np.diff(so_far[lists.offsets.to_numpy()])

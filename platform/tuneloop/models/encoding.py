@@ -66,12 +66,13 @@ class TokenLists:
         closed = np.zeros(len(lengths), bool) if last is None else ends != last
         offsets = np.concatenate([[0], np.cumsum(lengths + opened + closed)])
         values = np.empty(offsets[-1], np.int32)
-        is_own = np.ones(len(values), bool)
-        for places, token in ((offsets[:-1][opened], first), (offsets[1:][closed] - 1, last)):
+        starts, ends = offsets[:-1] + opened, offsets[1:] - closed
+        # Text after text: masks over all ids would take as long as an engine does.
+        for place, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+            values[start:end] = self.values[self.offsets[place] : self.offsets[place + 1]]
+        for places, token in ((offsets[:-1][opened], first), (ends[closed], last)):
             if token is not None:
-                is_own[places] = False
                 values[places] = token
-        values[is_own] = self.values
         return TokenLists(values, offsets)
 
 
@@ -126,8 +127,8 @@ class FastEngine:
         self._own = OwnEngine(tokenizer)
         text = tokenizer.backend_tokenizer.to_str()
         description = json.loads(text)
-        self._unknown = _give_every_byte_a_token(description)
-        if self._unknown:
+        self._made_up = _give_every_byte_a_token(description)
+        if self._made_up is not None:
             text = json.dumps(description)
         self._load = partial(_LOADERS[package], text)
         self._num_left = _FORGOTTEN_AFTER
@@ -139,20 +140,23 @@ class FastEngine:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""
-        ids: list[int] = self._ids(text).tolist()
+        ids: list[int] = self.encode_batch([text]).values.tolist()
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> TokenLists:
         """Return the ids of several texts, on this thread: Ray starts a worker for each core."""
         found = [self._ids(text) for text in texts]
+        values = np.concatenate([np.zeros(0, np.uint32), *found])
+        # One look at all ids costs less than looking for those bytes in every text.
+        if self._made_up is not None and values.max(initial=0) >= self._made_up:
+            for place, ids in enumerate(found):
+                if ids.max(initial=0) >= self._made_up:
+                    found[place] = np.array(self._own.encode(texts[place]), np.uint32)
+            values = np.concatenate(found)
         offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in found], dtype=np.int64)])
-        return TokenLists(np.concatenate([np.zeros(0, np.uint32), *found]).view(np.int32), offsets)
+        return TokenLists(values.view(np.int32), offsets)
 
     def _ids(self, text: str) -> NDArray[np.uint32]:
-        if self._unknown:
-            data = text.encode()
-            if any(byte in data for byte in self._unknown):
-                return np.array(self._own.encode(text), np.uint32)
         self._num_left -= len(text)
         if self._num_left < 0:
             self._encode, self._num_left = self._load(), _FORGOTTEN_AFTER
@@ -192,22 +196,23 @@ _LOADERS: dict[str, Callable[[str], _Encode]] = {
 FAST_PACKAGES = tuple(_LOADERS)
 
 
-def _give_every_byte_a_token(description: dict[str, Any]) -> list[int]:
-    """Add tokens to a byte-level vocabulary for the bytes that have none, and return those bytes.
+def _give_every_byte_a_token(description: dict[str, Any]) -> int | None:
+    """Add tokens to a byte-level vocabulary for the bytes that have none, and return the first id.
 
-    The engine does not load a vocabulary without them. The added ones never come out: their ids
-    are no ids of the model.
+    The engine does not load a vocabulary without them. The added ones must not be given out: their
+    ids, that one and those above it, are no ids of the model. None: every byte has a token.
     """
     steps = description.get("pre_tokenizer") or {}
     kinds = {step.get("type") for step in [steps, *steps.get("pretokenizers", [])]}
     if "ByteLevel" not in kinds:
-        return []
+        return None
     vocabulary = description["model"]["vocab"]
     unknown = [byte for byte, name in enumerate(_byte_names()) if name not in vocabulary]
     used = [*vocabulary.values(), *(token["id"] for token in description["added_tokens"])]
-    for new, byte in enumerate(unknown, max(used, default=-1) + 1):
+    first = max(used, default=-1) + 1
+    for new, byte in enumerate(unknown, first):
         vocabulary[_byte_names()[byte]] = new
-    return unknown
+    return first if unknown else None
 
 
 def _byte_names() -> list[str]:
