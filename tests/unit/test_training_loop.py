@@ -30,8 +30,9 @@ from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine, Request
 from tuneloop.training.checkpoint import newest_whole
 from tuneloop.training.engine import Execution, learning_rate_factor
-from tuneloop.training.loop import TrainingJob, TrainingResult, Worker, train_rows
+from tuneloop.training.loop import TrainingJob, Worker, train_rows
 from tuneloop.training.preflight import fly, stage_of
+from tuneloop.training.results import TrainingResult
 from tuneloop.training.rows import Rows, make_rows
 
 CONFIG = TrainingConfig(

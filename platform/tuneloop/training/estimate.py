@@ -19,7 +19,7 @@ from tuneloop.training.footprint import ATTENTION_SHAPE, kept_bytes
 from tuneloop.training.rows import Rows
 
 if TYPE_CHECKING:
-    from tuneloop.training.preflight import Measured
+    from tuneloop.training.results import Measured
 
 # A worker's libraries before any weight is loaded, in bytes.
 _PROCESS_BYTES = 500_000_000

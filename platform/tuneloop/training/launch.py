@@ -17,8 +17,7 @@ from tuneloop.models.source import BaseModel
 
 if TYPE_CHECKING:
     from tuneloop.training.estimate import Estimate
-    from tuneloop.training.loop import TrainingResult
-    from tuneloop.training.preflight import Measured
+    from tuneloop.training.results import Measured, TrainingResult
     from tuneloop.training.rows import Rows
 
 logger = logging.getLogger("tuneloop.training")

@@ -26,6 +26,7 @@ from tuneloop.training.batches import Schedule, micro_batches, split_batch
 from tuneloop.training.checkpoint import load_engine, newest_whole, refuse_save, save_engine
 from tuneloop.training.engine import Execution, gathered, load_model, make_engine
 from tuneloop.training.packed import check_packing, loss_and_hits, pack
+from tuneloop.training.results import TrainingResult
 from tuneloop.training.rows import Rows
 from tuneloop.training.state import read_state
 from tuneloop.training.validation import (
@@ -93,23 +94,6 @@ class Worker:
     device: torch.device
     num_threads: int
     report: Callable[[dict[str, Any], Path | None], None]
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a training left behind, beside the files.
-
-    Args:
-        log: One row per optimizer step.
-        parity: Live model against reloaded exports.
-        num_parameters: Of the whole model.
-        num_trainable: Of those, how many were trained.
-    """
-
-    log: list[dict[str, Any]]
-    parity: Parity
-    num_parameters: int
-    num_trainable: int
 
 
 def train_rows(

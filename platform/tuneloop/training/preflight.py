@@ -28,31 +28,11 @@ from tuneloop.training.loop import (
     train_step,
 )
 from tuneloop.training.packed import LOSS_TOLERANCE
+from tuneloop.training.results import Measured
 from tuneloop.training.rows import Rows, make_rows
 from tuneloop.training.validation import measure, sample_answers
 
 _STAGE = "stage"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a preflight measured.
-
-    Args:
-        tokens_per_s: Of all workers together, in a step that was not the first.
-        peak_memory_bytes: Of the worker that held the most.
-        checkpoint_s: To save a checkpoint.
-        export_s: To export and check the model.
-        num_workers: How many took part.
-        wall_s: Of the whole preflight in the workers, without starting them.
-    """
-
-    tokens_per_s: float
-    peak_memory_bytes: int
-    checkpoint_s: float
-    export_s: float
-    num_workers: int
-    wall_s: float
 
 
 def fly(job: TrainingJob, rows: Rows, worker: Worker, validation: Rows | None = None) -> Measured:

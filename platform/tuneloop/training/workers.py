@@ -21,8 +21,9 @@ from tuneloop.errors import Problem, ResourceError, UserError, find_user_error
 from tuneloop.models.source import BaseModel
 from tuneloop.training.checkpoint import newest_whole
 from tuneloop.training.engine import Execution
-from tuneloop.training.loop import PROGRESS, TrainingJob, TrainingResult, Worker, train_rows
-from tuneloop.training.preflight import Measured, fly, stage_of
+from tuneloop.training.loop import PROGRESS, TrainingJob, Worker, train_rows
+from tuneloop.training.preflight import fly, stage_of
+from tuneloop.training.results import Measured, TrainingResult
 from tuneloop.training.rows import open_rows
 from tuneloop.training.trackers import Trackers, flat
 
