@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -133,14 +134,16 @@ def _trainer(
     resources = config.resources
     use_gpu = resources.gpus_per_worker > 0
     per_worker = {"CPU": 1.0} | ({"GPU": resources.gpus_per_worker} if use_gpu else {})
+    settings = {
+        "call": call,
+        "job": job,
+        "executions": {n: _execution(config, n) for n in resources.worker_counts},
+        "stored": stored,
+    }
     return TorchTrainer(
-        run_worker,
-        train_loop_config={
-            "call": call,
-            "job": job,
-            "executions": {n: _execution(config, n) for n in resources.worker_counts},
-            "stored": stored,
-        },
+        # As its train_loop_config Ray's controller would read them, and import for that everything
+        # that only the workers need: most of its start.
+        functools.partial(run_worker, settings),
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=use_gpu,
