@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tuneloop.config import ResourcesConfig
-from tuneloop.errors import Problem, ResourceError
+from tuneloop.errors import Problem, ResourceError, UserError
 
 logger = logging.getLogger("tuneloop.cluster")
 
@@ -80,14 +80,19 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
                     _node_ip_address="127.0.0.1",
                 )
             logger.info("started a local Ray with %g CPUs", ray.cluster_resources().get("CPU", 0))
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+    except UserError:
+        raise
+    # A bare Exception is what comes when a node takes more than 30 s to start.
+    except Exception as error:
+        remedy = "wait until other programs leave it some CPU and run the same command again"
+        if address:
+            remedy = "`ray status` shows its state; without RAY_ADDRESS a local Ray is started"
         raise ResourceError(
             Problem(
                 "cannot reach Ray" if address else "cannot start Ray",
                 where=address or "this machine",
-                got=str(error).splitlines()[0],
-                remedy="`ray status` shows a cluster's state; without RAY_ADDRESS a local Ray "
-                "is started",
+                got=str(error).partition("\n")[0],
+                remedy=remedy,
             )
         ) from error
     if threading.current_thread() is threading.main_thread():
