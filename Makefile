@@ -24,7 +24,7 @@ demo: install
 sweep-demo: install
 	$(BIN)/tuneloop sweep jobs/configs/demo.yaml
 
-# The tests that start Ray keep to one of the two processes (tests/conftest.py).
+# The tests that share a Ray keep to one of the two processes (tests/conftest.py).
 test: install
 	$(BIN)/python -m pytest --numprocesses=2 --no-loadscope-reorder
 
