@@ -54,7 +54,6 @@ PublishSums = Callable[[Workspace, BaseModel], Artifact]
 
 
 def make_config(method: str, **resources: Any) -> TuneloopConfig:
-    rates = {"full": 1e-3}
     return TuneloopConfig.model_validate(
         {
             "name": f"{method}-{resources.get('zero_stage', 0)}",
@@ -65,7 +64,7 @@ def make_config(method: str, **resources: Any) -> TuneloopConfig:
             "training": {
                 "method": method,
                 "num_epochs": 4,
-                "learning_rate": rates.get(method, 5e-3),
+                "learning_rate": 1e-3 if method == "full" else 5e-3,
                 "lora": {"dropout": 0.0},
             },
             "resources": {"checkpoint_every_steps": 5, **resources},
