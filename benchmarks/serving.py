@@ -23,8 +23,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuneloop.records import SamplingParams
-from tuneloop.serving.engine import Engine, Request
+from tuneloop.serving.engine import Engine
 from tuneloop.serving.model import num_threads
+from tuneloop.serving.requests import Request
 
 WORKLOADS = {
     "120 tokens each": (0, (120, 120)),

@@ -70,6 +70,8 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=follow)
             logger.info("joined the Ray cluster at %s", address)
         else:
+            # Nobody takes a machine away from a Ray of one's own: no actor need watch for it.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             with _on_loopback():
                 ray.init(
                     address="local",

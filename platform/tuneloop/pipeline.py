@@ -18,6 +18,7 @@ from tuneloop.cluster import connect, refuse_unshared
 from tuneloop.config import TuneloopConfig
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.chat import Renderer
+from tuneloop.models.layout import ADAPTER
 from tuneloop.models.source import BaseModel, resolve_base
 from tuneloop.records import Arm, Endpoint, Parity
 
@@ -67,7 +68,7 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         if not baseline.artifact.manifest["metrics"]["num_unscored"]:
             models = {}  # every answer of the base is there and is taken over
         models[FINETUNED] = _finetuned_model(model.artifact)
-        contestants = [*arms, _finetuned_arm(model.artifact)], models
+        contestants = [*arms, _finetuned_arm(model.artifact.fingerprint)], models
         evaluation = _evaluate(
             config, workspace, dataset.artifact, contestants, config.name, baseline.artifact
         )
@@ -142,7 +143,6 @@ def _referenced_model(
     workspace: Workspace, base: BaseModel, where: str, reference: str
 ) -> ServedModel:
     """Return the model a value of `serving.models` names."""
-    from tuneloop.models.export import ADAPTER
     from tuneloop.serving.app import ServedModel
 
     if not reference.startswith("models/"):
@@ -220,12 +220,23 @@ def evaluate_finetuned(
     config: TuneloopConfig, workspace: Workspace, dataset: Artifact, model: Artifact
 ) -> Published:
     """Return the evaluation of a finetuned model alone, made or reused. Needs a running Ray."""
-    contestants = [_finetuned_arm(model)], {FINETUNED: _finetuned_model(model)}
+    contestants = [_finetuned_arm(model.fingerprint)], {FINETUNED: _finetuned_model(model)}
     return _evaluate(config, workspace, dataset, contestants, f"{config.name}-sweep")
 
 
-def _finetuned_arm(model: Artifact) -> Arm:
-    return Arm(FINETUNED, Endpoint("", FINETUNED), (), model.fingerprint)
+def finetuned_identities(
+    config: TuneloopConfig, base: BaseModel, dataset: Artifact
+) -> tuple[str, str]:
+    """Return the fingerprints of the model and of its evaluation alone, before they are made."""
+    from tuneloop.evals import runner
+    from tuneloop.training import launch
+
+    model = launch.identity(config, base, dataset)
+    return model, runner.identity(config, dataset, [_finetuned_arm(model)])
+
+
+def _finetuned_arm(model_fingerprint: str) -> Arm:
+    return Arm(FINETUNED, Endpoint("", FINETUNED), (), model_fingerprint)
 
 
 def _base_model(config: TuneloopConfig, base: BaseModel) -> ServedModel:

@@ -257,7 +257,7 @@ def parrots() -> Iterator[str]:
     """The base URL of a server that streams what it is asked, by our own protocol."""
 
     from tuneloop.serving import protocol
-    from tuneloop.serving.engine import Generation
+    from tuneloop.serving.requests import Generation
 
     app = FastAPI()
 

@@ -105,19 +105,21 @@ def test_a_submitted_loop_publishes_everything(
 
 @pytest.fixture(scope="module")
 def by_ray(nodes: Any, config: Path) -> Workspace:
-    """The same loop by Ray's own command, in a workspace of its own."""
-    done = ray_job_submit(nodes, config, f"workspace={config.parent}/by-ray")
+    """The same training by Ray's own command, in a workspace of its own."""
+    done = ray_job_submit(nodes, "train.py", config, f"workspace={config.parent}/by-ray")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "published evaluations/prices@v1" in done.stdout
+    assert "published models/prices@v1" in done.stdout
     return Workspace(config.parent / "by-ray")
 
 
-def ray_job_submit(nodes: Any, config: Path, override: str) -> subprocess.CompletedProcess[str]:
+def ray_job_submit(
+    nodes: Any, job: str, config: Path, override: str
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "jobs", Path(folder) / "jobs")
         shutil.copyfile(config, Path(folder) / "prices.yaml")
         command = ["-m", "ray.scripts.scripts", "job", "submit", "--address", nodes.url]
-        command += ["--working-dir", folder, "--", "python", "jobs/pipeline.py", "prices.yaml"]
+        command += ["--working-dir", folder, "--", "python", f"jobs/{job}", "prices.yaml"]
         return nodes.run(*command, override)
 
 
@@ -125,12 +127,10 @@ def test_the_entry_point_under_ray_job_submit_gives_the_same(
     submitted: tuple[subprocess.CompletedProcess[str], Workspace], by_ray: Workspace
 ) -> None:
     assert losses(by_ray) == losses(submitted[1])
-    mine, theirs = (w.open("evaluations/prices").manifest for w in (by_ray, submitted[1]))
-    assert mine["metrics"] == theirs["metrics"]
 
 
 def test_a_workspace_that_ray_would_remove_is_refused_in_a_job(nodes: Any, config: Path) -> None:
-    done = ray_job_submit(nodes, config, "workspace=workspace")
+    done = ray_job_submit(nodes, "pipeline.py", config, "workspace=workspace")
     assert done.returncode == 1
     assert "the results would vanish with the job" in done.stdout
 

@@ -31,7 +31,8 @@ from tuneloop.models.parity import check_served
 from tuneloop.models.source import BaseModel
 from tuneloop.records import Endpoint, SamplingParams
 from tuneloop.serving.app import ServedModel, serve
-from tuneloop.serving.engine import Engine, Request
+from tuneloop.serving.engine import Engine
+from tuneloop.serving.requests import Request
 from tuneloop.training.batches import Schedule
 from tuneloop.training.engine import Execution, learning_rate_factor, load_model
 from tuneloop.training.launch import train

@@ -68,6 +68,10 @@ def call(*arguments: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str, 
     return code, out, err
 
 
+# Another model of the same name.
+OTHERWISE = ["training.method=full", "training.max_steps=2"]
+
+
 def test_the_whole_loop_then_everything_is_reused(
     ray_cluster: None, config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,7 +97,7 @@ def test_the_whole_loop_then_everything_is_reused(
     # How it runs is not part of the result; what is trained is.
     code, out, _ = call("train", str(config), "--json", "serving.max_batch_size=4", capfd=capfd)
     assert json.loads(out)["reused"] is True
-    code, out, _ = call("train", str(config), "--json", "training.max_steps=2", capfd=capfd)
+    code, out, _ = call("train", str(config), "--json", *OTHERWISE, capfd=capfd)
     assert json.loads(out)["artifact"] == "models/tiny@v2"
     assert json.loads(out)["metrics"]["num_steps"] == 2
 
@@ -115,12 +119,20 @@ def test_what_was_trained_is_what_is_published(ray_cluster: None, config: Path) 
     )
 
 
+def test_full_finetuning_leaves_merged_weights_only(ray_cluster: None, config: Path) -> None:
+    model = Workspace(config.parent / "workspace").open("models/tiny@v2")
+    metrics = model.manifest["metrics"]
+    assert metrics["num_trainable"] == metrics["num_parameters"]
+    assert json.loads((model.path / "parity.json").read_text())["arms"].keys() == {"merged"}
+    assert not (model.path / "adapter").exists()
+
+
 def test_what_is_served_is_the_model_of_the_configuration(ray_cluster: None, config: Path) -> None:
-    # The newest model of the name was trained for two steps only, by an override.
+    # The newest model of the name was trained otherwise, by overrides.
     workspace = Workspace(config.parent / "workspace")
     for overrides, expected in (
         ([], "models/tiny@v1"),
-        (["training.max_steps=2"], "models/tiny@v2"),
+        (OTHERWISE, "models/tiny@v2"),
     ):
         loaded = load_config(config, overrides)
         models = pipeline.served_models(loaded, workspace)
@@ -185,23 +197,25 @@ def test_malformed_line_is_named(
 
 
 def test_a_sweep_trains_scores_and_compares_every_cell(
-    ray_cluster: None, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ray_cluster: None, config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Cells of 32 rows and of a size that diverges; the same command again only looks things up.
-    values = "{data.num_train_examples: [32, 64], training.learning_rate: [1.0e-2, 1.0e+30]}"
-    command = ["sweep", str(config), "--json", f"workspace={tmp_path}/w", "training.method=full"]
-    command += [f"sweep.parameters={values}"]
+    # Cells of 32 and of all rows, and of a step size that diverges. One is the model that the run
+    # before has trained, and the same command again only looks things up.
+    values = "{data.num_train_examples: [32, null], training.learning_rate: [1.0e-2, 1.0e+30]}"
+    command = ["sweep", str(config), "--json", f"sweep.parameters={values}"]
     code, out, err = call(*command, capfd=capfd)
     assert code == 0, err
+    assert "sweep of 4 cells, 3 of them to train" in err
     result = json.loads(out)
     assert result["artifact"] == "sweeps/tiny@v1"
     assert result["metrics"]["num_trials"] == 4
     assert result["metrics"]["num_failed"] == 2
-    workspace = Workspace(tmp_path / "w")
+    workspace = Workspace(config.parent / "workspace")
     sweep = workspace.open("sweeps/tiny")
     trials = pq.read_table(sweep.path / "trials.parquet").to_pylist()
     assert [trial["status"] for trial in trials] == ["done", "failed"] * 2
-    assert [trial["num_train_examples"] for trial in trials] == [32, 32, 64, 64]
+    assert [trial["num_train_examples"] for trial in trials] == [32, 32, 144, 144]
+    assert [trial["model"] for trial in trials[::2]] == ["models/tiny@v3", "models/tiny@v1"]
     assert all("not finite" in trial["problem"] for trial in trials if trial["status"] == "failed")
     for trial in trials[::2]:
         assert workspace.open(trial["model"]).manifest["metrics"]["num_steps"] == (
@@ -210,8 +224,8 @@ def test_a_sweep_trains_scores_and_compares_every_cell(
         scores = workspace.open(trial["evaluation"]).manifest["metrics"]["scores"]
         assert trial["exact_match"] == trial["score"] == scores["finetuned"]
     assert result["metrics"]["best_model"] in {trials[0]["model"], trials[2]["model"]}
-    # Subsets are nested: the rows of the smaller one are the first of the larger one.
-    small, large = (
+    # Subsets are nested: the rows of the smaller one are among those of the larger one.
+    large, small = (
         pq.read_table(workspace.open(f"datasets/tiny@v{version}").path / "train")["row_id"]
         for version in (1, 2)
     )
@@ -226,6 +240,7 @@ def test_a_sweep_trains_scores_and_compares_every_cell(
     code, out, err = call(*command, capfd=capfd)
     assert code == 0, err
     assert json.loads(out)["reused"] is True
+    assert "to train" not in err
 
 
 @pytest.mark.parametrize(
@@ -271,64 +286,21 @@ def wait_until_gone(processes: list[psutil.Process], seconds: float = 180) -> li
     return alive
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_in_training_then_goes_on_and_leaves_no_process(
-    config: Path, tmp_path: Path, stop: signal.Signals
-) -> None:
-    workspace = tmp_path / "w"
-    command = [sys.executable, "-m", "tuneloop.cli", "train", str(config), "--json"]
-    command += [f"workspace={workspace}", "resources.checkpoint_every_steps=2"]
-    command += ["training.num_epochs=2"]
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        # A shell in the background ignores SIGINT, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    scratch = workspace / ".work"
-    deadline = time.monotonic() + 240
-    while len(list(scratch.glob("models-*/scratch/checkpoints/checkpoint_*"))) < 2:
-        assert process.poll() is None, "the training ended before it could be stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    started = descendants(process.pid)
-    process.send_signal(stop)
-    code = process.wait(timeout=60)
-    assert code == 130
-    assert wait_until_gone(started) == []
-    assert [a.kind for a in Workspace(workspace).published()] == ["datasets"]
-    if stop == signal.SIGTERM:
-        return  # what follows is the same
-
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["artifact"] == "models/tiny@v1"
-    assert result["metrics"]["num_steps"] == 36
-    log = pq.read_table(f"{result['path']}/trainer_log.parquet").to_pylist()
-    assert [row["step"] for row in log] == list(range(1, 37))
-    # No row is seen twice or left out, across the stop.
-    for epoch in (1, 2):
-        seen = sorted(index for row in log if row["epoch"] == epoch for index in row["rows"])
-        assert seen == list(range(len(seen)))
-        assert sum(row["num_tokens"] for row in log if row["epoch"] == epoch) == sum(
-            row["num_tokens"] for row in log if row["epoch"] == 1
-        )
+# What a run is stopped by, in which order, and what then changes in the workspace: it is in the
+# middle of that stage.
+STOPS = [
+    (signal.SIGTERM, "datasets-tiny-*/draft/train"),
+    (signal.SIGKILL, "datasets-tiny-*/draft/train"),
+    (signal.SIGKILL, "evaluations-tiny-baseline-*/scratch/answers.jsonl"),
+    (signal.SIGINT, "models-tiny-*/scratch/checkpoints/checkpoint_*"),
+    (signal.SIGKILL, "models-tiny-*/scratch/checkpoints/checkpoint_*"),
+    (signal.SIGKILL, "evaluations-tiny-*/scratch/answers.jsonl"),
+]
+# How many artifacts there are at each stop.
+NUM_PUBLISHED = [0, 0, 1, 2, 2, 3]
 
 
-# What stands in the workspace when a run is in the middle of a stage.
-STAGES = {
-    "prepare": "datasets-tiny-*/draft/train",
-    "baseline": "evaluations-tiny-baseline-*/scratch/answers.jsonl",
-    "train": "models-tiny-*/scratch/checkpoints/checkpoint_*",
-    "evaluate": "evaluations-tiny-*/scratch/answers.jsonl",
-}
-
-
-def test_killed_in_every_stage_then_ends_like_an_uninterrupted_run(
+def test_stopped_and_killed_in_every_stage_then_ends_like_an_uninterrupted_run(
     ray_cluster: None, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = call("run", str(config), "--json", capfd=capfd)
@@ -337,39 +309,61 @@ def test_killed_in_every_stage_then_ends_like_an_uninterrupted_run(
 
     workspace = tmp_path / "w"
     command = [sys.executable, "-m", "tuneloop.cli", "run", str(config), "--json"]
-    command += [f"workspace={workspace}"]
+    command += [f"workspace={workspace}", "resources.checkpoint_every_steps=2"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    started: list[psutil.Process] = []
-    for number, (stage, pattern) in enumerate(STAGES.items()):
+    killed: list[psutil.Process] = []
+    for (stop, pattern), num_published in zip(STOPS, NUM_PUBLISHED, strict=True):
+        began, deadline = time.time(), time.monotonic() + 240
         process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell in the background ignores SIGINT, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        deadline = time.monotonic() + 240
-        while not list((workspace / ".work").glob(pattern)):
-            assert process.poll() is None, (stage, process.stderr.read())
-            assert time.monotonic() < deadline, stage
+        while not any(changed_since(path, began) for path in (workspace / ".work").glob(pattern)):
+            assert process.poll() is None, (pattern, process.stderr.read())
+            assert time.monotonic() < deadline, pattern
             time.sleep(0.01)
-        started += descendants(process.pid)
-        process.kill()
-        process.communicate()
+        started = descendants(process.pid)
+        process.send_signal(stop)
+        process.communicate(timeout=60)
         # The stage may have published between the look and the signal.
-        assert len(Workspace(workspace).published()) - number in (0, 1), stage
+        assert len(Workspace(workspace).published()) - num_published in (0, 1), pattern
+        if stop == signal.SIGKILL:
+            killed += started
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == 130
+            assert wait_until_gone(started) == []
 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["artifacts"]
     assert [item["artifact"] for item in found] == [item["artifact"] for item in expected]
     assert found[-1]["metrics"]["scores"] == expected[-1]["metrics"]["scores"]
-    losses = [
-        pq.read_table(Path(items[2]["path"]) / "trainer_log.parquet")["loss"].to_pylist()
+    log, straight = (
+        pq.read_table(Path(items[2]["path"]) / "trainer_log.parquet").to_pydict()
         for items in (found, expected)
-    ]
-    assert losses[0] == losses[1]
+    )
+    for column in ("step", "epoch", "loss", "learning_rate", "num_tokens", "rows"):
+        assert log[column] == straight[column]
+    # No row is seen twice or left out.
+    assert sorted(row for rows in log["rows"] for row in rows) == list(range(144))
     assert not list((workspace / ".work").glob("*/draft"))
     # Ray's agents look for their killed cluster for a minute; the rest ends at once.
     agents = ("DashboardAgent", "RuntimeEnvAgent")
-    others = [process for process in started if not is_one_of(process, agents)]
+    others = [process for process in killed if not is_one_of(process, agents)]
     assert wait_until_gone(others) == []
+
+
+def changed_since(path: Path, moment: float) -> bool:
+    try:
+        return path.stat().st_mtime > moment
+    except FileNotFoundError:
+        return False
 
 
 def test_models_and_adapters_are_served_under_their_names(
@@ -415,6 +409,7 @@ def test_models_and_adapters_are_served_under_their_names(
     [
         (["serving.models.x=models/tiny@v9"], "no artifact `models/tiny@v9`"),
         (["serving.models.x=models/tiny@v1/adapter", "model.base=OTHER"], "another base model"),
+        (["serving.models.x=models/tiny@v2/adapter"], "the model has no adapter"),
         (["serving.models.x=/nowhere"], "/nowhere"),
         (["serving.models.base=models/tiny"], "`base` is taken"),
     ],
@@ -473,22 +468,3 @@ def test_a_served_model_that_answers_otherwise_is_refused(
     code, _, err = call("serve", str(config), f"workspace={workspace}", capfd=capfd)
     assert code == 2
     assert "`finetuned` answers differently from the trained one" in err
-
-
-def test_full_finetuning_leaves_merged_weights_only(
-    ray_cluster: None, config: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    full = ["name=whole", "training.method=full", "training.max_steps=2"]
-    code, out, err = call("train", str(config), "--json", *full, capfd=capfd)
-    assert code == 0, err
-    model = json.loads(out)
-    assert model["artifact"] == "models/whole@v1"
-    assert model["metrics"]["num_trainable"] == model["metrics"]["num_parameters"]
-    assert json.loads((Path(model["path"]) / "parity.json").read_text())["arms"].keys() == {
-        "merged"
-    }
-    code, _, err = call(
-        "serve", str(config), "serving.models.x=models/whole@v1/adapter", capfd=capfd
-    )
-    assert code == 2
-    assert "the model has no adapter" in err

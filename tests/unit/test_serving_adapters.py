@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 
 from tuneloop.errors import ModelError
 from tuneloop.records import SamplingParams
-from tuneloop.serving.engine import Engine, Request, RequestError
+from tuneloop.serving.engine import Engine
+from tuneloop.serving.requests import Request, RequestError
 
 CONFIGS = {
     "llama": LlamaConfig(

@@ -25,7 +25,8 @@ from transformers import (
 from tuneloop.errors import ModelError, TuneloopError
 from tuneloop.models.chat import Renderer
 from tuneloop.records import SamplingParams
-from tuneloop.serving.engine import Engine, QueueFull, Request, RequestError
+from tuneloop.serving.engine import Engine
+from tuneloop.serving.requests import QueueFull, Request, RequestError
 
 SMALL = {
     "vocab_size": 99,

@@ -27,7 +27,8 @@ from tuneloop.errors import ModelError, ResourceError
 from tuneloop.models.chat import Renderer
 from tuneloop.models.parity import Answer, compare
 from tuneloop.records import SamplingParams
-from tuneloop.serving.engine import Engine, Request
+from tuneloop.serving.engine import Engine
+from tuneloop.serving.requests import Request
 from tuneloop.training.checkpoint import newest_whole
 from tuneloop.training.engine import Execution, learning_rate_factor
 from tuneloop.training.loop import TrainingJob, Worker, train_rows

@@ -45,8 +45,12 @@ def find_evaluation(
     Arms with a `model_fingerprint` are found before their endpoints exist, so nothing has to be
     served to learn that there is nothing to do.
     """
-    identity = fingerprint(STEP, CODE_VERSION, **_parts(config, dataset, arms))
-    return workspace.find("evaluations", name, identity)
+    return workspace.find("evaluations", name, identity(config, dataset, arms))
+
+
+def identity(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> str:
+    """Return the fingerprint of what `evaluate` makes of arms with a `model_fingerprint`."""
+    return fingerprint(STEP, CODE_VERSION, **_parts(config, dataset, arms))
 
 
 def evaluate(
@@ -94,8 +98,7 @@ def evaluate(
         for arm in arms
         for question in questions
     ]
-    parts = _parts(config, dataset, arms)
-    with workspace.draft("evaluations", name, fingerprint(STEP, CODE_VERSION, **parts)) as draft:
+    with workspace.draft("evaluations", name, identity(config, dataset, arms)) as draft:
         known = PartialAnswers(draft.scratch / "answers.jsonl")
         if earlier is not None:
             _take_over(known, earlier)
@@ -114,7 +117,7 @@ def evaluate(
         _write_reports(draft.path, evaluation, config, dataset)
         _write_parity(draft.path, arms)
         artifact = draft.publish(
-            config=parts,
+            config=_parts(config, dataset, arms),
             resources={
                 "concurrency": config.evaluation.concurrency,
                 "endpoints": {arm.name: arm.endpoint.url for arm in arms},

@@ -17,13 +17,12 @@ import torch
 
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.chat import Renderer
+from tuneloop.models.layout import ADAPTER, RENDER_FILE
 from tuneloop.models.parity import Answer, write_parity
 from tuneloop.records import Parity
 
 logger = logging.getLogger("tuneloop.models")
 
-ADAPTER = "adapter"
-RENDER_FILE = "tuneloop_render.json"
 NUM_TOKENS = 24
 _MAX_PROMPT_TOKENS = 256
 # Largest difference of a log-probability (natural log) that rounding explains.
@@ -42,14 +41,6 @@ def parity_prompts(rows: Sequence[tuple[Any, Any]]) -> list[list[int]]:
         cut = first if first > 1 else max(1, len(ids) // 2)
         prompts.append([int(token) for token in ids[:cut]][-_MAX_PROMPT_TOKENS:])
     return prompts
-
-
-def recorded_renderer(folder: Path) -> str | None:
-    """Return the renderer's hash an export was trained with; None for other directories."""
-    file = folder / RENDER_FILE
-    if not file.is_file():
-        return None
-    return str(json.loads(file.read_text(encoding="utf-8"))["renderer_hash"])
 
 
 @dataclass(frozen=True)

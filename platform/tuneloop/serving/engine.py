@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 
 from tuneloop.errors import TuneloopError
-from tuneloop.records import Completion, FinishReason, SamplingParams
+from tuneloop.records import FinishReason
 from tuneloop.serving.adapters import Adapters
 from tuneloop.serving.attention import Cohort, Group, Layers, Prefix, Prompt
 from tuneloop.serving.model import forward, load_model, num_threads, switch_attention
-from tuneloop.serving.sampling import TokenScore, sample, score
+from tuneloop.serving.requests import Generation, QueueFull, Request, RequestError, TokenScore
+from tuneloop.serving.sampling import sample, score
 
 log = logging.getLogger("tuneloop.serving")
 
@@ -44,57 +45,6 @@ MIN_SHARED_TOKENS = 32  # a shorter common beginning is not worth its own matrix
 PREFIX_CACHE_TOKENS = 8192
 CAPACITY_STEP = 128  # smallest cohort; capacities are this times a power of two
 MEMORY_SHARE = 0.25  # of the memory free after loading, for keys and values
-
-
-class RequestError(ValueError):
-    """One request cannot be answered; the others go on. The message says why.
-
-    Args:
-        code: Short machine-readable reason, as OpenAI has it.
-    """
-
-    def __init__(self, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class QueueFull(TuneloopError):
-    """Too many requests wait; try again later."""
-
-
-@dataclass(frozen=True)
-class Generation(Completion):
-    """A completion with the scores that were asked for.
-
-    Args:
-        scores: One for each of `token_ids`.
-        prompt_scores: One for each prompt token but the first, which nothing precedes.
-    """
-
-    scores: list[TokenScore] | None = None
-    prompt_scores: list[TokenScore] | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt to continue.
-
-    Args:
-        params: `max_tokens` may be 0 when only the prompt is to be scored.
-        num_top: How many of the likeliest tokens each score lists.
-        score_prompt: Score the prompt's tokens as well.
-        on_token: Called in the engine's thread with each token id as soon as it is chosen.
-        adapter: One of the engine's adapters; empty: the base weights alone.
-        stop_ids: Tokens that end this generation; None: those of the engine.
-    """
-
-    prompt_ids: Sequence[int]
-    params: SamplingParams
-    num_top: int = 0
-    score_prompt: bool = False
-    on_token: Callable[[int], None] | None = None
-    adapter: str = ""
-    stop_ids: frozenset[int] | None = None
 
 
 @dataclass(eq=False)

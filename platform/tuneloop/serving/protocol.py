@@ -22,8 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuneloop.models.chat import Renderer
 from tuneloop.records import Message, SamplingParams
-from tuneloop.serving.engine import Generation
-from tuneloop.serving.sampling import TokenScore
+from tuneloop.serving.requests import Generation, TokenScore
 from tuneloop.serving.text import Detokenizer
 
 # Fields of the protocol that are not implemented, with the values that ask for nothing.

@@ -11,15 +11,18 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tuneloop.errors import ModelError, Problem, UserError
 from tuneloop.models.chat import Renderer, RenderError
-from tuneloop.models.export import ADAPTER, recorded_renderer
+from tuneloop.models.layout import ADAPTER, recorded_renderer
 from tuneloop.serving import protocol
-from tuneloop.serving.engine import Engine, Generation, QueueFull, Request, RequestError
 from tuneloop.serving.protocol import ChatRequest, CompletionRequest, ProtocolError
+from tuneloop.serving.requests import Generation, QueueFull, Request, RequestError
 from tuneloop.serving.text import StreamedText
+
+if TYPE_CHECKING:
+    from tuneloop.serving.engine import Engine
 
 log = logging.getLogger("tuneloop.serving")
 
@@ -151,7 +154,10 @@ class ModelServer:
 
 
 def _load(models: Mapping[str, ServedModel], max_batch_size: int) -> dict[str, _Loaded]:
+    # The replica alone needs PyTorch; who only describes it, or passes requests on, does not.
     from transformers.utils import logging as transformers_logging
+
+    from tuneloop.serving.engine import Engine
 
     transformers_logging.disable_progress_bar()
     renderers = {name: _load_renderer(model) for name, model in models.items()}

@@ -6,25 +6,12 @@ What a request does not ask for is not done: no `generation_config`, no unstated
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tuneloop.records import SamplingParams
-
-
-@dataclass(frozen=True)
-class TokenScore:
-    """What the model thought of one token.
-
-    Args:
-        logprob: Natural log of the token's probability at temperature 1.
-        top: The likeliest tokens at this position, best first, as (token id, logprob).
-    """
-
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+from tuneloop.serving.requests import TokenScore
 
 
 def sample(logits: Tensor, params: SamplingParams, sampler: torch.Generator) -> int:

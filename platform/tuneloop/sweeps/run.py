@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from tuneloop.sweeps.grid import Cell, expand
 
 logger = logging.getLogger("tuneloop.sweeps")
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 # A trial only launches workers and waits; what it reserves must leave room for them.
 _TRIAL_CPUS = 0.1
 
@@ -70,9 +70,32 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """
     started = time.time()
     cells = expand(config)
+    keys = list(cells[0].values)
     with connect(config.resources):
         datasets = _prepare_all(cells, workspace)
-        trials = _train_all(cells, datasets, config, workspace)
+        made = [
+            pipeline.finetuned_identities(
+                cell.config, resolve_base(cell.config.model.base), dataset
+            )
+            for cell, dataset in zip(cells, datasets, strict=True)
+        ]
+        parts = {
+            "keys": keys,
+            "cells": [cell.values for cell in cells],
+            "models": [model for model, _ in made],
+            "evaluations": [evaluation for _, evaluation in made],
+        }
+        identity = fingerprint("sweep", CODE_VERSION, **parts)
+        # Cells that cannot be trained leave nothing else that could be found again.
+        found = workspace.find("sweeps", config.name, identity)
+        if found is not None:
+            return [Published(found, reused=True)]
+        known = {
+            number: Trial(cell, model, "", model.manifest["duration_s"])
+            for number, (cell, (wanted, _)) in enumerate(zip(cells, made, strict=True))
+            if (model := workspace.find("models", config.name, wanted)) is not None
+        }
+        trials = _train_missing(cells, datasets, config, workspace, known)
         if not any(trial.model for trial in trials):
             raise ModelError(*(Problem("no cell could be trained", got=t.problem) for t in trials))
         evaluations = [
@@ -81,17 +104,6 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             else None
             for trial, dataset in zip(trials, datasets, strict=True)
         ]
-    keys = list(cells[0].values)
-    parts = {
-        "keys": keys,
-        "cells": [cell.values for cell in cells],
-        "models": [trial.model.fingerprint if trial.model else None for trial in trials],
-        "evaluations": [item.fingerprint if item else None for item in evaluations],
-    }
-    identity = fingerprint("sweep", CODE_VERSION, **parts)
-    found = workspace.find("sweeps", config.name, identity)
-    if found is not None:
-        return [Published(found, reused=True)]
     rows = [
         _trial_row(trial, dataset, evaluation)
         for trial, dataset, evaluation in zip(trials, datasets, evaluations, strict=True)
@@ -134,13 +146,21 @@ def _prepare_all(cells: Sequence[Cell], workspace: Workspace) -> list[Artifact]:
     ]
 
 
-def _train_all(
+def _train_missing(
     cells: Sequence[Cell],
     datasets: Sequence[Artifact],
     config: TuneloopConfig,
     workspace: Workspace,
+    known: Mapping[int, Trial],
 ) -> list[Trial]:
-    """Train every cell in a Ray Tune trial of its own and return how each ended."""
+    """Train each cell without a model in a Ray Tune trial of its own; return how every one ended.
+
+    Args:
+        known: By the cell's number, those whose model is there already.
+    """
+    missing = [number for number in range(len(cells)) if number not in known]
+    if not missing:
+        return [known[number] for number in range(len(cells))]
     from ray import tune
 
     def trial(params: dict[str, Any]) -> None:
@@ -166,20 +186,13 @@ def _train_all(
             )
             return
         wall_s = time.monotonic() - started
-        duration_s = model.artifact.manifest["duration_s"]
-        tune.report(
-            {
-                "cell": number,
-                "model": model.artifact.ref,
-                "wall_s": duration_s if model.reused else wall_s,
-            }
-        )
+        tune.report({"cell": number, "model": model.artifact.ref, "wall_s": wall_s})
 
     _refuse_too_few_cpus(config)
     storage = workspace.root / ".work" / f"sweep-{config.name}"
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": _TRIAL_CPUS}),
-        param_space={"cell": tune.grid_search(list(range(len(cells))))},
+        param_space={"cell": tune.grid_search(missing)},
         tune_config=tune.TuneConfig(max_concurrent_trials=config.resources.num_concurrent_trials),
         run_config=tune.RunConfig(
             name=f"{time.time_ns()}",
@@ -188,13 +201,18 @@ def _train_all(
             callbacks=[_progress(cells)],
         ),
     )
-    logger.info("sweep of %d cells: %s", len(cells), ", ".join(cells[0].values))
+    logger.info(
+        "sweep of %d cells, %d of them to train: %s",
+        len(cells),
+        len(missing),
+        ", ".join(cells[0].values),
+    )
     try:
         grid = _follow(tuner, workspace.root / ".work", config.name)
     finally:
         # What a trial leaves is its artifact; Tune's own files are of no further use.
         shutil.rmtree(storage, ignore_errors=True)
-    trials: dict[int, Trial] = {}
+    trials = dict(known)
     problems: list[Problem] = []
     for result in grid:
         if result.error is not None:
@@ -280,7 +298,7 @@ def _progress(cells: Sequence[Cell]) -> Any:
             logger.info(
                 "%d of %d cells trained: %s",
                 done,
-                len(cells),
+                len(trials),
                 cells[trial.config["cell"]].label,
             )
 

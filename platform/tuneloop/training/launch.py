@@ -27,6 +27,21 @@ CODE_VERSION = 3
 SAMPLES = "samples.jsonl"
 
 
+def identity(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> str:
+    """Return the fingerprint of what `train` makes, before it is made."""
+    return fingerprint("train", CODE_VERSION, **_parts(config, base, dataset))
+
+
+def _parts(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> dict[str, Any]:
+    """Return all that changes the result, as the manifest keeps it."""
+    return {
+        "dataset": dataset.fingerprint,
+        "base": base.fingerprint,
+        "training": config.training.model_dump(),
+        "chat_template": config.model.chat_template,
+    }
+
+
 def train(
     config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
 ) -> Published:
@@ -45,14 +60,8 @@ def train(
         DataError: The train split cannot be learned from.
         ResourceError: Memory, disk or workers do not suffice.
     """
-    parts: dict[str, Any] = {
-        "dataset": dataset.fingerprint,
-        "base": base.fingerprint,
-        "training": config.training.model_dump(),
-        "chat_template": config.model.chat_template,
-    }
-    identity = fingerprint("train", CODE_VERSION, **parts)
-    existing = workspace.find("models", config.name, identity)
+    made = identity(config, base, dataset)
+    existing = workspace.find("models", config.name, made)
     if existing is not None:
         return Published(existing, reused=True)
     # From here on PyTorch is needed; looking an artifact up stays quick without it.
@@ -71,7 +80,7 @@ def train(
     from tuneloop.training.workers import Stored, can_go_on, run_preflight, run_workers
 
     shape = model_shape(base, config.training, config.resources.gpus_per_worker > 0)
-    with workspace.draft("models", config.name, identity) as draft:
+    with workspace.draft("models", config.name, made) as draft:
         folders = [
             store_rows(dataset.path, split, draft.scratch.absolute() / "rows")
             for split in ("train", "validation")
@@ -104,7 +113,8 @@ def train(
         card = model_card(config, base, dataset, result)
         (draft.path / "README.md").write_text(card, encoding="utf-8")
         artifact = draft.publish(
-            config={**parts, "base": base.name, "base_fingerprint": base.fingerprint},
+            config=_parts(config, base, dataset)
+            | {"base": base.name, "base_fingerprint": base.fingerprint},
             resources=config.resources.model_dump()
             | {
                 "estimate": asdict(expected),
