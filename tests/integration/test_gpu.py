@@ -37,7 +37,7 @@ from tuneloop.training.batches import Schedule
 from tuneloop.training.engine import Execution, learning_rate_factor, load_model
 from tuneloop.training.launch import train
 from tuneloop.training.loop import TrainingJob, Worker, train_rows
-from tuneloop.training.packed import ATTENTION, loss_sum, pack
+from tuneloop.training.packed import ATTENTION, loss_sum, pack, packed_attention
 from tuneloop.training.rows import Rows, make_rows, read_rows
 
 pytestmark = pytest.mark.skipif(
@@ -235,6 +235,26 @@ def test_packed_rows_have_the_loss_and_gradient_of_rows_alone(
     assert float(packed) == pytest.approx(alone, rel=tolerance)
     apart = model.model.layers[0].self_attn.q_proj.weight.grad.float()
     assert (together - apart).norm() < 5 * tolerance * apart.norm()
+
+
+@pytest.mark.parametrize("window", [None, 30])
+def test_documents_attend_in_one_call_as_one_by_one(window: int | None) -> None:
+    torch.manual_seed(0)
+    lengths = (7, 1, 130, 62)
+    shapes = [(1, heads, sum(lengths), 64) for heads in (6, 2, 2)]
+    inputs = [torch.randn(s, dtype=torch.bfloat16, device="cuda") for s in shapes]
+    bounds = torch.tensor([0, 7, 8, 138, 200], dtype=torch.int32, device="cuda")
+    results = []
+    for options in ({"document_bounds": bounds}, {}):
+        parts = [part.clone().requires_grad_() for part in inputs]
+        out, _ = packed_attention(
+            None, *parts, None, document_lengths=lengths, sliding_window=window, **options
+        )
+        out.square().sum().backward()
+        results.append([out, *(part.grad for part in parts)])
+    for one, other in zip(*results, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).float().norm() < 1e-2 * other.float().norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -115,7 +115,7 @@ def make_engine(model: Any, config: TrainingConfig, execution: Execution, num_st
             model=model,
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(config, execution),
+            config=deepspeed_config(config, execution, sum(p.numel() for p in decayed + plain)),
             dist_init_required=False if deepspeed.comm.is_initialized() else None,
         )
     if execution.zero_stage == 0 and execution.dtype != torch.float32:
@@ -144,13 +144,24 @@ def _without_compiler() -> Iterator[None]:
             os.environ[name] = before
 
 
-def deepspeed_config(config: TrainingConfig, execution: Execution) -> dict[str, Any]:
-    """Return DeepSpeed's own configuration."""
+def deepspeed_config(
+    config: TrainingConfig, execution: Execution, num_trained: int
+) -> dict[str, Any]:
+    """Return DeepSpeed's own configuration.
+
+    Args:
+        num_trained: Parameters that are trained.
+    """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": execution.micro_batch_size,
         "gradient_accumulation_steps": execution.grad_accum_steps,
         "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": {"stage": execution.zero_stage},
+        # Gradients are reduced in a buffer of this many elements, by default a gigabyte in bf16
+        # whatever is trained.
+        "zero_optimization": {
+            "stage": execution.zero_stage,
+            "reduce_bucket_size": bucket_size(num_trained),
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -158,6 +169,11 @@ def deepspeed_config(config: TrainingConfig, execution: Execution) -> dict[str, 
     if execution.use_gpu:
         settings["bf16"] = {"enabled": True}
     return settings
+
+
+def bucket_size(num_trained: int) -> int:
+    """Return how many gradients ZeRO reduces at a time: all, or DeepSpeed's default."""
+    return min(500_000_000, max(1, num_trained))
 
 
 def learning_rate_factor(step: int, num_steps: int, config: TrainingConfig) -> float:

@@ -14,7 +14,7 @@ from tuneloop.config import TrainingConfig, TuneloopConfig, grad_accum_steps, mi
 from tuneloop.errors import ModelError, Problem, ResourceError
 from tuneloop.models.source import BaseModel
 from tuneloop.training.batches import Schedule, split_batch
-from tuneloop.training.engine import with_adapters
+from tuneloop.training.engine import bucket_size, with_adapters
 from tuneloop.training.footprint import ATTENTION_SHAPE, kept_bytes
 from tuneloop.training.rows import Rows
 
@@ -288,9 +288,11 @@ def estimate_work(config: TuneloopConfig, shape: ModelShape, work: Workload) -> 
     if config.training.method == "qlora":
         # Four bits for a weight of a linear layer, and about half a bit for its scale.
         weights -= round(shape.num_matmul * (element - 4.5 / 8))
+    # The buffer that gradients are reduced in; on a CPU untouched memory does not count.
+    bucket = bucket_size(shape.num_trainable) * element if on_gpu and stage else 0
     parts = {
         "weights_bytes": weights // weight_shards,
-        "gradients_bytes": shape.num_trainable * element // gradient_shards,
+        "gradients_bytes": shape.num_trainable * element // gradient_shards + bucket,
         "optimizer_bytes": shape.num_trainable * state // state_shards,
         "activations_bytes": round(work.micro_batch_tokens * per_token),
         "logits_bytes": work.micro_batch_targets * shape.vocab_size * 4 * _LOGIT_COPIES,
