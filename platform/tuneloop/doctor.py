@@ -31,7 +31,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Return what was found on this machine, without starting Ray."""
-    return [_python(), *_packages(), _cpus(), _memory(), _disk(), _gpu(), _compiler(), _ray()]
+    return [_python(), *_packages(), _cpus(), _memory(), _disk(), _gpu(), _ray()]
 
 
 def _python() -> Finding:
@@ -89,14 +89,6 @@ def _gpu() -> Finding:
         remedy = "install PyTorch's build for CUDA to train on the GPU"
         return Finding("gpu", f"not usable: torch {torch.__version__} is for CPUs", False, remedy)
     return Finding("gpu", "none; training runs on the CPU in float32")
-
-
-def _compiler() -> Finding:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler:
-        return Finding("compiler", compiler)
-    remedy = "install g++: DeepSpeed builds a small operation for several CPU workers"
-    return Finding("compiler", "no g++", False, remedy)
 
 
 def _ray() -> Finding:
