@@ -349,7 +349,7 @@ class ServingConfig(Section):
     """Where models answer."""
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535, description="0 takes a free port.")
+    port: int = Field(8000, ge=0, le=65535, description="Of `tuneloop serve`; 0 takes a free port.")
     max_batch_size: int = Field(32, ge=1, description="Sequences decoded together.")
     models: dict[Name, str] = Field(
         default_factory=dict,

@@ -282,7 +282,9 @@ def _evaluate(
     found = find_evaluation(config, workspace, dataset, arms, name)
     if found is not None:
         return _told(Published(found, reused=True))
-    with app.serve(models, config.serving) as url:
+    # A port of its own: the configured one may be that of a `tuneloop serve` beside it.
+    serving = config.serving.model_copy(update={"port": 0})
+    with app.serve(models, serving) as url:
         outcomes = _check_served(url, models)
         key = os.environ.get(app.API_KEY_VARIABLE, "")
         arms = [

@@ -75,7 +75,10 @@ OTHERWISE = ["training.method=full", "training.max_steps=2"]
 def test_the_whole_loop_then_everything_is_reused(
     ray_cluster: None, config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, err = call("run", str(config), "--json", capfd=capfd)
+    # Something else, a `tuneloop serve` for example, has the port that is configured.
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        taken = f"serving.port={holder.getsockname()[1]}"
+        code, out, err = call("run", str(config), "--json", taken, capfd=capfd)
     assert code == 0, err
     first = json.loads(out)["artifacts"]
     assert [item["artifact"] for item in first] == [
