@@ -283,10 +283,13 @@ class Workspace:
                 scratch = work / "scratch"
                 scratch.mkdir(exist_ok=True)
                 draft = Draft(self, kind, name, fingerprint, path, scratch, time.time())
-                with _logged_to(path / LOG):
-                    yield draft
-                if draft.artifact is not None:
-                    shutil.rmtree(work, ignore_errors=True)
+                try:
+                    with _logged_to(path / LOG):
+                        yield draft
+                finally:
+                    # Kept only where there is something to go on from.
+                    if draft.artifact is not None or not any(scratch.iterdir()):
+                        shutil.rmtree(work, ignore_errors=True)
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise

@@ -65,6 +65,14 @@ def test_a_failure_publishes_nothing_and_keeps_the_scratch(tmp_path: Path) -> No
         assert not (draft.path / "half").exists()
 
 
+def test_a_failure_with_nothing_to_go_on_from_leaves_nothing(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    with pytest.raises(ValueError), workspace.draft("datasets", "faq", "a" * 64) as draft:
+        (draft.path / "half").write_text("half")
+        raise ValueError
+    assert list((tmp_path / ".work").iterdir()) == []
+
+
 def test_kill_while_building_publishes_nothing_and_frees_the_lock(tmp_path: Path) -> None:
     code = textwrap.dedent(f"""
         import os, signal
