@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.config import TrainingConfig
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel
 from tuneloop.records import Message
@@ -120,6 +121,10 @@ class Nodes:
             [sys.executable, *command], **settings | options, check=False, timeout=400
         )
 
+    def processes(self) -> list[psutil.Process]:
+        """Return all that runs on the nodes."""
+        return [process for node in self.started for process in family(node.pid)]
+
     def kill(self, node: subprocess.Popen) -> None:
         """End a node as a power cut would."""
         self.started.remove(node)
@@ -130,7 +135,7 @@ class Nodes:
 
     def stop(self) -> None:
         """End all nodes; what has not ended after a few seconds is killed, as Ray's agents are."""
-        everything = [process for node in self.started for process in family(node.pid)]
+        everything = self.processes()
         for node in reversed(self.started):
             node.terminate()
         _, alive = psutil.wait_procs([psutil.Process(node.pid) for node in self.started], 10)
@@ -225,3 +230,35 @@ def publish_sums() -> Callable[[Workspace, BaseModel], Artifact]:
             )
 
     return publish
+
+
+@pytest.fixture
+def train_here(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Train in this process, without Ray, as one worker that nobody stops; return the log."""
+    import torch
+    import torch.distributed as dist
+
+    from tuneloop.training.engine import Execution
+    from tuneloop.training.loop import TrainingJob, Worker, train_rows
+    from tuneloop.training.rows import read_rows
+
+    def call(
+        model: Path, workspace: Workspace, dataset: str, training: TrainingConfig
+    ) -> list[dict[str, Any]]:
+        folders = [tmp_path / name for name in ("model", "checkpoints", "progress")]
+        for folder in folders:
+            folder.mkdir()
+        job = TrainingJob(model, "tiny", "auto", training, *folders, 1000)
+        execution = Execution(1, training.global_batch_size, 1)
+        worker = Worker(0, execution, torch.device("cpu"), 2, lambda metrics, folder: None)
+        path = workspace.open(f"datasets/{dataset}").path
+        validation = read_rows(path, "validation") if (path / "validation").exists() else None
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+                patch.setenv(name, value)
+            result = train_rows(job, read_rows(path), worker, validation)
+        dist.destroy_process_group()
+        return result.log
+
+    return call

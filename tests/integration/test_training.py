@@ -62,7 +62,39 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def trained(
     ray_cluster: None, workspace: Workspace, base: BaseModel, publish_sums: PublishSums
 ) -> Published:
-    return train(make_config(), workspace, base, publish_sums(workspace, base))
+    """A training whose worker was killed twice."""
+    dataset = publish_sums(workspace, base)
+    killed: list[int] = []
+
+    def kill_twice() -> None:
+        deadline = time.monotonic() + 200
+        for how, num_steps in ((signal.SIGKILL, 30), (signal.SIGTERM, 70)):
+            num_killed = len(killed)
+            while time.monotonic() < deadline and len(killed) == num_killed:
+                for file in workspace.root.glob(".work/*/scratch/progress.jsonl"):
+                    lines = file.read_text().splitlines()
+                    if lines and json.loads(lines[-1])["step"] >= num_steps:
+                        killed.extend(send_to_workers(how))
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=kill_twice)
+    thread.start()
+    published = train(make_config(), workspace, base, dataset)
+    thread.join()
+    assert len(set(killed)) == 2
+    return published
+
+
+def send_to_workers(how: signal.Signals) -> list[int]:
+    """Send a signal to every training worker and return their process ids."""
+    found = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
+    for process in found:
+        process.send_signal(how)
+    return [process.pid for process in found]
 
 
 def test_a_model_artifact_has_everything(
@@ -113,43 +145,13 @@ def test_the_same_training_is_reused_however_it_would_be_executed(
 
 
 def test_killed_workers_are_replaced_and_nothing_differs(
-    trained: Published, tmp_path: Path, base: BaseModel, publish_sums: PublishSums
+    trained: Published, workspace: Workspace, tiny_model: Path, train_here: Callable[..., Any]
 ) -> None:
-    workspace = Workspace(tmp_path)
-    dataset = publish_sums(workspace, base)
-    killed: list[int] = []
-
-    def kill_twice() -> None:
-        deadline = time.monotonic() + 200
-        for how, num_steps in ((signal.SIGKILL, 30), (signal.SIGTERM, 70)):
-            num_killed = len(killed)
-            while time.monotonic() < deadline and len(killed) == num_killed:
-                for file in tmp_path.glob(".work/*/scratch/progress.jsonl"):
-                    lines = file.read_text().splitlines()
-                    if lines and json.loads(lines[-1])["step"] >= num_steps:
-                        killed.extend(send_to_workers(how))
-                time.sleep(0.02)
-
-    thread = threading.Thread(target=kill_twice)
-    thread.start()
-    published = train(make_config(), workspace, base, dataset)
-    thread.join()
-    assert len(set(killed)) == 2
-    log = log_of(published.artifact)
-    assert log == log_of(trained.artifact)
+    log = log_of(trained.artifact)
     assert every_row_once_an_epoch(log)
-
-
-def send_to_workers(how: signal.Signals) -> list[int]:
-    """Send a signal to every training worker and return their process ids."""
-    found = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "RayTrainWorker" in " ".join(process.cmdline())
-    ]
-    for process in found:
-        process.send_signal(how)
-    return [process.pid for process in found]
+    expected = train_here(tiny_model, workspace, "sums", make_config().training)
+    for column, values in log.items():
+        assert [row[column] for row in expected] == values, column
 
 
 def test_a_mistake_in_a_worker_is_told_once_and_not_retried(

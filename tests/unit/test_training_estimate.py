@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tuneloop.artifacts import Artifact
-from tuneloop.config import TuneloopConfig
+from tuneloop.config import TrainingConfig, TuneloopConfig
 from tuneloop.errors import DataError, ModelError, ResourceError
 from tuneloop.models.chat import Renderer
 from tuneloop.models.source import BaseModel
@@ -231,3 +231,23 @@ def test_settings_that_do_not_go_together_are_all_told(base: BaseModel, tmp_path
 def test_an_adapter_without_rank_is_refused(rank: int) -> None:
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         make_config(training={"lora": {"rank": rank}})
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "no_such"], "no_such", ".*no_such", []])
+def test_layers_that_the_model_lacks_are_named(targets: Any, tiny_model: Path) -> None:
+    base = BaseModel("tiny", tiny_model, "b" * 64, "Apache-2.0")
+    with pytest.raises(ModelError, match="no layer of this name") as caught:
+        model_shape(base, TrainingConfig(lora={"target_modules": targets}))
+    problem = caught.value.problems[0]
+    assert problem.where == "training.lora.target_modules"
+    assert "q_proj" not in problem.got
+    assert "q_proj" in problem.allowed
+
+
+def test_layers_are_named_by_their_ends_or_by_a_pattern(tiny_model: Path) -> None:
+    base = BaseModel("tiny", tiny_model, "b" * 64, "Apache-2.0")
+    sizes = {
+        model_shape(base, TrainingConfig(lora={"target_modules": targets})).num_trainable
+        for targets in (["q_proj"], ["self_attn.q_proj"], r".*\.q_proj")
+    }
+    assert len(sizes) == 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -119,7 +120,8 @@ def model_shape(base: BaseModel, config: TrainingConfig, use_gpu: bool = False) 
     """Return the shape of a base model without loading its weights.
 
     Raises:
-        ModelError: Its configuration describes no causal language model.
+        ModelError: Its configuration describes no causal language model, or it has no layers that
+            `lora.target_modules` names.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -148,6 +150,8 @@ def model_shape(base: BaseModel, config: TrainingConfig, use_gpu: bool = False) 
         for module in model.modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     )
+    if config.method != "full":
+        _refuse_other_layers(model, config.lora.target_modules)
     with torch.device("meta"):
         # PEFT keeps adapters in float32, DeepSpeed makes them what the base is.
         model = with_adapters(model, config).to(model.dtype)
@@ -167,6 +171,35 @@ def model_shape(base: BaseModel, config: TrainingConfig, use_gpu: bool = False) 
         kept_bytes=kept_bytes(model),
         adapted_size=sum(m.out_features for m in model.modules() if hasattr(m, "lora_A")),
     )
+
+
+def _refuse_other_layers(model: Any, targets: str | list[str]) -> None:
+    """Raise ModelError for a name that no layer has; PEFT trains the others without a word."""
+    import torch
+
+    if targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules()]
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    # As PEFT reads them: one string is a pattern of whole names, a list has names or their ends.
+    unknown = (
+        [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
+        if isinstance(targets, list)
+        else [targets] * (not any(re.fullmatch(targets, name) for name in names))
+    )
+    if unknown or not targets:
+        raise ModelError(
+            Problem(
+                "the base model has no layer of this name",
+                where="training.lora.target_modules",
+                got=", ".join(unknown) or "no name",
+                allowed=f"all-linear, or a list of {', '.join(sorted(linear))}",
+            )
+        )
 
 
 def estimate(
