@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tuneloop import __version__
-from tuneloop.errors import UserError, find_user_error
+from tuneloop.errors import Problem, ResourceError, UserError, find_user_error
 
 if TYPE_CHECKING:
     from tuneloop.artifacts import Published
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("interrupted; the same command goes on from here", file=sys.stderr)
             return 130
         except Exception as error:
-            user_error = find_user_error(error)
+            user_error = _removed_directory(error) or find_user_error(error)
             if user_error is None:
                 raise
             _print_error(user_error, arguments, output)
@@ -413,6 +413,23 @@ def _print_error(error: UserError, arguments: argparse.Namespace, output: IO[str
         problems = [vars(problem) for problem in error.problems]
         result = {"error": {"type": type(error).__name__, "problems": problems}}
         print(json.dumps(result, ensure_ascii=False), file=output)
+
+
+def _removed_directory(error: Exception) -> UserError | None:
+    """Return what explains the error, whatever it says: the working directory is not there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        known = find_user_error(error)
+        problem = Problem(
+            "the directory that this runs in was removed",
+            where="the working directory",
+            got="" if known else f"{type(error).__name__}: {error}",
+            remedy="run it in one that stays; as a job: Ray unpacks a job's files once for each "
+            "node, so nodes that share a machine need a `ray start --temp-dir=…` of their own",
+        )
+        return ResourceError(problem, *(known.problems if known else ()))
+    return None
 
 
 def _interrupt(signum: int, frame: object) -> None:

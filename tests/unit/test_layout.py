@@ -38,6 +38,19 @@ def test_help_loads_nothing_heavy() -> None:
     assert "HEAVY []" in done.stdout
 
 
+def test_a_removed_working_directory_is_told_first() -> None:
+    code = (
+        "import os, sys, tempfile\n"
+        "folder = tempfile.mkdtemp(); os.chdir(folder); os.rmdir(folder)\n"
+        "from tuneloop.cli import main\n"
+        "sys.exit(main(['check', 'x.yaml']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the directory that this runs in was removed\n")
+    assert "x.yaml" in done.stderr
+
+
 @pytest.mark.parametrize(
     "path",
     [*(ROOT / "jobs" / "configs").glob("*.yaml"), ROOT / "platform" / "tuneloop" / "starter.yaml"],
