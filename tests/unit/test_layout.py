@@ -38,6 +38,15 @@ def test_help_loads_nothing_heavy() -> None:
     assert "HEAVY []" in done.stdout
 
 
+def test_who_starts_a_server_or_passes_requests_on_loads_no_pytorch() -> None:
+    code = (
+        "import sys, tuneloop.serving.app, tuneloop.serving.deploy\n"
+        "print('HEAVY', sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+
+
 def test_a_removed_working_directory_is_told_first() -> None:
     code = (
         "import os, sys, tempfile\n"
