@@ -210,6 +210,7 @@ def test_a_sweep_trains_scores_and_compares_every_cell(
     code, out, err = call(*command, capfd=capfd)
     assert code == 0, err
     assert "sweep of 4 cells, 3 of them to train" in err
+    assert "3 of 3 trainings ended" in err
     result = json.loads(out)
     assert result["artifact"] == "sweeps/tiny@v1"
     assert result["metrics"]["num_trials"] == 4

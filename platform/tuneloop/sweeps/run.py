@@ -198,7 +198,7 @@ def _train_missing(
             name=f"{time.time_ns()}",
             storage_path=str(storage),
             verbose=0,
-            callbacks=[_progress(cells)],
+            callbacks=[_progress(cells, len(missing))],
         ),
     )
     logger.info(
@@ -285,20 +285,22 @@ def _follow(tuner: Any, work: Path, name: str) -> Any:
     return outcome["grid"]
 
 
-def _progress(cells: Sequence[Cell]) -> Any:
+def _progress(cells: Sequence[Cell], num_missing: int) -> Any:
     """Return a Tune callback that tells each trial's start and end in one line."""
     from ray.tune import Callback
 
     class Progress(Callback):
+        num_ended = 0
+
         def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             logger.info("training %s", cells[trial.config["cell"]].label)
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            done = sum(item.status == "TERMINATED" for item in trials)
+            self.num_ended += 1
             logger.info(
-                "%d of %d cells trained: %s",
-                done,
-                len(trials),
+                "%d of %d trainings ended: %s",
+                self.num_ended,
+                num_missing,
                 cells[trial.config["cell"]].label,
             )
 
