@@ -260,7 +260,7 @@ def _attend(
 
 AttentionInterface.register(ATTENTION, packed_attention)
 
-# PyTorch has it from 2.10 on, with a window from 2.11 on.
+# Older versions of PyTorch than 2.11 lack it, or its window.
 _varlen_attn = None
 with contextlib.suppress(ImportError):
     from torch.nn.attention import varlen
