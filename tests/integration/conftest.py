@@ -235,6 +235,7 @@ def publish_sums() -> Callable[[Workspace, BaseModel], Artifact]:
 @pytest.fixture
 def train_here(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """Train in this process, without Ray, as one worker that nobody stops; return the log."""
+    import deepspeed
     import torch
     import torch.distributed as dist
 
@@ -258,7 +259,8 @@ def train_here(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
             for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
                 patch.setenv(name, value)
             result = train_rows(job, read_rows(path), worker, validation)
-        dist.destroy_process_group()
+        # DeepSpeed's own, which also forgets the groups it keeps: the next training makes new ones.
+        deepspeed.comm.destroy_process_group()
         return result.log
 
     return call
