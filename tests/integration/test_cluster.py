@@ -209,14 +209,12 @@ def test_two_nodes_train_like_one_worker_whatever_becomes_of_them(
     nodes: Any, by_ray: Workspace, config: Path, tiny_model: Path, train_here: Callable[..., Any]
 ) -> None:
     """With ZeRO-3, from a driver that is no job; one of the nodes is lost, and a new one comes."""
-    num_epochs, places, lost, replaced = 12, set(), False, False
+    num_epochs, places, lost, replaced = 9, set(), False, False
     folder = Path(tempfile.mkdtemp(prefix="on-two-", dir=config.parent))
     shutil.copytree(by_ray.root / "datasets", folder / "datasets")
     command = [sys.executable, "-c", IMPATIENT, "train", str(config), f"workspace={folder}"]
-    # Checkpoints pace it: a node that joins is noticed within half a minute. And without the
-    # setting a training on a cluster is tried out first.
-    settings = ["num_workers=[1,2]", "zero_stage=3", "checkpoint_every_steps=5"]
-    settings += ["preflight=null", "price_per_hour=36"]
+    # Checkpoints pace it: a node that joins is noticed within half a minute.
+    settings = ["num_workers=[1,2]", "zero_stage=3", "checkpoint_every_steps=4"]
     command += [f"training.num_epochs={num_epochs}", *(f"resources.{item}" for item in settings)]
     environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
     environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "5"
@@ -237,9 +235,6 @@ def test_two_nodes_train_like_one_worker_whatever_becomes_of_them(
     assert process.returncode == 0, (folder / "log").read_text()
     assert len(places) == 2
     model = Workspace(folder).open("models/prices")
-    recorded = model.manifest["resources"]
-    assert recorded["measured"]["num_workers"] == 2
-    assert recorded["estimate"]["cost"] == pytest.approx(recorded["estimate"]["training_s"] / 50)
     log = pq.read_table(model.path / "trainer_log.parquet").to_pydict()
     counts = log["num_workers"]
     assert [b for a, b in zip([0, *counts], counts, strict=False) if a != b] == [2, 1, 2]

@@ -30,7 +30,7 @@ from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
 from tuneloop.serving.requests import Request
 from tuneloop.training.checkpoint import newest_whole
-from tuneloop.training.engine import Execution, learning_rate_factor
+from tuneloop.training.engine import Execution, import_deepspeed, learning_rate_factor
 from tuneloop.training.loop import TrainingJob, Worker, train_rows
 from tuneloop.training.preflight import fly, stage_of
 from tuneloop.training.results import TrainingResult
@@ -47,6 +47,8 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
+    # The tests that do what a GPU does find it bound to the CPU, whichever runs first.
+    import_deepspeed(use_gpu=False)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patch:
         # As Ray Train sets them in its workers.

@@ -90,7 +90,10 @@ def with_adapters(model: Any, config: TrainingConfig) -> Any:
         use_dora=config.lora.use_dora,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        # It asks transformers by a name that is being replaced; nothing a user can act on.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, lora)
 
 
 def make_engine(model: Any, config: TrainingConfig, execution: Execution, num_steps: int) -> Any:
@@ -202,6 +205,48 @@ def gathered(parameters: list[Any], execution: Execution) -> Iterator[None]:
     deepspeed = import_deepspeed(execution.use_gpu)
     with deepspeed.zero.GatheredParameters(parameters):
         yield
+
+
+@contextlib.contextmanager
+def answering(engine: Any, execution: Execution) -> Iterator[None]:
+    """Let the model write for a while; all workers have to enter, and call it together.
+
+    ZeRO-3 fetches every layer from the other workers for every token. Where all workers have room
+    for the whole model, it is fetched once, and DeepSpeed's hooks that fetch and drop layers are
+    left out meanwhile.
+    """
+    if execution.zero_stage < 3 or not _have_room(engine):
+        yield
+        return
+    from deepspeed.runtime.zero import parameter_offload
+
+    offload = engine.optimizer.parameter_offload
+    with gathered(list(engine.module.parameters()), execution):
+        offload._remove_module_hooks()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            # As it does itself at the start, but for the model at the bottom of its stack. The
+            # order of layers that it has seen is forgotten, and recorded again in the next step.
+            offload.setup_zero_stage3_hooks()
+            parameter_offload.FWD_MODULE_STACK.pop()
+
+
+def _have_room(engine: Any) -> bool:
+    """Return whether twice the whole weights fit into every worker's free memory."""
+    import psutil
+
+    device = torch.device(engine.device)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", engine.world_size))
+        free = psutil.virtual_memory().available // workers_here
+    size = sum(p.ds_numel * p.element_size() for p in engine.module.parameters())
+    fits = torch.tensor(int(2 * size <= free), device=device)
+    torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)
+    return bool(fits.item())
 
 
 def import_deepspeed(use_gpu: bool) -> Any:

@@ -24,7 +24,7 @@ from tuneloop.models.export import Exporter, parity_prompts
 from tuneloop.records import Parity
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
 from tuneloop.training.checkpoint import load_engine, newest_whole, refuse_save, save_engine
-from tuneloop.training.engine import Execution, gathered, load_model, make_engine
+from tuneloop.training.engine import Execution, answering, gathered, load_model, make_engine
 from tuneloop.training.packed import check_packing, loss_and_hits, pack
 from tuneloop.training.results import TrainingResult
 from tuneloop.training.rows import Rows
@@ -250,7 +250,7 @@ def _look(
     """Measure the validation rows, note it in the log's last row, and keep the best weights."""
     record = log[-1]
     record |= measure(engine, rows, worker.execution, worker.device)
-    record["samples"] = sample_answers(engine, exporter(job, worker), rows)
+    record["samples"] = sample_answers(engine, exporter(job, worker), rows, worker.execution)
     if job.config.keep == "best" and best_step(log) == record["step"]:
         folder = best_folder(job.progress, record["step"])
         if worker.rank == 0:
@@ -318,7 +318,8 @@ def export(engine: Any, job: TrainingJob, rows: Rows, worker: Worker) -> Parity:
     engine.eval()
     # Under ZeRO-3 every worker has a part of each layer, so all of them answer together.
     prompts = parity_prompts([rows.row(row) for row in range(min(len(rows), 4))])
-    live = writer.answer(model, prompts)
+    with answering(engine, worker.execution):
+        live = writer.answer(model, prompts)
     wanted = [p for p in model.parameters() if p.requires_grad]
     if job.config.method == "full":
         wanted = list(model.parameters())

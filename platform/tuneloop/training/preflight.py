@@ -68,7 +68,7 @@ def fly(job: TrainingJob, rows: Rows, worker: Worker, validation: Rows | None = 
         with _stage(job, worker, "looking at validation rows"):
             few = _first(validation, worker.execution.world_size)
             measure(engine, few, worker.execution, worker.device)
-            sample_answers(engine, exporter(job, worker), few)
+            sample_answers(engine, exporter(job, worker), few, worker.execution)
     with _stage(job, worker, "exporting the model") as exporting:
         export(engine, job, rows, worker)
     return Measured(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tuneloop.config import TrainingConfig
 from tuneloop.models.export import Exporter, parity_prompts
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
-from tuneloop.training.engine import Execution
+from tuneloop.training.engine import Execution, answering
 from tuneloop.training.packed import loss_and_hits, pack
 from tuneloop.training.rows import Rows
 
@@ -75,7 +75,9 @@ def measure(engine: Any, rows: Rows, execution: Execution, device: torch.device)
     return {"validation_loss": loss_mean, "validation_accuracy": accuracy}
 
 
-def sample_answers(engine: Any, exporter: Exporter, rows: Rows) -> list[dict[str, str]]:
+def sample_answers(
+    engine: Any, exporter: Exporter, rows: Rows, execution: Execution
+) -> list[dict[str, str]]:
     """Return what the model answers now to the first validation prompts. All workers call it.
 
     Returns:
@@ -84,7 +86,8 @@ def sample_answers(engine: Any, exporter: Exporter, rows: Rows) -> list[dict[str
     shown = [rows.row(index) for index in range(min(len(rows), _NUM_SAMPLES))]
     prompts = parity_prompts(shown)
     engine.eval()
-    answers = exporter.answer(engine.module, prompts, _SAMPLE_TOKENS)
+    with answering(engine, execution):
+        answers = exporter.answer(engine.module, prompts, _SAMPLE_TOKENS)
     engine.train()
     decode = exporter.renderer.tokenizer.decode
     return [
