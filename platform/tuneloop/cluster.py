@@ -19,6 +19,8 @@ from tuneloop.errors import Problem, ResourceError, UserError
 logger = logging.getLogger("tuneloop.cluster")
 
 WAITING_TOLD_EVERY_S = 15.0
+# What the names of Serve applications begin with; the rest is the Ray job that serves.
+_SERVED = "tuneloop-"
 # Read by Ray when it starts its processes, some of it when it is imported.
 for _key, _value in {
     # Ray's workers are nice by default and starve on a busy small machine.
@@ -103,6 +105,8 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     try:
         _silence_data_progress()
         _hasten_data()
+        if address:
+            end_abandoned_serving()
         yield
     finally:
         ray.shutdown()
@@ -111,6 +115,33 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
 def joins_cluster(resources: ResourcesConfig) -> bool:
     """Return whether work runs on a cluster that was there already."""
     return _address(resources) is not None
+
+
+def served_name() -> str:
+    """Return what this program's Serve application is called: it tells whose it is."""
+    import ray
+
+    return f"{_SERVED}{ray.get_runtime_context().get_job_id()}"
+
+
+def end_abandoned_serving() -> None:
+    """Shut down what a killed program of ours still serves.
+
+    On a cluster Serve outlives the program that started it, and its models keep their CPUs.
+    """
+    import ray
+
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return
+    from ray import serve
+
+    running = list(serve.status().applications)
+    dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
+    if running and {name.removeprefix(_SERVED) for name in running} <= dead:
+        logger.warning("shutting down what a killed run still serves")
+        serve.shutdown()
 
 
 def _address(resources: ResourcesConfig) -> str | None:
@@ -220,6 +251,7 @@ def unplaced_workers() -> str:
 
 def _occupation() -> str:
     import ray
+    from ray._private.state import available_resources_per_node
 
     total, free = ray.cluster_resources(), ray.available_resources()
     told = [
@@ -227,6 +259,9 @@ def _occupation() -> str:
         for name in ("CPU", "GPU")
         if total.get(name)
     ]
+    free_on_nodes = [node.get("CPU", 0) for node in available_resources_per_node().values()]
+    if len(free_on_nodes) > 1:
+        told.append(f"at most {max(free_on_nodes):g} CPUs on one node")
     return ", ".join(told) + "; other work has the rest"
 
 

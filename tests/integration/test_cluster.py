@@ -67,7 +67,26 @@ resources: {{checkpoint_every_steps: 4, preflight: false}}
 
 
 @pytest.fixture(scope="module")
-def submitted(nodes: Any, config: Path) -> tuple[subprocess.CompletedProcess[str], Workspace]:
+def killed_server(nodes: Any, config: Path) -> str:
+    """What became of a job that served, and whose program was killed: its models are still there.
+
+    On a cluster Serve outlives the program that started it.
+    """
+    with submitted_job(nodes, "serve", config, until="serving base") as (process, _):
+        (driver,) = (
+            running
+            for running in nodes.processes()
+            if {"tuneloop.cli", "serve"} <= set(running.cmdline())
+        )
+        driver.kill()
+    assert process.returncode == 1
+    return str(json.loads(process.stdout.read())["status"])
+
+
+@pytest.fixture(scope="module")
+def submitted(
+    nodes: Any, config: Path, killed_server: str
+) -> tuple[subprocess.CompletedProcess[str], Workspace]:
     """The whole loop as a job, and the workspace it wrote to."""
     # The address that was given counts, whatever Ray finds in the environment.
     environment = nodes.environment | {"RAY_ADDRESS": "127.0.0.1:1"}
@@ -79,6 +98,13 @@ def submitted(nodes: Any, config: Path) -> tuple[subprocess.CompletedProcess[str
 def submit(nodes: Any, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = ["-m", "tuneloop.cli", "submit", *arguments, "--address", nodes.url, "--json"]
     return nodes.run(*command, **options)
+
+
+def test_a_killed_server_is_in_nobodys_way(
+    killed_server: str, submitted: tuple[subprocess.CompletedProcess[str], Workspace]
+) -> None:
+    assert killed_server == "FAILED"
+    assert "shutting down what a killed run still serves" in submitted[0].stderr
 
 
 def test_a_submitted_loop_publishes_everything(
@@ -150,31 +176,23 @@ def test_a_jobs_exit_code_is_passed_on(nodes: Any, config: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_served_job_that_was_killed_leaves_no_server_to_the_next(
-    nodes: Any, config: Path
-) -> None:
-    with submitted_server(nodes, config) as (process, _):
-        (driver,) = (
-            running
-            for running in nodes.processes()
-            if {"tuneloop.cli", "serve"} <= set(running.cmdline())
-        )
-        driver.kill()
-    assert process.returncode == 1
-    assert json.loads(process.stdout.read())["status"] == "FAILED"
-
-    with submitted_server(nodes, config) as (process, identity):
+def test_a_stopped_job_is_told(nodes: Any, config: Path) -> None:
+    folder = f"workspace={config.parent}/stopped"
+    with submitted_job(nodes, "prepare", config, folder, until="joined") as job:
+        process, identity = job
         nodes.run("-m", "ray.scripts.scripts", "job", "stop", identity, "--address", nodes.url)
     assert process.returncode == 1
     assert json.loads(process.stdout.read())["status"] == "STOPPED"
 
 
 @contextlib.contextmanager
-def submitted_server(nodes: Any, config: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    """Submit a server, yield it when its log says that it serves, and return when it has ended."""
-    command = ["-m", "tuneloop.cli", "submit", "serve", str(config), "--address", nodes.url]
+def submitted_job(
+    nodes: Any, command: str, config: Path, *overrides: str, until: str
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Submit a job, yield it and its name when its log says something, and see it end."""
+    arguments = ["submit", command, str(config), *overrides, "--address", nodes.url, "--json"]
     process = subprocess.Popen(
-        [sys.executable, *command, "--json"],
+        [sys.executable, "-m", "tuneloop.cli", *arguments],
         env=nodes.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -182,15 +200,15 @@ def submitted_server(nodes: Any, config: Path) -> Iterator[tuple[subprocess.Pope
     )
     assert process.stderr is not None
     lines = []
-    # The log is live: this job never ends by itself.
+    # The log is live: a server's job never ends by itself.
     for line in process.stderr:
         lines.append(line)
-        if "serving base" in line:
+        named = [line.split()[3] for line in lines if "submitted to" in line]
+        if named and until in line:
             break
     else:
         raise AssertionError("".join(lines))
-    (identity,) = [line.split()[3] for line in lines if "submitted to" in line]
-    yield process, identity
+    yield process, named[0]
     process.stderr.read()
     process.wait(timeout=120)
 

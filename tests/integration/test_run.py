@@ -106,7 +106,8 @@ def test_the_whole_loop_then_everything_is_reused(
     made = json.loads(out)
     assert made["artifact"] == "models/tiny@v2"
     assert made["metrics"]["num_steps"] == 2
-    recorded = json.loads((Path(made["path"]) / "manifest.json").read_text())["resources"]
+    workspace = Workspace(config.parent / "workspace")
+    recorded = workspace.open("models/tiny@v2").manifest["resources"]
     assert recorded["measured"]["num_workers"] == 1
     assert recorded["estimate"]["cost"] == pytest.approx(recorded["estimate"]["training_s"] / 100)
 

@@ -24,6 +24,7 @@ from ray.serve.exceptions import BackPressureError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from tuneloop.cluster import end_abandoned_serving, served_name
 from tuneloop.config import ServingConfig
 from tuneloop.errors import Problem, ResourceError, find_user_error
 from tuneloop.serving import protocol
@@ -34,7 +35,6 @@ __all__ = ["ServedModel", "build_application", "free_port", "serve"]
 log = logging.getLogger("tuneloop.serving")
 
 API_KEY_VARIABLE = "TUNELOOP_API_KEY"
-APPLICATION = "tuneloop"
 PROGRESS_EVERY_S = 5.0
 INGRESS_CPUS = 0.1
 MODEL_CPUS = 0.5  # reserved, not a limit: an engine uses all cores while others are idle
@@ -192,7 +192,7 @@ def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator
         )
         ray_serve.run(
             build_application(models, serving, options),
-            name=_application(),
+            name=served_name(),
             logging_config=_QUIET,
         )
         _await_models(models)
@@ -212,17 +212,12 @@ def _by_weights(models: Mapping[str, ServedModel]) -> dict[str, dict[str, Served
     return {f"model-{next(iter(group))}": group for group in groups.values()}
 
 
-def _application() -> str:
-    """Return a name that says which Ray job serves, so that what a dead one left is known."""
-    return f"{APPLICATION}-{ray.get_runtime_context().get_job_id()}"
-
-
 def _await_models(models: Mapping[str, ServedModel]) -> None:
     """Return when every model is loaded, telling what is still missing."""
     started = time.monotonic()
     for deployment, group in _by_weights(models).items():
         names, path = ", ".join(group), next(iter(group.values())).path
-        handle = ray_serve.get_deployment_handle(deployment, _application())
+        handle = ray_serve.get_deployment_handle(deployment, served_name())
         response = handle.ready.remote()
         while True:
             try:
@@ -293,25 +288,17 @@ def free_port(serving: ServingConfig) -> int:
 
 
 def _refuse_running_serve() -> None:
-    """Fail if this cluster serves something already: Serve has one address per cluster.
-
-    What a killed run left is shut down: on a cluster Serve outlives the program that started it.
-    """
+    """Fail if this cluster serves something already: Serve has one address per cluster."""
+    end_abandoned_serving()
     try:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
-        return
-    running = list(ray_serve.status().applications)
-    dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
-    if running and {name.removeprefix(f"{APPLICATION}-") for name in running} <= dead:
-        log.warning("shutting down what a killed run still serves")
-        ray_serve.shutdown()
         return
     raise ResourceError(
         Problem(
             "Ray Serve runs already on this cluster",
             where="Ray",
-            got=", ".join(running) or "no application",
+            got=", ".join(ray_serve.status().applications) or "no application",
             remedy="`serve shutdown` ends it; or run on another cluster",
         )
     )
