@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect, refuse_unshared
-from tuneloop.config import TuneloopConfig
+from tuneloop.config import ServingConfig, TuneloopConfig
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.chat import Renderer
 from tuneloop.models.layout import ADAPTER
@@ -216,12 +217,35 @@ def train_model(
     return _told(train(config, workspace, base, dataset))
 
 
-def evaluate_finetuned(
-    config: TuneloopConfig, workspace: Workspace, dataset: Artifact, model: Artifact
-) -> Published:
-    """Return the evaluation of a finetuned model alone, made or reused. Needs a running Ray."""
-    contestants = [_finetuned_arm(model.fingerprint)], {FINETUNED: _finetuned_model(model)}
-    return _evaluate(config, workspace, dataset, contestants, f"{config.name}-sweep")
+def evaluate_each(
+    trained: Sequence[tuple[TuneloopConfig, Artifact, Artifact]], workspace: Workspace
+) -> list[Published]:
+    """Return the evaluation of each finetuned model alone, made or reused. Needs a running Ray.
+
+    They are served one after the other at one address.
+
+    Args:
+        trained: Configuration, dataset and model of each.
+    """
+    from tuneloop.serving import app
+
+    with ExitStack() as stack:
+
+        @cache
+        def url() -> str:
+            return stack.enter_context(app.listen(_own_port(trained[0][0])))
+
+        return [
+            _evaluate(
+                config,
+                workspace,
+                dataset,
+                ([_finetuned_arm(model.fingerprint)], {FINETUNED: _finetuned_model(model)}),
+                f"{config.name}-sweep",
+                address=url,
+            )
+            for config, dataset, model in trained
+        ]
 
 
 def finetuned_identities(
@@ -273,8 +297,13 @@ def _evaluate(
     contestants: tuple[list[Arm], dict[str, ServedModel]],
     name: str,
     earlier: Artifact | None = None,
+    address: Callable[[], str] | None = None,
 ) -> Published:
-    """Serve the models and score the arms; nothing is served when the result is there already."""
+    """Serve the models and score the arms; nothing is served when the result is there already.
+
+    Args:
+        address: Listens and returns where, if this evaluation is not the only one to do so.
+    """
     from tuneloop.evals.runner import evaluate, find_evaluation
     from tuneloop.serving import app
 
@@ -282,9 +311,10 @@ def _evaluate(
     found = find_evaluation(config, workspace, dataset, arms, name)
     if found is not None:
         return _told(Published(found, reused=True))
-    # A port of its own: the configured one may be that of a `tuneloop serve` beside it.
-    serving = config.serving.model_copy(update={"port": 0})
-    with app.serve(models, serving) as url:
+    with ExitStack() as stack:
+        serving = _own_port(config)
+        url = address() if address else stack.enter_context(app.listen(serving))
+        stack.enter_context(app.host(models, serving, url))
         outcomes = _check_served(url, models)
         key = os.environ.get(app.API_KEY_VARIABLE, "")
         arms = [
@@ -296,6 +326,11 @@ def _evaluate(
             for arm in arms
         ]
         return _told(evaluate(config, workspace, dataset, arms, name, earlier))
+
+
+def _own_port(config: TuneloopConfig) -> ServingConfig:
+    """Return settings with any free port: a `tuneloop serve` beside it may have the configured."""
+    return config.serving.model_copy(update={"port": 0})
 
 
 def _told(published: Published) -> Published:

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import ray
 from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
@@ -30,13 +31,14 @@ from tuneloop.errors import Problem, ResourceError, find_user_error
 from tuneloop.serving import protocol
 from tuneloop.serving.replica import ModelServer, ServedModel
 
-__all__ = ["ServedModel", "build_application", "free_port", "serve"]
+__all__ = ["ServedModel", "build_application", "free_port", "host", "listen", "serve"]
 
 log = logging.getLogger("tuneloop.serving")
 
 API_KEY_VARIABLE = "TUNELOOP_API_KEY"
 PROGRESS_EVERY_S = 5.0
 INGRESS_CPUS = 0.1
+_ROUTE_WITHIN_S = 30.0
 MODEL_CPUS = 0.5  # reserved, not a limit: an engine uses all cores while others are idle
 _MAX_ONGOING = 2048  # requests in a replica; the engine's own queue is shorter, and says so
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
@@ -179,8 +181,21 @@ def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator
         ResourceError: The port is taken, no CPU is free, or Serve runs already.
         ModelError: A model cannot be loaded.
     """
+    with listen(serving) as url, host(models, serving, url):
+        yield url
+
+
+@contextlib.contextmanager
+def listen(serving: ServingConfig) -> Iterator[str]:
+    """Keep an address meanwhile, for models that come and go: see `host`.
+
+    Yields:
+        The base URL, which ends in `/v1`.
+
+    Raises:
+        ResourceError: The port is taken, or Serve runs already.
+    """
     _refuse_running_serve()
-    options = _model_options(len(_by_weights(models)))
     port = free_port(serving)
     # Its warnings are about queue lengths of replicas that still load.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -190,18 +205,37 @@ def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator
             http_options={"host": serving.host, "port": port},
             logging_config=_QUIET,
         )
+        host = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
+        yield f"http://{host}:{port}/v1"
+    finally:
+        ray_serve.shutdown()
+
+
+@contextlib.contextmanager
+def host(models: Mapping[str, ServedModel], serving: ServingConfig, url: str) -> Iterator[None]:
+    """Serve models meanwhile at the address of `listen`. Raises as `serve`."""
+    options = _model_options(len(_by_weights(models)))
+    try:
         ray_serve.run(
             build_application(models, serving, options),
             name=served_name(),
             logging_config=_QUIET,
         )
         _await_models(models)
-        host = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
-        url = f"http://{host}:{port}/v1"
+        _await_route(url)
         log.info("serving %s at %s", ", ".join(models), url)
-        yield url
+        yield
     finally:
-        ray_serve.shutdown()
+        ray_serve.delete(served_name())
+
+
+def _await_route(url: str) -> None:
+    """Return when the HTTP side has heard of the application, which is told to it afterwards."""
+    deadline = time.monotonic() + _ROUTE_WITHIN_S
+    while httpx.get(url.removesuffix("/v1") + "/health", timeout=_ROUTE_WITHIN_S).is_error:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{url} does not answer although its models are loaded")
+        time.sleep(0.05)
 
 
 def _by_weights(models: Mapping[str, ServedModel]) -> dict[str, dict[str, ServedModel]]:

@@ -98,12 +98,17 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         trials = _train_missing(cells, datasets, config, workspace, known)
         if not any(trial.model for trial in trials):
             raise ModelError(*(Problem("no cell could be trained", got=t.problem) for t in trials))
-        evaluations = [
-            pipeline.evaluate_finetuned(trial.cell.config, workspace, dataset, trial.model).artifact
-            if trial.model
-            else None
-            for trial, dataset in zip(trials, datasets, strict=True)
-        ]
+        scored = iter(
+            pipeline.evaluate_each(
+                [
+                    (trial.cell.config, dataset, trial.model)
+                    for trial, dataset in zip(trials, datasets, strict=True)
+                    if trial.model
+                ],
+                workspace,
+            )
+        )
+        evaluations = [next(scored).artifact if trial.model else None for trial in trials]
     rows = [
         _trial_row(trial, dataset, evaluation)
         for trial, dataset, evaluation in zip(trials, datasets, evaluations, strict=True)
