@@ -48,14 +48,15 @@ class Killed(Exception):
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
     # The tests that do what a GPU does find it bound to the CPU, whichever runs first.
-    import_deepspeed(use_gpu=False)
+    deepspeed = import_deepspeed(use_gpu=False)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patch:
         # As Ray Train sets them in its workers.
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             patch.setenv(name, value)
         yield
-    dist.destroy_process_group()
+    # DeepSpeed keeps groups of its own, which whoever trains next in this process must not find.
+    (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()
 
 
 @pytest.fixture(scope="module")
