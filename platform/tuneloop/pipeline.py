@@ -314,7 +314,7 @@ def _evaluate(
     with ExitStack() as stack:
         serving = _own_port(config)
         url = address() if address else stack.enter_context(app.listen(serving))
-        stack.enter_context(app.host(models, serving, url))
+        app.host(models, serving, url)
         outcomes = _check_served(url, models)
         key = os.environ.get(app.API_KEY_VARIABLE, "")
         arms = [

@@ -181,7 +181,8 @@ def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator
         ResourceError: The port is taken, no CPU is free, or Serve runs already.
         ModelError: A model cannot be loaded.
     """
-    with listen(serving) as url, host(models, serving, url):
+    with listen(serving) as url:
+        host(models, serving, url)
         yield url
 
 
@@ -205,37 +206,50 @@ def listen(serving: ServingConfig) -> Iterator[str]:
             http_options={"host": serving.host, "port": port},
             logging_config=_QUIET,
         )
-        host = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
-        yield f"http://{host}:{port}/v1"
+        reached = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
+        yield f"http://{reached}:{port}/v1"
     finally:
         ray_serve.shutdown()
 
 
-@contextlib.contextmanager
-def host(models: Mapping[str, ServedModel], serving: ServingConfig, url: str) -> Iterator[None]:
-    """Serve models meanwhile at the address of `listen`. Raises as `serve`."""
+def host(models: Mapping[str, ServedModel], serving: ServingConfig, url: str) -> None:
+    """Serve models at the address of `listen`, in place of those before. Raises as `serve`."""
+    name = served_name()
+    if name in ray_serve.status().applications:
+        ray_serve.delete(name)
     options = _model_options(len(_by_weights(models)))
-    try:
-        ray_serve.run(
-            build_application(models, serving, options),
-            name=served_name(),
-            logging_config=_QUIET,
-        )
-        _await_models(models)
-        _await_route(url)
-        log.info("serving %s at %s", ", ".join(models), url)
-        yield
-    finally:
-        ray_serve.delete(served_name())
+    ray_serve.run(build_application(models, serving, options), name=name, logging_config=_QUIET)
+    _await_models(models)
+    _await_route(url)
+    log.info("serving %s at %s", ", ".join(models), url)
 
 
 def _await_route(url: str) -> None:
-    """Return when the HTTP side has heard of the application, which is told to it afterwards."""
-    deadline = time.monotonic() + _ROUTE_WITHIN_S
-    while httpx.get(url.removesuffix("/v1") + "/health", timeout=_ROUTE_WITHIN_S).is_error:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{url} does not answer although its models are loaded")
-        time.sleep(0.05)
+    """Return when the HTTP side has heard of the application, which is told to it afterwards.
+
+    Raises:
+        ResourceError: It does not answer, as from a machine that is not the one that listens.
+    """
+    deadline, answer = time.monotonic() + _ROUTE_WITHIN_S, ""
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        while time.monotonic() < deadline:
+            try:
+                response = client.get(url.removesuffix("/v1") + "/health")
+                if response.is_success:
+                    return
+                answer = f"status {response.status_code}"
+            except httpx.TransportError as error:
+                answer = str(error) or type(error).__name__
+            time.sleep(0.05)
+    raise ResourceError(
+        Problem(
+            "the models are loaded, but nothing answers at their address",
+            where=url,
+            got=answer,
+            remedy="run the command on the machine of the cluster's head, which listens, for "
+            "example as a job: `tuneloop submit`",
+        )
+    )
 
 
 def _by_weights(models: Mapping[str, ServedModel]) -> dict[str, dict[str, ServedModel]]:
