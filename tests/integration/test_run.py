@@ -301,13 +301,14 @@ def wait_until_gone(processes: list[psutil.Process], seconds: float = 180) -> li
 # What a run is stopped by, in which order, and what then changes in the workspace: it is in the
 # middle of that stage.
 STOPS = [
+    (signal.SIGINT, "datasets-tiny-*/draft/train"),
     (signal.SIGTERM, "datasets-tiny-*/draft/train"),
     (signal.SIGKILL, "evaluations-tiny-baseline-*/scratch/answers.jsonl"),
     (signal.SIGKILL, "models-tiny-*/scratch/checkpoints/checkpoint_*"),
     (signal.SIGKILL, "evaluations-tiny-*/scratch/answers.jsonl"),
 ]
 # How many artifacts there are at each stop.
-NUM_PUBLISHED = [0, 1, 2, 3]
+NUM_PUBLISHED = [0, 0, 1, 2, 3]
 
 
 def test_stopped_and_killed_in_every_stage_then_ends_like_an_uninterrupted_run(
@@ -330,6 +331,8 @@ def test_stopped_and_killed_in_every_stage_then_ends_like_an_uninterrupted_run(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell in the background ignores SIGINT, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while not any(changed_since(path, began) for path in (workspace / ".work").glob(pattern)):
             assert process.poll() is None, (pattern, process.stderr.read())
