@@ -163,7 +163,8 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
         rows = rows.materialize()
         laps["keys_wall_s"], laps["keys_cpu_s"] = watch.read().values()
         table = stages.collect(rows, comparing.KEY_COLUMNS)
-        duplicates = comparing.find_duplicate_rows(table, rows, rendering)
+        one_task = np.zeros(table.num_rows, dtype=np.int64)
+        duplicates = comparing.find_duplicate_rows(table, rows, rendering, one_task)
         took = watch.read()
     kept = set(range(table.num_rows)) - set(duplicates.removed.tolist())
     ids = table["key"].to_numpy()[sorted(kept)].tolist()
@@ -178,7 +179,7 @@ def _import(batch: Any = None) -> dict[str, Any]:
     texts = Texts.of(["a", "b"])
     normalised_hashes(texts)
     candidate_pairs(band_hashes(texts, 5, 0.8), np.arange(2))
-    settle(np.array([[0, 1]]), shingles(texts, 5), 0.8)
+    settle(np.array([[0, 1]]), shingles(texts, 5), np.zeros(2, dtype=np.int64), 0.8)
     time.sleep(0.5)  # long enough for every worker to get one
     return {"pid": np.array([os.getpid()])}
 

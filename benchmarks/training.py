@@ -18,6 +18,9 @@ rows, one worker. One JSON line per run goes to standard output.
 - `trl`, `trl-packed`: TRL's SFTTrainer with batches of 8 padded rows, and with packing into 1,024
   tokens. They need `--peer-python`, an environment that has TRL.
 
+`loop` and `trl` take the same rows in the same steps at a constant learning rate. Only the random
+start of their adapters differs; a last line holds their losses against each other, step by step.
+
 `--join 3` makes one row of three, for longer rows. The arm `loop` also tells what
 `tuneloop check` would have estimated.
 
@@ -38,7 +41,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-RANK, BATCH, PACKED_TOKENS = 16, 8, 1024
+RANK, BATCH, PACKED_TOKENS, LEARNING_RATE = 16, 8, 1024, 2e-4
 OURS, PEERS = ("loop", "bare", "all-logits", "paired", "paired-logits"), ("trl", "trl-packed")
 IN_TURN = {"paired": ("loop", "bare", "all-logits"), "paired-logits": ("bare", "all-logits")}
 
@@ -63,6 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         base = tokenize(options, file)
+        losses: dict[str, list[float]] = {}
         for round_number in range(options.rounds):
             for arm in options.arms:
                 command = [options.peer_python if arm in PEERS else sys.executable, __file__]
@@ -70,7 +74,23 @@ def main() -> None:
                 command += ["--threads", str(options.threads), "--method", options.method]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 result = json.loads(output.stdout.splitlines()[-1])
+                losses[arm] = result.pop("losses", [])
                 print(json.dumps({"arm": arm, "round": round_number + 1, **result}), flush=True)
+
+        if losses.get("loop") and losses.get("trl"):
+            print(json.dumps(compare_curves(losses["loop"], losses["trl"])))
+
+
+def compare_curves(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """Return by how much two losses differ in each step, and how far both fell."""
+    apart = [a / b - 1 for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "curves": "loop against trl",
+        "loop": [round(loss, 4) for loss in ours],
+        "trl": [round(loss, 4) for loss in theirs],
+        "mean_difference": round(statistics.mean(apart), 5),
+        "largest_difference": round(max(map(abs, apart)), 5),
+    }
 
 
 def tokenize(options: argparse.Namespace, file: Path) -> Path:
@@ -78,6 +98,7 @@ def tokenize(options: argparse.Namespace, file: Path) -> Path:
     from tuneloop.models.chat import Renderer
     from tuneloop.models.source import resolve_base
     from tuneloop.records import Message
+    from tuneloop.training.batches import Schedule
 
     path = resolve_base(options.base).path
     renderer = Renderer.load(path)
@@ -93,7 +114,11 @@ def tokenize(options: argparse.Namespace, file: Path) -> Path:
         messages = [Message("user", question), Message("assistant", answer)]
         samples.append(renderer.sample(messages))
     ids, masks = ([list(getattr(s, n)) for s in samples] for n in ("input_ids", "loss_mask"))
-    file.write_text(json.dumps({"input_ids": ids, "loss_mask": masks}), encoding="utf-8")
+    # TRL is told the order in which our schedule takes the rows.
+    schedule = Schedule(len(samples), BATCH, 1, None, 0)
+    order = [i for step in range(schedule.num_steps) for i in schedule.batch(step).tolist()]
+    data = {"input_ids": ids, "loss_mask": masks, "order": order}
+    file.write_text(json.dumps(data), encoding="utf-8")
     return path
 
 
@@ -117,9 +142,16 @@ def run_ours(base: Path, data: dict[str, Any], options: argparse.Namespace) -> d
     from tuneloop.training.batches import Schedule
     from tuneloop.training.rows import make_rows
 
-    rows = make_rows([str(i) for i in range(len(data["input_ids"]))], *data.values())
+    names = [str(i) for i in range(len(data["input_ids"]))]
+    rows = make_rows(names, data["input_ids"], data["loss_mask"])
     schedule = Schedule(len(rows), BATCH, 1, None, 0)
-    config = TrainingConfig(method=options.method, lora=LoraConfig(rank=RANK))
+    config = TrainingConfig(
+        method=options.method,
+        lora=LoraConfig(rank=RANK),
+        learning_rate=LEARNING_RATE,
+        lr_scheduler="constant",
+        warmup_ratio=0,
+    )
     arms = IN_TURN.get(options.only, (options.only,))
     clock = time.process_time if options.only in IN_TURN else time.perf_counter
     steps = {arm: make_step(arm, base, config, (rows, schedule)) for arm in arms}
@@ -204,7 +236,7 @@ def bare_step(model: Any, rows: Any, schedule: Any, all_logits: bool) -> Any:
     from tuneloop.training.packed import loss_sum, pack
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def step(number: int) -> float:
         batch = pack(rows, schedule.batch(number).tolist())
@@ -245,7 +277,10 @@ def run_trl(base: str, data: dict[str, Any], packed: bool) -> dict[str, Any]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times[-1] += time.perf_counter()
 
-    rows = Dataset.from_dict({"input_ids": data["input_ids"], "completion_mask": data["loss_mask"]})
+    names = {"input_ids": "input_ids", "completion_mask": "loss_mask"}
+    rows = Dataset.from_dict(
+        {name: [data[ours][i] for i in data["order"]] for name, ours in names.items()}
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=base,
@@ -257,7 +292,9 @@ def run_trl(base: str, data: dict[str, Any], packed: bool) -> dict[str, Any]:
                 max_length=PACKED_TOKENS,
                 completion_only_loss=True,
                 num_train_epochs=1,
-                learning_rate=2e-4,
+                learning_rate=LEARNING_RATE,
+                lr_scheduler_type="constant",
+                train_sampling_strategy="sequential",
                 gradient_checkpointing=False,
                 bf16=False,
                 use_cpu=True,
@@ -288,6 +325,7 @@ def summary(times: list[float], tokens: list[int], losses: list[float]) -> dict[
         "measured_s": round(sum(times), 1),
         "first_loss": round(losses[0], 4),
         "last_loss": round(losses[-1], 4),
+        "losses": losses,
     }
 
 

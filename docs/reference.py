@@ -48,8 +48,9 @@ def _sections(path: str, section: type[Section]) -> typing.Iterator[tuple[str, t
     yield path, section
     for name, field in section.model_fields.items():
         for inner in _models(field.annotation):
-            is_list = typing.get_origin(_not_none(field.annotation)) is list
-            yield from _sections(f"{path}.{name}".lstrip(".") + "[*]" * is_list, inner)
+            kind = typing.get_origin(_not_none(field.annotation))
+            item = {list: "[*]", dict: ".NAME"}.get(kind, "")
+            yield from _sections(f"{path}.{name}".lstrip(".") + item, inner)
 
 
 def _models(annotation: Any) -> list[type[Section]]:
@@ -86,7 +87,7 @@ def _type(annotation: Any) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    if _models(field.annotation):
+    if _models(field.annotation) and not field.default_factory:
         return "" if field.default is not PydanticUndefined else "required"
     default = field.get_default(call_default_factory=True)
     if default is PydanticUndefined:

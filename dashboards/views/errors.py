@@ -60,7 +60,15 @@ def choose_filter(examples: list[PairedExample], tags: list[str]) -> Filter:
         key="outcome",
         label_visibility="collapsed",
     )
-    left, middle, right = st.columns([1, 1, 2])
+    tasks = sorted({example.after.task for example in examples} - {""})
+    task = None
+    if tasks:
+        first, left, middle, right = st.columns([1, 1, 1, 2])
+        task = first.selectbox(
+            "Task", tasks, None, key="task", placeholder="any", bind="query-params"
+        )
+    else:
+        left, middle, right = st.columns([1, 1, 2])
     tag = left.selectbox(
         "Error",
         tags,
@@ -85,7 +93,7 @@ def choose_filter(examples: list[PairedExample], tags: list[str]) -> Filter:
         placeholder="words in question, reference or answers",
         bind="query-params",
     )
-    return Filter(outcome, tag, change, words or "")
+    return Filter(outcome, task, tag, change, words or "")
 
 
 def show_example(example: PairedExample, evaluation: Evaluation, metric: str, against: str) -> None:
@@ -106,7 +114,8 @@ def show_example(example: PairedExample, evaluation: Evaluation, metric: str, ag
     with st.container(border=True, gap="xsmall"):
         st.html(
             f'<div class="tl-head"><b>{theme.html.escape(example.example_id)}</b>'
-            f"{theme.chip(OUTCOMES[example.outcome], theme.outcome_tone(example.outcome))}</div>"
+            f"{theme.chip(OUTCOMES[example.outcome], theme.outcome_tone(example.outcome))}"
+            f"{theme.chip(example.after.task) if example.after.task else ''}</div>"
             + theme.labelled("Question", theme.text(example.question, mono=True))
             + theme.labelled("Reference", theme.text(example.reference, mono=True))
             + '<div class="tl-label"></div>'

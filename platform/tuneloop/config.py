@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -26,7 +26,10 @@ from pydantic import (
 from tuneloop.errors import ConfigError, Problem
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
-TaskType = Literal["extraction", "classification", "generation", "language_modeling"]
+# No full stop, which stands between the parts of a dotted key.
+TaskName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+MixedTaskType = Literal["extraction", "classification", "generation"]
+TaskType = Literal[MixedTaskType, "language_modeling", "mixture"]
 SourceFormat = Literal[
     "alpaca", "prompt_completion", "question_answer", "messages", "sharegpt", "text", "columns"
 ]
@@ -40,12 +43,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-class TaskConfig(Section):
-    """What the model shall do."""
+class OneTaskConfig(Section):
+    """One task: what is asked, and how an answer is scored."""
 
     type: TaskType = Field(
         description="`extraction` and `classification` read; `generation` writes; "
-        "`language_modeling` learns plain text."
+        "`language_modeling` learns plain text; `mixture` is several of them."
     )
     instruction: str = Field(
         "", description="What to do, put as the system message before every input."
@@ -60,7 +63,7 @@ class TaskConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _labels_belong_to_classification(self) -> TaskConfig:
+    def _labels_belong_to_classification(self) -> Self:
         if self.type == "classification" and len(self.labels) < 2:
             raise ValueError("task.type classification needs at least two `labels`")
         if self.labels and self.type != "classification":
@@ -68,6 +71,58 @@ class TaskConfig(Section):
         if self.fields and self.type != "extraction":
             raise ValueError("`fields` belong to task.type extraction")
         return self
+
+
+class MixedTaskConfig(OneTaskConfig):
+    """One of several tasks, and its part in the mixture."""
+
+    type: MixedTaskType = Field(
+        description="`extraction` and `classification` read; `generation` writes."
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="The task's part of the train rows, relative to the weights of the other "
+        "tasks: the most rows are taken that keep these parts, none twice. Default: all rows of "
+        "all tasks.",
+    )
+
+
+class TaskConfig(OneTaskConfig):
+    """What the model shall do."""
+
+    tasks: dict[TaskName, MixedTaskConfig] = Field(
+        default_factory=dict,
+        description="`mixture`: the tasks by name. Each source says which one its rows belong to "
+        "(`data.sources[*].task`).",
+    )
+
+    @model_validator(mode="after")
+    def _a_mixture_has_tasks(self) -> Self:
+        if self.type == "mixture" and len(self.tasks) < 2:
+            raise ValueError("task.type mixture needs at least two `tasks`")
+        if self.tasks and self.type != "mixture":
+            raise ValueError("`tasks` belong to task.type mixture")
+        if self.tasks and self.instruction:
+            raise ValueError("in a mixture `instruction` belongs to each of the `tasks`")
+        _refuse_weights_for_some("tasks", [task.weight for task in self.tasks.values()])
+        return self
+
+    def of(self, name: str | None) -> OneTaskConfig:
+        """Return one of the tasks; this one itself where there is no mixture."""
+        return self.tasks[name] if name else self
+
+    def describe(self) -> str:
+        """Return the type, of a mixture with the tasks' names and types."""
+        told = ", ".join(f"{name} ({task.type})" for name, task in self.tasks.items())
+        return f"{self.type} of {told}" if told else self.type
+
+
+def _refuse_weights_for_some(what: str, weights: list[float | None]) -> None:
+    """Raise ValueError if some have a weight and some have none."""
+    given = sum(weight is not None for weight in weights)
+    if 0 < given < len(weights):
+        raise ValueError(f"`weight` is given for {given} of {len(weights)} {what}; give it for all")
 
 
 class ModelConfig(Section):
@@ -116,6 +171,9 @@ class SourceConfig(Section):
 class MixedSourceConfig(SourceConfig):
     """One place rows come from, and its part in the mixture."""
 
+    task: TaskName | None = Field(
+        None, description="With `task.type: mixture`: which of `task.tasks` the rows belong to."
+    )
     weight: float | None = Field(
         None,
         gt=0,
@@ -174,7 +232,9 @@ class DedupConfig(Section):
     )
     ngram_words: int = Field(5, ge=1, le=20, description="Words in one shingle.")
     on: Literal["both", "prompt", "completion"] = Field(
-        "both", description="Which side of a pair is compared."
+        "both",
+        description="Which side of a pair is compared. With `both`, rows of `classification` with "
+        "different labels are no duplicates of each other.",
     )
 
 
@@ -279,11 +339,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _all_sources_are_weighted_or_none(self) -> DataConfig:
-        weighted = [source.weight is not None for source in self.sources]
-        if any(weighted) and not all(weighted):
-            raise ValueError(
-                f"`weight` is given for {sum(weighted)} of {len(weighted)} sources; give it for all"
-            )
+        _refuse_weights_for_some("sources", [source.weight for source in self.sources])
         return self
 
 
@@ -517,6 +573,27 @@ class TuneloopConfig(Section):
     sweep: SweepConfig | None = None
     generation: GenerationConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _each_source_has_its_task(self) -> TuneloopConfig:
+        names = list(self.task.tasks)
+        told = [source.task for source in self.data.sources]
+        wrong = [
+            f"data.sources.{place}.task is {name or 'missing'}"
+            for place, name in enumerate(told)
+            if (name not in names if names else name is not None)
+        ]
+        wrong += [
+            f"no source gives rows of task.tasks.{name}" for name in names if name not in told
+        ]
+        if any(s.weight for s in self.data.sources) and any(
+            task.weight for task in self.task.tasks.values()
+        ):
+            wrong.append("both sources and tasks have a `weight`; give it to one of them")
+        if wrong:
+            allowed = f"tasks are {', '.join(names)}" if names else "task.type is no mixture"
+            raise ValueError(f"{'; '.join(wrong)} ({allowed})")
+        return self
 
     @model_validator(mode="after")
     def _a_shared_gpu_has_one_worker(self) -> TuneloopConfig:
@@ -755,6 +832,9 @@ def _field_names(location: list[str]) -> list[str]:
             if part not in model.model_fields:
                 return []
             model = model.model_fields[part].annotation
+        elif typing.get_origin(model) is dict:
+            model = typing.get_args(model)[1]
+            continue
         if typing.get_origin(model) is list and not part.isdigit():
             continue
         if typing.get_origin(model) is list:

@@ -285,8 +285,9 @@ def _base_arms(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> li
     identity = f"{base.fingerprint}/{renderer.hash}"
     arms = [Arm(BASE, endpoint, (), identity)]
     if config.evaluation.num_shots and config.task.type != "language_modeling":
-        shots = choose_shots(dataset, config.evaluation.num_shots, config.evaluation.seed)
-        arms.append(Arm(FEW_SHOT, endpoint, tuple(shots), identity))
+        e = config.evaluation
+        shots = choose_shots(dataset, e.num_shots, e.seed, list(config.task.tasks))
+        arms.append(Arm(FEW_SHOT, endpoint, shots, identity))
     return arms
 
 

@@ -29,11 +29,13 @@ class Conversation:
         messages: At least one user and one assistant message; the last is the assistant's.
         row_id: Stable hash of source and content.
         source: Where the row came from, `path:line`.
+        task: Of a mixture; empty otherwise.
     """
 
     messages: tuple[Message, ...]
     row_id: str = ""
     source: str = ""
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Arm:
     """One way of answering the test set, for example `base`, `base+few-shot`, `finetuned`.
 
     Args:
-        shots: Solved examples put before each question, as user and assistant turns.
+        shots: Solved examples put before each question of their task, as user and assistant turns.
         model_fingerprint: Identity of weights, tokenizer and chat template. Answers are reused
             only between arms whose fingerprints are equal; without one, the endpoint's URL and
             model name stand for it.

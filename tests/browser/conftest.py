@@ -188,17 +188,56 @@ def publish_evaluation(workspace: Workspace) -> None:
                     scores=scorer.score(reference, text),
                 )
             )  # fmt: skip
+    publish_results(workspace, config, rows, scorer)
+
+
+def publish_results(
+    workspace: Workspace, config: TuneloopConfig, rows: list[Prediction], scorer: Scorer
+) -> None:
     resampling = Resampling(num_resamples=200)
     metrics, comparison = summarise(rows, scorer, resampling), compare(rows, scorer, resampling)
-    evaluation = Evaluation("demo", rows, metrics, comparison)
-    with workspace.draft("evaluations", "demo", "e" * 64) as draft:
+    evaluation = Evaluation(config.name, rows, metrics, comparison)
+    with workspace.draft("evaluations", config.name, "e" * 64) as draft:
         write_predictions(rows, list(scorer.metrics), draft.path)
         (draft.path / "metrics.json").write_text(json.dumps(metrics))
         (draft.path / "comparison.json").write_text(json.dumps(comparison))
         (draft.path / "report.html").write_text(
-            render_report(evaluation, config, "datasets/demo@v1")
+            render_report(evaluation, config, f"datasets/{config.name}@v1")
         )
         draft.publish(config={}, resources={}, inputs=[], metrics=evaluation.headline_numbers())
+
+
+def publish_mixture(workspace: Workspace) -> None:
+    """Two labels and two titles; the finetuned model gets all but one label right."""
+    tasks = {
+        "label": {"type": "classification", "labels": ["yes", "no"]},
+        "title": {"type": "generation"},
+    }
+    sources = [{"path": f"{n}.jsonl", "format": "messages", "task": n} for n in tasks]
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "mixed",
+            "task": {"type": "mixture", "tasks": tasks},
+            "model": {"base": "parrot"},
+            "data": {"sources": sources},
+        }
+    )
+    references = {"l0": "yes", "l1": "no", "t0": "a red door", "t1": "a blue car"}
+    task_of = {r: "label" if r[0] == "l" else "title" for r in references}
+    scorer = Scorer(config.task, references, task_of)
+    rows = []
+    for arm in ("base", "finetuned"):
+        for row_id, reference in references.items():
+            task = task_of[row_id]
+            text = reference if arm == "finetuned" and row_id != "l1" else "yes I am a red model"
+            prompt = json.dumps([{"role": "user", "content": f"Question {row_id}?"}])
+            tags = tag_errors(scorer.of(task), reference, text, "stop", prompt)
+            scores = scorer.score(reference, text, task)
+            rows.append(
+                Prediction(row_id, arm, prompt, reference, text, "stop", 9, 5, 0.1, "scored",
+                           error_tags=tags, scores=scores, task=task)
+            )  # fmt: skip
+    publish_results(workspace, config, rows, scorer)
 
 
 def fill(folder: Path) -> Path:
@@ -207,6 +246,14 @@ def fill(folder: Path) -> Path:
     publish_model(workspace)
     publish_sweep(workspace)
     publish_evaluation(workspace)
+    return workspace.root
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A workspace with the evaluation of a mixture of tasks."""
+    workspace = Workspace(tmp_path / "mixed")
+    publish_mixture(workspace)
     return workspace.root
 
 

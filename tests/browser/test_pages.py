@@ -280,3 +280,17 @@ def test_playground_asks_two_models_and_shows_what_was_sent(open_page, tmp_path,
     assert "this question is refused" in page_html(app)
     button(app, "Start over").click().run()
     assert "HELLO" not in page_html(app)
+
+
+def test_error_page_of_a_mixture_shows_one_task(open_page, mixed):
+    app = open_page(mixed, "errors")
+    assert "4 of 4 examples" in page_html(app)
+    app.selectbox(key="task").set_value("label").run()
+    assert "2 of 4 examples" in page_html(app)
+    assert "<b>l1</b>" in page_html(app)
+    assert "<b>t1</b>" not in page_html(app)
+    # The metric of one task leaves the rows of the others out.
+    app.selectbox(key="task").set_value(None)
+    app.selectbox(key="metric").set_value("title/token_f1").run()
+    assert "2 of 2 examples" in page_html(app)
+    assert "Not scored" not in page_html(app)

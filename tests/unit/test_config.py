@@ -129,3 +129,58 @@ def test_a_range_of_workers_divides_the_batch_at_every_number(tmp_path: Path) ->
 def test_columns_format_needs_its_columns(tmp_path: Path) -> None:
     (found,) = problems(write(tmp_path, GOOD), "data.sources.0.format=columns")
     assert "columns.prompt" in found
+
+
+MIXTURE = """\
+name: both
+task:
+  type: mixture
+  tasks:
+    label: {type: classification, labels: [a, b], weight: 2}
+    title: {type: generation, weight: 1}
+model: {base: some/model}
+data:
+  sources:
+    - {path: labels.jsonl, format: question_answer, task: label}
+    - {path: titles.jsonl, format: question_answer, task: title}
+"""
+
+
+def test_a_mixture_has_tasks_and_each_source_has_one_of_them(tmp_path: Path) -> None:
+    path = write(tmp_path, MIXTURE)
+    config = load_config(path, ["task.tasks.title.weight=3"])
+    assert config.task.of("title").type == "generation"
+    assert [task.weight for task in config.task.tasks.values()] == [2, 3]
+    assert config.task.describe() == "mixture of label (classification), title (generation)"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.sources.1.task=titel", "data.sources.1.task is titel; no source gives rows of"),
+        ("data.sources.1.task=null", "data.sources.1.task is missing"),
+        ("task.type=generation", "`tasks` belong to task.type mixture"),
+        ("task.tasks.title=null", "task.tasks.title"),
+        ("task.tasks.title.weight=null", "`weight` is given for 1 of 2 tasks"),
+        ("task.tasks.title.type=language_modeling", "is not allowed"),
+        ("task.tasks.title.wieght=2", "did you mean `weight`?"),
+        ("task.tasks.label.labels=[]", "at least two `labels`"),
+        ("task.tasks={}", "at least two `tasks`"),
+        ("task.instruction=Do it.", "belongs to each of the `tasks`"),
+    ],
+)
+def test_a_wrong_mixture_is_told(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in "\n".join(problems(write(tmp_path, MIXTURE), override))
+
+
+def test_tasks_and_sources_do_not_both_have_weights(tmp_path: Path) -> None:
+    weights = ["data.sources.0.weight=1", "data.sources.1.weight=1"]
+    path = write(tmp_path, MIXTURE)
+    assert "both sources and tasks have a `weight`" in problems(path, *weights)[0]
+    without = ["task.tasks.label.weight=null", "task.tasks.title.weight=null"]
+    assert load_config(path, weights + without).data.sources[0].weight == 1
+
+
+def test_without_a_mixture_a_source_has_no_task(tmp_path: Path) -> None:
+    (found,) = problems(write(tmp_path, GOOD), "data.sources.0.task=faq")
+    assert "data.sources.0.task is faq (task.type is no mixture)" in found

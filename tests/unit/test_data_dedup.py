@@ -55,6 +55,7 @@ def comparing(texts: list[str], config: DedupConfig) -> Callable[[Sequence[Group
             settle(
                 group.pairs,
                 shingles([texts[row] for row in group.rows], config.ngram_words),
+                np.zeros(len(group.rows), dtype=np.int64),
                 config.threshold,
             )
             for group in groups
@@ -315,7 +316,7 @@ def test_settling_equals_plain_python() -> None:
             keeper[row] = -best[1]
         else:
             stay.append(row)
-    found = settle(np.array(pairs), shingles(rows, 2), 0.8)
+    found = settle(np.array(pairs), shingles(rows, 2), np.zeros(40, dtype=np.int64), 0.8)
     assert found.root.tolist() == root
     assert found.keeper.tolist() == keeper
     assert 4 < len(stay) < 40
@@ -335,3 +336,13 @@ def test_rows_that_this_process_cannot_hold_are_refused_before_the_work() -> Non
     assert problem.got.startswith("1,000,000,000,000 rows")
     assert problem.allowed
     assert problem.remedy
+
+
+def test_rows_of_another_kind_are_in_the_cluster_and_stay() -> None:
+    texts = ["a b c d e f g h", "a b c d e f g h", "a b c d e f g i", "a b c d e f g h"]
+    found = shingles(texts, 1)
+    pairs = np.array([[a, b] for a in range(4) for b in range(a + 1, 4)])
+    settled = settle(pairs, found, np.array([0, 1, 1, 0]), 0.7)
+    assert settled.root.tolist() == [0, 0, 0, 0]
+    # The second is as much like the first, but of another kind: it stays, and stands for the third.
+    assert settled.keeper.tolist() == [0, 1, 1, 0]

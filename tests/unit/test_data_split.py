@@ -227,7 +227,8 @@ def test_quotas_add_up_and_are_within_one_of_the_exact_share() -> None:
 
 def mixture(source: list[int], weights: list[float], size: list[int] | None = None) -> Mixture:
     names = [f"s{number}" for number in range(len(weights))]
-    return Mixture(np.array(source), np.array(size or [1] * len(source)), weights, names)
+    size = size or [1] * len(source)
+    return Mixture(np.array(source), np.array(size), weights, names, "source", "data.sources")
 
 
 def test_sources_are_mixed_by_weight_without_taking_a_row_twice() -> None:

@@ -218,3 +218,28 @@ def test_repetition_needs_more_than_a_phrase_said_twice():
     listing = json.dumps([{"kind": "int", "of": "x"}] * 6)
     assert is_repetitive(listing)
     assert tag_errors(scorer, listing, listing, "stop") == []
+
+
+def test_in_a_mixture_each_answer_is_scored_by_its_own_task():
+    tasks = {
+        "label": {"type": "classification", "labels": ["yes", "no"]},
+        "title": {"type": "generation"},
+    }
+    mixture = TaskConfig.model_validate({"type": "mixture", "tasks": tasks})
+    scorer = Scorer(mixture, {"1": "yes", "2": "a red door"}, {"1": "label", "2": "title"})
+    assert scorer.primary == "score"
+    assert scorer.metrics["score"].kind == "ratio"
+    assert scorer.metrics["label/accuracy"].label == "label: right label"
+    assert scorer.score("yes", "Yes.", "label") == {"score": 1.0, "label/accuracy": 1.0}
+    title = scorer.score("a red door", "the red car", "title")
+    assert title["score"] == title["title/token_f1"] == 0.5
+    assert "label/accuracy" not in title
+    # A label is a wrong format where a title is none.
+    assert "wrong_format" in tag_errors(scorer.of("label"), "yes", "the red car", "stop")
+    assert "wrong_format" not in tag_errors(scorer.of("title"), "a red door", "red car", "stop")
+    with pytest.raises(DataError, match="row 2"):
+        Scorer(mixture, {"1": "yes", "2": "a red door"}, {"1": "label", "2": "label"})
+    # Scores that are all right or wrong are compared as such.
+    tasks["title"] = {"type": "extraction"}
+    mixture = TaskConfig.model_validate({"type": "mixture", "tasks": tasks})
+    assert Scorer(mixture, {}, {}).metrics["score"].kind == "binary"

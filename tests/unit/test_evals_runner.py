@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import subprocess
@@ -13,10 +14,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig
-from tuneloop.errors import ConfigError, DataError, EndpointError
+from tuneloop.errors import ArtifactError, ConfigError, DataError, EndpointError
 from tuneloop.evals.asking import Answer, PartialAnswers
 from tuneloop.evals.findings import Evaluation
 from tuneloop.evals.report import terminal_table
@@ -131,8 +133,6 @@ def test_the_artifact_keeps_the_contract(model_server, config, workspace, datase
     assert pair["error_tags"]["cut_off"] == {"fixed": 1, "introduced": 0, "both": 0}
     assert artifact.manifest["metrics"]["scores"] == {"base": 0.5, "base+few-shot": 1.0}
     assert artifact.manifest["inputs"] == [dataset.ref, "weights-1"]
-    from rich.console import Console
-
     Console(width=100).print(terminal_table(artifact))
     shown = capsys.readouterr().out
     assert "+50.0 points" in shown
@@ -368,3 +368,91 @@ evaluate(config, workspace, dataset, arms, "words")
     published = evaluate(config, workspace, dataset, arms(model_server, dataset), "words")
     assert len(model_server.requests) == 20 - kept
     assert published.artifact.manifest["metrics"]["scores"] == {"base": 0.5, "base+few-shot": 1.0}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, workspace: Workspace) -> tuple[TuneloopConfig, Artifact]:
+    """Words to spell, and words to say again."""
+    sources = [
+        {"path": f"{task}.jsonl", "format": "messages", "task": task} for task in ("spell", "echo")
+    ]
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "mixed",
+            "workspace": str(tmp_path / "workspace"),
+            "task": {
+                "type": "mixture",
+                "tasks": {
+                    "spell": {"type": "extraction", "fields": ["word", "letters"]},
+                    "echo": {"type": "generation", "weight": None},
+                },
+            },
+            "model": {"base": "parrot"},
+            "data": {"sources": sources},
+            "evaluation": {"num_resamples": 200, "concurrency": 4, "num_shots": 2},
+        }
+    )
+
+    def echo(index: int, word: str) -> dict:
+        turns = [{"role": "user", "content": f"echo {word}"}]
+        made = row(500 + index, word)
+        return made | {"messages": [*turns, {"role": "assistant", "content": word}]}
+
+    def rows(start: int, words: list[str]) -> list[dict]:
+        spelt = [row(start + i, w) | {"task": "spell"} for i, w in enumerate(words)]
+        return spelt + [echo(start + i, w) | {"task": "echo"} for i, w in enumerate(words)]
+
+    dataset = publish_dataset(workspace, rows(0, WORDS), rows(100, [w * 2 for w in WORDS]))
+    return config, dataset
+
+
+def test_a_mixture_is_asked_scored_and_told_task_by_task(model_server, workspace, mixed):
+    config, dataset = mixed
+    asked: list[list[dict[str, str]]] = []
+
+    def reply(messages: list[dict[str, str]]) -> tuple[str, str]:
+        asked.append(messages)
+        if messages[-1]["content"].startswith("spell"):
+            return spell(messages)
+        return messages[-1]["content"].removeprefix("echo "), "stop"
+
+    model_server.reply = reply
+    endpoint = Endpoint(model_server.url, "parrot")
+    shots = choose_shots(dataset, 2, 0, ["spell", "echo"])
+    assert [shot.task for shot in shots] == ["spell", "spell", "echo", "echo"]
+    both = [Arm("base", endpoint, (), "w"), Arm("finetuned", endpoint, shots, "w")]
+    artifact = evaluate(config, workspace, dataset, both, "mixed").artifact
+
+    # Solved examples are of the question's own task.
+    for messages in asked:
+        turns = [m["content"].split()[0] for m in messages if m["role"] == "user"]
+        assert len(turns) in (1, 3)
+        assert len(set(turns)) == 1
+    evaluation = Evaluation.load(artifact)
+    base, tuned = evaluation.arms
+    assert tuned["scores"]["score"]["value"] == 1
+    assert base["scores"]["echo/token_f1"] == tuned["scores"]["echo/token_f1"]
+    spelt = base["scores"]["spell/exact_match"]
+    assert spelt["n"] == len(WORDS)
+    assert base["scores"]["score"]["value"] == pytest.approx((1 + spelt["value"]) / 2)
+    table = pq.read_table(artifact.path / "predictions.parquet").to_pylist()
+    assert {row["task"] for row in table} == {"spell", "echo"}
+    assert all((row["spell/exact_match"] is None) == (row["task"] == "echo") for row in table)
+
+    # One task gained and the other did not: the report says so, and what to change.
+    steps = {step.key: step for step in evaluation.next_steps()}
+    assert "did not clearly gain" in steps["task.tasks.echo.weight"].why
+    assert "task.tasks.spell.weight" not in steps
+    report = (artifact.path / "report.html").read_text()
+    assert "Task by task" in report
+    assert "mixture of spell (extraction), echo (generation)" in report
+    assert "2 solved examples of the same task" in report
+    output = io.StringIO()
+    Console(width=100, file=output).print(terminal_table(artifact))
+    printed = output.getvalue()
+    assert "task by task" in printed
+    assert "spell (all fields right)" in printed
+    first = read_questions(dataset, ["spell", "echo"])[0]
+    assert first.task == "spell"
+    with pytest.raises(ArtifactError, match="does not have"):
+        read_questions(dataset, ["spell", "shout"])

@@ -16,12 +16,13 @@ import numpy as np
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
-from tuneloop.data.composition import cluster_sizes, describe_sources
+from tuneloop.data.composition import cluster_sizes, describe_sources, describe_tasks
 from tuneloop.data.files import DOCSTRINGS
 from tuneloop.data.outcome import Outcome
 from tuneloop.data.readme import STAGES, readme
 from tuneloop.data.rendering import percentiles
 from tuneloop.data.signatures import band_shape
+from tuneloop.data.split import is_stratified
 from tuneloop.data.writing import Written
 
 
@@ -59,8 +60,9 @@ def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written])
         "tokenizer_engine": asdict(outcome.engine),
         "sources": [
             {"licence": _licence(source["path"]), **source}
-            for source in describe_sources(outcome, config.data)
+            for source in describe_sources(outcome, config)
         ],
+        "tasks": describe_tasks(outcome, config),
         "wording": outcome.wording,
         "funnel": _funnel(outcome),
         "reasons": _reasons(outcome),
@@ -149,7 +151,7 @@ def _split_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
             counts = Counter(groups[outcome.side == side].tolist())
             summary[f"groups_{name}"] = dict(counts.most_common(20))
             summary[f"num_groups_{name}"] = len(counts)
-    if config.data.split.stratify_by is not None:
+    if is_stratified(config):
         strata = np.array(outcome.table["stratum"].to_pylist(), dtype=object)
         summary["strata"] = {
             name: dict(Counter(strata[outcome.side == side].tolist()).most_common())

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tuneloop.data.dedup import Duplicates, Group, Indices, Keys, Settled, find_duplicates, settle
+from tuneloop.data.mixture import apart
 from tuneloop.data.rendering import Rendering, compared_column, compared_from
 from tuneloop.data.signatures import Texts, as_matrix, shingles
 
@@ -22,21 +23,24 @@ _BLOCKS_PER_TASK = 2
 _MOST_PARTS = 1_000_000
 
 
-def find_duplicate_rows(table: Any, rows: Any, rendering: Rendering) -> Duplicates:
+def find_duplicate_rows(table: Any, rows: Any, rendering: Rendering, kinds: Indices) -> Duplicates:
     """Return which rows of a table repeat which.
+
+    What repeats a row of another kind stays, and is in its cluster.
 
     Args:
         table: Arrow table with `key` and `KEY_COLUMNS`.
         rows: The materialized Ray dataset of these rows, with `key` and `compared_from` at least.
         rendering: Of those; `data.dedup` says what is compared and how.
+        kinds: Of the rows of the table, for example the number of their task. Shape (N,).
     """
     keys = table["key"].to_numpy()
     preference = np.empty(len(keys), dtype=np.int64)
     preference[_by_preference(table)] = np.arange(len(keys))
     bands = as_matrix(table["bands"])
     size = table["num_characters"].to_numpy().astype(np.int64)
-    compare = functools.partial(_compare, keys=keys, rows=rows, rendering=rendering)
-    found = Keys(table["exact_key"].to_numpy(), bands, preference, size)
+    compare = functools.partial(_compare, keys=keys, kinds=kinds, rows=rows, rendering=rendering)
+    found = Keys(apart(table["exact_key"].to_numpy(), kinds), bands, preference, size)
     return find_duplicates(found, rendering.data.dedup, compare)
 
 
@@ -50,7 +54,7 @@ def _by_preference(table: Any) -> Any:
 
 
 def _compare(
-    groups: Sequence[Group], keys: Indices, rows: Any, rendering: Rendering
+    groups: Sequence[Group], keys: Indices, kinds: Indices, rows: Any, rendering: Rendering
 ) -> Iterator[Settled]:
     """Yield what comparing each group shows, while the next ones are compared."""
     import ray
@@ -70,7 +74,12 @@ def _compare(
         parts = [[part] for part in parts]
     task = ray.remote(num_cpus=1)(_settle_group)
     settled = [
-        task.remote(keys[group.rows], group.pairs, rendering, *[part[place] for part in parts])
+        task.remote(
+            (keys[group.rows], kinds[group.rows]),
+            group.pairs,
+            rendering,
+            *[part[place] for part in parts],
+        )
         for place, group in enumerate(groups)
     ]
     del parts
@@ -95,11 +104,13 @@ def _texts_by_group(given: Any, num_groups: int, *blocks: Any) -> Any:
     return parts[0] if num_groups == 1 else parts
 
 
-def _settle_group(keys: Indices, pairs: Indices, rendering: Rendering, *parts: Any) -> Settled:
+def _settle_group(
+    group: tuple[Indices, Indices], pairs: Indices, rendering: Rendering, *parts: Any
+) -> Settled:
     """Return what comparing a group shows.
 
     Args:
-        keys: Of the group's rows.
+        group: Keys and kinds of its rows.
         pairs: Of the group.
         rendering: With the settings of deduplication.
         parts: Tables of `_texts_by_group`.
@@ -107,8 +118,9 @@ def _settle_group(keys: Indices, pairs: Indices, rendering: Rendering, *parts: A
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    keys, kinds = group
     config = rendering.data.dedup
     table = pa.concat_tables(parts)
     texts = table["compared"].take(pc.index_in(pa.array(keys), value_set=table["key"]))
     found = shingles(Texts.of_column(texts), config.ngram_words)
-    return settle(pairs, found, config.threshold)
+    return settle(pairs, found, kinds, config.threshold)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tuneloop.config import DataConfig
+from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
 from tuneloop.data.outcome import Outcome
 from tuneloop.data.rendering import Rendering
@@ -30,22 +30,43 @@ _POLITE = re.compile(
 )
 
 
-def describe_sources(outcome: Outcome, data: DataConfig) -> list[dict[str, Any]]:
+def describe_sources(outcome: Outcome, config: TuneloopConfig) -> list[dict[str, Any]]:
     """Return for each source how many rows were found, removed and put on which side.
 
     Shares are of the train rows, and of their tokens; `synthetic_ratio` is that of its train rows.
+    """
+    sources = config.data.sources
+    told = [
+        {"path": source.path, "task": source.task, "weight": source.weight} for source in sources
+    ]
+    return _describe_parts(outcome, outcome.source, told)
+
+
+def describe_tasks(outcome: Outcome, config: TuneloopConfig) -> list[dict[str, Any]]:
+    """Return the same for each task of a mixture; nothing where there is none."""
+    tasks = config.task.tasks.items()
+    told = [{"name": name, "type": task.type, "weight": task.weight} for name, task in tasks]
+    return _describe_parts(outcome, outcome.kinds, told)
+
+
+def _describe_parts(
+    outcome: Outcome, part: Any, told: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return what is told of each part of the rows, and how many of its rows went where.
+
+    Args:
+        part: Number of each row's part. Shape (N,).
     """
     tokens = outcome.table["num_tokens"].to_numpy()
     synthetic = outcome.table["synthetic"].to_numpy(zero_copy_only=False)
     is_train = outcome.side == stages.TRAIN
     described = []
-    for number, source in enumerate(data.sources):
-        own = outcome.source == number
+    for number, first in enumerate(told):
+        own = part == number
         train = own & is_train
         described.append(
             {
-                "path": source.path,
-                "weight": source.weight,
+                **first,
                 "num_found": int(own.sum()),
                 "num_removed": int((own & (outcome.side == stages.REMOVED)).sum()),
                 "num_train": int(train.sum()),

@@ -12,6 +12,7 @@ import numpy as np
 
 from tuneloop.data import stages
 from tuneloop.data.dedup import Indices, candidate_pairs
+from tuneloop.data.mixture import apart
 from tuneloop.data.outcome import Outcome
 from tuneloop.data.rendering import ALIKE_PROMPTS, Rendering
 from tuneloop.data.signatures import as_matrix, jaccard
@@ -36,9 +37,11 @@ def find_conflicts(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[st
     """
     places = np.flatnonzero(outcome.side != stages.REMOVED)
     table = outcome.table.select(_COLUMNS).take(places)
-    prompts, answers = table["prompt_key"].to_numpy(), table["answer_key"].to_numpy()
-    same = same_prompts(prompts, answers)
-    near = _near_prompts(table, rows, rendering)
+    kinds = outcome.kinds[places]
+    # Two tasks may answer one prompt differently.
+    prompts = apart(table["prompt_key"].to_numpy(), kinds)
+    same = same_prompts(prompts, table["answer_key"].to_numpy())
+    near = _near_prompts(table, prompts, kinds, rows, rendering)
     near.sort(key=lambda pair: (-pair[0], pair[1]))
     shown = [(1.0, *group[:_ROWS_SHOWN].tolist()) for group in same[:_NUM_EXAMPLES]]
     shown += near[:_NUM_EXAMPLES]
@@ -92,13 +95,16 @@ def _repeats(values: Indices) -> Indices:
     return result
 
 
-def _near_prompts(table: Any, rows: Any, rendering: Rendering) -> list[tuple[float, int, int]]:
+def _near_prompts(
+    table: Any, prompts: Indices, kinds: Indices, rows: Any, rendering: Rendering
+) -> list[tuple[float, int, int]]:
     """Return (similarity, row, row) of prompts that differ little, with different answers."""
-    prompts, answers = table["prompt_key"].to_numpy(), table["answer_key"].to_numpy()
+    answers = table["answer_key"].to_numpy()
     # One row stands for all with its prompt.
     first = np.sort(np.unique(prompts, return_index=True)[1])
     pairs = candidate_pairs(as_matrix(table["prompt_bands"]), first)
-    pairs = pairs[answers[first[pairs[:, 0]]] != answers[first[pairs[:, 1]]]]
+    a, b = first[pairs[:, 0]], first[pairs[:, 1]]
+    pairs = pairs[(answers[a] != answers[b]) & (kinds[a] == kinds[b])]
     if not len(pairs):
         return []
     keys = table["key"].to_numpy()[first]

@@ -183,21 +183,22 @@ def group_candidates(pairs: Indices, size: Indices, most_characters: int) -> lis
     return groups
 
 
-def settle(pairs: Indices, found: Shingles, threshold: float) -> Settled:
+def settle(pairs: Indices, found: Shingles, kinds: Indices, threshold: float) -> Settled:
     """Return which rows of a group are alike and which of them stay.
 
-    A row goes only if a row that stays is similar enough itself: in a chain a-b-c with a unlike c,
-    b goes in favour of a, and c stays.
+    A row goes only if a row of its kind that stays is similar enough itself: in a chain a-b-c with
+    a unlike c, b goes in favour of a, and c stays.
 
     Args:
         pairs: Of the group.
         found: Shingles of the group's rows.
+        kinds: Of the group's rows, for example the number of their task.
         threshold: Least Jaccard similarity of rows that are alike.
     """
     from tuneloop.data import kernels
 
     ordered = found.in_order()
-    return Settled(*kernels.settle(ordered.hashes, ordered.offsets, pairs, threshold))
+    return Settled(*kernels.settle(ordered.hashes, ordered.offsets, pairs, kinds, threshold))
 
 
 def connected(num_nodes: int, edges: Indices) -> Indices:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from tuneloop.config import SourceConfig, TaskConfig
+from tuneloop.config import OneTaskConfig, SourceConfig
 from tuneloop.records import Message, Role
 
 _ROLES: dict[str, Role] = {
@@ -61,7 +61,7 @@ def to_document(row: Mapping[str, Any]) -> str:
     return _text(row, "text").strip("\n")
 
 
-def to_messages(row: Mapping[str, Any], source: SourceConfig, task: TaskConfig) -> list[Message]:
+def to_messages(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> list[Message]:
     """Return a row's conversation, checked against the task, without `task.instruction`.
 
     White space after a prompt, blank lines before it, and white space around an answer are
@@ -79,7 +79,7 @@ def to_messages(row: Mapping[str, Any], source: SourceConfig, task: TaskConfig) 
     return messages
 
 
-def _pair(row: Mapping[str, Any], source: SourceConfig, task: TaskConfig) -> list[Message]:
+def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> list[Message]:
     system = ""
     if source.format == "alpaca":
         prompt = _text(row, "instruction")
@@ -175,7 +175,7 @@ def _content(value: Any) -> str:
     raise RowError("a turn's content is not text", got=_short(value), allowed="a string")
 
 
-def check_answer(answer: str, task: TaskConfig) -> None:
+def check_answer(answer: str, task: OneTaskConfig) -> None:
     """Raise RowError if the answer is none that the task allows."""
     if task.type == "classification" and answer not in task.labels:
         close = difflib.get_close_matches(answer.lower(), task.labels, n=1)

@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from tuneloop.config import FiltersConfig, SplitConfig, TaskConfig, TuneloopConfig
+from tuneloop.config import (
+    FiltersConfig,
+    MixedSourceConfig,
+    SplitConfig,
+    TaskConfig,
+    TuneloopConfig,
+)
 from tuneloop.data import stages
 from tuneloop.data.decontamination import (
     HeldOut,
@@ -29,7 +35,7 @@ from tuneloop.data.dedup import Indices
 from tuneloop.data.files import SourceFile
 from tuneloop.data.outcome import Outcome
 from tuneloop.data.readers import read_rows
-from tuneloop.data.rendering import Rendering
+from tuneloop.data.rendering import SAID_IN, Rendering
 from tuneloop.data.signatures import as_matrix, compared_text
 from tuneloop.data.validation import BadRow, refuse_bad_rows
 
@@ -67,7 +73,9 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
         DataError: A file is empty, or more than `data.max_bad_rows_ratio` of its rows cannot be
             read; told with file and line.
     """
-    sources = config.data.decontamination.sources
+    sources = [
+        MixedSourceConfig(**source.model_dump()) for source in config.data.decontamination.sources
+    ]
     found = []
     for position, file in enumerate(files):
         is_text = sources[file.source].format == "text"
@@ -175,7 +183,7 @@ def _ngram_matches(train: TrainRows, comparison: _Comparison) -> list[Match]:
         indices=ray.put(list(comparison.indices)),
         rendering=comparison.rendering,
     )
-    columns = comparison.rows.select_columns(["key", "messages", "text"])
+    columns = comparison.rows.select_columns(["key", *SAID_IN])
     found: dict[int, list[tuple[int, Any, int]]] = {}
     for batch in columns.map_batches(look_up, batch_format="pyarrow").iter_batches(
         batch_size=None, batch_format="pyarrow"
@@ -261,7 +269,7 @@ def _common_ngrams(table: Any, keys: Any, indices: Any, rendering: Rendering) ->
     chosen = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, pa.int64())))
     texts = [
         compared_text(*rendering.own_messages(row), "both")
-        for row in chosen.select(["messages", "text"]).to_pylist()
+        for row in chosen.select(SAID_IN).to_pylist()
     ]
     own_keys = chosen["key"].to_pylist()
     found = [

@@ -279,18 +279,20 @@ def _root(parents: Integers, node: int) -> int:
 
 @njit(cache=True)
 def settle(
-    values: Hashes, offsets: Integers, pairs: Integers, threshold: float
+    values: Hashes, offsets: Integers, pairs: Integers, kinds: Integers, threshold: float
 ) -> tuple[Integers, Integers, Any]:
     """Return root, keeper and similarity of rows in the order of preference. Shape (B,) each.
 
     Rows linked by pairs that are alike have the first of them as root. Among those a row goes only
-    if a row that stays is similar enough itself: in a chain a-b-c with a unlike c, b goes in favour
-    of a, and c stays. The most similar one is the keeper, the first of equally similar ones.
+    if a row of its kind that stays is similar enough itself: in a chain a-b-c with a unlike c, b
+    goes in favour of a, and c stays. The most similar one is the keeper, the first of equally
+    similar ones.
 
     Args:
         values: Sorted hashes of each row's shingles, row after row.
         offsets: Shape (B + 1,).
         pairs: Candidates, shape (P, 2).
+        kinds: Shape (B,). A row is never removed in favour of one of another kind.
         threshold: Least similarity of rows that are alike.
     """
     number = len(offsets) - 1
@@ -309,9 +311,10 @@ def settle(
             continue
         best, keeper, other = 0.0, -1, root
         while other >= 0:
-            found = similarity(values, offsets, other, row)
-            if found > best:
-                best, keeper = found, other
+            if kinds[other] == kinds[row]:
+                found = similarity(values, offsets, other, row)
+                if found > best:
+                    best, keeper = found, other
             other = following[other]
         if keeper >= 0 and best >= threshold:
             keepers[row], similarities[row] = keeper, best

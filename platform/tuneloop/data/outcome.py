@@ -21,6 +21,7 @@ class Outcome:
     Args:
         table: Small columns of all rows in the order of `key`.
         source: Shape (N,), index in `data.sources`.
+        kinds: Shape (N,), place of the task in `task.tasks`; zeros without a mixture.
         row_ids: Arrow array of strings, shape (N,), all different.
         side: Shape (N,), of `stages`.
         rank: Shape (N,), place within the side.
@@ -40,6 +41,7 @@ class Outcome:
 
     table: Any
     source: Any
+    kinds: Any
     row_ids: Any
     side: Any
     rank: Any

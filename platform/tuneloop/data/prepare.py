@@ -29,13 +29,13 @@ from tuneloop.data.decontamination import HeldOut
 from tuneloop.data.files import SourceFile, find_evaluation_files, find_files
 from tuneloop.data.held_out import decontaminate, read_evaluations
 from tuneloop.data.languages import refuse_unknown_languages
-from tuneloop.data.mixture import Mixture
+from tuneloop.data.mixture import kinds_of, kinds_to_remove, mixture_of
 from tuneloop.data.outcome import Outcome
 from tuneloop.data.packing import packed_tables
 from tuneloop.data.readers import file_positions
 from tuneloop.data.rendering import NUM_PROVED, Rendering, tell_engine
 from tuneloop.data.signatures import one_array
-from tuneloop.data.split import Split, limit_train, occurrence, split_rows
+from tuneloop.data.split import Split, is_stratified, limit_train, occurrence, split_rows
 from tuneloop.data.validation import (
     nothing_left_problem,
     reason_of,
@@ -51,7 +51,7 @@ from tuneloop.models.source import BaseModel
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 6
+CODE_VERSION = 7
 _NUM_EXAMPLES, _SHOWN_CHARACTERS = 3, 500
 _COLUMNS = [
     "source",
@@ -132,7 +132,7 @@ def _build(
         rendering, engine = _proved(rendering, rows, readable)
         rows = stages.render_rows(rows, rendering, warm, draft.scratch)
         columns = [*_COLUMNS, *([] if is_text else ["prompt_bands"])]
-        outcome = _outcome(stages.collect(rows, columns), files, seconds)
+        outcome = _outcome(stages.collect(rows, columns), files, config, seconds)
         outcome.engine = engine
         _drop_unusable(outcome, unreadable, config)
         outcome.filtered = _filtered(outcome, rows, rendering)
@@ -143,7 +143,7 @@ def _build(
         _rate(num_tokens, seconds["tokenize"]),
     )
     with _timed("dedup", seconds):
-        _drop_duplicates(outcome, rows, rendering)
+        _drop_duplicates(outcome, rows, rendering, config)
     logger.info("removed %s duplicate rows", f"{outcome.stage.count('dedup'):,}")
     if not is_text:
         with _timed("conflicts", seconds):
@@ -226,12 +226,15 @@ def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, Choi
     return rendering, choice
 
 
-def _outcome(table: Any, files: list[SourceFile], seconds: dict[str, float]) -> Outcome:
+def _outcome(
+    table: Any, files: list[SourceFile], config: TuneloopConfig, seconds: dict[str, float]
+) -> Outcome:
     count = table.num_rows
     source = np.array([file.source for file in files])[file_positions(table["key"].to_numpy())]
     return Outcome(
         table,
         source,
+        kinds_of(config, source),
         _row_ids(one_array(table["content_id"])),
         side=np.zeros(count, dtype=np.int64),
         rank=np.arange(count, dtype=np.int64),
@@ -309,11 +312,15 @@ def _filtered(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, An
     }
 
 
-def _drop_duplicates(outcome: Outcome, rows: Any, rendering: Rendering) -> None:
+def _drop_duplicates(
+    outcome: Outcome, rows: Any, rendering: Rendering, config: TuneloopConfig
+) -> None:
     table = outcome.table.select(["key", *KEY_COLUMNS])
     if len(outcome.usable) < table.num_rows:
         table = table.take(outcome.usable)
-    duplicates = find_duplicate_rows(table, rows, rendering)
+    answers = outcome.table["answer_key"].to_numpy()
+    kinds = kinds_to_remove(config, outcome.kinds, answers)[outcome.usable]
+    duplicates = find_duplicate_rows(table, rows, rendering, kinds)
     outcome.duplicates = duplicates
     for index in duplicates.removed.tolist():
         kept = outcome.row_ids[int(outcome.usable[duplicates.kept[index]])].as_py()
@@ -334,7 +341,7 @@ def _split(outcome: Outcome, config: TuneloopConfig) -> None:
         table["group"].to_pylist(),
         [outcome.duplicates.cluster[stays], table["prompt_key"].to_numpy()],
         config.data,
-        table["stratum"].to_pylist() if config.data.split.stratify_by is not None else (),
+        table["stratum"].to_pylist() if is_stratified(config) else (),
     )
     # From here on the split speaks of all rows.
     outcome.split = Split(
@@ -350,9 +357,9 @@ def _limit_train(outcome: Outcome, config: TuneloopConfig) -> None:
     """Put the rows on their sides, once it is known which ones may be trained on."""
     assert outcome.split is not None
     assert outcome.contamination is not None
-    split = limit_train(
-        outcome.split, outcome.contamination.removed, config.data, _mixture(outcome, config)
-    )
+    num_tokens = outcome.table["num_tokens"].to_numpy()
+    mixture = mixture_of(config, outcome.source, outcome.kinds, num_tokens)
+    split = limit_train(outcome.split, outcome.contamination.removed, config.data, mixture)
     for side, indices in (
         (stages.TRAIN, split.train),
         (stages.TEST, split.test),
@@ -363,19 +370,6 @@ def _limit_train(outcome: Outcome, config: TuneloopConfig) -> None:
     for index, reason in split.surplus.items():
         outcome.remove(index, "split", reason)
     outcome.split = split
-
-
-def _mixture(outcome: Outcome, config: TuneloopConfig) -> Mixture | None:
-    """Return the parts of the sources in the train split, or None if none has a weight."""
-    sources = config.data.sources
-    weights = [source.weight for source in sources if source.weight is not None]
-    if not weights:
-        return None
-    # Conversations count as one each; documents are packed, so what they fill counts.
-    size = outcome.table["num_tokens"].to_numpy().astype(np.int64)
-    if config.task.type != "language_modeling":
-        size = np.ones_like(size)
-    return Mixture(outcome.source, size, weights, [source.path for source in sources])
 
 
 def _fates(outcome: Outcome, config: TuneloopConfig) -> Any:

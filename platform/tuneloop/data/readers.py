@@ -9,10 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
-from tuneloop.config import TaskConfig, TuneloopConfig
+from tuneloop.config import OneTaskConfig, TuneloopConfig
 from tuneloop.data.files import DOCUMENTS, SourceFile
 from tuneloop.data.filters import apply_filters, filter_messages
 from tuneloop.data.formats import (
@@ -48,6 +48,8 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
     """
     source = config.data.sources[file.source]
     split = config.data.split
+    name = source.task or ""
+    task = config.task.of(name)
     used = used_columns(source)
     for number, (line, record) in enumerate(_records(file)):
         row = {
@@ -56,10 +58,11 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
             "problem": "",
             "dropped": "",
             "changes": "",
+            "task": name,
             "messages": [],
             "text": "",
             "group": "",
-            "stratum": "",
+            "stratum": name,
             "synthetic": False,
             "extra": "{}",
         }
@@ -70,32 +73,39 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
                 found = apply_filters([to_document(record)], False, config.data.filters)
                 row["text"] = found.texts[0]
             else:
-                messages = to_messages(record, source, config.task)
+                messages = to_messages(record, source, task)
                 messages, found = filter_messages(messages, config.data.filters)
                 if found.changes and not found.dropped:
                     # A number that was masked leaves no valid JSON, for example.
-                    check_answer(messages[-1].content, config.task)
+                    check_answer(messages[-1].content, task)
                 row["messages"] = [
                     {"role": message.role, "content": message.content}
-                    for message in with_instruction(messages, config.task)
+                    for message in with_instruction(messages, task)
                 ]
             row["dropped"], row["changes"] = found.dropped, ", ".join(found.changes)
             if split.group_by is not None:
                 row["group"] = _told_by(record, split.group_by, "group_by")
             if split.stratify_by is not None:
-                row["stratum"] = _told_by(record, split.stratify_by, "stratify_by")
+                value = _told_by(record, split.stratify_by, "stratify_by")
+                # No name of a task has a comma, so no two strata are called the same.
+                row["stratum"] = f"{name}, {value}" if name else value
             row["synthetic"] = record.get("synthetic") is True
             # A row of a dataset artifact is made anew: its ids belong to another preparation.
             is_ours = record.keys() >= _MADE_BY_US
+            reserved = RESERVED | {"task"} if name else RESERVED
             extra = {
-                own_name(name): value
-                for name, value in record.items()
-                if name not in used and name != "synthetic" and not (is_ours and name in RESERVED)
+                own_name(column, reserved): value
+                for column, value in record.items()
+                if column not in used
+                and column != "synthetic"
+                and not (is_ours and column in RESERVED)
             }
+            if name:
+                extra["task"] = name
             row["extra"] = json.dumps(extra, ensure_ascii=False, default=str)
             _refuse_lone_surrogates(row)
         except RowError as error:
-            row |= {"messages": [], "group": "", "extra": "{}"}
+            row |= {"messages": [], "group": "", "stratum": name, "extra": "{}"}
             row["problem"] = json.dumps(
                 {**vars(error), "fatal": isinstance(error, FileError)}, ensure_ascii=False
             )
@@ -109,9 +119,9 @@ def file_positions(keys: Any) -> Any:
     return keys >> _ROWS_PER_FILE_BITS
 
 
-def own_name(column: str) -> str:
+def own_name(column: str, reserved: Set[str] = RESERVED) -> str:
     """Return the name under which a user's column is carried."""
-    is_taken = column in RESERVED or column.startswith("#")
+    is_taken = column in reserved or column.startswith("#")
     return f"original_{column.removeprefix('#')}" if is_taken else column
 
 
@@ -119,8 +129,9 @@ def row_schema() -> Any:
     """Return the Arrow schema of rows between reading and tokenizing.
 
     `problem` is empty or JSON of what, got, allowed, remedy and fatal; `dropped` is empty or why a
-    filter drops the row, `changes` what filters mended in it; `extra` is JSON of the
-    user's own columns, whose types need not agree between files.
+    filter drops the row, `changes` what filters mended in it; `task` is a name of `task.tasks`, if
+    there are any; `extra` is JSON of the user's own columns, whose types need not agree between
+    files.
     """
     import pyarrow as pa
 
@@ -132,6 +143,7 @@ def row_schema() -> Any:
             ("problem", pa.string()),
             ("dropped", pa.string()),
             ("changes", pa.string()),
+            ("task", pa.string()),
             ("messages", pa.list_(message)),
             ("text", pa.string()),
             ("group", pa.string()),
@@ -142,7 +154,7 @@ def row_schema() -> Any:
     )
 
 
-def with_instruction(messages: list[Message], task: TaskConfig) -> list[Message]:
+def with_instruction(messages: list[Message], task: OneTaskConfig) -> list[Message]:
     """Return the messages with `task.instruction` as, or before, the system message."""
     instruction = task.instruction.strip()
     if not instruction:
@@ -153,7 +165,9 @@ def with_instruction(messages: list[Message], task: TaskConfig) -> list[Message]
     return [Message("system", instruction), *messages]
 
 
-def without_instruction(messages: list[dict[str, str]], task: TaskConfig) -> list[dict[str, str]]:
+def without_instruction(
+    messages: list[dict[str, str]], task: OneTaskConfig
+) -> list[dict[str, str]]:
     """Return what a row itself says: `with_instruction` undone, for comparing rows."""
     instruction = task.instruction.strip()
     if not instruction:

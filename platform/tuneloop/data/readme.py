@@ -24,12 +24,13 @@ def readme(card: dict[str, Any]) -> str:
     parts = [
         f"# Dataset `{card['name']}`",
         f"{train['num_rows']:,} train rows and {test['num_rows']:,} test rows for "
-        f"`{card['task']['type']}`, tokenized for `{card['base']}` "
+        f"{_task_text(card['task'])}, tokenized for `{card['base']}` "
         f"(chat template `{card['chat_template']}`, at most {card['max_seq_len']:,} tokens a row, "
         f"seed {card['seed']}).",
         "## Sources",
         "\n".join(f"- `{s['path']}`. Licence: {s['licence']}." for s in card["sources"]),
-        _sources_table(card["sources"]),
+        _parts_table("source", [(f"`{s['path']}`", s) for s in card["sources"]]),
+        *_tasks(card["tasks"]),
         _synthetic_text(card["synthetic_ratios"]),
         "## What happened to the rows",
         _table(
@@ -84,7 +85,7 @@ def readme(card: dict[str, Any]) -> str:
         "## Contamination",
         _contamination_text(card["decontamination"]),
         "## Split",
-        _split_text(card["split"]),
+        _split_text(card["split"], bool(card["tasks"])),
         "## Samples",
         *[_sample_text(name, row) for name, rows in card["samples"].items() for row in rows[:2]],
         "## Made with",
@@ -97,18 +98,29 @@ def readme(card: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _sources_table(sources: list[dict[str, Any]]) -> str:
-    header = ["source", "weight", "found", "removed", "train", "validation", "test"]
+def _task_text(task: dict[str, Any]) -> str:
+    tasks = ", ".join(f"`{name}`" for name in task["tasks"])
+    return f"a mixture of {tasks}" if tasks else f"`{task['type']}`"
+
+
+def _tasks(tasks: list[dict[str, Any]]) -> list[str]:
+    """Return the table of a mixture's tasks, if there are any."""
+    parts = [(f"`{task['name']}`: {task['type']}", task) for task in tasks]
+    return [_parts_table("task", parts)] if parts else []
+
+
+def _parts_table(what: str, parts: list[tuple[str, dict[str, Any]]]) -> str:
+    header = [what, "weight", "found", "removed", "train", "validation", "test"]
     rows = [
         [
-            f"`{source['path']}`",
-            "–" if source["weight"] is None else f"{source['weight']:g}",
-            *(f"{source[f'num_{name}']:,}" for name in header[2:]),
-            f"{source['train_row_share']:.1%}",
-            f"{source['train_token_share']:.1%}",
-            f"{source['synthetic_ratio']:.1%}",
+            name,
+            "–" if part["weight"] is None else f"{part['weight']:g}",
+            *(f"{part[f'num_{column}']:,}" for column in header[2:]),
+            f"{part['train_row_share']:.1%}",
+            f"{part['train_token_share']:.1%}",
+            f"{part['synthetic_ratio']:.1%}",
         ]
-        for source in sources
+        for name, part in parts
     ]
     return _table([*header, "of the train rows", "of the train tokens", "synthetic"], rows)
 
@@ -240,7 +252,7 @@ def _contamination_text(found: dict[str, Any]) -> str:
     return text
 
 
-def _split_text(split: dict[str, Any]) -> str:
+def _split_text(split: dict[str, Any], is_mixture: bool) -> str:
     wanted = (
         f"{split['num_test_examples']:,} test rows"
         if split["num_test_examples"] is not None
@@ -262,8 +274,9 @@ def _split_text(split: dict[str, Any]) -> str:
             for side in ("train", "test")
         ]
         text += f"\n\nNo `{split['group_by']}` is on both sides: " + "; ".join(names) + "."
-    if split["stratify_by"] is not None:
-        text += f"\n\nStratified by `{split['stratify_by']}`:\n\n" + _strata(split["strata"])
+    if "strata" in split:
+        by = ["task"] * is_mixture + [f"`{split['stratify_by']}`"] * bool(split["stratify_by"])
+        text += f"\n\nStratified by {' and '.join(by)}:\n\n" + _strata(split["strata"])
     return text
 
 

@@ -35,6 +35,8 @@ ALIKE_PROMPTS = 0.9
 # On how many of the user's rows an engine is tried, and how much of each.
 NUM_PROVED = 200
 _PROVED_CHARACTERS = 5_000
+# Columns that tell what a row itself says (`Rendering.own_messages`).
+SAID_IN = ["task", "messages", "text"]
 _LONE_TOKEN = "the document is a single token: nothing can be predicted in it"
 
 
@@ -72,8 +74,8 @@ class Rendering:
 
     def own_messages(self, row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
         """Return what a row itself says: messages without the task's instruction, and text."""
-        messages = row["messages"]
-        return (without_instruction(messages, self.task) if messages else []), row["text"]
+        messages, task = row["messages"], self.task.of(row["task"])
+        return (without_instruction(messages, task) if messages else []), row["text"]
 
 
 @lru_cache(maxsize=4)
@@ -237,8 +239,9 @@ def dedup_keys(table: Any, rendering: Rendering) -> dict[str, Any]:
         ids = [content_id([], text) for text in table["text"].to_pylist()]
         sizes = pc.utf8_length(table["text"])
     else:
-        said = [rendering.own_messages(row) for row in _messages_and_text(table)]
-        ids = [content_id(*row) for row in said]
+        rows = _said_by(table)
+        said = [rendering.own_messages(row) for row in rows]
+        ids = [content_id(*own, row["task"]) for own, row in zip(said, rows, strict=True)]
         sizes = pa.array([sum(len(m["content"]) for m in own) or len(text) for own, text in said])
     texts = Texts.of_column(compared_column(table, rendering))
     return {
@@ -251,7 +254,7 @@ def dedup_keys(table: Any, rendering: Rendering) -> dict[str, Any]:
 
 def compared_from(rendering: Rendering) -> list[str]:
     """Return the columns that `compared_column` reads."""
-    return ["text"] if rendering.task.type == "language_modeling" else ["messages", "text"]
+    return ["text"] if rendering.task.type == "language_modeling" else SAID_IN
 
 
 def compared_column(table: Any, rendering: Rendering) -> Any:
@@ -261,7 +264,7 @@ def compared_column(table: Any, rendering: Rendering) -> Any:
     if rendering.task.type == "language_modeling":
         return table["text"].cast(pa.large_string())
     on = rendering.data.dedup.on
-    rows = _messages_and_text(table)
+    rows = _said_by(table)
     texts = [compared_text(*rendering.own_messages(row), on) for row in rows]
     return pa.array(texts, pa.large_string())
 
@@ -279,7 +282,7 @@ def _prompt_keys(table: Any, rendering: Rendering, exact: Any) -> dict[str, Any]
     if rendering.task.type == "language_modeling":
         prompts = answers = Texts.of([""] * table.num_rows)
     else:
-        said = [rendering.own_messages(row)[0] for row in _messages_and_text(table)]
+        said = [rendering.own_messages(row)[0] for row in _said_by(table)]
         prompts = Texts.of([compared_text(own, "", "prompt") for own in said])
         answers = Texts.of([compared_text(own, "", "completion") for own in said])
         has_prompt = np.array([bool(own) for own in said], dtype=bool)
@@ -291,8 +294,8 @@ def _prompt_keys(table: Any, rendering: Rendering, exact: Any) -> dict[str, Any]
     }
 
 
-def _messages_and_text(table: Any) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = table.select(["messages", "text"]).to_pylist()
+def _said_by(table: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = table.select(SAID_IN).to_pylist()
     return rows
 
 
@@ -349,9 +352,14 @@ def rows_with_keys(table: Any, keys: Any) -> Any:
     return table.filter(pc.is_in(table["key"], value_set=pa.array(keys, pa.int64())))
 
 
-def content_id(messages: list[dict[str, str]], text: str) -> str:
-    """Return 20 hexadecimal digits that identify what a row says, wherever it was read."""
+def content_id(messages: list[dict[str, str]], text: str, task: str = "") -> str:
+    """Return 20 hexadecimal digits that identify what a row says, wherever it was read.
+
+    Args:
+        task: Of a mixture. The same words in two tasks are two rows.
+    """
     parts = [part for m in messages for part in (m["role"], m["content"])] or [text]
+    parts = [f"task {task}", *parts] if task else parts
     return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()[:20]
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneloop.config import DataConfig
+from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.dedup import Indices, connected
 from tuneloop.data.mixture import Mixture
 from tuneloop.errors import DataError, Problem
@@ -44,6 +44,11 @@ class Split:
     num_groups: dict[str, int]
 
 
+def is_stratified(config: TuneloopConfig) -> bool:
+    """Return whether each stratum has its share in test and validation; each task has."""
+    return config.data.split.stratify_by is not None or bool(config.task.tasks)
+
+
 def hash_rank(seed: int, name: str) -> int:
     """Return a uniform 64-bit number for a name, the same on every machine."""
     digest = hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "replace"), digest_size=8).digest()
@@ -64,7 +69,8 @@ def split_rows(
         groups: Shape (N,), the values of `split.group_by`; all empty without it.
         links: Labels, shape (N,) each; rows with an equal label stay together.
         data: `split` and `seed`.
-        strata: Shape (N,), the values of `split.stratify_by`; empty without it.
+        strata: Shape (N,), each row's task and value of `split.stratify_by`; empty if rows are
+            not stratified.
 
     Raises:
         DataError: There are not enough rows, or they hang together too much to be split.
@@ -80,7 +86,7 @@ def split_rows(
     num_units = int(unit.max(initial=-1)) + 1
     sizes = np.bincount(unit, minlength=num_units)
 
-    stratum = strata_of_units(unit, num_units, strata) if data.split.stratify_by else None
+    stratum = strata_of_units(unit, num_units, strata) if len(strata) else None
     choice = _ranks(data.seed, names, "unit\0")
     place = _unit_places(unit, _ranks(data.seed, names), choice)
     taken = _take(place, sizes, (data.split.num_test_examples, data.split.test_ratio), stratum)
@@ -120,7 +126,7 @@ def limit_train(
         split: Of all rows.
         left_out: Train rows that may not be trained on.
         data: `num_train_examples`.
-        mixture: The parts of the sources, if they have weights.
+        mixture: The parts of sources or tasks, if they have weights.
 
     Raises:
         DataError: Fewer are left than asked for, or none.
@@ -130,14 +136,14 @@ def limit_train(
     if mixture is not None:
         train = mixture.order(everyone)
         beyond = np.setdiff1d(everyone, train).tolist()
-        surplus = dict.fromkeys(beyond, "beyond its source's part of the mixture")
+        surplus = dict.fromkeys(beyond, f"beyond its {mixture.what}'s part of the mixture")
     limit = data.num_train_examples
     if len(train) < (limit or 1):
         held_out = f"the test split{' and the validation split' * data.split.validates}"
         if len(left_out):
             held_out += f", and {len(left_out):,} contaminated rows"
         if mixture is not None:
-            held_out += f"; {len(everyone):,} without the weights of the sources"
+            held_out += f"; {len(everyone):,} without the weights of the {mixture.what}s"
         raise DataError(
             Problem(
                 "not enough rows to train on",
@@ -312,8 +318,8 @@ def _refuse_used_up(
     raise DataError(
         Problem(
             "the test split would take all rows of a stratum",
-            where="data.split.stratify_by",
-            got=", ".join(f"{data.split.stratify_by} {name}" for name in gone[:5]),
+            where="data.split",
+            got=", ".join(f"{data.split.stratify_by or 'task'} {name}" for name in gone[:5]),
             remedy="lower data.split.num_test_examples, or add rows of it",
         )
     )

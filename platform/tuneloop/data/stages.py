@@ -18,6 +18,7 @@ from tuneloop.data.kept import KEPT_FROM_ROWS, kept_blocks, make_or_read
 from tuneloop.data.packing import num_pieces, place_documents
 from tuneloop.data.readers import read_rows, row_schema
 from tuneloop.data.rendering import (
+    SAID_IN,
     Rendering,
     chunks,
     render_batch,
@@ -110,7 +111,7 @@ def collect(rows: Any, columns: list[str]) -> Any:
 
 
 def fetch_rows(rows: Any, keys: Any) -> list[dict[str, Any]]:
-    """Return `messages` and `text` of the rows with some keys."""
+    """Return the columns of `SAID_IN` of the rows with some keys."""
     select = functools.partial(rows_with_keys, keys=np.sort(keys))
     return [row for batch in _selected(rows, select) for row in batch.to_pylist()]
 
@@ -144,7 +145,7 @@ def fetch_texts(rows: Any, keys: Any, rendering: Rendering) -> dict[int, tuple[s
 
 
 def _selected(rows: Any, select: Any) -> Iterator[Any]:
-    columns = rows.select_columns(["key", "messages", "text"])
+    columns = rows.select_columns(["key", *SAID_IN])
     chosen = columns.map_batches(select, batch_format="pyarrow")
     yield from chosen.iter_batches(batch_size=None, batch_format="pyarrow")
 

@@ -84,12 +84,14 @@ class Filter:
     """Which examples to show; an empty field lets everything through.
 
     Args:
+        task: Of a mixture.
         tag: An error that either answer has.
         tag_change: What became of it.
         text: Words that must all occur in question, reference or answers, in any case.
     """
 
     outcome: Outcome | None = None
+    task: str | None = None
     tag: str | None = None
     tag_change: TagChange | None = None
     text: str = ""
@@ -97,6 +99,8 @@ class Filter:
     def admits(self, example: PairedExample) -> bool:
         """Return whether an example is to be shown."""
         if self.outcome is not None and example.outcome != self.outcome:
+            return False
+        if self.task is not None and example.after.task != self.task:
             return False
         changes = {tag: example.tag_change(tag) for tag in ([self.tag] if self.tag else ERROR_TAGS)}
         found = {change for change in changes.values() if change is not None}
@@ -134,6 +138,9 @@ def pair_examples(
         if old is None:
             continue
         then, now = old.scores.get(metric), new.scores.get(metric)
+        task, _, _ = metric.rpartition("/")
+        if task and new.task and task != new.task:
+            continue  # The metric is another task's.
         gain: float | None = None
         outcome: Outcome = "unscored"
         if then is not None and now is not None:

@@ -38,6 +38,7 @@ class Prediction:
         latency_s: From sending to the full answer, with the other requests in flight.
         error: Why the row is unscored, empty otherwise.
         scores: Metric by name; empty when unscored.
+        task: Of a mixture; empty otherwise.
     """
 
     example_id: str
@@ -53,6 +54,7 @@ class Prediction:
     error: str = ""
     error_tags: list[str] = field(default_factory=list)
     scores: dict[str, float | None] = field(default_factory=dict)
+    task: str = ""
 
 
 def summarise(
@@ -66,6 +68,10 @@ def summarise(
     return {
         "schema_version": SCHEMA_VERSION,
         "task_type": scorer.task.type,
+        "tasks": {
+            name: {"type": part.task.type, "primary": part.primary}
+            for name, part in scorer.parts.items()
+        },
         "primary": scorer.primary,
         "confidence": resampling.confidence,
         "num_examples": len({prediction.example_id for prediction in predictions}),

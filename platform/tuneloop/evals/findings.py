@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tuneloop.artifacts import Artifact
 from tuneloop.evals.comparison import Prediction
 from tuneloop.evals.error_tags import ERROR_TAGS
-from tuneloop.evals.metrics import FIELD_PREFIX, Metric
+from tuneloop.evals.metrics import FIELD_PREFIX, Metric, in_task
 
 Tone = Literal["good", "mixed", "bad", "unclear"]
 _ARM_WORDS = {
@@ -105,6 +105,26 @@ class Evaluation:
     def metric(self, name: str) -> Metric:
         """Return what a metric means."""
         return Metric(**self.metrics["metrics"][name])
+
+    @property
+    def tasks(self) -> dict[str, dict[str, str]]:
+        """The `type` and `primary` metric of each task of a mixture; empty otherwise."""
+        # An evaluation of an earlier version has none.
+        return dict(self.metrics.get("tasks", {}))
+
+    def task_types(self) -> set[str]:
+        """Return the types of all tasks."""
+        return {task["type"] for task in self.tasks.values()} or {self.metrics["task_type"]}
+
+    def secondary(self) -> list[str]:
+        """Return the metrics to show beside the primary one: of a mixture each task's own."""
+        if self.tasks:
+            return [in_task(name, task["primary"]) for name, task in self.tasks.items()]
+        return [
+            name
+            for name in self.metrics["metrics"]
+            if name != self.primary and not name.startswith(FIELD_PREFIX)
+        ]
 
     def candidate_pairs(self) -> list[dict[str, Any]]:
         """Return the candidate against every other arm, in the order of the arms."""
@@ -251,6 +271,7 @@ class Evaluation:
             )
         steps += self._lagging_part()
         other = self.strongest_other()
+        steps += self._lagging_tasks(other)
         behind = [
             pair
             for pair in self.candidate_pairs()
@@ -293,7 +314,7 @@ class Evaluation:
                     "data.num_train_examples",
                 )
             )
-        if self.metrics["task_type"] == "generation":
+        if "generation" in self.task_types():
             steps.append(
                 NextStep(
                     "Let people judge the answers blind",
@@ -311,6 +332,28 @@ class Evaluation:
                 )
             )
         return steps
+
+    def _lagging_tasks(self, other: str | None) -> list[NextStep]:
+        """Return a step for each task of a mixture that did not gain like the others."""
+        pair = next((p for p in self.candidate_pairs() if p["other"] == other), None)
+        if pair is None or self.candidate["name"] != "finetuned":
+            return []
+        found = {}
+        for name, task in self.tasks.items():
+            key = in_task(name, task["primary"])
+            found[name] = direction(pair["differences"][key], self.metric(key))
+        if "better" not in found.values():
+            return []
+        said = {"worse": "got worse", "unclear": "did not clearly gain"}
+        return [
+            NextStep(
+                f"Give `{name}` a larger part of the mixture, or a model of its own",
+                f"It {said[outcome]} against {describe_arm(str(other))}, while other tasks gained.",
+                f"task.tasks.{name}.weight",
+            )
+            for name, outcome in found.items()
+            if outcome != "better"
+        ]
 
     def _lagging_part(self) -> list[NextStep]:
         """Return a step when one field or label is clearly worse than the best one."""

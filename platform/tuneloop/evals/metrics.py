@@ -12,10 +12,10 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tuneloop.config import TaskConfig, TaskType
+from tuneloop.config import OneTaskConfig, TaskConfig, TaskType
 from tuneloop.errors import DataError, Problem
 
 Better = Literal["higher", "lower", "neither"]
@@ -71,22 +71,36 @@ TASK_METRICS: dict[TaskType, TaskMetrics] = {
     ),
 }
 MACRO_F1 = Metric("mean F1 over the labels")
+MIXTURE_SCORE = "score"
 
 
 class Scorer:
-    """Scores answers of one task.
+    """Scores answers of one task, or of the tasks of a mixture.
+
+    In a mixture each answer has the primary metric of its own task as its `score`; the metrics of
+    a task are called `TASK/METRIC` and apply to its rows only.
 
     Args:
         task: The task, as configured.
         references: The reference of every test row by its id; checked at once.
+        task_of: In a mixture, the task of every test row by its id.
 
     Raises:
         DataError: References that cannot be scored against, for example one that is not JSON.
     """
 
-    def __init__(self, task: TaskConfig, references: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        task: OneTaskConfig,
+        references: Mapping[str, str],
+        task_of: Mapping[str, str] | None = None,
+    ) -> None:
         self.task = task
         self.fields = list(task.fields)
+        self.parts: dict[str, Scorer] = {}
+        if isinstance(task, TaskConfig) and task.tasks:
+            self._mix(task, references, task_of or {})
+            return
         definition = TASK_METRICS[task.type]
         self.primary = definition.primary
         self.metrics = dict(definition.metrics)
@@ -101,8 +115,41 @@ class Scorer:
         elif task.type == "classification":
             self._check_labels(references)
 
-    def score(self, reference: str, completion: str) -> dict[str, float | None]:
-        """Return every metric of one answer, in the order of `metrics`."""
+    def of(self, task: str) -> Scorer:
+        """Return the scorer of one of a mixture's tasks; this one where there is no mixture."""
+        return self.parts[task] if self.parts else self
+
+    def _mix(
+        self, task: TaskConfig, references: Mapping[str, str], task_of: Mapping[str, str]
+    ) -> None:
+        for name, one in task.tasks.items():
+            own = {key: text for key, text in references.items() if task_of[key] == name}
+            self.parts[name] = Scorer(one, own)
+        primaries = [part.metrics[part.primary] for part in self.parts.values()]
+        is_binary = all(metric.kind == "binary" for metric in primaries)
+        self.primary = MIXTURE_SCORE
+        self.metrics = {
+            MIXTURE_SCORE: Metric(
+                "score of each answer in its own task", kind="binary" if is_binary else "ratio"
+            )
+        }
+        for name, part in self.parts.items():
+            for metric, meaning in part.metrics.items():
+                own_label = replace(meaning, label=f"{name}: {meaning.label}")
+                self.metrics[in_task(name, metric)] = own_label
+
+    def score(self, reference: str, completion: str, task: str = "") -> dict[str, float | None]:
+        """Return every metric of one answer that applies to it, in the order of `metrics`.
+
+        Args:
+            task: Of the row, in a mixture.
+        """
+        if self.parts:
+            part = self.parts[task]
+            scores = part.score(reference, completion)
+            return {MIXTURE_SCORE: scores[part.primary]} | {
+                in_task(task, name): value for name, value in scores.items()
+            }
         if self.task.type == "extraction":
             return self._score_extraction(reference, completion)
         if self.task.type == "classification":
@@ -162,6 +209,11 @@ class Scorer:
             allowed=", ".join(self.task.labels),
             remedy="mend the row, or add the label to `task.labels`",
         )
+
+
+def in_task(task: str, metric: str) -> str:
+    """Return what a metric of one of a mixture's tasks is called."""
+    return f"{task}/{metric}"
 
 
 def _refuse(bad: Sequence[str], references: Mapping[str, str], allowed: str, remedy: str) -> None:

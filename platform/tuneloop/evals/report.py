@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
 from tuneloop.evals.findings import Evaluation, Example, format_estimate
-from tuneloop.evals.metrics import FIELD_PREFIX
 from tuneloop.evals.views import (
     format_number,
     list_facts,
@@ -20,6 +19,7 @@ from tuneloop.evals.views import (
     show_prompts,
     show_setting,
     show_tags,
+    show_tasks,
 )
 
 if TYPE_CHECKING:
@@ -44,11 +44,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
     source = resources.files("tuneloop.evals").joinpath("report.html.jinja")
     template = environment.from_string(source.read_text(encoding="utf-8"))
     metric = evaluation.metric(evaluation.primary)
-    secondary = [
-        name
-        for name in evaluation.metrics["metrics"]
-        if name != evaluation.primary and not name.startswith(FIELD_PREFIX)
-    ]
+    secondary = evaluation.secondary()
     return template.render(
         name=evaluation.name,
         verdict=evaluation.verdict(),
@@ -63,6 +59,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
             for pair in evaluation.comparison["pairs"]
             if pair["arm"] != evaluation.candidate["name"]
         ],
+        tasks=show_tasks(evaluation),
         parts=show_parts(evaluation),
         tags=show_tags(evaluation),
         strongest=evaluation.strongest_other(),
@@ -130,6 +127,16 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
                 shown["p"],
                 str(shown["num_fixed"]),
                 str(shown["num_worse"]),
+            )
+        parts += [Text(), table]
+    if tasks := show_tasks(evaluation):
+        table = Table(title="task by task", title_justify="left", box=None)
+        table.add_column("task")
+        for arm in evaluation.arms:
+            table.add_column(arm["name"], justify="right")
+        for task in tasks:
+            table.add_row(
+                f"{task['name']} ({task['label']})", *(bar["value"] for bar in task["bars"])
             )
         parts += [Text(), table]
     other = evaluation.strongest_other()

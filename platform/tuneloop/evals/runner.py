@@ -90,8 +90,12 @@ def evaluate(
     found = find_evaluation(config, workspace, dataset, arms, name)
     if found is not None:
         return Published(found, reused=True)
-    questions = read_questions(dataset)
-    scorer = Scorer(config.task, {q.example_id: q.reference for q in questions})
+    questions = read_questions(dataset, config.task.tasks)
+    scorer = Scorer(
+        config.task,
+        {q.example_id: q.reference for q in questions},
+        {q.example_id: q.task for q in questions},
+    )
     params = sampling(config.evaluation)
     requests = [
         Request(arm, arm_identity(arm, params), question, params)
@@ -177,7 +181,7 @@ def _take_over(known: PartialAnswers, earlier: Artifact) -> None:
 def _scores(scorer: Scorer, request: Request, answer: Answer) -> Mapping[str, float | None]:
     if request.question.text:
         return {"bits_per_byte": answer.bits_per_byte}
-    return scorer.score(request.question.reference, answer.text)
+    return scorer.score(request.question.reference, answer.text, request.question.task)
 
 
 def _prediction(scorer: Scorer, request: Request, answer: Answer) -> Prediction:
@@ -196,11 +200,18 @@ def _prediction(scorer: Scorer, request: Request, answer: Answer) -> Prediction:
         status="scored" if scored else "unscored",
         error=answer.error,
         error_tags=(
-            tag_errors(scorer, reference, answer.text, finish_reason, answer.prompt)
+            tag_errors(
+                scorer.of(request.question.task),
+                reference,
+                answer.text,
+                finish_reason,
+                answer.prompt,
+            )
             if finish_reason is not None and not request.question.text
             else []
         ),
         scores=dict(_scores(scorer, request, answer)) if scored else {},
+        task=request.question.task,
     )
 
 
@@ -262,6 +273,7 @@ def write_predictions(
             ("status", pa.string()),
             ("error", pa.string()),
             ("error_tags", pa.list_(pa.string())),
+            *([("task", pa.string())] if any(p.task for p in predictions) else []),
             *((name, pa.float64()) for name in metrics),
         ]
     )

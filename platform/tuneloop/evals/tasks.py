@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tuneloop.artifacts import Artifact
@@ -23,23 +23,30 @@ class Question:
         messages: The row without its last answer; empty for plain text.
         reference: The row's last answer; empty for plain text.
         text: The row's text where it is plain text.
+        task: Of a mixture; empty otherwise.
     """
 
     example_id: str
     messages: tuple[Message, ...] = ()
     reference: str = ""
     text: str = ""
+    task: str = ""
 
     def prompt(self, shots: Sequence[Conversation] = ()) -> tuple[Message, ...]:
-        """Return the messages to send: system, the shots' turns, then the row's own."""
+        """Return the messages to send: system, the shots of its task, then the row's own turns."""
         system = tuple(m for m in self.messages if m.role == "system")
         turns = tuple(m for m in self.messages if m.role != "system")
-        solved = tuple(m for shot in shots for m in shot.messages if m.role != "system")
+        fitting = [shot for shot in shots if shot.task == self.task]
+        solved = tuple(m for shot in fitting for m in shot.messages if m.role != "system")
         return system + solved + turns
 
 
-def read_questions(dataset: Artifact) -> list[Question]:
+def read_questions(dataset: Artifact, tasks: Collection[str] = ()) -> list[Question]:
     """Return the test split in the order it is stored.
+
+    Args:
+        dataset: Artifact with a test split.
+        tasks: Names of a mixture's tasks, of which each row tells one.
 
     Raises:
         DataError: The split is empty.
@@ -60,7 +67,19 @@ def read_questions(dataset: Artifact) -> list[Question]:
                     allowed="at least one question and a last turn by the assistant",
                 )
             )
-        questions.append(Question(str(row["row_id"]), messages[:-1], messages[-1].content))
+        task = str(row["task"]) if tasks else ""
+        if tasks and task not in tasks:
+            raise ArtifactError(
+                Problem(
+                    "a test row is of a task that the configuration does not have",
+                    where=f"{dataset.ref}, row {row['row_id']}",
+                    got=task,
+                    allowed=", ".join(tasks),
+                    remedy="prepare the dataset again",
+                )
+            )
+        reference = messages[-1].content
+        questions.append(Question(str(row["row_id"]), messages[:-1], reference, task=task))
     if not questions:
         raise DataError(
             Problem(
@@ -80,7 +99,9 @@ def read_questions(dataset: Artifact) -> list[Question]:
     return questions
 
 
-def choose_shots(dataset: Artifact, num_shots: int, seed: int) -> tuple[Conversation, ...]:
+def choose_shots(
+    dataset: Artifact, num_shots: int, seed: int, tasks: Collection[str] = ()
+) -> tuple[Conversation, ...]:
     """Return solved examples from the train split: of typical length, and unlike one another.
 
     Rows of middling length (the two middle quarters by tokens) are drawn by the seed; from these
@@ -91,10 +112,22 @@ def choose_shots(dataset: Artifact, num_shots: int, seed: int) -> tuple[Conversa
         dataset: Artifact with a train split.
         num_shots: How many; fewer are returned when the split is smaller.
         seed: The same seed chooses the same rows, in whatever order they are stored.
+        tasks: Names of a mixture's tasks; so many are chosen for each.
     """
     if num_shots == 0:
         return ()
     rows = [row for row in _read_rows(dataset, "train") if row.get("messages")]
+    if not tasks:
+        return _choose(rows, num_shots, seed)
+    chosen = (_choose([r for r in rows if r["task"] == name], num_shots, seed) for name in tasks)
+    return tuple(
+        replace(shot, task=name)
+        for name, shots in zip(tasks, chosen, strict=True)
+        for shot in shots
+    )
+
+
+def _choose(rows: list[dict[str, Any]], num_shots: int, seed: int) -> tuple[Conversation, ...]:
     rows.sort(key=lambda row: (row["num_tokens"], row["row_id"]))
     if len(rows) >= 4 * num_shots:
         rows = rows[len(rows) // 4 : len(rows) - len(rows) // 4]
@@ -147,7 +180,7 @@ def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
 def _read_rows(dataset: Artifact, split: str) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    wanted = ("row_id", "source", "messages", "text", "num_tokens")
+    wanted = ("row_id", "source", "messages", "text", "num_tokens", "task")
     rows: list[dict[str, Any]] = []
     for file in sorted((dataset.path / split).glob("*.parquet")):
         names = pq.read_schema(file).names

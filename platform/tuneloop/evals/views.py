@@ -23,7 +23,7 @@ from tuneloop.evals.findings import (
     notable_tags,
     word_diff,
 )
-from tuneloop.evals.metrics import FIELD_PREFIX, Metric
+from tuneloop.evals.metrics import FIELD_PREFIX, Metric, in_task
 
 _NUM_EXAMPLES = 5
 _LONGEST_TEXT = 1500
@@ -124,23 +124,12 @@ def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
 
 def show_parts(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return field scores, or F1 by label: one group for each, one bar for each arm."""
-    names = [name for name in evaluation.metrics["metrics"] if name.startswith(FIELD_PREFIX)]
     groups = []
-    for name in names:
-        metric = evaluation.metric(name)
-        bars = []
-        for arm in evaluation.arms:
-            score = arm["scores"][name]
-            bars.append(
-                {
-                    "arm": arm["name"],
-                    "value": format_value(score["value"], metric),
-                    "bar": _per_cent(score["value"], 1.0),
-                    "low": _per_cent(score["low"], 1.0),
-                    "high": _per_cent(score["high"], 1.0),
-                }
-            )
-        groups.append({"name": name.removeprefix(FIELD_PREFIX), "bars": bars})
+    for name in evaluation.metrics["metrics"]:
+        task, _, own = name.rpartition("/")
+        if own.startswith(FIELD_PREFIX):
+            field = in_task(task, own.removeprefix(FIELD_PREFIX)).lstrip("/")
+            groups.append({"name": field, "bars": _bars(evaluation, name)})
     for label in evaluation.candidate.get("label_f1", {}):
         values = [(arm["name"], arm["label_f1"].get(label)) for arm in evaluation.arms]
         groups.append(
@@ -159,6 +148,54 @@ def show_parts(evaluation: Evaluation) -> list[dict[str, Any]]:
             }
         )
     return groups
+
+
+def show_tasks(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return a mixture's tasks: a bar for each arm, and the candidate against the others."""
+    groups = []
+    for task, about in evaluation.tasks.items():
+        name = in_task(task, about["primary"])
+        metric = evaluation.metric(name)
+        told = [(p["other"], p["differences"][name]) for p in evaluation.candidate_pairs()]
+        groups.append(
+            {
+                "name": task,
+                "label": metric.label.partition(": ")[2],
+                "num_examples": len(
+                    {p.example_id for p in evaluation.predictions if p.task == task}
+                ),
+                "bars": _bars(evaluation, name),
+                "differences": [
+                    {
+                        "other": other,
+                        "value": format_difference(found["value"], metric),
+                        "interval": " to ".join(
+                            format_difference(found[end], metric, unit=False)
+                            for end in ("low", "high")
+                            if found[end] is not None
+                        ),
+                        "direction": direction(found, metric),
+                    }
+                    for other, found in told
+                ],
+            }
+        )
+    return groups
+
+
+def _bars(evaluation: Evaluation, name: str) -> list[dict[str, Any]]:
+    """Return a metric of every arm as text and bar positions."""
+    metric = evaluation.metric(name)
+    return [
+        {
+            "arm": arm["name"],
+            "value": format_value(arm["scores"][name]["value"], metric),
+            "bar": _per_cent(arm["scores"][name]["value"], 1.0),
+            "low": _per_cent(arm["scores"][name]["low"], 1.0),
+            "high": _per_cent(arm["scores"][name]["high"], 1.0),
+        }
+        for arm in evaluation.arms
+    ]
 
 
 def show_tags(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -256,11 +293,15 @@ def list_facts(
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     greedy = "greedy (temperature 0)" if e.temperature == 0 else f"temperature {e.temperature:g}"
     return [
-        ("Task", f"{config.task.type}, scored by {evaluation.primary}"),
+        ("Task", f"{config.task.describe()}, scored by {evaluation.primary}"),
         ("Base model", config.model.base),
         ("Dataset", f"{dataset}, test split, {evaluation.metrics['num_examples']} examples"),
         ("Sampling", f"{greedy}, at most {e.max_tokens} tokens, seed {e.seed}"),
-        ("Few-shot prompt", f"{e.num_shots} solved examples from the train split"),
+        (
+            "Few-shot prompt",
+            f"{e.num_shots} solved examples{' of the same task' * bool(config.task.tasks)} from "
+            "the train split",
+        ),
         ("Requests", f"over HTTP, {e.concurrency} in flight"),
         ("Resampling", f"{e.num_resamples:,} resamples, seed {e.seed}"),
         ("Versions", f"{versions}, Python {platform.python_version()}"),
@@ -277,7 +318,7 @@ def show_setting(config: TuneloopConfig, key: str) -> str:
     """Return the value a dotted key has now, as text."""
     value: Any = config
     for part in key.split(".") if key else ():
-        value = getattr(value, part)
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
     return "" if not key else "not set" if value is None else str(value)
 
 

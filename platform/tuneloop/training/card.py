@@ -26,7 +26,7 @@ def model_card(
     facts = [
         ("base model", f"`{base.name}`"),
         ("licence of the base", base.license),
-        ("task", f"`{config.task.type}`"),
+        ("task", config.task.describe()),
         ("data", f"`{dataset.ref}`, fingerprint `{dataset.fingerprint[:16]}`"),
         ("method", _method(config)),
         ("trained parameters", f"{result.num_trainable:,} ({share:.2%})"),
