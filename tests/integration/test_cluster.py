@@ -239,15 +239,15 @@ def test_two_nodes_train_like_one_worker_whatever_becomes_of_them(
     with (folder / "log").open("w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     while process.poll() is None:
-        time.sleep(0.05)
+        time.sleep(0.2)
         told = progress(folder)
-        if not lost:
+        if len(places) < 2:
             workers = [row for row in nodes.rows("actors") if "TrainWorker" in row["class_name"]]
             places.update(row["node_id"] for row in workers if row["state"] == "ALIVE")
-            if len(told) >= 30:
-                nodes.kill(nodes.started[-1])
-                lost = True
-        elif not replaced and told[-1]["num_workers"] == 1:
+        elif not lost and len(told) >= 30:
+            nodes.kill(nodes.started[-1])
+            lost = True
+        elif lost and not replaced and told[-1]["num_workers"] == 1:
             nodes.start_worker()
             replaced = True
     assert process.returncode == 0, (folder / "log").read_text()
