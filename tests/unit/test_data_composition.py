@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tuneloop.data.composition import cluster_sizes, effective_number, lead_word, terms
+from tuneloop.data.composition import cluster_sizes, effective_number, lead_word, long_words
 
 
 @pytest.mark.parametrize(
@@ -23,12 +23,9 @@ def test_the_lead_word_skips_politeness(prompt: str, expected: str) -> None:
     assert lead_word(prompt) == expected
 
 
-def test_terms_are_words_that_carry_meaning() -> None:
-    assert terms("The archive keeps the letters, and THE Archive is open.") == {
-        "archive",
-        "keeps",
-        "letters",
-    }
+def test_long_words_are_counted_once_in_any_case() -> None:
+    found = long_words("The archive keeps letters, and THE Archive is l'été 42.")
+    assert found == {"the", "archive", "keeps", "letters", "and", "l'été"}
 
 
 def test_the_effective_number_tells_spread() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import stages
 from tuneloop.data.outcome import Outcome
-from tuneloop.data.rendering import Rendering
+from tuneloop.data.rendering import Rendering, texts_of_rows
 from tuneloop.spelling import words_by_frequency
 
 # Rows whose wording is looked at: the first of the shuffled train split.
@@ -96,19 +96,34 @@ def describe_wording(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[
     """
     train = np.flatnonzero(outcome.side == stages.TRAIN)
     train = train[np.argsort(outcome.rank[train], kind="stable")][:_MOST_ROWS]
-    keys = outcome.table["key"].to_numpy()[train]
-    said = stages.fetch_texts(rows, keys, rendering)
-    ordered = [said[int(key)] for key in keys]
-    leads = Counter(lead for _, prompt, _ in ordered if (lead := lead_word(prompt)))
-    found = Counter(term for text, _, _ in ordered for term in terms(text))
+    keys = np.sort(outcome.table["key"].to_numpy()[train])
+    leads: Counter[str] = Counter()
+    found: Counter[str] = Counter()
+    # The texts stay where they are: 5,000 long ones are more than this process should hold.
+    for batch in stages.map_said(rows, partial(_wording, keys=keys, rendering=rendering)):
+        leads.update(filter(None, batch["lead"].to_pylist()))
+        for words in batch["words"].to_pylist():
+            found.update(words)
+    for word in _stop_words():
+        del found[word]
     return {
-        "num_rows": len(ordered),
+        "num_rows": len(keys),
         "lead_words": _most_common(leads),
         "num_lead_words": len(leads),
         "effective_lead_words": round(effective_number(list(leads.values())), 1),
-        "terms": {term: _share(n, len(ordered)) for term, n in _most_common(found).items()},
+        "terms": {term: _share(n, len(keys)) for term, n in _most_common(found).items()},
         "num_terms": len(found),
     }
+
+
+def _wording(table: Any, keys: Any, rendering: Rendering) -> Any:
+    """Return the `lead` word and the distinct `words` of the rows whose key is wanted."""
+    import pyarrow as pa
+
+    said = texts_of_rows(table, keys, rendering)
+    words = [sorted(long_words(text)) for text in said["text"].to_pylist()]
+    leads = [lead_word(prompt) for prompt in said["prompt"].to_pylist()]
+    return pa.table({"lead": leads, "words": pa.array(words, pa.list_(pa.string()))})
 
 
 def cluster_sizes(cluster: Any) -> dict[str, int]:
@@ -135,10 +150,9 @@ def lead_word(prompt: str) -> str:
     return found.group().lower() if found else ""
 
 
-def terms(text: str) -> set[str]:
-    """Return the distinct words of three or more letters that carry meaning, in lower case."""
-    words = {word.lower() for word in _WORD.findall(text) if len(word) > 2}
-    return words - _stop_words()
+def long_words(text: str) -> set[str]:
+    """Return the distinct words of three or more letters, in lower case."""
+    return {word.lower() for word in _WORD.findall(text) if len(word) > 2}
 
 
 def effective_number(counts: Sequence[int]) -> float:

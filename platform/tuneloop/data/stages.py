@@ -30,7 +30,8 @@ from tuneloop.data.signatures import ComparedSide, Hashes
 
 logger = logging.getLogger("tuneloop.data")
 
-_ROWS_PER_BLOCK = 2000
+# Of what a task or this process holds at once: fewer rows where they are long.
+_ROWS_PER_BLOCK, _BYTES_PER_BLOCK = 2000, 16 << 20
 _TASKS_PER_CPU, _BYTES_PER_TASK = 4, 32 << 20
 _SORTED_HERE_BYTES = 256 << 20
 TRAIN, TEST, REMOVED, VALIDATION = 0, 1, 2, 3
@@ -79,7 +80,8 @@ def render_rows(rows: Any, rendering: Rendering, warm: Any, scratch: Path) -> An
         _TASKS_PER_CPU * int(ray.cluster_resources()["CPU"]),
         rows.size_bytes() // _BYTES_PER_TASK,
     )
-    num_blocks = min(wanted, -(-num_rows // _ROWS_PER_BLOCK))
+    batch_size = _batch_size(rows)
+    num_blocks = min(wanted, -(-num_rows // batch_size))
     if rows.num_blocks() < num_blocks:
         rows = rows.repartition(num_blocks)
     render = functools.partial(render_batch, rendering=rendering)
@@ -88,9 +90,7 @@ def render_rows(rows: Any, rendering: Rendering, warm: Any, scratch: Path) -> An
         if number := kept_blocks(folder):
             logger.info("%s blocks of tokenized rows are there from an earlier run", f"{number:,}")
         render = functools.partial(make_or_read, make=render, folder=folder)
-    return rows.map_batches(
-        render, batch_size=_ROWS_PER_BLOCK, batch_format="pyarrow"
-    ).materialize()
+    return rows.map_batches(render, batch_size=batch_size, batch_format="pyarrow").materialize()
 
 
 def collect(rows: Any, columns: list[str]) -> Any:
@@ -113,7 +113,7 @@ def collect(rows: Any, columns: list[str]) -> Any:
 def fetch_rows(rows: Any, keys: Any) -> list[dict[str, Any]]:
     """Return the columns of `SAID_IN` of the rows with some keys."""
     select = functools.partial(rows_with_keys, keys=np.sort(keys))
-    return [row for batch in _selected(rows, select) for row in batch.to_pylist()]
+    return [row for batch in map_said(rows, select) for row in batch.to_pylist()]
 
 
 def fetch_shingles(
@@ -124,7 +124,7 @@ def fetch_shingles(
         shingles_of_rows, keys=np.sort(keys), rendering=rendering, on=on, ngram_words=ngram_words
     )
     found: dict[int, Hashes] = {}
-    for batch in _selected(rows, select):
+    for batch in map_said(rows, select):
         for key, values in zip(batch["key"].to_pylist(), batch["shingles"], strict=True):
             found[key] = values.values.to_numpy(zero_copy_only=False).astype(np.uint64)
     return found
@@ -137,14 +137,15 @@ def fetch_texts(rows: Any, keys: Any, rendering: Rendering) -> dict[int, tuple[s
     """
     select = functools.partial(texts_of_rows, keys=np.sort(keys), rendering=rendering)
     found: dict[int, tuple[str, str, str]] = {}
-    for batch in _selected(rows, select):
+    for batch in map_said(rows, select):
         columns = [batch[name].to_pylist() for name in ("key", "text", "prompt", "answer")]
         for key, *said in zip(*columns, strict=True):
             found[key] = (said[0], said[1], said[2])
     return found
 
 
-def _selected(rows: Any, select: Any) -> Iterator[Any]:
+def map_said(rows: Any, select: Any) -> Iterator[Any]:
+    """Yield what a function makes, in tasks, of each block's `key` and columns of `SAID_IN`."""
     columns = rows.select_columns(["key", *SAID_IN])
     chosen = columns.map_batches(select, batch_format="pyarrow")
     yield from chosen.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -193,11 +194,11 @@ def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Ite
     finish = functools.partial(
         _finish_batch, fates=ray.put(fates), columns=columns, rendering=rendering
     )
-    finished = rows.map_batches(finish, batch_size=_ROWS_PER_BLOCK, batch_format="pyarrow")
+    finished = rows.map_batches(finish, batch_size=_batch_size(rows), batch_format="pyarrow")
     finished = finished.materialize()
     if finished.size_bytes() > _SORTED_HERE_BYTES:
         ordered = finished.sort(["#order", "#position"])
-        yield from ordered.iter_batches(batch_size=4096, batch_format="pyarrow")
+        yield from ordered.iter_batches(batch_size=_batch_size(finished), batch_format="pyarrow")
         return
     # Ray's distributed sort costs seconds before it moves the first row.
     batches = finished.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -235,10 +236,30 @@ def _read_batch(table: Any, files: Any, config: TuneloopConfig) -> Iterator[Any]
     sources = ray.get(files)
     schema = row_schema()
     for position in table["position"].to_pylist():
-        rows = read_rows(sources[position], position, config)
-        while chunk := list(itertools.islice(rows, _ROWS_PER_BLOCK)):
+        for chunk in _chunked(read_rows(sources[position], position, config)):
             yield pa.Table.from_pylist(chunk, schema=schema)
     yield schema.empty_table()
+
+
+def _chunked(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows in lists that are neither too long nor too large."""
+    chunk: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += len(row["text"]) + len(row["extra"])
+        size += sum(len(message["content"]) for message in row["messages"])
+        if len(chunk) >= _ROWS_PER_BLOCK or size >= _BYTES_PER_BLOCK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _batch_size(rows: Any) -> int:
+    """Return how many rows of a dataset to hold at once."""
+    mean = rows.size_bytes() / max(1, rows.count())
+    return int(min(_ROWS_PER_BLOCK, max(1, _BYTES_PER_BLOCK // max(1, mean))))
 
 
 def _column_types(table: Any) -> Any:
