@@ -15,22 +15,35 @@ from tuneloop.evals.findings import Evaluation
 PAGE_SIZE = 5
 # An error in the first answer is no news; one that is new or still there in the second is.
 TAG_TONES = {"fixed": "", "introduced": "bad", "both": "warn"}
+ALL_TASKS = "all tasks"
 AGAINST = {"reference": "from the reference", "other": "between the two"}
 
 
 @st.cache_resource(max_entries=8, show_spinner="Comparing the answers")
 def pair(
-    location: str, _evaluation: Evaluation, before: str, after: str, metric: str
+    location: str, _evaluation: Evaluation, before: str, after: str, metric: str, task: str | None
 ) -> list[PairedExample]:
-    return analysis.pair_examples(_evaluation, before, after, metric)
+    return analysis.pair_examples(_evaluation, before, after, metric, task)
 
 
-def choose() -> tuple[Artifact, Evaluation, str, str, str]:
-    """Return the evaluation, the two arms and the metric to look at."""
+def choose() -> tuple[Artifact, Evaluation, str, str, str, str | None]:
+    """Return the evaluation, the two arms, the metric and, of a mixture, the task to look at."""
     place, left, middle, right = st.columns([1.4, 1, 1, 1])
     with place:
         _, artifact = choose_artifact("evaluations", "Evaluation")
     evaluation = load_evaluation(artifact)
+    task = None
+    if evaluation.tasks:
+        chosen = st.segmented_control(
+            "Task",
+            [ALL_TASKS, *evaluation.tasks],
+            default=ALL_TASKS,
+            required=True,
+            key="task",
+            bind="query-params",
+        )
+        task = None if chosen == ALL_TASKS else chosen
+    metrics = analysis.judged_metrics(evaluation, task)
     names = [arm["name"] for arm in evaluation.arms]
     if len(names) < 2:
         st.info("This evaluation has one arm: there is nothing to put beside it.")
@@ -39,7 +52,7 @@ def choose() -> tuple[Artifact, Evaluation, str, str, str]:
     after = middle.selectbox("After", names, len(names) - 1, key="after", bind="query-params")
     metric = right.selectbox(
         "Right or wrong by",
-        analysis.judged_metrics(evaluation),
+        metrics,
         format_func=lambda name: evaluation.metric(name).label.replace("`", ""),
         key="metric",
         bind="query-params",
@@ -47,7 +60,7 @@ def choose() -> tuple[Artifact, Evaluation, str, str, str]:
     if before == after:
         st.info("Choose two different arms.")
         st.stop()
-    return artifact, evaluation, before, after, metric
+    return artifact, evaluation, before, after, metric, task
 
 
 def choose_filter(examples: list[PairedExample], tags: list[str]) -> Filter:
@@ -60,15 +73,7 @@ def choose_filter(examples: list[PairedExample], tags: list[str]) -> Filter:
         key="outcome",
         label_visibility="collapsed",
     )
-    tasks = sorted({example.after.task for example in examples} - {""})
-    task = None
-    if tasks:
-        first, left, middle, right = st.columns([1, 1, 1, 2])
-        task = first.selectbox(
-            "Task", tasks, None, key="task", placeholder="any", bind="query-params"
-        )
-    else:
-        left, middle, right = st.columns([1, 1, 2])
+    left, middle, right = st.columns([1, 1, 2])
     tag = left.selectbox(
         "Error",
         tags,
@@ -93,7 +98,7 @@ def choose_filter(examples: list[PairedExample], tags: list[str]) -> Filter:
         placeholder="words in question, reference or answers",
         bind="query-params",
     )
-    return Filter(outcome, task, tag, change, words or "")
+    return Filter(outcome, tag, change, words or "")
 
 
 def show_example(example: PairedExample, evaluation: Evaluation, metric: str, against: str) -> None:
@@ -128,11 +133,11 @@ def show_example(example: PairedExample, evaluation: Evaluation, metric: str, ag
                 st.html("".join(theme.labelled(r, theme.text(t, mono=True)) for r, t in turns))
 
 
-artifact, evaluation, before, after, metric = choose()
+artifact, evaluation, before, after, metric, task = choose()
 if evaluation.metrics["task_type"] == "language_modeling":
     st.info("Plain text is scored by likelihood: there are no answers to compare.")
     st.stop()
-examples = pair(artifact.location, evaluation, before, after, metric)
+examples = pair(artifact.location, evaluation, before, after, metric, task)
 counts = analysis.count_outcomes(examples)
 st.markdown(f"**From {before} to {after}**, {len(examples):,} examples:")
 st.html(theme.outcome_bar([(o, OUTCOMES[o], n) for o, n in counts.items()]))

@@ -285,12 +285,13 @@ def test_playground_asks_two_models_and_shows_what_was_sent(open_page, tmp_path,
 def test_error_page_of_a_mixture_shows_one_task(open_page, mixed):
     app = open_page(mixed, "errors")
     assert "4 of 4 examples" in page_html(app)
-    app.selectbox(key="task").set_value("label").run()
-    assert "2 of 4 examples" in page_html(app)
+    app.button_group(key="task").set_value("label").run()
+    assert "2 of 2 examples" in page_html(app)
+    assert "title: words in common" not in str(app.selectbox(key="metric").options)
     assert "<b>l1</b>" in page_html(app)
     assert "<b>t1</b>" not in page_html(app)
     # The metric of one task leaves the rows of the others out.
-    app.selectbox(key="task").set_value(None)
+    app.button_group(key="task").set_value("all tasks").run()
     app.selectbox(key="metric").set_value("title/token_f1").run()
     assert "2 of 2 examples" in page_html(app)
     assert "Not scored" not in page_html(app)

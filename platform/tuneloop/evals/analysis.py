@@ -84,14 +84,12 @@ class Filter:
     """Which examples to show; an empty field lets everything through.
 
     Args:
-        task: Of a mixture.
         tag: An error that either answer has.
         tag_change: What became of it.
         text: Words that must all occur in question, reference or answers, in any case.
     """
 
     outcome: Outcome | None = None
-    task: str | None = None
     tag: str | None = None
     tag_change: TagChange | None = None
     text: str = ""
@@ -99,8 +97,6 @@ class Filter:
     def admits(self, example: PairedExample) -> bool:
         """Return whether an example is to be shown."""
         if self.outcome is not None and example.outcome != self.outcome:
-            return False
-        if self.task is not None and example.after.task != self.task:
             return False
         changes = {tag: example.tag_change(tag) for tag in ([self.tag] if self.tag else ERROR_TAGS)}
         found = {change for change in changes.values() if change is not None}
@@ -121,11 +117,14 @@ class Filter:
 
 
 def pair_examples(
-    evaluation: Evaluation, before: str, after: str, metric: str
+    evaluation: Evaluation, before: str, after: str, metric: str, task: str | None = None
 ) -> list[PairedExample]:
     """Return every example of two arms, largest change first; unscored ones come last.
 
     Among equal changes the order is that of a hash, the same every time.
+
+    Args:
+        task: The only one of a mixture's tasks to look at.
     """
     rows = {
         arm: {p.example_id: p for p in evaluation.predictions if p.arm == arm}
@@ -138,9 +137,10 @@ def pair_examples(
         if old is None:
             continue
         then, now = old.scores.get(metric), new.scores.get(metric)
-        task, _, _ = metric.rpartition("/")
-        if task and new.task and task != new.task:
-            continue  # The metric is another task's.
+        # In a mixture a metric may be that of one task alone.
+        wanted = task or (new.task and metric.rpartition("/")[0])
+        if wanted and new.task != wanted:
+            continue
         gain: float | None = None
         outcome: Outcome = "unscored"
         if then is not None and now is not None:
@@ -265,9 +265,18 @@ def length_preferences(examples: Sequence[PairedExample]) -> Mapping[str, str | 
     return preferred
 
 
-def judged_metrics(evaluation: Evaluation) -> list[str]:
-    """Return the metrics that can prefer an answer, the primary one first."""
-    names = [n for n in evaluation.metrics["metrics"] if evaluation.metric(n).better != "neither"]
+def judged_metrics(evaluation: Evaluation, task: str | None = None) -> list[str]:
+    """Return the metrics that can prefer an answer, the primary one first.
+
+    Args:
+        task: Of a mixture; the metrics of its other tasks are left out.
+    """
+    names = [
+        name
+        for name in evaluation.metrics["metrics"]
+        if evaluation.metric(name).better != "neither"
+        and (task is None or name.rpartition("/")[0] in ("", task))
+    ]
     has_rows = {name for p in evaluation.predictions for name in p.scores}
     return sorted((n for n in names if n in has_rows), key=lambda n: n != evaluation.primary)
 

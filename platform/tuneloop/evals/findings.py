@@ -271,7 +271,7 @@ class Evaluation:
             )
         steps += self._lagging_part()
         other = self.strongest_other()
-        steps += self._lagging_tasks(other)
+        steps += self._lagging_tasks()
         behind = [
             pair
             for pair in self.candidate_pairs()
@@ -333,25 +333,27 @@ class Evaluation:
             )
         return steps
 
-    def _lagging_tasks(self, other: str | None) -> list[NextStep]:
+    def _lagging_tasks(self) -> list[NextStep]:
         """Return a step for each task of a mixture that did not gain like the others."""
-        pair = next((p for p in self.candidate_pairs() if p["other"] == other), None)
-        if pair is None or self.candidate["name"] != "finetuned":
+        pairs = {pair["other"]: pair for pair in self.candidate_pairs()}
+        if not pairs or self.candidate["name"] != "finetuned":
             return []
         found = {}
         for name, task in self.tasks.items():
             key = in_task(name, task["primary"])
-            found[name] = direction(pair["differences"][key], self.metric(key))
-        if "better" not in found.values():
+            # Each task beside what does best in it without training.
+            best = max(self.arms[:-1], key=lambda arm: arm["scores"][key]["value"] or 0.0)["name"]
+            found[name] = best, direction(pairs[best]["differences"][key], self.metric(key))
+        if not any(outcome == "better" for _, outcome in found.values()):
             return []
         said = {"worse": "got worse", "unclear": "did not clearly gain"}
         return [
             NextStep(
                 f"Give `{name}` a larger part of the mixture, or a model of its own",
-                f"It {said[outcome]} against {describe_arm(str(other))}, while other tasks gained.",
+                f"It {said[outcome]} against {describe_arm(best)}, while other tasks gained.",
                 f"task.tasks.{name}.weight",
             )
-            for name, outcome in found.items()
+            for name, (best, outcome) in found.items()
             if outcome != "better"
         ]
 

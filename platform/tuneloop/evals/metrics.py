@@ -130,7 +130,7 @@ class Scorer:
         self.primary = MIXTURE_SCORE
         self.metrics = {
             MIXTURE_SCORE: Metric(
-                "score of each answer in its own task", kind="binary" if is_binary else "ratio"
+                "each answer by the measure of its task", kind="binary" if is_binary else "ratio"
             )
         }
         for name, part in self.parts.items():
