@@ -125,6 +125,16 @@ class Nodes:
         """Return all that runs on the nodes."""
         return [process for node in self.started for process in family(node.pid)]
 
+    def processes_of(self, *words: str) -> list[psutil.Process]:
+        """Return what runs on the nodes with all these words in its command line."""
+        found = []
+        for process in self.processes():
+            # Some end while they are looked at.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if set(words) <= set(process.cmdline()):
+                    found.append(process)
+        return found
+
     def kill(self, node: subprocess.Popen) -> None:
         """End a node as a power cut would."""
         self.started.remove(node)

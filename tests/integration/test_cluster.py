@@ -73,11 +73,7 @@ def killed_server(nodes: Any, config: Path) -> str:
     On a cluster Serve outlives the program that started it.
     """
     with submitted_job(nodes, "serve", config, until="serving base") as (process, _):
-        (driver,) = (
-            running
-            for running in nodes.processes()
-            if {"tuneloop.cli", "serve"} <= set(running.cmdline())
-        )
+        (driver,) = nodes.processes_of("tuneloop.cli", "serve")
         driver.kill()
     assert process.returncode == 1
     return str(json.loads(process.stdout.read())["status"])
