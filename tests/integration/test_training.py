@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -87,14 +88,14 @@ def trained(
 
 def send_to_workers(how: signal.Signals) -> list[int]:
     """Send a signal to every training worker and return their process ids."""
-    found = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "RayTrainWorker" in " ".join(process.cmdline())
-    ]
-    for process in found:
-        process.send_signal(how)
-    return [process.pid for process in found]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        # Some end while they are looked at.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.send_signal(how)
+                found.append(process.pid)
+    return found
 
 
 def test_a_model_artifact_has_everything(
