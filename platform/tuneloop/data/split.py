@@ -318,7 +318,7 @@ def _refuse_used_up(
     raise DataError(
         Problem(
             "the test split would take all rows of a stratum",
-            where="data.split",
+            where="data.split" + ".stratify_by" * bool(data.split.stratify_by),
             got=", ".join(f"{data.split.stratify_by or 'task'} {name}" for name in gone[:5]),
             remedy="lower data.split.num_test_examples, or add rows of it",
         )
