@@ -406,7 +406,7 @@ class ServingConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="Of `tuneloop serve`; 0 takes a free port.")
-    max_batch_size: int = Field(32, ge=1, description="Sequences decoded together.")
+    max_batch_size: int = Field(64, ge=1, description="Sequences decoded together.")
     models: dict[Name, str] = Field(
         default_factory=dict,
         description="What `tuneloop serve` serves beside `base` and `finetuned`, by the name that "
@@ -432,7 +432,7 @@ class EvaluationConfig(Section):
     )
     max_tokens: int = Field(128, ge=1, description="Longest answer, in tokens.")
     temperature: float = Field(0.0, ge=0)
-    concurrency: int = Field(32, ge=1, description="Requests in flight.")
+    concurrency: int = Field(64, ge=1, description="Requests in flight.")
     confidence: float = Field(0.95, gt=0.5, lt=1)
     num_resamples: int = Field(10_000, ge=100, description="Bootstrap resamples.")
     seed: int = 0

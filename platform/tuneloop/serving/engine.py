@@ -39,7 +39,7 @@ from tuneloop.serving.sampling import sample, score
 
 log = logging.getLogger("tuneloop.serving")
 
-DEFAULT_BATCH_SIZE = 32
+DEFAULT_BATCH_SIZE = 64
 PROMPT_TOKENS_PER_STEP = 512  # bounds how long running sequences wait, and the memory of scores
 MIN_SHARED_TOKENS = 32  # a shorter common beginning is not worth its own matrix products
 PREFIX_CACHE_TOKENS = 8192
