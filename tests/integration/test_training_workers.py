@@ -23,22 +23,29 @@ from tuneloop.config import TrainingConfig
 from tuneloop.models.source import BaseModel
 from tuneloop.training.rows import read_rows
 
-# Every training on plain processes: workers, ZeRO stage, and whose third step it goes on from.
-STRAIGHT = [(1, 0, ""), (1, 3, ""), (2, 0, ""), (2, 1, ""), (2, 2, ""), (2, 3, "")]
+NUM_STEPS = 20
+# Every training on plain processes: method, workers, ZeRO stage, and whose checkpoint in the middle
+# it goes on from.
+STRAIGHT = [
+    (method, workers, stage, "")
+    for method in ("lora", "full")
+    for workers, stage in [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)]
+]
 RESUMED = [
-    (2, 0, "1-3"),
-    (2, 1, "1-0"),
-    (2, 3, "1-0"),
-    (1, 0, "2-3"),
-    (1, 3, "2-2"),
-    (4, 1, "2-2"),
+    ("lora", 2, 0, "1-3"),
+    ("lora", 2, 1, "1-0"),
+    ("full", 2, 3, "1-0"),
+    ("lora", 1, 0, "2-3"),
+    ("full", 1, 0, "2-3"),
+    ("lora", 1, 3, "2-2"),
+    ("lora", 4, 1, "2-2"),
 ]
 # Processes are started once for each of these, in this order.
 PHASES = [
-    [run for run in STRAIGHT if run[0] == 1],
-    [run for run in STRAIGHT + RESUMED if run[0] == 2],
-    [run for run in RESUMED if run[0] == 1],
-    [run for run in RESUMED if run[0] == 4],
+    [run for run in STRAIGHT if run[1] == 1],
+    [run for run in STRAIGHT + RESUMED if run[1] == 2],
+    [run for run in RESUMED if run[1] == 1],
+    [run for run in RESUMED if run[1] == 4],
 ]
 
 
@@ -53,7 +60,7 @@ def train_all(base: Path, data: Path) -> None:
         port = free_port()
         workers = [
             context.Process(target=train_without_ray, args=(rank, phase, base, data, port))
-            for rank in range(runs[0][0])
+            for rank in range(runs[0][1])
         ]
         for worker in workers:
             worker.start()
@@ -71,40 +78,38 @@ def train_without_ray(rank: int, phase: int, base: Path, data: Path, port: int) 
     from tuneloop.training.engine import Execution
     from tuneloop.training.loop import TrainingJob, Worker, train_rows
 
-    size = PHASES[phase][0][0]
+    size = PHASES[phase][0][1]
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    for method in ("lora", "full"):
+    for method, _, stage, source in PHASES[phase]:
         config = TrainingConfig(
             method=method,
             learning_rate=1e-2,
-            num_epochs=2,
-            max_steps=7,
-            eval_every_steps=4,
+            num_epochs=4,
+            eval_every_steps=10,
             # Every layer with an adapter costs ZeRO-3 as much time as a big one.
             lora={"target_modules": ["q_proj", "down_proj"]},
         )
-        for _, stage, source in PHASES[phase]:
-            name = f"{size}-{stage}" + (f"-after-{source}" if source else "")
-            folders = [data / method / name / part for part in ("model", "checkpoints", "progress")]
-            if rank == 0:
-                for path in folders:
-                    path.mkdir(parents=True)
-                if source:
-                    kept = data / method / source / "checkpoints" / "step3"
-                    shutil.copytree(kept, folders[1] / "step3")
-            dist.barrier()
+        name = f"{size}-{stage}" + (f"-after-{source}" if source else "")
+        folders = [data / method / name / part for part in ("model", "checkpoints", "progress")]
+        if rank == 0:
+            for path in folders:
+                path.mkdir(parents=True)
+            if source:
+                kept = data / method / source / "checkpoints" / "step10"
+                shutil.copytree(kept, folders[1] / "step10")
+        dist.barrier()
 
-            def report(metrics: dict[str, Any], kept: Path | None, folders: Any = folders) -> None:
-                if kept is not None:
-                    shutil.copytree(kept, folders[1] / f"step{metrics['step']}")
+        def report(metrics: dict[str, Any], kept: Path | None, folders: Any = folders) -> None:
+            if kept is not None:
+                shutil.copytree(kept, folders[1] / f"step{metrics['step']}")
 
-            job = TrainingJob(base, "tiny", "auto", config, *folders, checkpoint_every_steps=3)
-            execution = Execution(size, 2, 4 // size, stage)
-            worker = Worker(rank, execution, torch.device("cpu"), 1, report)
-            result = train_rows(job, read_rows(data), worker, read_rows(data, "validation"))
-            if rank == 0:
-                (folders[0].parent / "log.json").write_text(json.dumps(result.log))
+        job = TrainingJob(base, "tiny", "auto", config, *folders, checkpoint_every_steps=10)
+        execution = Execution(size, 2, 4 // size, stage)
+        worker = Worker(rank, execution, torch.device("cpu"), 1, report)
+        result = train_rows(job, read_rows(data), worker, read_rows(data, "validation"))
+        if rank == 0:
+            (folders[0].parent / "log.json").write_text(json.dumps(result.log))
     dist.destroy_process_group()
 
 
@@ -130,41 +135,40 @@ def plain_trainings(
     }
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
 def test_two_workers_and_every_zero_stage_train_like_one_worker(
-    method: str, plain_trainings: dict[str, dict[str, list[dict[str, Any]]]]
+    plain_trainings: dict[str, dict[str, list[dict[str, Any]]]],
 ) -> None:
-    logs = plain_trainings[method]
-    one = logs["1-0"]
-    assert len(one) == 7
-    assert one[-1]["loss"] < one[0]["loss"]
-    # 37 rows: the fifth batch has five, so the two workers have unequal shares.
-    assert one[4]["num_tokens"] < min(row["num_tokens"] for row in one[:4])
-    for workers, stage, _ in STRAIGHT:
-        log = logs[f"{workers}-{stage}"]
+    for method, workers, stage, _ in STRAIGHT:
+        one, log = plain_trainings[method]["1-0"], plain_trainings[method][f"{workers}-{stage}"]
+        assert len(one) == NUM_STEPS
+        assert one[-1]["loss"] < one[0]["loss"]
+        # 37 rows: the fifth batch has five, so the two workers have unequal shares.
+        assert one[4]["num_tokens"] < min(row["num_tokens"] for row in one[:4])
         for column in ("loss", "grad_norm"):
             assert [row[column] for row in log] == pytest.approx(
                 [row[column] for row in one], rel=1e-4
-            ), (workers, stage, column)
-        assert log[6]["validation_loss"] == pytest.approx(one[6]["validation_loss"], rel=1e-4)
+            ), (method, workers, stage, column)
+        for step in (9, 19):
+            assert log[step]["validation_loss"] == pytest.approx(
+                one[step]["validation_loss"], rel=1e-4
+            )
         assert [row["rows"] for row in log] == [row["rows"] for row in one]
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_training_goes_on_with_other_workers_and_another_zero_stage(
-    method: str, plain_trainings: dict[str, dict[str, list[dict[str, Any]]]]
+    plain_trainings: dict[str, dict[str, list[dict[str, Any]]]],
 ) -> None:
-    logs = plain_trainings[method]
-    assert len(logs) == len(STRAIGHT) + len(RESUMED)
-    for workers, stage, source in RESUMED:
+    assert sum(map(len, plain_trainings.values())) == len(STRAIGHT) + len(RESUMED)
+    for method, workers, stage, source in RESUMED:
+        logs = plain_trainings[method]
         log = logs[f"{workers}-{stage}-after-{source}"]
-        # The first three steps are the other training's, to the last digit.
-        assert log[:3] == logs[source][:3]
-        assert len(log) == 7
+        # The steps before the checkpoint are the other training's, to the last digit.
+        assert log[:10] == logs[source][:10]
+        assert len(log) == NUM_STEPS
         for column, rel in (("loss", 1e-5), ("learning_rate", 0), ("grad_norm", 1e-4)):
             assert [row[column] for row in log] == pytest.approx(
                 [row[column] for row in logs["1-0"]], rel=rel
-            ), (workers, stage, source, column)
+            ), (method, workers, stage, source, column)
 
 
 def free_port() -> int:

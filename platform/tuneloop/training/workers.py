@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneloop.artifacts import Draft
-from tuneloop.cluster import WaitingNotice
+from tuneloop.cluster import WaitingNotice, joins_cluster
 from tuneloop.config import TuneloopConfig, grad_accum_steps, micro_batch_size
 from tuneloop.errors import Problem, ResourceError, UserError, find_user_error
 from tuneloop.models.source import BaseModel
@@ -132,6 +132,17 @@ def _trainer(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = config.resources
+    # Ray starts a process for the datasets of a training, which this one reads itself, and one
+    # that outlives a killed controller to free its workers, which ends with a Ray of our own.
+    idle = {"DatasetsCallback"}
+    if not joins_cluster(resources):
+        idle.add("PlacementGroupCleanerCallback")
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [c for c in callbacks if type(c).__name__ not in idle]
+
     use_gpu = resources.gpus_per_worker > 0
     per_worker = {"CPU": 1.0} | ({"GPU": resources.gpus_per_worker} if use_gpu else {})
     settings = {
@@ -140,7 +151,7 @@ def _trainer(
         "executions": {n: _execution(config, n) for n in resources.worker_counts},
         "stored": stored,
     }
-    return TorchTrainer(
+    return Trainer(
         # As its train_loop_config Ray's controller would read them, and import for that everything
         # that only the workers need: most of its start.
         functools.partial(run_worker, settings),
