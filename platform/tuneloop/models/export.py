@@ -268,8 +268,8 @@ def _score(model: Any, prompt: list[int], ids: list[int]) -> tuple[Answer, list[
     """
     device = next(model.parameters()).device
     sequence = torch.tensor([prompt + ids[:-1]], device=device)
-    logits = model(input_ids=sequence, use_cache=False).logits[0, len(prompt) - 1 :]
-    logprobs = logits.float().log_softmax(-1)  # (G, V)
+    logits = model(input_ids=sequence, use_cache=False, logits_to_keep=len(ids)).logits
+    logprobs = logits[0].float().log_softmax(-1)  # (G, V)
     best = logprobs.topk(2, dim=-1)
     chosen = logprobs.gather(1, torch.tensor(ids, device=device)[:, None])[:, 0]
     margins = (best.values[:, 0] - best.values[:, 1]).tolist()
