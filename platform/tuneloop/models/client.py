@@ -64,7 +64,7 @@ class Client:
         retries: Further tries after a failure that may pass (timeouts, 408, 429, 5xx).
     """
 
-    def __init__(self, endpoint: Endpoint, timeout_s: float = 600.0, retries: int = 3) -> None:
+    def __init__(self, endpoint: Endpoint, timeout_s: float = 1200.0, retries: int = 3) -> None:
         self.endpoint = endpoint
         self.retries = retries
         headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
