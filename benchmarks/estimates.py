@@ -91,7 +91,7 @@ def run_point(base: str, method: str, length: int, tokens: int, steps: int) -> d
     mask = [[0] * (length - length // 3) + [1] * (length // 3)] * len(ids)
     rows = make_rows([str(number) for number in range(len(ids))], ids, mask)
     shape = model_shape(model, config.training)
-    expected = estimate_work(config, shape, workload(config, rows))
+    expected = estimate_work(config, shape, workload(config, shape, rows))
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:

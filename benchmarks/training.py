@@ -221,7 +221,7 @@ def estimate(base: Path, training: Any, rows: Any) -> dict[str, float]:
         }
     )
     shape = model_shape(BaseModel(str(base), base, ""), training)
-    expected = estimate_work(config, shape, workload(config, rows))
+    expected = estimate_work(config, shape, workload(config, shape, rows))
     parts = {
         f"estimated_{part}_gb": round(getattr(expected, f"{part}_bytes") / 1e9, 2)
         for part in ("peak_memory", "activations", "logits")
@@ -233,17 +233,20 @@ def bare_step(model: Any, rows: Any, schedule: Any, all_logits: bool) -> Any:
     """Return a step of plain PyTorch on packed rows."""
     import torch
 
-    from tuneloop.training.packed import loss_sum, pack
+    from tuneloop.training.packed import can_share, loss_sum, pack
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
+    share = can_share(model)
+
     def step(number: int) -> float:
-        batch = pack(rows, schedule.batch(number).tolist())
+        batch = pack(rows, schedule.batch(number).tolist(), share=share)
         if all_logits:
             logits = model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
+                num_shared=batch.num_shared,
                 document_lengths=batch.lengths,
                 use_cache=False,
             ).logits[0]

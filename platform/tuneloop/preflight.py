@@ -33,7 +33,7 @@ class Preflight:
     def summary(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         data = asdict(self.data)
-        for name in ("samples", "findings"):
+        for name in ("samples", "spread", "findings"):
             data.pop(name)
         return {
             "ok": not self.problems,
@@ -53,6 +53,7 @@ def check(config: TuneloopConfig) -> Preflight:
     from tuneloop.models.source import resolve_base
     from tuneloop.training.estimate import estimate, model_shape, refuse_impossible
     from tuneloop.training.refusals import refuse_unsupported, too_long_problem
+    from tuneloop.training.rows import make_rows
 
     base = resolve_base(config.model.base)
     data = check_data(config, base)
@@ -72,7 +73,11 @@ def check(config: TuneloopConfig) -> Preflight:
         shape = model_shape(base, config.training, config.resources.gpus_per_worker > 0)
         if shape.max_positions is not None and longest > shape.max_positions:
             problems.append(too_long_problem("data.sources", longest, shape.max_positions))
-        expected = estimate(config, shape, num_rows, num_tokens, data.target_ratio)
+        ids, masks = (
+            [getattr(s, side) for s in data.spread] for side in ("input_ids", "loss_mask")
+        )
+        some_rows = make_rows([str(i) for i in range(len(ids))], ids, masks)
+        expected = estimate(config, shape, num_rows, num_tokens, data.target_ratio, some_rows)
         try:
             refuse_impossible(expected)
         except UserError as error:

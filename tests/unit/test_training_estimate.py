@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,9 @@ def make_config(**sections: Any) -> TuneloopConfig:
         "data": {"sources": [{"path": "x.jsonl", "format": "messages"}]},
     }
     return TuneloopConfig.model_validate(raw | sections)
+
+
+APART = make_rows([], [], [])
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def test_estimated_activations_are_what_autograd_keeps(method: str, base: BaseMo
         loss = loss_sum(model, pack(rows, [0]))
     loss.backward()
     shape = model_shape(base, config.training)
-    work = workload(config, rows)
+    work = workload(config, shape, rows)
     expected = estimate_work(config, shape, work).activations_bytes
     # The estimate allows for the allocator and for what the backward pass needs besides.
     waste = {"lora": 2.2, "full": 1.6}[method]
@@ -98,7 +102,7 @@ def test_the_estimate_follows_the_configuration(
 
     def expect(**sections: Any) -> Any:
         config = make_config(**sections)
-        return estimate(config, model_shape(base, config.training), 100, 15_000, 0.3)
+        return estimate(config, model_shape(base, config.training), 100, 15_000, 0.3, APART)
 
     lora = expect()
     full = expect(training={"method": "full"})
@@ -122,6 +126,34 @@ def test_the_estimate_follows_the_configuration(
     assert elastic.machine_memory_bytes == 2 * elastic.peak_memory_bytes
     assert elastic.training_s == pytest.approx(full.training_s / 2)
     assert elastic.cost == pytest.approx(2 * 3.0 * elastic.training_s / 3600)
+
+
+def test_what_rows_share_is_estimated_once(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuneloop.training.estimate.matmul_rate", lambda num_threads: 1e9)
+    rng = np.random.default_rng(0)
+    instruction = rng.integers(5, 200, 60).tolist()
+    ids = [[*instruction, *rng.integers(5, 200, 5 + i % 30).tolist()] for i in range(64)]
+    rows = make_rows([str(i) for i in range(64)], ids, [[0] * (len(i) - 1) + [1] for i in ids])
+
+    def both(**sections: Any) -> tuple[Any, Any, Any]:
+        config = make_config(**sections)
+        shape = model_shape(base, config.training)
+        work = workload(config, shape, rows)
+        early = estimate(config, shape, 64, work.num_tokens, 1 / 80, rows)
+        return work, early, estimate_work(config, shape, work)
+
+    work, early, late = both()
+    packed = [pack(rows, range(i, i + 8), share=True) for i in range(0, 64, 8)]
+    assert work.num_computed == pytest.approx(sum(p.input_ids.numel() for p in packed), rel=1e-3)
+    assert work.num_tokens - work.num_computed == pytest.approx(8 * 7 * 60, rel=0.01)
+    assert early.training_s == pytest.approx(late.training_s, rel=0.05)
+    assert early.peak_memory_bytes == pytest.approx(late.peak_memory_bytes, rel=0.05)
+    for apart in ({"training": {"lora": {"dropout": 0.1}}}, {"resources": {"micro_batch_size": 1}}):
+        work, early, _ = both(**apart)
+        assert work.num_computed == work.num_tokens
+        assert early.training_s > 1.5 * late.training_s
 
 
 def test_a_preflight_is_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,11 +184,11 @@ def test_what_cannot_fit_is_refused_with_the_parts(base: BaseModel) -> None:
         resources={"micro_batch_size": 100_000_000},
     )
     shape = model_shape(base, config.training)
-    expected = estimate(config, shape, 100_000_000, 15_000_000_000, 0.3)
+    expected = estimate(config, shape, 100_000_000, 15_000_000_000, 0.3, APART)
     with pytest.raises(ResourceError, match="does not fit into memory") as caught:
         refuse_impossible(expected)
     assert "activations" in caught.value.problems[0].got
-    refuse_impossible(estimate(make_config(), shape, 100, 15_000, 0.3))
+    refuse_impossible(estimate(make_config(), shape, 100, 15_000, 0.3, APART))
 
 
 def _dataset(renderer_hash: str, path: Path) -> Artifact:

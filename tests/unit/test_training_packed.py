@@ -18,8 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from tuneloop.training.packed import ATTENTION, check_packing, loss_sum, pack
-from tuneloop.training.rows import Rows, make_rows
+from tuneloop.training.packed import ATTENTION, can_share, check_packing, loss_sum, pack
+from tuneloop.training.rows import MIN_SHARED_TOKENS, Rows, make_rows
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 120,
@@ -64,13 +64,32 @@ def _model(family: str, attention: str) -> Any:
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def instructed(rows: Rows) -> Rows:
+    """The same rows behind an instruction, and one that is little more than that."""
+    rng = np.random.default_rng(1)
+    instruction = rng.integers(5, 115, 20).tolist()
+    parts = [*(rows.row(index) for index in range(5)), (np.array([3, 4]), np.array([0, 1]))]
+    return make_rows(
+        [f"r{i}" for i in range(6)],
+        [[*instruction, *ids.tolist()] for ids, _ in parts],
+        [[0] * 20 + mask.tolist() for _, mask in parts],
+    )
+
+
+@pytest.mark.parametrize("beginning", ["own", "shared"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradient_equal_those_of_the_rows_one_by_one(family: str, rows: Rows) -> None:
+def test_loss_and_gradient_equal_those_of_the_rows_one_by_one(
+    family: str, beginning: str, rows: Rows, instructed: Rows
+) -> None:
     model, plain = _model(family, ATTENTION), _model(family, "eager")
-    packed = loss_sum(model, pack(rows, range(5)))
+    rows = instructed if beginning == "shared" else rows
+    batch = pack(rows, range(len(rows)), share=True)
+    assert batch.num_shared == (20 if beginning == "shared" else 0)
+    packed = loss_sum(model, batch)
     packed.backward()
     alone = torch.zeros(())
-    for index in range(5):
+    for index in range(len(rows)):
         ids, mask = (torch.from_numpy(part.astype(np.int64)) for part in rows.row(index))
         logits = plain(input_ids=ids[None]).logits[0, :-1]
         losses = functional.cross_entropy(logits, ids[1:], reduction="none")
@@ -80,6 +99,49 @@ def test_loss_and_gradient_equal_those_of_the_rows_one_by_one(family: str, rows:
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert one.grad is not None
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_common_beginning_is_computed_once(instructed: Rows) -> None:
+    batch, whole = (pack(instructed, range(6), share=share) for share in (True, False))
+    assert batch.input_ids.shape[1] == whole.input_ids.shape[1] - 5 * 20
+    assert batch.lengths == tuple(length - 20 for length in whole.lengths)
+    torch.testing.assert_close(batch.targets, whole.targets)
+    for packed in (batch, whole):
+        assert packed.bounds.tolist()[-1] == packed.input_ids.shape[1]
+        # Every target has the token before it in its place.
+        before = packed.input_ids[0, packed.predict_at]
+        torch.testing.assert_close(before, whole.input_ids[0, whole.predict_at])
+    assert pack(instructed, [2], share=True).num_shared == 0
+
+
+def test_what_is_learned_or_too_short_is_not_shared() -> None:
+    def shared(*rows: tuple[list[int], list[int]]) -> int:
+        ids, masks = zip(*rows, strict=True)
+        return make_rows(["a", "b"], list(ids), list(masks)).num_shared([0, 1])
+
+    same, other = list(range(10, 40)), [*range(10, 30), 7, 8, 9]
+    last = [0] * 29 + [1]
+    assert shared((same, last), (other, [0] * 22 + [1])) == 20
+    # A copy shares all but the token that the target is predicted from.
+    assert shared((same, last), (same, last)) == 28
+    # A target in the beginning of either row ends what is shared, that of the first token is none.
+    learned = [1] + [0] * 23 + [1] * 6
+    assert shared((same, learned), (same, last)) == shared((same, last), (same, learned)) == 23
+    assert shared((same, [1] * 30), (same, [1] * 30)) == 0
+    short = MIN_SHARED_TOKENS + 1
+    assert shared((same[:short], last[-short:]), (same, last)) == 0
+
+
+def test_rows_share_only_where_nothing_is_drawn_for_each() -> None:
+    model = _model("llama", ATTENTION).train()
+    assert can_share(model)
+    model.config.attention_dropout = 0.1
+    assert not can_share(model)
+    assert can_share(model.eval())
+    model = _model("gpt_neox", ATTENTION).train()
+    assert can_share(model)
+    model.gpt_neox.layers[1].post_mlp_dropout.p = 0.1
+    assert not can_share(model)
 
 
 def test_documents_of_one_row_are_trained_on_as_rows_of_their_own(rows: Rows) -> None:

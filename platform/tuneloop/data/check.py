@@ -26,6 +26,9 @@ from tuneloop.models.chat import RenderError
 from tuneloop.models.source import BaseModel
 from tuneloop.records import Sample
 
+# Usable rows that stand for all where they are compared with one another.
+_SPREAD = 64
+
 
 @dataclass(frozen=True)
 class TokenSample:
@@ -51,6 +54,8 @@ class DataCheck:
         length_tokens: Percentiles `p50` to `p99` and `max` of the rows' lengths.
         target_length_tokens: Likewise of their targets.
         target_ratio: Share of all tokens that are targets.
+        samples: Rows to show.
+        spread: Up to 64 rows, spread evenly over the data; none of plain text.
     """
 
     findings: list[Problem] = field(default_factory=list)
@@ -62,6 +67,7 @@ class DataCheck:
     target_length_tokens: dict[str, int] = field(default_factory=dict)
     target_ratio: float = 0.0
     samples: list[TokenSample] = field(default_factory=list)
+    spread: list[Sample] = field(default_factory=list)
 
 
 def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> DataCheck:
@@ -86,7 +92,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     dropped: list[str] = []
     lengths: list[int] = []
     targets: list[int] = []
-    shown = _EvenlySpread(num_samples)
+    shown, spread = _EvenlySpread(num_samples), _EvenlySpread(_SPREAD)
     total = 0
     rows = (row for place, file in enumerate(files) for row in read_rows(file, place, config))
     first = list(itertools.islice(rows, NUM_PROVED))
@@ -114,6 +120,8 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         lengths.append(len(sample.input_ids))
         targets.append(sum(sample.loss_mask))
         shown.offer((row["source"], sample))
+        if limit is not None:
+            spread.offer(sample)
     findings, notices = _findings(config, bad, too_long, total)
     if dropped and len(dropped) + len(bad) + len(too_long) == total:
         findings.append(nothing_left_problem(dropped))
@@ -129,6 +137,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         target_length_tokens=percentiles(targets),
         target_ratio=round(sum(targets) / max(1, sum(lengths)), 4),
         samples=[_token_sample(source, sample, renderer) for source, sample in shown.chosen()],
+        spread=spread.chosen(),
     )
 
 

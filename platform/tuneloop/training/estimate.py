@@ -17,6 +17,7 @@ from tuneloop.models.source import BaseModel
 from tuneloop.training.batches import Schedule, split_batch
 from tuneloop.training.engine import bucket_size, with_adapters
 from tuneloop.training.footprint import ATTENTION_SHAPE, kept_bytes
+from tuneloop.training.packed import can_share
 from tuneloop.training.rows import Rows
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class ModelShape:
         max_positions: Longest sequence the model knows, or None.
         kept_bytes: What the backward pass keeps for each token, without the logits.
         adapted_size: Outputs of all layers that have an adapter.
+        can_share: Whether rows of a micro-batch share what they all begin with.
     """
 
     num_parameters: int
@@ -68,6 +70,7 @@ class ModelShape:
     max_positions: int | None
     kept_bytes: int
     adapted_size: int
+    can_share: bool
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,17 @@ class Workload:
 
     Args:
         num_steps: Optimizer steps.
-        num_tokens: Over all steps.
+        num_tokens: Of all rows, over all steps.
+        num_computed: Over all steps, with beginnings that rows share counted once.
         num_target_tokens: Over all steps.
         num_pairs: Of tokens that attend to one another, over all steps.
-        micro_batch_tokens: In the largest micro-batch.
+        micro_batch_tokens: Computed in the largest micro-batch.
         micro_batch_targets: In the micro-batch with the most targets.
     """
 
     num_steps: int
     num_tokens: int
+    num_computed: int
     num_target_tokens: int
     num_pairs: int
     micro_batch_tokens: int
@@ -170,6 +175,7 @@ def model_shape(base: BaseModel, config: TrainingConfig, use_gpu: bool = False) 
         max_positions=getattr(settings, "max_position_embeddings", None),
         kept_bytes=kept_bytes(model),
         adapted_size=sum(m.out_features for m in model.modules() if hasattr(m, "lora_A")),
+        can_share=can_share(model.train()) and not use_gpu,
     )
 
 
@@ -203,7 +209,12 @@ def _refuse_other_layers(model: Any, targets: str | list[str]) -> None:
 
 
 def estimate(
-    config: TuneloopConfig, shape: ModelShape, num_rows: int, num_tokens: int, target_ratio: float
+    config: TuneloopConfig,
+    shape: ModelShape,
+    num_rows: int,
+    num_tokens: int,
+    target_ratio: float,
+    some_rows: Rows,
 ) -> Estimate:
     """Return what a training needs, from totals.
 
@@ -212,14 +223,19 @@ def estimate(
         num_rows: Rows in the train split, at least 1.
         num_tokens: Of those rows, together.
         target_ratio: Share of the tokens that are targets.
+        some_rows: That stand for all where their beginnings are compared.
     """
     schedule = make_schedule(config, num_rows)
-    tokens = round(num_tokens * schedule.num_steps / schedule.steps_per_epoch)
+    passes = schedule.num_steps / schedule.steps_per_epoch
+    tokens = round(num_tokens * passes)
     size = micro_batch_size(config, config.resources.worker_counts[0])
     micro = round(size * num_tokens / num_rows * _FULLEST)
+    shared = _mean_shared(some_rows, size) if shape.can_share else 0
+    micro -= (size - 1) * shared
     work = Workload(
         schedule.num_steps,
         tokens,
+        tokens - round(num_rows * passes * (size - 1) / size * shared),
         round(tokens * target_ratio),
         round(tokens * num_tokens / num_rows / 2),
         micro,
@@ -250,28 +266,41 @@ def refuse_impossible(expected: Estimate) -> None:
     )
 
 
-def workload(config: TuneloopConfig, rows: Rows) -> Workload:
+def _mean_shared(rows: Rows, size: int) -> int:
+    """Return how many tokens micro-batches of so many rows have in common."""
+    count = max(1, len(rows) // size)
+    return sum(rows.num_shared(range(i, len(rows), count)) for i in range(count)) // count
+
+
+def workload(config: TuneloopConfig, shape: ModelShape, rows: Rows) -> Workload:
     """Return what a training on these rows amounts to.
 
     The micro-batches are those of epoch 1 on the least number of workers. Of a long epoch only
-    the steps with the most tokens and those with the most targets are looked at.
+    the steps with the most tokens and those with the most targets are looked at, and what their
+    rows share stands for the others.
     """
     schedule = make_schedule(config, len(rows))
     lengths, targets = rows.lengths, rows.num_target_tokens
     num_workers = config.resources.worker_counts[0]
     size = micro_batch_size(config, num_workers)
     bins = num_workers * grad_accum_steps(config, num_workers)
-    largest = most = 0
+    largest = most = looked_at = computed = 0
     fullest = {int(step) for v in (lengths, targets) for step in _highest(schedule.sums(v))}
     for step in fullest:
         for share in split_batch(schedule.batch(step), lengths, bins, size):
-            largest = max(largest, int(lengths[share].sum()))
+            num_tokens = int(lengths[share].sum())
+            looked_at += num_tokens
+            if shape.can_share:
+                num_tokens -= rows.num_shared(share) * (len(share) - 1)
+            computed += num_tokens
+            largest = max(largest, num_tokens)
             most = max(most, int(targets[share].sum()))
     passes = schedule.num_steps / schedule.steps_per_epoch
     pairs = np.square(np.diff(rows.documents), dtype=np.float64).sum() / 2
     return Workload(
         schedule.num_steps,
         round(float(lengths.sum()) * passes),
+        round(float(lengths.sum()) * passes * computed / max(1, looked_at)),
         round(float(targets.sum()) * passes),
         round(float(pairs) * passes),
         largest,
@@ -405,7 +434,7 @@ def _flops(shape: ModelShape, work: Workload, passes: int, again: bool) -> float
     # Two products forward, five backward, whatever is trained.
     attention = 2 * shape.query_size * (7 + 2 * again)
     return float(
-        work.num_tokens * body + work.num_target_tokens * head + work.num_pairs * attention
+        work.num_computed * body + work.num_target_tokens * head + work.num_pairs * attention
     )
 
 

@@ -97,7 +97,7 @@ def train(
         except UserError:
             shutil.rmtree(draft.scratch / "rows")
             raise
-        work = workload(config, rows)
+        work = workload(config, shape, rows)
         expected = estimate_work(config, shape, work)
         refuse_too_small(config, expected, draft.scratch)
         _mention_idle_gpus(config.resources)

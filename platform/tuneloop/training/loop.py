@@ -25,7 +25,7 @@ from tuneloop.records import Parity
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
 from tuneloop.training.checkpoint import load_engine, newest_whole, refuse_save, save_engine
 from tuneloop.training.engine import Execution, answering, gathered, load_model, make_engine
-from tuneloop.training.packed import check_packing, loss_and_hits, pack
+from tuneloop.training.packed import can_share, check_packing, loss_and_hits, pack
 from tuneloop.training.results import TrainingResult
 from tuneloop.training.rows import Rows
 from tuneloop.training.state import read_state
@@ -182,8 +182,9 @@ def train_step(
     learning_rate = engine.get_lr()[0]
     seen: list[int] = []
     num_padding = 0
+    share_beginning = can_share(engine.module)
     for index, share in enumerate(micro_batches(bins, worker.rank, execution.world_size)):
-        packed = pack(rows, share, worker.device)
+        packed = pack(rows, share, worker.device, share_beginning)
         seen += packed.rows
         num_padding += 0 if packed.rows else packed.input_ids.numel()
         loss, hits = loss_and_hits(engine, packed)

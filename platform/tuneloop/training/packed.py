@@ -1,7 +1,10 @@
 """Rows without padding: one packed sequence per micro-batch, every row attending to itself only.
 
-Shape legend: T tokens of the packed sequence, N target tokens, V vocabulary, H heads, D head
-dimension.
+What all rows of a micro-batch begin with, such as an instruction, is computed once for all of them:
+with causal attention its hidden states are the same in every row, and its gradient is the sum.
+
+Shape legend: T tokens of the packed sequence, S of the shared beginning, N target tokens, V
+vocabulary, H heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -28,13 +31,15 @@ _CHECK_ROWS = 2
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows end to end.
+    """Rows end to end, behind what all of them begin with.
 
     Args:
         input_ids: Shape (1, T).
         position_ids: Shape (1, T), from 0 in each document.
-        lengths: Tokens of each document, row after row; they add up to T.
-        bounds: Where each document begins, and T. Shape (documents + 1,), int32.
+        num_shared: S, tokens at the front that are the beginning of every document; 0 where a
+            document is whole in its place.
+        lengths: Tokens of each document that are its own, row after row; with S they add up to T.
+        bounds: Where each document's own tokens begin, and T. Shape (documents + 1,), int32.
         predict_at: Positions whose next token is a target. Shape (N,).
         targets: Those next tokens. Shape (N,).
         rows: Row numbers, in order.
@@ -42,6 +47,7 @@ class PackedBatch:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    num_shared: int
     lengths: tuple[int, ...]
     bounds: torch.Tensor
     predict_at: torch.Tensor
@@ -49,35 +55,59 @@ class PackedBatch:
     rows: tuple[int, ...]
 
 
-def pack(rows: Rows, indices: Sequence[int], device: torch.device | str = "cpu") -> PackedBatch:
+def pack(
+    rows: Rows, indices: Sequence[int], device: torch.device | str = "cpu", share: bool = False
+) -> PackedBatch:
     """Return one packed sequence of the given rows.
 
     An empty list gives a single token without target: a worker that has no row left still runs
     the same collective operations as the others, and adds nothing to the loss.
+
+    Args:
+        share: Compute a common beginning once, see `can_share`.
     """
     if not indices:
         zero = torch.zeros((1, 1), dtype=torch.long, device=device)
         none = torch.zeros(0, dtype=torch.long, device=device)
         bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
-        return PackedBatch(zero, zero, (1,), bounds, none, none, ())
+        return PackedBatch(zero, zero, 0, (1,), bounds, none, none, ())
     parts = [rows.row(index) for index in indices]
-    lengths = tuple(length for index in indices for length in rows.document_lengths(index))
+    lengths = np.array([n for index in indices for n in rows.document_lengths(index)])
     ids = np.concatenate([ids for ids, _ in parts]).astype(np.int64)
     mask = np.concatenate([mask for _, mask in parts]).astype(bool)
-    # The first token of a document has nothing before it to be predicted from.
-    bounds = np.cumsum([0, *lengths], dtype=np.int32)
-    mask[bounds[:-1]] = False
     positions = np.concatenate([np.arange(length) for length in lengths])
+    # The first token of a document has nothing before it to be predicted from.
+    mask[positions == 0] = False
+    num_shared = rows.num_shared(indices) if share else 0
+    # The first document stays whole: its beginning is that of all.
+    kept = (positions >= num_shared) | (np.arange(len(ids)) < num_shared)
+    ids, mask, positions = ids[kept], mask[kept], positions[kept]
+    lengths = lengths - num_shared
+    bounds = np.cumsum([num_shared, *lengths], dtype=np.int32)
     at = np.flatnonzero(mask)
     return PackedBatch(
         input_ids=torch.from_numpy(ids).to(device)[None],
         position_ids=torch.from_numpy(positions).to(device)[None],
-        lengths=lengths,
+        num_shared=num_shared,
+        lengths=tuple(lengths.tolist()),
         bounds=torch.from_numpy(bounds).to(device),
         predict_at=torch.from_numpy(at - 1).to(device),
         targets=torch.from_numpy(ids[at]).to(device),
         rows=tuple(int(index) for index in indices),
     )
+
+
+def can_share(model: Any) -> bool:
+    """Return whether rows may share what they all begin with, without any effect on the result.
+
+    With dropout every row draws numbers of its own. On a GPU the attention of all documents is one
+    call of a kernel for documents that are whole.
+    """
+    draws = model.training and (
+        getattr(model.config.get_text_config(), "attention_dropout", 0.0) > 0
+        or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    )
+    return not draws and model.device.type != "cuda"
 
 
 def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
@@ -98,6 +128,7 @@ def loss_and_hits(model: Any, batch: PackedBatch) -> tuple[torch.Tensor, torch.T
     logits = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
+        num_shared=batch.num_shared,
         document_lengths=batch.lengths,
         document_bounds=batch.bounds,
         logits_to_keep=keep,
@@ -125,7 +156,7 @@ def check_packing(model: Any, rows: Rows, device: torch.device) -> None:
     attention = plain.config._attn_implementation
     model.eval()
     with torch.no_grad():
-        packed = float(loss_sum(model, pack(rows, chosen, device)))
+        packed = float(loss_sum(model, pack(rows, chosen, device, can_share(model))))
         plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
         alone = 0.0
         for row in chosen:
@@ -167,24 +198,25 @@ def packed_attention(
         key: Shape (1, H of keys, T, D).
         value: Shape (1, H of keys, T, D).
         attention_mask: Always None here; the boundaries are in `document_lengths`.
-        options: What transformers passes: `document_lengths`, `document_bounds`, `scaling`,
-            `dropout`, `sliding_window`, `softcap`.
+        options: What transformers passes: `num_shared`, `document_lengths`, `document_bounds`,
+            `scaling`, `dropout`, `sliding_window`, `softcap`.
 
     Returns:
         Shape (1, T, H, D), and no attention weights.
     """
     if options.get("s_aux") is not None or options.get("position_bias") is not None:
         raise NotImplementedError("attention sinks and position biases are not supported")
-    lengths = options["document_lengths"]
+    lengths, num_shared = options["document_lengths"], options.get("num_shared", 0)
     groups = query.shape[1] // key.shape[1]
-    if _varlen_attn is not None and _has_kernel(query, options):
+    if not num_shared and _varlen_attn is not None and _has_kernel(query, options):
         return _attend_at_once(query, key, value, groups, options), None
-    pieces = [
-        _attend(q, k, v, groups, options)
-        for q, k, v in zip(
-            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
-        )
-    ]
+    parts = [part.split((num_shared, *lengths), dim=2) for part in (query, key, value)]
+    (front, front_key, front_value), *own = zip(*parts, strict=True)
+    pieces = [_attend(front, front_key, front_value, groups, options)] if num_shared else []
+    for q, k, v in own:
+        if num_shared:
+            k, v = torch.cat([front_key, k], dim=2), torch.cat([front_value, v], dim=2)
+        pieces.append(_attend(q, k, v, groups, options))
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
@@ -233,12 +265,17 @@ def _attend(
     groups: int,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Attend within one document. Shape of query and result (1, H, T, D)."""
-    length, window, softcap = query.shape[2], options.get("sliding_window"), options.get("softcap")
+    """Attend within one document.
+
+    Args:
+        query: Of the document's last tokens. Shape (1, H, queries, D), also of the result.
+        key: Of all its tokens. Shape (1, H of keys, tokens, D).
+    """
+    length, window, softcap = key.shape[2], options.get("sliding_window"), options.get("softcap")
     mask = None
-    if (window is not None and window < length) or softcap is not None:
+    if (window is not None and window < length) or softcap is not None or query.shape[2] != length:
         steps = torch.arange(length, device=query.device)
-        distance = steps[:, None] - steps[None, :]
+        distance = steps[-query.shape[2] :, None] - steps[None, :]
         mask = (distance >= 0) & (distance < (window or length))
     if mask is None or softcap is None:
         return functional.scaled_dot_product_attention(

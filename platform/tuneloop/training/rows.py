@@ -27,6 +27,8 @@ _ARRAYS = {
     "num_target_tokens": np.int64,
 }
 _ROW_IDS = "row_ids.arrow"
+# Less is not worth the masks that attention then needs.
+MIN_SHARED_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,36 @@ class Rows:
 
     def document_lengths(self, index: int) -> list[int]:
         """Return the tokens of each document of one row; they add up to the row's."""
+        return np.diff(self._document_bounds(index)).tolist()
+
+    def num_shared(self, indices: Sequence[int]) -> int:
+        """Return how many tokens all documents of these rows begin with.
+
+        Mostly an instruction that every row repeats. The token before a target, which predicts it,
+        is a document's own, and less than `MIN_SHARED_TOKENS` counts as nothing.
+        """
+        if not len(indices):
+            return 0
+        bounds = [self._document_bounds(index) for index in indices]
+        begins = np.concatenate([part[:-1] for part in bounds])
+        ends = np.concatenate([part[1:] for part in bounds])
+        if len(begins) < 2:
+            return 0
+        size = int((ends - begins).min()) - 1
+        first = self.input_ids[begins[0] : begins[0] + size]
+        for begin in begins:
+            apart = self.input_ids[begin : begin + size] != first[:size]
+            apart |= self.loss_mask[begin + 1 : begin + 1 + size] != 0
+            if apart.any():
+                size = int(apart.argmax())
+            if size < MIN_SHARED_TOKENS:
+                return 0
+        return size
+
+    def _document_bounds(self, index: int) -> np.ndarray:
+        """Return where the documents of one row begin, and its end. Shape (documents + 1,)."""
         first, last = np.searchsorted(self.documents, self.offsets[index : index + 2])
-        return np.diff(self.documents[first : last + 1]).tolist()
+        return self.documents[first : last + 1]
 
 
 def make_rows(
