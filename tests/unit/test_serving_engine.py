@@ -27,6 +27,7 @@ from tuneloop.models.chat import Renderer
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
 from tuneloop.serving.requests import QueueFull, Request, RequestError
+from tuneloop.serving.sampling import likeliest
 
 SMALL = {
     "vocab_size": 99,
@@ -123,6 +124,33 @@ def test_greedy_equals_transformers_one_by_one(family: str, start) -> None:  # t
     ]
     assert [future.result(60).token_ids for future in futures] == expected
     assert any(len(prefix) == 70 for prefix in engine._prefixes)
+
+
+def test_transposed_products_write_the_same(start, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """As many rows as `likeliest` wants, in a vocabulary that its blocks divide."""
+    from tuneloop.serving.linear import speed_up_linear
+
+    monkeypatch.setattr("tuneloop.serving.linear.MIN_GAIN", 0.0)
+    model = make_model(LlamaConfig(**{**SMALL, "vocab_size": 128}, mlp_bias=True))
+    prompts = prompts_of([1 + 3 * index for index in range(24)])
+    expected = [greedy(model, prompt, 10) for prompt in prompts]
+    assert speed_up_linear(model, num_rows=24)
+    sizes = []
+    model.lm_head.register_forward_hook(lambda _, __, out: sizes.append(out[0].stride(0)))
+    engine = start(model, max_batch_size=24)
+    futures = [engine.submit(Request(p, SamplingParams(max_tokens=10))) for p in prompts]
+    assert [future.result(60).token_ids for future in futures] == expected
+    assert 1 in sizes
+
+
+def test_the_first_of_the_likeliest_is_taken() -> None:
+    torch.manual_seed(0)
+    for vocab, rows in ((128, 40), (128, 3), (99, 40)):
+        # Few values, so that most rows have several largest ones, in one block and in others.
+        logits = torch.randint(0, 3, (rows, vocab)).float()
+        first = torch.tensor([row.tolist().index(row.max()) for row in logits])
+        assert torch.equal(likeliest(logits), first)
+        assert torch.equal(likeliest(logits.t().contiguous().t()), first)
 
 
 def test_prompts_longer_than_a_step_are_read_in_chunks(start, monkeypatch) -> None:  # type: ignore[no-untyped-def]

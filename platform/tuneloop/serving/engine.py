@@ -35,7 +35,7 @@ from tuneloop.serving.adapters import Adapters
 from tuneloop.serving.attention import Cohort, Group, Layers, Prefix, Prompt
 from tuneloop.serving.model import forward, load_model, num_threads, switch_attention
 from tuneloop.serving.requests import Generation, QueueFull, Request, RequestError, TokenScore
-from tuneloop.serving.sampling import sample, score
+from tuneloop.serving.sampling import likeliest, sample, score
 
 log = logging.getLogger("tuneloop.serving")
 
@@ -255,19 +255,22 @@ class Engine:
             return
         logits = self._forward([*cohorts, *(row.prompt for row in reading)])
         writers = [row for cohort in cohorts for row in cohort.owners]
-        last = logits[: len(cohorts)]
-        for row, scores in zip(reading, logits[len(cohorts) :], strict=True):
+        places = list(range(len(writers)))
+        stop = len(writers)
+        for row in reading:
+            start, stop = stop, stop + len(row.prompt.kept)
             if row.request.score_prompt:
                 targets = row.prompt.suffix[row.prompt.start + 1 : row.prompt.stop + 1]
                 num_top = [row.request.num_top] * len(targets)
-                row.prompt_scores += score(scores[: len(targets)], targets, num_top)
+                scores = logits[start : start + len(targets)]
+                row.prompt_scores += score(scores, targets, num_top)
             row.prompt.advance()
             if row.prompt.done:
                 writers.append(row)
-                last.append(scores[-1:])
+                places.append(stop - 1)
         if not writers:
             return
-        chosen = dict(zip(writers, self._choose(torch.cat(last), writers), strict=True))
+        chosen = dict(zip(writers, self._choose(logits, places, writers), strict=True))
         for cohort in cohorts:
             cohort.advance([chosen[row] for row in cohort.owners])
             # From the end: what takes the place of a removed row has been looked at.
@@ -287,7 +290,7 @@ class Engine:
             row.prompt.layers = []
         self._cohorts = [cohort for cohort in self._cohorts if len(cohort)]
 
-    def _forward(self, groups: Sequence[Group]) -> list[Tensor]:
+    def _forward(self, groups: Sequence[Group]) -> Tensor:
         self.adapters.select(groups)
         return forward(self.model, groups)
 
@@ -322,17 +325,22 @@ class Engine:
             self._cohorts.append(cohort)
         cohort.add(row, layers, length, next_id)
 
-    def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> list[int]:
-        """Return each row's next token, and note its score where asked for."""
-        chosen = logits.argmax(-1).tolist()
+    def _choose(self, logits: Tensor, places: Sequence[int], rows: Sequence[_Row]) -> list[int]:
+        """Return each row's next token, and note its score where asked for.
+
+        Args:
+            places: Where in `logits` each row's are.
+        """
+        ids = likeliest(logits).tolist()
+        chosen = [ids[place] for place in places]
         for index, row in enumerate(rows):
             if row.sampler is not None:
-                chosen[index] = sample(logits[index], row.request.params, row.sampler)
+                chosen[index] = sample(logits[places[index]], row.request.params, row.sampler)
         wanted = [index for index, row in enumerate(rows) if row.request.params.logprobs]
         if wanted:
             targets = [chosen[index] for index in wanted]
             num_top = [rows[index].request.num_top for index in wanted]
-            scores = score(logits[wanted], targets, num_top)
+            scores = score(logits[[places[index] for index in wanted]], targets, num_top)
             for index, found in zip(wanted, scores, strict=True):
                 rows[index].scores.append(found)
         return chosen

@@ -54,8 +54,8 @@ def load_model(path: str | Path, max_batch_size: int) -> Any:
     return model
 
 
-def forward(model: Any, groups: Sequence[Group]) -> list[Tensor]:
-    """Return the logits behind each group's kept tokens, shape (kept, V) each."""
+def forward(model: Any, groups: Sequence[Group]) -> Tensor:
+    """Return the logits behind the kept tokens of all groups, one after the other: (kept, V)."""
     token_ids: list[int] = []
     positions: list[int] = []
     kept: list[int] = []
@@ -70,7 +70,8 @@ def forward(model: Any, groups: Sequence[Group]) -> list[Tensor]:
         logits_to_keep=torch.tensor(kept, dtype=torch.long, device=model.device),
         groups=groups,
     )
-    return list(out.logits[0].split([len(group.kept) for group in groups]))
+    logits: Tensor = out.logits[0]
+    return logits
 
 
 def switch_attention(model: Any) -> int:
@@ -94,15 +95,15 @@ def switch_attention(model: Any) -> int:
         expected = expected.logits[0].float()
         model.set_attn_implementation(IMPLEMENTATION)
         prompt = Prompt(None, ids[:part], keep_all=True)
-        found = forward(model, [prompt.next_chunk(size)])
+        found = [forward(model, [prompt.next_chunk(size)])]
         prompt.advance()
         prompt = Prompt(prompt.freeze(), ids[part : 2 * part], keep_all=True)
-        found += forward(model, [prompt.next_chunk(size)])
+        found.append(forward(model, [prompt.next_chunk(size)]))
         cohort = Cohort(prompt.prefix, size)
         cohort.add(None, prompt.layers, part, ids[2 * part])
         for index in range(2 * part, size):
             cohort.token_ids = [ids[index]]
-            found += forward(model, [cohort])
+            found.append(forward(model, [cohort]))
             cohort.advance([0])
         error = (torch.cat(found).float() - expected).abs().max() / expected.abs().max()
         tolerance = 1e-3 if expected.dtype == model.dtype else 5e-2
