@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -235,15 +235,17 @@ def dedup_keys(table: Any, rendering: Rendering) -> dict[str, Any]:
     import pyarrow.compute as pc
 
     dedup = rendering.data.dedup
+    texts = Texts.of_column(compared_column(table, rendering))
     if rendering.task.type == "language_modeling":
-        ids = [content_id([], text) for text in table["text"].to_pylist()]
+        # A document is all of its row: its bytes are there already.
+        data = memoryview(texts.data)
+        ids = [_digits(data[start:stop]) for start, stop in pairwise(texts.offsets.tolist())]
         sizes = pc.utf8_length(table["text"])
     else:
         rows = _said_by(table)
         said = [rendering.own_messages(row) for row in rows]
         ids = [content_id(*own, row["task"]) for own, row in zip(said, rows, strict=True)]
         sizes = pa.array([sum(len(m["content"]) for m in own) or len(text) for own, text in said])
-    texts = Texts.of_column(compared_column(table, rendering))
     return {
         "content_id": pa.array(ids, pa.string()),
         "num_characters": sizes.cast(pa.int32()),
@@ -360,7 +362,11 @@ def content_id(messages: list[dict[str, str]], text: str, task: str = "") -> str
     """
     parts = [part for m in messages for part in (m["role"], m["content"])] or [text]
     parts = [f"task {task}", *parts] if task else parts
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "replace")).hexdigest()[:20]
+    return _digits("\0".join(parts).encode("utf-8", "replace"))
+
+
+def _digits(content: Any) -> str:
+    return hashlib.sha256(content).hexdigest()[:20]
 
 
 def chunks(ids: Any, max_seq_len: int) -> list[Any]:
