@@ -23,6 +23,7 @@ if newest is not None:
         tables = tabulate(load_evaluation(workspace.open(newest.ref)))
     except UserError as error:
         refuse("The newest evaluation cannot be opened.", error)
+    st.caption(f"The newest comparison, {newest.ref}:")
     show_verdict(tables)
     with st.container(horizontal=True):
         query = {"artifact": newest.ref}

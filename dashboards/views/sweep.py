@@ -75,7 +75,7 @@ if sweep.points:
 else:
     st.warning("No trial of this sweep has a score.")
 st.subheader("Trials")
-st.dataframe(sweep.trials, hide_index=True)
+st.table(sweep.trials, border="horizontal", hide_index=True)
 for name, problem in sweep.problems:
     st.warning(f"**{name}** has no score.  \n{problem}")
 show_origin(artifact)

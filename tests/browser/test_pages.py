@@ -129,7 +129,7 @@ def test_sweep_page_shows_curve_best_and_failed_trials(open_page, filled):
     assert "models/demo-big-200@v1" in app.success[0].value
     assert len(app.get("vega_lite_chart")) == 1
     assert "+4.0 points for each doubling" in "".join(m.value for m in app.markdown)
-    assert list(app.dataframe[0].value["status"]) == ["done"] * 5 + ["failed"]
+    assert list(app.table[0].value["status"]) == ["done"] * 5 + ["failed"]
     assert "the loss is not finite" in app.warning[0].value
 
 

@@ -262,7 +262,7 @@ def read_sweep(sweep: Artifact) -> SweepView:
                     else f"{_score(trial['low'], percent)} to {_score(trial['high'], percent)}"
                 ),
                 "loss": format_number(trial["loss"], 3),
-                "time": f"{format_number(trial['wall_s'])} s",
+                "time, s": format_number(trial["wall_s"]),
                 **({"status": trial["status"]} if any_failed else {}),
                 "model": trial["model"] or "–",
             }
