@@ -241,7 +241,7 @@ def bare_step(model: Any, rows: Any, schedule: Any, all_logits: bool) -> Any:
     share = can_share(model)
 
     def step(number: int) -> float:
-        batch = pack(rows, schedule.batch(number).tolist(), share=share)
+        batch = pack(rows, schedule.batch(number).tolist(), share_beginning=share)
         if all_logits:
             logits = model(
                 input_ids=batch.input_ids,

@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    OPTConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -83,9 +84,9 @@ def test_loss_and_gradient_equal_those_of_the_rows_one_by_one(
     family: str, beginning: str, rows: Rows, instructed: Rows
 ) -> None:
     model, plain = _model(family, ATTENTION), _model(family, "eager")
-    rows = instructed if beginning == "shared" else rows
-    batch = pack(rows, range(len(rows)), share=True)
-    assert batch.num_shared == (20 if beginning == "shared" else 0)
+    rows = rows if beginning == "own" else instructed
+    batch = pack(rows, range(len(rows)), share_beginning=True)
+    assert batch.num_shared == (0 if beginning == "own" else 20)
     packed = loss_sum(model, batch)
     packed.backward()
     alone = torch.zeros(())
@@ -102,7 +103,7 @@ def test_loss_and_gradient_equal_those_of_the_rows_one_by_one(
 
 
 def test_a_common_beginning_is_computed_once(instructed: Rows) -> None:
-    batch, whole = (pack(instructed, range(6), share=share) for share in (True, False))
+    batch, whole = (pack(instructed, range(6), share_beginning=share) for share in (True, False))
     assert batch.input_ids.shape[1] == whole.input_ids.shape[1] - 5 * 20
     assert batch.lengths == tuple(length - 20 for length in whole.lengths)
     torch.testing.assert_close(batch.targets, whole.targets)
@@ -111,7 +112,7 @@ def test_a_common_beginning_is_computed_once(instructed: Rows) -> None:
         # Every target has the token before it in its place.
         before = packed.input_ids[0, packed.predict_at]
         torch.testing.assert_close(before, whole.input_ids[0, whole.predict_at])
-    assert pack(instructed, [2], share=True).num_shared == 0
+    assert pack(instructed, [2], share_beginning=True).num_shared == 0
 
 
 def test_what_is_learned_or_too_short_is_not_shared() -> None:
@@ -135,9 +136,12 @@ def test_what_is_learned_or_too_short_is_not_shared() -> None:
 def test_rows_share_only_where_nothing_is_drawn_for_each() -> None:
     model = _model("llama", ATTENTION).train()
     assert can_share(model)
-    model.config.attention_dropout = 0.1
+    model.model.layers[2].self_attn.attention_dropout = 0.1
     assert not can_share(model)
     assert can_share(model.eval())
+    # Drawn by a function of the layer's, not by a module.
+    drawing = OPTConfig(**_SMALL, ffn_dim=64, word_embed_proj_dim=32)
+    assert not can_share(AutoModelForCausalLM.from_config(drawing).train())
     model = _model("gpt_neox", ATTENTION).train()
     assert can_share(model)
     model.gpt_neox.layers[1].post_mlp_dropout.p = 0.1

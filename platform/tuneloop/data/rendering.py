@@ -238,7 +238,7 @@ def dedup_keys(table: Any, rendering: Rendering) -> dict[str, Any]:
     texts = Texts.of_column(compared_column(table, rendering))
     if rendering.task.type == "language_modeling":
         # A document is all of its row: its bytes are there already.
-        data = memoryview(texts.data)
+        data = texts.data.data
         ids = [_digits(data[start:stop]) for start, stop in pairwise(texts.offsets.tolist())]
         sizes = pc.utf8_length(table["text"])
     else:
@@ -366,6 +366,7 @@ def content_id(messages: list[dict[str, str]], text: str, task: str = "") -> str
 
 
 def _digits(content: Any) -> str:
+    """Return the beginning of a hash of bytes."""
     return hashlib.sha256(content).hexdigest()[:20]
 
 

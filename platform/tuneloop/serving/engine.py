@@ -329,7 +329,8 @@ class Engine:
         """Return each row's next token, and note its score where asked for.
 
         Args:
-            places: Where in `logits` each row's are.
+            logits: Of these rows, and of prompts that are scored.
+            places: Where each row's are.
         """
         ids = likeliest(logits).tolist()
         chosen = [ids[place] for place in places]

@@ -36,6 +36,8 @@ _LOGIT_COPIES = 4
 _FULLEST = 1.25
 # Steps whose micro-batches are made for the estimate.
 _LOOKED_AT = 2000
+# Of those, micro-batches whose rows are compared with one another.
+_COMPARED = 64
 # Share of the matrix-product rate that a whole training step reaches, measured.
 _EFFICIENCY = 0.7
 
@@ -230,15 +232,14 @@ def estimate(
     tokens = round(num_tokens * passes)
     size = micro_batch_size(config, config.resources.worker_counts[0])
     micro = round(size * num_tokens / num_rows * _FULLEST)
-    shared = _mean_shared(some_rows, size) if shape.can_share else 0
-    micro -= (size - 1) * shared
+    shared = _mean_shared(some_rows, size, schedule.seed) if shape.can_share else 0
     work = Workload(
         schedule.num_steps,
         tokens,
         tokens - round(num_rows * passes * (size - 1) / size * shared),
         round(tokens * target_ratio),
         round(tokens * num_tokens / num_rows / 2),
-        micro,
+        micro - (size - 1) * shared,
         round(micro * target_ratio),
     )
     return estimate_work(config, shape, work)
@@ -266,44 +267,53 @@ def refuse_impossible(expected: Estimate) -> None:
     )
 
 
-def _mean_shared(rows: Rows, size: int) -> int:
-    """Return how many tokens micro-batches of so many rows have in common."""
+def _mean_shared(rows: Rows, size: int, seed: int) -> int:
+    """Return how many tokens random micro-batches of so many rows have in common."""
+    order = np.random.default_rng(seed).permutation(len(rows))
     count = max(1, len(rows) // size)
-    return sum(rows.num_shared(range(i, len(rows), count)) for i in range(count)) // count
+    return sum(rows.num_shared(order[i::count].tolist()) for i in range(count)) // count
 
 
 def workload(config: TuneloopConfig, shape: ModelShape, rows: Rows) -> Workload:
     """Return what a training on these rows amounts to.
 
     The micro-batches are those of epoch 1 on the least number of workers. Of a long epoch only
-    the steps with the most tokens and those with the most targets are looked at, and what their
-    rows share stands for the others.
+    the steps with the most tokens and those with the most targets are looked at; what rows share,
+    in the largest of their micro-batches and in some others, which stand for all.
     """
     schedule = make_schedule(config, len(rows))
     lengths, targets = rows.lengths, rows.num_target_tokens
     num_workers = config.resources.worker_counts[0]
     size = micro_batch_size(config, num_workers)
     bins = num_workers * grad_accum_steps(config, num_workers)
-    largest = most = looked_at = computed = 0
-    fullest = {int(step) for v in (lengths, targets) for step in _highest(schedule.sums(v))}
-    for step in fullest:
-        for share in split_batch(schedule.batch(step), lengths, bins, size):
-            num_tokens = int(lengths[share].sum())
-            looked_at += num_tokens
-            if shape.can_share:
-                num_tokens -= rows.num_shared(share) * (len(share) - 1)
-            computed += num_tokens
-            largest = max(largest, num_tokens)
-            most = max(most, int(targets[share].sum()))
+    fullest = sorted({int(step) for v in (lengths, targets) for step in _highest(schedule.sums(v))})
+    shares = [
+        share
+        for step in fullest
+        for share in split_batch(schedule.batch(step), lengths, bins, size)
+    ]
+    num_tokens = np.array([lengths[share].sum() for share in shares], np.int64)
+    most = max((int(targets[share].sum()) for share in shares), default=0)
+
+    def computed(chosen: np.ndarray) -> np.ndarray:
+        saved = [
+            rows.num_shared(shares[index]) * max(0, len(shares[index]) - 1) * shape.can_share
+            for index in chosen
+        ]
+        return num_tokens[chosen] - np.array(saved, np.int64)
+
+    largest = computed(np.argsort(num_tokens)[-_COMPARED:])
+    some = np.arange(0, len(shares), max(1, len(shares) // _COMPARED))
+    ratio = float(computed(some).sum() / max(1, num_tokens[some].sum()))
     passes = schedule.num_steps / schedule.steps_per_epoch
     pairs = np.square(np.diff(rows.documents), dtype=np.float64).sum() / 2
     return Workload(
         schedule.num_steps,
         round(float(lengths.sum()) * passes),
-        round(float(lengths.sum()) * passes * computed / max(1, looked_at)),
+        round(float(lengths.sum()) * passes * ratio),
         round(float(targets.sum()) * passes),
         round(float(pairs) * passes),
-        largest,
+        int(largest.max(initial=0)),
         most,
     )
 

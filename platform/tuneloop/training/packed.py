@@ -1,4 +1,4 @@
-"""Rows without padding: one packed sequence per micro-batch, every row attending to itself only.
+"""Rows without padding: one packed sequence per micro-batch, no row attending to another one.
 
 What all rows of a micro-batch begin with, such as an instruction, is computed once for all of them:
 with causal attention its hidden states are the same in every row, and its gradient is the sum.
@@ -35,7 +35,7 @@ class PackedBatch:
 
     Args:
         input_ids: Shape (1, T).
-        position_ids: Shape (1, T), from 0 in each document.
+        position_ids: Shape (1, T), places in a document; its own tokens start at S.
         num_shared: S, tokens at the front that are the beginning of every document; 0 where a
             document is whole in its place.
         lengths: Tokens of each document that are its own, row after row; with S they add up to T.
@@ -56,7 +56,10 @@ class PackedBatch:
 
 
 def pack(
-    rows: Rows, indices: Sequence[int], device: torch.device | str = "cpu", share: bool = False
+    rows: Rows,
+    indices: Sequence[int],
+    device: torch.device | str = "cpu",
+    share_beginning: bool = False,
 ) -> PackedBatch:
     """Return one packed sequence of the given rows.
 
@@ -64,7 +67,7 @@ def pack(
     the same collective operations as the others, and adds nothing to the loss.
 
     Args:
-        share: Compute a common beginning once, see `can_share`.
+        share_beginning: Compute what the rows have in common once, see `can_share`.
     """
     if not indices:
         zero = torch.zeros((1, 1), dtype=torch.long, device=device)
@@ -78,7 +81,7 @@ def pack(
     positions = np.concatenate([np.arange(length) for length in lengths])
     # The first token of a document has nothing before it to be predicted from.
     mask[positions == 0] = False
-    num_shared = rows.num_shared(indices) if share else 0
+    num_shared = rows.num_shared(indices) if share_beginning else 0
     # The first document stays whole: its beginning is that of all.
     kept = (positions >= num_shared) | (np.arange(len(ids)) < num_shared)
     ids, mask, positions = ids[kept], mask[kept], positions[kept]
@@ -100,12 +103,15 @@ def pack(
 def can_share(model: Any) -> bool:
     """Return whether rows may share what they all begin with, without any effect on the result.
 
-    With dropout every row draws numbers of its own. On a GPU the attention of all documents is one
-    call of a kernel for documents that are whole.
+    With dropout, or noise on a router, every row draws numbers of its own: layers keep the strength
+    in an attribute named after it. On a GPU the attention of all documents is mostly one call of a
+    kernel for documents that are whole.
     """
-    draws = model.training and (
-        getattr(model.config.get_text_config(), "attention_dropout", 0.0) > 0
-        or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    draws = model.training and any(
+        isinstance(value, float) and value > 0
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if "drop" in name or "jitter" in name or isinstance(module, torch.nn.Dropout)
     )
     return not draws and model.device.type != "cuda"
 
@@ -211,12 +217,16 @@ def packed_attention(
     if not num_shared and _varlen_attn is not None and _has_kernel(query, options):
         return _attend_at_once(query, key, value, groups, options), None
     parts = [part.split((num_shared, *lengths), dim=2) for part in (query, key, value)]
-    (front, front_key, front_value), *own = zip(*parts, strict=True)
-    pieces = [_attend(front, front_key, front_value, groups, options)] if num_shared else []
-    for q, k, v in own:
+    front, *own = zip(*parts, strict=True)
+    pieces: list[torch.Tensor] = []
+    for document in own:
+        q, k, v = document
         if num_shared:
-            k, v = torch.cat([front_key, k], dim=2), torch.cat([front_value, v], dim=2)
-        pieces.append(_attend(q, k, v, groups, options))
+            q, k, v = (torch.cat(both, dim=2) for both in zip(front, document, strict=True))
+        piece = _attend(q, k, v, groups, options)
+        # What comes out for the beginning is needed once. To leave it out before would take a
+        # mask, with which attention computes all pairs.
+        pieces.append(piece[:, :, num_shared:] if pieces else piece)
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
@@ -265,17 +275,12 @@ def _attend(
     groups: int,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Attend within one document.
-
-    Args:
-        query: Of the document's last tokens. Shape (1, H, queries, D), also of the result.
-        key: Of all its tokens. Shape (1, H of keys, tokens, D).
-    """
-    length, window, softcap = key.shape[2], options.get("sliding_window"), options.get("softcap")
+    """Attend within one document. Shape of query and result (1, H, T, D)."""
+    length, window, softcap = query.shape[2], options.get("sliding_window"), options.get("softcap")
     mask = None
-    if (window is not None and window < length) or softcap is not None or query.shape[2] != length:
+    if (window is not None and window < length) or softcap is not None:
         steps = torch.arange(length, device=query.device)
-        distance = steps[-query.shape[2] :, None] - steps[None, :]
+        distance = steps[:, None] - steps[None, :]
         mask = (distance >= 0) & (distance < (window or length))
     if mask is None or softcap is None:
         return functional.scaled_dot_product_attention(

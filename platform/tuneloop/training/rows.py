@@ -27,7 +27,7 @@ _ARRAYS = {
     "num_target_tokens": np.int64,
 }
 _ROW_IDS = "row_ids.arrow"
-# Less is not worth the masks that attention then needs.
+# Less saves hardly anything.
 MIN_SHARED_TOKENS = 16
 
 
