@@ -134,6 +134,9 @@ def test_next_steps_follow_the_errors():
     assert "data.split.num_test_examples" in steps(
         make_evaluation({"base": 0, "finetuned": 10}, n=20)
     )
+    # Seven answers cannot tell; that comes before any conclusion from what is not clearly better.
+    few = steps(make_evaluation({"base": 3, "finetuned": 4}, 7, "generation"))
+    assert few.index("Score more test examples") < few.index("Train on more rows")
     assert "harder" in steps(make_evaluation({"base": 0, "finetuned": 100}))
     assert "got worse" in steps(make_evaluation({"base": 50, "finetuned": 30}))
     assert "max_tokens" not in steps(make_evaluation({"base": 0, "finetuned": 80}))

@@ -272,6 +272,18 @@ class Evaluation:
         steps += self._lagging_part()
         other = self.strongest_other()
         steps += self._lagging_tasks()
+        # Before anything is concluded from what is not clearly better.
+        width = (score["high"] or 0) - (score["low"] or 0)
+        if metric.kind != "number" and width > _WIDE_INTERVAL:
+            needed = round(score["n"] * (width / 0.10) ** 2, -1)
+            steps.append(
+                NextStep(
+                    "Score more test examples for a sharper answer",
+                    f"The interval of the score is {100 * width:.0f} points wide; about "
+                    f"{needed:.0f} examples would make it 10.",
+                    "data.split.num_test_examples",
+                )
+            )
         behind = [
             pair
             for pair in self.candidate_pairs()
@@ -285,17 +297,6 @@ class Evaluation:
                     f"{_join([describe_arm(pair['other']) for pair in behind])}, which costs no "
                     "training.",
                     "training.num_epochs",
-                )
-            )
-        width = (score["high"] or 0) - (score["low"] or 0)
-        if metric.kind == "binary" and width > _WIDE_INTERVAL:
-            needed = round(score["n"] * (width / 0.10) ** 2, -1)
-            steps.append(
-                NextStep(
-                    "Score more test examples for a sharper answer",
-                    f"The interval of the score is {100 * width:.0f} points wide; about "
-                    f"{needed:.0f} examples would make it 10.",
-                    "data.split.num_test_examples",
                 )
             )
         if metric.kind == "binary" and (score["value"] or 0) >= _SATURATED:
