@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 log = logging.getLogger("tuneloop.serving")
 
-MAX_CELLS = 2**24  # 64 rows of Gemma's vocabulary; larger products were faster in the usual order
+MAX_CELLS = 2**24  # 64 rows of Gemma's vocabulary; larger products take the usual order
 MIN_GAIN = 1.1
 
 

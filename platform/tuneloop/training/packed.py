@@ -107,13 +107,14 @@ def can_share(model: Any) -> bool:
     in an attribute named after it. On a GPU the attention of all documents is mostly one call of a
     kernel for documents that are whole.
     """
-    draws = model.training and any(
+    if model.device.type == "cuda":
+        return False
+    return not model.training or not any(
         isinstance(value, float) and value > 0
         for module in model.modules()
         for name, value in vars(module).items()
         if "drop" in name or "jitter" in name or isinstance(module, torch.nn.Dropout)
     )
-    return not draws and model.device.type != "cuda"
 
 
 def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
