@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tuneloop.config import ResourcesConfig
 from tuneloop.errors import Problem, ResourceError, UserError
@@ -191,14 +192,26 @@ def _silence_data_progress() -> None:
 
 
 def _hasten_data() -> None:
-    """Let Ray Data see the cluster's CPUs at once instead of after its first second.
+    """Let Ray Data see the cluster's CPUs, and that a task has ended, at once.
 
     Each run of it asks an actor what there is, takes "nothing" until the answer is looked at, which
-    is a second later, and meanwhile runs one task at a time. `prepare` has about ten runs.
+    is a second later, and meanwhile runs one task at a time. `prepare` has about ten runs. Then it
+    waits until *all* running tasks have something new or 0.1 s are over, twice for each task, while
+    the worker that is done stands idle (ray-project/ray, issues 42377 and 45934).
     """
+    import types
+
+    import ray
+    from ray.data._internal.execution import streaming_executor_state as loop
     from ray.data._internal.execution.resource_manager import ResourceManager
 
     ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.1
+
+    def wait(refs: list[Any], *, num_returns: int, timeout: float, fetch_local: bool) -> Any:
+        ray.wait(refs, num_returns=1, timeout=timeout, fetch_local=fetch_local)
+        return ray.wait(refs, num_returns=num_returns, timeout=0, fetch_local=fetch_local)
+
+    loop.ray = types.SimpleNamespace(**{**vars(ray), "wait": wait})
 
 
 def await_cpu() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -65,3 +66,23 @@ def test_a_cluster_without_cpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ray, "nodes", lambda: [head, lost])
     with pytest.raises(ResourceError, match="no node of the cluster has a CPU"):
         await_cpu()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_data_goes_on_as_soon_as_one_task_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    import ray.data
+
+    asked: list[tuple[int, float]] = []
+    wait = ray.wait
+
+    def seen(refs: list, **how: Any) -> Any:
+        if "fetch_local" in how and "num_returns" in how:  # others of Ray's wait as well
+            asked.append((how["num_returns"], how["timeout"]))
+        return wait(refs, **how)
+
+    monkeypatch.setattr(ray, "wait", seen)
+    blocks = ray.data.from_items([1, 2, 3, 4], override_num_blocks=4)
+    assert sorted(blocks.map_batches(lambda batch: batch).to_pandas()["item"]) == [1, 2, 3, 4]
+    assert any(number > 1 for number, _ in asked)  # all that are ready are taken at once
+    assert all(number == 1 or timeout == 0 for number, timeout in asked)
