@@ -81,8 +81,12 @@ def test_ray_data_goes_on_as_soon_as_one_task_has_ended(monkeypatch: pytest.Monk
             asked.append((how["num_returns"], how["timeout"]))
         return wait(refs, **how)
 
+    def slow(batch: Any) -> Any:
+        time.sleep(0.3)  # so that two tasks run at once
+        return batch
+
     monkeypatch.setattr(ray, "wait", seen)
     blocks = ray.data.from_items([1, 2, 3, 4], override_num_blocks=4)
-    assert sorted(blocks.map_batches(lambda batch: batch).to_pandas()["item"]) == [1, 2, 3, 4]
+    assert sorted(blocks.map_batches(slow).to_pandas()["item"]) == [1, 2, 3, 4]
     assert any(number > 1 for number, _ in asked)  # all that are ready are taken at once
     assert all(number == 1 or timeout == 0 for number, timeout in asked)
