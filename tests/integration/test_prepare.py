@@ -16,7 +16,7 @@ from pyarrow import parquet
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.cli import main
 from tuneloop.config import TuneloopConfig
-from tuneloop.data import comparing, dedup, stages
+from tuneloop.data import comparing, dedup, overlaps, stages
 from tuneloop.data.check import check
 from tuneloop.data.diff import diff_datasets
 from tuneloop.data.prepare import prepare
@@ -637,6 +637,49 @@ def planted(num_documents: int) -> tuple[list[str], dict[str, list[tuple[str, st
 def five_grams(text: str) -> set[tuple[str, ...]]:
     words = text.split()
     return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_train_rows_that_quote_the_test_split_are_found_however_rows_are_cut(
+    tmp_path: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quoted = [" ".join(sentence(f"d{i}", 40)) for i in range(60)]
+    longer = [f"{' '.join(sentence(f'before{i}', 80))} {text}" for i, text in enumerate(quoted)]
+    mate_of = dict(zip([*quoted, *longer], [*longer, *quoted], strict=True))
+    lines = [{"text": text} for text in sorted(mate_of)]
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for part in range(3):
+        write(folder / f"{part}.jsonl", lines[part::3])
+    config = config_for(
+        folder,
+        task={"type": "language_modeling"},
+        format="text",
+        max_seq_len=1024,
+        split={"num_test_examples": 30, "num_validation_examples": 10},
+    )
+    found = []
+    for workspace, words in (("ws", 8_000_000), ("other", 500)):
+        monkeypatch.setattr(overlaps, "_WORDS_PER_SLICE", words)
+        artifact = prepare(config, Workspace(tmp_path / workspace), base).artifact
+        found.append(rows_of(artifact, "removed"))
+    assert found[0] == found[1]
+    side_of = {
+        row["text"]: (side, row["row_id"])
+        for side in ("test", "validation")
+        for row in rows_of(artifact, side)
+    }
+    gone = {row["text"]: row for row in found[0]}
+    assert {row["stage"] for row in found[0]} == {"decontamination"}
+    assert set(gone) == {mate_of[text] for text in side_of} - set(side_of)
+    assert len(gone) >= 20
+    for text, row in gone.items():
+        side, mate = side_of[mate_of[text]]
+        assert row["kept_row_id"] == mate
+        passage = text if text in quoted else mate_of[text]
+        told = f"100% of the 13-word n-grams are those of {side} row {mate}: “{passage[:60]}"
+        assert row["reason"].startswith(told)
+        assert row["similarity"] == 1
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +19,18 @@ from tuneloop.config import (
 from tuneloop.data import stages
 from tuneloop.data.decontamination import (
     HeldOut,
-    Match,
-    NgramIndex,
     TrainRows,
-    matched_text,
     near_duplicates,
     near_pairs,
-    ngram_index,
-    overlapping,
-    quoted,
     same_rows,
 )
 from tuneloop.data.dedup import Indices
 from tuneloop.data.files import SourceFile
+from tuneloop.data.ngrams import quoted
 from tuneloop.data.outcome import Outcome
+from tuneloop.data.overlaps import Origin, find_overlaps
 from tuneloop.data.readers import read_rows
-from tuneloop.data.rendering import SAID_IN, Rendering
+from tuneloop.data.rendering import Rendering
 from tuneloop.data.signatures import as_matrix, compared_text
 from tuneloop.data.validation import BadRow, refuse_bad_rows
 
@@ -57,13 +52,24 @@ class Contamination:
 
 
 @dataclass(frozen=True)
-class _Comparison:
-    """What is compared with what: train rows with held-out rows, and where the texts are."""
+class _Match:
+    """A contaminated train row.
 
-    held_out: Sequence[HeldOut]
-    indices: Sequence[NgramIndex | None]
-    rows: Any
-    rendering: Rendering
+    Args:
+        key: Of the train row.
+        origin: Number of the origin of the held-out row.
+        held_out: What the held-out row is known by there.
+        kind: `same text`, `same prompt`, `near-duplicate` or `n-grams`.
+        similarity: Jaccard similarity, or the share of n-grams.
+        passage: Of n-grams: the text that both rows have.
+    """
+
+    key: int
+    origin: int
+    held_out: int
+    kind: str
+    similarity: float
+    passage: str = ""
 
 
 def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> list[HeldOut]:
@@ -116,174 +122,118 @@ def decontaminate(
         evaluations: Of `read_evaluations`.
     """
     assert outcome.split is not None
-    data = rendering.data
     places = np.sort(outcome.split.train)
-    table = outcome.table.select(["key", "exact_key", "prompt_key", "bands"]).take(places)
-    keys = table["key"].to_numpy()
+    keys = outcome.table["key"].to_numpy()
+    origins = [
+        Origin(name, np.sort(keys[split]))
+        for name in ("test", "validation")
+        if len(split := getattr(outcome.split, name))
+    ]
+    origins += [Origin(item.name, np.arange(len(item.labels)), item) for item in evaluations]
+    matches: dict[int, _Match] = {}
+    for match in _repeated(outcome, rows, rendering, origins):
+        matches.setdefault(match.key, match)
+    words, overlaps = find_overlaps(keys[places], origins, rows, rendering)
+    for found in overlaps:
+        match = _Match(
+            found.key, found.origin, found.held_out, "n-grams", found.share, found.passage
+        )
+        matches.setdefault(match.key, match)
+    ordered = [match for _, match in sorted(matches.items())]
+    removed = np.searchsorted(keys, [match.key for match in ordered])
+    for place, match in zip(removed.tolist(), ordered, strict=True):
+        _note(outcome, place, match, origins[match.origin], words[match.origin])
+    return Contamination(
+        [
+            _summary(item, words[number], [m for m in ordered if m.origin == number])
+            | {"examples": _examples(outcome, removed, ordered, number)}
+            for number, item in enumerate(origins)
+        ],
+        removed,
+    )
+
+
+def _repeated(
+    outcome: Outcome, rows: Any, rendering: Rendering, origins: Sequence[Origin]
+) -> Iterator[_Match]:
+    """Yield the train rows that say or ask what a row of an evaluation does, or nearly the same."""
+    assert outcome.split is not None
+    if all(origin.evaluation is None for origin in origins):
+        return
+    data = rendering.data
+    columns = outcome.table.select(["key", "exact_key", "prompt_key", "bands"])
+    table = columns.take(np.sort(outcome.split.train))
     train = TrainRows(
-        keys,
+        table["key"].to_numpy(),
         table["exact_key"].to_numpy(),
         table["prompt_key"].to_numpy(),
         as_matrix(table["bands"]),
     )
-    held_out = [*_splits(outcome, rows, rendering), *evaluations]
-    matches: dict[int, Match] = {}
-    for origin, item in enumerate(held_out):
-        if item.is_split:
+    known: set[int] = set()
+    for number, origin in enumerate(origins):
+        if (item := origin.evaluation) is None:
             continue
         for row, (other, kind) in same_rows(train, item).items():
-            matches.setdefault(row, Match(row, origin, other, kind, 1.0))
+            known.add(row)
+            yield _Match(int(train.keys[row]), number, other, kind, 1.0)
         pairs = near_pairs(train, item, data)
-        pairs = pairs[~np.isin(pairs[:, 0], list(matches))]
-        if len(pairs):
-            wanted = np.unique(pairs[:, 0])
-            by_key = stages.fetch_shingles(
-                rows, keys[wanted], rendering, data.dedup.on, data.dedup.ngram_words
-            )
-            sets = {int(row): by_key[int(keys[row])] for row in wanted}
-            for row, (other, value) in near_duplicates(pairs, sets, item, data).items():
-                matches.setdefault(row, Match(row, origin, other, "near-duplicate", value))
-    indices = [ngram_index(item, data.decontamination.ngram_words) for item in held_out]
-    comparison = _Comparison(held_out, indices, rows, rendering)
-    for match in _ngram_matches(train, comparison):
-        matches.setdefault(match.row, match)
-    _note(outcome, places, [match for _, match in sorted(matches.items())], comparison)
-    return Contamination(
-        [
-            _summary(item, index, [m for m in matches.values() if m.origin == origin])
-            | {"examples": _examples(outcome, places, matches, origin)}
-            for origin, (item, index) in enumerate(zip(held_out, indices, strict=True))
-        ],
-        places[sorted(matches)],
-    )
-
-
-def _splits(outcome: Outcome, rows: Any, rendering: Rendering) -> list[HeldOut]:
-    assert outcome.split is not None
-    found = []
-    for name in ("test", "validation"):
-        places = getattr(outcome.split, name)
-        if not len(places):
+        pairs = pairs[~np.isin(pairs[:, 0], list(known))]
+        if not len(pairs):
             continue
-        keys = outcome.table["key"].to_numpy()[places]
-        by_key = stages.fetch_texts(rows, keys, rendering)
-        texts, prompts, _ = zip(*(by_key[int(key)] for key in keys), strict=True)
-        labels = [f"{name} row {row_id}" for row_id in outcome.row_ids.take(places).to_pylist()]
-        found.append(HeldOut(name, labels, list(texts), list(prompts), is_split=True))
-    return found
-
-
-def _ngram_matches(train: TrainRows, comparison: _Comparison) -> list[Match]:
-    """Return the train rows that share enough n-grams with a held-out row, by origin."""
-    import ray
-
-    look_up = functools.partial(
-        _common_ngrams,
-        keys=train.keys,
-        indices=ray.put(list(comparison.indices)),
-        rendering=comparison.rendering,
-    )
-    columns = comparison.rows.select_columns(["key", *SAID_IN])
-    found: dict[int, list[tuple[int, Any, int]]] = {}
-    for batch in columns.map_batches(look_up, batch_format="pyarrow").iter_batches(
-        batch_size=None, batch_format="pyarrow"
-    ):
-        for item in batch.to_pylist():
-            grams = np.array(item["grams"], dtype=np.int64)
-            found.setdefault(item["origin"], []).append((item["key"], grams, item["size"]))
-    matches = []
-    threshold = comparison.rendering.data.decontamination.overlap_threshold
-    for origin, entries in sorted(found.items()):
-        entries.sort(key=lambda entry: entry[0])
-        index = comparison.indices[origin]
-        assert index is not None
-        places = np.searchsorted(train.keys, [key for key, _, _ in entries])
-        shared, sizes = [item for _, item, _ in entries], [size for _, _, size in entries]
-        for row, other, overlap in overlapping(index, shared, sizes, threshold):
-            matches.append(Match(int(places[row]), origin, other, "n-grams", overlap))
-    return matches
+        wanted = np.unique(pairs[:, 0])
+        by_key = stages.fetch_shingles(
+            rows, train.keys[wanted], rendering, data.dedup.on, data.dedup.ngram_words
+        )
+        sets = {int(row): by_key[int(train.keys[row])] for row in wanted}
+        for row, (other, value) in near_duplicates(pairs, sets, item, data).items():
+            known.add(row)
+            yield _Match(int(train.keys[row]), number, other, "near-duplicate", value)
 
 
 def _note(
-    outcome: Outcome, places: Indices, matches: Sequence[Match], comparison: _Comparison
+    outcome: Outcome, place: int, match: _Match, origin: Origin, ngram_words: int | None
 ) -> None:
-    """Remove the rows of the matches, each with the held-out row and the text they share."""
-    keys = outcome.table["key"].to_numpy()
-    shared = [places[match.row] for match in matches if match.kind == "n-grams"]
-    texts = (
-        stages.fetch_texts(comparison.rows, keys[shared], comparison.rendering) if shared else {}
-    )
-    for match in matches:
-        item, place = comparison.held_out[match.origin], int(places[match.row])
-        label, theirs = item.labels[match.held_out], item.texts[match.held_out]
-        if match.kind == "n-grams":
-            index = comparison.indices[match.origin]
-            assert index is not None
-            passage = matched_text(texts[int(keys[place])][0], [theirs], index.ngram_words)
-            reason = (
-                f"{match.similarity:.0%} of the {index.ngram_words}-word n-grams are those of "
-                f"{label}: {passage}"
-            )
-        else:
-            linked = "of" if match.kind == "near-duplicate" else "as"
-            said = quoted(item.prompts[match.held_out] or theirs)
-            reason = f"{match.kind} {linked} {label}: {said}"
-        kept = label.rpartition(" ")[2] if item.is_split else None
-        outcome.remove(place, "decontamination", reason, kept, match.similarity)
+    """Remove the row of a match, with the held-out row and what they share."""
+    item, kept = origin.evaluation, None
+    if item is None:
+        other = int(np.searchsorted(outcome.table["key"].to_numpy(), match.held_out))
+        kept = outcome.row_ids[other].as_py()
+        label = f"{origin.name} row {kept}"
+    else:
+        label = item.labels[match.held_out]
+    if match.kind == "n-grams":
+        told = f"{match.similarity:.0%} of the {ngram_words}-word n-grams are those of"
+        reason = f"{told} {label}: {match.passage}"
+    else:
+        assert item is not None
+        linked = "of" if match.kind == "near-duplicate" else "as"
+        said = quoted(item.prompts[match.held_out] or item.texts[match.held_out])
+        reason = f"{match.kind} {linked} {label}: {said}"
+    outcome.remove(place, "decontamination", reason, kept, match.similarity)
 
 
-def _summary(item: HeldOut, index: NgramIndex | None, matches: Sequence[Match]) -> dict[str, Any]:
+def _summary(origin: Origin, ngram_words: int | None, matches: Sequence[_Match]) -> dict[str, Any]:
+    num_contaminated = len({match.held_out for match in matches})
     return {
-        "name": item.name,
-        "num_rows": len(item.labels),
-        "num_contaminated": len({match.held_out for match in matches}),
-        "contamination_ratio": round(
-            len({match.held_out for match in matches}) / max(1, len(item.labels)), 4
-        ),
+        "name": origin.name,
+        "num_rows": len(origin.keys),
+        "num_contaminated": num_contaminated,
+        "contamination_ratio": round(num_contaminated / max(1, len(origin.keys)), 4),
         "num_removed": len(matches),
-        "ngram_words": None if index is None else index.ngram_words,
+        "ngram_words": ngram_words,
         "kinds": dict(Counter(match.kind for match in matches).most_common()),
     }
 
 
 def _examples(
-    outcome: Outcome, places: Indices, matches: dict[int, Match], origin: int
+    outcome: Outcome, removed: Indices, matches: Sequence[_Match], origin: int
 ) -> list[dict[str, Any]]:
-    source = outcome.table["source"]
-    chosen = [row for row in sorted(matches) if matches[row].origin == origin][:_NUM_EXAMPLES]
+    chosen = [number for number, match in enumerate(matches) if match.origin == origin]
     return [
         {
-            "removed": source[int(places[row])].as_py(),
-            "reason": outcome.reason[int(places[row])],
-            "similarity": round(matches[row].similarity, 4),
+            "removed": outcome.table["source"][int(removed[number])].as_py(),
+            "reason": outcome.reason[int(removed[number])],
+            "similarity": round(matches[number].similarity, 4),
         }
-        for row in chosen
+        for number in chosen[:_NUM_EXAMPLES]
     ]
-
-
-def _common_ngrams(table: Any, keys: Any, indices: Any, rendering: Rendering) -> Any:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import ray
-
-    chosen = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, pa.int64())))
-    texts = [
-        compared_text(*rendering.own_messages(row), "both")
-        for row in chosen.select(SAID_IN).to_pylist()
-    ]
-    own_keys = chosen["key"].to_pylist()
-    found = [
-        {"key": own_keys[row], "origin": origin, "grams": grams, "size": size}
-        for origin, index in enumerate(ray.get(indices))
-        if index is not None and texts
-        for row, (grams, size) in index.common(texts).items()
-    ]
-    schema = pa.schema(
-        [
-            ("key", pa.int64()),
-            ("origin", pa.int64()),
-            ("grams", pa.list_(pa.int64())),
-            ("size", pa.int64()),
-        ]
-    )
-    return pa.Table.from_pylist(found, schema=schema)

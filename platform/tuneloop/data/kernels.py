@@ -29,6 +29,8 @@ _SHINGLE_BASE = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _MIX_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 _HALF = np.uint64(32)
+# Of the place of a bit: which word of 64 it is in, and where in it.
+_WORD, _IN_WORD = np.uint64(6), np.uint64(63)
 
 
 @njit(cache=True)
@@ -135,6 +137,72 @@ def shingle_hashes(
             hashes[place : place + number] = found[:number]
             place += number
     return hashes, starts
+
+
+@njit(cache=True)
+def mark(hashes: Hashes, bits: Hashes) -> None:
+    """Set the bit of each hash, found by its first bits, in an array of 2^k words of 64 bits."""
+    shift = _bit_shift(bits)
+    for value in hashes:
+        bit = value >> shift
+        bits[bit >> _WORD] |= np.uint64(1) << (bit & _IN_WORD)
+
+
+@njit(cache=True)
+def _bit_shift(bits: Hashes) -> Any:
+    size, shift = len(bits), 58
+    while size > 1:
+        size >>= 1
+        shift -= 1
+    return np.uint64(shift)
+
+
+@njit(cache=True)
+def marked_shingles(
+    data: Bytes, offsets: Integers, length: int, bits: Hashes, letters: Any
+) -> tuple[Hashes, Integers, Integers]:
+    """Return the distinct shingles of each row whose bit is set, ascending.
+
+    Returns:
+        The hashes, row after row, shape (F,); where each row's start, shape (B + 1,); and how many
+        distinct shingles each row has that has one of them, else 0, shape (B,).
+    """
+    shift = _bit_shift(bits)
+    starts, sizes = np.zeros(len(offsets), np.int64), np.zeros(len(offsets) - 1, np.int64)
+    found, count, bounds = np.empty(1024, np.uint64), 0, np.zeros(2, np.int64)
+    for row in range(len(offsets) - 1):
+        bounds[1] = offsets[row + 1] - offsets[row]
+        hashes, _ = shingle_hashes(data[offsets[row] : offsets[row + 1]], bounds, length, letters)
+        is_marked: Any = False
+        for value in hashes:
+            bit = value >> shift
+            is_marked = is_marked or bits[bit >> _WORD] >> (bit & _IN_WORD) & np.uint64(1)
+        if is_marked:
+            hashes.sort()
+            for place in range(len(hashes)):
+                value = hashes[place]
+                if place and value == hashes[place - 1]:
+                    continue
+                sizes[row] += 1
+                bit = value >> shift
+                if bits[bit >> _WORD] >> (bit & _IN_WORD) & np.uint64(1):
+                    if count == len(found):
+                        more = np.empty(2 * count, np.uint64)
+                        more[:count] = found
+                        found = more
+                    found[count] = value
+                    count += 1
+        starts[row + 1] = count
+    return found[:count], starts, sizes
+
+
+@njit(cache=True)
+def word_counts(data: Bytes, offsets: Integers, letters: Any) -> Integers:
+    """Return the number of words in each row. Shape (B,)."""
+    counts = np.empty(len(offsets) - 1, np.int64)
+    for row in range(len(counts)):
+        counts[row] = count_words(data, offsets[row], offsets[row + 1], letters)
+    return counts
 
 
 @njit(cache=True)

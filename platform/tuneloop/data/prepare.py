@@ -51,7 +51,7 @@ from tuneloop.models.source import BaseModel
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 7
+CODE_VERSION = 8
 _NUM_EXAMPLES, _SHOWN_CHARACTERS = 3, 500
 _COLUMNS = [
     "source",

@@ -261,13 +261,21 @@ def compared_from(rendering: Rendering) -> list[str]:
 
 def compared_column(table: Any, rendering: Rendering) -> Any:
     """Return what deduplication compares of each row, as an Arrow column of large strings."""
+    return said_column(table, rendering, rendering.data.dedup.on)
+
+
+def said_column(table: Any, rendering: Rendering, on: ComparedSide) -> Any:
+    """Return one side of what each row says, as an Arrow column of large strings.
+
+    Args:
+        table: With the columns of `compared_from` at least.
+        on: Which side of a pair. A document is all of its row.
+    """
     import pyarrow as pa
 
     if rendering.task.type == "language_modeling":
         return table["text"].cast(pa.large_string())
-    on = rendering.data.dedup.on
-    rows = _said_by(table)
-    texts = [compared_text(*rendering.own_messages(row), on) for row in rows]
+    texts = [compared_text(*rendering.own_messages(row), on) for row in _said_by(table)]
     return pa.array(texts, pa.large_string())
 
 

@@ -137,12 +137,46 @@ def shingles(texts: Sequence[str] | Texts, ngram_words: int) -> Shingles:
     return Shingles(*kernels.shingle_hashes(given.data, given.offsets, ngram_words, _letters()[0]))
 
 
-def word_spans(text: str) -> list[tuple[int, int]]:
-    """Return (start, stop) of each word in the UTF-8 bytes of the text."""
+def word_counts(texts: Texts) -> NDArray[np.int64]:
+    """Return the number of words in each text. Shape (B,)."""
     from tuneloop.data import kernels
 
-    starts, stops = kernels.word_bounds(Texts.of([text]).data, _letters()[0])
-    return list(zip(starts.tolist(), stops.tolist(), strict=True))
+    counts: NDArray[np.int64] = kernels.word_counts(texts.data, texts.offsets, _letters()[0])
+    return counts
+
+
+def bits_of(hashes: Hashes, per_hash: int) -> Hashes:
+    """Return bits that tell most other hashes apart from these, for `marked_shingles`.
+
+    Args:
+        hashes: Distinct.
+        per_hash: Least number of bits for each; one in so many other hashes is taken for one.
+    """
+    from tuneloop.data import kernels
+
+    bits = np.zeros(1 << max(0, (len(hashes) * per_hash - 1).bit_length() - 6), np.uint64)
+    kernels.mark(hashes, bits)
+    return bits
+
+
+def marked_shingles(texts: Texts, ngram_words: int, bits: Hashes) -> tuple[Shingles, Any]:
+    """Return each text's distinct n-grams whose bit is set, ascending, and how many it has in all.
+
+    The latter, shape (B,), is 0 for a text that has none of them.
+    """
+    from tuneloop.data import kernels
+
+    hashes, starts, sizes = kernels.marked_shingles(
+        texts.data, texts.offsets, ngram_words, bits, _letters()[0]
+    )
+    return Shingles(hashes, starts), sizes
+
+
+def word_spans(text: str) -> NDArray[np.int64]:
+    """Return start and stop of each word in the UTF-8 bytes of the text. Shape (words, 2)."""
+    from tuneloop.data import kernels
+
+    return np.stack(kernels.word_bounds(Texts.of([text]).data, _letters()[0]), axis=1)
 
 
 def band_shape(threshold: float) -> tuple[int, int]:
