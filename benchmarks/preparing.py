@@ -5,9 +5,8 @@
 The rows are made up of frequent English words, every twentieth a copy of the one before, in eight
 JSONL files. Each run is a process of its own, Ray's start included. `main_mb` is the peak of the
 process that decides, without what it shares with others (Ray's object store); what it grows by from
-the fewest rows to the most, for each row, is printed below the table. The finished rows, up to 256
-MB of which are sorted in that process, are left to Ray, since they are bounded and no matter of
-their number. CPU seconds are those of all processes until shortly before they end.
+the fewest rows to the most, for each row, is printed below the table. CPU seconds are those of all
+processes until shortly before they end.
 """
 
 from __future__ import annotations
@@ -101,15 +100,13 @@ def measured(told: dict[str, Any], base: str) -> dict[str, Any]:
 
 
 def run(path: Path) -> None:
-    """Prepare as the command does, with Ray's own sort whatever the size."""
+    """Prepare as the command does."""
     from tuneloop.artifacts import Workspace
     from tuneloop.cluster import connect
     from tuneloop.config import TuneloopConfig
-    from tuneloop.data import stages
     from tuneloop.data.prepare import prepare
     from tuneloop.models.source import resolve_base
 
-    stages._SORTED_HERE_BYTES = 0
     config = TuneloopConfig.model_validate(json.loads(path.read_text()))
     with connect(config.resources):
         prepare(config, Workspace(config.workspace), resolve_base(config.model.base))

@@ -16,7 +16,7 @@ from pyarrow import parquet
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.cli import main
 from tuneloop.config import TuneloopConfig
-from tuneloop.data import comparing, dedup, overlaps, stages
+from tuneloop.data import comparing, dedup, finishing, overlaps, stages
 from tuneloop.data.check import check
 from tuneloop.data.diff import diff_datasets
 from tuneloop.data.prepare import prepare
@@ -210,11 +210,11 @@ def test_bad_data_stops_before_anything_is_published(tmp_path: Path, base: BaseM
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("sorted_here_bytes", [256 << 20, 0])
+@pytest.mark.parametrize("characters_per_table", [8 << 20, 500])
 def test_documents_are_packed_with_every_token_kept_once(
-    sorted_here_bytes: int, tmp_path: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    characters_per_table: int, tmp_path: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "_SORTED_HERE_BYTES", sorted_here_bytes)
+    monkeypatch.setattr(finishing, "_CHARACTERS_PER_TABLE", characters_per_table)
     texts = [" ".join(sentence(f"d{i}", 3 + 7 * (i % 9))) for i in range(60)]
     lines = [{"text": text, "order": i, "shelf": "a"} for i, text in enumerate(texts)]
     config = config_for(
@@ -705,13 +705,14 @@ def test_planted_duplicates_are_found_across_blocks(
     assert gone.isdisjoint(text for pair in pairs["decoy"] for text in pair)
     assert min(row["similarity"] for row in removed) >= 0.8
 
-    # One file, another order, other blocks, many small groups to compare, Ray's own sort: the same
-    # rows go to the same places.
+    # One file, another order, other blocks, many small groups to compare and tables to write: the
+    # same rows go to the same places.
     single = tmp_path / "single"
     single.mkdir()
     write(single / "all.jsonl", [{"text": text} for text in sorted(texts)])
     monkeypatch.setattr(stages, "_ROWS_PER_BLOCK", 500)
-    monkeypatch.setattr(stages, "_SORTED_HERE_BYTES", 0)
+    monkeypatch.setattr(finishing, "_CHARACTERS_PER_TABLE", 5_000)
+    monkeypatch.setattr(finishing, "_MOST_PARTS", 50)
     monkeypatch.setattr(dedup, "_GROUP_CHARACTERS", 20_000)
     monkeypatch.setattr(comparing, "_BLOCKS_PER_TASK", 1)
     config = config_for(single, task={"type": "language_modeling"}, format="text")

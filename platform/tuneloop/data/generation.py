@@ -29,10 +29,10 @@ from tuneloop.config import (
     TuneloopConfig,
 )
 from tuneloop.data.files import find_generation_files
+from tuneloop.data.finishing import dataset_schema, removed_schema
 from tuneloop.data.languages import refuse_unknown_languages
 from tuneloop.data.readers import read_rows
 from tuneloop.data.rendering import content_id
-from tuneloop.data.stages import dataset_schema, removed_schema
 from tuneloop.errors import ConfigError, DataError, EndpointError, Problem
 from tuneloop.models.chat import Renderer, RenderError
 from tuneloop.models.client import Client, RequestError, ask_each

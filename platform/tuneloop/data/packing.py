@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,38 +107,26 @@ def place_documents(num_tokens: Any, max_seq_len: int) -> Places:
     return Places(leader, position)
 
 
-def packed_tables(tables: Iterable[Any]) -> Iterator[Any]:
-    """Yield tables in which pieces with an equal `#order` have become one row.
+def merged_pieces(table: Any) -> Any:
+    """Return one row for each run of equal `#order`, in which pieces of documents share a row.
 
     Args:
-        tables: Of `stages.final_rows`, sorted by `#order` and `#position`.
+        table: Of finished rows (`finishing`), sorted by `#order` and `#position`.
     """
     import pyarrow as pa
 
-    rest: Any = None
-    for table in tables:
-        joined = table if rest is None else pa.concat_tables([rest, table])
-        if not joined.num_rows:
-            continue
-        orders = joined["#order"].to_numpy()
-        # The last row may go on in the next table.
-        border = int(np.searchsorted(orders, orders[-1]))
-        rest = joined.slice(border)
-        if border:
-            yield _merged(joined.slice(0, border))
-    if rest is not None:
-        yield _merged(rest)
-
-
-def _merged(table: Any) -> Any:
-    """Return one row for each run of equal `#order`."""
-    import pyarrow as pa
-
     orders = table["#order"].to_numpy()
-    starts = np.flatnonzero(np.concatenate([[True], orders[1:] != orders[:-1]]))
+    starts = np.flatnonzero(np.concatenate([[True], orders[1:] != orders[:-1]])[: len(orders)])
     if len(starts) == len(orders):
         return table
     bounds = np.append(starts, len(orders))
+    is_shared = np.diff(bounds) > 1
+    shared = np.flatnonzero(is_shared).tolist()
+    several = pa.array(np.repeat(is_shared, np.diff(bounds)))
+    # Rows of one piece are taken as they are, before those that are put together.
+    place = np.where(is_shared, np.sum(~is_shared) + np.cumsum(is_shared), np.cumsum(~is_shared))
+    order = pa.array(place - 1)
+    lengths = np.diff(bounds)[shared].tolist()
     columns = {}
     for field in table.schema:
         column = table[field.name].combine_chunks()
@@ -147,10 +135,12 @@ def _merged(table: Any) -> Any:
             values = column.values
             columns[field.name] = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
             continue
-        values = column.to_pylist()
-        parts = [values[a:b] for a, b in itertools.pairwise(bounds)]
+        values = iter(column.filter(several).to_pylist())
         merge = _MERGERS.get(field.name, _agreed)
-        columns[field.name] = pa.array([merge(part) for part in parts], field.type)
+        merged = [merge(list(itertools.islice(values, length))) for length in lengths]
+        single = column.take(pa.array(starts[~is_shared]))
+        both = pa.concat_arrays([single, pa.array(merged, field.type)])
+        columns[field.name] = both.take(order)
     return pa.table(columns, schema=table.schema)
 
 

@@ -27,11 +27,11 @@ from tuneloop.data.composition import describe_wording
 from tuneloop.data.conflicts import find_conflicts
 from tuneloop.data.decontamination import HeldOut
 from tuneloop.data.files import SourceFile, find_evaluation_files, find_files
+from tuneloop.data.finishing import final_rows, row_places
 from tuneloop.data.held_out import decontaminate, read_evaluations
 from tuneloop.data.languages import refuse_unknown_languages
 from tuneloop.data.mixture import kinds_of, kinds_to_remove, mixture_of
 from tuneloop.data.outcome import Outcome
-from tuneloop.data.packing import packed_tables
 from tuneloop.data.readers import file_positions
 from tuneloop.data.rendering import NUM_PROVED, Rendering, tell_engine
 from tuneloop.data.signatures import one_array
@@ -162,9 +162,7 @@ def _build(
         outcome.wording = describe_wording(outcome, rows, rendering)
     with _timed("write", seconds):
         columns = stages.column_schema(rows)
-        tables = stages.final_rows(rows, _fates(outcome, config), columns, rendering)
-        if is_text:
-            tables = packed_tables(tables)
+        tables = final_rows(rows, _fates(outcome, config), columns, rendering)
         written = write_sides(tables, columns, is_text, Path(draft.path))
     logger.info(
         "wrote %s train, %s test and %s removed rows",
@@ -380,9 +378,7 @@ def _fates(outcome: Outcome, config: TuneloopConfig) -> Any:
     is_packed = (outcome.side == stages.TRAIN) & (config.task.type == "language_modeling")
     train = np.flatnonzero(is_packed)
     lengths = outcome.table["num_tokens"].to_numpy()[train]
-    pack[train], position[train] = stages.row_places(
-        lengths, outcome.rank[train], config.data.max_seq_len
-    )
+    pack[train], position[train] = row_places(lengths, outcome.rank[train], config.data.max_seq_len)
     kept: list[str | None] = [None] * len(pack)
     similarity: list[float | None] = [None] * len(pack)
     for index, twin in outcome.twin.items():
@@ -400,6 +396,7 @@ def _fates(outcome: Outcome, config: TuneloopConfig) -> Any:
             "reason": outcome.reason,
             "kept_row_id": pa.array(kept, pa.string()),
             "similarity": pa.array(similarity, pa.float64()),
+            "num_characters": outcome.table["num_characters"],
         }
     )
 

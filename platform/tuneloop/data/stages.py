@@ -15,12 +15,10 @@ import numpy as np
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.files import SourceFile
 from tuneloop.data.kept import KEPT_FROM_ROWS, kept_blocks, make_or_read
-from tuneloop.data.packing import num_pieces, place_documents
 from tuneloop.data.readers import read_rows, row_schema
 from tuneloop.data.rendering import (
     SAID_IN,
     Rendering,
-    chunks,
     render_batch,
     rows_with_keys,
     shingles_of_rows,
@@ -33,15 +31,8 @@ logger = logging.getLogger("tuneloop.data")
 # Of what a task or this process holds at once: fewer rows where they are long.
 _ROWS_PER_BLOCK, _BYTES_PER_BLOCK = 2000, 16 << 20
 _TASKS_PER_CPU, _BYTES_PER_TASK = 4, 32 << 20
-_SORTED_HERE_BYTES = 256 << 20
 TRAIN, TEST, REMOVED, VALIDATION = 0, 1, 2, 3
 SIDES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
-_SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
-_FINISHED_FROM = [
-    *("source", "synthetic", "messages", "text", "extra"),
-    "num_tokens",
-]
-_PER_TOKEN = ("input_ids", "loss_mask")
 
 
 def warm_up(rendering: Rendering) -> Any:
@@ -80,8 +71,8 @@ def render_rows(rows: Any, rendering: Rendering, warm: Any, scratch: Path) -> An
         _TASKS_PER_CPU * int(ray.cluster_resources()["CPU"]),
         rows.size_bytes() // _BYTES_PER_TASK,
     )
-    batch_size = _batch_size(rows)
-    num_blocks = min(wanted, -(-num_rows // batch_size))
+    size = batch_size(rows)
+    num_blocks = min(wanted, -(-num_rows // size))
     if rows.num_blocks() < num_blocks:
         rows = rows.repartition(num_blocks)
     render = functools.partial(render_batch, rendering=rendering)
@@ -90,7 +81,7 @@ def render_rows(rows: Any, rendering: Rendering, warm: Any, scratch: Path) -> An
         if number := kept_blocks(folder):
             logger.info("%s blocks of tokenized rows are there from an earlier run", f"{number:,}")
         render = functools.partial(make_or_read, make=render, folder=folder)
-    return rows.map_batches(render, batch_size=batch_size, batch_format="pyarrow").materialize()
+    return rows.map_batches(render, batch_size=size, batch_format="pyarrow").materialize()
 
 
 def collect(rows: Any, columns: list[str]) -> Any:
@@ -180,51 +171,6 @@ def column_schema(rows: Any) -> Any:
     )
 
 
-def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Iterator[Any]:
-    """Yield Arrow tables of finished rows in the order to write; `#side` says where they go.
-
-    Args:
-        fates: Arrow table in the order of `key` with side, rank, pack and position (of
-            `row_places`), row_id, stage, reason, kept_row_id and similarity of every row.
-        columns: Of `column_schema`.
-    """
-    import pyarrow as pa
-    import ray
-
-    finish = functools.partial(
-        _finish_batch, fates=ray.put(fates), columns=columns, rendering=rendering
-    )
-    finished = rows.map_batches(finish, batch_size=_batch_size(rows), batch_format="pyarrow")
-    finished = finished.materialize()
-    if finished.size_bytes() > _SORTED_HERE_BYTES:
-        ordered = finished.sort(["#order", "#position"])
-        yield from ordered.iter_batches(batch_size=_batch_size(finished), batch_format="pyarrow")
-        return
-    # Ray's distributed sort costs seconds before it moves the first row.
-    batches = finished.iter_batches(batch_size=None, batch_format="pyarrow")
-    ascending = [("#order", "ascending"), ("#position", "ascending")]
-    yield pa.concat_tables(list(batches)).sort_by(ascending)
-
-
-def row_places(num_tokens: Any, ranks: Any, max_seq_len: int) -> tuple[Any, Any]:
-    """Return (pack, position) of documents: where the last piece of each one goes.
-
-    Args:
-        num_tokens: Of the documents of one split. Shape (N,).
-        ranks: Their places within the split, from 0. Shape (N,).
-        max_seq_len: Tokens of the longest row.
-    """
-    order = np.argsort(ranks, kind="stable")
-    ordered = np.asarray(num_tokens)[order]
-    places = place_documents(ordered, max_seq_len)
-    numbers = num_pieces(ordered, max_seq_len) - 1
-    pack, position = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
-    leader = places.leader
-    pack[order] = (np.asarray(ranks)[order][leader] << _CHUNK_SHIFT) + numbers[leader]
-    position[order] = places.position
-    return pack, position
-
-
 def _load_renderer(rendering: Rendering) -> None:
     rendering.renderer()
 
@@ -256,7 +202,7 @@ def _chunked(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield chunk
 
 
-def _batch_size(rows: Any) -> int:
+def batch_size(rows: Any) -> int:
     """Return how many rows of a dataset to hold at once."""
     mean = rows.size_bytes() / max(1, rows.count())
     return int(min(_ROWS_PER_BLOCK, max(1, _BYTES_PER_BLOCK // max(1, mean))))
@@ -276,133 +222,3 @@ def _column_types(table: Any) -> Any:
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             fields.append(pa.field(name, pa.string(), metadata={"encoding": "json"}))
     return pa.table({"schema": [pa.schema(fields).serialize().to_pybytes()]})
-
-
-def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) -> Any:
-    import pyarrow as pa
-    import ray
-
-    all_fates = ray.get(fates)
-    places = np.searchsorted(all_fates["key"].to_numpy(), table["key"].to_numpy())
-    found = all_fates.take(pa.array(places)).to_pylist()
-    is_text = rendering.task.type == "language_modeling"
-    # What there is for each token stays in Arrow: pieces only put borders between them.
-    tokens = {name: table[name].combine_chunks() for name in _PER_TOKEN}
-    ids, starts = tokens["input_ids"].values.to_numpy(), tokens["input_ids"].offsets.to_numpy()
-    finished: list[dict[str, Any]] = []
-    rows = table.select(_FINISHED_FROM).to_pylist()
-    for row, fate, start in zip(rows, found, starts.tolist(), strict=False):
-        own = json.loads(row["extra"])
-        contents = [message["content"] for message in row["messages"]]
-        row |= {field.name: _value(own.get(field.name), field) for field in columns}
-        row |= {f"#{name}": value for name, value in fate.items()}
-        row["row_id"] = fate["row_id"]
-        row["#text"] = "\n\n".join(contents) or row["text"]
-        row["#order"] = (fate["side"] << _SIDE_SHIFT) + (fate["rank"] << _CHUNK_SHIFT)
-        row["#position"] = 0
-        if is_text and fate["side"] != REMOVED:
-            finished += _chunk_rows(row, ids[start : start + row["num_tokens"]], rendering)
-        else:
-            finished.append(row)
-    borders = np.concatenate([[0], np.cumsum([row["num_tokens"] for row in finished], dtype=int)])
-    schema = _finished_schema(columns)
-    small = pa.schema([field for field in schema if field.name not in _PER_TOKEN])
-    made = pa.Table.from_pylist(finished, schema=small)
-    arrays = {name: made[name] for name in made.column_names}
-    for name, column in tokens.items():
-        offsets = pa.array(borders + column.offsets[0].as_py(), pa.int32())
-        arrays[name] = pa.ListArray.from_arrays(offsets, column.values)
-    return pa.table(arrays, schema=schema)
-
-
-def _chunk_rows(row: dict[str, Any], ids: Any, rendering: Rendering) -> Iterator[dict[str, Any]]:
-    """Yield a document's pieces; the last one where `row_places` puts it."""
-    pieces = chunks(ids, rendering.data.max_seq_len)
-    texts = [row["text"]]
-    if len(pieces) > 1:
-        texts = rendering.renderer().piece_texts(row["text"], pieces)
-    for number, (piece, text) in enumerate(zip(pieces, texts, strict=True)):
-        order, position = row["#order"] + number, 0
-        if row["#pack"] is not None and number == len(pieces) - 1:
-            order = (row["#side"] << _SIDE_SHIFT) + row["#pack"]
-            position = row["#position_in_pack"]
-        row_id = row["row_id"] if len(pieces) == 1 else f"{row['row_id']}.{number}"
-        yield row | {
-            "#order": order,
-            "#position": position,
-            "row_id": row_id,
-            "document_ids": [row_id],
-            "document_lengths": [len(piece)],
-            "#text": text,
-            "num_tokens": len(piece),
-        }
-
-
-def _value(value: Any, field: Any) -> Any:
-    if field.metadata and value is not None:
-        return json.dumps(value, ensure_ascii=False)
-    return value
-
-
-def _finished_schema(columns: Any) -> Any:
-    """Return the schema of finished rows; no column of a user's can be called `#…` inside."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            *dataset_schema(columns),
-            *[(field.name, field.type) for field in document_columns()],
-            ("#order", pa.int64()),
-            ("#position", pa.int64()),
-            ("#side", pa.int8()),
-            *[(f"#{field.name}", field.type) for field in removed_schema()],
-        ]
-    )
-
-
-def dataset_schema(columns: Any, is_text: bool = False) -> Any:
-    """Return the Arrow schema of train and test files."""
-    import pyarrow as pa
-
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    content = ("text", pa.string()) if is_text else ("messages", pa.list_(message))
-    return pa.schema(
-        [
-            ("row_id", pa.string()),
-            ("source", pa.string()),
-            ("synthetic", pa.bool_()),
-            content,
-            ("input_ids", pa.list_(pa.int32())),
-            ("loss_mask", pa.list_(pa.int8())),
-            ("num_tokens", pa.int32()),
-            *(document_columns() if is_text else []),
-            *[(field.name, field.type) for field in columns],
-        ]
-    )
-
-
-def document_columns() -> list[Any]:
-    """Return the Arrow fields that tell the documents in a row of plain text apart."""
-    import pyarrow as pa
-
-    return [
-        pa.field("document_ids", pa.list_(pa.string())),
-        pa.field("document_lengths", pa.list_(pa.int32())),
-    ]
-
-
-def removed_schema() -> Any:
-    """Return the Arrow schema of `removed/`; `source` is the row's file and line."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("row_id", pa.string()),
-            ("stage", pa.string()),
-            ("reason", pa.string()),
-            ("kept_row_id", pa.string()),
-            ("similarity", pa.float64()),
-            ("text", pa.string()),
-            ("source", pa.string()),
-        ]
-    )

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tuneloop.data.stages import REMOVED, TEST, TRAIN, VALIDATION, dataset_schema, removed_schema
+from tuneloop.data.finishing import dataset_schema, removed_schema
+from tuneloop.data.stages import REMOVED, TEST, TRAIN, VALIDATION
 
 _ROWS_PER_FILE = 100_000
 _SIDES = {TRAIN: "train", TEST: "test", REMOVED: "removed", VALIDATION: "validation"}
@@ -41,7 +42,7 @@ def write_sides(
     `validation/` is written where rows are meant for it.
 
     Args:
-        tables: Of `stages.final_rows`, sorted by side.
+        tables: Of `finishing.final_rows`, sorted by side.
         columns: Schema of the user's own columns.
         is_text: Rows have `text` in place of `messages`.
     """
