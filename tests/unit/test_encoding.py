@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -223,6 +224,7 @@ def test_first_and_last_ids_are_added_where_they_are_missing(
     for ids in lists:
         opened = ids if first is None or ids[:1] == [first] else [first, *ids]
         wanted.append(opened if last is None or opened[-1:] == [last] else [*opened, last])
-    packed = TokenLists.of(lists)
-    assert packed.lists() == lists
-    assert packed.enclosed(first, last).lists() == wanted
+    assert TokenLists.of(lists).lists() == lists
+    assert TokenLists.of(lists, first, last).lists() == wanted
+    arrays = [np.array(ids, np.uint32) for ids in lists]
+    assert TokenLists.of(arrays, first, last).lists() == wanted

@@ -174,7 +174,7 @@ class Renderer:
         """
         bos = self.tokenizer.bos_token_id if self._adds_bos else None
         eos = self.tokenizer.eos_token_id if closed else None
-        return self._engine.encode_batch(texts).enclosed(bos, eos)
+        return self._engine.encode_batch(texts, bos, eos)
 
     def texts(self, messages: Sequence[Message]) -> list[str]:
         """Return the pieces of a rendered conversation, each of which is encoded on its own.

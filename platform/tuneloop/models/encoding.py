@@ -38,42 +38,36 @@ class TokenLists:
     offsets: NDArray[np.int64]
 
     @classmethod
-    def of(cls, lists: Sequence[Sequence[int]]) -> TokenLists:
-        """Return lists of ids, packed."""
-        lengths = [len(ids) for ids in lists]
-        values = np.fromiter(itertools.chain.from_iterable(lists), np.int32, sum(lengths))
-        return cls(values, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+    def of(
+        cls, lists: Sequence[Any], first: int | None = None, last: int | None = None
+    ) -> TokenLists:
+        """Return lists or arrays of ids, packed.
+
+        Args:
+            lists: The ids of each text.
+            first: Id that each text begins with, if it does not yet; None: it is left as it is.
+            last: Id that each text ends with, likewise.
+        """
+        opening, closing = np.array([first or 0], np.uint32), np.array([last or 0], np.uint32)
+        # With the ids as they come: another copy of them all would take as long as an engine does.
+        parts, lengths = [np.zeros(0, np.uint32)], []
+        for ids in lists:
+            size = len(ids)
+            opens = first is not None and not (size and ids[0] == first)
+            end = ids[-1] if size else first if opens else None
+            closes = last is not None and end != last
+            if opens:
+                parts.append(opening)
+            parts.append(np.asarray(ids, np.uint32))
+            if closes:
+                parts.append(closing)
+            lengths.append(size + opens + closes)
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return cls(np.concatenate(parts).view(np.int32), offsets)
 
     def lists(self) -> list[list[int]]:
         """Return one list of ids for each text."""
         return [self.values[a:b].tolist() for a, b in itertools.pairwise(self.offsets.tolist())]
-
-    def enclosed(self, first: int | None, last: int | None) -> TokenLists:
-        """Return every text beginning with one id and ending with another, where it does not yet.
-
-        Args:
-            first: Id to begin with; None to begin as it is.
-            last: Id to end with, likewise.
-        """
-        lengths = np.diff(self.offsets)
-        filled = lengths > 0
-        begins, ends = np.full(len(lengths), -1), np.full(len(lengths), -1)
-        begins[filled] = self.values[self.offsets[:-1][filled]]
-        ends[filled] = self.values[self.offsets[1:][filled] - 1]
-        opened = np.zeros(len(lengths), bool) if first is None else begins != first
-        if first is not None:
-            ends[~filled] = first
-        closed = np.zeros(len(lengths), bool) if last is None else ends != last
-        offsets = np.concatenate([[0], np.cumsum(lengths + opened + closed)])
-        values = np.empty(offsets[-1], np.int32)
-        starts, ends = offsets[:-1] + opened, offsets[1:] - closed
-        # Text after text: masks over all ids would take as long as an engine does.
-        for place, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-            values[start:end] = self.values[self.offsets[place] : self.offsets[place + 1]]
-        for places, token in ((offsets[:-1][opened], first), (ends[closed], last)):
-            if token is not None:
-                values[places] = token
-        return TokenLists(values, offsets)
 
 
 class Engine(Protocol):
@@ -84,8 +78,10 @@ class Engine(Protocol):
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""
 
-    def encode_batch(self, texts: Sequence[str]) -> TokenLists:
-        """Return the ids of several texts."""
+    def encode_batch(
+        self, texts: Sequence[str], first: int | None = None, last: int | None = None
+    ) -> TokenLists:
+        """Return the ids of several texts, beginning and ending as in `TokenLists.of`."""
 
 
 class OwnEngine:
@@ -103,9 +99,11 @@ class OwnEngine:
         """Return the ids of one text."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def encode_batch(self, texts: Sequence[str]) -> TokenLists:
-        """Return the ids of several texts."""
-        return TokenLists.of([self.encode(text) for text in texts])
+    def encode_batch(
+        self, texts: Sequence[str], first: int | None = None, last: int | None = None
+    ) -> TokenLists:
+        """Return the ids of several texts, beginning and ending as in `TokenLists.of`."""
+        return TokenLists.of([self.encode(text) for text in texts], first, last)
 
 
 class FastEngine:
@@ -143,18 +141,22 @@ class FastEngine:
         ids: list[int] = self.encode_batch([text]).values.tolist()
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> TokenLists:
-        """Return the ids of several texts, on this thread: Ray starts a worker for each core."""
-        found = [self._ids(text) for text in texts]
-        values = np.concatenate([np.zeros(0, np.uint32), *found])
+    def encode_batch(
+        self, texts: Sequence[str], first: int | None = None, last: int | None = None
+    ) -> TokenLists:
+        """Return the ids of several texts, beginning and ending as in `TokenLists.of`.
+
+        All on this thread: Ray starts a worker for each core.
+        """
+        found: list[Any] = [self._ids(text) for text in texts]
+        packed = TokenLists.of(found, first, last)
         # One look at all ids costs less than looking for those bytes in every text.
-        if self._made_up is not None and values.max(initial=0) >= self._made_up:
-            for place, ids in enumerate(found):
-                if ids.max(initial=0) >= self._made_up:
-                    found[place] = np.array(self._own.encode(texts[place]), np.uint32)
-            values = np.concatenate(found)
-        offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in found], dtype=np.int64)])
-        return TokenLists(values.view(np.int32), offsets)
+        if self._made_up is None or packed.values.max(initial=0) < self._made_up:
+            return packed
+        for place, ids in enumerate(found):
+            if ids.max(initial=0) >= self._made_up:
+                found[place] = self._own.encode(texts[place])
+        return TokenLists.of(found, first, last)
 
     def _ids(self, text: str) -> NDArray[np.uint32]:
         self._num_left -= len(text)
