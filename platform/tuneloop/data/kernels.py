@@ -176,7 +176,9 @@ def marked_shingles(
         is_marked: Any = False
         for value in hashes:
             bit = value >> shift
-            is_marked = is_marked or bits[bit >> _WORD] >> (bit & _IN_WORD) & np.uint64(1)
+            if bits[bit >> _WORD] >> (bit & _IN_WORD) & np.uint64(1):
+                is_marked = True
+                break
         if is_marked:
             hashes.sort()
             for place in range(len(hashes)):

@@ -65,7 +65,10 @@ class NgramIndex:
     def shared_with(self, texts: Texts) -> SharedNgrams:
         """Return the n-grams that texts share with the held-out rows."""
         found, sizes = marked_shingles(texts, self.ngram_words, self.bits)
-        places = np.searchsorted(self.grams, found.hashes)
+        # Looked up in their order, which the caches of a processor like.
+        order = np.argsort(found.hashes)
+        places = np.empty(len(order), dtype=np.int64)
+        places[order] = np.searchsorted(self.grams, found.hashes[order])
         places[places == len(self.grams)] = 0
         is_shared = self.grams[places] == found.hashes if len(self.grams) else places > 0
         counts = np.diff(np.concatenate([[0], np.cumsum(is_shared)])[found.offsets])
