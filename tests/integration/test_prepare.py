@@ -210,7 +210,7 @@ def test_bad_data_stops_before_anything_is_published(tmp_path: Path, base: BaseM
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("characters_per_table", [8 << 20, 500])
+@pytest.mark.parametrize("characters_per_table", [4 << 20, 3_000])
 def test_documents_are_packed_with_every_token_kept_once(
     characters_per_table: int, tmp_path: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -711,7 +711,7 @@ def test_planted_duplicates_are_found_across_blocks(
     single.mkdir()
     write(single / "all.jsonl", [{"text": text} for text in sorted(texts)])
     monkeypatch.setattr(stages, "_ROWS_PER_BLOCK", 500)
-    monkeypatch.setattr(finishing, "_CHARACTERS_PER_TABLE", 5_000)
+    monkeypatch.setattr(finishing, "_CHARACTERS_PER_TABLE", 50_000)
     monkeypatch.setattr(finishing, "_MOST_PARTS", 50)
     monkeypatch.setattr(dedup, "_GROUP_CHARACTERS", 20_000)
     monkeypatch.setattr(comparing, "_BLOCKS_PER_TASK", 1)

@@ -18,7 +18,8 @@ from tuneloop.data.packing import merged_pieces, num_pieces, place_documents
 from tuneloop.data.rendering import Rendering, chunks
 from tuneloop.data.stages import REMOVED, batch_size
 
-_CHARACTERS_PER_TABLE = 8 << 20
+# What a row takes beside its text counts as well: ids, names and hashes.
+_CHARACTERS_PER_TABLE, _CHARACTERS_PER_ROW = 4 << 20, 500
 # Of blocks on their way to tables: each is an object that the deciding process knows.
 _MOST_PARTS = 1_000_000
 _SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
@@ -72,7 +73,8 @@ def _stretches(fates: Any, num_blocks: int) -> tuple[int, Any]:
     """
     side, rank = (fates[name].to_numpy().astype(np.int64) for name in ("side", "rank"))
     order = np.lexsort((rank, side))
-    so_far = np.cumsum(fates["num_characters"].to_numpy()[order], dtype=np.int64)
+    sizes = fates["num_characters"].to_numpy()[order] + _CHARACTERS_PER_ROW
+    so_far = np.cumsum(sizes, dtype=np.int64)
     number = max(1, -(-int(so_far[-1]) // _CHARACTERS_PER_TABLE))
     too_many = max(1.0, (number * num_blocks / _MOST_PARTS) ** 0.5)
     number = max(1, int(number / too_many))
