@@ -20,6 +20,7 @@ from tuneloop.errors import Problem, ResourceError, UserError
 logger = logging.getLogger("tuneloop.cluster")
 
 WAITING_TOLD_EVERY_S = 15.0
+_UNCHANGED_S = 0.01
 # What the names of Serve applications begin with; the rest is the Ray job that serves.
 _SERVED = "tuneloop-"
 # Read by Ray when it starts its processes, some of it when it is imported.
@@ -104,7 +105,7 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
         # Ray replaces the handler by one that aborts the process with a stack trace.
         signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        _silence_data_progress()
+        _set_up_data()
         _hasten_data()
         if address:
             end_abandoned_serving()
@@ -181,13 +182,15 @@ def _nobody_follows(nobody: bool) -> Iterator[None]:
         Node.start_log_monitor = before
 
 
-def _silence_data_progress() -> None:
-    """Turn off Ray Data's own bars and plan dumps: each stage reports its rows itself."""
+def _set_up_data() -> None:
+    """Keep blocks in order, without Ray Data's bars and plan dumps: each stage reports its rows."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Blocks that a killed run left are found again only where rows are cut as before.
+    context.execution_options.preserve_order = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
@@ -207,9 +210,17 @@ def _hasten_data() -> None:
 
     ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = 0.1
 
+    before: set[Any] = set()
+
     def wait(refs: list[Any], *, num_returns: int, timeout: float, fetch_local: bool) -> Any:
         ray.wait(refs, num_returns=1, timeout=timeout, fetch_local=fetch_local)
-        return ray.wait(refs, num_returns=num_returns, timeout=0, fetch_local=fetch_local)
+        ready, rest = ray.wait(refs, num_returns=num_returns, timeout=0, fetch_local=fetch_local)
+        # What is not taken, as there is no room for it, stays ready: nothing to spin for.
+        if ready and before == set(ready):
+            time.sleep(_UNCHANGED_S)
+        before.clear()
+        before.update(ready)
+        return ready, rest
 
     loop.ray = types.SimpleNamespace(**{**vars(ray), "wait": wait})
 

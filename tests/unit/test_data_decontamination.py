@@ -23,6 +23,7 @@ from tuneloop.data.ngrams import (
     frequent_ngrams,
     matched_text,
     ngram_index,
+    num_ignored,
     overlapping,
     words_of_ngram,
 )
@@ -61,22 +62,27 @@ def overlaps(
         )
         for rows in parts(len(other.texts), slices)
     ]
+    # By block and slice.
     shared = [
         [
             replace(found, rows=rows[found.rows])
-            for rows in parts(len(train), blocks)
+            for index in indices
             for found in [index.shared_with(Texts.of([train[row] for row in rows]))]
         ]
-        for index in indices
+        for rows in parts(len(train), blocks)
     ]
     ignored = boilerplate(
-        [frequent_ngrams(index, own) for index, own in zip(indices, shared, strict=True)]
+        [
+            frequent_ngrams(index, [block[place] for block in shared])
+            for place, index in enumerate(indices)
+        ]
     )
     found = [
         match
-        for index, own in zip(indices, shared, strict=True)
-        for block in own
-        for match in overlapping(index, block, ignored, threshold)
+        for block in shared
+        for counts in [num_ignored(zip(indices, block, strict=True), ignored)]
+        for index, own in zip(indices, block, strict=True)
+        for match in overlapping(index, own, (ignored, counts), threshold)
     ]
     if not found:
         return []
@@ -134,13 +140,20 @@ def test_how_rows_are_cut_makes_no_difference(slices: int, blocks: int) -> None:
     template, header = words("template", 30), words("header", 20)
     benchmark = [f"{template} {words(f'b{i}', 14 + 3 * i)}" for i in range(20)]
     benchmark[7] += " " + header  # frequent in train rows, but held out once
-    prompts = [words(f"p{i}", 15) if i % 3 else "" for i in range(20)]
+    licence = words(
+        "licence", 60
+    )  # boilerplate of other rows
+    benchmark += [f"{licence} {words('x', 20)}", f"{licence} {words('y', 20)}", words("z", 400)]
+    prompts = [words(f"p{i}", 15) if i % 3 else "" for i in range(23)]
     train = [f"{template} {words(f't{i}', 14)}" for i in range(30)]
     train += [f"{header} {words(f'h{i}', 2 + i)}" for i in range(15)]
     train += [f"{prompts[i % 20]} {benchmark[i][100 + i : 300 + 5 * i]}" for i in range(15)]
+    train += [f"{licence} {words(f'l{i}', 14)}" for i in range(11)]
+    train.append(f"{licence} {' '.join(benchmark[22].split()[:30])}")
     whole = overlaps(train, held_out(benchmark, prompts), 0.2)
     assert len({row for row, _, _ in whole} & set(range(30, 60))) > 20
     assert not {row for row, _, _ in whole} & set(range(30))
+    assert whole[-1] == (71, 22, 0.6)
     assert overlaps(train, held_out(benchmark, prompts), 0.2, slices, blocks) == whole
 
 

@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from tuneloop.data.packing import merged_pieces, num_pieces, place_documents
+from tuneloop.data.packing import merged_pieces, num_pieces, place_documents, rest_lengths
 from tuneloop.data.rendering import Rendering, chunks
 from tuneloop.data.stages import REMOVED, batch_size
 
 # What a row takes beside its text counts as well: ids, names and hashes.
 _CHARACTERS_PER_TABLE, _CHARACTERS_PER_ROW = 4 << 20, 500
-# Of blocks on their way to tables: each is an object that the deciding process knows.
-_MOST_PARTS = 1_000_000
+# Text, its tokens and their mask.
+_BYTES_PER_CHARACTER = 4
+# Of blocks on their way to tables: each is an object that the deciding process knows. Those below
+# 100 KB Ray keeps in that process itself.
+_MOST_PARTS, _FEW_PARTS, _BYTES_PER_PART = 1_000_000, 100, 256 << 10
 _SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
 _FINISHED_FROM = [
     *("source", "synthetic", "messages", "text", "extra"),
@@ -38,14 +41,15 @@ def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Ite
     Args:
         rows: The materialized Ray dataset of tokenized rows.
         fates: Arrow table in the order of `key` with side, rank, pack and position (of
-            `row_places`), row_id, stage, reason, kept_row_id and similarity of every row.
+            `row_places`), row_id, stage, reason, kept_row_id and similarity, num_characters and
+            num_tokens of every row.
         columns: Of `stages.column_schema`.
         rendering: Of the rows.
     """
     import ray
 
     blocks = [ref for bundle in rows.iter_internal_ref_bundles() for ref in bundle.block_refs]
-    step, borders = _stretches(fates, len(blocks))
+    step, borders = _stretches(rows, fates, len(blocks), rendering)
     number = len(borders) + 1
     given = ray.put((fates, columns, rendering, borders, batch_size(rows)))
     finish = ray.remote(num_cpus=1, num_returns=number)(_finish_blocks)
@@ -66,21 +70,33 @@ def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Ite
         yield ray.get(waiting.popleft())
 
 
-def _stretches(fates: Any, num_blocks: int) -> tuple[int, Any]:
-    """Return how many blocks to finish in a task, and at which places in the order to cut.
-
-    Stretches are equally large, but for pieces that are put into the rows of others.
-    """
-    side, rank = (fates[name].to_numpy().astype(np.int64) for name in ("side", "rank"))
-    order = np.lexsort((rank, side))
-    sizes = fates["num_characters"].to_numpy()[order] + _CHARACTERS_PER_ROW
-    so_far = np.cumsum(sizes, dtype=np.int64)
+def _stretches(rows: Any, fates: Any, num_blocks: int, rendering: Rendering) -> tuple[int, Any]:
+    """Return how many blocks to finish in a task, and at which places in the order to cut."""
+    rank = fates["rank"].to_numpy().astype(np.int64)
+    side = fates["side"].to_numpy().astype(np.int64) << _SIDE_SHIFT
+    order = side + (rank << _CHUNK_SHIFT)
+    size = fates["num_characters"].to_numpy().astype(np.int64)
+    # Columns of the user's own, and what an instruction adds.
+    more = rows.size_bytes() / max(1, rows.count()) - _BYTES_PER_CHARACTER * float(np.mean(size))
+    size = size + max(_CHARACTERS_PER_ROW, int(more))
+    packed = fates["pack"].is_valid().to_numpy()
+    if packed.any():
+        # The last piece of a document goes where its row is.
+        tokens = fates["num_tokens"].to_numpy()[packed].astype(np.int64)
+        rest = rest_lengths(tokens, rendering.data.max_seq_len)
+        last = (size[packed] * (rest / np.maximum(1, tokens))).astype(np.int64)
+        size[packed] -= last
+        pack = fates["pack"].filter(fates["pack"].is_valid()).to_numpy()
+        order = np.concatenate([order, side[packed] + pack])
+        size = np.concatenate([size, last])
+    by_order = np.argsort(order, kind="stable")
+    so_far = np.cumsum(size[by_order], dtype=np.int64)
     number = max(1, -(-int(so_far[-1]) // _CHARACTERS_PER_TABLE))
-    too_many = max(1.0, (number * num_blocks / _MOST_PARTS) ** 0.5)
+    most = min(_MOST_PARTS, max(_FEW_PARTS, rows.size_bytes() // _BYTES_PER_PART))
+    too_many = max(1.0, (number * num_blocks / most) ** 0.5)
     number = max(1, int(number / too_many))
-    cuts = order[np.searchsorted(so_far, so_far[-1] / number * np.arange(1, number))]
-    borders = (side[cuts] << _SIDE_SHIFT) + (rank[cuts] << _CHUNK_SHIFT)
-    return int(np.ceil(too_many)), np.unique(borders)
+    cuts = np.searchsorted(so_far, so_far[-1] / number * np.arange(1, number))
+    return int(np.ceil(too_many)), np.unique(order[by_order[cuts]])
 
 
 def _finish_blocks(given: Any, *blocks: Any) -> Any:
@@ -132,7 +148,7 @@ def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) ->
     import pyarrow as pa
 
     places = np.searchsorted(fates["key"].to_numpy(), table["key"].to_numpy())
-    found = fates.drop_columns(["num_characters"]).take(pa.array(places)).to_pylist()
+    found = fates.drop_columns(["num_characters", "num_tokens"]).take(pa.array(places)).to_pylist()
     is_text = rendering.task.type == "language_modeling"
     # What there is for each token stays in Arrow: pieces only put borders between them.
     tokens = {name: table[name].combine_chunks() for name in _PER_TOKEN}

@@ -76,11 +76,14 @@ class NgramIndex:
         grams = places[is_shared].astype(np.int32)
         return SharedNgrams(rows, counts[rows], grams, sizes[rows])
 
-    def places_of(self, hashes: Hashes) -> Indices:
-        """Return which n-grams have one of these hashes, some of which may be none of them."""
-        places = np.searchsorted(self.grams, hashes)
-        places[places == len(self.grams)] = 0
-        return places[self.grams[places] == hashes] if len(self.grams) else places[:0]
+    def has(self, hashes: Hashes) -> NDArray[np.bool_]:
+        """Return which n-grams have one of these hashes. Shape (G,)."""
+        found = np.zeros(len(self.grams), dtype=bool)
+        if len(found):
+            places = np.searchsorted(self.grams, hashes)
+            places[places == len(found)] = 0
+            found[places[self.grams[places] == hashes]] = True
+        return found
 
     def num_rows_of(self, grams: Indices) -> Indices:
         """Return how many held-out rows have each n-gram; a row and its prompt count once."""
@@ -189,8 +192,34 @@ def boilerplate(found: Sequence[tuple[Hashes, Indices]]) -> Hashes:
     return distinct[np.bincount(place, weights=counts, minlength=len(distinct)) > 1]
 
 
+def num_ignored(
+    found: Iterable[tuple[NgramIndex, SharedNgrams]], ignored: Hashes
+) -> tuple[Indices, Indices]:
+    """Return train rows that have ignored n-grams, ascending, and how many each has.
+
+    Args:
+        found: The slices of rows that are held out for one reason, and what some train rows share
+            with each. An n-gram counts once, in how many slices it may be.
+        ignored: Of `boilerplate`.
+    """
+    rows, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
+    for index, shared in found:
+        is_ignored = index.has(ignored)[shared.grams]
+        rows.append(np.repeat(shared.rows, shared.counts)[is_ignored])
+        hashes.append(index.grams[shared.grams[is_ignored]])
+    row, value = np.concatenate(rows), np.concatenate(hashes)
+    order = np.lexsort((value, row))
+    row, value = row[order], value[order]
+    fresh = np.ones(len(row), dtype=bool)
+    fresh[1:] = (row[1:] != row[:-1]) | (value[1:] != value[:-1])
+    return np.unique(row[fresh], return_counts=True)
+
+
 def overlapping(
-    index: NgramIndex, shared: SharedNgrams, ignored: Hashes, threshold: float
+    index: NgramIndex,
+    shared: SharedNgrams,
+    ignored: tuple[Hashes, tuple[Indices, Indices]],
+    threshold: float,
 ) -> list[tuple[int, int, float]]:
     """Return (train row, held-out row, overlap) of the rows that share enough n-grams.
 
@@ -199,16 +228,20 @@ def overlapping(
     Args:
         index: Of some held-out rows.
         shared: Of some train rows.
-        ignored: Of `boilerplate`.
+        ignored: Of `boilerplate`; and of `num_ignored` for these train rows.
         threshold: Least share of the n-grams of the shorter of two rows.
     """
-    is_ignored = np.zeros(len(index.grams), dtype=bool)
-    is_ignored[index.places_of(ignored)] = True
+    hashes, (with_ignored, how_many) = ignored
+    is_ignored = index.has(hashes)
     entries = np.repeat(is_ignored, np.diff(index.starts))
     unit_sizes = index.sizes - np.bincount(index.units[entries], minlength=len(index.sizes))
+    row_sizes = shared.sizes.copy()
+    for_row = np.searchsorted(with_ignored, shared.rows)
+    for_row[for_row == len(with_ignored)] = 0
+    if len(with_ignored):
+        row_sizes -= np.where(with_ignored[for_row] == shared.rows, how_many[for_row], 0)
     owner = np.repeat(np.arange(len(shared.rows)), shared.counts)
     telling = ~is_ignored[shared.grams]
-    row_sizes = shared.sizes - np.bincount(owner[~telling], minlength=len(shared.rows))
 
     grams, owner = shared.grams[telling], owner[telling]
     counts = index.starts[grams + 1] - index.starts[grams]

@@ -23,10 +23,12 @@ from tuneloop.data.ngrams import (
     frequent_ngrams,
     matched_text,
     ngram_index,
+    num_ignored,
     overlapping,
     words_of_ngram,
 )
 from tuneloop.data.rendering import (
+    SAID_IN,
     Rendering,
     compared_from,
     rows_with_keys,
@@ -37,6 +39,8 @@ from tuneloop.data.signatures import Hashes, Texts, word_counts
 
 # The index of a slice takes some 30 bytes a word, and twice that while it is made.
 _WORDS_PER_SLICE = 8_000_000
+# What a word counts for at least; there are texts without spaces.
+_BYTES_PER_WORD = 16
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,12 @@ class Overlap:
 
 @dataclass(frozen=True)
 class _Part:
-    """Where a table of `key`, `text`, `prompt` of held-out rows is; keys; words of texts."""
+    """Where a table of `key`, `text`, `prompt` of held-out rows is; keys; words, bytes of texts."""
 
     table: Any
     keys: Indices
     num_words: Indices
+    num_bytes: int
 
 
 def find_overlaps(
@@ -113,6 +118,8 @@ def find_overlaps(
     if not slices:
         return words, []
     indices = [index for _, index in slices]
+    # A task that waits for what it asks for gives its CPU away, and Ray starts one more worker.
+    ray.wait(indices, num_returns=len(indices), fetch_local=False)
     look_up = ray.remote(num_cpus=1, num_returns=len(slices))(_shared)
     given = ray.put((keys, rendering))
     shared = [look_up.remote(given, indices, block) for block in blocks]
@@ -127,10 +134,10 @@ def find_overlaps(
         origin: join.remote(*(found for other, found in frequent if other == origin))
         for origin in {origin for origin, _ in slices}
     }
+    ray.wait(list(ignored.values()), num_returns=len(ignored), fetch_local=False)
     compare = ray.remote(num_cpus=1)(_overlaps)
-    told = [(origin, index, ignored[origin]) for origin, index in slices]
     threshold = settings.overlap_threshold
-    tasks = [compare.remote(told, threshold, *of_block) for of_block in shared]
+    tasks = [compare.remote(slices, ignored, threshold, *of_block) for of_block in shared]
     del shared
     found = np.concatenate([ray.get(task) for task in tasks])
     overlaps: list[tuple[int, int, int, float]] = []
@@ -159,17 +166,18 @@ def _parts(origins: Sequence[Origin], blocks: Sequence[Any], rendering: Renderin
                 parts[place].append(_Part(table, *fact))
     for place, origin in enumerate(origins):
         if (own := origin.evaluation) is not None:
-            words = word_counts(Texts.of(own.texts))
+            texts = Texts.of(own.texts)
             said = {"key": origin.keys, "text": own.texts, "prompt": own.prompts}
-            parts[place].append(_Part(ray.put(pa.table(said)), origin.keys, words))
+            facts = word_counts(texts), len(texts.data)
+            parts[place].append(_Part(ray.put(pa.table(said)), origin.keys, *facts))
     return parts
 
 
 def _slices(parts: Sequence[_Part]) -> list[list[_Part]]:
     """Return the parts in groups that are neither many nor large."""
-    words = np.cumsum([part.num_words.sum() for part in parts])
+    sizes = [max(part.num_words.sum(), part.num_bytes // _BYTES_PER_WORD) for part in parts]
     groups: dict[int, list[_Part]] = {}
-    for part, so_far in zip(parts, words.tolist(), strict=True):
+    for part, so_far in zip(parts, np.cumsum(sizes).tolist(), strict=True):
         if len(part.keys):
             groups.setdefault(so_far // _WORDS_PER_SLICE, []).append(part)
     return list(groups.values())
@@ -178,12 +186,14 @@ def _slices(parts: Sequence[_Part]) -> list[list[_Part]]:
 def _held_out_rows(given: Any, block: Any) -> Any:
     """Return a table of each split's rows in a block; at the end keys and words of them all."""
     of_splits, rendering = given
+    said = block.select(["key", *SAID_IN])
     tables = [
-        texts_of_rows(block, keys, rendering).select(["key", "text", "prompt"])
-        for keys in of_splits
+        texts_of_rows(said, keys, rendering).select(["key", "text", "prompt"]) for keys in of_splits
     ]
+    texts = [Texts.of_column(table["text"]) for table in tables]
     facts = [
-        (table["key"].to_numpy(), word_counts(Texts.of_column(table["text"]))) for table in tables
+        (table["key"].to_numpy(), word_counts(own), len(own.data))
+        for table, own in zip(tables, texts, strict=True)
     ]
     return *tables, facts
 
@@ -219,14 +229,31 @@ def _boilerplate(*found: tuple[Hashes, Indices]) -> Hashes:
     return boilerplate(found)
 
 
-def _overlaps(slices: Sequence[Any], threshold: float, *shared: SharedNgrams) -> Any:
-    """Return the overlaps of a block's rows, best of each row and slice."""
+def _overlaps(
+    slices: Sequence[tuple[int, Any]], ignored: Any, threshold: float, *shared: SharedNgrams
+) -> Any:
+    """Return the overlaps of a block's rows, best of each row and slice.
+
+    Args:
+        slices: Number of the origin and index of each.
+        ignored: What is boilerplate, by origin.
+        threshold: Least share.
+        shared: Of the block's rows with each slice.
+    """
     import ray
 
     found = []
-    for (origin, index, ignored), own in zip(slices, shared, strict=True):
-        overlaps = overlapping(ray.get(index), own, ray.get(ignored), threshold)
-        found += [(key, origin, other, share) for key, other, share in overlaps]
+    for origin, reference in ignored.items():
+        own = [
+            (index, part)
+            for (number, index), part in zip(slices, shared, strict=True)
+            if number == origin
+        ]
+        hashes = ray.get(reference)
+        counts = num_ignored(((ray.get(index), part) for index, part in own), hashes)
+        for index, part in own:
+            overlaps = overlapping(ray.get(index), part, (hashes, counts), threshold)
+            found += [(key, origin, other, share) for key, other, share in overlaps]
     kinds = [("key", np.int64), ("origin", np.int64), ("held_out", np.int64), ("share", float)]
     return np.array(found, dtype=kinds)
 
@@ -253,8 +280,9 @@ def _with_passages(
     for origin, own in enumerate(parts):
         for part in own:
             here = [(origin, key) for key in part.keys.tolist() if (origin, key) in wanted]
-            place_of |= dict.fromkeys(here, len(tables))
-            tables.append(part.table)
+            if here:
+                place_of |= dict.fromkeys(here, len(tables))
+                tables.append(part.table)
     given = ray.put(
         (
             np.array([key for key, *_ in overlaps]),

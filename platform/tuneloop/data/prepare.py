@@ -397,6 +397,7 @@ def _fates(outcome: Outcome, config: TuneloopConfig) -> Any:
             "kept_row_id": pa.array(kept, pa.string()),
             "similarity": pa.array(similarity, pa.float64()),
             "num_characters": outcome.table["num_characters"],
+            "num_tokens": outcome.table["num_tokens"],
         }
     )
 

@@ -66,8 +66,9 @@ class Texts:
         """Return the texts of an Arrow column of strings, on the same memory where possible."""
         import pyarrow as pa
 
-        array = one_array(column) if isinstance(column, pa.ChunkedArray) else column
-        array = array.cast(pa.large_string())
+        # Cast before it is put together: a string array holds no more than 2 GB.
+        large = column.cast(pa.large_string())
+        array = one_array(large) if isinstance(large, pa.ChunkedArray) else large
         if array.null_count:
             array = array.fill_null("")
         _, offsets, data = array.buffers()
