@@ -140,9 +140,7 @@ def test_how_rows_are_cut_makes_no_difference(slices: int, blocks: int) -> None:
     template, header = words("template", 30), words("header", 20)
     benchmark = [f"{template} {words(f'b{i}', 14 + 3 * i)}" for i in range(20)]
     benchmark[7] += " " + header  # frequent in train rows, but held out once
-    licence = words(
-        "licence", 60
-    )  # boilerplate of other rows
+    licence = words("licence", 60)  # boilerplate of other rows
     benchmark += [f"{licence} {words('x', 20)}", f"{licence} {words('y', 20)}", words("z", 400)]
     prompts = [words(f"p{i}", 15) if i % 3 else "" for i in range(23)]
     train = [f"{template} {words(f't{i}', 14)}" for i in range(30)]
