@@ -10,8 +10,10 @@ the same ones again. CPU seconds are those of the process and of all its childre
 The engines encode batch after batch on one thread; transformers and tokenizers a part of the
 corpus, since they are slow. Then the whole corpus goes from Parquet files to ids that stay in
 memory: by the engine alone in a loop, by the product's own step in the same loop, and by that step
-under Ray Data in as many tasks as `prepare` has, one after the other in every round; from the
-second round on all have met the words. Ray's start is counted apart.
+under Ray Data, in as many tasks as `prepare` has on two CPUs, one after the other in every round.
+In the first one the loops meet the words for the first time; Ray's workers know a quarter of the
+files, with which they are started. CPU seconds of the loops are those of the process alone. Ray's
+start is counted apart.
 """
 
 from __future__ import annotations
