@@ -92,9 +92,7 @@ class NgramIndex:
         rows = self.rows[self.units[_ranges(self.starts[grams], counts)]]
         order = np.lexsort((rows, owner))
         owner, rows = owner[order], rows[order]
-        fresh = np.ones(len(rows), dtype=bool)
-        fresh[1:] = (owner[1:] != owner[:-1]) | (rows[1:] != rows[:-1])
-        return np.bincount(owner[fresh], minlength=len(grams))
+        return np.bincount(owner[_is_new(owner, rows)], minlength=len(grams))
 
 
 @dataclass(frozen=True)
@@ -149,11 +147,9 @@ def ngram_index(rows: Indices, texts: Texts, prompts: Texts, ngram_words: int) -
     flat, owner = np.concatenate(hashes), np.concatenate(owners)
     order = np.argsort(flat, kind="stable")
     flat, owner = flat[order], owner[order]
-    first = np.ones(len(flat), dtype=bool)
-    first[1:] = flat[1:] != flat[:-1]
-    fresh = first.copy()
-    fresh[1:] |= owner[1:] != owner[:-1]
-    flat, owner, first = flat[fresh], owner[fresh], first[fresh]
+    fresh = _is_new(flat, owner)
+    flat, owner = flat[fresh], owner[fresh]
+    first = _is_new(flat)
     grams = flat[first]
     return NgramIndex(
         ngram_words,
@@ -210,9 +206,7 @@ def num_ignored(
     row, value = np.concatenate(rows), np.concatenate(hashes)
     order = np.lexsort((value, row))
     row, value = row[order], value[order]
-    fresh = np.ones(len(row), dtype=bool)
-    fresh[1:] = (row[1:] != row[:-1]) | (value[1:] != value[:-1])
-    return np.unique(row[fresh], return_counts=True)
+    return np.unique(row[_is_new(row, value)], return_counts=True)
 
 
 def overlapping(
@@ -259,9 +253,15 @@ def best_overlaps(rows: Indices, others: Indices, overlap: Any) -> tuple[Indices
     """Return of each train row the held-out row that it overlaps most, the first of equal ones."""
     order = np.lexsort((others, -overlap, rows))
     rows, others, overlap = rows[order], others[order], overlap[order]
-    first = np.ones(len(rows), dtype=bool)
-    first[1:] = rows[1:] != rows[:-1]
+    first = _is_new(rows)
     return rows[first], others[first], np.minimum(1.0, overlap[first])
+
+
+def _is_new(*columns: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which entries of sorted columns differ from the one before. Shape (N,)."""
+    changes = np.ones(len(columns[0]), dtype=bool)
+    changes[1:] = np.logical_or.reduce([values[1:] != values[:-1] for values in columns])
+    return changes
 
 
 def _ranges(starts: Indices, counts: Indices) -> Indices:
