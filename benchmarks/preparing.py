@@ -105,7 +105,7 @@ def run(path: Path) -> None:
     from tuneloop.cluster import connect
     from tuneloop.config import TuneloopConfig
     from tuneloop.data.prepare import prepare
-    from tuneloop.models.source import resolve_base
+    from tuneloop.models.bases.source import resolve_base
 
     config = TuneloopConfig.model_validate(json.loads(path.read_text()))
     with connect(config.resources):

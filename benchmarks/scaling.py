@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--rows 1000000 4000000 16000000] [--keys-mb-per-cpu-s 80]
 
 Deduplication has a part that grows with the machines (keys, comparison of texts) and a part in one
-process (`tuneloop.data.dedup`). The part in one process is run here on made-up band hashes, of
+process (`tuneloop.data.dedup.minhash`). That part is run here on made-up band hashes, of
 which a tenth of the rows share 8 of 17 with another row, for numbers of rows far beyond what this
 machine has text for: seconds and peak memory for each row. The other part scales by what
 `benchmarks/dedup.py` measured. Both together give, for a size and a number of nodes, the time of
@@ -90,8 +90,8 @@ def predict(size: float, cluster: Cluster, costs: Costs) -> dict[str, Any]:
 def decide(num_rows: int) -> dict[str, float]:
     """Run the part in one process on made-up keys; return seconds and peak bytes for each row."""
     from tuneloop.config import DedupConfig
-    from tuneloop.data.dedup import Group, Settled, find_duplicates
-    from tuneloop.data.signatures import band_shape
+    from tuneloop.data.dedup.minhash import Group, Settled, find_duplicates
+    from tuneloop.data.hashing.signatures import band_shape
 
     def compare(groups: Sequence[Group]) -> Iterator[Settled]:
         for group in groups:
@@ -116,7 +116,7 @@ def decide(num_rows: int) -> dict[str, float]:
 
 def keys_of(num_rows: int, num_bands: int) -> Any:
     """Return keys of rows of which a tenth share half of their bands with the row before."""
-    from tuneloop.data.dedup import Keys
+    from tuneloop.data.dedup.minhash import Keys
 
     chooser = np.random.default_rng(num_rows)
     bands = chooser.integers(1, 2**63, (num_rows, num_bands), dtype=np.uint64)

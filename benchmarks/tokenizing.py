@@ -44,10 +44,10 @@ from pyarrow import parquet
 
 from tuneloop.cluster import connect
 from tuneloop.config import DataConfig, ResourcesConfig, TaskConfig
-from tuneloop.data.readers import row_schema
-from tuneloop.data.rendering import Rendering, tokenize
-from tuneloop.models.encoding import FAST_PACKAGES, FastEngine, TokenLists
-from tuneloop.models.source import resolve_base
+from tuneloop.data.sources.readers import row_schema
+from tuneloop.data.tokenize.rendering import Rendering, tokenize
+from tuneloop.models.bases.source import resolve_base
+from tuneloop.models.chat.tokenizer_backends import FAST_PACKAGES, FastEngine, TokenLists
 
 _BATCH = 2000
 _FILES = 8

@@ -95,8 +95,8 @@ def compare_curves(ours: list[float], theirs: list[float]) -> dict[str, Any]:
 
 def tokenize(options: argparse.Namespace, file: Path) -> Path:
     """Write ids and masks of the first rows; return the base model's directory."""
-    from tuneloop.models.chat import Renderer
-    from tuneloop.models.source import resolve_base
+    from tuneloop.models.bases.source import resolve_base
+    from tuneloop.models.chat.renderer import Renderer
     from tuneloop.records import Message
     from tuneloop.training.batches import Schedule
 
@@ -208,8 +208,8 @@ def make_step(arm: str, base: Path, config: Any, work: tuple[Any, Any]) -> Any:
 def estimate(base: Path, training: Any, rows: Any) -> dict[str, float]:
     """Return what is estimated before a training of these rows."""
     from tuneloop.config import TuneloopConfig
-    from tuneloop.models.source import BaseModel
-    from tuneloop.training.estimate import estimate_work, model_shape, workload
+    from tuneloop.models.bases.source import BaseModel
+    from tuneloop.training.fit.estimate import estimate_work, model_shape, workload
 
     config = TuneloopConfig.model_validate(
         {

@@ -10,8 +10,8 @@ import streamlit as st
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.errors import UserError
-from tuneloop.evals.findings import Evaluation
-from tuneloop.evals.overview import newest_comparison
+from tuneloop.evals.reporting.findings import Evaluation
+from tuneloop.evals.reporting.overview import newest_comparison
 
 _MAKERS = {
     "datasets": ("dataset", "tuneloop prepare CONFIG.yaml"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from tuneloop.evals.overview import EvaluationTables
+from tuneloop.evals.reporting.overview import EvaluationTables
 
 _BANNERS = {"good": st.success, "bad": st.error, "mixed": st.warning, "unclear": st.info}
 

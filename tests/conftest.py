@@ -41,7 +41,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file = Path(nodeid.partition("::")[0])
             without_shared_ray = {"test_cluster.py", "test_training_workers.py"}
-            alone = file.parent.name == "unit" or file.name in without_shared_ray
+            alone = "unit" in file.parts or file.name in without_shared_ray
             return str(file if alone else file.parent)
 
     return ByFolder(config, log)
@@ -62,7 +62,7 @@ def make_tokenizer(vocab_size: int = 600):  # type: ignore[no-untyped-def]
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    from tuneloop.models.chat import TEMPLATES
+    from tuneloop.models.chat.renderer import TEMPLATES
 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -9,8 +9,8 @@ import streamlit as st
 import theme
 from shell import choose_artifact, show_origin
 from tuneloop.artifacts import Artifact
-from tuneloop.evals.analysis import paginate
-from tuneloop.evals.overview import read_card, read_rows, search_rows
+from tuneloop.evals.reporting.analysis import paginate
+from tuneloop.evals.reporting.overview import read_card, read_rows, search_rows
 
 PAGE_SIZE = 10
 

@@ -7,10 +7,10 @@ import streamlit as st
 import theme
 from shell import choose_artifact, load_evaluation
 from tuneloop.artifacts import Artifact
-from tuneloop.evals import analysis
-from tuneloop.evals.analysis import OUTCOMES, TAG_CHANGES, Filter, PairedExample
-from tuneloop.evals.error_tags import ERROR_TAGS
-from tuneloop.evals.findings import Evaluation
+from tuneloop.evals.reporting import analysis
+from tuneloop.evals.reporting.analysis import OUTCOMES, TAG_CHANGES, Filter, PairedExample
+from tuneloop.evals.reporting.findings import Evaluation
+from tuneloop.evals.scoring.error_tags import ERROR_TAGS
 
 PAGE_SIZE = 5
 # An error in the first answer is no news; one that is new or still there in the second is.

@@ -7,7 +7,7 @@ from typing import Any
 import streamlit as st
 
 from shell import choose_artifact, show_origin
-from tuneloop.evals.overview import (
+from tuneloop.evals.reporting.overview import (
     describe_parity,
     read_card,
     read_json,

@@ -6,7 +6,7 @@ import streamlit as st
 
 from shell import load_evaluation, open_workspace, refuse
 from tuneloop.errors import UserError
-from tuneloop.evals.overview import list_artifacts, newest_comparison, tabulate
+from tuneloop.evals.reporting.overview import list_artifacts, newest_comparison, tabulate
 from verdict import show_verdict
 
 PAGES = {

@@ -9,7 +9,7 @@ import streamlit as st
 
 import theme
 from tuneloop.errors import EndpointError
-from tuneloop.models.client import Client, Delta, RequestError, chat_request
+from tuneloop.models.client.client import Client, Delta, RequestError, chat_request
 from tuneloop.records import Endpoint, Message, SamplingParams
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"

@@ -7,7 +7,7 @@ from typing import Any
 import streamlit as st
 
 from shell import choose_artifact, show_origin
-from tuneloop.evals.overview import SweepView, read_sweep
+from tuneloop.evals.reporting.overview import SweepView, read_sweep
 
 
 def chart(sweep: SweepView) -> dict[str, Any]:

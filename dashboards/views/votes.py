@@ -9,11 +9,11 @@ import streamlit as st
 import theme
 from shell import choose_artifact, load_evaluation, refuse
 from tuneloop.errors import UserError
-from tuneloop.evals import analysis
-from tuneloop.evals.analysis import PairedExample
-from tuneloop.evals.findings import Evaluation
-from tuneloop.evals.overview import rate_arms
+from tuneloop.evals.reporting import analysis
+from tuneloop.evals.reporting.analysis import PairedExample
+from tuneloop.evals.reporting.findings import Evaluation
 from tuneloop.review import agreement
+from tuneloop.review.ratings import rate_arms
 from tuneloop.review.verdicts import (
     Choice,
     Verdict,

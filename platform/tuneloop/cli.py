@@ -150,7 +150,7 @@ def _print_published(
     console = Console(file=output)
     last = published[-1].artifact
     if last.kind == "evaluations":
-        from tuneloop.evals.report import terminal_table
+        from tuneloop.evals.reporting.report import terminal_table
 
         console.print(terminal_table(last))
     for item in published:
@@ -192,7 +192,7 @@ def _init(arguments: argparse.Namespace, output: IO[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace, output: IO[str]) -> int:
-    from tuneloop.preflight import check, report
+    from tuneloop.check import check, report
 
     preflight = check(_load(arguments))
     if arguments.json:

@@ -18,9 +18,9 @@ from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect, refuse_unshared
 from tuneloop.config import ServingConfig, TuneloopConfig
 from tuneloop.errors import ModelError, Problem
-from tuneloop.models.chat import Renderer
-from tuneloop.models.layout import ADAPTER
-from tuneloop.models.source import BaseModel, resolve_base
+from tuneloop.models.bases.source import BaseModel, resolve_base
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.export.layout import ADAPTER
 from tuneloop.records import Arm, Endpoint, Parity
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def prepare(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
 
 def generate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """Return the dataset of pairs that a larger model writes, in a list, made or reused."""
-    from tuneloop.data.generation import generate as generate_pairs
+    from tuneloop.synthesis.pairs import generate as generate_pairs
 
     return [_told(generate_pairs(config, workspace, resolve_base(config.model.base)))]
 
@@ -182,7 +182,7 @@ def _check_served(url: str, models: dict[str, ServedModel]) -> dict[str, Parity]
     Raises:
         ModelError: One of them answers differently.
     """
-    from tuneloop.models.parity import check_served
+    from tuneloop.models.export.parity import check_served
     from tuneloop.serving.app import API_KEY_VARIABLE
 
     key = os.environ.get(API_KEY_VARIABLE, "")
@@ -252,7 +252,7 @@ def finetuned_identities(
     config: TuneloopConfig, base: BaseModel, dataset: Artifact
 ) -> tuple[str, str]:
     """Return the fingerprints of the model and of its evaluation alone, before they are made."""
-    from tuneloop.evals import runner
+    from tuneloop.evals.scoring import runner
     from tuneloop.training import launch
 
     model = launch.identity(config, base, dataset)
@@ -278,7 +278,7 @@ def _finetuned_model(model: Artifact) -> ServedModel:
 
 def _base_arms(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> list[Arm]:
     """Return the arms that need no training: the plain prompt, and solved examples before it."""
-    from tuneloop.evals.tasks import choose_shots
+    from tuneloop.evals.scoring.tasks import choose_shots
 
     endpoint = Endpoint("", BASE)
     renderer = Renderer.load(base.path, config.model.chat_template)
@@ -305,7 +305,7 @@ def _evaluate(
     Args:
         address: Listens and returns where, if this evaluation is not the only one to do so.
     """
-    from tuneloop.evals.runner import evaluate, find_evaluation
+    from tuneloop.evals.scoring.runner import evaluate, find_evaluation
     from tuneloop.serving import app
 
     arms, models = contestants

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tuneloop.artifacts import Workspace
-from tuneloop.evals.overview import newest_comparison
+from tuneloop.evals.reporting.overview import newest_comparison
 
 APP = Path(__file__).parents[2] / "dashboards" / "app.py"
 

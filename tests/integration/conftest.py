@@ -24,8 +24,8 @@ import pytest
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TrainingConfig
-from tuneloop.models.chat import Renderer
-from tuneloop.models.source import BaseModel
+from tuneloop.models.bases.source import BaseModel
+from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message
 
 # Ray takes 127.0.0.1 for this machine's address where it is told that clusters are not wanted (as

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import ServingConfig, TrainingConfig, TuneloopConfig
-from tuneloop.models.chat import Renderer
-from tuneloop.models.parity import check_served
-from tuneloop.models.source import BaseModel
+from tuneloop.models.bases.source import BaseModel
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.export.parity import check_served
 from tuneloop.records import Endpoint, SamplingParams
 from tuneloop.serving.app import ServedModel, serve
 from tuneloop.serving.engine import Engine

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.prepare import prepare
-from tuneloop.models.source import BaseModel
+from tuneloop.models.bases.source import BaseModel
 
 WORDS = [a + b + c for a in ("ka", "lo", "mi", "ru") for b in ("ta", "ne", "so") for c in "xyzw"]
 NUM_DOCUMENTS = 120

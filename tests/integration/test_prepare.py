@@ -16,13 +16,17 @@ from pyarrow import parquet
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.cli import main
 from tuneloop.config import TuneloopConfig
-from tuneloop.data import comparing, dedup, finishing, overlaps, stages
+from tuneloop.data import ray_rows
 from tuneloop.data.check import check
+from tuneloop.data.decontamination import distributed as overlaps
+from tuneloop.data.dedup import distributed as comparing
+from tuneloop.data.dedup import minhash as dedup
 from tuneloop.data.diff import diff_datasets
 from tuneloop.data.prepare import prepare
+from tuneloop.data.write import assemble as finishing
 from tuneloop.errors import DataError
-from tuneloop.models.chat import Renderer
-from tuneloop.models.source import BaseModel
+from tuneloop.models.bases.source import BaseModel
+from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message
 from tuneloop.spelling import words_by_frequency
 from tuneloop.training.rows import read_rows
@@ -489,7 +493,7 @@ def test_sources_are_mixed_stratified_and_described_whatever_the_blocks(
     filters = {"languages": ["en", "de"], "boilerplate": "drop", "max_misspelt_ratio": 0.2}
 
     def prepared(folder: Path, num_files: int, block: int, kept_from: int) -> Artifact:
-        monkeypatch.setattr(stages, "_ROWS_PER_BLOCK", block)
+        monkeypatch.setattr(ray_rows, "_ROWS_PER_BLOCK", block)
         (folder / "people").mkdir(parents=True)
         size = len(people) // num_files
         for part in range(num_files):
@@ -503,7 +507,7 @@ def test_sources_are_mixed_stratified_and_described_whatever_the_blocks(
         split = {"stratify_by": "topic", "test_ratio": 0.2}
         config = config_for("", sources=sources, filters=filters, split=split)
         workspace = Workspace(tmp_path / "ws")
-        monkeypatch.setattr(stages, "KEPT_FROM_ROWS", kept_from)
+        monkeypatch.setattr(ray_rows, "KEPT_FROM_ROWS", kept_from)
         if kept_from < len(people):
             # Ended twice after the rows were tokenized: the second time they need not be again.
             assert ended(config, workspace) == ended(config, workspace) != {}
@@ -710,7 +714,7 @@ def test_planted_duplicates_are_found_across_blocks(
     single = tmp_path / "single"
     single.mkdir()
     write(single / "all.jsonl", [{"text": text} for text in sorted(texts)])
-    monkeypatch.setattr(stages, "_ROWS_PER_BLOCK", 500)
+    monkeypatch.setattr(ray_rows, "_ROWS_PER_BLOCK", 500)
     monkeypatch.setattr(finishing, "_CHARACTERS_PER_TABLE", 50_000)
     monkeypatch.setattr(finishing, "_MOST_PARTS", 50)
     monkeypatch.setattr(dedup, "_GROUP_CHARACTERS", 20_000)

@@ -21,8 +21,8 @@ from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
 from tuneloop.config import load_config
 from tuneloop.errors import ModelError
-from tuneloop.evals.overview import read_sweep
-from tuneloop.models.parity import check_served
+from tuneloop.evals.reporting.overview import read_sweep
+from tuneloop.models.export.parity import check_served
 from tuneloop.records import Endpoint
 
 COLOURS = ["red", "green", "blue", "black", "white", "brown", "yellow", "violet"]

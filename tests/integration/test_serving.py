@@ -16,7 +16,7 @@ import torch
 
 from tuneloop.config import ServingConfig
 from tuneloop.errors import ResourceError
-from tuneloop.models.chat import Renderer
+from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message
 
 QUESTION = [Message("system", "Answer."), Message("user", "What is the capital of France?")]

@@ -14,7 +14,7 @@ import pytest
 
 from tuneloop.config import ServingConfig
 from tuneloop.errors import EndpointError, ModelError
-from tuneloop.models.client import Client
+from tuneloop.models.client.client import Client
 from tuneloop.records import Endpoint
 
 KEY = {"Authorization": "Bearer secret"}

@@ -18,7 +18,7 @@ import pytest
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.config import TuneloopConfig
 from tuneloop.errors import ModelError, ResourceError
-from tuneloop.models.source import BaseModel
+from tuneloop.models.bases.source import BaseModel
 from tuneloop.training.launch import train
 
 PublishSums = Callable[[Workspace, BaseModel], Artifact]

@@ -20,7 +20,7 @@ import pytest
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TrainingConfig
-from tuneloop.models.source import BaseModel
+from tuneloop.models.bases.source import BaseModel
 from tuneloop.training.rows import read_rows
 
 NUM_STEPS = 20

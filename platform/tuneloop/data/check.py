@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tuneloop.config import TuneloopConfig
-from tuneloop.data.files import find_evaluation_files, find_files
-from tuneloop.data.held_out import read_evaluations
-from tuneloop.data.languages import refuse_unknown_languages
-from tuneloop.data.readers import read_rows
-from tuneloop.data.rendering import NUM_PROVED, Rendering, percentiles, sample_of, tell_engine
-from tuneloop.data.validation import (
+from tuneloop.data.decontamination.decontaminate import read_evaluations
+from tuneloop.data.filters.languages import refuse_unknown_languages
+from tuneloop.data.sources.bad_rows import (
     BadRow,
     bad_row_problems,
     dropped_problem,
@@ -21,9 +18,18 @@ from tuneloop.data.validation import (
     refuse_mismatched_formats,
     too_long_problem,
 )
+from tuneloop.data.sources.files import find_evaluation_files, find_files
+from tuneloop.data.sources.readers import read_rows
+from tuneloop.data.tokenize.rendering import (
+    NUM_PROVED,
+    Rendering,
+    percentiles,
+    sample_of,
+    tell_engine,
+)
 from tuneloop.errors import DataError, Problem
-from tuneloop.models.chat import RenderError
-from tuneloop.models.source import BaseModel
+from tuneloop.models.bases.source import BaseModel
+from tuneloop.models.chat.renderer import RenderError
 from tuneloop.records import Sample
 
 # Usable rows that stand for all where they are compared with one another.

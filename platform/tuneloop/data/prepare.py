@@ -20,23 +20,17 @@ import numpy as np
 from tuneloop.artifacts import Draft, Published, Workspace, fingerprint
 from tuneloop.cluster import await_cpu
 from tuneloop.config import TuneloopConfig
-from tuneloop.data import stages
-from tuneloop.data.card import write_card
-from tuneloop.data.comparing import KEY_COLUMNS, find_duplicate_rows
-from tuneloop.data.composition import describe_wording
-from tuneloop.data.conflicts import find_conflicts
-from tuneloop.data.decontamination import HeldOut
-from tuneloop.data.files import SourceFile, find_evaluation_files, find_files
-from tuneloop.data.finishing import final_rows, row_places
-from tuneloop.data.held_out import decontaminate, read_evaluations
-from tuneloop.data.languages import refuse_unknown_languages
-from tuneloop.data.mixture import kinds_of, kinds_to_remove, mixture_of
-from tuneloop.data.outcome import Outcome
-from tuneloop.data.readers import file_positions
-from tuneloop.data.rendering import NUM_PROVED, Rendering, tell_engine
-from tuneloop.data.signatures import one_array
-from tuneloop.data.split import Split, is_stratified, limit_train, occurrence, split_rows
-from tuneloop.data.validation import (
+from tuneloop.data import ray_rows
+from tuneloop.data.card.card import write_card
+from tuneloop.data.card.composition import describe_wording
+from tuneloop.data.decontamination.decontaminate import decontaminate, read_evaluations
+from tuneloop.data.decontamination.matching import HeldOut
+from tuneloop.data.dedup.conflicts import find_conflicts
+from tuneloop.data.dedup.distributed import KEY_COLUMNS, find_duplicate_rows
+from tuneloop.data.filters.languages import refuse_unknown_languages
+from tuneloop.data.hashing.signatures import one_array
+from tuneloop.data.ledger import Outcome
+from tuneloop.data.sources.bad_rows import (
     nothing_left_problem,
     reason_of,
     refuse_bad_rows,
@@ -44,10 +38,16 @@ from tuneloop.data.validation import (
     refuse_too_many_rows,
     too_long_problem,
 )
-from tuneloop.data.writing import write_sides
+from tuneloop.data.sources.files import SourceFile, find_evaluation_files, find_files
+from tuneloop.data.sources.readers import file_positions
+from tuneloop.data.split.mixture import kinds_of, kinds_to_remove, mixture_of
+from tuneloop.data.split.split import Split, is_stratified, limit_train, occurrence, split_rows
+from tuneloop.data.tokenize.rendering import NUM_PROVED, Rendering, tell_engine
+from tuneloop.data.write.assemble import final_rows, row_places
+from tuneloop.data.write.parquet import write_sides
 from tuneloop.errors import DataError
-from tuneloop.models.encoding import Choice
-from tuneloop.models.source import BaseModel
+from tuneloop.models.bases.source import BaseModel
+from tuneloop.models.chat.tokenizer_backends import Choice
 
 logger = logging.getLogger("tuneloop.data")
 
@@ -122,17 +122,17 @@ def _build(
     is_text = config.task.type == "language_modeling"
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
-        warm = stages.warm_up(rendering)
-        rows = stages.read_files(files, config)
+        warm = ray_rows.warm_up(rendering)
+        rows = ray_rows.read_files(files, config)
         refuse_too_many_rows(rows.count())
         readable, unreadable = _refuse_unreadable(rows, config)
     total = rows.count()
     logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, unreadable))
     with _timed("tokenize", seconds):
         rendering, engine = _proved(rendering, rows, readable)
-        rows = stages.render_rows(rows, rendering, warm, draft.scratch)
+        rows = ray_rows.render_rows(rows, rendering, warm, draft.scratch)
         columns = [*_COLUMNS, *([] if is_text else ["prompt_bands"])]
-        outcome = _outcome(stages.collect(rows, columns), files, config, seconds)
+        outcome = _outcome(ray_rows.collect(rows, columns), files, config, seconds)
         outcome.engine = engine
         _drop_unusable(outcome, unreadable, config)
         outcome.filtered = _filtered(outcome, rows, rendering)
@@ -161,7 +161,7 @@ def _build(
     with _timed("describe", seconds):
         outcome.wording = describe_wording(outcome, rows, rendering)
     with _timed("write", seconds):
-        columns = stages.column_schema(rows)
+        columns = ray_rows.column_schema(rows)
         tables = final_rows(rows, _fates(outcome, config), columns, rendering)
         written = write_sides(tables, columns, is_text, Path(draft.path))
     logger.info(
@@ -195,7 +195,7 @@ def _refuse_unreadable(rows: Any, config: TuneloopConfig) -> tuple[Any, set[int]
     Raises:
         DataError: Too many are unusable.
     """
-    problems = stages.collect(rows, ["source", "problem"])
+    problems = ray_rows.collect(rows, ["source", "problem"])
     if problems is None:
         refuse_bad_rows([], 0, config.data)
     is_bad = _is_told(problems["problem"])
@@ -219,7 +219,7 @@ def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, Choi
         keys: Of usable rows, some of which the engine is tried on. Shape (N,).
     """
     chosen = keys[:: max(1, -(-len(keys) // NUM_PROVED))]
-    rendering, choice = rendering.proved(stages.fetch_rows(rows, chosen))
+    rendering, choice = rendering.proved(ray_rows.fetch_rows(rows, chosen))
     tell_engine(choice)
     return rendering, choice
 
@@ -280,7 +280,7 @@ def _drop_unusable(outcome: Outcome, unreadable: set[int], config: TuneloopConfi
     refuse_bad_rows(bad, table.num_rows, data)
     if too_long and (data.too_long == "error" or len(bad) + len(too_long) == table.num_rows):
         raise DataError(too_long_problem(too_long, table.num_rows, data))
-    outcome.usable = np.flatnonzero(outcome.side != stages.REMOVED)
+    outcome.usable = np.flatnonzero(outcome.side != ray_rows.REMOVED)
     if not len(outcome.usable):
         raise DataError(nothing_left_problem(outcome.reason))
 
@@ -295,7 +295,7 @@ def _filtered(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, An
         by_reason.setdefault(outcome.reason[index].partition(":")[0], []).append(index)
     chosen = [index for found in by_reason.values() for index in found[:_NUM_EXAMPLES]]
     keys = outcome.table["key"].to_numpy()
-    texts = stages.fetch_texts(rows, keys[chosen], rendering) if chosen else {}
+    texts = ray_rows.fetch_texts(rows, keys[chosen], rendering) if chosen else {}
     return {
         "changes": dict(changes.most_common()),
         "num_dropped": {reason: len(found) for reason, found in by_reason.items()},
@@ -359,9 +359,9 @@ def _limit_train(outcome: Outcome, config: TuneloopConfig) -> None:
     mixture = mixture_of(config, outcome.source, outcome.kinds, num_tokens)
     split = limit_train(outcome.split, outcome.contamination.removed, config.data, mixture)
     for side, indices in (
-        (stages.TRAIN, split.train),
-        (stages.TEST, split.test),
-        (stages.VALIDATION, split.validation),
+        (ray_rows.TRAIN, split.train),
+        (ray_rows.TEST, split.test),
+        (ray_rows.VALIDATION, split.validation),
     ):
         outcome.side[indices] = side
         outcome.rank[indices] = np.arange(len(indices))
@@ -375,7 +375,7 @@ def _fates(outcome: Outcome, config: TuneloopConfig) -> Any:
 
     pack = np.zeros(len(outcome.row_ids), dtype=np.int64)
     position = np.zeros(len(outcome.row_ids), dtype=np.int64)
-    is_packed = (outcome.side == stages.TRAIN) & (config.task.type == "language_modeling")
+    is_packed = (outcome.side == ray_rows.TRAIN) & (config.task.type == "language_modeling")
     train = np.flatnonzero(is_packed)
     lengths = outcome.table["num_tokens"].to_numpy()[train]
     pack[train], position[train] = row_places(lengths, outcome.rank[train], config.data.max_seq_len)

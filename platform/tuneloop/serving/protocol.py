@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tuneloop.models.chat import Renderer
+from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message, SamplingParams
 from tuneloop.serving.requests import Generation, TokenScore
 from tuneloop.serving.text import Detokenizer

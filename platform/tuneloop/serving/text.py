@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tuneloop.models.chat import Renderer
+from tuneloop.models.chat.renderer import Renderer
 
 
 class Detokenizer:

@@ -28,7 +28,7 @@ from tuneloop.errors import (
     UserError,
     find_user_error,
 )
-from tuneloop.models.source import resolve_base
+from tuneloop.models.bases.source import resolve_base
 from tuneloop.sweeps.curve import learning_curves
 from tuneloop.sweeps.grid import Cell, expand
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
-from tuneloop.models.source import BaseModel
+from tuneloop.models.bases.source import BaseModel
 from tuneloop.training.results import TrainingResult
 from tuneloop.training.validation import best_step
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tuneloop.config import TrainingConfig
-from tuneloop.models.export import four_bits
+from tuneloop.models.export.exporter import four_bits
 from tuneloop.training.packed import ATTENTION
 
 

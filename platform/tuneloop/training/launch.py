@@ -13,10 +13,10 @@ from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
 from tuneloop.cluster import joins_cluster
 from tuneloop.config import ResourcesConfig, TuneloopConfig
 from tuneloop.errors import UserError
-from tuneloop.models.source import BaseModel
+from tuneloop.models.bases.source import BaseModel
 
 if TYPE_CHECKING:
-    from tuneloop.training.estimate import Estimate
+    from tuneloop.training.fit.estimate import Estimate
     from tuneloop.training.results import Measured, TrainingResult
     from tuneloop.training.rows import Rows
 
@@ -66,8 +66,13 @@ def train(
         return Published(existing, reused=True)
     # From here on PyTorch is needed; looking an artifact up stays quick without it.
     from tuneloop.training.card import model_card
-    from tuneloop.training.estimate import estimate_work, measured_estimate, model_shape, workload
-    from tuneloop.training.refusals import (
+    from tuneloop.training.fit.estimate import (
+        estimate_work,
+        measured_estimate,
+        model_shape,
+        workload,
+    )
+    from tuneloop.training.fit.refusals import (
         refuse_other_renderer,
         refuse_too_small,
         refuse_unreadable_rows,

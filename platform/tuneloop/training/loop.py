@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from tuneloop.config import TrainingConfig
 from tuneloop.errors import ModelError, Problem
-from tuneloop.models.chat import Renderer
-from tuneloop.models.export import Exporter, parity_prompts
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.export.exporter import Exporter, parity_prompts
 from tuneloop.records import Parity
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
 from tuneloop.training.checkpoint import load_engine, newest_whole, refuse_save, save_engine

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tuneloop.config import TrainingConfig
-from tuneloop.models.export import Exporter, parity_prompts
+from tuneloop.models.export.exporter import Exporter, parity_prompts
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
 from tuneloop.training.engine import Execution, answering
 from tuneloop.training.packed import can_share, loss_and_hits, pack

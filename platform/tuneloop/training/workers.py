@@ -19,11 +19,11 @@ from tuneloop.artifacts import Draft
 from tuneloop.cluster import WaitingNotice, joins_cluster
 from tuneloop.config import TuneloopConfig, grad_accum_steps, micro_batch_size
 from tuneloop.errors import Problem, ResourceError, UserError, find_user_error
-from tuneloop.models.source import BaseModel
+from tuneloop.models.bases.source import BaseModel
 from tuneloop.training.checkpoint import newest_whole
+from tuneloop.training.dry_run import fly, stage_of
 from tuneloop.training.engine import Execution
 from tuneloop.training.loop import PROGRESS, TrainingJob, Worker, train_rows
-from tuneloop.training.preflight import fly, stage_of
 from tuneloop.training.results import Measured, TrainingResult
 from tuneloop.training.rows import open_rows
 from tuneloop.training.trackers import Trackers, flat

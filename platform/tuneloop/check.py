@@ -1,0 +1,124 @@
+"""Everything that can be checked before anything runs, told at once, without starting Ray."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+from tuneloop.config import TuneloopConfig
+from tuneloop.errors import DataError, Problem, UserError
+
+if TYPE_CHECKING:
+    from tuneloop.data.check import DataCheck
+    from tuneloop.training.fit.estimate import Estimate
+
+GIB = 1 << 30
+_SHOWN_TOKENS = 400
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known before the start.
+
+    Args:
+        problems: Everything that would stop the run; empty when it can start.
+        estimate: Memory and time of the training; None when the data cannot be used.
+    """
+
+    data: DataCheck
+    estimate: Estimate | None
+    problems: list[Problem] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        data = asdict(self.data)
+        for name in ("samples", "spread", "findings"):
+            data.pop(name)
+        return {
+            "ok": not self.problems,
+            "problems": [asdict(problem) for problem in self.problems],
+            "data": data,
+            "estimate": None if self.estimate is None else asdict(self.estimate),
+        }
+
+
+def check(config: TuneloopConfig) -> Preflight:
+    """Return the findings on model, data, and resources.
+
+    Raises:
+        ModelError: The base model cannot be used, so nothing else can be checked.
+    """
+    from tuneloop.data.check import check as check_data
+    from tuneloop.models.bases.source import resolve_base
+    from tuneloop.training.fit.estimate import estimate, model_shape, refuse_impossible
+    from tuneloop.training.fit.refusals import refuse_unsupported, too_long_problem
+    from tuneloop.training.rows import make_rows
+
+    base = resolve_base(config.model.base)
+    data = check_data(config, base)
+    problems = list(data.findings)
+    try:
+        refuse_unsupported(config)
+    except UserError as error:
+        problems += error.problems
+    expected = None
+    if data.num_usable:
+        num_rows = min(data.num_usable, config.data.num_train_examples or data.num_usable)
+        mean = data.num_tokens / data.num_usable
+        num_tokens, longest = round(mean * num_rows), data.length_tokens["max"]
+        if config.task.type == "language_modeling":
+            num_rows = math.ceil(num_tokens / config.data.max_seq_len)  # packed
+            longest = min(num_tokens, config.data.max_seq_len)
+        shape = model_shape(base, config.training, config.resources.gpus_per_worker > 0)
+        if shape.max_positions is not None and longest > shape.max_positions:
+            problems.append(too_long_problem("data.sources", longest, shape.max_positions))
+        ids, masks = (
+            [getattr(s, side) for s in data.spread] for side in ("input_ids", "loss_mask")
+        )
+        some_rows = make_rows([str(i) for i in range(len(ids))], ids, masks)
+        expected = estimate(config, shape, num_rows, num_tokens, data.target_ratio, some_rows)
+        try:
+            refuse_impossible(expected)
+        except UserError as error:
+            problems += error.problems
+    return Preflight(data, expected, problems)
+
+
+def report(preflight: Preflight, output: IO[str]) -> None:
+    """Print the findings; samples show context dimmed and what is learned in green.
+
+    Raises:
+        DataError: With all problems, when there are any.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=output, highlight=False)
+    data = preflight.data
+    if data.num_usable:
+        lengths = ", ".join(f"{name} {value}" for name, value in data.length_tokens.items())
+        targets = ", ".join(f"{name} {value}" for name, value in data.target_length_tokens.items())
+        console.print(f"rows       {data.num_usable:,} of {data.num_rows:,} can be used")
+        console.print(f"tokens     {data.num_tokens:,}; in a row: {lengths}")
+        console.print(f"targets    {data.target_ratio:.0%} of the tokens; in a row: {targets}")
+    if preflight.estimate is not None:
+        expected = preflight.estimate
+        memory = f"about {expected.peak_memory_bytes / GIB:.1f} GiB at the peak on each worker"
+        time = "" if expected.training_s is None else f", {expected.training_s / 60:.1f} minutes"
+        cost = "" if expected.cost is None else f", cost {expected.cost:.2f}"
+        console.print(f"training   {memory}{time}{cost}")
+    for notice in data.notices:
+        console.print(f"notice     {notice}", markup=False)
+    for sample in data.samples:
+        console.print(f"\n{sample.source}", style="bold", markup=False)
+        text = Text()
+        for token, is_target in sample.tokens[:_SHOWN_TOKENS]:
+            text.append(token, style="bold green" if is_target else "dim")
+        console.print(text)
+    if data.samples:
+        legend = Text("\nlearned", style="bold green")
+        legend.append(" and ", style="default").append("context", style="dim")
+        console.print(legend)
+    if preflight.problems:
+        raise DataError(*preflight.problems)

@@ -1,0 +1,1 @@
+"""The dataset card: what went in, what was removed and why."""

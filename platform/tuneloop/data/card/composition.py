@@ -1,0 +1,181 @@
+"""What a data set is made of: its sources, and how varied its wording is."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+
+from tuneloop.config import TuneloopConfig
+from tuneloop.data import ray_rows
+from tuneloop.data.ledger import Outcome
+from tuneloop.data.tokenize.rendering import Rendering, texts_of_rows
+from tuneloop.spelling import words_by_frequency
+
+# Rows whose wording is looked at: the first of the shuffled train split.
+_MOST_ROWS = 5_000
+_SHOWN = 20
+_NUM_STOP_WORDS = 300
+_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+# "Please write …" and "Can you explain …" lead with `write` and `explain`.
+_POLITE = re.compile(
+    r"^(?:(?:please|kindly|now|then|next|first|ok|okay|hi|hello|hey)\b[,!]?\s*|"
+    r"(?:can|could|would|will) you (?:please )?|i(?: want| need| would like|['’]d like) you to |"
+    r"(?:your task is|you have|i want|i need) to )+",
+    re.IGNORECASE,
+)
+
+
+def describe_sources(outcome: Outcome, config: TuneloopConfig) -> list[dict[str, Any]]:
+    """Return for each source how many rows were found, removed and put on which side.
+
+    Shares are of the train rows, and of their tokens; `synthetic_ratio` is that of its train rows.
+    """
+    sources = config.data.sources
+    told = [
+        {"path": source.path, "task": source.task, "weight": source.weight} for source in sources
+    ]
+    return _describe_parts(outcome, outcome.source, told)
+
+
+def describe_tasks(outcome: Outcome, config: TuneloopConfig) -> list[dict[str, Any]]:
+    """Return the same for each task of a mixture; nothing where there is none."""
+    tasks = config.task.tasks.items()
+    told = [{"name": name, "type": task.type, "weight": task.weight} for name, task in tasks]
+    return _describe_parts(outcome, outcome.kinds, told)
+
+
+def _describe_parts(
+    outcome: Outcome, part: Any, told: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return what is told of each part of the rows, and how many of its rows went where.
+
+    Args:
+        part: Number of each row's part. Shape (N,).
+    """
+    tokens = outcome.table["num_tokens"].to_numpy()
+    synthetic = outcome.table["synthetic"].to_numpy(zero_copy_only=False)
+    is_train = outcome.side == ray_rows.TRAIN
+    described = []
+    for number, first in enumerate(told):
+        own = part == number
+        train = own & is_train
+        described.append(
+            {
+                **first,
+                "num_found": int(own.sum()),
+                "num_removed": int((own & (outcome.side == ray_rows.REMOVED)).sum()),
+                "num_train": int(train.sum()),
+                "num_validation": int((own & (outcome.side == ray_rows.VALIDATION)).sum()),
+                "num_test": int((own & (outcome.side == ray_rows.TEST)).sum()),
+                "train_row_share": _share(train.sum(), is_train.sum()),
+                "train_token_share": _share(tokens[train].sum(), tokens[is_train].sum()),
+                "synthetic_ratio": _share(synthetic[train].sum(), train.sum()),
+            }
+        )
+    return described
+
+
+def describe_wording(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, Any]:
+    """Return how varied the train rows are, told by the first 5,000 of the shuffled split.
+
+    Args:
+        outcome: With the final sides.
+        rows: The Ray dataset of tokenized rows.
+        rendering: Of those.
+
+    Returns:
+        `num_rows` that were looked at; `lead_words` (of prompts, and in how many rows), how many
+        there are, and `effective_lead_words` (as many equally frequent ones would be as spread);
+        `terms` (words that are not among the 300 most frequent of English) likewise, and in which
+        share of the rows each one is.
+    """
+    train = np.flatnonzero(outcome.side == ray_rows.TRAIN)
+    train = train[np.argsort(outcome.rank[train], kind="stable")][:_MOST_ROWS]
+    keys = np.sort(outcome.table["key"].to_numpy()[train])
+    leads: Counter[str] = Counter()
+    found: Counter[str] = Counter()
+    # The texts stay where they are: 5,000 long ones are more than this process should hold.
+    for batch in ray_rows.map_said(rows, partial(_wording, keys=keys, rendering=rendering)):
+        leads.update(filter(None, batch["lead"].to_pylist()))
+        for words in batch["words"].to_pylist():
+            found.update(words)
+    for word in _stop_words():
+        del found[word]
+    return {
+        "num_rows": len(keys),
+        "lead_words": _most_common(leads),
+        "num_lead_words": len(leads),
+        "effective_lead_words": round(effective_number(list(leads.values())), 1),
+        "terms": {term: _share(n, len(keys)) for term, n in _most_common(found).items()},
+        "num_terms": len(found),
+    }
+
+
+def _wording(table: Any, keys: Any, rendering: Rendering) -> Any:
+    """Return the `lead` word and the distinct `words` of the rows whose key is wanted."""
+    import pyarrow as pa
+
+    said = texts_of_rows(table, keys, rendering)
+    words = [sorted(long_words(text)) for text in said["text"].to_pylist()]
+    leads = [lead_word(prompt) for prompt in said["prompt"].to_pylist()]
+    return pa.table({"lead": leads, "words": pa.array(words, pa.list_(pa.string()))})
+
+
+def cluster_sizes(cluster: Any) -> dict[str, int]:
+    """Return how many clusters there are of each size, in classes: `1`, `2`, `3 to 5`, …
+
+    Args:
+        cluster: Number of each row's cluster. Shape (N,).
+    """
+    classes = ((1, 1), (2, 2), (3, 5), (6, 10), (11, 100), (101, None))
+    sizes = np.bincount(cluster) if len(cluster) else np.zeros(0, dtype=np.int64)
+    counts = {}
+    for low, high in classes:
+        count = int(((sizes >= low) & (sizes <= (high or sizes.max(initial=0)))).sum())
+        name = f"{low}" if low == high else f"{low} to {high}" if high else f"more than {low - 1}"
+        if count:
+            counts[name] = count
+    return counts
+
+
+def lead_word(prompt: str) -> str:
+    """Return the first word of a prompt in lower case, polite openings left out; empty if none."""
+    text = prompt.lstrip()
+    found = _WORD.search(_POLITE.sub("", text)) or _WORD.search(text)
+    return found.group().lower() if found else ""
+
+
+def long_words(text: str) -> set[str]:
+    """Return the distinct words of three or more letters, in lower case."""
+    return {word.lower() for word in _WORD.findall(text) if len(word) > 2}
+
+
+def effective_number(counts: Sequence[int]) -> float:
+    """Return how many equally frequent kinds would be as spread: the exponential of the entropy.
+
+    Source: Hill 1973, Diversity and evenness, doi:10.2307/1934352 (the number of order 1).
+    """
+    if not counts:
+        return 0.0
+    share = np.array(counts) / np.sum(counts)
+    return float(np.exp(-np.sum(share * np.log(share))))
+
+
+@cache
+def _stop_words() -> frozenset[str]:
+    return frozenset(words_by_frequency()[:_NUM_STOP_WORDS])
+
+
+def _most_common(counts: Counter[str]) -> dict[str, int]:
+    """Return the most frequent ones, ties by name."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return dict(ranked[:_SHOWN])
+
+
+def _share(part: Any, whole: Any) -> float:
+    return round(float(part) / max(1, float(whole)), 4)

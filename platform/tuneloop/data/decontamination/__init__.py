@@ -1,0 +1,1 @@
+"""Train rows that repeat the test split or an evaluation file."""

@@ -1,0 +1,1 @@
+"""Exact and near duplicates, and rows that ask the same but answer differently."""

@@ -1,0 +1,1 @@
+"""What is mended in a row, and why a row is dropped."""

@@ -1,0 +1,1 @@
+"""Compiled kernels and hashes that rows are compared by."""

@@ -1,0 +1,224 @@
+"""The steps that Ray Data runs over the rows, and the small tables that come back from them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tuneloop.config import TuneloopConfig
+from tuneloop.data.hashing.signatures import ComparedSide, Hashes
+from tuneloop.data.sources.files import SourceFile
+from tuneloop.data.sources.readers import read_rows, row_schema
+from tuneloop.data.tokenize.block_cache import KEPT_FROM_ROWS, kept_blocks, make_or_read
+from tuneloop.data.tokenize.rendering import (
+    SAID_IN,
+    Rendering,
+    render_batch,
+    rows_with_keys,
+    shingles_of_rows,
+    texts_of_rows,
+)
+
+logger = logging.getLogger("tuneloop.data")
+
+# Of what a task or this process holds at once: fewer rows where they are long.
+_ROWS_PER_BLOCK, _BYTES_PER_BLOCK = 2000, 16 << 20
+_TASKS_PER_CPU, _BYTES_PER_TASK = 4, 32 << 20
+TRAIN, TEST, REMOVED, VALIDATION = 0, 1, 2, 3
+SIDES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
+
+
+def warm_up(rendering: Rendering) -> Any:
+    """Let a worker load the tokenizer while the files are read; return the reference to wait for.
+
+    Rendering before it is done would make a second worker load it as well.
+    """
+    import ray
+
+    return ray.remote(num_cpus=1)(_load_renderer).remote(rendering)
+
+
+def read_files(files: list[SourceFile], config: TuneloopConfig) -> Any:
+    """Return a Ray dataset of all rows by `row_schema`: one read task for each file."""
+    import ray.data
+
+    items = [{"position": position} for position in range(len(files))]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    read = functools.partial(_read_batch, files=ray.put(files), config=config)
+    blocks = dataset.map_batches(read, batch_size=1, batch_format="pyarrow")
+    return blocks.materialize()
+
+
+def render_rows(rows: Any, rendering: Rendering, warm: Any, scratch: Path) -> Any:
+    """Return the Ray dataset of tokenized rows by `rendered_schema`, once `warm` is done.
+
+    Args:
+        scratch: Where the blocks of a large corpus are kept for a run that has to go on.
+    """
+    import ray
+
+    ray.get(warm)
+    num_rows = rows.count()
+    # Each task costs the driver ten milliseconds and its worker a wait for the next one.
+    wanted = max(
+        _TASKS_PER_CPU * int(ray.cluster_resources()["CPU"]),
+        rows.size_bytes() // _BYTES_PER_TASK,
+    )
+    size = batch_size(rows)
+    num_blocks = min(wanted, -(-num_rows // size))
+    if rows.num_blocks() < num_blocks:
+        rows = rows.repartition(num_blocks)
+    render = functools.partial(render_batch, rendering=rendering)
+    if num_rows >= KEPT_FROM_ROWS:
+        folder = scratch / "tokenized"
+        if number := kept_blocks(folder):
+            logger.info("%s blocks of tokenized rows are there from an earlier run", f"{number:,}")
+        render = functools.partial(make_or_read, make=render, folder=folder)
+    return rows.map_batches(render, batch_size=size, batch_format="pyarrow").materialize()
+
+
+def collect(rows: Any, columns: list[str]) -> Any:
+    """Return some columns of all rows as one Arrow table in the order of `key`."""
+    import pyarrow as pa
+
+    wanted = list(dict.fromkeys(["key", *columns]))
+    batches = rows.select_columns(wanted).iter_batches(batch_size=None, batch_format="pyarrow")
+    tables = [batch.select(wanted) for batch in batches if batch.num_rows]
+    if not tables:
+        return None
+    # Blocks come in any order, the rows of one in theirs: sorting all would copy them twice.
+    tables.sort(key=lambda table: table["key"][0].as_py())
+    found = pa.concat_tables(tables)
+    keys = found["key"].to_numpy()
+    # A copy of its own, so that the object store need not keep the blocks.
+    return found.combine_chunks() if (keys[1:] > keys[:-1]).all() else found.sort_by("key")
+
+
+def fetch_rows(rows: Any, keys: Any) -> list[dict[str, Any]]:
+    """Return the columns of `SAID_IN` of the rows with some keys."""
+    select = functools.partial(rows_with_keys, keys=np.sort(keys))
+    return [row for batch in map_said(rows, select) for row in batch.to_pylist()]
+
+
+def fetch_shingles(
+    rows: Any, keys: Any, rendering: Rendering, on: ComparedSide, ngram_words: int
+) -> dict[int, Hashes]:
+    """Return the sorted distinct shingle hashes of the rows with some keys, by key."""
+    select = functools.partial(
+        shingles_of_rows, keys=np.sort(keys), rendering=rendering, on=on, ngram_words=ngram_words
+    )
+    found: dict[int, Hashes] = {}
+    for batch in map_said(rows, select):
+        for key, values in zip(batch["key"].to_pylist(), batch["shingles"], strict=True):
+            found[key] = values.values.to_numpy(zero_copy_only=False).astype(np.uint64)
+    return found
+
+
+def fetch_texts(rows: Any, keys: Any, rendering: Rendering) -> dict[int, tuple[str, str, str]]:
+    """Return what the rows with some keys say, by key: all of it, prompt, answer.
+
+    A document has neither prompt nor answer.
+    """
+    select = functools.partial(texts_of_rows, keys=np.sort(keys), rendering=rendering)
+    found: dict[int, tuple[str, str, str]] = {}
+    for batch in map_said(rows, select):
+        columns = [batch[name].to_pylist() for name in ("key", "text", "prompt", "answer")]
+        for key, *said in zip(*columns, strict=True):
+            found[key] = (said[0], said[1], said[2])
+    return found
+
+
+def map_said(rows: Any, select: Any) -> Iterator[Any]:
+    """Yield what a function makes, in tasks, of each block's `key` and columns of `SAID_IN`."""
+    columns = rows.select_columns(["key", *SAID_IN])
+    chosen = columns.map_batches(select, batch_format="pyarrow")
+    yield from chosen.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def column_schema(rows: Any) -> Any:
+    """Return the Arrow schema of the user's own columns, over all rows.
+
+    A column whose values have types that do not go together becomes a string of JSON.
+    """
+    import pyarrow as pa
+
+    found: list[Any] = []
+    batches = rows.select_columns(["extra"]).map_batches(_column_types, batch_format="pyarrow")
+    for batch in batches.iter_batches(batch_size=None, batch_format="pyarrow"):
+        found += [pa.ipc.read_schema(pa.py_buffer(data)) for data in batch["schema"].to_pylist()]
+    fields: dict[str, Any] = {}
+    for field in itertools.chain.from_iterable(found):
+        known = fields.get(field.name, field)
+        try:
+            merged = pa.unify_schemas(
+                [pa.schema([known]), pa.schema([field])], promote_options="permissive"
+            ).field(0)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            merged = pa.field(field.name, pa.string(), metadata={"encoding": "json"})
+        fields[field.name] = merged
+    return pa.schema(
+        [
+            field if field.type != pa.null() else field.with_type(pa.string())
+            for _, field in sorted(fields.items())
+        ]
+    )
+
+
+def _load_renderer(rendering: Rendering) -> None:
+    rendering.renderer()
+
+
+def _read_batch(table: Any, files: Any, config: TuneloopConfig) -> Iterator[Any]:
+    import pyarrow as pa
+    import ray
+
+    sources = ray.get(files)
+    schema = row_schema()
+    for position in table["position"].to_pylist():
+        for chunk in _chunked(read_rows(sources[position], position, config)):
+            yield pa.Table.from_pylist(chunk, schema=schema)
+    yield schema.empty_table()
+
+
+def _chunked(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows in lists that are neither too long nor too large."""
+    chunk: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += len(row["text"]) + len(row["extra"])
+        size += sum(len(message["content"]) for message in row["messages"])
+        if len(chunk) >= _ROWS_PER_BLOCK or size >= _BYTES_PER_BLOCK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def batch_size(rows: Any) -> int:
+    """Return how many rows of a dataset to hold at once."""
+    mean = rows.size_bytes() / max(1, rows.count())
+    return int(min(_ROWS_PER_BLOCK, max(1, _BYTES_PER_BLOCK // max(1, mean))))
+
+
+def _column_types(table: Any) -> Any:
+    import pyarrow as pa
+
+    values: dict[str, list[Any]] = {}
+    for text in table["extra"].to_pylist():
+        for name, value in json.loads(text).items():
+            values.setdefault(name, []).append(value)
+    fields = []
+    for name, items in values.items():
+        try:
+            fields.append(pa.field(name, pa.array(items).type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            fields.append(pa.field(name, pa.string(), metadata={"encoding": "json"}))
+    return pa.table({"schema": [pa.schema(fields).serialize().to_pybytes()]})

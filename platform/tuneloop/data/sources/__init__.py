@@ -1,0 +1,1 @@
+"""Where rows come from: files, folders and the Hub, read into conversations or documents."""

@@ -1,0 +1,304 @@
+"""Where rows come from: finding, opening and hashing the files behind `data.sources`."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tuneloop.config import DataConfig, GenerationConfig, SourceConfig
+from tuneloop.data.sources.docstrings import read_docstrings
+from tuneloop.data.sources.hub import (
+    choose_splits,
+    fetch_repository,
+    files_of_split,
+    repository_of,
+)
+from tuneloop.errors import DataError, Problem
+
+DOCSTRINGS = "docstrings:stdlib"
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+DOCUMENTS = (".txt", ".md", ".rst")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".lz4")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of rows.
+
+    Args:
+        path: Local path, URI, or the name of a built-in source.
+        source: Index in `data.sources`.
+        content: The bytes themselves, where there is no file.
+        name: What people know it by; its path unless that is one of a cache or holds a secret.
+    """
+
+    path: str
+    source: int
+    content: bytes | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.path)
+
+    @property
+    def suffix(self) -> str:
+        """The suffix that tells the layout, without that of a compression."""
+        name = PurePosixPath(_without_query(self.path))
+        if name.suffix in COMPRESSIONS:
+            name = name.with_suffix("")
+        return ".jsonl" if self.content is not None else name.suffix.lower()
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """Open for reading bytes, decompressed. Raises OSError."""
+        import pyarrow as pa
+
+        if self.content is not None:
+            yield pa.BufferReader(self.content)
+            return
+        filesystem, path = _filesystem(self.path)
+        with filesystem.open_input_stream(path, compression="detect") as stream:
+            yield stream
+
+    def sha256(self) -> str:
+        """Return the digest of the bytes as they are stored, in hexadecimal. Raises OSError."""
+        if self.content is not None:
+            return hashlib.sha256(self.content).hexdigest()
+        filesystem, path = _filesystem(self.path)
+        digest = hashlib.sha256()
+        with filesystem.open_input_stream(path, compression=None) as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+
+def find_files(data: DataConfig) -> list[SourceFile]:
+    """Return the files of all sources in a fixed order: by source, then by path.
+
+    Raises:
+        DataError: With one problem for each source that leads nowhere.
+    """
+    return _find_all(data.sources, "data.sources")
+
+
+def find_evaluation_files(data: DataConfig) -> list[SourceFile]:
+    """Return the files of `data.decontamination.sources`, likewise."""
+    return _find_all(data.decontamination.sources, "data.decontamination.sources")
+
+
+def find_generation_files(generation: GenerationConfig) -> list[SourceFile]:
+    """Return the files of `generation.sources`, likewise."""
+    return _find_all(generation.sources, "generation.sources")
+
+
+def _find_all(sources: Sequence[SourceConfig], key: str) -> list[SourceFile]:
+    """Return the files of some sources in a fixed order.
+
+    Raises:
+        DataError: With one problem for each source that leads nowhere.
+    """
+    files: list[SourceFile] = []
+    problems: list[Problem] = []
+    for index, source in enumerate(sources):
+        try:
+            files += _find(source, index, f"{key}.{index}")
+        except DataError as error:
+            problems += error.problems
+    seen: dict[str, int] = {}
+    for file in files:
+        if file.path in seen:
+            problems.append(
+                Problem(
+                    "a file is read twice",
+                    where=f"{key}.{seen[file.path]} and {key}.{file.source}",
+                    got=file.path,
+                    remedy="name it in one source",
+                )
+            )
+        seen[file.path] = file.source
+    if problems:
+        raise DataError(*problems)
+    return files
+
+
+def _find(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
+    if source.path.startswith("docstrings:"):
+        return [_documentation(source, index, where)]
+    repository = repository_of(source, (*TABLES, *DOCUMENTS, *COMPRESSIONS))
+    if repository is not None:
+        found = fetch_repository(repository, source, where)
+        files = [SourceFile(path, index, name=name) for path, name in found]
+        return _usable(files, source, f"{where}.path")
+    is_remote = "://" in source.path
+    try:
+        paths = _remote_paths(source.path) if is_remote else _local_paths(source, where)
+    except OSError as error:
+        raise DataError(
+            Problem(
+                "cannot open a data source", where=f"{where}.path", got=f"{source.path}: {error}"
+            )
+        ) from error
+    if not paths:
+        raise DataError(_nothing_found(source.path, f"{where}.path"))
+    _refuse_needless_keys(source, where)
+    files = [SourceFile(path, index, name=_public_name(path)) for path in paths]
+    return _usable(files, source, f"{where}.path")
+
+
+def _documentation(source: SourceConfig, index: int, where: str) -> SourceFile:
+    if source.path != DOCSTRINGS:
+        raise DataError(
+            Problem("no such source", where=f"{where}.path", got=source.path, allowed=DOCSTRINGS)
+        )
+    lines = (json.dumps(row, ensure_ascii=False) for row in read_docstrings())
+    return SourceFile(DOCSTRINGS, index, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _usable(files: list[SourceFile], source: SourceConfig, where: str) -> list[SourceFile]:
+    """Return the files whose layout is known; raise DataError for one that was named and is not."""
+    usable = TABLES + (DOCUMENTS if source.format == "text" else ())
+    # In a directory other files (a README, a manifest) are passed over; a file that is named
+    # has to be readable.
+    if len(files) > 1 or files[0].path != source.path:
+        files = [file for file in files if file.suffix in usable] or files
+    unusable = next((file for file in files if file.suffix not in usable), None)
+    if unusable is not None:
+        raise DataError(
+            Problem(
+                "a file's layout is not known",
+                where=where,
+                got=unusable.path,
+                allowed=", ".join(usable) + ", each also with " + ", ".join(COMPRESSIONS),
+                remedy="plain text documents need format: text"
+                if unusable.suffix in DOCUMENTS
+                else "",
+            )
+        )
+    return files
+
+
+def _refuse_needless_keys(source: SourceConfig, where: str) -> None:
+    """Raise DataError for `split` or `subset` of what has none, such as a file or a glob."""
+    if source.split is not None and not Path(source.path).expanduser().is_dir():
+        raise DataError(
+            Problem(
+                "files have no splits",
+                where=f"{where}.split",
+                got=f"{source.split} of {source.path}",
+                allowed="a directory or a Hub id",
+                remedy="leave it out, and name the files of one split",
+            )
+        )
+    if source.subset is not None:
+        raise DataError(
+            Problem(
+                "only a data set in the layout of the Hub has subsets",
+                where=f"{where}.subset",
+                got=f"{source.subset} of {source.path}",
+                remedy="leave it out",
+            )
+        )
+
+
+def _local_paths(source: SourceConfig, where: str) -> list[str]:
+    expanded = Path(source.path).expanduser()
+    if expanded.is_file():
+        return [source.path]
+    if not expanded.is_dir():
+        found = glob.glob(str(expanded), recursive=True)
+        return sorted(entry for entry in found if Path(entry).is_file())
+    if (expanded / "dataset_dict.json").is_file():
+        # Written by `DatasetDict.save_to_disk`: one directory for each split.
+        splits = sorted(entry.name for entry in expanded.iterdir() if entry.is_dir())
+        chosen = choose_splits(source, splits, where)
+        return [path for split in chosen for path in _saved_files(expanded / split)]
+    if saved := _saved_files(expanded):
+        if source.split is not None:
+            choose_splits(source, [], where)
+        return saved
+    entries = [entry for entry in expanded.rglob("*") if entry.is_file()]
+    paths = sorted(str(entry) for entry in entries if not entry.name.startswith((".", "_")))
+    return files_of_split(paths, source, where, DOCUMENTS)
+
+
+def _saved_files(folder: Path) -> list[str]:
+    """Return the rows that `Dataset.save_to_disk` wrote; the JSON files beside describe them."""
+    if not (folder / "state.json").is_file():
+        return []
+    return sorted(str(entry) for entry in folder.glob("*.arrow"))
+
+
+def _remote_paths(uri: str) -> list[str]:
+    """Return the URIs that a remote path, directory or glob stands for.
+
+    What follows a `?` says how to reach the place, for example an endpoint; it is kept.
+    """
+    from fnmatch import fnmatchcase
+
+    from pyarrow import fs
+
+    scheme = uri.split("://", 1)[0]
+    uri = _without_query(whole := uri)
+    query = whole.removeprefix(uri)
+    fixed = uri.split("*", 1)[0]
+    filesystem, root = _filesystem((uri if fixed == uri else fixed.rpartition("/")[0]) + query)
+    info = filesystem.get_file_info(root)
+    if info.type == fs.FileType.File:
+        return [whole]
+    if info.type != fs.FileType.Directory:
+        return []
+    entries = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    paths = [f"{scheme}://{entry.path.lstrip('/')}" for entry in entries if entry.is_file]
+    if scheme == "file":
+        paths = [f"file:///{path.removeprefix('file://')}" for path in paths]
+    found = sorted(path for path in paths if fixed == uri or fnmatchcase(path, uri))
+    return [path + query for path in found]
+
+
+def _public_name(path: str) -> str:
+    """Return a path, or a URI without what says how to reach it: an endpoint, a key."""
+    return re.sub(r"://[^/@]*@", "://", _without_query(path)) if "://" in path else path
+
+
+def _without_query(uri: str) -> str:
+    return uri.partition("?")[0] if "://" in uri else uri
+
+
+def _filesystem(path: str) -> tuple[Any, str]:
+    from pyarrow import fs
+
+    if "://" in path:
+        try:
+            return fs.FileSystem.from_uri(path)
+        except ValueError as error:  # a scheme pyarrow does not know
+            raise OSError(str(error)) from error
+    return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+
+
+def _nothing_found(path: str, where: str) -> Problem:
+    if any(character in _without_query(path) for character in "*?["):
+        return Problem(
+            "a glob matches no file",
+            where=where,
+            got=path,
+            remedy=f"relative paths start from {Path.cwd()}" if "://" not in path else "",
+        )
+    if "://" in path:
+        return Problem("no such file", where=where, got=path)
+    folder = Path(path).expanduser().absolute().parent
+    siblings = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(Path(path).name, siblings, n=1)
+    remedy = f"relative paths start from {Path.cwd()}"
+    if close:
+        remedy = f"did you mean `{Path(path).with_name(close[0])}`?"
+    elif not folder.is_dir():
+        remedy = f"there is no directory {folder} either; {remedy}"
+    return Problem("no such file", where=where, got=path, remedy=remedy)

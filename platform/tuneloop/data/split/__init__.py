@@ -1,0 +1,1 @@
+"""Train, validation and test rows, and the shares of a mixture."""

@@ -1,0 +1,1 @@
+"""Rows to token ids and comparison keys, in batches."""

@@ -1,0 +1,1 @@
+"""The published tables: rows assembled in order, documents packed, Parquet written."""

@@ -1,0 +1,1 @@
+"""What an evaluation says: findings, the report, and what the dashboard shows."""

@@ -1,0 +1,179 @@
+"""An evaluation as one self-contained HTML page, and as a summary for the terminal."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from tuneloop.artifacts import Artifact
+from tuneloop.config import TuneloopConfig
+from tuneloop.evals.reporting.findings import Evaluation, Example, format_estimate
+from tuneloop.evals.reporting.views import (
+    format_number,
+    list_facts,
+    shorten,
+    show_arms,
+    show_examples,
+    show_pair,
+    show_parts,
+    show_prompts,
+    show_setting,
+    show_tags,
+    show_tasks,
+)
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from rich.console import RenderableType
+
+
+def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) -> str:
+    """Return the report as one HTML page that loads nothing from anywhere.
+
+    Args:
+        evaluation: What to show.
+        config: What was run; shown as it was.
+        dataset: Reference of the dataset whose test split was answered.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["with_code"] = _with_code
+    source = resources.files("tuneloop.evals.reporting").joinpath("report.html.jinja")
+    template = environment.from_string(source.read_text(encoding="utf-8"))
+    metric = evaluation.metric(evaluation.primary)
+    secondary = evaluation.secondary()
+    return template.render(
+        name=evaluation.name,
+        verdict=evaluation.verdict(),
+        metric=metric,
+        confidence=f"{evaluation.metrics['confidence']:.0%}",
+        num_examples=evaluation.metrics["num_examples"],
+        arms=show_arms(evaluation, secondary),
+        secondary=[evaluation.metric(name).label for name in secondary],
+        pairs=[show_pair(evaluation, pair) for pair in evaluation.candidate_pairs()],
+        other_pairs=[
+            show_pair(evaluation, pair)
+            for pair in evaluation.comparison["pairs"]
+            if pair["arm"] != evaluation.candidate["name"]
+        ],
+        tasks=show_tasks(evaluation),
+        parts=show_parts(evaluation),
+        tags=show_tags(evaluation),
+        strongest=evaluation.strongest_other(),
+        examples=show_examples(evaluation),
+        steps=[
+            {
+                "title": step.title,
+                "why": step.why,
+                "key": step.key,
+                "now": show_setting(config, step.key),
+            }
+            for step in evaluation.next_steps()
+        ],
+        prompts=show_prompts(evaluation),
+        facts=list_facts(evaluation, config, dataset),
+    )
+
+
+def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
+    """Return a summary for the terminal: verdict, arms, paired differences, a few examples.
+
+    Args:
+        artifact: A published evaluation.
+        num_examples: Examples shown that got fixed, and as many that got worse.
+    """
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    evaluation = Evaluation.load(artifact)
+    metric, verdict = evaluation.metric(evaluation.primary), evaluation.verdict()
+    confidence = f"{evaluation.metrics['confidence']:.0%}"
+    colour = {"good": "green", "bad": "red", "mixed": "yellow", "unclear": "yellow"}[verdict.tone]
+    arms = Table(title=f"{evaluation.primary}: {metric.label}", title_justify="left", box=None)
+    for heading in ("arm", "score", f"{confidence} interval", "scored", "unscored", "tokens out"):
+        arms.add_column(heading, justify="left" if heading == "arm" else "right")
+    for arm in evaluation.arms:
+        score = arm["scores"][evaluation.primary]
+        value, _, interval = format_estimate(score, metric).partition(" ")
+        arms.add_row(
+            arm["name"],
+            Text(value, style="bold"),
+            interval.strip("()"),
+            str(arm["num_scored"]),
+            str(arm["num_unscored"]),
+            format_number(arm["median_completion_tokens"]),
+        )
+    parts: list[RenderableType] = [
+        Text(verdict.title, style=f"bold {colour}"),
+        Text(verdict.detail),
+        Text(),
+        arms,
+    ]
+    if pairs := evaluation.candidate_pairs():
+        table = Table(title="paired differences", title_justify="left", box=None)
+        for heading in ("compared", "difference", f"{confidence} interval", "p", "fixed", "worse"):
+            table.add_column(heading, justify="left" if heading == "compared" else "right")
+        for pair in pairs:
+            shown = show_pair(evaluation, pair)
+            table.add_row(
+                f"{pair['arm']} − {pair['other']}",
+                Text(shown["difference"], style="bold"),
+                shown["interval"],
+                shown["p"],
+                str(shown["num_fixed"]),
+                str(shown["num_worse"]),
+            )
+        parts += [Text(), table]
+    if tasks := show_tasks(evaluation):
+        table = Table(title="task by task", title_justify="left", box=None)
+        table.add_column("task")
+        for arm in evaluation.arms:
+            table.add_column(arm["name"], justify="right")
+        for task in tasks:
+            table.add_row(
+                f"{task['name']} ({task['label']})", *(bar["value"] for bar in task["bars"])
+            )
+        parts += [Text(), table]
+    other = evaluation.strongest_other()
+    for outcome, heading, style in (
+        ("fixed", "got better", "green"),
+        ("introduced", "got worse", "red"),
+    ):
+        examples = evaluation.examples(other, outcome, num_examples) if other else []
+        if examples:
+            parts += [Text(), Text(f"{heading} than {other}", style=style)]
+            parts += [Padding(_terminal_example(e), (0, 0, 1, 2)) for e in examples]
+    return Group(*parts)
+
+
+def _with_code(text: str) -> Markup:
+    """Return a text with its `quoted` parts as code elements, everything escaped."""
+    from markupsafe import Markup, escape
+
+    pieces = text.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(piece) if index % 2 else escape(piece)
+        for index, piece in enumerate(pieces)
+    )
+
+
+def _terminal_example(example: Example) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 1))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in (
+        ("question", example.question),
+        ("reference", example.reference),
+        (example.before.arm, example.before.completion),
+        (example.after.arm, example.after.completion),
+    ):
+        table.add_row(label, Text(shorten(" ".join(text.split()), 240)))
+    return table

@@ -1,0 +1,352 @@
+"""An evaluation as plain values a page can show: texts, and positions in per cent of a width."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from tuneloop.artifacts import git_commit, package_versions
+from tuneloop.config import TuneloopConfig
+from tuneloop.evals.reporting.analysis import prompt_turns
+from tuneloop.evals.reporting.findings import (
+    Evaluation,
+    Example,
+    describe_arm,
+    direction,
+    format_difference,
+    format_estimate,
+    format_value,
+    notable_tags,
+    word_diff,
+)
+from tuneloop.evals.scoring.error_tags import ERROR_TAGS
+from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric, in_task
+
+_NUM_EXAMPLES = 5
+_LONGEST_TEXT = 1500
+_P_FLOOR = 0.001
+
+
+def show_arms(evaluation: Evaluation, secondary: Sequence[str]) -> list[dict[str, Any]]:
+    """Return every arm as text and bar positions; `secondary` names the metrics besides."""
+    metric = evaluation.metric(evaluation.primary)
+    ends = [
+        arm["scores"][evaluation.primary]["high"] or arm["scores"][evaluation.primary]["value"] or 0
+        for arm in evaluation.arms
+    ]
+    top = max([*ends, 1e-9]) * 1.1 if metric.kind == "number" else 1.0
+    shown = []
+    for arm in evaluation.arms:
+        score = arm["scores"][evaluation.primary]
+        shown.append(
+            {
+                "name": arm["name"],
+                "candidate": arm["name"] == evaluation.candidate["name"],
+                "value": format_value(score["value"], metric),
+                "interval": format_estimate(score, metric).partition(" ")[2].strip("()"),
+                "bar": _per_cent(score["value"], top),
+                "low": _per_cent(score["low"], top),
+                "high": _per_cent(score["high"], top),
+                "method": score["method"],
+                "num_scored": arm["num_scored"],
+                "num_unscored": arm["num_unscored"],
+                "reasons": arm["unscored_reasons"],
+                "secondary": [
+                    format_value(arm["scores"][name]["value"], evaluation.metric(name))
+                    for name in secondary
+                ],
+                "completion_tokens": format_number(arm["median_completion_tokens"]),
+                "prompt_tokens": format_number(arm["mean_prompt_tokens"]),
+                "latency": format_number(arm["median_latency_s"], 2),
+            }
+        )
+    return shown
+
+
+def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
+    """Return a paired comparison as text and as positions on an axis, in per cent of its width."""
+    metric = evaluation.metric(evaluation.primary)
+    difference = pair["differences"][evaluation.primary]
+    outcomes = pair["outcomes"]
+    low, high = difference["low"], difference["high"]
+    reach = max(
+        abs(end or 0.0)
+        for p in evaluation.comparison["pairs"]
+        for end in (
+            p["differences"][evaluation.primary]["low"],
+            p["differences"][evaluation.primary]["high"],
+            p["differences"][evaluation.primary]["value"],
+        )
+    )
+    # The axis runs from -span to +span, with zero in the middle.
+    span = max(reach * 1.05, 1e-9)
+    if metric.kind != "number":
+        span = min(1.0, math.ceil(10 * reach) / 10) or 0.1
+    total = max(1, sum(outcomes.values()))
+    words = {
+        "fixed": "fixed",
+        "better": "better",
+        "introduced": "got worse",
+        "worse": "worse",
+        "both_right": "right in both",
+        "both_wrong": "wrong in both",
+        "same": "same score",
+    }
+    return {
+        "arm": pair["arm"],
+        "other": pair["other"],
+        "n": pair["num_both_scored"],
+        "difference": format_difference(difference["value"], metric),
+        "interval": (
+            ""
+            if low is None
+            else " to ".join(format_difference(end, metric, unit=False) for end in (low, high))
+        ),
+        "p": _p_value(difference["p_value"]),
+        "test": difference["test"],
+        "method": difference["method"],
+        "direction": direction(difference, metric),
+        "at": _position(difference["value"], span),
+        "from": _position(low, span),
+        "to": _position(high, span),
+        "span": f"{span:.3f}" if metric.kind == "number" else f"{100 * span:.0f}",
+        "outcomes": [
+            {"kind": kind, "label": words[kind], "count": count, "width": 100 * count / total}
+            for kind, count in outcomes.items()
+        ],
+        "num_fixed": outcomes.get("fixed", outcomes.get("better", 0)),
+        "num_worse": outcomes.get("introduced", outcomes.get("worse", 0)),
+    }
+
+
+def show_parts(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return field scores, or F1 by label: one group for each, one bar for each arm."""
+    groups = []
+    for name in evaluation.metrics["metrics"]:
+        task, _, own = name.rpartition("/")
+        if own.startswith(FIELD_PREFIX):
+            field = in_task(task, own.removeprefix(FIELD_PREFIX)).lstrip("/")
+            groups.append({"name": field, "bars": _bars(evaluation, name)})
+    for label in evaluation.candidate.get("label_f1", {}):
+        values = [(arm["name"], arm["label_f1"].get(label)) for arm in evaluation.arms]
+        groups.append(
+            {
+                "name": label,
+                "bars": [
+                    {
+                        "arm": arm,
+                        "value": format_value(value, Metric("F1")),
+                        "bar": _per_cent(value, 1.0),
+                        "low": None,
+                        "high": None,
+                    }
+                    for arm, value in values
+                ],
+            }
+        )
+    return groups
+
+
+def show_tasks(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return a mixture's tasks: a bar for each arm, and the candidate against the others."""
+    groups = []
+    for task, about in evaluation.tasks.items():
+        name = in_task(task, about["primary"])
+        metric = evaluation.metric(name)
+        told = [(p["other"], p["differences"][name]) for p in evaluation.candidate_pairs()]
+        groups.append(
+            {
+                "name": task,
+                "label": metric.label.partition(": ")[2],
+                "num_examples": len(
+                    {p.example_id for p in evaluation.predictions if p.task == task}
+                ),
+                "bars": _bars(evaluation, name),
+                "differences": [
+                    {
+                        "other": other,
+                        "value": format_difference(found["value"], metric),
+                        "interval": " to ".join(
+                            format_difference(found[end], metric, unit=False)
+                            for end in ("low", "high")
+                            if found[end] is not None
+                        ),
+                        "direction": direction(found, metric),
+                    }
+                    for other, found in told
+                ],
+            }
+        )
+    return groups
+
+
+def _bars(evaluation: Evaluation, name: str) -> list[dict[str, Any]]:
+    """Return a metric of every arm as text and bar positions."""
+    metric = evaluation.metric(name)
+    return [
+        {
+            "arm": arm["name"],
+            "value": format_value(arm["scores"][name]["value"], metric),
+            "bar": _per_cent(arm["scores"][name]["value"], 1.0),
+            "low": _per_cent(arm["scores"][name]["low"], 1.0),
+            "high": _per_cent(arm["scores"][name]["high"], 1.0),
+        }
+        for arm in evaluation.arms
+    ]
+
+
+def show_tags(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the error tags that occur: counts of each arm, changes since the strongest other."""
+    strongest = evaluation.strongest_other()
+    changes: dict[str, Any] = next(
+        (p["error_tags"] for p in evaluation.candidate_pairs() if p["other"] == strongest), {}
+    )
+    return [
+        {
+            "name": tag,
+            "label": ERROR_TAGS[tag],
+            "counts": [
+                (count, 100 * count / max(1, arm["num_scored"]))
+                for arm in evaluation.arms
+                for count in [arm["error_tags"].get(tag, 0)]
+            ],
+            "changes": changes.get(tag),
+        }
+        for tag in notable_tags(evaluation)
+    ]
+
+
+def show_examples(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the examples of each comparison, that with the strongest other arm first."""
+    if evaluation.metrics["task_type"] == "language_modeling":
+        return []
+    strongest = evaluation.strongest_other()
+    pairs = sorted(evaluation.candidate_pairs(), key=lambda pair: pair["other"] != strongest)
+    groups = []
+    for pair in pairs:
+        shown = show_pair(evaluation, pair)
+        kinds = []
+        for outcome, label, count in (
+            ("introduced", "Got worse", shown["num_worse"]),
+            ("fixed", "Got better", shown["num_fixed"]),
+            ("both_wrong", "Still wrong", pair["outcomes"].get("both_wrong", 0)),
+        ):
+            found = evaluation.examples(pair["other"], outcome, _NUM_EXAMPLES)
+            if count and found:
+                kinds.append(
+                    {
+                        "outcome": outcome,
+                        "label": label,
+                        "count": count,
+                        "examples": [_example(evaluation, example) for example in found],
+                    }
+                )
+        if kinds:
+            groups.append(
+                {"other": pair["other"], "words": describe_arm(pair["other"]), "kinds": kinds}
+            )
+    return groups
+
+
+def _example(evaluation: Evaluation, example: Example) -> dict[str, Any]:
+    metric = evaluation.metric(evaluation.primary)
+    return {
+        "id": example.example_id,
+        "question": shorten(example.question),
+        "reference": shorten(example.reference),
+        "sides": [
+            {
+                "arm": prediction.arm,
+                "score": _mark(prediction.scores[evaluation.primary], metric),
+                "right": prediction.scores[evaluation.primary] == 1,
+                "tags": prediction.error_tags,
+                "pieces": word_diff(shorten(example.reference), shorten(prediction.completion)),
+                "empty": not prediction.completion.strip(),
+            }
+            for prediction in (example.before, example.after)
+        ],
+    }
+
+
+def show_prompts(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return what each arm was sent for the first example, turn by turn."""
+    shown = []
+    for arm in evaluation.arms:
+        prompt = next(p.prompt for p in evaluation.predictions if p.arm == arm["name"])
+        turns = [
+            (role, shorten(text) if role == "text" else text) for role, text in prompt_turns(prompt)
+        ]
+        shown.append({"arm": arm["name"], "turns": turns})
+    return shown
+
+
+def list_facts(
+    evaluation: Evaluation, config: TuneloopConfig, dataset: str
+) -> list[tuple[str, str]]:
+    """Return what was run, as label and text."""
+    import psutil
+
+    e = config.evaluation
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    greedy = "greedy (temperature 0)" if e.temperature == 0 else f"temperature {e.temperature:g}"
+    return [
+        ("Task", f"{config.task.describe()}, scored by {evaluation.primary}"),
+        ("Base model", config.model.base),
+        ("Dataset", f"{dataset}, test split, {evaluation.metrics['num_examples']} examples"),
+        ("Sampling", f"{greedy}, at most {e.max_tokens} tokens, seed {e.seed}"),
+        (
+            "Few-shot prompt",
+            f"{e.num_shots} solved examples{' of the same task' * bool(config.task.tasks)} from "
+            "the train split",
+        ),
+        ("Requests", f"over HTTP, {e.concurrency} in flight"),
+        ("Resampling", f"{e.num_resamples:,} resamples, seed {e.seed}"),
+        ("Versions", f"{versions}, Python {platform.python_version()}"),
+        ("Commit", git_commit() or "not in a git checkout"),
+        (
+            "Machine",
+            f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, "
+            f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        ),
+    ]
+
+
+def show_setting(config: TuneloopConfig, key: str) -> str:
+    """Return the value a dotted key has now, as text."""
+    value: Any = config
+    for part in key.split(".") if key else ():
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return "" if not key else "not set" if value is None else str(value)
+
+
+def _mark(value: float | None, metric: Metric) -> str:
+    if metric.kind == "binary":
+        return "right" if value else "wrong"
+    return format_value(value, metric)
+
+
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"< {_P_FLOOR}" if value < _P_FLOOR else f"{value:.3f}"
+
+
+def _per_cent(value: float | None, top: float) -> float | None:
+    return None if value is None else round(100 * value / top, 2)
+
+
+def _position(value: float | None, span: float) -> float | None:
+    return None if value is None else round(50 + 50 * value / span, 2)
+
+
+def format_number(value: float | None, digits: int = 0) -> str:
+    """Return a number with thousands separators; a dash when there is none."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def shorten(text: str, limit: int = _LONGEST_TEXT) -> str:
+    """Return a text of at most `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

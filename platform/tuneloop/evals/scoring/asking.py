@@ -1,0 +1,299 @@
+"""Putting every question of every arm to its endpoint, and keeping each answer at once."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuneloop.errors import EndpointError, Problem
+from tuneloop.evals.scoring.tasks import Question, messages_json
+from tuneloop.models.client.client import Client, RequestError, ask_each
+from tuneloop.records import Arm, Endpoint, FinishReason, SamplingParams
+
+_log = logging.getLogger("tuneloop.evals")
+_PROGRESS_EVERY_S = 5.0
+# Raised when a change here makes the same arm give other answers to the same questions.
+_REQUEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one question.
+
+    Args:
+        prompt: What was sent, as predictions keep it.
+        bits_per_byte: Of plain text; None for questions.
+        error: Why there is no answer; empty when there is one.
+    """
+
+    example_id: str
+    prompt: str
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    latency_s: float | None = None
+    bits_per_byte: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to one arm."""
+
+    arm: Arm
+    identity: str
+    question: Question
+    params: SamplingParams
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.identity, self.question.example_id
+
+    @property
+    def prompt(self) -> str:
+        if self.question.text:
+            return self.question.text
+        return messages_json(self.question.prompt(self.arm.shots))
+
+
+def arm_identity(arm: Arm, params: SamplingParams) -> str:
+    """Return what an arm's answers depend on besides the question, as hexadecimal digits."""
+    model = arm.model_fingerprint or f"{arm.endpoint.url} {arm.endpoint.model}"
+    parts = {
+        "version": _REQUEST_VERSION,
+        "model": model,
+        "shots": [messages_json(shot.messages) for shot in arm.shots],
+        "sampling": dataclasses.asdict(params),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class PartialAnswers:
+    """The answers a run has so far, in a file that a killed run leaves for the next one.
+
+    Failed requests are not kept: the next run asks again.
+
+    Args:
+        path: A JSON Lines file; a last line cut off by a crash is ignored.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._answers: dict[tuple[str, str], Answer] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    record = json.loads(line)
+                    self.put(record.pop("identity"), Answer(**record))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def put(self, identity: str, answer: Answer) -> None:
+        """Keep an answer in memory, for example one of an earlier evaluation."""
+        self._answers[identity, answer.example_id] = answer
+
+    def get(self, request: Request) -> Answer | None:
+        """Return the answer to exactly this request, or None."""
+        answer = self._answers.get(request.key)
+        return answer if answer is not None and answer.prompt == request.prompt else None
+
+    @contextmanager
+    def appending(self) -> Iterator[Callable[[str, Answer], None]]:
+        """Yield a function that keeps an answer in the file and in memory."""
+        with self.path.open("a", encoding="utf-8") as file:
+            if file.tell() and not _ends_with_newline(self.path):
+                file.write("\n")
+
+            def append(identity: str, answer: Answer) -> None:
+                # Escaped, so that no answer can contain what ends a line.
+                file.write(json.dumps({"identity": identity} | dataclasses.asdict(answer)) + "\n")
+                file.flush()
+                self.put(identity, answer)
+
+            yield append
+
+
+def ask_all(
+    requests: Sequence[Request],
+    known: PartialAnswers,
+    concurrency: int,
+    score: Callable[[Request, Answer], float | None],
+) -> list[Answer]:
+    """Return an answer for every request; those already known are not asked again.
+
+    Args:
+        requests: All questions of all arms.
+        known: Answers of an interrupted run or an earlier evaluation; new ones are added.
+        concurrency: Requests in flight.
+        score: The primary metric of an answer, for the progress lines.
+
+    Raises:
+        EndpointError: An endpoint is unusable, or every request of an arm failed. Answers
+            that did come are kept in `known`.
+    """
+    todo = [request for request in requests if known.get(request) is None]
+    if len(todo) < len(requests):
+        _log.info("%d of %d answers are already there", len(requests) - len(todo), len(requests))
+    failed: dict[tuple[str, str], Answer] = {}
+    if todo:
+        progress = _Progress(todo, concurrency, score)
+        with known.appending() as append:
+
+            def keep(request: Request, answer: Answer) -> None:
+                if answer.error:
+                    failed[request.key] = answer
+                else:
+                    append(request.identity, answer)
+                progress.report(request, answer)
+
+            asyncio.run(_ask(todo, concurrency, keep))
+    _refuse_dead_arms(requests, failed)
+    return [known.get(request) or failed[request.key] for request in requests]
+
+
+async def _ask(
+    todo: Sequence[Request], concurrency: int, keep: Callable[[Request, Answer], None]
+) -> None:
+    """Ask in the given order with at most `concurrency` requests in flight."""
+    async with AsyncExitStack() as stack:
+        clients: dict[Endpoint, Client] = {}
+        for request in todo:
+            endpoint = request.arm.endpoint
+            if endpoint not in clients:
+                clients[endpoint] = await stack.enter_async_context(Client(endpoint))
+                await clients[endpoint].check()
+
+        async def ask(request: Request) -> None:
+            keep(request, await _answer(clients[request.arm.endpoint], request))
+
+        await ask_each(todo, concurrency, ask)
+
+
+async def _answer(client: Client, request: Request) -> Answer:
+    example_id, prompt = request.question.example_id, request.prompt
+    try:
+        if request.question.text:
+            started = time.perf_counter()
+            found = await client.loglikelihood("", request.question.text)
+            if not found.num_tokens or not found.num_bytes:
+                return Answer(example_id, prompt, error="the text is a single token")
+            return Answer(
+                example_id,
+                prompt,
+                finish_reason="stop",
+                prompt_tokens=found.num_tokens,
+                completion_tokens=0,
+                latency_s=time.perf_counter() - started,
+                bits_per_byte=-found.logprob / math.log(2) / found.num_bytes,
+            )
+        messages = request.question.prompt(request.arm.shots)
+        completion = await client.generate(messages, request.params)
+    except RequestError as error:
+        _log.warning("%s, example %s is unscored: %s", request.arm.name, example_id, error)
+        return Answer(example_id, prompt, error=str(error))
+    return Answer(
+        example_id,
+        prompt,
+        text=completion.text,
+        finish_reason=completion.finish_reason,
+        prompt_tokens=completion.prompt_tokens,
+        completion_tokens=completion.completion_tokens,
+        latency_s=completion.latency_s,
+    )
+
+
+def _refuse_dead_arms(
+    requests: Sequence[Request], failed: Mapping[tuple[str, str], Answer]
+) -> None:
+    """Raise when an arm has no answer at all: a score of nothing must not be published."""
+    problems = []
+    for arm in {request.arm.name: request.arm for request in requests}.values():
+        asked = [request for request in requests if request.arm.name == arm.name]
+        errors = [failed[request.key].error for request in asked if request.key in failed]
+        if len(errors) == len(asked):
+            reason, count = Counter(errors).most_common(1)[0]
+            shots = "; fewer or shorter shots (evaluation.num_shots) make the prompt shorter"
+            problems.append(
+                Problem(
+                    f"no question of `{arm.name}` was answered",
+                    where=f"{arm.endpoint.url}, model {arm.endpoint.model}",
+                    got=f"{count} of {len(errors)} times: {reason}",
+                    remedy=f"look at the server's log{shots if arm.shots else ''}",
+                )
+            )
+    if problems:
+        raise EndpointError(*problems)
+
+
+class _Progress:
+    """Writes a line every few seconds: done, rate, time left, running score of the arm."""
+
+    def __init__(
+        self,
+        todo: Sequence[Request],
+        concurrency: int,
+        score: Callable[[Request, Answer], float | None],
+    ) -> None:
+        self.total = len(todo)
+        self.concurrency = concurrency
+        self.totals_by_arm = Counter(request.arm.name for request in todo)
+        self.score = score
+        self.done = self.tokens = 0
+        self.scores: dict[str, list[float]] = {}
+        self.done_by_arm: Counter[str] = Counter()
+        self.started = self.last = time.monotonic()
+
+    def report(self, request: Request, answer: Answer) -> None:
+        name = request.arm.name
+        self.done += 1
+        self.done_by_arm[name] += 1
+        self.tokens += (answer.completion_tokens or 0) or (answer.prompt_tokens or 0)
+        score = None if answer.error else self.score(request, answer)
+        if score is not None:
+            self.scores.setdefault(name, []).append(score)
+        now = time.monotonic()
+        arm_done = self.done_by_arm[name] == self.totals_by_arm[name]
+        if not arm_done and now - self.last < _PROGRESS_EVERY_S:
+            return
+        self.last = now
+        elapsed = max(now - self.started, 1e-9)
+        known = self.scores.get(name, [])
+        # The first answers come late and then all together: they tell no rate.
+        left = _duration(elapsed / self.done * (self.total - self.done))
+        _log.info(
+            "evaluation %d/%d, %.0f tokens/s%s; %s %d/%d, score so far %s",
+            self.done,
+            self.total,
+            self.tokens / elapsed,
+            f", {left} left" if self.done > self.concurrency else "",
+            name,
+            self.done_by_arm[name],
+            self.totals_by_arm[name],
+            f"{sum(known) / len(known):.3f}" if known else "unknown",
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

@@ -1,0 +1,287 @@
+"""Evaluation: every arm answers the test split over HTTP; the result is a published artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
+from tuneloop.config import EvaluationConfig, TuneloopConfig
+from tuneloop.errors import ConfigError, Problem
+from tuneloop.evals.reporting.findings import Evaluation
+from tuneloop.evals.reporting.report import render_report
+from tuneloop.evals.scoring.asking import Answer, PartialAnswers, Request, arm_identity, ask_all
+from tuneloop.evals.scoring.comparison import Prediction, compare, summarise
+from tuneloop.evals.scoring.error_tags import tag_errors
+from tuneloop.evals.scoring.intervals import Resampling
+from tuneloop.evals.scoring.metrics import Scorer
+from tuneloop.evals.scoring.tasks import read_questions
+from tuneloop.records import Arm, SamplingParams
+
+_log = logging.getLogger("tuneloop.evals")
+STEP = "evaluate"
+# Raised when a change here, in metrics, error tags, intervals or report makes other results.
+CODE_VERSION = 5
+
+
+def sampling(evaluation: EvaluationConfig) -> SamplingParams:
+    """Return how answers are sampled."""
+    return SamplingParams(
+        max_tokens=evaluation.max_tokens,
+        temperature=evaluation.temperature,
+        seed=evaluation.seed,
+    )
+
+
+def find_evaluation(
+    config: TuneloopConfig, workspace: Workspace, dataset: Artifact, arms: Sequence[Arm], name: str
+) -> Artifact | None:
+    """Return the published evaluation of these arms, or None.
+
+    Arms with a `model_fingerprint` are found before their endpoints exist, so nothing has to be
+    served to learn that there is nothing to do.
+    """
+    return workspace.find("evaluations", name, identity(config, dataset, arms))
+
+
+def identity(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> str:
+    """Return the fingerprint of what `evaluate` makes of arms with a `model_fingerprint`."""
+    return fingerprint(STEP, CODE_VERSION, **_parts(config, dataset, arms))
+
+
+def evaluate(
+    config: TuneloopConfig,
+    workspace: Workspace,
+    dataset: Artifact,
+    arms: Sequence[Arm],
+    name: str,
+    earlier: Artifact | None = None,
+) -> Published:
+    """Score every arm on the test split and publish `evaluations/<name>`.
+
+    Args:
+        config: `task` and `evaluation` say what is asked and how it is scored.
+        workspace: Where the artifact goes.
+        dataset: Its test split is answered.
+        arms: At least one. Each is compared with all before it; the last one is the candidate
+            that the report's verdict is about.
+        name: Name of the artifact.
+        earlier: An evaluation whose answers are taken over where model, shots, sampling and
+            prompt are the same.
+
+    Returns:
+        The artifact; reused when it was there already.
+
+    Raises:
+        ConfigError: No arm, or two of one name.
+        DataError: Nothing to score, or references that cannot be scored against.
+        EndpointError: An endpoint is unusable, or an arm got no answer at all. Nothing is
+            published; what was answered is kept, and the same call goes on from there.
+    """
+    names = [arm.name for arm in arms]
+    if not arms or len(set(names)) < len(names):
+        raise ConfigError(
+            Problem("an evaluation needs arms with different names", got=", ".join(names) or "none")
+        )
+    found = find_evaluation(config, workspace, dataset, arms, name)
+    if found is not None:
+        return Published(found, reused=True)
+    questions = read_questions(dataset, config.task.tasks)
+    scorer = Scorer(
+        config.task,
+        {q.example_id: q.reference for q in questions},
+        {q.example_id: q.task for q in questions},
+    )
+    params = sampling(config.evaluation)
+    requests = [
+        Request(arm, arm_identity(arm, params), question, params)
+        for arm in arms
+        for question in questions
+    ]
+    with workspace.draft("evaluations", name, identity(config, dataset, arms)) as draft:
+        known = PartialAnswers(draft.scratch / "answers.jsonl")
+        if earlier is not None:
+            _take_over(known, earlier)
+        answers = ask_all(
+            requests,
+            known,
+            config.evaluation.concurrency,
+            lambda request, answer: _scores(scorer, request, answer)[scorer.primary],
+        )
+        predictions = [
+            _prediction(scorer, request, answer)
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+        evaluation = _build(config, predictions, scorer, name)
+        write_predictions(predictions, list(scorer.metrics), draft.path)
+        _write_reports(draft.path, evaluation, config, dataset)
+        _write_parity(draft.path, arms)
+        artifact = draft.publish(
+            config=_parts(config, dataset, arms),
+            resources={
+                "concurrency": config.evaluation.concurrency,
+                "endpoints": {arm.name: arm.endpoint.url for arm in arms},
+            },
+            inputs=[dataset.ref, *dict.fromkeys(_model(arm) for arm in arms)],
+            metrics=evaluation.headline_numbers(),
+        )
+    return Published(artifact, reused=False)
+
+
+def _parts(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> dict[str, Any]:
+    """Return all that changes the result, as the manifest keeps it."""
+    params = sampling(config.evaluation)
+    return {
+        "dataset": dataset.fingerprint,
+        "task": config.task.model_dump(mode="json"),
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"concurrency"}),
+        "arms": [
+            {
+                "name": arm.name,
+                "identity": arm_identity(arm, params),
+                "model": _model(arm),
+                "shots": [shot.row_id for shot in arm.shots],
+            }
+            for arm in arms
+        ],
+    }
+
+
+def _model(arm: Arm) -> str:
+    return arm.model_fingerprint or f"{arm.endpoint.model} at {arm.endpoint.url}"
+
+
+def _take_over(known: PartialAnswers, earlier: Artifact) -> None:
+    """Put the answers of an earlier evaluation with the known ones."""
+    import pyarrow.parquet as pq
+
+    identities = {arm["name"]: arm["identity"] for arm in earlier.manifest["config"]["arms"]}
+    for row in pq.read_table(earlier.path / "predictions.parquet").to_pylist():
+        if row["status"] != "scored":
+            continue
+        known.put(
+            identities[row["arm"]],
+            Answer(
+                row["example_id"],
+                row["prompt"],
+                text=row["completion"],
+                finish_reason=row["finish_reason"],
+                prompt_tokens=row["prompt_tokens"],
+                completion_tokens=row["completion_tokens"],
+                latency_s=row["latency_s"],
+                bits_per_byte=row.get("bits_per_byte"),
+            ),
+        )
+
+
+def _scores(scorer: Scorer, request: Request, answer: Answer) -> Mapping[str, float | None]:
+    if request.question.text:
+        return {"bits_per_byte": answer.bits_per_byte}
+    return scorer.score(request.question.reference, answer.text, request.question.task)
+
+
+def _prediction(scorer: Scorer, request: Request, answer: Answer) -> Prediction:
+    reference, finish_reason = request.question.reference, answer.finish_reason
+    scored = finish_reason is not None
+    return Prediction(
+        example_id=answer.example_id,
+        arm=request.arm.name,
+        prompt=answer.prompt,
+        reference=reference,
+        completion=answer.text,
+        finish_reason=finish_reason,
+        prompt_tokens=answer.prompt_tokens,
+        completion_tokens=answer.completion_tokens,
+        latency_s=answer.latency_s,
+        status="scored" if scored else "unscored",
+        error=answer.error,
+        error_tags=(
+            tag_errors(
+                scorer.of(request.question.task),
+                reference,
+                answer.text,
+                finish_reason,
+                answer.prompt,
+            )
+            if finish_reason is not None and not request.question.text
+            else []
+        ),
+        scores=dict(_scores(scorer, request, answer)) if scored else {},
+        task=request.question.task,
+    )
+
+
+def _build(
+    config: TuneloopConfig, predictions: list[Prediction], scorer: Scorer, name: str
+) -> Evaluation:
+    resampling = Resampling(
+        config.evaluation.confidence, config.evaluation.num_resamples, config.evaluation.seed
+    )
+    _log.info("comparing the arms with %d resamples", resampling.num_resamples)
+    return Evaluation(
+        name=name,
+        predictions=predictions,
+        metrics=summarise(predictions, scorer, resampling),
+        comparison=compare(predictions, scorer, resampling),
+    )
+
+
+def _write_reports(
+    folder: Path, evaluation: Evaluation, config: TuneloopConfig, dataset: Artifact
+) -> None:
+    for file, content in (
+        ("metrics.json", evaluation.metrics),
+        ("comparison.json", evaluation.comparison),
+    ):
+        (folder / file).write_text(
+            json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8"
+        )
+    (folder / "report.html").write_text(
+        render_report(evaluation, config, dataset.ref), encoding="utf-8"
+    )
+
+
+def _write_parity(folder: Path, arms: Sequence[Arm]) -> None:
+    """Keep how served models answered beside the trained ones: `parity.json`, by arm."""
+    outcomes = {arm.name: dataclasses.asdict(arm.parity) for arm in arms if arm.parity is not None}
+    if outcomes:
+        (folder / "parity.json").write_text(json.dumps(outcomes, indent=2), encoding="utf-8")
+
+
+def write_predictions(
+    predictions: Sequence[Prediction], metrics: Sequence[str], folder: Path
+) -> None:
+    """Write `predictions.parquet`: one row for each example and arm, one column per metric."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [
+            ("example_id", pa.string()),
+            ("arm", pa.string()),
+            ("prompt", pa.string()),
+            ("reference", pa.string()),
+            ("completion", pa.string()),
+            ("finish_reason", pa.string()),
+            ("prompt_tokens", pa.int32()),
+            ("completion_tokens", pa.int32()),
+            ("latency_s", pa.float64()),
+            ("status", pa.string()),
+            ("error", pa.string()),
+            ("error_tags", pa.list_(pa.string())),
+            *([("task", pa.string())] if any(p.task for p in predictions) else []),
+            *((name, pa.float64()) for name in metrics),
+        ]
+    )
+    rows = []
+    for prediction in predictions:
+        row = dataclasses.asdict(prediction)
+        scores = row.pop("scores")
+        rows.append(row | {name: scores.get(name) for name in metrics})
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema), folder / "predictions.parquet", compression="zstd"
+    )

@@ -1,0 +1,312 @@
+"""A trained model as files anyone can load, and proof that the files answer as the live model did.
+
+Shape legend: T tokens, G generated tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuneloop.errors import ModelError, Problem
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.export.layout import ADAPTER, RENDER_FILE
+from tuneloop.models.export.parity import Answer, write_parity
+from tuneloop.records import Parity
+
+logger = logging.getLogger("tuneloop.models")
+
+NUM_TOKENS = 24
+_MAX_PROMPT_TOKENS = 256
+# Largest difference of a log-probability (natural log) that rounding explains.
+_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+def parity_prompts(rows: Sequence[tuple[Any, Any]]) -> list[list[int]]:
+    """Return prompts to compare models on: what stands before each row's first target.
+
+    Args:
+        rows: Ids and loss mask of each row. Shapes (T,), (T,).
+    """
+    prompts = []
+    for ids, mask in rows:
+        first = next((index for index, bit in enumerate(mask) if bit), len(ids))
+        cut = first if first > 1 else max(1, len(ids) // 2)
+        prompts.append([int(token) for token in ids[:cut]][-_MAX_PROMPT_TOKENS:])
+    return prompts
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """Writes a trained model in Hugging Face layout and checks it.
+
+    Args:
+        base: Directory of the base model.
+        base_name: As the user wrote it; goes into the adapter's configuration.
+        renderer: Tokenizer and template that the rows were rendered with.
+        output: Directory that becomes the model artifact.
+        dtype: Of the training; the exports have the same.
+        four_bit: The base was held in 4 bits; adapters are merged into what those 4 bits mean,
+            as that is what was trained.
+    """
+
+    base: Path
+    base_name: str
+    renderer: Renderer
+    output: Path
+    dtype: torch.dtype
+    four_bit: bool = False
+
+    def answer(
+        self, model: Any, prompts: list[list[int]], num_tokens: int = NUM_TOKENS
+    ) -> list[Answer]:
+        """Return the live model's greedy answers. With ZeRO-3 all workers call it together.
+
+        Args:
+            num_tokens: Longest answer; shorter where the model's positions end.
+        """
+        plain = _plain(model)
+        pad = self._pad_id()
+        width = max(len(prompt) for prompt in prompts)
+        room = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
+        count = num_tokens if room is None else max(1, min(num_tokens, room - width))
+        with _standard_attention(plain), self._greedy(plain), torch.no_grad():
+            device = next(plain.parameters()).device
+            ids = torch.full((len(prompts), width), pad, device=device)
+            mask = torch.zeros_like(ids)
+            for row, prompt in enumerate(prompts):
+                ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+                mask[row, width - len(prompt) :] = 1
+            output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count)
+            answers = [
+                _score(model, prompt, self._until_stop(output[row, width:].tolist()))[0]
+                for row, prompt in enumerate(prompts)
+            ]
+        stop_ids = self.renderer.stop_ids
+        return [replace(answer, stopped=answer.ids[-1] in stop_ids) for answer in answers]
+
+    def save(self, model: Any) -> None:
+        """Write adapter, merged weights, tokenizer, template and generation settings.
+
+        Rank 0 calls it, with all parameters whole.
+        """
+        if model is _plain(model):
+            weights = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+            with _portable_config(model):
+                model.save_pretrained(str(self.output), state_dict=weights)
+            del weights
+        else:
+            model.save_pretrained(str(self.output / ADAPTER), save_embedding_layers=False)
+            (self.output / ADAPTER / "README.md").unlink(missing_ok=True)
+            self._name_base()
+            merged = self._load_adapter(dequantized=True).merge_and_unload(safe_merge=True)
+            with _portable_config(merged):
+                merged.save_pretrained(str(self.output))
+        self._save_generation_config()
+        self.renderer.save(self.output)
+        described = {
+            "renderer_hash": self.renderer.hash,
+            "stop_ids": list(self.renderer.stop_ids),
+            "chat_template": self.renderer.template,
+        }
+        (self.output / RENDER_FILE).write_text(
+            json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8"
+        )
+
+    def check(self, live: list[Answer]) -> Parity:
+        """Reload the exports, compare them with the live answers and write `parity.json`.
+
+        Raises:
+            ModelError: An export differs from the live model, or renders differently.
+        """
+        reloaded = Renderer.load(self.output)
+        if reloaded.hash != self.renderer.hash:
+            raise ModelError(
+                Problem(
+                    "the exported tokenizer or template renders differently",
+                    where=str(self.output),
+                    got=reloaded.hash,
+                    allowed=self.renderer.hash,
+                )
+            )
+        tolerance = _TOLERANCE[self.dtype]
+        arms: dict[str, float] = {}
+        num_different = num_ties = 0
+        with torch.no_grad():
+            for name, load in (("adapter", self._load_adapter), ("merged", self._load_merged)):
+                if name == "adapter" and not (self.output / ADAPTER).is_dir():
+                    continue
+                model = load()
+                worst = 0.0
+                for answer in live:
+                    again, picks = _score(model, answer.prompt_ids, answer.ids)
+                    gaps = zip(answer.logprobs, again.logprobs, strict=True)
+                    worst = max([worst, *(abs(a - b) for a, b in gaps)])
+                    for pick, token, margin in zip(picks, answer.ids, answer.margins, strict=True):
+                        num_different += pick != token
+                        num_ties += pick != token and margin <= 2 * tolerance
+                arms[name] = worst
+        worst = max(arms.values())
+        parity = Parity(
+            passed=worst <= tolerance and num_different == num_ties,
+            prompts=len(live),
+            tokens=sum(len(answer.ids) for answer in live),
+            max_abs_logprob_diff=worst,
+            greedy_equal=num_different == 0,
+            num_ties=num_ties,
+            tolerance=tolerance,
+            arms=arms,
+        )
+        write_parity(self.output, parity, live)
+        if not parity.passed:
+            raise ModelError(
+                Problem(
+                    "an exported model answers differently from the one that was trained",
+                    where=str(self.output),
+                    got=f"log-probabilities differ by up to {worst:.4g}, "
+                    f"{num_different} of {parity.tokens} greedy tokens differ",
+                    allowed=f"{tolerance:g}, and no other tokens than ties",
+                    remedy="report it with parity.json: the export would not be what was trained",
+                )
+            )
+        return parity
+
+    def _load_adapter(self, dequantized: bool = False) -> Any:
+        from peft import PeftModel
+
+        base = self._load(self.base, self.four_bit)
+        if self.four_bit and dequantized:
+            base = base.dequantize().to(self.dtype)
+        return PeftModel.from_pretrained(base, str(self.output / ADAPTER)).eval()
+
+    def _load_merged(self) -> Any:
+        return self._load(self.output)
+
+    def _load(self, path: Path, four_bit: bool = False) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {"dtype": self.dtype}
+        if four_bit:
+            options["quantization_config"] = four_bits(self.dtype)
+        return AutoModelForCausalLM.from_pretrained(str(path), **options).eval()
+
+    def _name_base(self) -> None:
+        """Write the base's name instead of a path in this machine's cache."""
+        file = self.output / ADAPTER / "adapter_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = self.base_name
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+    def _save_generation_config(self) -> None:
+        settings = {k: v for k, v in self._generation_settings().items() if v is not None}
+        text = json.dumps(settings, indent=2)
+        (self.output / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def _generation_settings(self) -> dict[str, Any]:
+        """State every setting that a library would otherwise fill in: plain greedy decoding."""
+        return {
+            "bos_token_id": self.renderer.tokenizer.bos_token_id,
+            "do_sample": False,
+            "eos_token_id": list(self.renderer.stop_ids),
+            "no_repeat_ngram_size": 0,
+            "num_beams": 1,
+            "pad_token_id": self._pad_id(),
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_p": 1.0,
+        }
+
+    def _pad_id(self) -> int:
+        pad = self.renderer.tokenizer.pad_token_id
+        return self.renderer.stop_ids[0] if pad is None else int(pad)
+
+    def _until_stop(self, ids: list[int]) -> list[int]:
+        """Return ids up to and with the first stop token; what follows is padding."""
+        stop = next((i for i, token in enumerate(ids) if token in self.renderer.stop_ids), None)
+        return ids if stop is None else ids[: stop + 1]
+
+    @contextlib.contextmanager
+    def _greedy(self, plain: Any) -> Iterator[None]:
+        """Replace the base's own settings, which `generate` merges into what it is given."""
+        from transformers import GenerationConfig
+
+        before = plain.generation_config
+        plain.generation_config = GenerationConfig(**self._generation_settings())
+        use_cache, plain.config.use_cache = plain.config.use_cache, True
+        try:
+            yield
+        finally:
+            plain.generation_config, plain.config.use_cache = before, use_cache
+
+
+def four_bits(dtype: torch.dtype) -> Any:
+    """Return the settings of QLoRA (Dettmers et al. 2023, arXiv:2305.14314): NF4, twice quantized.
+
+    Needs bitsandbytes.
+    """
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _score(model: Any, prompt: list[int], ids: list[int]) -> tuple[Answer, list[int]]:
+    """Return log-probabilities of given ids after a prompt, and the greedy picks there.
+
+    Equal picks at every position mean equal greedy decoding: each pick has the same past.
+    """
+    device = next(model.parameters()).device
+    sequence = torch.tensor([prompt + ids[:-1]], device=device)
+    logits = model(input_ids=sequence, use_cache=False, logits_to_keep=len(ids)).logits
+    logprobs = logits[0].float().log_softmax(-1)  # (G, V)
+    best = logprobs.topk(2, dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(ids, device=device)[:, None])[:, 0]
+    margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+    return Answer(prompt, ids, chosen.tolist(), margins), best.indices[:, 0].tolist()
+
+
+def _plain(model: Any) -> Any:
+    """Return the Hugging Face model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu()
+
+
+@contextlib.contextmanager
+def _standard_attention(plain: Any) -> Iterator[None]:
+    """Answer with the attention that anyone who loads the export gets."""
+    before = plain.config._attn_implementation
+    plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        plain.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _portable_config(model: Any) -> Iterator[None]:
+    """Save a configuration that names nothing of ours and lets the cache be used."""
+    from transformers import GenerationConfig
+
+    before = model.config.use_cache
+    model.config.use_cache = True
+    # `save_pretrained` refuses a base's inconsistent settings; ours are written afterwards.
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
+        model.generation_config = generation

@@ -1,0 +1,1 @@
+"""Training rows written by a larger model from the user's documents."""

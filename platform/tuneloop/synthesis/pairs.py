@@ -1,0 +1,436 @@
+"""Pairs written by a larger model from the user's documents, marked as synthetic.
+
+Real pairs are worth more; these fill the gap until there are enough of them. Each pair keeps the
+passage it was written from, so that a reader can check it. What is published is an ordinary
+dataset whose `train/` can be read again as a source of `prepare` (format `messages`).
+Source: Wang et al. 2022, Self-Instruct, arXiv:2212.10560; Alberti et al. 2019, arXiv:1906.05416.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuneloop.artifacts import Published, Workspace, fingerprint
+from tuneloop.config import (
+    DataConfig,
+    GenerationConfig,
+    MixedSourceConfig,
+    TaskConfig,
+    TuneloopConfig,
+)
+from tuneloop.data.filters.languages import refuse_unknown_languages
+from tuneloop.data.sources.files import find_generation_files
+from tuneloop.data.sources.readers import read_rows
+from tuneloop.data.tokenize.rendering import content_id
+from tuneloop.data.write.assemble import dataset_schema, removed_schema
+from tuneloop.errors import ConfigError, DataError, EndpointError, Problem
+from tuneloop.models.bases.source import BaseModel
+from tuneloop.models.chat.renderer import Renderer, RenderError
+from tuneloop.models.client.client import Client, RequestError, ask_each
+from tuneloop.records import Endpoint, Message, SamplingParams
+
+logger = logging.getLogger("tuneloop.data")
+
+API_KEY_VARIABLE = "TUNELOOP_GENERATION_API_KEY"
+CODE_VERSION = 1
+_PROGRESS_EVERY_S = 5.0
+_FORMAT = 'Answer with a JSON list only: [{"question": "...", "answer": "..."}, ...]'
+_WORD = re.compile(r"\w{4,}")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a document that pairs are written from.
+
+    Args:
+        passage_id: Hash of the text, 20 hexadecimal digits.
+        source: Where the document was read, `path:line`.
+    """
+
+    passage_id: str
+    source: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote about one passage; `error` says why it wrote nothing."""
+
+    text: str = ""
+    finish_reason: str = ""
+    error: str = ""
+
+
+def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:
+    """Return `datasets/<config.name>-generated`, made or reused. Starts no Ray: it only asks.
+
+    Replies are kept as they come; the same call after a crash asks for the missing ones only.
+
+    Args:
+        config: `generation` says what is asked, whom and about which documents.
+        workspace: Where the artifact goes.
+        base: Whose tokenizer and chat template the pairs are rendered with.
+
+    Raises:
+        ConfigError: There is no `generation` section.
+        DataError: No document can be read, or no reply holds a pair.
+        EndpointError: The endpoint is unusable, or answered no request.
+    """
+    generation = config.generation
+    if generation is None:
+        raise ConfigError(
+            Problem(
+                "nothing says what to generate",
+                where="generation",
+                got="no such section",
+                remedy="give generation.endpoint, generation.model and generation.sources",
+            )
+        )
+    passages = list(_passages(config, generation))
+    if not passages:
+        raise DataError(Problem("the sources hold no text", where="generation.sources"))
+    renderer = Renderer.load(base.path, config.model.chat_template)
+    parts = {
+        "generation": generation.model_dump(mode="json", exclude={"concurrency", "sources"}),
+        "filters": config.data.filters.model_dump(mode="json"),
+        "passages": content_id([], " ".join(passage.passage_id for passage in passages)),
+        "renderer": renderer.hash,
+    }
+    name = f"{config.name}-generated"
+    identity = fingerprint("generate", CODE_VERSION, **parts)
+    existing = workspace.find("datasets", name, identity)
+    if existing is not None:
+        return Published(existing, reused=True)
+    with workspace.draft("datasets", name, identity) as draft:
+        replies = _replies(passages, generation, draft.scratch / "replies.jsonl")
+        rows, removed = _rows(passages, replies, renderer)
+        if not rows:
+            reasons = Counter(row["reason"].partition(":")[0] for row in removed)
+            raise DataError(
+                Problem(
+                    "no reply holds a pair that can be used",
+                    where=f"{generation.model} at {generation.endpoint}",
+                    got=", ".join(f"{reason} ({n} times)" for reason, n in reasons.most_common(3)),
+                    allowed="a JSON list of objects with `question` and `answer`",
+                    remedy="take a larger model, raise generation.max_tokens, or say it more "
+                    "clearly in generation.instruction",
+                )
+            )
+        metrics = _metrics(passages, replies, rows, removed)
+        _write(draft.path, name, (rows, removed), metrics, generation)
+        artifact = draft.publish(
+            config=parts,
+            resources={"concurrency": generation.concurrency},
+            inputs=sorted({passage.source for passage in passages})
+            + [f"{generation.model} at {generation.endpoint}"],
+            metrics=metrics,
+        )
+    return Published(artifact, reused=False)
+
+
+def _passages(config: TuneloopConfig, generation: GenerationConfig) -> Iterator[Passage]:
+    """Yield the passages of all documents, each text once."""
+    refuse_unknown_languages(config.data.filters.languages)
+    files = find_generation_files(generation)
+    # Documents are read as those of a corpus are, with the same filters.
+    documents = config.model_copy(
+        update={
+            "task": TaskConfig(type="language_modeling"),
+            "data": DataConfig(
+                sources=[MixedSourceConfig(**vars(source)) for source in generation.sources],
+                filters=config.data.filters,
+            ),
+        }
+    )
+    seen: set[str] = set()
+    for position, file in enumerate(files):
+        for row in read_rows(file, position, documents):
+            if row["problem"]:
+                problem = json.loads(row["problem"])
+                raise DataError(
+                    Problem(
+                        problem["what"],
+                        where=row["source"],
+                        got=problem["got"],
+                        allowed=problem["allowed"],
+                        remedy=problem["remedy"],
+                    )
+                )
+            if row["dropped"]:
+                continue
+            for text in cut(row["text"], generation.max_characters):
+                identity = content_id([], text)
+                if identity not in seen:
+                    seen.add(identity)
+                    yield Passage(identity, row["source"], text)
+
+
+def cut(text: str, max_characters: int) -> list[str]:
+    """Return a document as passages of at most `max_characters`.
+
+    Cut where a paragraph ends if there is such a place, else where a line, a sentence or a word
+    does, so that nothing is lost but white space.
+    """
+    passages = []
+    rest = text.strip()
+    while len(rest) > max_characters:
+        head = rest[: max_characters + 1]
+        ends = (head.rfind(mark, 1) for mark in ("\n\n", "\n", ". ", " "))
+        end = next((end for end in ends if end > 0), max_characters)
+        end += head.startswith(". ", end)  # the full stop stays with its sentence
+        end = min(end, max_characters)
+        passages.append(rest[:end].strip())
+        rest = rest[end:].strip()
+    return [passage for passage in [*passages, rest] if passage]
+
+
+def _replies(passages: list[Passage], generation: GenerationConfig, path: Path) -> dict[str, Reply]:
+    """Return the reply to each passage, asking for those that the file does not have yet."""
+    replies: dict[str, Reply] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                passage_id = record.pop("passage_id")
+                replies[passage_id] = Reply(**record)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # cut off by a crash
+    todo = [passage for passage in passages if passage.passage_id not in replies]
+    if len(todo) < len(passages):
+        logger.info("%d of %d replies are already there", len(passages) - len(todo), len(passages))
+    started = last = time.monotonic()
+    done = num_pairs = 0
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n")  # after a line that a crash cut off
+
+        def keep(passage: Passage, reply: Reply) -> None:
+            nonlocal done, last, num_pairs
+            replies[passage.passage_id] = reply
+            if reply.error:
+                logger.warning("no reply about %s: %s", passage.source, reply.error)
+            else:
+                record = {"passage_id": passage.passage_id} | vars(reply)
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+            done += 1
+            num_pairs += len(parse_pairs(reply)[0])
+            now = time.monotonic()
+            if now - last >= _PROGRESS_EVERY_S or done == len(todo):
+                last = now
+                left = (now - started) / done * (len(todo) - done)
+                logger.info(
+                    "asked about %d/%d passages, %d pairs, %.0f s left",
+                    *(done, len(todo), num_pairs, left),
+                )
+
+        if todo:
+            asyncio.run(_ask(todo, generation, keep))
+    errors = Counter(reply.error for reply in replies.values() if reply.error)
+    if errors.total() == len(passages):
+        reason, count = errors.most_common(1)[0]
+        raise EndpointError(
+            Problem(
+                "no request was answered",
+                where=f"{generation.endpoint}, model {generation.model}",
+                got=f"{count} of {len(passages)} times: {reason}",
+                remedy="look at the server's log",
+            )
+        )
+    return replies
+
+
+async def _ask(
+    todo: list[Passage], generation: GenerationConfig, keep: Callable[[Passage, Reply], None]
+) -> None:
+    params = SamplingParams(
+        max_tokens=generation.max_tokens, temperature=generation.temperature, seed=generation.seed
+    )
+    endpoint = Endpoint(generation.endpoint, generation.model, os.environ.get(API_KEY_VARIABLE, ""))
+    async with Client(endpoint) as client:
+        await client.check()
+
+        async def ask(passage: Passage) -> None:
+            try:
+                completion = await client.generate(prompt(passage, generation), params)
+                reply = Reply(completion.text, completion.finish_reason)
+            except RequestError as error:
+                reply = Reply(error=str(error))
+            keep(passage, reply)
+
+        await ask_each(todo, generation.concurrency, ask)
+
+
+def prompt(passage: Passage, generation: GenerationConfig) -> list[Message]:
+    """Return what the model is asked about a passage."""
+    asked = generation.instruction.format(num_pairs=generation.num_pairs_per_passage)
+    return [Message("system", f"{asked}\n{_FORMAT}"), Message("user", passage.text)]
+
+
+def parse_pairs(reply: Reply) -> tuple[list[tuple[str, str]], str]:
+    """Return the (question, answer) pairs of a reply, and why some of it cannot be used.
+
+    The list may stand between other words, such as a code fence.
+    """
+    if reply.error:
+        return [], f"no reply: {reply.error}"
+    try:
+        start = reply.text.index("[")
+        items, _ = json.JSONDecoder().raw_decode(reply.text, start)
+    except ValueError:
+        is_cut = reply.finish_reason == "length"
+        return [], "cut off at generation.max_tokens" if is_cut else "no JSON list"
+    pairs = []
+    for item in items:
+        sides = (item.get("question"), item.get("answer")) if isinstance(item, dict) else ()
+        stripped = [side.strip() for side in sides if isinstance(side, str) and side.strip()]
+        if len(stripped) == 2:
+            pairs.append((stripped[0], stripped[1]))
+    return pairs, "" if len(pairs) == len(items) else "an item without question or answer"
+
+
+def support_ratio(answer: str, passage: str) -> float | None:
+    """Return the share of the answer's words (4 letters and more) that the passage has.
+
+    A low value is worth a look: the answer says what its source does not. None: no such word.
+    """
+    words = set(_WORD.findall(answer.casefold()))
+    if not words:
+        return None
+    return len(words & set(_WORD.findall(passage.casefold()))) / len(words)
+
+
+def _rows(
+    passages: list[Passage], replies: dict[str, Reply], renderer: Renderer
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of `train/` and of `removed/`."""
+    rows: dict[str, dict[str, Any]] = {}
+    removed = []
+
+    def remove(row_id: str, reason: str, text: str, passage: Passage, kept: str = "") -> None:
+        removed.append(
+            {
+                "row_id": row_id,
+                "stage": "generate",
+                "reason": reason,
+                "kept_row_id": kept or None,
+                "text": text,
+                "source": passage.source,
+            }
+        )
+
+    for passage in passages:
+        reply = replies[passage.passage_id]
+        pairs, reason = parse_pairs(reply)
+        if reason:
+            remove(passage.passage_id, reason, reply.text, passage)
+        for question, answer in pairs:
+            messages = [Message("user", question), Message("assistant", answer)]
+            turns = [{"role": m.role, "content": m.content} for m in messages]
+            row_id = content_id(turns, "")
+            if row_id in rows:
+                remove(row_id, "written twice", f"{question}\n{answer}", passage, row_id)
+                continue
+            try:
+                sample = renderer.sample(messages)
+            except RenderError as error:
+                remove(row_id, f"cannot be rendered: {error}", f"{question}\n{answer}", passage)
+                continue
+            rows[row_id] = {
+                "row_id": row_id,
+                "source": passage.source,
+                "synthetic": True,
+                "messages": turns,
+                "input_ids": sample.input_ids,
+                "loss_mask": sample.loss_mask,
+                "num_tokens": len(sample.input_ids),
+                "passage": passage.text,
+                "support_ratio": support_ratio(answer, passage.text),
+            }
+    return list(rows.values()), removed
+
+
+def _metrics(
+    passages: list[Passage],
+    replies: dict[str, Reply],
+    rows: list[dict[str, Any]],
+    removed: list[dict[str, Any]],
+) -> dict[str, Any]:
+    support = [row["support_ratio"] for row in rows if row["support_ratio"] is not None]
+    return {
+        "num_passages": len(passages),
+        "num_unanswered": sum(bool(reply.error) for reply in replies.values()),
+        "num_train_rows": len(rows),
+        "num_test_rows": 0,
+        "num_removed": len(removed),
+        "num_train_tokens": sum(row["num_tokens"] for row in rows),
+        "mean_support_ratio": round(sum(support) / len(support), 4) if support else None,
+    }
+
+
+def _write(
+    path: Path,
+    name: str,
+    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+    metrics: dict[str, Any],
+    generation: GenerationConfig,
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows, removed = sides
+    own = [pa.field("passage", pa.string()), pa.field("support_ratio", pa.float64())]
+    for side, content, schema in (
+        ("train", rows, dataset_schema(own)),
+        # Models are tested on people's rows only.
+        ("test", [], dataset_schema(own)),
+        ("removed", removed, removed_schema()),
+    ):
+        (path / side).mkdir()
+        table = pa.Table.from_pylist(content, schema)
+        parquet.write_table(table, path / side / "part-00000.parquet", compression="zstd")
+    reasons = Counter(row["reason"].partition(":")[0] for row in removed)
+    card = {"name": name, "synthetic_ratio": 1.0, **metrics, "removed": dict(reasons)}
+    (path / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False))
+    doubtful = sorted(
+        (row for row in rows if row["support_ratio"] is not None),
+        key=lambda row: (row["support_ratio"], row["row_id"]),
+    )
+    lines = [
+        f"# {name}",
+        "",
+        f"{len(rows):,} pairs written by `{generation.model}` from {metrics['num_passages']:,} "
+        "passages. All of them are synthetic: read some before you train on them, and test on "
+        "rows that people wrote.",
+        "",
+        f"- {metrics['num_unanswered']} requests got no answer",
+        *(f"- {count} times: {reason}" for reason, count in reasons.most_common()),
+        "",
+        "Use them as a source of `prepare`: `{path: WORKSPACE/datasets/"
+        f"{name}/vN/train, format: messages}}`.",
+        "",
+        "## The answers whose words are least found in their passage",
+        "",
+        *_shown(doubtful[:5]),
+        "## Some of the others",
+        "",
+        *_shown(doubtful[5:][:: max(1, len(doubtful[5:]) // 5)][:5]),
+    ]
+    (path / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _shown(rows: list[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        question, answer = (turn["content"] for turn in row["messages"])
+        yield f"- **{' '.join(question.split())[:300]}**"
+        yield f"  {' '.join(answer.split())[:300]} ({row['support_ratio']:.0%} of its words)"
+        yield ""

@@ -1,0 +1,210 @@
+"""Train rows that repeat what is held out are found, and others are not."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tuneloop.config import DataConfig
+from tuneloop.data.decontamination.matching import (
+    HeldOut,
+    TrainRows,
+    near_duplicates,
+    near_pairs,
+    same_rows,
+)
+from tuneloop.data.decontamination.ngrams import (
+    best_overlaps,
+    boilerplate,
+    frequent_ngrams,
+    matched_text,
+    ngram_index,
+    num_ignored,
+    overlapping,
+    words_of_ngram,
+)
+from tuneloop.data.hashing.signatures import (
+    Texts,
+    band_hashes,
+    normalised_hash,
+    shingles,
+    word_counts,
+)
+
+DATA = DataConfig.model_validate({"sources": [{"path": "x", "format": "question_answer"}]})
+VOCABULARY = [f"w{i}" for i in range(3000)]
+
+
+def words(seed: object, count: int) -> str:
+    return " ".join(random.Random(str(seed)).choices(VOCABULARY, k=count))
+
+
+def held_out(texts: list[str], prompts: list[str] | None = None) -> HeldOut:
+    labels = [f"bench:{i + 1}" for i in range(len(texts))]
+    return HeldOut("bench", labels, texts, prompts or [""] * len(texts), texts)
+
+
+def parts(count: int, number: int) -> list[np.ndarray]:
+    """Return so many places cut into some parts, not in their order."""
+    return np.array_split(np.random.default_rng(number).permutation(count), number)
+
+
+def overlaps(
+    train: list[str], other: HeldOut, threshold: float = 0.5, slices: int = 1, blocks: int = 1
+) -> list[Any]:
+    """Return (train row, held-out row, overlap), with both cut into parts as on a cluster."""
+    length = words_of_ngram(word_counts(Texts.of(other.texts)), 13)
+    assert length is not None
+    indices = [
+        ngram_index(
+            rows,
+            Texts.of([other.texts[row] for row in rows]),
+            Texts.of([other.prompts[row] for row in rows]),
+            length,
+        )
+        for rows in parts(len(other.texts), slices)
+    ]
+    # By block and slice.
+    shared = [
+        [
+            replace(found, rows=rows[found.rows])
+            for index in indices
+            for found in [index.shared_with(Texts.of([train[row] for row in rows]))]
+        ]
+        for rows in parts(len(train), blocks)
+    ]
+    ignored = boilerplate(
+        [
+            frequent_ngrams(index, [block[place] for block in shared])
+            for place, index in enumerate(indices)
+        ]
+    )
+    found = [
+        match
+        for block in shared
+        for counts in [num_ignored(zip(indices, block, strict=True), ignored)]
+        for index, own in zip(indices, block, strict=True)
+        for match in overlapping(index, own, (ignored, counts), threshold)
+    ]
+    if not found:
+        return []
+    columns = (np.array(column) for column in zip(*found, strict=True))
+    best = zip(*(column.tolist() for column in best_overlaps(*columns)), strict=True)
+    return [(row, other_row, round(value, 3)) for row, other_row, value in best]
+
+
+def test_a_held_out_row_inside_a_longer_one_is_found() -> None:
+    benchmark = [words(f"b{i}", 40) for i in range(5)]
+    train = [words(f"t{i}", 200) for i in range(20)]
+    train[3] = f"{words('x', 90)} {benchmark[2].upper()}! {words('y', 90)}"
+    train[7] = " ".join(benchmark[4].split()[5:30])  # and a part of one
+    assert overlaps(train, held_out(benchmark)) == [(3, 2, 1.0), (7, 4, 1.0)]
+    passage = matched_text(train[3], benchmark[2], 13)
+    assert passage.startswith("“" + benchmark[2].upper()[:60])
+    assert matched_text(train[7], benchmark[4], 13) == f"“{train[7]}”"
+
+
+def test_the_overlap_is_a_share_of_the_shorter_rows_ngrams() -> None:
+    whole = words("b", 52)  # 40 n-grams of 13 words
+    half = " ".join(whole.split()[:33])  # 21 of them
+    other = held_out([whole, words("c", 60)])
+    train = [f"{half} {words('t', 100)}", f"{' '.join(whole.split()[:30])} {words('u', 100)}"]
+    assert overlaps(train, other) == [(0, 0, 0.525)]
+    assert overlaps(train, other, threshold=0.4) == [(0, 0, 0.525), (1, 0, 0.45)]
+
+
+def test_a_prompt_alone_contaminates() -> None:
+    prompt, answer = words("p", 20), words("a", 200)
+    other = held_out([f"{prompt}\n{answer}", words("c", 220)], [prompt, words("d", 30)])
+    assert overlaps([f"{prompt} {words('else', 150)}", words("z", 100)], other) == [(0, 0, 1.0)]
+
+
+def test_boilerplate_is_no_contamination_but_many_copies_of_one_row_are() -> None:
+    template = words("template", 30)
+    benchmark = [f"{template} {words(f'b{i}', 14)}" for i in range(20)]
+    train = [f"{template} {words(f't{i}', 14)}" for i in range(30)]
+    assert overlaps(train, held_out(benchmark)) == []
+    train += [f"{benchmark[0].split(' ', 30)[30]} {words(f'copy{i}', 20)}" for i in range(25)]
+    assert {row for row, _, _ in overlaps(train, held_out(benchmark), 0.1)} == set(range(30, 55))
+
+
+def test_short_evaluations_use_shorter_ngrams_and_never_fewer_than_eight_words() -> None:
+    assert words_of_ngram(np.array([9] * 10), 13) == 9
+    assert words_of_ngram(np.array([0, 3, 4]), 13) == 8
+    assert words_of_ngram(np.array([100, 200]), 13) == 13
+    assert words_of_ngram(np.array([0, 0]), 13) is None
+    tiny = held_out(["what is it", "how many are there"])
+    assert overlaps(["what is it", f"what is it {words('t', 50)}"], tiny) == []
+
+
+@pytest.mark.parametrize(("slices", "blocks"), [(1, 4), (2, 1), (5, 3), (20, 60)])
+def test_how_rows_are_cut_makes_no_difference(slices: int, blocks: int) -> None:
+    template, header = words("template", 30), words("header", 20)
+    benchmark = [f"{template} {words(f'b{i}', 14 + 3 * i)}" for i in range(20)]
+    benchmark[7] += " " + header  # frequent in train rows, but held out once
+    licence = words("licence", 60)  # boilerplate of other rows
+    benchmark += [f"{licence} {words('x', 20)}", f"{licence} {words('y', 20)}", words("z", 400)]
+    prompts = [words(f"p{i}", 15) if i % 3 else "" for i in range(23)]
+    train = [f"{template} {words(f't{i}', 14)}" for i in range(30)]
+    train += [f"{header} {words(f'h{i}', 2 + i)}" for i in range(15)]
+    train += [f"{prompts[i % 20]} {benchmark[i][100 + i : 300 + 5 * i]}" for i in range(15)]
+    train += [f"{licence} {words(f'l{i}', 14)}" for i in range(11)]
+    train.append(f"{licence} {' '.join(benchmark[22].split()[:30])}")
+    whole = overlaps(train, held_out(benchmark, prompts), 0.2)
+    assert len({row for row, _, _ in whole} & set(range(30, 60))) > 20
+    assert not {row for row, _, _ in whole} & set(range(30))
+    assert whole[-1] == (71, 22, 0.6)
+    assert overlaps(train, held_out(benchmark, prompts), 0.2, slices, blocks) == whole
+
+
+def test_shared_ngrams_are_counted_once_and_only_where_they_are_the_same() -> None:
+    # Beside the definition: sets of windows of words.
+    generator = random.Random(5)
+    small = [f"w{i}" for i in range(4)]
+    texts = [" ".join(generator.choices(small, k=k)) for k in (0, 3, 8, 9, 40, 400)]
+    others = [" ".join(generator.choices(small, k=k)) for k in (0, 5, 8, 30, 700)]
+
+    def windows(text: str) -> set[tuple[str, ...]]:
+        own = text.split()
+        return {tuple(own[i : i + 8]) for i in range(len(own) - 7)}
+
+    nothing = Texts.of([""] * len(others))
+    index = ngram_index(np.arange(len(others)), Texts.of(others), nothing, 8)
+    all_of_them = set().union(*map(windows, others))
+    assert len(index.grams) == len(all_of_them)
+    assert index.sizes[: len(others)].tolist() == [len(windows(text)) for text in others]
+    found = index.shared_with(Texts.of(texts))
+    expected = {row: len(windows(text) & all_of_them) for row, text in enumerate(texts)}
+    assert dict(zip(found.rows.tolist(), found.counts.tolist(), strict=True)) == {
+        row: count for row, count in expected.items() if count
+    }
+    assert found.sizes.tolist() == [len(windows(texts[row])) for row in found.rows]
+    every = np.arange(len(index.grams))
+    assert index.num_rows_of(every).sum() == sum(len(windows(text)) for text in others)
+    # A row's prompt is a unit of its own, but not another row.
+    again = ngram_index(np.arange(len(others)), Texts.of(others), Texts.of(others), 8)
+    assert np.array_equal(again.num_rows_of(every), index.num_rows_of(every))
+    assert len(again.units) == 2 * len(index.units)
+
+
+def train_rows(texts: list[str]) -> TrainRows:
+    exact = np.array([normalised_hash(text) for text in texts])
+    bands = band_hashes(texts, DATA.dedup.ngram_words, DATA.dedup.threshold)
+    return TrainRows(np.arange(len(texts)), exact, exact, bands)
+
+
+def test_equal_and_near_duplicate_rows_are_found_however_short() -> None:
+    long = words("n", 60).split()
+    other = held_out(["What is it?", " ".join(long), words("c", 30)])
+    texts = ["what  IS it?", " ".join([*long[:-1], "changed"]), words("t", 60), "…"]
+    train = train_rows(texts)
+    assert same_rows(train, other) == {0: (0, "same text")}
+    pairs = near_pairs(train, other, DATA)
+    sets = dict(enumerate(shingles(texts, DATA.dedup.ngram_words).sets()))
+    found = near_duplicates(pairs, sets, other, DATA)
+    assert {row: near[0] for row, near in found.items() if row} == {1: 1}
+    assert found[1][1] == pytest.approx(55 / 57)

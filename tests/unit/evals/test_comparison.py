@@ -1,0 +1,204 @@
+"""Intervals and tests against independent implementations, and by simulated coverage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tuneloop.config import TaskConfig
+from tuneloop.evals.scoring.comparison import Prediction, compare, summarise
+from tuneloop.evals.scoring.intervals import (
+    Resampling,
+    bca,
+    estimate_difference,
+    estimate_mean,
+    mcnemar_p,
+    newcombe_paired,
+    sign_flip_p,
+    wilson,
+)
+from tuneloop.evals.scoring.metrics import Scorer
+
+FAST = Resampling(num_resamples=2000)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (1, 7), (56, 64), (64, 64), (500, 1000)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_wilson_equals_scipy(right, n, confidence):
+    theirs = stats.binomtest(right, n).proportion_ci(confidence, method="wilson")
+    assert wilson(right, n, confidence) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_newcombe_and_mcnemar_equal_published_values():
+    # Response before and after consolidation therapy (Cavo et al. 2012), the worked example of
+    # Fagerland, Lydersen and Laake 2017, "Statistical Analysis of Contingency Tables", chapter 8.
+    assert newcombe_paired((59, 6, 16, 80), 0.95) == pytest.approx((-0.1186, -0.0046), abs=5e-5)
+    assert mcnemar_p(6, 16) == pytest.approx(0.052479, abs=5e-7)
+
+
+@pytest.mark.parametrize("counts", [(5, 3, 9, 2), (0, 7, 0, 0), (4, 0, 0, 4), (0, 0, 12, 0)])
+def test_swapping_the_arms_mirrors_the_interval(counts):
+    both, first, second, neither = counts
+    low, high = newcombe_paired(counts, 0.95)
+    assert newcombe_paired((both, second, first, neither), 0.95) == pytest.approx((-high, -low))
+    assert low <= (first - second) / sum(counts) <= high
+    assert high - low > 0.1, "small samples are never certain"
+
+
+def test_bca_equals_scipy():
+    generator = np.random.default_rng(7)
+    for values in (generator.exponential(size=40), generator.normal(size=25) ** 3):
+        theirs = stats.bootstrap(
+            (values,), np.mean, n_resamples=20_000, method="BCa", rng=np.random.default_rng(1)
+        ).confidence_interval
+        ours = bca(values, Resampling(num_resamples=20_000))
+        width = theirs.high - theirs.low
+        assert ours == pytest.approx((theirs.low, theirs.high), abs=0.04 * width)
+
+
+def test_mcnemar_equals_the_binomial_test():
+    for fixed, introduced in [(0, 0), (5, 0), (12, 3), (40, 44), (900, 850), (2000, 100)]:
+        expected = stats.binomtest(fixed, fixed + introduced).pvalue if fixed + introduced else 1.0
+        assert mcnemar_p(fixed, introduced) == pytest.approx(expected, rel=1e-9)
+
+
+def test_sign_flips_equal_scipys_permutation_test():
+    few = np.array([0.3, -0.1, 0.5, 0.2, 0.0, 0.4, -0.05])
+    exact = stats.permutation_test(
+        (few, np.zeros_like(few)), lambda a, b: np.mean(a - b), permutation_type="samples"
+    ).pvalue
+    assert sign_flip_p(few, FAST) == pytest.approx(exact)
+    many = np.random.default_rng(3).normal(0.25, 1, 60)
+    t_test = stats.ttest_1samp(many, 0).pvalue
+    assert sign_flip_p(many, Resampling(num_resamples=20_000)) == pytest.approx(t_test, abs=0.01)
+    assert sign_flip_p(np.zeros(9), FAST) == 1.0
+
+
+def test_memory_of_a_large_bootstrap_is_bounded_and_seeded():
+    values = np.random.default_rng(0).random(50_000)
+    first, second = (bca(values, Resampling(num_resamples=200, seed=4)) for _ in range(2))
+    assert first == second
+    assert first != bca(values, Resampling(num_resamples=200, seed=5))
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_intervals_of_paired_differences_cover_the_truth(binary):
+    generator = np.random.default_rng(11)
+    hits, trials, n = 0, 400, 60
+    for _ in range(trials):
+        easy = generator.random(n)
+        if binary:
+            # Right with probability 0.7 and 0.4, from one draw of difficulty plus noise.
+            noise = generator.random((2, n))
+            first = (0.5 * easy + 0.5 * noise[0] < 0.6127).astype(float)
+            second = (0.5 * easy + 0.5 * noise[1] < 0.4472).astype(float)
+            truth = 0.3
+        else:
+            first = easy + generator.exponential(0.3, n)
+            second = easy + generator.normal(0, 0.1, n)
+            truth = 0.3
+        estimate, _, _ = estimate_difference(first, second, binary, Resampling(num_resamples=500))
+        hits += estimate.low <= truth <= estimate.high
+    # 95% nominal; three standard errors of 400 trials are 3.3 points.
+    assert 0.915 <= hits / trials <= 0.985
+
+
+def test_edges_do_not_claim_certainty():
+    ones, zeros = np.ones(5), np.zeros(5)
+    estimate, p_value, _ = estimate_difference(ones, zeros, True, FAST)
+    assert estimate.value == 1.0
+    assert estimate.low < 0.6
+    assert p_value == pytest.approx(2 / 32)
+    assert estimate_mean(np.array([]), False, FAST).value is None
+    one = estimate_mean(np.array([0.4]), False, FAST)
+    assert (one.value, one.low, one.high) == (0.4, None, None)
+
+
+def predictions(arm: str, answers: list[str | None], truth: list[str], scorer: Scorer):
+    return [
+        Prediction(
+            example_id=f"r{index}",
+            arm=arm,
+            prompt="[]",
+            reference=reference,
+            completion=answer or "",
+            finish_reason=None if answer is None else "stop",
+            prompt_tokens=None if answer is None else 10,
+            completion_tokens=None if answer is None else 2,
+            latency_s=None if answer is None else 0.5,
+            status="unscored" if answer is None else "scored",
+            error="HTTP 500" if answer is None else "",
+            error_tags=["wrong_format"] if answer == "?" else [],
+            scores={} if answer is None else scorer.score(reference, answer),
+        )
+        for index, (answer, reference) in enumerate(zip(answers, truth, strict=True))
+    ]
+
+
+@pytest.fixture
+def compared():
+    truth = ["a", "a", "b", "b", "c", "a"]
+    scorer = Scorer(TaskConfig(type="classification", labels=["a", "b", "c", "never"]), {})
+    rows = predictions("base", ["a", "?", "?", "a", None, "b"], truth, scorer)
+    rows += predictions("tuned", ["a", "a", "b", "?", "c", None], truth, scorer)
+    return summarise(rows, scorer, FAST), compare(rows, scorer, FAST)
+
+
+def test_unscored_is_counted_and_is_neither_wrong_nor_dropped(compared):
+    metrics, comparison = compared
+    base, tuned = metrics["arms"]
+    assert (base["num_scored"], base["num_unscored"]) == (5, 1)
+    assert base["unscored_reasons"] == {"HTTP 500": 1}
+    assert base["scores"]["accuracy"]["value"] == pytest.approx(1 / 5)
+    assert tuned["scores"]["accuracy"]["value"] == pytest.approx(4 / 5)
+    assert metrics["num_examples"] == 6
+    pair = comparison["pairs"][0]
+    assert (pair["arm"], pair["other"], pair["num_both_scored"]) == ("tuned", "base", 4)
+
+
+def test_fixed_and_introduced_are_counted_for_score_and_tags(compared):
+    pair = compared[1]["pairs"][0]
+    assert pair["outcomes"] == {"fixed": 2, "introduced": 0, "both_right": 1, "both_wrong": 1}
+    assert pair["differences"]["accuracy"]["value"] == pytest.approx(0.5)
+    assert pair["error_tags"]["wrong_format"] == {"fixed": 2, "introduced": 1, "both": 0}
+
+
+def test_macro_f1_averages_the_labels_that_occur(compared):
+    base, tuned = compared[0]["arms"]
+    # tuned: a 2 of 2, b 1 of 2 without false alarms, c 1 of 1; `never` has no reference.
+    assert tuned["label_f1"] == pytest.approx({"a": 1.0, "b": 2 / 3, "c": 1.0})
+    assert tuned["scores"]["macro_f1"]["value"] == pytest.approx((1 + 2 / 3 + 1) / 3)
+    assert set(base["label_f1"]) == {"a", "b"}
+    difference = compared[1]["pairs"][0]["differences"]["macro_f1"]
+    assert difference["low"] <= difference["value"] <= difference["high"]
+
+
+def test_lower_is_better_where_the_metric_says_so():
+    scorer = Scorer(TaskConfig(type="language_modeling"), {})
+    rows = [
+        Prediction(
+            *(f"r{index}", arm, "text", "", "", "stop", 5, 0, 0.1, "scored"),
+            scores={"bits_per_byte": bits},
+        )
+        for arm, values in (("base", [1.0, 2.0, 3.0]), ("tuned", [0.5, 1.0, 3.5]))
+        for index, bits in enumerate(values)
+    ]
+    pair = compare(rows, scorer, FAST)["pairs"][0]
+    assert pair["outcomes"] == {"better": 2, "worse": 1, "same": 0}
+    assert pair["differences"]["bits_per_byte"]["value"] == pytest.approx(-1 / 3)
+
+
+def test_every_pair_of_three_arms_is_compared_with_the_strongest_last_arm_first():
+    truth = ["a"] * 12
+    scorer = Scorer(TaskConfig(type="classification", labels=["a", "b"]), {})
+    rows = [
+        row
+        for arm, right in (("base", 0), ("shots", 4), ("tuned", 11))
+        for row in predictions(arm, ["a"] * right + ["b"] * (12 - right), truth, scorer)
+    ]
+    pairs = compare(rows, scorer, FAST)["pairs"]
+    assert {(p["arm"], p["other"]) for p in pairs} == {
+        ("shots", "base"), ("tuned", "shots"), ("tuned", "base"),
+    }  # fmt: skip
+    assert all(p["differences"]["accuracy"]["low"] > -1e-9 for p in pairs if p["arm"] == "tuned")

@@ -1,0 +1,245 @@
+"""Scores and error tags of single answers, checked by hand and against an oracle."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuneloop.config import TaskConfig
+from tuneloop.errors import DataError
+from tuneloop.evals.scoring.error_tags import is_repetitive, tag_errors
+from tuneloop.evals.scoring.metrics import (
+    TASK_METRICS,
+    Scorer,
+    _longest_common_subsequence,
+    parse_object,
+    reference_words,
+    rouge_l,
+    same_value,
+    score_text,
+)
+
+REFERENCE = '{"function": "read", "parameters": ["path", "mode"], "summary": "Read a file."}'
+
+
+def extraction(fields: list[str] | None = None) -> Scorer:
+    return Scorer(TaskConfig(type="extraction", fields=fields or []), {"a": REFERENCE})
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1}', ' {"a": 1}\n', '```json\n{"a": 1}\n```', '```\n{"a": 1}```']
+)
+def test_json_with_nothing_around_it_but_one_fence_is_valid(text):
+    assert parse_object(text) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{'a': 1}", 'Here: {"a": 1}', '{"a": 1} done', '{"a": NaN}', "[1]", "3", '{"a": 1,}',
+     '```json\n{"a": 1}\n``` ok', '{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}"],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_everything_else_is_invalid(text):
+    assert parse_object(text) is None
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "same"),
+    [
+        ("a  b\n", " a b", True),
+        ("a b", "ab", False),
+        ("Caf\u00e9", "Cafe\u0301", True),
+        ("A", "a", False),
+        (1, 1.0, True),
+        (1, True, False),
+        (0, False, False),
+        (1, "1", False),
+        (None, None, True),
+        (None, "", False),
+        (["x", "y"], ["x ", "y"], True),
+        (["x", "y"], ["y", "x"], False),
+        (["x"], ["x", "y"], False),
+        ({"k": [1]}, {"k": [1.0]}, True),
+        ({"k": 1}, {"k": 1, "l": 2}, False),
+    ],
+)
+def test_values_are_equal_after_white_space_only(expected, got, same):
+    assert same_value(expected, got) is same
+    assert same_value(got, expected) is same
+
+
+def test_extraction_scores_each_field_and_all_together():
+    scorer = extraction()
+    assert list(scorer.metrics) == [
+        "exact_match", "valid_json", "field_function", "field_parameters", "field_summary",
+    ]  # fmt: skip
+    assert set(scorer.score(REFERENCE, REFERENCE).values()) == {1.0}
+    partly = '{"function": "read", "parameters": ["path"], "summary": "Read  a file. "}'
+    assert scorer.score(REFERENCE, partly) == {
+        "exact_match": 0.0,
+        "valid_json": 1.0,
+        "field_function": 1.0,
+        "field_parameters": 0.0,
+        "field_summary": 1.0,
+    }
+    assert set(scorer.score(REFERENCE, "I do not know").values()) == {0.0}
+
+
+def test_configured_fields_are_the_ones_scored():
+    scorer = extraction(["function"])
+    assert scorer.score(REFERENCE, '{"function": "read"}') == {
+        "exact_match": 1.0,
+        "valid_json": 1.0,
+        "field_function": 1.0,
+    }
+    # A missing field is wrong even where null would be right.
+    scorer = extraction(["raises"])
+    assert scorer.score(REFERENCE, "{}")["exact_match"] == 0.0
+    assert scorer.score(REFERENCE, '{"raises": null}')["exact_match"] == 1.0
+
+
+def test_fields_a_reference_lacks_have_no_score_in_that_row():
+    scorer = Scorer(TaskConfig(type="extraction"), {"a": '{"x": 1}', "b": '{"y": 2}'})
+    assert scorer.score('{"x": 1}', '{"x": 1}') == {
+        "exact_match": 1.0,
+        "valid_json": 1.0,
+        "field_x": 1.0,
+        "field_y": None,
+    }
+
+
+def test_references_that_cannot_be_scored_against_are_refused_together():
+    with pytest.raises(DataError) as caught:
+        Scorer(
+            TaskConfig(type="extraction"),
+            {str(index): "not json" for index in range(8)} | {"good": '{"a": 1}'},
+        )
+    assert len(caught.value.problems) == 6
+    assert caught.value.problems[0].where == "row 0"
+    assert "3 more" in caught.value.problems[-1].what
+    with pytest.raises(DataError, match="positive, negative"):
+        Scorer(TaskConfig(type="classification", labels=["positive", "negative"]), {"1": "meh"})
+
+
+def test_labels_are_recognised_without_guessing():
+    scorer = Scorer(TaskConfig(type="classification", labels=["yes", "no", "US", "us"]), {})
+    assert scorer.label(" yes\n") == "yes"
+    assert scorer.label('"Yes."') == "yes"
+    assert scorer.label("yes, because") is None
+    assert scorer.label("us") == "us"
+    assert scorer.label("US") == "US"
+    assert scorer.label("Us") is None, "two labels fit, so none is chosen"
+    assert scorer.score("yes", "Yes.") == {"accuracy": 1.0}
+    assert scorer.score("yes", "maybe") == {"accuracy": 0.0}
+
+
+def test_token_f1_follows_the_squad_script():
+    assert reference_words("The cat's a hat, an   Apple!") == ["cats", "hat", "apple"]
+    scores = score_text("the black cat sat", "A black cat")
+    assert scores["token_f1"] == pytest.approx(2 * (2 / 2) * (2 / 3) / (2 / 2 + 2 / 3))
+    assert scores["exact_match"] == 0.0
+    assert scores["length_ratio"] == pytest.approx(3 / 4)
+    assert score_text("The cat.", "cat")["exact_match"] == 1.0
+    assert score_text("cat", "")["token_f1"] == 0.0
+    assert score_text("cat cat dog", "cat cat cat")["token_f1"] == pytest.approx(2 / 3)
+
+
+def test_rouge_l_sees_order_in_any_script():
+    # Lin 2004, section 3.1: "police killed the gunman" against two candidates.
+    reference = "police killed the gunman"
+    assert rouge_l(reference, "police kill the gunman") == pytest.approx(0.75)
+    assert rouge_l(reference, "the gunman kill police") == pytest.approx(0.5)
+    assert rouge_l("быстрый серый волк", "серый волк") == pytest.approx(0.8)
+
+
+@given(
+    st.lists(st.sampled_from("abcd"), max_size=30), st.lists(st.sampled_from("abcd"), max_size=30)
+)
+def test_longest_common_subsequence_equals_the_textbook_table(left, right):
+    table = [[0] * (len(right) + 1) for _ in range(len(left) + 1)]
+    for i, a in enumerate(left):
+        for j, b in enumerate(right):
+            table[i + 1][j + 1] = (
+                table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+            )
+    assert _longest_common_subsequence(left, right) == table[-1][-1]
+
+
+@given(st.text(max_size=80), st.text(max_size=80))
+def test_text_scores_stay_in_range_and_are_perfect_for_the_reference(reference, completion):
+    scores = score_text(reference, completion)
+    assert all(0 <= scores[name] <= 1 for name in ("token_f1", "rouge_l", "exact_match"))
+    same = score_text(reference, reference)
+    assert (same["token_f1"], same["rouge_l"], same["exact_match"]) == (1.0, 1.0, 1.0)
+
+
+@given(st.text(max_size=200))
+def test_any_completion_can_be_scored_and_tagged(completion):
+    for scorer in (extraction(), Scorer(TaskConfig(type="generation"), {})):
+        scores = scorer.score(REFERENCE, completion)
+        assert set(scores) == set(scorer.metrics)
+        tag_errors(scorer, REFERENCE, completion, "stop")
+
+
+def test_each_task_names_a_primary_metric_it_has():
+    for definition in TASK_METRICS.values():
+        assert definition.metrics[definition.primary].better in ("higher", "lower")
+
+
+def test_tags_say_what_is_wrong():
+    scorer = extraction()
+    assert tag_errors(scorer, REFERENCE, REFERENCE, "stop") == []
+    assert tag_errors(scorer, REFERENCE, "", "stop") == ["empty"]
+    assert tag_errors(scorer, REFERENCE, REFERENCE[:-5], "length") == ["cut_off", "wrong_format"]
+    assert tag_errors(scorer, REFERENCE, "word " * 60, "length") == [
+        "cut_off", "wrong_format", "repetitive", "too_long",
+    ]  # fmt: skip
+    labels = Scorer(TaskConfig(type="classification", labels=["yes", "no"]), {})
+    assert tag_errors(labels, "yes", "no", "stop") == []
+    assert tag_errors(labels, "yes", "I think yes", "stop") == ["wrong_format", "too_long"]
+    text = Scorer(TaskConfig(type="generation"), {})
+    assert tag_errors(text, "one two", "one two three four", "stop") == []
+    assert tag_errors(text, "one two", "one two three four five", "stop") == ["too_long"]
+
+
+def test_repetition_needs_more_than_a_phrase_said_twice():
+    assert is_repetitive("You can use the API. " * 4)
+    assert is_repetitive("yes " * 5)
+    assert not is_repetitive("")
+    assert not is_repetitive(
+        "Read the file at path and return the text of the file, decoded with the encoding."
+    )
+    # The same five words twice make up 10 of 13.
+    assert is_repetitive("start " + "a quick brown fox jumps " * 2 + "over it")
+    scorer = Scorer(TaskConfig(type="generation"), {})
+    listing = json.dumps([{"kind": "int", "of": "x"}] * 6)
+    assert is_repetitive(listing)
+    assert tag_errors(scorer, listing, listing, "stop") == []
+
+
+def test_in_a_mixture_each_answer_is_scored_by_its_own_task():
+    tasks = {
+        "label": {"type": "classification", "labels": ["yes", "no"]},
+        "title": {"type": "generation"},
+    }
+    mixture = TaskConfig.model_validate({"type": "mixture", "tasks": tasks})
+    scorer = Scorer(mixture, {"1": "yes", "2": "a red door"}, {"1": "label", "2": "title"})
+    assert scorer.primary == "score"
+    assert scorer.metrics["score"].kind == "ratio"
+    assert scorer.metrics["label/accuracy"].label == "label: right label"
+    assert scorer.score("yes", "Yes.", "label") == {"score": 1.0, "label/accuracy": 1.0}
+    title = scorer.score("a red door", "the red car", "title")
+    assert title["score"] == title["title/token_f1"] == 0.5
+    assert "label/accuracy" not in title
+    # A label is a wrong format where a title is none.
+    assert "wrong_format" in tag_errors(scorer.of("label"), "yes", "the red car", "stop")
+    assert "wrong_format" not in tag_errors(scorer.of("title"), "a red door", "red car", "stop")
+    with pytest.raises(DataError, match="row 2"):
+        Scorer(mixture, {"1": "yes", "2": "a red door"}, {"1": "label", "2": "label"})
+    # Scores that are all right or wrong are compared as such.
+    tasks["title"] = {"type": "extraction"}
+    mixture = TaskConfig.model_validate({"type": "mixture", "tasks": tasks})
+    assert Scorer(mixture, {}, {}).metrics["score"].kind == "binary"

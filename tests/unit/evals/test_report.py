@@ -1,0 +1,245 @@
+"""What an evaluation says: verdict, next steps, examples, the page and the terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from tuneloop.config import TuneloopConfig
+from tuneloop.evals.reporting.findings import Evaluation, last_question, word_diff
+from tuneloop.evals.reporting.overview import describe_metrics, tabulate
+from tuneloop.evals.reporting.report import render_report
+from tuneloop.evals.scoring.comparison import Prediction, compare, summarise
+from tuneloop.evals.scoring.error_tags import tag_errors
+from tuneloop.evals.scoring.intervals import Resampling
+from tuneloop.evals.scoring.metrics import Scorer
+
+TASKS = {
+    "extraction": ({"type": "extraction"}, '{"a": 1}', '{"a": 2}'),
+    "classification": ({"type": "classification", "labels": ["yes", "no"]}, "yes", "no"),
+    "generation": ({"type": "generation"}, "a red fox ran", "a blue whale swam"),
+    "language_modeling": ({"type": "language_modeling"}, "", ""),
+}
+
+
+def make_config(task: dict) -> TuneloopConfig:
+    return TuneloopConfig.model_validate(
+        {
+            "name": "demo",
+            "task": task,
+            "model": {"base": "parrot"},
+            "data": {"sources": [{"path": "rows.jsonl", "format": "messages"}]},
+        }
+    )
+
+
+def make_evaluation(
+    right: dict[str, int],
+    n: int = 100,
+    task: str = "extraction",
+    wrong_answer: str | None = None,
+    finish: str = "stop",
+) -> Evaluation:
+    """Return an evaluation in which each arm has its first `right` examples right."""
+    settings, reference, wrong = TASKS[task]
+    config = make_config(settings)
+    ids = [f"r{index:03d}" for index in range(n)]
+    scorer = Scorer(config.task, dict.fromkeys(ids, reference))
+    rows = []
+    for arm, num_right in right.items():
+        for index, example in enumerate(ids):
+            good = index < num_right
+            text = reference if good else wrong if wrong_answer is None else wrong_answer
+            reason = "stop" if good else finish
+            plain = task == "language_modeling"
+            rows.append(
+                Prediction(
+                    example, arm, json.dumps([{"role": "user", "content": f"Q {example}"}]),
+                    reference, text, reason, 12, 5, 0.2, "scored", "",
+                    [] if plain else tag_errors(scorer, reference, text, reason),
+                    {"bits_per_byte": 1.0 - good * 0.5 + index / 1000}
+                    if plain else scorer.score(reference, text),
+                )
+            )  # fmt: skip
+    resampling = Resampling(num_resamples=300)
+    return Evaluation(
+        "demo", rows, summarise(rows, scorer, resampling), compare(rows, scorer, resampling)
+    )
+
+
+@pytest.mark.parametrize(
+    ("right", "tone", "title"),
+    [
+        ({"base": 5, "base+few-shot": 30, "finetuned": 90}, "good", "Finetuning helped"),
+        ({"base": 60, "finetuned": 20}, "bad", "Finetuning made it worse"),
+        ({"base": 50, "finetuned": 51}, "unclear", "Finetuning made no clear difference"),
+        (
+            {"base": 5, "base+few-shot": 62, "finetuned": 61},
+            "mixed",
+            "Finetuning is better than the base model but is not clearly different from few-shot "
+            "prompting",
+        ),
+        (
+            {"base": 5, "base+few-shot": 90, "finetuned": 60},
+            "mixed",
+            "Finetuning is better than the base model but is worse than few-shot prompting",
+        ),
+        ({"base": 5, "base+few-shot": 30}, "good", "Few-shot prompting helped"),
+        ({"base": 50}, "unclear", "The base model: 50.0% (40.4 to 59.6)"),
+    ],
+)
+def test_the_verdict_says_only_what_the_intervals_allow(right, tone, title):
+    verdict = make_evaluation(right).verdict()
+    assert (verdict.tone, verdict.title) == (tone, title)
+
+
+def test_the_verdict_gives_difference_and_interval_against_every_other_arm():
+    detail = make_evaluation({"base": 5, "base+few-shot": 30, "finetuned": 90}).verdict().detail
+    assert re.fullmatch(
+        r"\+85\.0 points \(95% interval \+7\d\.\d to \+\d+\.\d\) over the base model; "
+        r"\+60\.0 points \(95% interval \+4\d\.\d to \+6\d\.\d\) over few-shot prompting\.",
+        detail,
+    )
+
+
+def test_lower_bits_per_byte_is_an_improvement():
+    evaluation = make_evaluation({"base": 0, "finetuned": 80}, task="language_modeling")
+    assert evaluation.verdict().title == "Finetuning helped"
+    assert evaluation.verdict().detail.startswith("−0.400 (95% interval −0.4")
+    assert evaluation.strongest_other() == "base"
+
+
+@pytest.mark.parametrize(("n", "tone"), [(3, "unclear"), (30, "good")])
+def test_equal_differences_convince_only_when_there_are_enough(n, tone):
+    assert make_evaluation({"base": 0, "finetuned": n}, n, "generation").verdict().tone == tone
+
+
+def test_a_tie_in_everything_is_no_clear_difference():
+    evaluation = make_evaluation({"base": 0, "finetuned": 0}, task="generation")
+    assert evaluation.verdict().tone == "unclear"
+
+
+def steps(evaluation: Evaluation) -> str:
+    return " ".join(f"{step.title} {step.key}" for step in evaluation.next_steps())
+
+
+def test_next_steps_follow_the_errors():
+    cut = make_evaluation({"base": 0, "finetuned": 80}, wrong_answer='{"a": ', finish="length")
+    assert "evaluation.max_tokens" in steps(cut)
+    assert "training.num_epochs" in steps(cut)
+    assert "training.num_epochs" in steps(make_evaluation({"base": 50, "finetuned": 50}))
+    assert "data.split.num_test_examples" in steps(
+        make_evaluation({"base": 0, "finetuned": 10}, n=20)
+    )
+    # Seven answers cannot tell; that comes before any conclusion from what is not clearly better.
+    few = steps(make_evaluation({"base": 3, "finetuned": 4}, 7, "generation"))
+    assert few.index("Score more test examples") < few.index("Train on more rows")
+    assert "harder" in steps(make_evaluation({"base": 0, "finetuned": 100}))
+    assert "got worse" in steps(make_evaluation({"base": 50, "finetuned": 30}))
+    assert "max_tokens" not in steps(make_evaluation({"base": 0, "finetuned": 80}))
+    # Words in common say nothing about the truth; exact answers need no vote.
+    writing = make_evaluation({"base": 0, "finetuned": 80}, task="generation")
+    assert "judge the answers blind" in steps(writing)
+    assert "blind" not in steps(make_evaluation({"base": 0, "finetuned": 80}))
+
+
+def test_a_lagging_field_is_named():
+    settings = {"type": "extraction"}
+    reference, wrong = '{"name": "x", "year": 1}', '{"name": "x", "year": 2}'
+    scorer = Scorer(make_config(settings).task, {"r": reference})
+    rows = [
+        Prediction(
+            f"r{index}", "finetuned", "[]", reference, text, "stop", 1, 1, 0.1, "scored",
+            scores=scorer.score(reference, text),
+        )
+        for index, text in enumerate([reference] * 6 + [wrong] * 4)
+    ]  # fmt: skip
+    resampling = Resampling(num_resamples=200)
+    evaluation = Evaluation(
+        "demo", rows, summarise(rows, scorer, resampling), compare(rows, scorer, resampling)
+    )
+    lagging = next(step for step in evaluation.next_steps() if "Add training rows" in step.title)
+    assert "`year`" in lagging.title
+    assert "60%" in lagging.why
+
+
+def test_examples_are_those_that_changed():
+    evaluation = make_evaluation({"base": 3, "finetuned": 5}, n=8)
+    fixed = evaluation.examples("base", "fixed", 10)
+    assert [e.example_id for e in fixed] == ["r003", "r004"]
+    assert fixed[0].question == "Q r003"
+    assert (fixed[0].before.arm, fixed[0].after.arm) == ("base", "finetuned")
+    assert evaluation.examples("base", "introduced", 10) == []
+    assert len(evaluation.examples("base", "both_wrong", 2)) == 2
+
+
+def test_word_diff_keeps_every_character_of_both_sides():
+    reference, completion = "Return  the size\nof it.", "Return the length of it!"
+    pieces = word_diff(reference, completion)
+    assert "".join(text for kind, text in pieces if kind != "missing") == completion
+    assert "".join(text for kind, text in pieces if kind != "extra") == reference
+    assert ("extra", "length") in [(kind, text.strip()) for kind, text in pieces]
+
+
+def test_the_last_question_of_a_stored_prompt_or_the_text_itself():
+    assert last_question('[{"role": "user", "content": "hi"}]') == "hi"
+    assert last_question("[not json") == "[not json"
+    assert last_question("[1, 2]") == "[1, 2]"
+
+
+class Page(HTMLParser):
+    """Collects the tags, what they load, and checks that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.loads: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("right", [{"base": 2, "base+few-shot": 9, "finetuned": 15}, {"base": 3}])
+def test_every_task_gets_a_page_that_loads_nothing(task, right):
+    evaluation = make_evaluation(right, n=20, task=task)
+    text = render_report(evaluation, make_config(TASKS[task][0]), "datasets/demo@v1")
+    page = Page(text)
+    assert page.open == []
+    assert page.loads == []
+    assert not {"script", "link", "img", "iframe"} & page.tags
+    assert "http" not in re.sub(r"http-equiv|over HTTP", "", text).replace("HTTP", "")
+    assert evaluation.verdict().title.split(":")[0] in text
+    assert "20 held-out examples" in text
+    assert "datasets/demo@v1" in text
+
+
+def test_answers_cannot_break_out_of_the_page():
+    attack = "</pre><script>alert(1)</script><img src=x onerror=alert(1)> {{ 7 * 7 }}"
+    evaluation = make_evaluation({"base": 2, "finetuned": 15}, n=20, wrong_answer=attack)
+    text = render_report(evaluation, make_config(TASKS["extraction"][0]), "datasets/demo@v1")
+    assert not {"script", "img"} & Page(text).tags
+    # A diff may cut the text; no part of it became markup.
+    assert "<script" not in text
+    assert "default-src 'none'" in text
+
+
+def test_tables_for_pages_carry_the_same_numbers():
+    tables = tabulate(make_evaluation({"base": 5, "finetuned": 90}))
+    assert [row["arm"] for row in tables.arms] == ["base", "finetuned"]
+    assert tables.pairs[0]["difference"] == "+85.0 points"
+    assert (tables.pairs[0]["better"], tables.pairs[0]["worse"]) == (85, 0)
+    assert describe_metrics({"primary": "f1", "scores": {"base": 0.123456}, "none": None}) == (
+        "primary f1, base 0.1235"
+    )

@@ -1,0 +1,209 @@
+"""The HTTP client against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from tuneloop.errors import EndpointError
+from tuneloop.models.client import client as client_module
+from tuneloop.models.client.client import Client, RequestError
+from tuneloop.records import Endpoint, Message, SamplingParams
+
+HELLO = [Message("system", "be kind"), Message("user", "hello there")]
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_FIRST_WAIT_S", 0.01)
+
+
+def ask(
+    endpoint: Endpoint, use: Callable[[Client], Coroutine[Any, Any, Any]], **options: Any
+) -> Any:
+    async def run() -> Any:
+        async with Client(endpoint, **options) as client:
+            return await use(client)
+
+    return asyncio.run(run())
+
+
+def test_every_sampling_field_is_sent_and_the_answer_is_read(model_server):
+    params = SamplingParams(7, temperature=0.5, top_p=0.9, seed=3, stop=("\n\n",), logprobs=True)
+    completion = ask(
+        Endpoint(model_server.url, "parrot"), lambda client: client.generate(HELLO, params)
+    )
+    assert completion.text == "HELLO THERE"
+    assert completion.finish_reason == "stop"
+    assert (completion.prompt_tokens, completion.completion_tokens) == (4, 2)
+    assert completion.logprobs == [-0.5, -0.5]
+    assert completion.latency_s > 0
+    sent = model_server.requests[0]
+    assert sent["messages"] == [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "hello there"},
+    ]
+    assert {key: sent[key] for key in ("max_tokens", "temperature", "top_p", "seed", "stop")} == {
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 3,
+        "stop": ["\n\n"],
+    }
+
+
+def test_no_stop_strings_are_sent_as_null(model_server):
+    ask(
+        Endpoint(model_server.url + "/", "parrot"),
+        lambda client: client.generate(HELLO, SamplingParams()),
+    )
+    assert model_server.requests[0]["stop"] is None
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_failures_that_may_pass_are_retried(model_server, status):
+    model_server.failures = [status, status]
+    completion = ask(
+        Endpoint(model_server.url, "parrot"),
+        lambda client: client.generate(HELLO, SamplingParams()),
+    )
+    assert completion.text == "HELLO THERE"
+    assert len(model_server.requests) == 3
+
+
+def test_retries_are_bounded_and_then_one_request_fails(model_server):
+    model_server.failures = [500] * 10
+    with pytest.raises(RequestError, match=r"HTTP 500: made to fail \(3 tries\)"):
+        ask(
+            Endpoint(model_server.url, "parrot"),
+            lambda client: client.generate(HELLO, SamplingParams()),
+            retries=2,
+        )
+    assert len(model_server.requests) == 3
+
+
+def test_a_server_that_asks_for_patience_gets_it(model_server):
+    model_server.failures, model_server.retry_after = [503], "1"
+    started = time.monotonic()
+    ask(
+        Endpoint(model_server.url, "parrot"),
+        lambda client: client.generate(HELLO, SamplingParams()),
+    )
+    assert time.monotonic() - started >= 1
+
+
+def test_a_bad_request_is_not_retried_and_keeps_the_servers_words(model_server):
+    def reply(messages):
+        raise ValueError("prompt of 600 tokens is longer than 512")
+
+    model_server.reply = reply
+    with pytest.raises(RequestError, match="HTTP 400: prompt of 600 tokens is longer than 512"):
+        ask(
+            Endpoint(model_server.url, "parrot"),
+            lambda client: client.generate(HELLO, SamplingParams()),
+        )
+    assert len(model_server.requests) == 1
+
+
+def test_slow_answers_time_out(model_server):
+    model_server.delay_s = 2.0
+    with pytest.raises(RequestError, match="no answer in time"):
+        ask(
+            Endpoint(model_server.url, "parrot"),
+            lambda client: client.generate(HELLO, SamplingParams()),
+            timeout_s=0.2,
+            retries=1,
+        )
+    assert len(model_server.requests) == 2
+
+
+def test_other_finish_reasons_are_no_answer(model_server):
+    model_server.reply = lambda messages: ("", "content_filter")
+    with pytest.raises(RequestError, match="content_filter"):
+        ask(
+            Endpoint(model_server.url, "parrot"),
+            lambda client: client.generate(HELLO, SamplingParams()),
+        )
+
+
+def test_refused_connection_names_the_url_and_what_to_do():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        with pytest.raises(EndpointError) as caught:
+            ask(Endpoint(url, "parrot"), lambda client: client.generate(HELLO, SamplingParams()))
+    problem = caught.value.problems[0]
+    assert problem.where == url
+    assert problem.got
+    assert "start it" in problem.remedy
+
+
+def test_wrong_key_ends_the_run_at_once(model_server):
+    model_server.api_key = "secret"
+    with pytest.raises(EndpointError, match="refuses") as caught:
+        ask(
+            Endpoint(model_server.url, "parrot", "guess"),
+            lambda client: client.generate(HELLO, SamplingParams()),
+        )
+    assert "wrong key" in caught.value.problems[0].got
+    assert "guess" not in str(caught.value)
+    assert len(model_server.requests) == 1
+    good = Endpoint(model_server.url, "parrot", "secret")
+    assert ask(good, lambda client: client.models()) == ["parrot"]
+
+
+@pytest.mark.parametrize("use", ["check", "generate"])
+def test_unknown_model_lists_what_is_served(model_server, use):
+    model_server.models = ["base", "finetuned"]
+
+    async def call(client: Client) -> Any:
+        if use == "check":
+            return await client.check()
+        return await client.generate(HELLO, SamplingParams())
+
+    with pytest.raises(EndpointError) as caught:
+        ask(Endpoint(model_server.url, "parot"), call)
+    problem = caught.value.problems[0]
+    assert problem.got == "parot"
+    assert problem.allowed == "base, finetuned"
+
+
+def test_wrong_path_says_that_the_url_ends_in_v1(model_server):
+    with pytest.raises(EndpointError, match="ends in /v1"):
+        ask(
+            Endpoint(model_server.url.removesuffix("/v1"), "parrot"),
+            lambda client: client.generate(HELLO, SamplingParams()),
+        )
+
+
+def test_not_a_url_is_an_endpoint_error():
+    with pytest.raises(EndpointError, match="not a URL"):
+        ask(Endpoint("localhost:8000/v1", "parrot"), lambda client: client.check())
+
+
+def test_loglikelihood_of_token_ids_sums_the_continuation_only(model_server):
+    endpoint = Endpoint(model_server.url, "parrot")
+    found = ask(endpoint, lambda client: client.loglikelihood([9, 9, 9], [1, 2, 3]))
+    assert (found.logprob, found.num_tokens, found.is_greedy) == (-6.0, 3, True)
+    unlikely = ask(endpoint, lambda client: client.loglikelihood([1], [2, 9]))
+    assert (unlikely.logprob, unlikely.is_greedy) == (-11.0, False)
+    sent = model_server.requests[0]
+    assert (sent["echo"], sent["logprobs"], sent["temperature"]) == (True, 1, 0.0)
+
+
+def test_loglikelihood_of_text_counts_scored_tokens_and_bytes(model_server):
+    endpoint = Endpoint(model_server.url, "parrot")
+    # Tokens: "the", " ", "cat", " ", "é".
+    found = ask(endpoint, lambda client: client.loglikelihood("the ", "cat é"))
+    assert (found.logprob, found.num_tokens, found.num_bytes) == (-5.0, 3, 6)
+    # Without context the first token is not scored, and its bytes are not counted.
+    whole = ask(endpoint, lambda client: client.loglikelihood("", "the cat"))
+    assert (whole.logprob, whole.num_tokens, whole.num_bytes) == (-4.0, 2, 4)
+    # A token across the boundary belongs to the continuation.
+    across = ask(endpoint, lambda client: client.loglikelihood("the c", "at"))
+    assert (across.logprob, across.num_tokens, across.num_bytes) == (-3.0, 1, 3)

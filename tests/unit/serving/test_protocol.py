@@ -1,0 +1,219 @@
+"""Protocol and replica without Ray: what is asked, what is answered, what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.serving import protocol
+from tuneloop.serving.app import _gpu_share
+from tuneloop.serving.protocol import ProtocolError, parse_chat, parse_completion
+from tuneloop.serving.replica import ModelServer, ServedModel
+from tuneloop.serving.text import Detokenizer, StreamedText
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "What is it?"}]}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path) -> Iterator[ModelServer]:
+    # Tiny products gain nothing from threads, and wait for each other on a busy machine.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tuneloop.serving.engine.num_threads", lambda: 1)
+        patch.setattr("tuneloop.serving.model.num_threads", lambda: 1)
+        server = ModelServer({"m": ServedModel(tiny_model)}, max_batch_size=4)
+        yield server
+        server._loading.result()["m"].engine.close()
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_model: Path) -> Renderer:
+    return Renderer.load(tiny_model)
+
+
+def answer(server: ModelServer, route: Any, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    return asyncio.run(server.answer(route, body))
+
+
+def streamed(server: ModelServer, route: Any, body: dict[str, Any]) -> list[Any]:
+    async def collect() -> list[Any]:
+        return [item async for item in server.stream(route, body)]
+
+    return asyncio.run(collect())
+
+
+def test_left_out_fields_take_openais_defaults() -> None:
+    params = parse_chat(CHAT).params(10, logprobs=False)
+    assert (params.temperature, params.top_p, params.stop) == (1.0, 1.0, ())
+    assert parse_chat(CHAT).params(10, False).seed != params.seed
+    asked = parse_chat({**CHAT, "temperature": 0, "top_p": 0.5, "seed": -3, "stop": "x"})
+    params = asked.params(10, logprobs=False)
+    assert (params.temperature, params.top_p, params.stop) == (0.0, 0.5, ("x",))
+    assert params.seed == asked.params(10, False).seed >= 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"n": 1, "tools": [], "presence_penalty": 0.0, "response_format": {"type": "text"}},
+        {"stop": None, "logit_bias": None, "user": "me", "stream": False, "logprobs": False},
+    ],
+)
+def test_fields_that_ask_for_nothing_are_accepted(more: dict[str, Any]) -> None:
+    assert parse_chat({**CHAT, **more}).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"temperature": "0"}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_k": 5}, "top_k"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "logprobs": True}, "stream"),
+    ],
+)
+def test_what_is_not_done_is_refused(more: dict[str, Any], param: str) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        parse_chat({**CHAT, **more})
+    assert caught.value.status == 400
+    assert caught.value.body()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_all_four_kinds_of_prompt(prompt: Any, expected: Any) -> None:
+    assert parse_completion({"model": "m", "prompt": prompt}).prompts() == expected
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"prompt": []}, {"prompt": [1, "a"]}, {"max_tokens": 0}, {"echo": True, "stream": True}],
+)
+def test_completion_refusals(more: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError):
+        parse_completion({"model": "m", "prompt": "a", **more})
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    asked = parse_chat({"model": "m", "messages": [{"role": "user", "content": parts}]})
+    assert asked.conversation()[0].content == "ab"
+
+
+def test_pieces_join_to_the_whole_text(renderer: Renderer) -> None:
+    text = "naïve café — 東京 🎉 done"
+    ids = renderer.text_ids(text)
+    assert len(ids) > len(text)  # characters that span tokens
+    detokenizer = Detokenizer(renderer)
+    pieces = [detokenizer.push(token) for token in ids]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_streamed_text_holds_back_what_may_become_a_stop_string(renderer: Renderer) -> None:
+    text = StreamedText(renderer, ["##END"])
+    sent = [text.push(token) for token in renderer.text_ids("a ##EN b ##END c")]
+    assert "".join(sent) == "a ##EN b "
+    assert text.finish("a ##EN b ") == ""
+
+
+def test_chat_answer(server: ModelServer, renderer: Renderer) -> None:
+    status, got = answer(
+        server,
+        "chat",
+        {**CHAT, "max_tokens": 5, "temperature": 0, "logprobs": True, "top_logprobs": 2,
+         "return_token_ids": True},
+    )  # fmt: skip
+    assert status == 200
+    [choice] = got["choices"]
+    assert choice["message"]["content"] == renderer.decode(choice["token_ids"])
+    assert got["prompt_token_ids"] == renderer.prompt_ids(parse_chat(CHAT).conversation())
+    assert [len(item["top_logprobs"]) for item in choice["logprobs"]["content"]] == [2] * 5
+    assert got["usage"]["total_tokens"] == len(got["prompt_token_ids"]) + 5
+
+
+def test_without_a_bound_the_models_positions_are_it(server: ModelServer) -> None:
+    status, got = answer(server, "chat", {**CHAT, "temperature": 0})
+    assert status == 200
+    assert got["choices"][0]["finish_reason"] == "stop" or got["usage"]["total_tokens"] == 512
+
+
+def test_stream_equals_whole(server: ModelServer) -> None:
+    body = {**CHAT, "max_tokens": 20, "temperature": 1, "seed": 4, "stop": ["e"]}
+    _, whole = answer(server, "chat", body)
+    items = streamed(server, "chat", {**body, "stream": True})
+    assert items[0] == (200, {})
+    assert items[-1] == "data: [DONE]\n\n"
+    chunks = [json.loads(item.removeprefix("data: ")) for item in items[1:-1]]
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+
+
+def test_refusals_are_answers(server: ModelServer) -> None:
+    status, got = answer(server, "completions", {"model": "m", "prompt": "a", "max_tokens": 9999})
+    assert (status, got["error"]["code"]) == (400, "context_length_exceeded")
+    [(status, got)] = streamed(server, "chat", {**CHAT, "stream": True, "max_tokens": 9999})
+    assert (status, got["error"]["param"]) == (400, "messages")
+    # One prompt of several that cannot be answered refuses all.
+    status, _ = answer(server, "completions", {"model": "m", "prompt": [[1], [99999]]})
+    assert status == 400
+
+
+def test_a_model_that_does_not_load_answers_500(tmp_path: Path) -> None:
+    status, got = answer(ModelServer({"m": ServedModel(tmp_path)}, 4), "chat", CHAT)
+    assert (status, got["error"]["code"]) == (500, "model_not_loaded")
+    assert str(tmp_path) in got["error"]["message"]
+
+
+def test_a_directory_that_renders_otherwise_than_in_training_is_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    recorded = {"renderer_hash": Renderer.load(model).hash}
+    (model / "tuneloop_render.json").write_text(json.dumps(recorded))
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("Be brief. " + template)
+    status, got = answer(ModelServer({"m": ServedModel(model)}, 4), "chat", CHAT)
+    assert (status, got["error"]["code"]) == (500, "model_not_loaded")
+    assert "renders otherwise" in got["error"]["message"]
+
+
+def test_unknown_model_lists_what_is_served() -> None:
+    error = protocol.unknown_model("x", ["a", "b"])
+    assert (error.status, error.code) == (404, "model_not_found")
+    assert "a, b" in error.message
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "num_models"), [(1, 1), (1, 3), (2, 3), (8, 2), (0.5, 2), (3, 7)]
+)
+def test_every_replica_finds_a_gpu_with_room_for_its_share(
+    num_gpus: float, num_models: int
+) -> None:
+    share = _gpu_share(num_gpus, num_models)
+    on_each = [int(min(1.0, num_gpus) / share)] * max(1, int(num_gpus))
+    assert 0 < share <= 1
+    assert sum(on_each) >= num_models
