@@ -47,7 +47,7 @@ from tuneloop.config import DataConfig, ResourcesConfig, TaskConfig
 from tuneloop.data.sources.readers import row_schema
 from tuneloop.data.tokenize.rendering import Rendering, tokenize
 from tuneloop.models.bases.source import resolve_base
-from tuneloop.models.chat.tokenizer_backends import FAST_PACKAGES, FastEngine, TokenLists
+from tuneloop.models.chat.tokenizer_backends import FAST_PACKAGES, FastTokenizer, TokenLists
 
 _BATCH = 2000
 _FILES = 8
@@ -223,18 +223,18 @@ def compare_engines(sample: list[str], documents: list[str], rendering: Renderin
     rows.append(("tokenizers", version("tokenizers"), size, plain))
     assert right == same
     for package in FAST_PACKAGES:
-        fast = FastEngine(own, package)
+        fast = FastTokenizer(own, package)
         part, found = once(lambda fast=fast: encoded(fast, sample))
         if right != [ids for batch in found for ids in batch.lists()]:
             sys.exit(f"{fast.name} does not give the same ids")
         rows.append((fast.name, "", size, part))
-    fast = FastEngine(own, rendering.engine)
+    fast = FastTokenizer(own, rendering.engine)
     whole, _ = once(lambda: encoded(fast, documents))
     rows.append((f"{fast.name}, all", "", megabytes_of(documents), whole))
     return rows
 
 
-def encoded(engine: FastEngine, texts: list[str]) -> list[TokenLists]:
+def encoded(engine: FastTokenizer, texts: list[str]) -> list[TokenLists]:
     """Return the ids of texts, batch after batch."""
     return [engine.encode_batch(batch) for batch in batches(texts)]
 
@@ -243,7 +243,7 @@ def compare_pipelines(
     paths: list[Path], size: float, rendering: Rendering, rounds: int
 ) -> list[Any]:
     """Return rows of the second table: the engine in a loop, the product's step, with Ray Data."""
-    fast = FastEngine(rendering.renderer().tokenizer, rendering.engine)
+    fast = FastTokenizer(rendering.renderer().tokenizer, rendering.engine)
     cores = os.cpu_count() or 1
     found: dict[str, list[Spent]] = {"engine": [], "step": [], "ray": []}
     with ExitStack() as stack:

@@ -156,7 +156,7 @@ def test_every_row_ends_in_train_test_or_removed(
     assert engine["package"] == "gigatoken"
     # 106 rows could be read; the one with a control token cannot be rendered.
     assert (
-        f"Tokenizer engine: gigatoken {version('gigatoken')}, proved on {engine['num_texts']:,}"
+        f"Tokenizer engine: gigatoken {version('gigatoken')}, verified on {engine['num_texts']:,}"
         in (readme)
     )
     metrics = artifact.manifest["metrics"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tuneloop.data import ray_rows
 from tuneloop.data.dedup.minhash import Duplicates
 from tuneloop.data.split.split import Split
-from tuneloop.models.chat.tokenizer_backends import Choice
+from tuneloop.models.chat.tokenizer_backends import BackendChoice
 
 if TYPE_CHECKING:
     from tuneloop.data.decontamination.decontaminate import Contamination
@@ -56,7 +56,7 @@ class Outcome:
     filtered: dict[str, Any] = field(default_factory=dict)
     usable: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
-    engine: Choice | None = None
+    engine: BackendChoice | None = None
 
     def remove(
         self,

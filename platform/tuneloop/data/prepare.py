@@ -47,7 +47,7 @@ from tuneloop.data.write.assemble import final_rows, row_places
 from tuneloop.data.write.parquet import write_sides
 from tuneloop.errors import DataError
 from tuneloop.models.bases.source import BaseModel
-from tuneloop.models.chat.tokenizer_backends import Choice
+from tuneloop.models.chat.tokenizer_backends import BackendChoice
 
 logger = logging.getLogger("tuneloop.data")
 
@@ -212,7 +212,7 @@ def _is_told(column: Any) -> Any:
     return pc.not_equal(column, "").to_numpy()
 
 
-def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, Choice]:
+def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, BackendChoice]:
     """Return the rendering by the engine that may be trusted with the rows, and tell which.
 
     Args:

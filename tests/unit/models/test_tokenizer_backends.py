@@ -1,4 +1,4 @@
-"""The fast engine is believed only after it gave the model's own ids."""
+"""A fast tokenizer is used only after it gave the model's own ids."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tuneloop.config import DataConfig, TaskConfig
 from tuneloop.data.tokenize.rendering import Rendering
-from tuneloop.models.chat import tokenizer_backends as encoding
+from tuneloop.models.chat import tokenizer_backends as backends
 from tuneloop.models.chat.awkward_texts import awkward_texts
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.tokenizer_backends import (
     FAST_PACKAGES,
-    FastEngine,
-    OwnEngine,
+    FastTokenizer,
+    ReferenceTokenizer,
     TokenLists,
-    choose_engine,
+    choose_backend,
 )
 from tuneloop.records import Message
 
@@ -43,8 +43,8 @@ def renderer(tiny_model: Path) -> Renderer:
     return Renderer.load(tiny_model)
 
 
-class Odd(OwnEngine):
-    """An engine that is right but for texts with one word, alone, in batches or in both."""
+class Odd(ReferenceTokenizer):
+    """A backend that is right but for texts with one word, alone, in batches or in both."""
 
     def __init__(self, tokenizer: Any, word: str, alone: bool = True, batch: bool = True) -> None:
         super().__init__(tokenizer)
@@ -62,45 +62,45 @@ class Odd(OwnEngine):
         return TokenLists.of([encode(text) for text in texts])
 
 
-def test_the_fast_engine_is_proved_on_own_and_awkward_texts(renderer: Renderer) -> None:
-    engine, choice = choose_engine(renderer.tokenizer, OWN_TEXTS)
-    assert isinstance(engine, FastEngine)
+def test_the_fast_tokenizer_is_verified_on_own_and_awkward_texts(renderer: Renderer) -> None:
+    backend, choice = choose_backend(renderer.tokenizer, OWN_TEXTS)
+    assert isinstance(backend, FastTokenizer)
     assert choice.num_texts == len(OWN_TEXTS) + len(awkward_texts(renderer.tokenizer)) > 1000
-    assert str(choice) == f"{engine.name}, proved on {choice.num_texts:,} strings"
+    assert str(choice) == f"{backend.name}, verified on {choice.num_texts:,} strings"
 
 
-def test_an_engine_that_is_right_everywhere_is_taken(renderer: Renderer) -> None:
-    engine, choice = choose_engine(
+def test_a_backend_that_is_right_everywhere_is_chosen(renderer: Renderer) -> None:
+    backend, choice = choose_backend(
         renderer.tokenizer, OWN_TEXTS, lambda t, _: Odd(t, "no text has this")
     )
-    assert engine.name == choice.engine == "odd 1.0"
+    assert backend.name == choice.engine == "odd 1.0"
 
 
 @pytest.mark.parametrize("word", ["\x01", "\u200d", "12345", "items"])
 @pytest.mark.parametrize(("alone", "batch"), [(True, False), (False, True)])
-def test_an_engine_with_other_ids_is_refused_and_said_why(
+def test_a_backend_with_other_ids_is_refused_with_a_reason(
     word: str, alone: bool, batch: bool, renderer: Renderer
 ) -> None:
-    engine, choice = choose_engine(
+    backend, choice = choose_backend(
         renderer.tokenizer, OWN_TEXTS, lambda t, _: Odd(t, word, alone, batch)
     )
-    assert type(engine) is OwnEngine
+    assert type(backend) is ReferenceTokenizer
     assert not choice.package
     assert choice.engine.startswith("tokenizers ")
     assert "because odd 1.0 gave [" in str(choice)
     assert "is right" in choice.reason
 
 
-def test_an_engine_that_fails_is_refused(renderer: Renderer) -> None:
-    class Failing(OwnEngine):
+def test_a_backend_that_fails_is_refused(renderer: Renderer) -> None:
+    class Failing(ReferenceTokenizer):
         def __init__(self, tokenizer: Any, package: str) -> None:
             super().__init__(tokenizer)
 
         def encode_batch(self, texts: Sequence[str]) -> TokenLists:
             raise RuntimeError("out of order")
 
-    engine, choice = choose_engine(renderer.tokenizer, OWN_TEXTS, Failing)
-    assert type(engine) is OwnEngine
+    backend, choice = choose_backend(renderer.tokenizer, OWN_TEXTS, Failing)
+    assert type(backend) is ReferenceTokenizer
     assert "out of order" in choice.reason
 
 
@@ -108,12 +108,12 @@ def test_without_the_package_the_tokenizer_itself_encodes(
     renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    engine, choice = choose_engine(renderer.tokenizer, OWN_TEXTS)
+    backend, choice = choose_backend(renderer.tokenizer, OWN_TEXTS)
     assert choice.package == "splintr-rs"
     assert choice.reason == "gigatoken: not installed (pip install 'tuneloop[fast]')"
     monkeypatch.setitem(sys.modules, "splintr", None)
-    engine, choice = choose_engine(renderer.tokenizer, OWN_TEXTS)
-    assert type(engine) is OwnEngine
+    backend, choice = choose_backend(renderer.tokenizer, OWN_TEXTS)
+    assert type(backend) is ReferenceTokenizer
     assert choice.reason.endswith("splintr-rs: not installed (pip install 'tuneloop[fast]')")
 
 
@@ -136,17 +136,17 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_common_kind_of_byte_level_tokenizer_has_a_fast_engine(
+def test_every_common_kind_of_byte_level_tokenizer_has_a_fast_backend(
     kind: str, tiny_model: Path
 ) -> None:
     package, steps = KINDS[kind]
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    engine, choice = choose_engine(tokenizer, OWN_TEXTS)
+    backend, choice = choose_backend(tokenizer, OWN_TEXTS)
     assert choice.package == package
     text = " 12  3\u00e9 e\u0301 <|im_end|>x\r\n"
-    assert engine.encode(text) == tokenizer.encode(text, add_special_tokens=False)
+    assert backend.encode(text) == tokenizer.encode(text, add_special_tokens=False)
 
 
 def test_texts_with_bytes_that_have_no_token_keep_the_tokenizers_ids(tiny_model: Path) -> None:
@@ -165,23 +165,23 @@ def test_texts_with_bytes_that_have_no_token_keep_the_tokenizers_ids(tiny_model:
     short = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(description)), eos_token="<|im_end|>"
     )
-    engine, choice = choose_engine(short, ["a\x01b \x01."])
+    backend, choice = choose_backend(short, ["a\x01b \x01."])
     assert choice.package == "gigatoken"
-    assert engine.encode("a\x01b") == engine.encode("ab")
+    assert backend.encode("a\x01b") == backend.encode("ab")
 
 
 def test_a_tokenizer_of_another_kind_encodes_itself() -> None:
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    engine, choice = choose_engine(PreTrainedTokenizerFast(tokenizer_object=words), ["a b"])
-    assert type(engine) is OwnEngine
+    backend, choice = choose_backend(PreTrainedTokenizerFast(tokenizer_object=words), ["a b"])
+    assert type(backend) is ReferenceTokenizer
     assert "gigatoken" in choice.reason
-    assert engine.encode("b a") == [1, 0]
+    assert backend.encode("b a") == [1, 0]
 
 
 @pytest.mark.parametrize("package", FAST_PACKAGES)
-def test_the_engine_changes_neither_ids_nor_identity(package: str, renderer: Renderer) -> None:
-    fast = renderer.with_engine(FastEngine(renderer.tokenizer, package))
+def test_the_backend_changes_neither_ids_nor_identity(package: str, renderer: Renderer) -> None:
+    fast = renderer.with_backend(FastTokenizer(renderer.tokenizer, package))
     turns = [Message("user", "What is 1 2 3?\n"), Message("assistant", "\n\nnone")]
     assert fast.hash == renderer.hash
     assert fast.sample(turns) == renderer.sample(turns)
@@ -189,20 +189,20 @@ def test_the_engine_changes_neither_ids_nor_identity(package: str, renderer: Ren
     assert fast.text_ids("yes no") == renderer.text_ids("yes no")
 
 
-def test_what_an_engine_remembers_is_bounded(
+def test_what_a_backend_caches_is_bounded(
     renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = []
-    load = encoding._LOADERS["gigatoken"]
+    load = backends._LOADERS["gigatoken"]
     monkeypatch.setitem(
-        encoding._LOADERS, "gigatoken", lambda text: loads.append(text) or load(text)
+        backends._LOADERS, "gigatoken", lambda text: loads.append(text) or load(text)
     )
-    monkeypatch.setattr(encoding, "_FORGOTTEN_AFTER", 100)
-    engine = FastEngine(renderer.tokenizer, "gigatoken")
+    monkeypatch.setattr(backends, "_RELOAD_AFTER_CHARACTERS", 100)
+    backend = FastTokenizer(renderer.tokenizer, "gigatoken")
     texts = ["yes no true false " * 3] * 5  # 54 characters each: a new one for every second text
-    ids = engine.encode_batch(texts).lists()
+    ids = backend.encode_batch(texts).lists()
     assert len(loads) == 1 + 2
-    assert ids == [OwnEngine(renderer.tokenizer).encode(texts[0])] * 5
+    assert ids == [ReferenceTokenizer(renderer.tokenizer).encode(texts[0])] * 5
 
 
 def test_rows_that_cannot_be_rendered_prove_nothing(tiny_model: Path) -> None:

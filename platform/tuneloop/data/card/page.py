@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tuneloop.models.chat.tokenizer_backends import Choice
+from tuneloop.models.chat.tokenizer_backends import BackendChoice
 
 STAGES = {
     "read": "could not be read or checked",
@@ -93,7 +93,7 @@ def readme(card: dict[str, Any]) -> str:
         + "; "
         + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in card["duration_s"].items())
         + ".",
-        f"Tokenizer engine: {Choice(**card['tokenizer_engine'])}.",
+        f"Tokenizer engine: {BackendChoice(**card['tokenizer_engine'])}.",
     ]
     return "\n\n".join(parts) + "\n"
 

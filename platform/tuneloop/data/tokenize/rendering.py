@@ -25,7 +25,12 @@ from tuneloop.data.hashing.signatures import (
 )
 from tuneloop.data.sources.readers import row_schema, without_instruction
 from tuneloop.models.chat.renderer import Renderer, RenderError
-from tuneloop.models.chat.tokenizer_backends import Choice, FastEngine, TokenLists, choose_engine
+from tuneloop.models.chat.tokenizer_backends import (
+    BackendChoice,
+    FastTokenizer,
+    TokenLists,
+    choose_backend,
+)
 from tuneloop.records import Message, Sample
 
 logger = logging.getLogger("tuneloop.data")
@@ -61,7 +66,7 @@ class Rendering:
         """Return the renderer, loaded once per process."""
         return _load(self.path, self.chat_template, self.engine)
 
-    def proved(self, rows: Iterable[Mapping[str, Any]]) -> tuple[Rendering, Choice]:
+    def proved(self, rows: Iterable[Mapping[str, Any]]) -> tuple[Rendering, BackendChoice]:
         """Return the rendering by the fastest engine that gives the same ids on rows, and which.
 
         Args:
@@ -69,7 +74,7 @@ class Rendering:
         """
         renderer = self.renderer()
         texts = [text[:_PROVED_CHARACTERS] for row in rows for text in _texts_of(row, renderer)]
-        _, choice = choose_engine(renderer.tokenizer, texts)
+        _, choice = choose_backend(renderer.tokenizer, texts)
         return replace(self, engine=choice.package), choice
 
     def own_messages(self, row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str]:
@@ -82,11 +87,11 @@ class Rendering:
 def _load(path: str, chat_template: str, engine: str) -> Renderer:
     if engine:
         renderer = _load(path, chat_template, "")
-        return renderer.with_engine(FastEngine(renderer.tokenizer, engine))
+        return renderer.with_backend(FastTokenizer(renderer.tokenizer, engine))
     return Renderer.load(path, chat_template)
 
 
-def tell_engine(choice: Choice) -> None:
+def tell_engine(choice: BackendChoice) -> None:
     """Log which engine encodes, as a warning if it is none of the fast ones."""
     level = logging.INFO if choice.package else logging.WARNING
     logger.log(level, "tokenizer engine: %s", choice)

@@ -1,10 +1,13 @@
-"""Texts made to trip a tokenizer: what engines have been seen to read in different ways."""
+"""Texts made to trip a tokenizer: what backends have been seen to encode differently."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _LONG = 3000
 _NUM_RANDOM = 300
@@ -102,7 +105,7 @@ _RUNS = ["a", "A", "ab", "é", "中", "😀", "1", "12", " ", "\n", "\r\n", "\t"
 _RUNS += [".", "'s", " a", "\x00", "e\u0301", "a ", " \n", "\u3000", "\u0301"]
 
 
-def awkward_texts(tokenizer: Any) -> list[str]:
+def awkward_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Return the texts for one tokenizer, always the same ones.
 
     Added tokens glued to words and cut short, every byte, every kind of white space, runs of
@@ -135,7 +138,7 @@ def _spaced() -> Iterator[str]:
             yield f"{word}{' ' * number}{word}\n{' ' * number}"
 
 
-def _around_added_tokens(tokenizer: Any) -> Iterator[str]:
+def _around_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     added = [str(token.content) for _, token in sorted(tokenizer.added_tokens_decoder.items())]
     step = max(1, len(added) // _NUM_ADDED)
     for name in added[::step][:_NUM_ADDED]:
@@ -144,7 +147,7 @@ def _around_added_tokens(tokenizer: Any) -> Iterator[str]:
     yield "".join(added[:_NUM_ADDED])
 
 
-def _from_vocabulary(tokenizer: Any, chooser: random.Random) -> Iterator[str]:
+def _from_vocabulary(tokenizer: PreTrainedTokenizerFast, chooser: random.Random) -> Iterator[str]:
     """Yield what random ids say, alone and in a row."""
     size = len(tokenizer)
     for length in (1, 2, 5, 24):

@@ -15,14 +15,17 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneloop.errors import ModelError, Problem
-from tuneloop.models.chat.tokenizer_backends import Engine, OwnEngine, TokenLists
+from tuneloop.models.chat.tokenizer_backends import ReferenceTokenizer, TokenizerBackend, TokenLists
 from tuneloop.records import Message, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CODE_VERSION = 2
 
@@ -78,10 +81,10 @@ class Renderer:
         ModelError: The template does not end an answer with a token that stops generation.
     """
 
-    def __init__(self, tokenizer: Any, template: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self._engine: Engine = OwnEngine(tokenizer)
+        self.backend: TokenizerBackend = ReferenceTokenizer(tokenizer)
         self._control = re.compile(r"(?!)")
         self.stop_ids: tuple[int, ...] = ()
         self.stop_ids = self._find_stop_ids()
@@ -111,10 +114,10 @@ class Renderer:
             ) from error
         return cls(tokenizer, _template(tokenizer, chat_template))
 
-    def with_engine(self, engine: Engine) -> Renderer:
-        """Return the same rendering, its texts encoded by an engine that was proved to be equal."""
+    def with_backend(self, backend: TokenizerBackend) -> Renderer:
+        """Return the same rendering, its texts encoded by a backend verified to give equal ids."""
         renderer = copy.copy(self)
-        renderer._engine = engine
+        renderer.backend = backend
         return renderer
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -174,7 +177,7 @@ class Renderer:
         """
         bos = self.tokenizer.bos_token_id if self._adds_bos else None
         eos = self.tokenizer.eos_token_id if closed else None
-        return self._engine.encode_batch(texts, bos, eos)
+        return self.backend.encode_batch(texts, bos, eos)
 
     def texts(self, messages: Sequence[Message]) -> list[str]:
         """Return the pieces of a rendered conversation, each of which is encoded on its own.
@@ -282,7 +285,7 @@ class Renderer:
             raise RenderError(f"the chat template refuses the messages: {error}") from error
 
     def _encode(self, text: str) -> list[int]:
-        return self._engine.encode(text)
+        return self.backend.encode(text)
 
     def _refuse_double_bos(self, ids: Sequence[int]) -> None:
         bos = self.tokenizer.bos_token_id
@@ -332,7 +335,7 @@ class Renderer:
         return (stop,) if eos is None or eos == stop else (stop, eos)
 
 
-def _load_tokenizer(path: Path) -> Any:
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Return the fast tokenizer of a model directory.
 
     `AutoTokenizer` imports torch and its model classes to find a special class; a directory that
@@ -350,7 +353,7 @@ def _load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(path))
 
 
-def _template(tokenizer: Any, chat_template: str) -> str:
+def _template(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> str:
     """Return the Jinja text that `model.chat_template` names."""
     if chat_template == "auto" and tokenizer.chat_template:
         return str(tokenizer.chat_template)

@@ -1,8 +1,8 @@
-"""Text to ids by a fast engine, once it has shown that its ids are the model's own.
+"""Text to ids by a fast tokenizer backend, once it is verified to give the model's own ids.
 
-The model's Hugging Face tokenizer says what is right. A faster engine reads the same
-`tokenizer.json` and is believed only after it gave the same ids on a sample of the user's own texts
-and on texts made to trip it. Whichever encodes, the ids are the same.
+The model's Hugging Face tokenizer is the reference. A faster backend reads the same
+`tokenizer.json` and is used only after it gave the same ids on a sample of the user's own texts and
+on texts made to trip it. Whichever backend encodes, the ids are the same.
 """
 
 from __future__ import annotations
@@ -13,16 +13,21 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneloop.models.chat.awkward_texts import awkward_texts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IdList = list[int] | NDArray[np.uint32]
+
 _SHOWN_CHARACTERS = 60
-# Engines remember words, some of them all; a new one after so many characters bounds that.
-_FORGOTTEN_AFTER = 1_000_000_000
+# Some backends cache words without a limit; one is loaded anew after this many characters.
+_RELOAD_AFTER_CHARACTERS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,17 @@ class TokenLists:
 
     @classmethod
     def of(
-        cls, lists: Sequence[Any], first: int | None = None, last: int | None = None
+        cls, lists: Sequence[IdList], first: int | None = None, last: int | None = None
     ) -> TokenLists:
         """Return lists or arrays of ids, packed.
 
         Args:
             lists: The ids of each text.
-            first: Id that each text begins with, if it does not yet; None: it is left as it is.
-            last: Id that each text ends with, likewise.
+            first: Id put before each text that does not begin with it; None: texts are left alone.
+            last: Id put after each text that does not end with it; None likewise.
         """
         opening, closing = np.array([first or 0], np.uint32), np.array([last or 0], np.uint32)
-        # With the ids as they come: another copy of them all would take as long as an engine does.
+        # With the ids as they come: another copy of them all would take as long as encoding does.
         parts, lengths = [np.zeros(0, np.uint32)], []
         for ids in lists:
             size = len(ids)
@@ -70,7 +75,7 @@ class TokenLists:
         return [self.values[a:b].tolist() for a, b in itertools.pairwise(self.offsets.tolist())]
 
 
-class Engine(Protocol):
+class TokenizerBackend(Protocol):
     """Turns text into ids, without adding special tokens."""
 
     name: str
@@ -84,14 +89,14 @@ class Engine(Protocol):
         """Return the ids of several texts, beginning and ending as in `TokenLists.of`."""
 
 
-class OwnEngine:
+class ReferenceTokenizer:
     """The model's Hugging Face tokenizer itself.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.name = f"tokenizers {importlib.metadata.version('tokenizers')}"
 
@@ -106,11 +111,11 @@ class OwnEngine:
         return TokenLists.of([self.encode(text) for text in texts], first, last)
 
 
-class FastEngine:
-    """The same tokenizer, read by another package.
+class FastTokenizer:
+    """The same tokenizer, run by another package.
 
-    A vocabulary may lack tokens for some bytes; what a tokenizer makes of the text around such a
-    byte differs from engine to engine, so texts with one are left to the tokenizer itself.
+    A vocabulary may lack tokens for some bytes; backends differ in what they make of the text
+    around such a byte, so texts with one are left to the reference tokenizer.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
@@ -118,18 +123,18 @@ class FastEngine:
 
     Raises:
         ImportError: The package is not installed.
-        ValueError: It does not know this kind of tokenizer. It may also panic.
+        ValueError: The package does not support this kind of tokenizer. It may also panic.
     """
 
-    def __init__(self, tokenizer: Any, package: str) -> None:
-        self._own = OwnEngine(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, package: str) -> None:
+        self._reference = ReferenceTokenizer(tokenizer)
         text = tokenizer.backend_tokenizer.to_str()
         description = json.loads(text)
-        self._made_up = _give_every_byte_a_token(description)
-        if self._made_up is not None:
+        self._first_added = _give_every_byte_a_token(description)
+        if self._first_added is not None:
             text = json.dumps(description)
         self._load = partial(_LOADERS[package], text)
-        self._num_left = _FORGOTTEN_AFTER
+        self._num_left = _RELOAD_AFTER_CHARACTERS
         try:
             self._encode = self._load()
             self.name = f"{package} {importlib.metadata.version(package)}"
@@ -148,20 +153,20 @@ class FastEngine:
 
         All on this thread: Ray starts a worker for each core.
         """
-        found: list[Any] = [self._ids(text) for text in texts]
-        packed = TokenLists.of(found, first, last)
-        # One look at all ids costs less than looking for those bytes in every text.
-        if self._made_up is None or packed.values.max(initial=0) < self._made_up:
+        lists: list[IdList] = [self._ids(text) for text in texts]
+        packed = TokenLists.of(lists, first, last)
+        # Comparing all ids once costs less than searching every text for those bytes.
+        if self._first_added is None or packed.values.max(initial=0) < self._first_added:
             return packed
-        for place, ids in enumerate(found):
-            if ids.max(initial=0) >= self._made_up:
-                found[place] = self._own.encode(texts[place])
-        return TokenLists.of(found, first, last)
+        for index, ids in enumerate(lists):
+            if np.max(ids, initial=0) >= self._first_added:
+                lists[index] = self._reference.encode(texts[index])
+        return TokenLists.of(lists, first, last)
 
     def _ids(self, text: str) -> NDArray[np.uint32]:
         self._num_left -= len(text)
         if self._num_left < 0:
-            self._encode, self._num_left = self._load(), _FORGOTTEN_AFTER
+            self._encode, self._num_left = self._load(), _RELOAD_AFTER_CHARACTERS
         return self._encode(text)
 
 
@@ -169,7 +174,7 @@ _Encode = Callable[[str], NDArray[np.uint32]]
 
 
 def _by_gigatoken(description: str) -> _Encode:
-    """Return the encoder that knows the common patterns by heart and remembers words.
+    """Return the encoder with the common patterns compiled in and a cache of words.
 
     Source: https://github.com/marcelroed/gigatoken
     """
@@ -180,7 +185,7 @@ def _by_gigatoken(description: str) -> _Encode:
 
 
 def _by_splintr(description: str) -> _Encode:
-    """Return the encoder that knows any pattern, with a regular-expression engine of its own.
+    """Return the encoder for any pattern, with a regular-expression engine of its own.
 
     Source: https://github.com/ml-rust/splintr
     """
@@ -201,8 +206,8 @@ FAST_PACKAGES = tuple(_LOADERS)
 def _give_every_byte_a_token(description: dict[str, Any]) -> int | None:
     """Add tokens to a byte-level vocabulary for the bytes that have none, and return the first id.
 
-    The engine does not load a vocabulary without them. The added ones must not be given out: their
-    ids, that one and those above it, are no ids of the model. None: every byte has a token.
+    Fast backends do not load a vocabulary without them. The added ids, the first and all above it,
+    are unknown to the model and must never be returned. None: every byte has a token.
     """
     steps = description.get("pre_tokenizer") or {}
     kinds = {step.get("type") for step in [steps, *steps.get("pretokenizers", [])]}
@@ -230,14 +235,14 @@ def _byte_names() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which engine encodes, and why.
+class BackendChoice:
+    """Which tokenizer backend encodes, and why. Dataset cards hold it under these names.
 
     Args:
         engine: Name and version.
-        package: Of `FAST_PACKAGES`; empty for the tokenizer itself.
-        num_texts: On how many texts the fast engine was held against the tokenizer.
-        reason: Why none of the faster ones encodes; empty for the fastest.
+        package: One of `FAST_PACKAGES`; empty for the reference tokenizer.
+        num_texts: How many texts the fast backend was compared with the reference on.
+        reason: Why no faster backend is used; empty for the fastest.
     """
 
     engine: str
@@ -246,52 +251,53 @@ class Choice:
     reason: str = ""
 
     def __str__(self) -> str:
-        proof = f", proved on {self.num_texts:,} strings" if self.package else ""
-        return f"{self.engine}{proof}" + (f", because {self.reason}" if self.reason else "")
+        verified = f", verified on {self.num_texts:,} strings" if self.package else ""
+        return f"{self.engine}{verified}" + (f", because {self.reason}" if self.reason else "")
 
 
-def choose_engine(
-    tokenizer: Any,
-    own_texts: Sequence[str],
-    make: Callable[[Any, str], Engine] = FastEngine,
-) -> tuple[Engine, Choice]:
-    """Return the fastest engine whose ids are the tokenizer's, or the tokenizer itself.
+def choose_backend(
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    make: Callable[[PreTrainedTokenizerFast, str], TokenizerBackend] = FastTokenizer,
+) -> tuple[TokenizerBackend, BackendChoice]:
+    """Return the fastest backend that gives the tokenizer's own ids, or the reference tokenizer.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
-        own_texts: What is going to be encoded, or a sample of it.
-        make: The engine of a package for a tokenizer.
+        texts: What is going to be encoded, or a sample of it.
+        make: Returns a package's backend for a tokenizer.
     """
-    own = OwnEngine(tokenizer)
-    texts = [*own_texts, *awkward_texts(tokenizer)]
-    # A lone surrogate is no text: the tokenizer refuses it, and so has an engine.
-    wanted = [_tried(partial(own.encode, text))[0] for text in texts]
+    reference = ReferenceTokenizer(tokenizer)
+    texts = [*texts, *awkward_texts(tokenizer)]
+    # A lone surrogate is no text: the tokenizer refuses it, and a backend has to refuse it too.
+    expected = [_attempt(partial(reference.encode, text))[0] for text in texts]
     reasons = []
     for package in FAST_PACKAGES:
-        engine, failure = _tried(partial(make, tokenizer, package))
-        if engine is None:
+        backend, failure = _attempt(partial(make, tokenizer, package))
+        if backend is None:
             reasons.append(f"{package}: {failure}")
             continue
-        difference = _difference(engine, texts, wanted)
+        difference = _difference(backend, texts, expected)
         if not difference:
-            choice = Choice(engine.name, package, len(texts), "; ".join(reasons))
-            return engine, choice
-        reasons.append(f"{engine.name} {difference}")
-    return own, Choice(own.name, reason="; ".join(reasons))
+            return backend, BackendChoice(backend.name, package, len(texts), "; ".join(reasons))
+        reasons.append(f"{backend.name} {difference}")
+    return reference, BackendChoice(reference.name, reason="; ".join(reasons))
 
 
-def _difference(engine: Engine, texts: Sequence[str], wanted: Sequence[list[int] | None]) -> str:
-    """Return what an engine does otherwise than wanted, alone or in a batch; empty if nothing."""
-    readable = [text for text, ids in zip(texts, wanted, strict=True) if ids is not None]
-    lists, failure = _tried(lambda: engine.encode_batch(readable).lists())
+def _difference(
+    backend: TokenizerBackend, texts: Sequence[str], expected: Sequence[list[int] | None]
+) -> str:
+    """Return where a backend's ids differ, alone or in a batch; empty if nowhere."""
+    readable = [text for text, ids in zip(texts, expected, strict=True) if ids is not None]
+    lists, failure = _attempt(lambda: backend.encode_batch(readable).lists())
     if lists is None:
         return f"failed on a batch: {failure}"
     if len(lists) != len(readable):
         return f"gave {len(lists)} lists of ids for {len(readable)} texts"
-    of_batch = iter(lists)
-    for text, right in zip(texts, wanted, strict=True):
-        alone, _ = _tried(partial(engine.encode, text))
-        for ids in [alone, None if right is None else next(of_batch)]:
+    in_batch = iter(lists)
+    for text, right in zip(texts, expected, strict=True):
+        alone, _ = _attempt(partial(backend.encode, text))
+        for ids in [alone, None if right is None else next(in_batch)]:
             if ids != right:
                 return f"gave {_shown(ids)} for {_shown(text)} where {_shown(right)} is right"
     return ""
@@ -300,8 +306,8 @@ def _difference(engine: Engine, texts: Sequence[str], wanted: Sequence[list[int]
 _Result = TypeVar("_Result")
 
 
-def _tried(work: Callable[[], _Result]) -> tuple[_Result | None, str]:
-    """Return what work gives, or why it fails. A panic of a Rust library is no `Exception`."""
+def _attempt(work: Callable[[], _Result]) -> tuple[_Result | None, str]:
+    """Return the result of work, or why it fails. A panic of a Rust library is no `Exception`."""
     try:
         return work(), ""
     except (KeyboardInterrupt, SystemExit):
