@@ -253,7 +253,7 @@ class FiltersConfig(Section):
         None, ge=1, description="Longest answer, or document, in characters."
     )
     repetition: bool = Field(
-        False, description="Drop answers and documents that repeat themselves (Gopher's limits)."
+        False, description="Drop answers and documents that repeat their own phrases."
     )
     template_markers: Literal["keep", "strip", "drop"] = Field(
         "keep",

@@ -48,6 +48,7 @@ from tuneloop.data.write.parquet import write_sides
 from tuneloop.errors import DataError
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
+from tuneloop.repetition import REPETITION_VERSION
 
 logger = logging.getLogger("tuneloop.data")
 
@@ -93,6 +94,8 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
         "renderer": rendering.renderer().hash,
         "files": contents,
     }
+    if config.data.filters.repetition:
+        parts["repetition"] = REPETITION_VERSION
     identity = fingerprint("prepare", CODE_VERSION, **parts)
     existing = workspace.find("datasets", config.name, identity)
     if existing is not None:

@@ -16,7 +16,6 @@ from tuneloop.data.filters.quality import (
     passes_luhn,
     personal_data,
     repaired,
-    repetition,
 )
 from tuneloop.errors import DataError
 from tuneloop.records import Message
@@ -105,17 +104,6 @@ def test_luhn() -> None:
     assert not any(passes_luhn(f"7992739871{digit}") for digit in "012456789")
 
 
-def test_repetition_is_told_with_the_limit_it_exceeds() -> None:
-    assert repetition(PROSE) == ""
-    assert "its lines repeat" in repetition("\n".join([PROSE, "See the page below."] * 4))
-    assert "makes up" in repetition("I do not know. " * 30)
-    others = [f"word{i}" for i in range(60)]
-    phrase = " ".join(PROSE.split()[:12])
-    assert "phrases" in repetition(f"{phrase} {' '.join(others)} {phrase}")
-    # Few words say nothing about repetition.
-    assert repetition("no no no") == ""
-
-
 def test_cut_off_answers() -> None:
     assert cut_off(PROSE) == ""
     assert "beside the stairs" in cut_off(PROSE.rstrip("."))
@@ -152,6 +140,8 @@ def test_filters_are_off_by_default_and_each_can_be_switched_on() -> None:
     )
     assert reason(max_characters=20).startswith("the answer is longer than 20 characters")
     assert reason(repetition=True) == ""
+    looping = apply_filters(["Why?", "I do not know. " * 9], True, FiltersConfig(repetition=True))
+    assert looping.dropped == "the answer repeats itself: 89% of it stands in phrases used before"
     document = apply_filters([dirty[1]], False, FiltersConfig(truncated_answers=True))
     assert document.dropped == ""
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tuneloop.config import TaskConfig
 from tuneloop.errors import DataError
-from tuneloop.evals.scoring.error_tags import is_repetitive, tag_errors
+from tuneloop.evals.scoring.error_tags import tag_errors
 from tuneloop.evals.scoring.metrics import (
     TASK_METRICS,
     Scorer,
@@ -205,19 +203,13 @@ def test_tags_say_what_is_wrong():
     assert tag_errors(text, "one two", "one two three four five", "stop") == ["too_long"]
 
 
-def test_repetition_needs_more_than_a_phrase_said_twice():
-    assert is_repetitive("You can use the API. " * 4)
-    assert is_repetitive("yes " * 5)
-    assert not is_repetitive("")
-    assert not is_repetitive(
-        "Read the file at path and return the text of the file, decoded with the encoding."
-    )
-    # The same five words twice make up 10 of 13.
-    assert is_repetitive("start " + "a quick brown fox jumps " * 2 + "over it")
+def test_a_reference_that_repeats_itself_excuses_the_answer():
     scorer = Scorer(TaskConfig(type="generation"), {})
-    listing = json.dumps([{"kind": "int", "of": "x"}] * 6)
-    assert is_repetitive(listing)
-    assert tag_errors(scorer, listing, listing, "stop") == []
+    refrain = "Sing a song of sixpence. " * 3
+    assert tag_errors(scorer, refrain, refrain, "stop") == []
+    assert tag_errors(scorer, "Sing about something else, and do it well.", refrain, "stop") == [
+        "repetitive"
+    ]
 
 
 def test_in_a_mixture_each_answer_is_scored_by_its_own_task():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from tuneloop.config import FiltersConfig
 from tuneloop.data.filters.boilerplate import notice, speaks_of_itself, without_notices
 from tuneloop.data.filters.languages import foreign_language
 from tuneloop.records import Message
+from tuneloop.repetition import is_repetitive, repeated_ratio
 from tuneloop.spelling import is_known, prose_words
 
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u2060\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -48,11 +48,6 @@ _PERSONAL: dict[str, re.Pattern[str]] = {
         r"\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[.-]\d{3}[.-]\d{4})(?![\w])"
     ),
 }
-
-_FEWEST_WORDS_TO_REPEAT = 50
-_TOP_NGRAM_LIMITS = {2: 0.20, 3: 0.18, 4: 0.16}
-_REPEATED_NGRAM_LIMITS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-_REPEATED_LINES, _REPEATED_LINE_CHARACTERS = 0.30, 0.20
 
 _FEWEST_WORDS_TO_SPELL = 20
 _SHOWN = 120
@@ -131,8 +126,9 @@ def _reason_to_drop(texts: Sequence[str], is_conversation: bool, config: Filters
         kinds = sorted({kind for text in texts for kind, _, _ in personal_data(text)})
         if kinds:
             return f"personal data: {', '.join(kinds)}"
-    if config.repetition and (reason := repetition(subject)):
-        return f"{name} repeats itself: {reason}"
+    if config.repetition and is_repetitive(subject):
+        share = repeated_ratio(subject)
+        return f"{name} repeats itself: {share:.0%} of it stands in phrases used before"
     if config.truncated_answers and is_conversation and (reason := cut_off(subject)):
         return f"the answer seems cut off: {reason}"
     return _reason_of_wording(texts, is_conversation, config)
@@ -216,38 +212,6 @@ def _is_public(address: str) -> bool:
         return False
 
 
-def repetition(text: str) -> str:
-    """Return which limit of repetition a text of 50 or more words exceeds; empty if none.
-
-    Source: Rae et al. 2021, Scaling Language Models (Gopher), arXiv:2112.11446, table A1.
-    """
-    words = text.split()
-    if len(words) < _FEWEST_WORDS_TO_REPEAT:
-        return ""
-    for name, parts in (
-        ("lines", [line for line in text.split("\n") if line.strip()]),
-        ("paragraphs", [part for part in re.split(r"\n\s*\n", text) if part.strip()]),
-    ):
-        repeats = sum(count - 1 for count in Counter(parts).values())
-        characters = sum(len(part) * (count - 1) for part, count in Counter(parts).items())
-        if repeats > _REPEATED_LINES * len(parts):
-            return f"{repeats / len(parts):.0%} of its {name} repeat others"
-        if characters > _REPEATED_LINE_CHARACTERS * len(text):
-            return f"{characters / len(text):.0%} of its characters are in repeated {name}"
-    total = sum(map(len, words))
-    for size, limit in _TOP_NGRAM_LIMITS.items():
-        grams = Counter(zip(*(words[start:] for start in range(size)), strict=False))
-        gram, count = max(grams.items(), key=lambda item: item[1] * sum(map(len, item[0])))
-        share = count * sum(map(len, gram)) / total
-        if count > 1 and share > limit:
-            return f"“{' '.join(gram)}” makes up {share:.0%} of its characters"
-    for size, limit in _REPEATED_NGRAM_LIMITS.items():
-        share = _repeated_share(words, size) / total
-        if share > limit:
-            return f"{share:.0%} of its characters are in repeated {size}-word phrases"
-    return ""
-
-
 def misspelling(text: str) -> tuple[list[str], float]:
     """Return the plain words that are in no English dictionary, and their share of all.
 
@@ -258,18 +222,6 @@ def misspelling(text: str) -> tuple[list[str], float]:
         return [], 0.0
     unknown = [word for word in words if not is_known(word)]
     return list(dict.fromkeys(unknown)), len(unknown) / len(words)
-
-
-def _repeated_share(words: Sequence[str], size: int) -> int:
-    """Return the characters of the words that lie in n-grams seen before."""
-    seen: set[tuple[str, ...]] = set()
-    is_repeated = [False] * len(words)
-    for start in range(len(words) - size + 1):
-        gram = tuple(words[start : start + size])
-        if gram in seen:
-            is_repeated[start : start + size] = [True] * size
-        seen.add(gram)
-    return sum(len(word) for word, repeats in zip(words, is_repeated, strict=True) if repeats)
 
 
 def cut_off(answer: str) -> str:

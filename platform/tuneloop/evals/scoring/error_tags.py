@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 
 from tuneloop.evals.scoring.metrics import Scorer, parse_object
 from tuneloop.records import FinishReason
+from tuneloop.repetition import is_repetitive
 from tuneloop.spelling import dictionary, is_known, prose_words
 
 ERROR_TAGS: dict[str, str] = {
@@ -19,16 +19,6 @@ ERROR_TAGS: dict[str, str] = {
     "misspelt": "words in no dictionary, question or reference",
 }
 _TOO_LONG_RATIO = 2.0
-
-# Largest share of a text's characters in repeated n-grams, by n in words: for n of 2 to 4 in the
-# most frequent n-gram, from 5 on in all that occur more than once.
-# Source: Rae et al. 2021 (Gopher, arXiv:2112.11446), table A1.
-_TOP_NGRAM_SHARE = {2: 0.20, 3: 0.18, 4: 0.16}
-_REPEATED_NGRAM_SHARE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-# The thresholds were set on web pages. An answer is shorter, and one phrase said twice is normal
-# in it, so the most frequent n-gram counts from its third occurrence.
-_MIN_TOP_COUNT = 3
-
 _ANY_WORD = re.compile(r"[^\W\d_]{3,}")
 # One odd word in a long answer is a term or a name; one in twenty is bad spelling.
 _MISSPELT_RATIO = 0.05
@@ -58,7 +48,7 @@ def tag_errors(
         scorer.task.type == "classification" and scorer.label(completion) is None
     ):
         tags.add("wrong_format")
-    # A reference that repeats itself (a list of like things) excuses the answer.
+    # A reference that repeats itself, a refrain for example, excuses the answer.
     if is_repetitive(completion) and not is_repetitive(reference):
         tags.add("repetitive")
     if len(completion.split()) > _TOO_LONG_RATIO * max(1, len(reference.split())):
@@ -67,31 +57,6 @@ def tag_errors(
     if len(misspelt_words(completion, prompt, reference)) > _MISSPELT_RATIO * num_words:
         tags.add("misspelt")
     return [tag for tag in ERROR_TAGS if tag in tags]
-
-
-def is_repetitive(text: str) -> bool:
-    """Return whether repeated n-grams take a larger share of a text than Gopher allows."""
-    words = text.split()
-    total = sum(map(len, words))
-    for size, limit in (_TOP_NGRAM_SHARE | _REPEATED_NGRAM_SHARE).items():
-        ngrams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
-        counts = Counter(ngrams)
-        if not counts:
-            break
-        if size in _TOP_NGRAM_SHARE:
-            top = max(counts, key=lambda ngram: (counts[ngram], sum(map(len, ngram))))
-            repeated = {top} if counts[top] >= _MIN_TOP_COUNT else set()
-        else:
-            repeated = {ngram for ngram, count in counts.items() if count > 1}
-        covered = {
-            start + offset
-            for start, ngram in enumerate(ngrams)
-            if ngram in repeated
-            for offset in range(size)
-        }
-        if sum(len(words[index]) for index in covered) > limit * total:
-            return True
-    return False
 
 
 def misspelt_words(text: str, prompt: str, reference: str) -> list[str]:

@@ -25,7 +25,7 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here, in metrics, error tags, intervals or report makes other results.
-CODE_VERSION = 5
+CODE_VERSION = 6
 
 
 def sampling(evaluation: EvaluationConfig) -> SamplingParams:
