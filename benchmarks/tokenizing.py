@@ -44,7 +44,7 @@ from pyarrow import parquet
 
 from tuneloop.cluster import connect
 from tuneloop.config import DataConfig, ResourcesConfig, TaskConfig
-from tuneloop.data.sources.readers import row_schema
+from tuneloop.data.schema import row_schema
 from tuneloop.data.tokenize.rendering import Rendering, tokenize
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.models.chat.tokenizer_backends import FAST_PACKAGES, FastTokenizer, TokenLists

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tuneloop.data import ray_rows
-from tuneloop.data.dedup.minhash import Duplicates
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tuneloop.data.dedup.minhash import Duplicates, Indices
+from tuneloop.data.schema import Reason, Side, Stage
 from tuneloop.data.split.split import Split
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
 
@@ -14,60 +18,70 @@ if TYPE_CHECKING:
     from tuneloop.data.decontamination.decontaminate import Contamination
 
 
+class Removal(NamedTuple):
+    """Where and why a row was removed.
+
+    Args:
+        kept_row_id: Row that it repeats, if that is one of the dataset.
+        similarity: To what it repeats, 0 to 1; None if it was removed for something else.
+    """
+
+    stage: Stage
+    reason: Reason
+    kept_row_id: str | None = None
+    similarity: float | None = None
+
+
 @dataclass
-class Outcome:
-    """What happened to N rows; written down by `write_card`.
+class Ledger:
+    """What happened to N rows.
 
     Args:
         table: Small columns of all rows in the order of `key`.
         source: Shape (N,), index in `data.sources`.
-        kinds: Shape (N,), place of the task in `task.tasks`; zeros without a mixture.
-        row_ids: Arrow array of strings, shape (N,), all different.
-        side: Shape (N,), of `ray_rows`.
+        task_ids: Shape (N,), position of the task in `task.tasks`; zeros without a mixture.
+        row_ids: Shape (N,), all different.
+        side: Shape (N,), the number of a `Side`.
         rank: Shape (N,), place within the side.
-        stage: Shape (N,), where a removed row was removed; empty for the others.
-        reason: Shape (N,), likewise.
-        twin: By index, id of and similarity to the row that a removed one repeats.
+        removals: By index, of the rows that were removed.
+        usable: Indices of the rows that could be read and rendered and are not too long.
         duplicates: Over the rows at `usable`.
         split: Over all rows; those on no side have been removed.
         contamination: Train rows that repeated what is held out.
         conflicts: Of `find_conflicts`; empty for documents.
         wording: Of `describe_wording`, over the train rows.
         filtered: `changes`, in how many rows which, and `examples` of dropped rows.
-        usable: Indices of the rows that could be read and rendered and are not too long.
-        seconds: Time of each stage.
-        engine: What encoded the rows.
+        seconds: Time of each step.
+        backend: What encoded the rows.
     """
 
-    table: Any
-    source: Any
-    kinds: Any
-    row_ids: Any
-    side: Any
-    rank: Any
-    stage: list[str]
-    reason: list[str]
-    twin: dict[int, tuple[str | None, float]] = field(default_factory=dict)
+    table: pa.Table
+    source: Indices
+    task_ids: Indices
+    row_ids: pa.StringArray
+    side: Indices
+    rank: Indices
+    removals: dict[int, Removal] = field(default_factory=dict)
+    usable: Indices = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     duplicates: Duplicates | None = None
     split: Split | None = None
     contamination: Contamination | None = None
     conflicts: dict[str, Any] = field(default_factory=dict)
     wording: dict[str, Any] = field(default_factory=dict)
     filtered: dict[str, Any] = field(default_factory=dict)
-    usable: Any = None
     seconds: dict[str, float] = field(default_factory=dict)
-    engine: BackendChoice | None = None
+    backend: BackendChoice | None = None
 
-    def remove(
-        self,
-        index: int,
-        stage: str,
-        reason: str,
-        kept_row_id: str | None = None,
-        similarity: float | None = None,
-    ) -> None:
+    def remove(self, index: int, removal: Removal) -> None:
         """Note that a row goes, why, and which row it repeats."""
-        self.side[index] = ray_rows.REMOVED
-        self.stage[index], self.reason[index] = stage, reason
-        if similarity is not None:
-            self.twin[index] = kept_row_id, similarity
+        self.side[index] = Side.REMOVED
+        self.removals[index] = removal
+
+    def removed_by(self, stage: Stage) -> Indices:
+        """Return the indices of the rows that a stage removed, ascending."""
+        found = (index for index, removal in self.removals.items() if removal.stage is stage)
+        return np.sort(np.fromiter(found, np.int64))
+
+    def is_on(self, side: Side) -> NDArray[np.bool_]:
+        """Return which rows are on a side. Shape (N,)."""
+        return self.side == side

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from tuneloop.data.dedup.conflicts import find_conflicts
 from tuneloop.data.dedup.distributed import KEY_COLUMNS, find_duplicate_rows
 from tuneloop.data.filters.languages import refuse_unknown_languages
 from tuneloop.data.hashing.signatures import one_array
-from tuneloop.data.ledger import Outcome
+from tuneloop.data.ledger import Ledger, Removal
+from tuneloop.data.schema import Reason, ReasonCode, Side, Stage, file_positions
 from tuneloop.data.sources.bad_rows import (
     nothing_left_problem,
     reason_of,
@@ -39,8 +41,7 @@ from tuneloop.data.sources.bad_rows import (
     too_long_problem,
 )
 from tuneloop.data.sources.files import SourceFile, find_evaluation_files, find_files
-from tuneloop.data.sources.readers import file_positions
-from tuneloop.data.split.mixture import kinds_of, kinds_to_remove, mixture_of
+from tuneloop.data.split.mixture import dedup_scopes, find_task_ids, mixture_of
 from tuneloop.data.split.split import Split, is_stratified, limit_train, occurrence, split_rows
 from tuneloop.data.tokenize.rendering import NUM_PROVED, Rendering, tell_engine
 from tuneloop.data.write.assemble import final_rows, row_places
@@ -135,56 +136,56 @@ def _build(
         rendering, engine = _proved(rendering, rows, readable)
         rows = ray_rows.render_rows(rows, rendering, warm, draft.scratch)
         columns = [*_COLUMNS, *([] if is_text else ["prompt_bands"])]
-        outcome = _outcome(ray_rows.collect(rows, columns), files, config, seconds)
-        outcome.engine = engine
-        _drop_unusable(outcome, unreadable, config)
-        outcome.filtered = _filtered(outcome, rows, rendering)
-    num_tokens = int(np.sum(outcome.table["num_tokens"].to_numpy()))
+        ledger = _ledger(ray_rows.collect(rows, columns), files, config, seconds)
+        ledger.backend = engine
+        _drop_unusable(ledger, unreadable, config)
+        ledger.filtered = _filtered(ledger, rows, rendering)
+    num_tokens = int(np.sum(ledger.table["num_tokens"].to_numpy()))
     logger.info(
         "tokenized %s tokens, %s a second",
         f"{num_tokens:,}",
         _rate(num_tokens, seconds["tokenize"]),
     )
     with _timed("dedup", seconds):
-        _drop_duplicates(outcome, rows, rendering, config)
-    logger.info("removed %s duplicate rows", f"{outcome.stage.count('dedup'):,}")
+        _drop_duplicates(ledger, rows, rendering, config)
+    logger.info("removed %s duplicate rows", f"{len(ledger.removed_by(Stage.DEDUP)):,}")
     if not is_text:
         with _timed("conflicts", seconds):
-            outcome.conflicts = find_conflicts(outcome, rows, rendering)
-    _split(outcome, config)
+            ledger.conflicts = find_conflicts(ledger, rows, rendering)
+    _split(ledger, config)
     with _timed("decontaminate", seconds):
-        contamination = decontaminate(outcome, rows, rendering, evaluations)
+        contamination = decontaminate(ledger, rows, rendering, evaluations)
     logger.info("removed %s contaminated train rows", f"{len(contamination.removed):,}")
-    outcome.contamination = contamination
+    ledger.contamination = contamination
     # Nothing is compared from here on.
-    outcome.table = outcome.table.select(
-        [name for name in outcome.table.column_names if not name.endswith("bands")]
+    ledger.table = ledger.table.select(
+        [name for name in ledger.table.column_names if not name.endswith("bands")]
     )
-    _limit_train(outcome, config)
+    _limit_train(ledger, config)
     with _timed("describe", seconds):
-        outcome.wording = describe_wording(outcome, rows, rendering)
+        ledger.wording = describe_wording(ledger, rows, rendering)
     with _timed("write", seconds):
         columns = ray_rows.column_schema(rows)
-        tables = final_rows(rows, _fates(outcome, config), columns, rendering)
+        tables = final_rows(rows, _assignments(ledger, config), columns, rendering)
         written = write_sides(tables, columns, is_text, Path(draft.path))
     logger.info(
         "wrote %s train, %s test and %s removed rows",
-        *(f"{written[name].num_rows:,}" for name in ("train", "test", "removed")),
+        *(f"{written[side].num_rows:,}" for side in (Side.TRAIN, Side.TEST, Side.REMOVED)),
     )
-    write_card(config, outcome, written, draft.path)
+    write_card(config, ledger, written, draft.path)
     return {
-        "num_train_rows": written["train"].num_rows,
-        "num_test_rows": written["test"].num_rows,
+        "num_train_rows": written[Side.TRAIN].num_rows,
+        "num_test_rows": written[Side.TEST].num_rows,
         **(
-            {"num_validation_rows": written["validation"].num_rows}
-            if "validation" in written
+            {"num_validation_rows": written[Side.VALIDATION].num_rows}
+            if Side.VALIDATION in written
             else {}
         ),
-        "num_removed": written["removed"].num_rows,
-        "num_train_tokens": sum(written["train"].num_tokens),
-        "num_target_tokens": sum(written["train"].num_target_tokens),
-        "num_conflicts": outcome.conflicts.get("num_same_prompt", 0),
-        "num_near_conflicts": outcome.conflicts.get("num_near_prompt", 0),
+        "num_removed": written[Side.REMOVED].num_rows,
+        "num_train_tokens": sum(written[Side.TRAIN].num_tokens),
+        "num_target_tokens": sum(written[Side.TRAIN].num_target_tokens),
+        "num_conflicts": ledger.conflicts.get("num_same_prompt", 0),
+        "num_near_conflicts": ledger.conflicts.get("num_near_prompt", 0),
         "num_contaminated_rows": len(contamination.removed),
         "contamination": {
             origin["name"]: origin["contamination_ratio"] for origin in contamination.origins
@@ -201,14 +202,14 @@ def _refuse_unreadable(rows: Any, config: TuneloopConfig) -> tuple[Any, set[int]
     problems = ray_rows.collect(rows, ["source", "problem"])
     if problems is None:
         refuse_bad_rows([], 0, config.data)
-    is_bad = _is_told(problems["problem"])
+    is_bad = _is_nonempty(problems["problem"])
     bad = problems.filter(is_bad)
     told = zip(bad["source"].to_pylist(), bad["problem"].to_pylist(), strict=True)
     refuse_bad_rows(list(told), problems.num_rows, config.data)
     return problems["key"].to_numpy()[~is_bad], set(bad["key"].to_pylist())
 
 
-def _is_told(column: Any) -> Any:
+def _is_nonempty(column: Any) -> Any:
     """Return which strings of an Arrow column are not empty. Shape (N,)."""
     import pyarrow.compute as pc
 
@@ -227,20 +228,18 @@ def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, Back
     return rendering, choice
 
 
-def _outcome(
+def _ledger(
     table: Any, files: list[SourceFile], config: TuneloopConfig, seconds: dict[str, float]
-) -> Outcome:
+) -> Ledger:
     count = table.num_rows
     source = np.array([file.source for file in files])[file_positions(table["key"].to_numpy())]
-    return Outcome(
+    return Ledger(
         table,
         source,
-        kinds_of(config, source),
+        find_task_ids(config, source),
         _row_ids(one_array(table["content_id"])),
         side=np.zeros(count, dtype=np.int64),
         rank=np.arange(count, dtype=np.int64),
-        stage=[""] * count,
-        reason=[""] * count,
         seconds=seconds,
     )
 
@@ -258,54 +257,61 @@ def _row_ids(contents: Any) -> Any:
     return pc.replace_with_mask(contents, pa.array(is_copy), told)
 
 
-def _drop_unusable(outcome: Outcome, unreadable: set[int], config: TuneloopConfig) -> None:
+def _drop_unusable(ledger: Ledger, unreadable: set[int], config: TuneloopConfig) -> None:
     """Remove rows that could not be read, rendered, or are too long.
 
     Raises:
         DataError: More than `max_bad_rows_ratio`, too long with `too_long: error`, or none is left.
     """
-    table, data = outcome.table, config.data
+    table, data = ledger.table, config.data
     bad, too_long = [], []
     limited = config.task.type != "language_modeling"
     names = ("key", "source", "problem", "dropped", "num_tokens")
     is_long = limited & (table["num_tokens"].to_numpy() > data.max_seq_len)
-    goes = np.flatnonzero(_is_told(table["problem"]) | _is_told(table["dropped"]) | is_long)
+    goes = np.flatnonzero(_is_nonempty(table["problem"]) | _is_nonempty(table["dropped"]) | is_long)
     columns = [table[name].take(goes).to_pylist() for name in names]
     for index, key, source, problem, dropped, length in zip(goes.tolist(), *columns, strict=True):
         if problem:
             bad.append((source, problem))
-            outcome.remove(index, "read" if key in unreadable else "tokenize", reason_of(problem))
+            stage, code = Stage.TOKENIZE, ReasonCode.UNRENDERABLE
+            if key in unreadable:
+                stage, code = Stage.READ, ReasonCode.UNREADABLE
+            removal = Removal(stage, reason_of(problem, code))
         elif dropped:
-            outcome.remove(index, "filter", dropped)
+            reason = Reason(ReasonCode.FILTERED, dropped, dropped.partition(":")[0])
+            removal = Removal(Stage.FILTER, reason)
         else:
             too_long.append((source, length))
-            outcome.remove(index, "tokenize", f"{length} tokens, more than {data.max_seq_len}")
+            text = f"{length} tokens, more than {data.max_seq_len}"
+            reason = Reason(ReasonCode.TOO_LONG, text, "more tokens than max_seq_len")
+            removal = Removal(Stage.TOKENIZE, reason)
+        ledger.remove(index, removal)
     refuse_bad_rows(bad, table.num_rows, data)
     if too_long and (data.too_long == "error" or len(bad) + len(too_long) == table.num_rows):
         raise DataError(too_long_problem(too_long, table.num_rows, data))
-    outcome.usable = np.flatnonzero(outcome.side != ray_rows.REMOVED)
-    if not len(outcome.usable):
-        raise DataError(nothing_left_problem(outcome.reason))
+    ledger.usable = np.flatnonzero(~ledger.is_on(Side.REMOVED))
+    if not len(ledger.usable):
+        raise DataError(nothing_left_problem([r.reason.text for r in ledger.removals.values()]))
 
 
-def _filtered(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, Any]:
+def _filtered(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]:
     """Return what filters changed, and the first few rows that they dropped for each reason."""
-    changed = outcome.table["changes"].filter(_is_told(outcome.table["changes"]))
+    changed = ledger.table["changes"].filter(_is_nonempty(ledger.table["changes"]))
     mended = (change.split(", ") for change in changed.to_pylist())
     changes = Counter(name for names in mended for name in names)
     by_reason: dict[str, list[int]] = {}
-    for index in (place for place, stage in enumerate(outcome.stage) if stage == "filter"):
-        by_reason.setdefault(outcome.reason[index].partition(":")[0], []).append(index)
+    for index in ledger.removed_by(Stage.FILTER).tolist():
+        by_reason.setdefault(ledger.removals[index].reason.summary, []).append(index)
     chosen = [index for found in by_reason.values() for index in found[:_NUM_EXAMPLES]]
-    keys = outcome.table["key"].to_numpy()
+    keys = ledger.table["key"].to_numpy()
     texts = ray_rows.fetch_texts(rows, keys[chosen], rendering) if chosen else {}
     return {
         "changes": dict(changes.most_common()),
         "num_dropped": {reason: len(found) for reason, found in by_reason.items()},
         "examples": [
             {
-                "source": outcome.table["source"][index].as_py(),
-                "reason": outcome.reason[index],
+                "source": ledger.table["source"][index].as_py(),
+                "reason": ledger.removals[index].reason.text,
                 "text": texts[int(keys[index])][0][:_SHOWN_CHARACTERS],
             }
             for index in chosen
@@ -314,38 +320,40 @@ def _filtered(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, An
 
 
 def _drop_duplicates(
-    outcome: Outcome, rows: Any, rendering: Rendering, config: TuneloopConfig
+    ledger: Ledger, rows: Any, rendering: Rendering, config: TuneloopConfig
 ) -> None:
-    table = outcome.table.select(["key", *KEY_COLUMNS])
-    if len(outcome.usable) < table.num_rows:
-        table = table.take(outcome.usable)
-    answers = outcome.table["answer_key"].to_numpy()
-    kinds = kinds_to_remove(config, outcome.kinds, answers)[outcome.usable]
-    duplicates = find_duplicate_rows(table, rows, rendering, kinds)
-    outcome.duplicates = duplicates
+    table = ledger.table.select(["key", *KEY_COLUMNS])
+    if len(ledger.usable) < table.num_rows:
+        table = table.take(ledger.usable)
+    answers = ledger.table["answer_key"].to_numpy()
+    scopes = dedup_scopes(config, ledger.task_ids, answers)[ledger.usable]
+    duplicates = find_duplicate_rows(table, rows, rendering, scopes)
+    ledger.duplicates = duplicates
     for index in duplicates.removed.tolist():
-        kept = outcome.row_ids[int(outcome.usable[duplicates.kept[index]])].as_py()
-        kind = "exact" if duplicates.exact[index] else "near"
+        kept = ledger.row_ids[int(ledger.usable[duplicates.kept[index]])].as_py()
+        summary, code = "near duplicate", ReasonCode.NEAR_DUPLICATE
+        if duplicates.exact[index]:
+            summary, code = "exact duplicate", ReasonCode.EXACT_DUPLICATE
+        reason = Reason(code, f"{summary} of {kept}", summary)
         similarity = float(duplicates.similarity[index])
-        place = int(outcome.usable[index])
-        outcome.remove(place, "dedup", f"{kind} duplicate of {kept}", kept, similarity)
+        ledger.remove(int(ledger.usable[index]), Removal(Stage.DEDUP, reason, kept, similarity))
 
 
-def _split(outcome: Outcome, config: TuneloopConfig) -> None:
-    assert outcome.duplicates is not None
-    stays = np.ones(len(outcome.usable), dtype=bool)
-    stays[outcome.duplicates.removed] = False
-    rows = outcome.usable[stays]
-    table = outcome.table.select(["group", "stratum", "prompt_key"]).take(rows)
+def _split(ledger: Ledger, config: TuneloopConfig) -> None:
+    assert ledger.duplicates is not None
+    stays = np.ones(len(ledger.usable), dtype=bool)
+    stays[ledger.duplicates.removed] = False
+    rows = ledger.usable[stays]
+    table = ledger.table.select(["group", "stratum", "prompt_key"]).take(rows)
     split = split_rows(
-        outcome.row_ids.take(rows).to_pylist(),
+        ledger.row_ids.take(rows).to_pylist(),
         table["group"].to_pylist(),
-        [outcome.duplicates.cluster[stays], table["prompt_key"].to_numpy()],
+        [ledger.duplicates.cluster[stays], table["prompt_key"].to_numpy()],
         config.data,
         table["stratum"].to_pylist() if is_stratified(config) else (),
     )
     # From here on the split speaks of all rows.
-    outcome.split = Split(
+    ledger.split = Split(
         rows[split.train],
         rows[split.test],
         rows[split.validation],
@@ -354,53 +362,52 @@ def _split(outcome: Outcome, config: TuneloopConfig) -> None:
     )
 
 
-def _limit_train(outcome: Outcome, config: TuneloopConfig) -> None:
+def _limit_train(ledger: Ledger, config: TuneloopConfig) -> None:
     """Put the rows on their sides, once it is known which ones may be trained on."""
-    assert outcome.split is not None
-    assert outcome.contamination is not None
-    num_tokens = outcome.table["num_tokens"].to_numpy()
-    mixture = mixture_of(config, outcome.source, outcome.kinds, num_tokens)
-    split = limit_train(outcome.split, outcome.contamination.removed, config.data, mixture)
+    assert ledger.split is not None
+    assert ledger.contamination is not None
+    num_tokens = ledger.table["num_tokens"].to_numpy()
+    mixture = mixture_of(config, ledger.source, ledger.task_ids, num_tokens)
+    split = limit_train(ledger.split, ledger.contamination.removed, config.data, mixture)
     for side, indices in (
-        (ray_rows.TRAIN, split.train),
-        (ray_rows.TEST, split.test),
-        (ray_rows.VALIDATION, split.validation),
+        (Side.TRAIN, split.train),
+        (Side.TEST, split.test),
+        (Side.VALIDATION, split.validation),
     ):
-        outcome.side[indices] = side
-        outcome.rank[indices] = np.arange(len(indices))
+        ledger.side[indices] = side
+        ledger.rank[indices] = np.arange(len(indices))
     for index, reason in split.surplus.items():
-        outcome.remove(index, "split", reason)
-    outcome.split = split
+        ledger.remove(index, Removal(Stage.SPLIT, reason))
+    ledger.split = split
 
 
-def _fates(outcome: Outcome, config: TuneloopConfig) -> Any:
+def _assignments(ledger: Ledger, config: TuneloopConfig) -> Any:
     import pyarrow as pa
 
-    pack = np.zeros(len(outcome.row_ids), dtype=np.int64)
-    position = np.zeros(len(outcome.row_ids), dtype=np.int64)
-    is_packed = (outcome.side == ray_rows.TRAIN) & (config.task.type == "language_modeling")
+    pack = np.zeros(len(ledger.row_ids), dtype=np.int64)
+    position = np.zeros(len(ledger.row_ids), dtype=np.int64)
+    is_packed = (ledger.side == Side.TRAIN) & (config.task.type == "language_modeling")
     train = np.flatnonzero(is_packed)
-    lengths = outcome.table["num_tokens"].to_numpy()[train]
-    pack[train], position[train] = row_places(lengths, outcome.rank[train], config.data.max_seq_len)
-    kept: list[str | None] = [None] * len(pack)
-    similarity: list[float | None] = [None] * len(pack)
-    for index, twin in outcome.twin.items():
-        kept[index], similarity[index] = twin
+    lengths = ledger.table["num_tokens"].to_numpy()[train]
+    pack[train], position[train] = row_places(lengths, ledger.rank[train], config.data.max_seq_len)
+    removals = [ledger.removals.get(index) for index in range(len(pack))]
+    text = partial(pa.array, type=pa.string())
     return pa.table(
         {
-            "key": outcome.table["key"],
-            "side": pa.array(outcome.side, pa.int8()),
-            "rank": outcome.rank,
+            "key": ledger.table["key"],
+            "side": pa.array(ledger.side, pa.int8()),
+            "rank": ledger.rank,
             "pack": pa.array(pack, mask=~is_packed),
             "position_in_pack": position,
-            "row_id": outcome.row_ids,
-            "source": outcome.table["source"],
-            "stage": outcome.stage,
-            "reason": outcome.reason,
-            "kept_row_id": pa.array(kept, pa.string()),
-            "similarity": pa.array(similarity, pa.float64()),
-            "num_characters": outcome.table["num_characters"],
-            "num_tokens": outcome.table["num_tokens"],
+            "row_id": ledger.row_ids,
+            "source": ledger.table["source"],
+            "stage": text(r.stage.value if r else None for r in removals),
+            "reason": text(r.reason.text if r else None for r in removals),
+            "kept_row_id": text(r.kept_row_id if r else None for r in removals),
+            "similarity": pa.array([r.similarity if r else None for r in removals], pa.float64()),
+            "reason_code": text(r.reason.code.value if r else None for r in removals),
+            "num_characters": ledger.table["num_characters"],
+            "num_tokens": ledger.table["num_tokens"],
         }
     )
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.hashing.signatures import ComparedSide, Hashes
+from tuneloop.data.schema import row_schema
 from tuneloop.data.sources.files import SourceFile
-from tuneloop.data.sources.readers import read_rows, row_schema
+from tuneloop.data.sources.readers import read_rows
 from tuneloop.data.tokenize.block_cache import KEPT_FROM_ROWS, kept_blocks, make_or_read
 from tuneloop.data.tokenize.rendering import (
     SAID_IN,
@@ -31,8 +32,6 @@ logger = logging.getLogger("tuneloop.data")
 # Of what a task or this process holds at once: fewer rows where they are long.
 _ROWS_PER_BLOCK, _BYTES_PER_BLOCK = 2000, 16 << 20
 _TASKS_PER_CPU, _BYTES_PER_TASK = 4, 32 << 20
-TRAIN, TEST, REMOVED, VALIDATION = 0, 1, 2, 3
-SIDES = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 
 
 def warm_up(rendering: Rendering) -> Any:

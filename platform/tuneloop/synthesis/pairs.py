@@ -29,10 +29,10 @@ from tuneloop.config import (
     TuneloopConfig,
 )
 from tuneloop.data.filters.languages import refuse_unknown_languages
+from tuneloop.data.schema import dataset_schema, removed_schema
 from tuneloop.data.sources.files import find_generation_files
 from tuneloop.data.sources.readers import read_rows
 from tuneloop.data.tokenize.rendering import content_id
-from tuneloop.data.write.assemble import dataset_schema, removed_schema
 from tuneloop.errors import ConfigError, DataError, EndpointError, Problem
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer, RenderError
@@ -388,11 +388,11 @@ def _write(
     from pyarrow import parquet
 
     rows, removed = sides
-    own = [pa.field("passage", pa.string()), pa.field("support_ratio", pa.float64())]
+    columns = pa.schema([("passage", pa.string()), ("support_ratio", pa.float64())])
     for side, content, schema in (
-        ("train", rows, dataset_schema(own)),
+        ("train", rows, dataset_schema(columns)),
         # Models are tested on people's rows only.
-        ("test", [], dataset_schema(own)),
+        ("test", [], dataset_schema(columns)),
         ("removed", removed, removed_schema()),
     ):
         (path / side).mkdir()

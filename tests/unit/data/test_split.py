@@ -66,7 +66,7 @@ def test_train_subsets_are_nested_whatever_the_order_of_rows() -> None:
     assert names(IDS, small.train) == names(IDS[::-1], large.train)[:100]
     assert names(IDS, small.test) == names(IDS[::-1], large.test)
     assert len(small.surplus) == 850
-    assert "first 100" in next(iter(small.surplus.values()))
+    assert "first 100" in next(iter(small.surplus.values())).text
 
 
 def test_another_seed_gives_another_split() -> None:
@@ -243,7 +243,9 @@ def test_sources_are_mixed_by_weight_without_taking_a_row_twice() -> None:
     assert kept == {0: given[0], 1: 2 * given[0], 2: given[0]}
     assert mixed.test.tolist() == everyone.test.tolist()
     assert sorted([*mixed.train, *mixed.test, *mixed.surplus]) == list(range(1000))
-    assert set(mixed.surplus.values()) == {"beyond its source's part of the mixture"}
+    assert {reason.text for reason in mixed.surplus.values()} == {
+        "beyond its source's part of the mixture"
+    }
     # The order is the shuffled one, and a smaller subset with the same parts is contained.
     assert mixed.train.tolist() == [i for i in everyone.train if i in set(mixed.train)]
     small = DataConfig.model_validate({**data, "num_train_examples": 100})

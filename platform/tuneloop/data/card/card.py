@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from tuneloop.config import TuneloopConfig
-from tuneloop.data import ray_rows
 from tuneloop.data.card.composition import cluster_sizes, describe_sources, describe_tasks
-from tuneloop.data.card.page import STAGES, readme
+from tuneloop.data.card.page import readme
 from tuneloop.data.hashing.signatures import band_shape
-from tuneloop.data.ledger import Outcome
+from tuneloop.data.ledger import Ledger
+from tuneloop.data.schema import SPLITS, Side, Stage
 from tuneloop.data.sources.files import DOCSTRINGS
 from tuneloop.data.split.split import is_stratified
 from tuneloop.data.tokenize.rendering import percentiles
@@ -27,24 +26,24 @@ from tuneloop.data.write.parquet import Written
 
 
 def write_card(
-    config: TuneloopConfig, outcome: Outcome, written: dict[str, Written], path: Path
+    config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written], path: Path
 ) -> None:
     """Write `card.json` and `README.md` into the artifact."""
-    card = _card(config, outcome, written)
+    card = _card(config, ledger, written)
     text = json.dumps(card, indent=2, ensure_ascii=False)
     (path / "card.json").write_text(text, encoding="utf-8")
     (path / "README.md").write_text(readme(card), encoding="utf-8")
 
 
-def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written]) -> dict[str, Any]:
-    assert outcome.engine is not None
+def _card(config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written]) -> dict[str, Any]:
+    assert ledger.backend is not None
     splits = {}
-    for name in ("train", "validation", "test"):
-        if name not in written:
+    for side in SPLITS:
+        if side not in written:
             continue
-        lengths, targets = written[name].num_tokens, written[name].num_target_tokens
-        splits[name] = {
-            "num_rows": written[name].num_rows,
+        lengths, targets = written[side].num_tokens, written[side].num_target_tokens
+        splits[side.folder] = {
+            "num_rows": written[side].num_rows,
             "num_tokens": sum(lengths),
             "num_target_tokens": sum(targets),
             "target_ratio": round(sum(targets) / max(1, sum(lengths)), 4),
@@ -57,37 +56,38 @@ def _card(config: TuneloopConfig, outcome: Outcome, written: dict[str, Written])
         "task": config.task.model_dump(),
         "base": config.model.base,
         "chat_template": config.model.chat_template,
-        "tokenizer_engine": asdict(outcome.engine),
+        "tokenizer_engine": asdict(ledger.backend),
         "sources": [
             {"licence": _licence(source["path"]), **source}
-            for source in describe_sources(outcome, config)
+            for source in describe_sources(ledger, config)
         ],
-        "tasks": describe_tasks(outcome, config),
-        "wording": outcome.wording,
-        "funnel": _funnel(outcome),
-        "reasons": _reasons(outcome),
+        "tasks": describe_tasks(ledger, config),
+        "wording": ledger.wording,
+        "funnel": _funnel(ledger),
+        "reasons": _reasons(ledger),
         "splits": splits,
-        "split": _split_summary(config, outcome),
-        "dedup": _dedup_summary(config, outcome),
-        "filters": {**config.data.filters.model_dump(), **outcome.filtered},
-        "conflicts": outcome.conflicts,
+        "split": _split_summary(config, ledger),
+        "dedup": _dedup_summary(config, ledger),
+        "filters": {**config.data.filters.model_dump(), **ledger.filtered},
+        "conflicts": ledger.conflicts,
         "decontamination": {
             **config.data.decontamination.model_dump(),
-            "origins": outcome.contamination.origins if outcome.contamination else [],
+            "origins": ledger.contamination.origins if ledger.contamination else [],
         },
-        "packing": _packing(config, outcome, written["train"].num_tokens),
-        "synthetic_ratio": round(float(np.mean(outcome.table["synthetic"].to_numpy())), 4),
-        "synthetic_ratios": _synthetic_ratios(outcome),
+        "packing": _packing(config, ledger, written[Side.TRAIN].num_tokens),
+        "synthetic_ratio": round(float(np.mean(ledger.table["synthetic"].to_numpy())), 4),
+        "synthetic_ratios": _synthetic_ratios(ledger),
         "max_seq_len": config.data.max_seq_len,
         "seed": config.data.seed,
         "samples": {
-            name: [_sample(row) for row in written[name].first] for name in ("train", "test")
+            side.folder: [_sample(row) for row in written[side].first]
+            for side in (Side.TRAIN, Side.TEST)
         },
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("ray", "transformers", "tokenizers", "pyarrow")},
         },
-        "duration_s": outcome.seconds,
+        "duration_s": ledger.seconds,
     }
 
 
@@ -98,89 +98,74 @@ def _licence(path: str) -> str:
     return f"Python Software Foundation License 2.0 (documentation of {interpreter})"
 
 
-def _funnel(outcome: Outcome) -> list[dict[str, Any]]:
-    tokens = outcome.table["num_tokens"].to_numpy()
-    stage = np.array(outcome.stage, dtype=object)
-    left = np.ones(len(stage), dtype=bool)
-    funnel = [{"stage": "found", "rows": len(stage), "removed": 0, "tokens": int(tokens.sum())}]
-    for name in STAGES:
-        removed = stage == name
-        left &= ~removed
+def _funnel(ledger: Ledger) -> list[dict[str, Any]]:
+    tokens = ledger.table["num_tokens"].to_numpy()
+    rows, num_tokens = len(tokens), int(tokens.sum())
+    funnel = [{"stage": "found", "rows": rows, "removed": 0, "tokens": num_tokens}]
+    for stage in Stage:
+        removed = ledger.removed_by(stage)
+        rows -= len(removed)
+        num_tokens -= int(tokens[removed].sum())
         funnel.append(
-            {
-                "stage": name,
-                "rows": int(left.sum()),
-                "removed": int(removed.sum()),
-                "tokens": int(tokens[left].sum()),
-            }
+            {"stage": stage.value, "rows": rows, "removed": len(removed), "tokens": num_tokens}
         )
     return funnel
 
 
-def _reasons(outcome: Outcome) -> list[dict[str, Any]]:
-    """Return how often rows were removed for which reason; row ids and numbers are left out."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for stage, reason in zip(outcome.stage, outcome.reason, strict=True):
-        if stage == "dedup":
-            reason = reason.partition(" of ")[0]
-        elif stage == "decontamination":
-            reason = reason.partition(":")[0]
-            reason = re.sub(r"(test|validation) row \S+", r"\1 rows", reason)
-            reason = re.sub(r"^\d+% of the ", "", reason)
-        elif stage == "tokenize" and " tokens, " in reason:
-            reason = "more tokens than max_seq_len"
-        elif stage in ("read", "filter", "tokenize"):
-            reason = reason.partition(":")[0]
-        if stage:
-            counts[stage, reason] += 1
+def _reasons(ledger: Ledger) -> list[dict[str, Any]]:
+    """Return how often rows were removed for which reason; of as many, the first row's first."""
+    counts = Counter(
+        (removal.stage.value, removal.reason.summary)
+        for _, removal in sorted(ledger.removals.items())
+    )
     return [
         {"stage": stage, "reason": reason, "rows": rows}
         for (stage, reason), rows in counts.most_common()
     ]
 
 
-def _split_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
-    assert outcome.split is not None
+def _split_summary(config: TuneloopConfig, ledger: Ledger) -> dict[str, Any]:
+    assert ledger.split is not None
     summary: dict[str, Any] = {
         **config.data.split.model_dump(),
-        **{f"num_units_{side}": count for side, count in outcome.split.num_groups.items()},
+        **{f"num_units_{side}": count for side, count in ledger.split.num_groups.items()},
     }
     if config.data.split.group_by is not None:
-        groups = np.array(outcome.table["group"].to_pylist(), dtype=object)
-        for name, side in (("train", ray_rows.TRAIN), ("test", ray_rows.TEST)):
-            counts = Counter(groups[outcome.side == side].tolist())
-            summary[f"groups_{name}"] = dict(counts.most_common(20))
-            summary[f"num_groups_{name}"] = len(counts)
+        groups = np.array(ledger.table["group"].to_pylist(), dtype=object)
+        for side in (Side.TRAIN, Side.TEST):
+            counts = Counter(groups[ledger.is_on(side)].tolist())
+            summary[f"groups_{side.folder}"] = dict(counts.most_common(20))
+            summary[f"num_groups_{side.folder}"] = len(counts)
     if is_stratified(config):
-        strata = np.array(outcome.table["stratum"].to_pylist(), dtype=object)
+        strata = np.array(ledger.table["stratum"].to_pylist(), dtype=object)
         summary["strata"] = {
-            name: dict(Counter(strata[outcome.side == side].tolist()).most_common())
-            for name, side in ray_rows.SIDES.items()
-            if (outcome.side == side).any()
+            side.folder: dict(Counter(strata[ledger.is_on(side)].tolist()).most_common())
+            for side in SPLITS
+            if ledger.is_on(side).any()
         }
     return summary
 
 
-def _synthetic_ratios(outcome: Outcome) -> dict[str, float]:
+def _synthetic_ratios(ledger: Ledger) -> dict[str, float]:
     """Return the share of generated rows in each split; the others are people's."""
-    synthetic = outcome.table["synthetic"].to_numpy(zero_copy_only=False)
+    synthetic = ledger.table["synthetic"].to_numpy(zero_copy_only=False)
     return {
-        name: round(float(synthetic[outcome.side == side].mean()), 4)
-        for name, side in ray_rows.SIDES.items()
-        if (outcome.side == side).any()
+        side.folder: round(float(synthetic[ledger.is_on(side)].mean()), 4)
+        for side in SPLITS
+        if ledger.is_on(side).any()
     }
 
 
-def _dedup_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
-    assert outcome.duplicates is not None
-    found = outcome.duplicates
+def _dedup_summary(config: TuneloopConfig, ledger: Ledger) -> dict[str, Any]:
+    assert ledger.duplicates is not None
+    found = ledger.duplicates
     bands, rows = band_shape(config.data.dedup.threshold)
     removed = found.removed
     sizes = np.bincount(found.cluster) if len(found.cluster) else np.zeros(0, dtype=int)
     near = removed[~found.exact[removed]]
     # The least similar pairs are the ones worth a reader's doubt.
     doubtful = near[np.argsort(found.similarity[near], kind="stable")][:5]
-    place = outcome.table["source"]
+    place = ledger.table["source"]
     return {
         **config.data.dedup.model_dump(),
         "num_exact": int(found.exact[removed].sum()),
@@ -192,8 +177,8 @@ def _dedup_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
         "rows_per_band": rows,
         "least_similar_removed": [
             {
-                "removed": place[int(outcome.usable[index])].as_py(),
-                "kept": place[int(outcome.usable[found.kept[index]])].as_py(),
+                "removed": place[int(ledger.usable[index])].as_py(),
+                "kept": place[int(ledger.usable[found.kept[index]])].as_py(),
                 "similarity": round(float(found.similarity[index]), 4),
             }
             for index in doubtful.tolist()
@@ -202,14 +187,14 @@ def _dedup_summary(config: TuneloopConfig, outcome: Outcome) -> dict[str, Any]:
 
 
 def _packing(
-    config: TuneloopConfig, outcome: Outcome, num_tokens: Sequence[int]
+    config: TuneloopConfig, ledger: Ledger, num_tokens: Sequence[int]
 ) -> dict[str, Any] | None:
     """Return how full the rows of a corpus are; None for conversations."""
     if config.task.type != "language_modeling":
         return None
     room = len(num_tokens) * config.data.max_seq_len
     return {
-        "num_documents": int((outcome.side == ray_rows.TRAIN).sum()),
+        "num_documents": int(ledger.is_on(Side.TRAIN).sum()),
         "num_rows": len(num_tokens),
         "padding_ratio": round(1 - sum(num_tokens) / max(1, room), 6),
     }

@@ -12,7 +12,8 @@ import numpy as np
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import ray_rows
-from tuneloop.data.ledger import Outcome
+from tuneloop.data.ledger import Ledger
+from tuneloop.data.schema import Side
 from tuneloop.data.tokenize.rendering import Rendering, texts_of_rows
 from tuneloop.spelling import words_by_frequency
 
@@ -30,7 +31,7 @@ _POLITE = re.compile(
 )
 
 
-def describe_sources(outcome: Outcome, config: TuneloopConfig) -> list[dict[str, Any]]:
+def describe_sources(ledger: Ledger, config: TuneloopConfig) -> list[dict[str, Any]]:
     """Return for each source how many rows were found, removed and put on which side.
 
     Shares are of the train rows, and of their tokens; `synthetic_ratio` is that of its train rows.
@@ -39,27 +40,25 @@ def describe_sources(outcome: Outcome, config: TuneloopConfig) -> list[dict[str,
     told = [
         {"path": source.path, "task": source.task, "weight": source.weight} for source in sources
     ]
-    return _describe_parts(outcome, outcome.source, told)
+    return _describe_parts(ledger, ledger.source, told)
 
 
-def describe_tasks(outcome: Outcome, config: TuneloopConfig) -> list[dict[str, Any]]:
+def describe_tasks(ledger: Ledger, config: TuneloopConfig) -> list[dict[str, Any]]:
     """Return the same for each task of a mixture; nothing where there is none."""
     tasks = config.task.tasks.items()
     told = [{"name": name, "type": task.type, "weight": task.weight} for name, task in tasks]
-    return _describe_parts(outcome, outcome.kinds, told)
+    return _describe_parts(ledger, ledger.task_ids, told)
 
 
-def _describe_parts(
-    outcome: Outcome, part: Any, told: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _describe_parts(ledger: Ledger, part: Any, told: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what is told of each part of the rows, and how many of its rows went where.
 
     Args:
         part: Number of each row's part. Shape (N,).
     """
-    tokens = outcome.table["num_tokens"].to_numpy()
-    synthetic = outcome.table["synthetic"].to_numpy(zero_copy_only=False)
-    is_train = outcome.side == ray_rows.TRAIN
+    tokens = ledger.table["num_tokens"].to_numpy()
+    synthetic = ledger.table["synthetic"].to_numpy(zero_copy_only=False)
+    is_train = ledger.is_on(Side.TRAIN)
     described = []
     for number, first in enumerate(told):
         own = part == number
@@ -68,10 +67,10 @@ def _describe_parts(
             {
                 **first,
                 "num_found": int(own.sum()),
-                "num_removed": int((own & (outcome.side == ray_rows.REMOVED)).sum()),
+                "num_removed": int((own & ledger.is_on(Side.REMOVED)).sum()),
                 "num_train": int(train.sum()),
-                "num_validation": int((own & (outcome.side == ray_rows.VALIDATION)).sum()),
-                "num_test": int((own & (outcome.side == ray_rows.TEST)).sum()),
+                "num_validation": int((own & ledger.is_on(Side.VALIDATION)).sum()),
+                "num_test": int((own & ledger.is_on(Side.TEST)).sum()),
                 "train_row_share": _share(train.sum(), is_train.sum()),
                 "train_token_share": _share(tokens[train].sum(), tokens[is_train].sum()),
                 "synthetic_ratio": _share(synthetic[train].sum(), train.sum()),
@@ -80,11 +79,11 @@ def _describe_parts(
     return described
 
 
-def describe_wording(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, Any]:
+def describe_wording(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]:
     """Return how varied the train rows are, told by the first 5,000 of the shuffled split.
 
     Args:
-        outcome: With the final sides.
+        ledger: With the final sides.
         rows: The Ray dataset of tokenized rows.
         rendering: Of those.
 
@@ -94,9 +93,9 @@ def describe_wording(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[
         `terms` (words that are not among the 300 most frequent of English) likewise, and in which
         share of the rows each one is.
     """
-    train = np.flatnonzero(outcome.side == ray_rows.TRAIN)
-    train = train[np.argsort(outcome.rank[train], kind="stable")][:_MOST_ROWS]
-    keys = np.sort(outcome.table["key"].to_numpy()[train])
+    train = np.flatnonzero(ledger.is_on(Side.TRAIN))
+    train = train[np.argsort(ledger.rank[train], kind="stable")][:_MOST_ROWS]
+    keys = np.sort(ledger.table["key"].to_numpy()[train])
     leads: Counter[str] = Counter()
     found: Counter[str] = Counter()
     # The texts stay where they are: 5,000 long ones are more than this process should hold.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from tuneloop.data.schema import Stage
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
 
-STAGES = {
-    "read": "could not be read or checked",
-    "filter": "dropped by a quality filter",
-    "tokenize": "could not be rendered, or too long",
-    "dedup": "repeated another row",
-    "decontamination": "repeated what is evaluated on",
-    "split": "in no split",
+_STAGES = {
+    "found": "found in the sources",
+    Stage.READ: "read: could not be read or checked",
+    Stage.FILTER: "filter: dropped by a quality filter",
+    Stage.TOKENIZE: "tokenize: could not be rendered, or too long",
+    Stage.DEDUP: "dedup: repeated another row",
+    Stage.DECONTAMINATION: "decontamination: repeated what is evaluated on",
+    Stage.SPLIT: "split: in no split",
 }
 _BAR = 30
 
@@ -37,9 +39,7 @@ def readme(card: dict[str, Any]) -> str:
             ["stage", "removed", "rows left", "tokens left"],
             [
                 [
-                    f"{step['stage']}: {STAGES[step['stage']]}"
-                    if step["stage"] in STAGES
-                    else "found in the sources",
+                    _STAGES[step["stage"]],
                     f"{step['removed']:,}",
                     f"{step['rows']:,}",
                     f"{step['tokens']:,}",

@@ -28,13 +28,20 @@ from tuneloop.data.decontamination.matching import (
 from tuneloop.data.decontamination.ngrams import quoted
 from tuneloop.data.dedup.minhash import Indices
 from tuneloop.data.hashing.signatures import as_matrix, compared_text
-from tuneloop.data.ledger import Outcome
+from tuneloop.data.ledger import Ledger, Removal
+from tuneloop.data.schema import Reason, ReasonCode, Stage
 from tuneloop.data.sources.bad_rows import BadRow, refuse_bad_rows
 from tuneloop.data.sources.files import SourceFile
 from tuneloop.data.sources.readers import read_rows
 from tuneloop.data.tokenize.rendering import Rendering
 
 _NUM_EXAMPLES = 5
+_CODES = {
+    "same text": ReasonCode.SAME_TEXT,
+    "same prompt": ReasonCode.SAME_PROMPT,
+    "near-duplicate": ReasonCode.NEAR_DUPLICATE,
+    "n-grams": ReasonCode.SHARED_NGRAMS,
+}
 
 
 @dataclass(frozen=True)
@@ -111,27 +118,27 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
 
 
 def decontaminate(
-    outcome: Outcome, rows: Any, rendering: Rendering, evaluations: Sequence[HeldOut]
+    ledger: Ledger, rows: Any, rendering: Rendering, evaluations: Sequence[HeldOut]
 ) -> Contamination:
     """Remove the train rows that repeat what is held out, and return what was found.
 
     Args:
-        outcome: With a split; the rows that go are noted in it.
+        ledger: With a split; the rows that go are noted in it.
         rows: The Ray dataset of tokenized rows.
         rendering: Of those.
         evaluations: Of `read_evaluations`.
     """
-    assert outcome.split is not None
-    places = np.sort(outcome.split.train)
-    keys = outcome.table["key"].to_numpy()
+    assert ledger.split is not None
+    places = np.sort(ledger.split.train)
+    keys = ledger.table["key"].to_numpy()
     origins = [
         Origin(name, np.sort(keys[split]))
         for name in ("test", "validation")
-        if len(split := getattr(outcome.split, name))
+        if len(split := getattr(ledger.split, name))
     ]
     origins += [Origin(item.name, np.arange(len(item.labels)), item) for item in evaluations]
     matches: dict[int, _Match] = {}
-    for match in _repeated(outcome, rows, rendering, origins):
+    for match in _repeated(ledger, rows, rendering, origins):
         matches.setdefault(match.key, match)
     words, overlaps = find_overlaps(keys[places], origins, rows, rendering)
     for found in overlaps:
@@ -142,11 +149,11 @@ def decontaminate(
     ordered = [match for _, match in sorted(matches.items())]
     removed = np.searchsorted(keys, [match.key for match in ordered])
     for place, match in zip(removed.tolist(), ordered, strict=True):
-        _note(outcome, place, match, origins[match.origin], words[match.origin])
+        _note(ledger, place, match, origins[match.origin], words[match.origin])
     return Contamination(
         [
             _summary(item, words[number], [m for m in ordered if m.origin == number])
-            | {"examples": _examples(outcome, removed, ordered, number)}
+            | {"examples": _examples(ledger, removed, ordered, number)}
             for number, item in enumerate(origins)
         ],
         removed,
@@ -154,15 +161,15 @@ def decontaminate(
 
 
 def _repeated(
-    outcome: Outcome, rows: Any, rendering: Rendering, origins: Sequence[Origin]
+    ledger: Ledger, rows: Any, rendering: Rendering, origins: Sequence[Origin]
 ) -> Iterator[_Match]:
     """Yield the train rows that say or ask what a row of an evaluation does, or nearly the same."""
-    assert outcome.split is not None
+    assert ledger.split is not None
     if all(origin.evaluation is None for origin in origins):
         return
     data = rendering.data
-    columns = outcome.table.select(["key", "exact_key", "prompt_key", "bands"])
-    table = columns.take(np.sort(outcome.split.train))
+    columns = ledger.table.select(["key", "exact_key", "prompt_key", "bands"])
+    table = columns.take(np.sort(ledger.split.train))
     train = TrainRows(
         table["key"].to_numpy(),
         table["exact_key"].to_numpy(),
@@ -191,25 +198,26 @@ def _repeated(
 
 
 def _note(
-    outcome: Outcome, place: int, match: _Match, origin: Origin, ngram_words: int | None
+    ledger: Ledger, place: int, match: _Match, origin: Origin, ngram_words: int | None
 ) -> None:
     """Remove the row of a match, with the held-out row and what they share."""
     item, kept = origin.evaluation, None
     if item is None:
-        other = int(np.searchsorted(outcome.table["key"].to_numpy(), match.held_out))
-        kept = outcome.row_ids[other].as_py()
-        label = f"{origin.name} row {kept}"
+        other = int(np.searchsorted(ledger.table["key"].to_numpy(), match.held_out))
+        kept = ledger.row_ids[other].as_py()
+        label, everyone = f"{origin.name} row {kept}", f"{origin.name} rows"
     else:
-        label = item.labels[match.held_out]
+        label, everyone = item.labels[match.held_out], origin.name
     if match.kind == "n-grams":
-        told = f"{match.similarity:.0%} of the {ngram_words}-word n-grams are those of"
-        reason = f"{told} {label}: {match.passage}"
+        linked = f"{ngram_words}-word n-grams are those of"
+        text = f"{match.similarity:.0%} of the {linked} {label}: {match.passage}"
     else:
         assert item is not None
-        linked = "of" if match.kind == "near-duplicate" else "as"
+        linked = f"{match.kind} {'of' if match.kind == 'near-duplicate' else 'as'}"
         said = quoted(item.prompts[match.held_out] or item.texts[match.held_out])
-        reason = f"{match.kind} {linked} {label}: {said}"
-    outcome.remove(place, "decontamination", reason, kept, match.similarity)
+        text = f"{linked} {label}: {said}"
+    reason = Reason(_CODES[match.kind], text, f"{linked} {everyone}")
+    ledger.remove(place, Removal(Stage.DECONTAMINATION, reason, kept, match.similarity))
 
 
 def _summary(origin: Origin, ngram_words: int | None, matches: Sequence[_Match]) -> dict[str, Any]:
@@ -226,13 +234,13 @@ def _summary(origin: Origin, ngram_words: int | None, matches: Sequence[_Match])
 
 
 def _examples(
-    outcome: Outcome, removed: Indices, matches: Sequence[_Match], origin: int
+    ledger: Ledger, removed: Indices, matches: Sequence[_Match], origin: int
 ) -> list[dict[str, Any]]:
     chosen = [number for number, match in enumerate(matches) if match.origin == origin]
     return [
         {
-            "removed": outcome.table["source"][int(removed[number])].as_py(),
-            "reason": outcome.reason[int(removed[number])],
+            "removed": ledger.table["source"][int(removed[number])].as_py(),
+            "reason": ledger.removals[int(removed[number])].reason.text,
             "similarity": round(matches[number].similarity, 4),
         }
         for number in chosen[:_NUM_EXAMPLES]

@@ -13,8 +13,9 @@ import numpy as np
 from tuneloop.data import ray_rows
 from tuneloop.data.dedup.minhash import Indices, candidate_pairs
 from tuneloop.data.hashing.signatures import as_matrix, jaccard
-from tuneloop.data.ledger import Outcome
-from tuneloop.data.split.mixture import apart
+from tuneloop.data.ledger import Ledger
+from tuneloop.data.schema import Side
+from tuneloop.data.split.mixture import scoped
 from tuneloop.data.tokenize.rendering import ALIKE_PROMPTS, Rendering
 
 _NUM_EXAMPLES = 5
@@ -22,11 +23,11 @@ _ROWS_SHOWN = 3
 _COLUMNS = ["key", "source", "prompt_key", "answer_key", "prompt_bands"]
 
 
-def find_conflicts(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[str, Any]:
+def find_conflicts(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]:
     """Return what the card tells of conflicts among the rows that are not removed.
 
     Args:
-        outcome: After deduplication.
+        ledger: After deduplication.
         rows: The Ray dataset of tokenized rows.
         rendering: Of those.
 
@@ -35,13 +36,13 @@ def find_conflicts(outcome: Outcome, rows: Any, rendering: Rendering) -> dict[st
         `num_near_prompt`: pairs of prompts whose words are nearly the same, with different answers;
         `near_threshold` and `examples`, each with `kind`, `similarity` and `rows`.
     """
-    places = np.flatnonzero(outcome.side != ray_rows.REMOVED)
-    table = outcome.table.select(_COLUMNS).take(places)
-    kinds = outcome.kinds[places]
+    places = np.flatnonzero(~ledger.is_on(Side.REMOVED))
+    table = ledger.table.select(_COLUMNS).take(places)
+    task_ids = ledger.task_ids[places]
     # Two tasks may answer one prompt differently.
-    prompts = apart(table["prompt_key"].to_numpy(), kinds)
+    prompts = scoped(table["prompt_key"].to_numpy(), task_ids)
     same = same_prompts(prompts, table["answer_key"].to_numpy())
-    near = _near_prompts(table, prompts, kinds, rows, rendering)
+    near = _near_prompts(table, prompts, task_ids, rows, rendering)
     near.sort(key=lambda pair: (-pair[0], pair[1]))
     shown = [(1.0, *group[:_ROWS_SHOWN].tolist()) for group in same[:_NUM_EXAMPLES]]
     shown += near[:_NUM_EXAMPLES]
@@ -96,7 +97,7 @@ def _repeats(values: Indices) -> Indices:
 
 
 def _near_prompts(
-    table: Any, prompts: Indices, kinds: Indices, rows: Any, rendering: Rendering
+    table: Any, prompts: Indices, task_ids: Indices, rows: Any, rendering: Rendering
 ) -> list[tuple[float, int, int]]:
     """Return (similarity, row, row) of prompts that differ little, with different answers."""
     answers = table["answer_key"].to_numpy()
@@ -104,7 +105,7 @@ def _near_prompts(
     first = np.sort(np.unique(prompts, return_index=True)[1])
     pairs = candidate_pairs(as_matrix(table["prompt_bands"]), first)
     a, b = first[pairs[:, 0]], first[pairs[:, 1]]
-    pairs = pairs[(answers[a] != answers[b]) & (kinds[a] == kinds[b])]
+    pairs = pairs[(answers[a] != answers[b]) & (task_ids[a] == task_ids[b])]
     if not len(pairs):
         return []
     keys = table["key"].to_numpy()[first]

@@ -22,7 +22,7 @@ from tuneloop.data.dedup.minhash import (
     settle,
 )
 from tuneloop.data.hashing.signatures import Texts, as_matrix, shingles
-from tuneloop.data.split.mixture import apart
+from tuneloop.data.split.mixture import scoped
 from tuneloop.data.tokenize.rendering import Rendering, compared_column, compared_from
 
 KEY_COLUMNS = ["content_id", "num_characters", "synthetic", "exact_key", "bands"]
@@ -31,24 +31,24 @@ _BLOCKS_PER_TASK = 2
 _MOST_PARTS = 1_000_000
 
 
-def find_duplicate_rows(table: Any, rows: Any, rendering: Rendering, kinds: Indices) -> Duplicates:
+def find_duplicate_rows(table: Any, rows: Any, rendering: Rendering, scopes: Indices) -> Duplicates:
     """Return which rows of a table repeat which.
 
-    What repeats a row of another kind stays, and is in its cluster.
+    What repeats a row of another scope stays, and is in its cluster.
 
     Args:
         table: Arrow table with `key` and `KEY_COLUMNS`.
         rows: The materialized Ray dataset of these rows, with `key` and `compared_from` at least.
         rendering: Of those; `data.dedup` says what is compared and how.
-        kinds: Of the rows of the table, for example the number of their task. Shape (N,).
+        scopes: Of the rows of the table, for example the number of their task. Shape (N,).
     """
     keys = table["key"].to_numpy()
     preference = np.empty(len(keys), dtype=np.int64)
     preference[_by_preference(table)] = np.arange(len(keys))
     bands = as_matrix(table["bands"])
     size = table["num_characters"].to_numpy().astype(np.int64)
-    compare = functools.partial(_compare, keys=keys, kinds=kinds, rows=rows, rendering=rendering)
-    found = Keys(apart(table["exact_key"].to_numpy(), kinds), bands, preference, size)
+    compare = functools.partial(_compare, keys=keys, scopes=scopes, rows=rows, rendering=rendering)
+    found = Keys(scoped(table["exact_key"].to_numpy(), scopes), bands, preference, size)
     return find_duplicates(found, rendering.data.dedup, compare)
 
 
@@ -62,7 +62,7 @@ def _by_preference(table: Any) -> Any:
 
 
 def _compare(
-    groups: Sequence[Group], keys: Indices, kinds: Indices, rows: Any, rendering: Rendering
+    groups: Sequence[Group], keys: Indices, scopes: Indices, rows: Any, rendering: Rendering
 ) -> Iterator[Settled]:
     """Yield what comparing each group shows, while the next ones are compared."""
     import ray
@@ -83,7 +83,7 @@ def _compare(
     task = ray.remote(num_cpus=1)(_settle_group)
     settled = [
         task.remote(
-            (keys[group.rows], kinds[group.rows]),
+            (keys[group.rows], scopes[group.rows]),
             group.pairs,
             rendering,
             *[part[place] for part in parts],
@@ -118,7 +118,7 @@ def _settle_group(
     """Return what comparing a group shows.
 
     Args:
-        group: Keys and kinds of its rows.
+        group: Keys and scopes of its rows.
         pairs: Of the group.
         rendering: With the settings of deduplication.
         parts: Tables of `_texts_by_group`.
@@ -126,9 +126,9 @@ def _settle_group(
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    keys, kinds = group
+    keys, scopes = group
     config = rendering.data.dedup
     table = pa.concat_tables(parts)
     texts = table["compared"].take(pc.index_in(pa.array(keys), value_set=table["key"]))
     found = shingles(Texts.of_column(texts), config.ngram_words)
-    return settle(pairs, found, kinds, config.threshold)
+    return settle(pairs, found, scopes, config.threshold)

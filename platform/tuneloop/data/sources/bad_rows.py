@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tuneloop.config import DataConfig, TuneloopConfig
+from tuneloop.data.schema import Reason, ReasonCode
 from tuneloop.errors import DataError, Problem, ResourceError
 
 _PLACES = 3
@@ -54,10 +55,12 @@ def refuse_too_many_rows(total: int) -> None:
         )
 
 
-def reason_of(problem: str) -> str:
-    """Return a bad row's reason in one line, for `removed/`."""
+def reason_of(problem: str, code: ReasonCode) -> Reason:
+    """Return why a bad row is removed, from its `problem`."""
     details = _details(problem)
-    return f"{details['what']}: {details['got']}" if details["got"] else details["what"]
+    what, got = details["what"], details["got"]
+    # What a chat template or a tokenizer says has its details after a colon.
+    return Reason(code, f"{what}: {got}" if got else what, what.partition(":")[0])
 
 
 def bad_row_problems(bad: Sequence[BadRow], total: int, data: DataConfig) -> list[Problem]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from tuneloop.config import OneTaskConfig, TuneloopConfig
 from tuneloop.data.filters.quality import apply_filters, filter_messages
+from tuneloop.data.schema import row_key
 from tuneloop.data.sources.files import DOCUMENTS, SourceFile
 from tuneloop.data.sources.formats import (
     FileError,
@@ -35,7 +36,6 @@ RESERVED = frozenset(
 )
 _MADE_BY_US = {"row_id", "input_ids", "loss_mask"}
 _KEPT_OF_BAD_ROW = 10_000
-_ROWS_PER_FILE_BITS = 40
 
 
 def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterator[dict[str, Any]]:
@@ -53,7 +53,7 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
     used = used_columns(source)
     for number, (line, record) in enumerate(_records(file)):
         row = {
-            "key": (position << _ROWS_PER_FILE_BITS) + number,
+            "key": row_key(position, number),
             "source": f"{file.name}:{line}",
             "problem": "",
             "dropped": "",
@@ -114,44 +114,10 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
         yield row
 
 
-def file_positions(keys: Any) -> Any:
-    """Return the positions of the files that rows with these keys were read from. Shape (N,)."""
-    return keys >> _ROWS_PER_FILE_BITS
-
-
 def own_name(column: str, reserved: Set[str] = RESERVED) -> str:
     """Return the name under which a user's column is carried."""
     is_taken = column in reserved or column.startswith("#")
     return f"original_{column.removeprefix('#')}" if is_taken else column
-
-
-def row_schema() -> Any:
-    """Return the Arrow schema of rows between reading and tokenizing.
-
-    `problem` is empty or JSON of what, got, allowed, remedy and fatal; `dropped` is empty or why a
-    filter drops the row, `changes` what filters mended in it; `task` is a name of `task.tasks`, if
-    there are any; `extra` is JSON of the user's own columns, whose types need not agree between
-    files.
-    """
-    import pyarrow as pa
-
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    return pa.schema(
-        [
-            ("key", pa.int64()),
-            ("source", pa.string()),
-            ("problem", pa.string()),
-            ("dropped", pa.string()),
-            ("changes", pa.string()),
-            ("task", pa.string()),
-            ("messages", pa.list_(message)),
-            ("text", pa.string()),
-            ("group", pa.string()),
-            ("stratum", pa.string()),
-            ("synthetic", pa.bool_()),
-            ("extra", pa.string()),
-        ]
-    )
 
 
 def with_instruction(messages: list[Message], task: OneTaskConfig) -> list[Message]:

@@ -76,13 +76,13 @@ class Mixture:
 
 
 def mixture_of(
-    config: TuneloopConfig, source: Indices, kinds: Indices, num_tokens: Indices
+    config: TuneloopConfig, source: Indices, task_ids: Indices, num_tokens: Indices
 ) -> Mixture | None:
     """Return the parts of tasks or sources in the train split, or None if none has a weight.
 
     Args:
         source: Index of each row's source. Shape (N,).
-        kinds: Of `kinds_of`. Shape (N,).
+        task_ids: From `find_task_ids`. Shape (N,).
         num_tokens: Of each row. Shape (N,).
     """
     # Conversations count as one each; documents are packed, so what they fill counts.
@@ -91,7 +91,7 @@ def mixture_of(
     tasks, sources = config.task.tasks, config.data.sources
     weights = [task.weight for task in tasks.values() if task.weight is not None]
     if weights:
-        return Mixture(kinds, size, weights, list(tasks), "task", "task.tasks")
+        return Mixture(task_ids, size, weights, list(tasks), "task", "task.tasks")
     weights = [source.weight for source in sources if source.weight is not None]
     if weights:
         paths = [source.path for source in sources]
@@ -99,35 +99,35 @@ def mixture_of(
     return None
 
 
-def kinds_of(config: TuneloopConfig, source: Indices) -> Indices:
-    """Return the place of each row's task in `task.tasks`; zeros without a mixture. Shape (N,).
+def find_task_ids(config: TuneloopConfig, source: Indices) -> Indices:
+    """Return the position of each row's task in `task.tasks`; zeros without a mixture. Shape (N,).
 
     Args:
         source: Index of each row's source. Shape (N,).
     """
     names = list(config.task.tasks)
-    kinds = [names.index(source.task) if source.task else 0 for source in config.data.sources]
-    return np.array(kinds, dtype=np.int64)[source]
+    of_source = [names.index(item.task) if item.task else 0 for item in config.data.sources]
+    return np.array(of_source, dtype=np.int64)[source]
 
 
-def kinds_to_remove(config: TuneloopConfig, kinds: Indices, answer_keys: Indices) -> Indices:
+def dedup_scopes(config: TuneloopConfig, task_ids: Indices, answer_keys: Indices) -> Indices:
     """Return numbers that differ between rows of which none may be removed for the other.
 
     Rows of two tasks are such rows, and so are two labels of nearly the same text: that is no
     repetition but a contradiction, which `conflicts` lists. Shape (N,).
 
     Args:
-        kinds: Of `kinds_of`. Shape (N,).
+        task_ids: From `find_task_ids`. Shape (N,).
         answer_keys: Hash of each row's answer. Shape (N,).
     """
     tasks: list[OneTaskConfig] = [*config.task.tasks.values()] or [config.task]
-    has_labels = np.array([task.type == "classification" for task in tasks])[kinds]
+    has_labels = np.array([task.type == "classification" for task in tasks])[task_ids]
     if config.data.dedup.on != "both" or not has_labels.any():
-        return kinds
-    said = np.stack([kinds, np.where(has_labels, answer_keys, 0)], axis=1)
-    return np.unique(said, axis=0, return_inverse=True)[1].reshape(-1)
+        return task_ids
+    scopes = np.stack([task_ids, np.where(has_labels, answer_keys, 0)], axis=1)
+    return np.unique(scopes, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def apart(keys: Indices, kinds: Indices) -> Indices:
-    """Return hashes that are equal where both hash and kind are. Shape (N,)."""
-    return keys ^ (kinds * _ODD)
+def scoped(keys: Indices, scopes: Indices) -> Indices:
+    """Return hashes that are equal where both hash and scope are. Shape (N,)."""
+    return keys ^ (scopes * _ODD)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.dedup.minhash import Indices, connected
+from tuneloop.data.schema import Reason, ReasonCode
 from tuneloop.data.split.mixture import Mixture
 from tuneloop.errors import DataError, Problem
 
@@ -33,14 +34,14 @@ class Split:
         train: Indices of the train rows in the order in which they are written.
         test: Indices of the test rows, likewise.
         validation: Indices of the validation rows, likewise; empty unless asked for.
-        surplus: Index to reason of the rows that are on no side.
+        surplus: By index, why a row is on no side.
         num_groups: Units that stayed together, on each side.
     """
 
     train: Indices
     test: Indices
     validation: Indices
-    surplus: dict[int, str]
+    surplus: dict[int, Reason]
     num_groups: dict[str, int]
 
 
@@ -93,7 +94,7 @@ def split_rows(
     _refuse_unsplittable(count, num_units, _num_units(taken), data)
     _refuse_used_up(taken, stratum, strata, data)
     side = np.zeros(num_units, dtype=np.int8)
-    surplus: dict[int, str] = {}
+    surplus: dict[int, Reason] = {}
     test = _by_rank(_rows_of(taken, unit, ranks, ("test", surplus)), ranks)
     side[_all_units(taken)] = _TEST
 
@@ -132,11 +133,12 @@ def limit_train(
         DataError: Fewer are left than asked for, or none.
     """
     train = everyone = split.train[~np.isin(split.train, left_out)]
-    surplus: dict[int, str] = {}
+    surplus: dict[int, Reason] = {}
     if mixture is not None:
         train = mixture.order(everyone)
         beyond = np.setdiff1d(everyone, train).tolist()
-        surplus = dict.fromkeys(beyond, f"beyond its {mixture.what}'s part of the mixture")
+        text = f"beyond its {mixture.what}'s part of the mixture"
+        surplus = dict.fromkeys(beyond, Reason(ReasonCode.MIXTURE_SURPLUS, text, text))
     limit = data.num_train_examples
     if len(train) < (limit or 1):
         held_out = f"the test split{' and the validation split' * data.split.validates}"
@@ -155,7 +157,8 @@ def limit_train(
                 else "add data, or check data.decontamination",
             )
         )
-    reason = f"not among the first {limit} of the train split"
+    text = f"not among the first {limit} of the train split"
+    reason = Reason(ReasonCode.TRAIN_LIMIT, text, text)
     surplus |= {int(index): reason for index in (train[limit:] if limit else ())}
     kept = everyone[np.isin(everyone, train[:limit])]  # shuffled, as all of them are
     return replace(split, train=kept, surplus=split.surplus | surplus)
@@ -292,7 +295,7 @@ def _rows_of(
     taken: Sequence[_Taken],
     unit: Indices,
     ranks: NDArray[np.uint64],
-    told: tuple[str, dict[int, str]],
+    told: tuple[str, dict[int, Reason]],
 ) -> Indices:
     """Return the rows held out; those beyond the number wanted are noted in the surplus."""
     name, surplus = told
@@ -301,7 +304,8 @@ def _rows_of(
         rows = _by_rank(np.flatnonzero(np.isin(unit, part.units)), ranks)
         if part.wanted is not None and part.share is not None:
             chosen = rows[occurrence(unit[rows]) < part.share][: part.wanted]
-            reason = f"its group is in the {name} split, which has its {part.wanted} rows"
+            text = f"its group is in the {name} split, which has its {part.wanted} rows"
+            reason = Reason(ReasonCode.GROUP_SURPLUS, text, text)
             surplus.update((int(index), reason) for index in np.setdiff1d(rows, chosen))
             rows = chosen
         found.append(rows)

@@ -19,11 +19,13 @@ from tuneloop.data.hashing.signatures import (
     Hashes,
     Texts,
     band_hashes,
+    band_shape,
     compared_text,
     normalised_hashes,
     shingles,
 )
-from tuneloop.data.sources.readers import row_schema, without_instruction
+from tuneloop.data.schema import rendered_schema
+from tuneloop.data.sources.readers import without_instruction
 from tuneloop.models.chat.renderer import Renderer, RenderError
 from tuneloop.models.chat.tokenizer_backends import (
     BackendChoice,
@@ -129,41 +131,13 @@ def sample_of(row: Mapping[str, Any], renderer: Renderer) -> Sample:
     return sample
 
 
-def rendered_schema(data: DataConfig) -> Any:
-    """Return the Arrow schema of tokenized rows.
-
-    To the columns of `row_schema` come `content_id` (hash of what the row itself says), the
-    tokens, and the keys by which rows are compared.
-    """
-    import pyarrow as pa
-
-    from tuneloop.data.hashing.signatures import band_shape
-
-    bands, _ = band_shape(data.dedup.threshold)
-    prompt_bands, _ = band_shape(ALIKE_PROMPTS)
-    schema = row_schema()
-    for name, kind in [
-        ("content_id", pa.string()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("loss_mask", pa.list_(pa.int8())),
-        ("num_tokens", pa.int32()),
-        ("num_target_tokens", pa.int32()),
-        ("num_characters", pa.int32()),
-        ("exact_key", pa.int64()),
-        ("prompt_key", pa.int64()),
-        ("answer_key", pa.int64()),
-        ("bands", pa.list_(pa.uint64(), bands)),
-        ("prompt_bands", pa.list_(pa.uint64(), prompt_bands)),
-    ]:
-        schema = schema.append(pa.field(name, kind))
-    return schema
-
-
 def render_batch(table: Any, rendering: Rendering) -> Any:
     """Return an Arrow table of rows with tokens and keys added, by `rendered_schema`."""
     import pyarrow as pa
 
-    schema = rendered_schema(rendering.data)
+    bands, _ = band_shape(rendering.data.dedup.threshold)
+    prompt_bands, _ = band_shape(ALIKE_PROMPTS)
+    schema = rendered_schema(bands, prompt_bands)
     keys = dedup_keys(table, rendering)
     keys |= _prompt_keys(table, rendering, keys["exact_key"])
     table = tokenize(table, rendering)

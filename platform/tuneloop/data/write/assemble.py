@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tuneloop.data.ray_rows import REMOVED, batch_size
+from tuneloop.data.ray_rows import batch_size
+from tuneloop.data.schema import Side, dataset_schema, document_columns, removed_schema
 from tuneloop.data.tokenize.rendering import Rendering, chunks
 from tuneloop.data.write.packing import merged_pieces, num_pieces, place_documents, rest_lengths
 
@@ -33,14 +34,14 @@ _FINISHED_FROM = [
 _PER_TOKEN = ("input_ids", "loss_mask")
 
 
-def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Iterator[Any]:
+def final_rows(rows: Any, assignments: Any, columns: Any, rendering: Rendering) -> Iterator[Any]:
     """Yield Arrow tables of finished rows in the order to write; `#side` says where they go.
 
     Pieces of plain text that share a row are one row of one table.
 
     Args:
         rows: The materialized Ray dataset of tokenized rows.
-        fates: Arrow table in the order of `key` with side, rank, pack and position (of
+        assignments: Arrow table in the order of `key` with side, rank, pack and position (of
             `row_places`), row_id, stage, reason, kept_row_id and similarity, num_characters and
             num_tokens of every row.
         columns: Of `ray_rows.column_schema`.
@@ -49,9 +50,9 @@ def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Ite
     import ray
 
     blocks = [ref for bundle in rows.iter_internal_ref_bundles() for ref in bundle.block_refs]
-    step, borders = _stretches(rows, fates, len(blocks), rendering)
+    step, borders = _stretches(rows, assignments, len(blocks), rendering)
     number = len(borders) + 1
-    given = ray.put((fates, columns, rendering, borders, batch_size(rows)))
+    given = ray.put((assignments, columns, rendering, borders, batch_size(rows)))
     finish = ray.remote(num_cpus=1, num_returns=number)(_finish_blocks)
     parts = [
         finish.remote(given, *blocks[start : start + step]) for start in range(0, len(blocks), step)
@@ -70,23 +71,25 @@ def final_rows(rows: Any, fates: Any, columns: Any, rendering: Rendering) -> Ite
         yield ray.get(waiting.popleft())
 
 
-def _stretches(rows: Any, fates: Any, num_blocks: int, rendering: Rendering) -> tuple[int, Any]:
+def _stretches(
+    rows: Any, assignments: Any, num_blocks: int, rendering: Rendering
+) -> tuple[int, Any]:
     """Return how many blocks to finish in a task, and at which places in the order to cut."""
-    rank = fates["rank"].to_numpy().astype(np.int64)
-    side = fates["side"].to_numpy().astype(np.int64) << _SIDE_SHIFT
+    rank = assignments["rank"].to_numpy().astype(np.int64)
+    side = assignments["side"].to_numpy().astype(np.int64) << _SIDE_SHIFT
     order = side + (rank << _CHUNK_SHIFT)
-    size = fates["num_characters"].to_numpy().astype(np.int64)
+    size = assignments["num_characters"].to_numpy().astype(np.int64)
     # Columns of the user's own, and what an instruction adds.
     more = rows.size_bytes() / max(1, rows.count()) - _BYTES_PER_CHARACTER * float(np.mean(size))
     size = size + max(_CHARACTERS_PER_ROW, int(more))
-    packed = fates["pack"].is_valid().to_numpy()
+    packed = assignments["pack"].is_valid().to_numpy()
     if packed.any():
         # The last piece of a document goes where its row is.
-        tokens = fates["num_tokens"].to_numpy()[packed].astype(np.int64)
+        tokens = assignments["num_tokens"].to_numpy()[packed].astype(np.int64)
         rest = rest_lengths(tokens, rendering.data.max_seq_len)
         last = (size[packed] * (rest / np.maximum(1, tokens))).astype(np.int64)
         size[packed] -= last
-        pack = fates["pack"].filter(fates["pack"].is_valid()).to_numpy()
+        pack = assignments["pack"].filter(assignments["pack"].is_valid()).to_numpy()
         order = np.concatenate([order, side[packed] + pack])
         size = np.concatenate([size, last])
     by_order = np.argsort(order, kind="stable")
@@ -103,11 +106,11 @@ def _finish_blocks(given: Any, *blocks: Any) -> Any:
     """Return the finished rows of some blocks, a table for each stretch."""
     import pyarrow as pa
 
-    fates, columns, rendering, borders, size = given
+    assignments, columns, rendering, borders, size = given
     cut: list[list[Any]] = [[] for _ in range(len(borders) + 1)]
     for block in blocks:
         for start in range(0, block.num_rows, size):
-            table = _finish_batch(block.slice(start, size), fates, columns, rendering)
+            table = _finish_batch(block.slice(start, size), assignments, columns, rendering)
             stretch = np.searchsorted(borders, table["#order"].to_numpy(), side="right")
             for place in np.unique(stretch).tolist():
                 cut[place].append(table.filter(pa.array(stretch == place)))
@@ -144,27 +147,31 @@ def row_places(num_tokens: Any, ranks: Any, max_seq_len: int) -> tuple[Any, Any]
     return pack, position
 
 
-def _finish_batch(table: Any, fates: Any, columns: Any, rendering: Rendering) -> Any:
+def _finish_batch(table: Any, assignments: Any, columns: Any, rendering: Rendering) -> Any:
     import pyarrow as pa
 
-    places = np.searchsorted(fates["key"].to_numpy(), table["key"].to_numpy())
-    found = fates.drop_columns(["num_characters", "num_tokens"]).take(pa.array(places)).to_pylist()
+    places = np.searchsorted(assignments["key"].to_numpy(), table["key"].to_numpy())
+    found = (
+        assignments.drop_columns(["num_characters", "num_tokens"])
+        .take(pa.array(places))
+        .to_pylist()
+    )
     is_text = rendering.task.type == "language_modeling"
     # What there is for each token stays in Arrow: pieces only put borders between them.
     tokens = {name: table[name].combine_chunks() for name in _PER_TOKEN}
     ids, starts = tokens["input_ids"].values.to_numpy(), tokens["input_ids"].offsets.to_numpy()
     finished: list[dict[str, Any]] = []
     rows = table.select(_FINISHED_FROM).to_pylist()
-    for row, fate, start in zip(rows, found, starts.tolist(), strict=False):
+    for row, assignment, start in zip(rows, found, starts.tolist(), strict=False):
         own = json.loads(row["extra"])
         contents = [message["content"] for message in row["messages"]]
         row |= {field.name: _value(own.get(field.name), field) for field in columns}
-        row |= {f"#{name}": value for name, value in fate.items()}
-        row["row_id"] = fate["row_id"]
+        row |= {f"#{name}": value for name, value in assignment.items()}
+        row["row_id"] = assignment["row_id"]
         row["#text"] = "\n\n".join(contents) or row["text"]
-        row["#order"] = (fate["side"] << _SIDE_SHIFT) + (fate["rank"] << _CHUNK_SHIFT)
+        row["#order"] = (assignment["side"] << _SIDE_SHIFT) + (assignment["rank"] << _CHUNK_SHIFT)
         row["#position"] = 0
-        if is_text and fate["side"] != REMOVED:
+        if is_text and assignment["side"] != Side.REMOVED:
             finished += _chunk_rows(row, ids[start : start + row["num_tokens"]], rendering)
         else:
             finished.append(row)
@@ -220,53 +227,5 @@ def _finished_schema(columns: Any) -> Any:
             ("#position", pa.int64()),
             ("#side", pa.int8()),
             *[(f"#{field.name}", field.type) for field in removed_schema()],
-        ]
-    )
-
-
-def dataset_schema(columns: Any, is_text: bool = False) -> Any:
-    """Return the Arrow schema of train and test files."""
-    import pyarrow as pa
-
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    content = ("text", pa.string()) if is_text else ("messages", pa.list_(message))
-    return pa.schema(
-        [
-            ("row_id", pa.string()),
-            ("source", pa.string()),
-            ("synthetic", pa.bool_()),
-            content,
-            ("input_ids", pa.list_(pa.int32())),
-            ("loss_mask", pa.list_(pa.int8())),
-            ("num_tokens", pa.int32()),
-            *(document_columns() if is_text else []),
-            *[(field.name, field.type) for field in columns],
-        ]
-    )
-
-
-def document_columns() -> list[Any]:
-    """Return the Arrow fields that tell the documents in a row of plain text apart."""
-    import pyarrow as pa
-
-    return [
-        pa.field("document_ids", pa.list_(pa.string())),
-        pa.field("document_lengths", pa.list_(pa.int32())),
-    ]
-
-
-def removed_schema() -> Any:
-    """Return the Arrow schema of `removed/`; `source` is the row's file and line."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("row_id", pa.string()),
-            ("stage", pa.string()),
-            ("reason", pa.string()),
-            ("kept_row_id", pa.string()),
-            ("similarity", pa.float64()),
-            ("text", pa.string()),
-            ("source", pa.string()),
         ]
     )

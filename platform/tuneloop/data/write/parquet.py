@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from tuneloop.data.ray_rows import REMOVED, TEST, TRAIN, VALIDATION
-from tuneloop.data.write.assemble import dataset_schema, removed_schema
+from tuneloop.data.schema import Side, dataset_schema, removed_schema
 
 _ROWS_PER_FILE = 100_000
-_SIDES = {TRAIN: "train", TEST: "test", REMOVED: "removed", VALIDATION: "validation"}
 
 
 @dataclass
@@ -36,7 +34,7 @@ class Written:
 
 def write_sides(
     tables: Iterable[Any], columns: Any, is_text: bool, path: Path
-) -> dict[str, Written]:
+) -> dict[Side, Written]:
     """Write `train/`, `test/` and `removed/` under `path` and return what is in them.
 
     `validation/` is written where rows are meant for it.
@@ -48,23 +46,24 @@ def write_sides(
     """
     data_schema = dataset_schema(columns, is_text)
     writers = {
-        side: _SideWriter(path / name, removed_schema() if side == REMOVED else data_schema)
-        for side, name in _SIDES.items()
-        if side != VALIDATION
+        side: _SideWriter(
+            path / side.folder, removed_schema() if side is Side.REMOVED else data_schema
+        )
+        for side in (Side.TRAIN, Side.TEST, Side.REMOVED)
     }
     try:
         for table in tables:
             sides = table["#side"].to_numpy()
             starts = np.flatnonzero(np.diff(sides, prepend=-1))
             for start, stop in itertools.pairwise([*starts.tolist(), len(sides)]):
-                side = int(sides[start])
+                side = Side(sides[start])
                 if side not in writers:
-                    writers[VALIDATION] = _SideWriter(path / "validation", data_schema)
+                    writers[side] = _SideWriter(path / side.folder, data_schema)
                 writers[side].write(table.slice(start, stop - start))
     finally:
         for writer in writers.values():
             writer.close()
-    return {_SIDES[side]: writer.written for side, writer in writers.items()}
+    return {side: writer.written for side, writer in writers.items()}
 
 
 class _SideWriter:

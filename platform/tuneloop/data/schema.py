@@ -1,0 +1,179 @@
+"""What the steps of `prepare` agree on: sides, stages, reasons, row keys and Arrow schemas."""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+_ROWS_PER_FILE_BITS = 40
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+
+class Side(IntEnum):
+    """Where a row ends; the numbers are the order in which the sides are written."""
+
+    TRAIN = 0
+    TEST = 1
+    REMOVED = 2
+    VALIDATION = 3
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder in the artifact."""
+        return self.name.lower()
+
+
+# In the order in which people read them.
+SPLITS = (Side.TRAIN, Side.VALIDATION, Side.TEST)
+
+
+class Stage(StrEnum):
+    """The step that removed a row, in the order in which they run."""
+
+    READ = "read"
+    FILTER = "filter"
+    TOKENIZE = "tokenize"
+    DEDUP = "dedup"
+    DECONTAMINATION = "decontamination"
+    SPLIT = "split"
+
+
+class ReasonCode(StrEnum):
+    """Why a row was removed, as a word that programs can rely on."""
+
+    UNREADABLE = "unreadable"
+    FILTERED = "filtered"
+    UNRENDERABLE = "unrenderable"
+    TOO_LONG = "too_long"
+    EXACT_DUPLICATE = "exact_duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
+    SAME_TEXT = "same_text"
+    SAME_PROMPT = "same_prompt"
+    SHARED_NGRAMS = "shared_ngrams"
+    GROUP_SURPLUS = "group_surplus"
+    MIXTURE_SURPLUS = "mixture_surplus"
+    TRAIN_LIMIT = "train_limit"
+
+
+class Reason(NamedTuple):
+    """Why a row was removed.
+
+    Args:
+        code: For programs.
+        text: For people, with what this row has.
+        summary: The same for all rows that are counted together.
+    """
+
+    code: ReasonCode
+    text: str
+    summary: str
+
+
+def row_key(file_position: int, number: int) -> int:
+    """Return the key of a row: it orders rows as their files and they stand in the sources."""
+    return (file_position << _ROWS_PER_FILE_BITS) + number
+
+
+def file_positions(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the positions of the files that rows with these keys were read from. Shape (N,)."""
+    return keys >> _ROWS_PER_FILE_BITS
+
+
+def row_schema() -> pa.Schema:
+    """Return the Arrow schema of rows between reading and tokenizing.
+
+    `problem` is empty or JSON of what, got, allowed, remedy and fatal; `dropped` is empty or why a
+    filter drops the row, `changes` what filters mended in it; `task` is a name of `task.tasks`, if
+    there are any; `extra` is JSON of the user's own columns, whose types need not agree between
+    files.
+    """
+    return pa.schema(
+        [
+            ("key", pa.int64()),
+            ("source", pa.string()),
+            ("problem", pa.string()),
+            ("dropped", pa.string()),
+            ("changes", pa.string()),
+            ("task", pa.string()),
+            ("messages", _MESSAGES),
+            ("text", pa.string()),
+            ("group", pa.string()),
+            ("stratum", pa.string()),
+            ("synthetic", pa.bool_()),
+            ("extra", pa.string()),
+        ]
+    )
+
+
+def rendered_schema(num_bands: int, num_prompt_bands: int) -> pa.Schema:
+    """Return the Arrow schema of tokenized rows.
+
+    To the columns of `row_schema` come `content_id` (hash of the row's own content), the tokens,
+    and the keys by which rows are compared.
+    """
+    return pa.schema(
+        [
+            *row_schema(),
+            ("content_id", pa.string()),
+            ("input_ids", pa.list_(pa.int32())),
+            ("loss_mask", pa.list_(pa.int8())),
+            ("num_tokens", pa.int32()),
+            ("num_target_tokens", pa.int32()),
+            ("num_characters", pa.int32()),
+            ("exact_key", pa.int64()),
+            ("prompt_key", pa.int64()),
+            ("answer_key", pa.int64()),
+            ("bands", pa.list_(pa.uint64(), num_bands)),
+            ("prompt_bands", pa.list_(pa.uint64(), num_prompt_bands)),
+        ]
+    )
+
+
+def dataset_schema(columns: pa.Schema, is_text: bool = False) -> pa.Schema:
+    """Return the Arrow schema of train, validation and test files.
+
+    Args:
+        columns: The user's own.
+        is_text: Rows have `text` in place of `messages`, and say which documents are in them.
+    """
+    return pa.schema(
+        [
+            ("row_id", pa.string()),
+            ("source", pa.string()),
+            ("synthetic", pa.bool_()),
+            ("text", pa.string()) if is_text else ("messages", _MESSAGES),
+            ("input_ids", pa.list_(pa.int32())),
+            ("loss_mask", pa.list_(pa.int8())),
+            ("num_tokens", pa.int32()),
+            *(document_columns() if is_text else []),
+            *[(field.name, field.type) for field in columns],
+        ]
+    )
+
+
+def document_columns() -> list[pa.Field]:
+    """Return the Arrow fields that tell the documents in a row of plain text apart."""
+    return [
+        pa.field("document_ids", pa.list_(pa.string())),
+        pa.field("document_lengths", pa.list_(pa.int32())),
+    ]
+
+
+def removed_schema() -> pa.Schema:
+    """Return the Arrow schema of `removed/`; `source` is the row's file and line."""
+    return pa.schema(
+        [
+            ("row_id", pa.string()),
+            ("stage", pa.string()),
+            ("reason", pa.string()),
+            ("kept_row_id", pa.string()),
+            ("similarity", pa.float64()),
+            ("text", pa.string()),
+            ("source", pa.string()),
+            ("reason_code", pa.string()),
+        ]
+    )
