@@ -10,6 +10,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+import tuneloop  # noqa: F401  before any test imports Ray, which reads what this sets
+
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

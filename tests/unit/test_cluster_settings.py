@@ -2,17 +2,10 @@ from __future__ import annotations
 
 import pytest
 import ray
-from ray.data._internal.execution.resource_manager import ResourceManager
 
 from tuneloop.cluster import connect
 from tuneloop.config import ResourcesConfig
 from tuneloop.errors import ResourceError
-
-
-def test_ray_data_still_looks_again_after_the_interval_that_is_shortened() -> None:
-    # `cluster.py` sets it; in a Ray that calls it otherwise the second worker would wait again.
-    assert "GLOBAL_LIMITS_UPDATE_INTERVAL_S" in ResourceManager.get_global_limits.__code__.co_names
-    assert isinstance(ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S, int | float)
 
 
 def test_a_ray_that_does_not_start_in_time_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_a_worker_has_one_gpu_or_is_alone_on_a_share_of_one(tmp_path: Path) -> N
     (found,) = problems(path, "resources.gpus_per_worker=2")
     assert "resources.gpus_per_worker" in found
     (found,) = problems(path, "resources.gpus_per_worker=0.5", "resources.num_workers=2")
-    assert "NCCL needs a GPU for each worker" in found
+    assert "NCCL needs a whole GPU for each worker" in found
     assert load_config(path, ["resources.gpus_per_worker=0.5"]).resources.gpus_per_worker == 0.5
 
 
@@ -157,7 +157,7 @@ def test_a_mixture_has_tasks_and_each_source_has_one_of_them(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("data.sources.1.task=titel", "data.sources.1.task is titel; no source gives rows of"),
+        ("data.sources.1.task=titel", "data.sources.1.task is titel; no source has rows for"),
         ("data.sources.1.task=null", "data.sources.1.task is missing"),
         ("task.type=generation", "`tasks` belong to task.type mixture"),
         ("task.tasks.title=null", "task.tasks.title"),
@@ -183,4 +183,4 @@ def test_tasks_and_sources_do_not_both_have_weights(tmp_path: Path) -> None:
 
 def test_without_a_mixture_a_source_has_no_task(tmp_path: Path) -> None:
     (found,) = problems(write(tmp_path, GOOD), "data.sources.0.task=faq")
-    assert "data.sources.0.task is faq (task.type is no mixture)" in found
+    assert "data.sources.0.task is faq (task.type is not mixture)" in found
