@@ -14,7 +14,7 @@ The Python API, the same steps as the command line's; each is loaded when it is 
 - `prepare`, `generate`, `train`, `evaluate`, `run`, `sweep`: one step each, from
   (config, workspace) to a list of `Published`: an artifact, and whether it was reused.
 - `serve`: a context, `with tuneloop.serve(config, workspace) as (url, models): ...`.
-- `TuneloopError`, `UserError`: what is raised: our failure, and what the caller can mend.
+- `TuneloopError`, `UserError`: the exceptions: our failure, and what the caller can fix.
 
 `tuneloop check` is `tuneloop.check.check(config)`.
 """

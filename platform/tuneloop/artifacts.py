@@ -4,7 +4,7 @@
     <workspace>/.work/<kind>-<name>-<fingerprint>/   what an unfinished step has so far
 
 A step asks `find` for its fingerprint (reuse), otherwise builds in a `draft` and publishes it.
-A crash leaves only the draft's working directory, from which the same step goes on.
+A crash leaves only the draft's working directory, from which the same step resumes.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Artifact:
         return str(self.manifest["fingerprint"])
 
     def summary(self, reused: bool) -> dict[str, Any]:
-        """Return what `--json` prints about it."""
+        """Return what `--json` prints about the artifact."""
         return {
             "artifact": self.ref,
             "path": self.location,
@@ -95,7 +95,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Published:
-    """A step's result and whether it was there already."""
+    """A step's artifact, and whether it was reused."""
 
     artifact: Artifact
     reused: bool
@@ -133,8 +133,8 @@ class Draft:
         Args:
             config: What was fingerprinted, in readable form.
             resources: How it was executed.
-            inputs: References of artifacts and identities of models and files that went in.
-            metrics: Numbers worth seeing in a list.
+            inputs: References of the artifacts, and identities of the models and files, used.
+            metrics: Numbers worth showing in a list of artifacts.
         """
         files = [
             {
@@ -231,12 +231,12 @@ class Workspace:
         version = int(match["version"]) if match["version"] else max(versions, default=0)
         artifact = self._load(match["kind"], match["name"], version)
         if artifact is None:
-            known = [item.ref for item in self.published()]
+            existing = [item.ref for item in self.published()]
             raise ArtifactError(
                 Problem(
                     f"no artifact `{reference}`",
                     where=f"workspace {self.location}",
-                    allowed=", ".join(known) if known else "the workspace is empty",
+                    allowed=", ".join(existing) if existing else "the workspace is empty",
                     remedy="check `workspace`, or run the step that makes it",
                 )
             )
@@ -244,14 +244,14 @@ class Workspace:
 
     def published(self) -> list[Artifact]:
         """Return all published artifacts, oldest first."""
-        found = []
+        artifacts = []
         for kind in KINDS:
             for name in self._entries(kind):
                 for version in self._versions(kind, name):
                     artifact = self._load(kind, name, version, fetch=False)
                     if artifact is not None:
-                        found.append(artifact)
-        return sorted(found, key=lambda artifact: artifact.manifest["created_at"])
+                        artifacts.append(artifact)
+        return sorted(artifacts, key=lambda artifact: artifact.manifest["created_at"])
 
     @contextlib.contextmanager
     def draft(self, kind: str, name: str, fingerprint: str) -> Iterator[Draft]:
@@ -287,7 +287,7 @@ class Workspace:
                     with _logged_to(path / LOG):
                         yield draft
                 finally:
-                    # Kept only where there is something to go on from.
+                    # Kept only if there is something to resume from.
                     if draft.artifact is not None or not any(scratch.iterdir()):
                         shutil.rmtree(work, ignore_errors=True)
         except OSError as error:
@@ -298,7 +298,7 @@ class Workspace:
                     f"cannot write {kind}/{name}",
                     where=str(error.filename or work),
                     got=error.strerror or str(error),
-                    remedy="free disk space or mend the permissions, then run the same command",
+                    remedy="free disk space or fix the permissions, then run the same command",
                 )
             ) from error
 

@@ -1,4 +1,4 @@
-"""Everything that can be checked before anything runs, told at once, without starting Ray."""
+"""Everything that can be checked before anything runs, reported at once, without starting Ray."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ _SHOWN_TOKENS = 400
 
 
 @dataclass(frozen=True)
-class Preflight:
-    """What is known before the start.
+class CheckResult:
+    """What a check found.
 
     Args:
-        problems: Everything that would stop the run; empty when it can start.
+        data: The rows, their lengths, and some samples.
         estimate: Memory and time of the training; None when the data cannot be used.
+        problems: Everything that would stop the run; empty when it can start.
     """
 
     data: DataCheck
@@ -43,7 +44,7 @@ class Preflight:
         }
 
 
-def check(config: TuneloopConfig) -> Preflight:
+def check(config: TuneloopConfig) -> CheckResult:
     """Return the findings on model, data, and resources.
 
     Raises:
@@ -82,11 +83,11 @@ def check(config: TuneloopConfig) -> Preflight:
             refuse_impossible(expected)
         except UserError as error:
             problems += error.problems
-    return Preflight(data, expected, problems)
+    return CheckResult(data, expected, problems)
 
 
-def report(preflight: Preflight, output: IO[str]) -> None:
-    """Print the findings; samples show context dimmed and what is learned in green.
+def report(result: CheckResult, output: IO[str]) -> None:
+    """Print the findings; samples show context dimmed and targets in green.
 
     Raises:
         DataError: With all problems, when there are any.
@@ -95,15 +96,15 @@ def report(preflight: Preflight, output: IO[str]) -> None:
     from rich.text import Text
 
     console = Console(file=output, highlight=False)
-    data = preflight.data
+    data = result.data
     if data.num_usable:
         lengths = ", ".join(f"{name} {value}" for name, value in data.length_tokens.items())
         targets = ", ".join(f"{name} {value}" for name, value in data.target_length_tokens.items())
         console.print(f"rows       {data.num_usable:,} of {data.num_rows:,} can be used")
         console.print(f"tokens     {data.num_tokens:,}; in a row: {lengths}")
         console.print(f"targets    {data.target_ratio:.0%} of the tokens; in a row: {targets}")
-    if preflight.estimate is not None:
-        expected = preflight.estimate
+    if result.estimate is not None:
+        expected = result.estimate
         memory = f"about {expected.peak_memory_bytes / GIB:.1f} GiB at the peak on each worker"
         time = "" if expected.training_s is None else f", {expected.training_s / 60:.1f} minutes"
         cost = "" if expected.cost is None else f", cost {expected.cost:.2f}"
@@ -120,5 +121,5 @@ def report(preflight: Preflight, output: IO[str]) -> None:
         legend = Text("\nlearned", style="bold green")
         legend.append(" and ", style="default").append("context", style="dim")
         console.print(legend)
-    if preflight.problems:
-        raise DataError(*preflight.problems)
+    if result.problems:
+        raise DataError(*result.problems)

@@ -11,9 +11,11 @@ import contextlib
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,12 +23,41 @@ from tuneloop import __version__
 from tuneloop.errors import Problem, ResourceError, UserError, find_user_error
 
 if TYPE_CHECKING:
-    from tuneloop.artifacts import Published
+    from tuneloop.artifacts import Artifact, Published
     from tuneloop.config import TuneloopConfig
 
+Call = Callable[[argparse.Namespace, IO[str]], int]
+
+_DESCRIPTION = """\
+Finetune a small language model on your task, and prove whether it helped.
+
+start
+  init        write a starter configuration with comments
+  check       check every row, memory and time before anything runs
+  doctor      show what this machine has and what is missing
+data
+  prepare     clean, deduplicate, split and tokenize the data
+  generate    let a larger model write training pairs from documents
+train
+  train       finetune (prepares the data first if needed)
+  run         the whole loop: prepare, baseline, train, evaluate
+  sweep       train and score a grid of settings, fit a learning curve
+judge
+  evaluate    score the base, few-shot and finetuned model
+  dashboard   browse artifacts and reports on 127.0.0.1
+serve
+  serve       serve the base and the finetuned model until interrupted
+  submit      run a command on a cluster as a Ray job
+look around
+  ls          list the artifacts of a workspace
+  show        show one artifact, for example models/demo
+  completion  print a script that completes commands and keys in bash or zsh
+"""
+_HELP = dict(re.findall(r"^  (\w+) +(.+)$", _DESCRIPTION, re.MULTILINE))
 _EPILOG = """\
-every COMMAND takes `dotted.key=value` overrides, for example:
+Any key of the configuration can be overridden on the command line, for example:
   tuneloop run demo.yaml training.learning_rate=5e-4 data.num_train_examples=200
+`tuneloop COMMAND --help` shows the options of a command.
 """
 
 
@@ -38,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return int(arguments.call(arguments, output))
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
+            print("interrupted; run the same command again to resume", file=sys.stderr)
             return 130
         except Exception as error:
             user_error = _removed_directory(error) or find_user_error(error)
@@ -49,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, taking overrides wherever they stand, also behind a flag."""
+    """Parse, accepting overrides anywhere, also after a flag."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     unknown = [item for item in rest if item.startswith("-") or "=" not in item]
@@ -63,60 +94,112 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tuneloop",
-        description="Finetune a small language model on your task, and prove whether it helped.",
+        usage="tuneloop [-h] [--version] COMMAND ...",
+        description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tuneloop {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # The description lists them, grouped by job.
+    commands = parser.add_subparsers(
+        prog="tuneloop", dest="command", required=True, help=argparse.SUPPRESS
+    )
 
-    def command(name: str, call: Any, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+    def command(name: str, call: Call) -> argparse.ArgumentParser:
+        help = _HELP[name]
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         sub.set_defaults(call=call)
         sub.add_argument("--json", action="store_true", help="print one JSON object")
         sub.add_argument("-v", "--verbose", action="store_true", help="log more")
         return sub
 
-    def config_command(name: str, call: Any, help: str) -> None:
-        sub = command(name, call, help)
-        sub.add_argument("config", metavar="CONFIG.yaml")
-        sub.add_argument("overrides", metavar="key=value", nargs="*")
+    def overrides(sub: argparse.ArgumentParser) -> None:
+        _complete(
+            sub.add_argument(
+                "overrides",
+                metavar="key=value",
+                nargs="*",
+                help="override a key of the configuration, for example training.num_epochs=2",
+            ),
+            _keys,
+        )
 
-    def workspace_command(name: str, call: Any, help: str) -> argparse.ArgumentParser:
-        sub = command(name, call, help)
+    def config_command(name: str, call: Call) -> None:
+        sub = command(name, call)
+        sub.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
+        overrides(sub)
+
+    def workspace_command(name: str, call: Call) -> argparse.ArgumentParser:
+        sub = command(name, call)
         if name == "show":
-            sub.add_argument("ref", metavar="REF")
-            sub.add_argument("--diff", metavar="REF", help="a dataset to hold REF against")
-        sub.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="whose workspace to open")
-        sub.add_argument("overrides", metavar="key=value", nargs="*")
-        sub.add_argument("--workspace", default="workspace", help="default: %(default)s")
+            _complete(
+                sub.add_argument("ref", metavar="REF", help="KIND/NAME (newest) or KIND/NAME@vN"),
+                _references,
+            )
+            _complete(
+                sub.add_argument("--diff", metavar="REF", help="compare with this older dataset"),
+                _references,
+            )
+        sub.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="use its workspace")
+        overrides(sub)
+        sub.add_argument(
+            "--workspace", metavar="PATH", default="workspace", help="default: %(default)s"
+        )
         return sub
 
-    init = command("init", _init, "write a commented starter configuration")
-    init.add_argument("path", nargs="?", default="tuneloop.yaml")
-    config_command("check", _check, "validate every row, estimate memory and time; runs nothing")
-    config_command("prepare", _step("prepare"), "clean, deduplicate, split and tokenize the data")
-    config_command("generate", _step("generate"), "let a larger model write pairs from documents")
-    config_command("train", _step("train"), "finetune (prepares first when needed)")
-    config_command("evaluate", _step("evaluate"), "score base, few-shot and finetuned model")
-    config_command("run", _step("run"), "the whole loop: prepare, baseline, train, evaluate")
-    config_command("sweep", _sweep, "train and score a grid of settings, fit a learning curve")
-    config_command("serve", _serve, "serve the base and the finetuned model until interrupted")
-    submit = command("submit", _submit, "run a command on a cluster as a Ray job")
-    submit.add_argument("job_command", metavar="COMMAND")
-    submit.add_argument("config", metavar="CONFIG.yaml")
-    submit.add_argument("overrides", metavar="key=value", nargs="*")
-    submit.add_argument("--address", help="of the jobs API; default: RAY_API_SERVER_ADDRESS")
-    workspace_command(
-        "dashboard", _dashboard, "artifacts and reports in a browser, on 127.0.0.1"
-    ).add_argument("--port", type=int, default=8501, help="default: %(default)s")
-    workspace_command("ls", _ls, "list the artifacts of a workspace")
-    workspace_command("show", _show, "show one artifact, for example models/demo")
-    command("doctor", _doctor, "say what this machine has and what is missing")
+    init = command("init", _init)
+    init.add_argument("path", nargs="?", default="tuneloop.yaml", help="default: %(default)s")
+    config_command("check", _check)
+    for step in ("prepare", "generate", "train", "evaluate", "run"):
+        config_command(step, _step(step))
+    config_command("sweep", _sweep)
+    config_command("serve", _serve)
+    submit = command("submit", _submit)
+    submit.add_argument("job_command", metavar="COMMAND", help="the command to run there")
+    submit.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
+    overrides(submit)
+    submit.add_argument(
+        "--address", metavar="URL", help="of the jobs API; default: RAY_API_SERVER_ADDRESS"
+    )
+    workspace_command("dashboard", _dashboard).add_argument(
+        "--port", type=int, default=8501, help="default: %(default)s"
+    )
+    workspace_command("ls", _ls)
+    workspace_command("show", _show)
+    command("doctor", _doctor)
+    completion = command("completion", _completion)
+    completion.add_argument("shell", choices=("bash", "zsh"))
+    completion.epilog = 'Put this line into ~/.bashrc: eval "$(tuneloop completion bash)"'
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     return parser
 
 
-def _step(name: str) -> Any:
+def _complete(action: argparse.Action, completer: Callable[..., list[str]]) -> None:
+    action.completer = completer  # type: ignore[attr-defined]  # where argcomplete looks for it
+
+
+def _keys(prefix: str, **context: object) -> list[str]:
+    """Return the dotted keys that a prefix begins, one part further, for shell completion."""
+    from tuneloop.config import field_names
+
+    path = prefix.split(".")[:-1]
+    return [
+        ".".join([*path, name]) + ("." if field_names([*path, name]) else "=")
+        for name in field_names(path)
+    ]
+
+
+def _references(parsed_args: argparse.Namespace, **context: object) -> list[str]:
+    """Return the references of all artifacts, for shell completion."""
+    from tuneloop.artifacts import Workspace
+
+    return [item.ref for item in Workspace(_workspace_location(parsed_args)).published()]
+
+
+def _step(name: str) -> Call:
     def call(arguments: argparse.Namespace, output: IO[str]) -> int:
         from tuneloop import pipeline
         from tuneloop.artifacts import Workspace
@@ -194,12 +277,12 @@ def _init(arguments: argparse.Namespace, output: IO[str]) -> int:
 def _check(arguments: argparse.Namespace, output: IO[str]) -> int:
     from tuneloop.check import check, report
 
-    preflight = check(_load(arguments))
+    result = check(_load(arguments))
     if arguments.json:
-        print(json.dumps(preflight.summary(), ensure_ascii=False), file=output)
-        return 2 if preflight.problems else 0
-    report(preflight, output)
-    print("nothing is in the way", file=output)
+        print(json.dumps(result.summary(), ensure_ascii=False), file=output)
+        return 2 if result.problems else 0
+    report(result, output)
+    print("nothing stands in the way", file=output)
     return 0
 
 
@@ -289,15 +372,27 @@ def _ls(arguments: argparse.Namespace, output: IO[str]) -> int:
         )
         return 0
     table = Table(box=None, pad_edge=False)
-    for column in ("artifact", "created", "took", "metrics"):
-        table.add_column(column)
+    for column in ("artifact", "created (UTC)", "took", "result"):
+        table.add_column(column, no_wrap=column != "result")
     for artifact in artifacts:
-        manifest = artifact.manifest
-        metrics = ", ".join(f"{key} {_short(value)}" for key, value in manifest["metrics"].items())
-        took = f"{manifest['duration_s']:.0f} s"
-        table.add_row(artifact.ref, manifest["created_at"], took, metrics)
+        created = artifact.manifest["created_at"][:16].replace("T", " ")
+        took = f"{artifact.manifest['duration_s']:,.0f} s"
+        table.add_row(artifact.ref, created, took, _headline(artifact))
     Console(file=output).print(table)
     return 0
+
+
+def _headline(artifact: Artifact) -> str:
+    """Return the two or three numbers that tell most about an artifact."""
+    metrics = artifact.manifest["metrics"]
+    if "num_test_rows" in metrics:
+        return f"{metrics['num_train_rows']:,} train, {metrics['num_test_rows']:,} test rows"
+    if "final_loss" in metrics:
+        return f"loss {metrics['first_loss']:.3f} to {metrics['final_loss']:.3f}"
+    if "scores" in metrics:
+        arm, score = list(metrics["scores"].items())[-1]
+        return f"{arm}: {metrics['primary']} {_short(score)}"
+    return ", ".join(f"{key} {_short(value)}" for key, value in metrics.items())
 
 
 def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
@@ -318,21 +413,36 @@ def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
         print(json.dumps(result, ensure_ascii=False), file=output)
         return 0
     manifest = artifact.manifest
-    print(f"{artifact.ref}  {manifest['created_at']}  {artifact.location}", file=output)
-    print(f"fingerprint  {manifest['fingerprint']}", file=output)
-    print("made from", file=output)
+    width = shutil.get_terminal_size().columns
+
+    def line(text: str) -> None:
+        # Whole digests help nobody who reads; --json has them.
+        text = re.sub(r"(sha256:[0-9a-f]{12})[0-9a-f]+", r"\1…", text)
+        print(text if len(text) <= width else text[: width - 1] + "…", file=output)
+
+    line(f"{artifact.ref}  {manifest['created_at']}")
+    print(artifact.location, file=output)
+    line(f"fingerprint  {manifest['fingerprint']}")
+    line("made from")
     for item in manifest["inputs"]:
-        print(f"  {item}", file=output)
+        line(f"  {item}")
     for section in ("metrics", "config", "resources", "packages"):
-        print(section, file=output)
+        line(section)
         for key, value in manifest[section].items():
-            print(f"  {key}: {_short(value)}", file=output)
-    print("files", file=output)
+            line(f"  {key}: {_short(value)}")
+    line("files")
     for file in manifest["files"]:
-        print(f"  {file['bytes']:>12,} bytes  {file['path']}", file=output)
+        line(f"  {file['bytes']:>12,} bytes  {file['path']}")
     readme = artifact.path / "README.md"
     if readme.is_file():
-        print(f"\n{readme.read_text(encoding='utf-8')}", file=output)
+        text = readme.read_text(encoding="utf-8")
+        if output.isatty():
+            from rich.console import Console
+            from rich.markdown import Markdown
+
+            Console(file=output).print("", Markdown(text))
+        else:
+            print(f"\n{text}", file=output)
     return 0
 
 
@@ -351,6 +461,17 @@ def _doctor(arguments: argparse.Namespace, output: IO[str]) -> int:
     return 0
 
 
+def _completion(arguments: argparse.Namespace, output: IO[str]) -> int:
+    from argcomplete.shell_integration import shellcode
+
+    script = shellcode(["tuneloop"], shell=arguments.shell)
+    if arguments.json:
+        print(json.dumps({"script": script}), file=output)
+    else:
+        print(script, file=output)
+    return 0
+
+
 def _load(arguments: argparse.Namespace) -> TuneloopConfig:
     from tuneloop.config import load_config
     from tuneloop.submission import in_job_directory, refuse_fleeting_workspace
@@ -366,8 +487,7 @@ def _workspace_location(arguments: argparse.Namespace) -> str:
 
 
 def _short(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 160 else text[:157] + "..."
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 @contextlib.contextmanager
@@ -393,16 +513,27 @@ def _result_stream() -> Iterator[IO[str]]:
         os.close(saved)
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at the time: above the bars, while some are shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 @contextlib.contextmanager
 def _logging_to_stderr(verbose: bool) -> Iterator[None]:
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
+    if sys.stderr.isatty():
+        # A bar shows it; the artifact's log gets the line all the same.
+        handler.addFilter(lambda record: not hasattr(record, "progress"))
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("tuneloop").setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
         yield
     finally:
-        # Who calls this from Python may close the stream.
+        # A caller from Python may close the stream.
         logging.root.removeHandler(handler)
 
 
@@ -416,19 +547,19 @@ def _print_error(error: UserError, arguments: argparse.Namespace, output: IO[str
 
 
 def _removed_directory(error: Exception) -> UserError | None:
-    """Return what explains the error, whatever it says: the working directory is not there."""
+    """Return the error that explains any other: the working directory is gone."""
     try:
         Path.cwd()
     except FileNotFoundError:
-        known = find_user_error(error)
+        cause = find_user_error(error)
         problem = Problem(
             "the directory that this runs in was removed",
             where="the working directory",
-            got="" if known else f"{type(error).__name__}: {error}",
-            remedy="run it in one that stays; as a job: Ray unpacks a job's files once for each "
-            "node, so nodes that share a machine need a `ray start --temp-dir=…` of their own",
+            got="" if cause else f"{type(error).__name__}: {error}",
+            remedy="run it in a directory that stays; in a job: Ray unpacks a job's files once per "
+            "node, so nodes that share a machine each need their own `ray start --temp-dir=…`",
         )
-        return ResourceError(problem, *(known.problems if known else ()))
+        return ResourceError(problem, *(cause.problems if cause else ()))
     return None
 
 

@@ -809,7 +809,7 @@ def _problem(detail: Any, path: Path, root: yaml.Node | None, overridden: set[st
     )
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        allowed = _field_names(location[:-1])
+        allowed = field_names(location[:-1])
         close = difflib.get_close_matches(location[-1], allowed, n=1)
         return Problem(
             f"unknown key `{key}`",
@@ -857,7 +857,7 @@ def _line(root: yaml.Node | None, location: list[str]) -> int:
     return line
 
 
-def _field_names(location: list[str]) -> list[str]:
+def field_names(location: list[str]) -> list[str]:
     """Return the keys allowed at a location in the YAML."""
     model: Any = TuneloopConfig
     for part in location:

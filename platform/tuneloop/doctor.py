@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and what to do about it."""
+"""What this machine has, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Finding:
     """One fact about the machine.
 
     Args:
-        good: False when something will not work.
-        remedy: What to do; empty when nothing has to be done.
+        good: False if something will not work.
+        remedy: What to do about it; empty if nothing needs to be done.
     """
 
     name: str
@@ -30,14 +30,14 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Return what was found on this machine, without starting Ray."""
+    """Return the findings on this machine, without starting Ray."""
     return [_python(), *_packages(), _cpus(), _memory(), _disk(), _gpu(), _ray()]
 
 
 def _python() -> Finding:
     good = sys.version_info >= (3, 11)
     version = f"{platform.python_version()} at {sys.executable}"
-    return Finding("python", version, good, "" if good else "tuneloop needs Python 3.11 or newer")
+    return Finding("python", version, good, "" if good else "install Python 3.11 or newer")
 
 
 def _packages() -> list[Finding]:
@@ -69,15 +69,17 @@ def _memory() -> Finding:
 def _disk() -> Finding:
     usage = shutil.disk_usage(Path.cwd())
     good = usage.free > 10 * GIB
-    found = f"{usage.free / GIB:.0f} GiB free under {Path.cwd()}"
-    return Finding("disk", found, good, "" if good else "the demo needs about 10 GiB")
+    found = f"{usage.free / GIB:.1f} GiB free in {Path.cwd()}"
+    return Finding(
+        "disk", found, good, "" if good else "free some space: the demo needs about 10 GiB"
+    )
 
 
 def _gpu() -> Finding:
     try:
         import torch
     except ImportError:
-        return Finding("gpu", "unknown without torch", False)
+        return Finding("gpu", "unknown without torch", False, "pip install torch")
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         found = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}"
@@ -86,7 +88,7 @@ def _gpu() -> Finding:
             return Finding("gpu", f"{found}, without bfloat16", False, remedy)
         return Finding("gpu", f"{found}; resources.gpus_per_worker=1 trains on it")
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
-        remedy = "install PyTorch's build for CUDA to train on the GPU"
+        remedy = "install the CUDA build of PyTorch to train on the GPU"
         return Finding("gpu", f"not usable: torch {torch.__version__} is for CPUs", False, remedy)
     return Finding("gpu", "none; training runs on the CPU in float32")
 
@@ -99,5 +101,5 @@ def _ray() -> Finding:
     try:
         socket.create_connection((host, int(port)), timeout=3).close()
     except (OSError, ValueError) as error:
-        return Finding("ray cluster", f"{address}: {error}", False, "unset or mend RAY_ADDRESS")
+        return Finding("ray cluster", f"{address}: {error}", False, "correct or unset RAY_ADDRESS")
     return Finding("ray cluster", f"{address} answers")

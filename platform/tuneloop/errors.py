@@ -1,7 +1,7 @@
 """The exceptions tuneloop raises.
 
     TuneloopError            our failure; the command line shows a traceback and exits with 1
-    └── UserError            something the user can mend; told in a few lines, exit code 2
+    └── UserError            something the user can fix; told in a few lines, exit code 2
         ├── ConfigError      the YAML, an override, a flag
         ├── DataError        source files and rows
         ├── ModelError       a base model, adapter, tokenizer or chat template
@@ -9,7 +9,7 @@
         ├── ResourceError    memory, disk, CPUs, ports, a cluster that does not answer
         └── EndpointError    an HTTP model server that refuses or does not answer
 
-A `UserError` carries one or more `Problem`s, so that everything wrong is told at once.
+A `UserError` carries one or more `Problem`s, so that everything wrong is reported at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TuneloopError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing the user has to mend.
+    """One thing the user has to fix.
 
     Args:
         what: What failed, as one sentence without a full stop.
@@ -49,7 +49,7 @@ class Problem:
 
 
 class UserError(TuneloopError):
-    """Something the user can mend, told as one or more problems.
+    """Something the user can fix, reported as one or more problems.
 
     Args:
         problems: At least one. They are also the pickled arguments, so the error

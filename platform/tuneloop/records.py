@@ -29,7 +29,7 @@ class Conversation:
         messages: At least one user and one assistant message; the last is the assistant's.
         row_id: Stable hash of source and content.
         source: Where the row came from, `path:line`.
-        task: Of a mixture; empty otherwise.
+        task: Name of its task in a mixture; empty otherwise.
     """
 
     messages: tuple[Message, ...]
@@ -53,7 +53,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Everything that shapes a generation. All of it is sent and logged; a server adds no default.
+    """Everything that shapes a generation. All of it is sent and logged; servers add no defaults.
 
     Args:
         max_tokens: Upper bound of generated tokens, at least 1.
@@ -94,17 +94,17 @@ class Completion:
 
 @dataclass(frozen=True)
 class Parity:
-    """How close other forms of a trained model are to the live model.
+    """How closely exported and served forms of a trained model match the live model.
 
     Args:
-        passed: Nothing differs by more than rounding explains.
+        passed: No difference is larger than rounding explains.
         prompts: Number of prompts compared.
         tokens: Number of generated tokens compared.
         max_abs_logprob_diff: Largest difference over all arms, prompts and tokens.
         greedy_equal: Every arm picks the live model's token everywhere.
         num_ties: Differing picks where the live model's two best tokens were within the tolerance.
-        tolerance: Of log-probabilities.
-        arms: The largest difference of each: `adapter`, `merged`, `served`.
+        tolerance: Largest difference of log-probabilities that rounding explains.
+        arms: The largest difference by form: `adapter`, `merged`, `served`.
     """
 
     passed: bool
@@ -119,10 +119,10 @@ class Parity:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An OpenAI-compatible server and the model to ask there.
+    """A model on an OpenAI-compatible server.
 
     Args:
-        url: Base URL that ends in `/v1`.
+        url: Base URL, ending in `/v1`.
     """
 
     url: str
@@ -135,11 +135,11 @@ class Arm:
     """One way of answering the test set, for example `base`, `base+few-shot`, `finetuned`.
 
     Args:
-        shots: Solved examples put before each question of their task, as user and assistant turns.
+        shots: Solved examples before each question of their task, as user and assistant turns.
         model_fingerprint: Identity of weights, tokenizer and chat template. Answers are reused
             only between arms whose fingerprints are equal; without one, the endpoint's URL and
             model name stand for it.
-        parity: How the served model answered beside the trained one; None: nothing recorded.
+        parity: How closely the served model matches the trained one; None if not recorded.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which words an English dictionary knows, leniently: for data that is checked and answers."""
+"""Whether an English dictionary knows a word, leniently: for filtering data and tagging errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPELLINGS = (("yz", "ys"), ("iz", "is"), ("log", "logue"), ("or", "our"), ("er"
 
 @functools.cache
 def dictionary() -> frozenset[str]:
-    """Return 82,000 English words; read once, in a seventh of a second.
+    """Return 82,000 English words; read once, which takes 0.15 s.
 
     Source: the dictionary that symspellpy brings (SCOWL words that Google Books Ngrams count).
     """
@@ -41,14 +41,14 @@ def prose_words(text: str) -> list[str]:
 def is_known(word: str) -> bool:
     """Return whether a lower-case word is English, in American or British spelling.
 
-    A word that is made of two words of the dictionary (`filename`) counts as well.
+    A word made of two dictionary words (`filename`) counts as well.
     """
-    known = dictionary()
+    words = dictionary()
     return (
-        word in known
-        or any(word.replace(ours, theirs) in known for ours, theirs in _SPELLINGS)
+        word in words
+        or any(word.replace(us, uk) in words for us, uk in _SPELLINGS)
         or any(
-            word[:cut] in known and word[cut:] in known
+            word[:cut] in words and word[cut:] in words
             for cut in range(_SHORTEST_PART, len(word) - _SHORTEST_PART + 1)
         )
     )

@@ -45,7 +45,7 @@ class JobResult:
     """How a job ended.
 
     Args:
-        exit_code: Of the job's command; 1 when Ray itself stopped it.
+        exit_code: The exit code of the job's command; 1 when Ray itself stopped it.
     """
 
     submission_id: str
@@ -60,12 +60,12 @@ def submit(command: str, config_path: str, overrides: Sequence[str], address: st
         command: One of `COMMANDS`.
         config_path: The YAML, read and validated here before anything is sent.
         overrides: `dotted.key=value`.
-        address: The jobs API, `http://HOST:8265`.
+        address: URL of the jobs API, `http://HOST:8265`.
 
     Raises:
-        ConfigError: Wrong configuration, a workspace that would vanish with the job, or local
-            files that are too large to send.
-        ResourceError: No jobs API answers at the address, or it asks for another token.
+        ConfigError: The configuration is wrong, the workspace would vanish with the job, or the
+            local files are too large to send.
+        ResourceError: No jobs API answers at the address, or it refuses the token.
     """
     if command not in COMMANDS:
         raise ConfigError(
@@ -94,7 +94,7 @@ def submit(command: str, config_path: str, overrides: Sequence[str], address: st
         return _await_end(client, submission_id)
     except KeyboardInterrupt:
         logger.warning(
-            "the job goes on; `ray job logs --follow %s` shows it, `ray job stop %s` ends it",
+            "the job continues; `ray job logs --follow %s` shows it, `ray job stop %s` ends it",
             submission_id,
             submission_id,
         )
@@ -102,7 +102,7 @@ def submit(command: str, config_path: str, overrides: Sequence[str], address: st
 
 
 def in_job_directory() -> bool:
-    """Return whether this is a job's program in the directory that Ray unpacked for it."""
+    """Return whether this program runs as a job, in the directory that Ray unpacked for it."""
     return "runtime_resources" in Path.cwd().parts
 
 
@@ -110,7 +110,7 @@ def refuse_fleeting_workspace(config: TuneloopConfig) -> None:
     """Fail if the workspace is relative: Ray removes a job's directory after the job.
 
     Raises:
-        ConfigError: It is.
+        ConfigError: The workspace is a relative path.
     """
     if "://" in config.workspace or Path(config.workspace).expanduser().is_absolute():
         return
@@ -135,7 +135,7 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
         ConfigError: Together they are larger than `MAX_BUNDLE_BYTES`; nothing was copied.
     """
     raw = config.model_dump(mode="json", exclude_none=True)
-    # The job runs on the cluster it was submitted to, wherever that is seen from here.
+    # The job runs on the cluster it was submitted to; its address from here means nothing there.
     raw["resources"].pop("ray_address", None)
     plan: list[tuple[Path, Path]] = []
     evaluations = raw["data"]["decontamination"]["sources"]
@@ -144,7 +144,7 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
         files = [Path(name) for name in sorted(glob.glob(source["path"], recursive=True))]
         if not files or _is_shared(source["path"]):
             continue
-        # What stands before the first wildcard is of this machine; below it all stays as it is.
+        # The part before the first wildcard belongs to this machine; the rest is kept.
         fixed = _fixed_part(Path(source["path"]))
         target = Path("data") / str(number)
         plan += [(file, target / file.relative_to(fixed)) for file in files if not file.is_dir()]
@@ -200,7 +200,7 @@ def _fixed_part(path: Path) -> Path:
 
 
 def _hidden(folder: str, names: list[str]) -> set[str]:
-    """Return what of a directory is not sent: `.git`, `.env` and the like."""
+    """Return the names in a directory that are not sent: `.git`, `.env` and the like."""
     return {name for name in names if name.startswith(".")}
 
 
@@ -216,7 +216,7 @@ def _num_bytes(path: Path) -> int:
 
 @contextlib.contextmanager
 def _only_address(address: str) -> Iterator[None]:
-    """Let the address that was given win: Ray prefers what the environment names."""
+    """Let this address win: Ray prefers the one in the environment."""
     before = os.environ.get(_ADDRESS_VARIABLE)
     os.environ[_ADDRESS_VARIABLE] = address
     try:
@@ -252,7 +252,7 @@ def _client(address: str) -> JobSubmissionClient:
 
 
 def _refuse_other_server(address: str) -> None:
-    """Fail within seconds unless a Ray dashboard answers; Ray's client would wait for ever."""
+    """Fail within seconds unless a Ray dashboard answers; Ray's own client would wait for ever."""
     import httpx
 
     try:
@@ -285,7 +285,7 @@ def _await_end(client: JobSubmissionClient, submission_id: str) -> JobResult:
     try:
         asyncio.run(_follow(client, submission_id))
     except (OSError, RuntimeError) as error:
-        logger.warning("the log broke off (%s); waiting for the job's end", error)
+        logger.warning("the log stream broke (%s); waiting for the job to end", error)
     details = client.get_job_info(submission_id)
     while not details.status.is_terminal():
         time.sleep(_ASK_EVERY_S)

@@ -72,7 +72,7 @@ def test_a_cluster_without_cpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_local_ray_listens_on_loopback_only() -> None:
     own = psutil.Process()
     listening = [
-        (process.name(), connection.laddr.ip)
+        (process.name(), connection.laddr.ip.removeprefix("::ffff:"))
         for process in (own, *own.children(recursive=True))
         for connection in process.net_connections()
         if connection.status == psutil.CONN_LISTEN

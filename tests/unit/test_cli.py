@@ -1,0 +1,179 @@
+"""What the command line shows without running anything, and the Python API beside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tuneloop
+from tuneloop import cli
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.progress import Progress
+
+
+def publish(workspace: Workspace, kind: str, name: str, metrics: dict[str, Any]) -> Artifact:
+    with workspace.draft(kind, name, "f" * 64) as draft:
+        (draft.path / "README.md").write_text("# A long title " + "word " * 40)
+        digest = f"faq.jsonl sha256:{'0123456789' * 6}0123"
+        return draft.publish(
+            config={"data": "x" * 300}, resources={}, inputs=[digest], metrics=metrics
+        )
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    workspace = Workspace(tmp_path)
+    rows = {"num_train_rows": 103_283, "num_test_rows": 14_479, "contamination": {"test": 0.01}}
+    publish(workspace, "datasets", "customer-questions", rows)
+    publish(
+        workspace, "models", "faq", {"num_steps": 25, "first_loss": 0.8111, "final_loss": 0.048}
+    )
+    scores = {"base": 0.0, "base+few-shot": 0.1696, "finetuned": 0.5804}
+    publish(workspace, "evaluations", "faq", {"primary": "exact_match", "scores": scores})
+    publish(workspace, "sweeps", "faq", {"num_trials": 4})
+    return workspace
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tuneloop.cli", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_artifacts_are_listed_in_80_columns(workspace: Workspace) -> None:
+    shown = run("ls", "--workspace", workspace.location, COLUMNS="80").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "datasets/customer-questions@v1" in shown
+    for words in ("103,283 train", "0.811 to 0.048", "exact_match", "0.5804", "num_trials 4"):
+        assert words in " ".join(shown.split())
+
+
+def test_an_artifact_is_shown_in_80_columns(workspace: Workspace) -> None:
+    shown = run("show", "datasets/customer-questions", "--workspace", workspace.location)
+    facts, _, readme = shown.stdout.partition("# A long title")
+    facts = facts.replace(workspace.location, "")
+    assert max(map(len, facts.splitlines())) <= 80
+    assert "sha256:012345678901…" in facts
+    assert readme.count("word") == 40
+
+
+def test_every_command_is_listed_by_the_help_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    parser = cli._parser()
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    for name in commands.choices:
+        assert [line.split()[0] for line in shown.splitlines() if line[:2] == "  "].count(name) == 1
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def complete(line: str) -> list[str]:
+    """Return what the shell would be offered at the end of a command line."""
+    environment = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_SUPPRESS_SPACE": "1",
+    }
+    environment |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    code = "import os; os.dup2(1, 8); from tuneloop.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    return done.stdout.split("\n")
+
+
+def test_commands_keys_and_references_are_completed(workspace: Workspace) -> None:
+    assert complete("tuneloop tr") == ["train"]
+    assert complete("tuneloop train x.yaml data.spl") == ["data.split."]
+    assert "data.split.test_ratio=" in complete("tuneloop train x.yaml data.split.")
+    assert "data.sources.0.format=" in complete("tuneloop train x.yaml data.sources.0.f")
+    asked = f"tuneloop show --workspace {workspace.location} models/"
+    assert complete(asked) == ["models/faq@v1"]
+
+
+def test_the_completion_script_is_for_the_shell() -> None:
+    assert "complete " in run("completion", "bash").stdout
+    assert "compdef" in run("completion", "zsh").stdout
+    assert set(json.loads(run("completion", "bash", "--json").stdout)) == {"script"}
+
+
+def test_the_python_api_is_what_it_declares_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, tuneloop\n"
+        "heavy = {'ray', 'torch', 'deepspeed', 'transformers', 'pyarrow', 'pydantic'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    for name in tuneloop.__all__:
+        assert callable(getattr(tuneloop, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = tuneloop.trian
+
+
+def test_progress_is_a_line_now_and_then_where_nobody_watches(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("tuneloop.test")
+    with caplog.at_level(logging.INFO), Progress("training", 3, "steps") as progress:
+        progress.log(log, "step %d", 1)
+        progress.log(log, "step %d", 3, now=True)
+        monkeypatch.setattr("tuneloop.progress.LOG_EVERY_S", 0.0)
+        progress.log(log, "step %d", 4)
+    assert caplog.messages == ["step 3", "step 4"]
+
+
+def test_progress_is_a_bar_for_a_person_at_a_terminal() -> None:
+    import pty
+
+    code = (
+        "import logging, time\n"
+        "from tuneloop.cli import _logging_to_stderr\n"
+        "from tuneloop.progress import Progress\n"
+        "log = logging.getLogger('tuneloop.test')\n"
+        "with _logging_to_stderr(False):\n"
+        "    with Progress('training', 3, 'steps') as progress:\n"
+        "        progress.update(2, note='loss 0.5')\n"
+        "        progress.log(log, 'a line of progress', now=True)\n"
+        "        log.info('another line')\n"
+        "        time.sleep(0.3)\n"
+    )
+    master, slave = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=slave, stdout=slave, env=environment
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(master)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "2/3 steps" in text
+    assert "loss 0.5" in text
+    assert "another line" in text
+    assert "a line of progress" not in text
