@@ -94,7 +94,9 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if default is None:
         return "none"
-    return "empty" if default in ("", [], {}) else f"`{str(default).lower()}`"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    return "empty" if default in ("", [], {}) else f"`{default}`"
 
 
 def _description(field: FieldInfo) -> str:

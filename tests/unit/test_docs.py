@@ -1,0 +1,63 @@
+"""The documentation against the code: links, commands, names."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tuneloop
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what a page's headings can be linked by, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    texts = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in _LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_command_in_the_documentation_exists() -> None:
+    usage = subprocess.run(
+        [sys.executable, "-m", "tuneloop.cli", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    commands = set(re.findall(r"^  ([a-z]+) ", usage, re.MULTILINE))
+    blocks = [
+        block
+        for page in PAGES
+        if page.parent.name != "log"
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    ]
+    named = {name for b in blocks for name in re.findall(r"(?:^|\s|/bin/)tuneloop ([a-z]+)\s", b)}
+    assert {"init", "check", "run", "serve"} <= named
+    assert named <= commands
+
+
+def test_the_python_api_is_documented_name_by_name() -> None:
+    page = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
+    assert all(re.search(rf"\b{name}\b", page) for name in tuneloop.__all__)
+    script = (ROOT / "docs" / "first_steps.py").read_text(encoding="utf-8")
+    used = set(re.findall(r"\btuneloop\.(\w+)", page + script))
+    assert used <= set(tuneloop.__all__)
+
+
+def test_the_readme_stays_a_page_and_the_recipes_a_handful() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 100
+    assert len(list((ROOT / "jobs" / "configs").glob("*.yaml"))) <= 8
