@@ -61,3 +61,21 @@ def test_the_python_api_is_documented_name_by_name() -> None:
 def test_the_readme_stays_a_page_and_the_recipes_a_handful() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 100
     assert len(list((ROOT / "jobs" / "configs").glob("*.yaml"))) <= 8
+
+
+def test_the_architecture_names_what_each_room_imports() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1:4] for row in page.splitlines() if row.startswith("| `")]
+    *rooms, shared = [[set(re.findall(r"`(\w+)`", cell)) for cell in row] for row in rows]
+    told = {room: imports for (room,), _, imports in rooms}
+    imported: dict[str, set[str]] = {room: set() for room in told}
+    source = ROOT / "platform" / "tuneloop"
+    for file in source.rglob("*.py"):
+        room = file.relative_to(source).with_suffix("").parts[0]
+        text = file.read_text(encoding="utf-8")
+        found = set(re.findall(r"^\s*(?:from|import) tuneloop\.(\w+)", text, re.MULTILINE))
+        for names in re.findall(r"^\s*from tuneloop import ([\w, ]+)", text, re.MULTILINE):
+            found |= set(names.split(", ")) - {"__version__"}
+        if room not in shared[0] | {"__init__"}:
+            imported[room] |= found - shared[0] - {room}
+    assert told == imported
