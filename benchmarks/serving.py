@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
 from tuneloop.serving.model import num_threads
-from tuneloop.serving.requests import Request
+from tuneloop.serving.requests import DecodeRequest
 
 WORKLOADS = {
     "120 tokens each": (0, (120, 120)),
@@ -51,7 +51,7 @@ def run_engine(path: Path, prompts: list[list[int]], max_tokens: int) -> tuple[f
     engine = Engine.load(path, decode=lambda ids: "", stop_ids=(), max_batch_size=len(prompts))
     params = SamplingParams(max_tokens=max_tokens)
     start = time.perf_counter()
-    futures = [engine.submit(Request(prompt, params)) for prompt in prompts]
+    futures = [engine.submit(DecodeRequest(prompt, params)) for prompt in prompts]
     answers = [future.result().token_ids for future in futures]
     seconds = time.perf_counter() - start
     engine.close()

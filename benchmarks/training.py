@@ -241,13 +241,12 @@ def bare_step(model: Any, rows: Any, schedule: Any, all_logits: bool) -> Any:
     share = can_share(model)
 
     def step(number: int) -> float:
-        batch = pack(rows, schedule.batch(number).tolist(), share_beginning=share)
+        batch = pack(rows, schedule.batch(number).tolist(), share_prefix=share)
         if all_logits:
             logits = model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
-                num_shared=batch.num_shared,
-                document_lengths=batch.lengths,
+                segments=[batch.documents],
                 use_cache=False,
             ).logits[0]
             labels = torch.full((logits.shape[0],), -100)

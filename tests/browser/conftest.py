@@ -304,7 +304,7 @@ def parrots() -> Iterator[str]:
     """The base URL of a server that streams what it is asked, by our own protocol."""
 
     from tuneloop.serving import protocol
-    from tuneloop.serving.requests import Generation
+    from tuneloop.serving.requests import DecodeResult
 
     app = FastAPI()
 
@@ -327,7 +327,7 @@ def parrots() -> Iterator[str]:
             for word in words:
                 yield chunks.text(word + " ")
             if text != "break":
-                answer = Generation("", "stop", 3, len(words))
+                answer = DecodeResult("", "stop", 3, len(words))
                 yield from chunks.last(answer)
 
         return StreamingResponse(events(), media_type="text/event-stream")

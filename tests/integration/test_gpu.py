@@ -26,18 +26,19 @@ from transformers import AutoModelForCausalLM
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import ServingConfig, TrainingConfig, TuneloopConfig
+from tuneloop.models.attention import IMPLEMENTATION, Documents, Rule, attend_causally
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.parity import check_served
 from tuneloop.records import Endpoint, SamplingParams
 from tuneloop.serving.app import ServedModel, serve
 from tuneloop.serving.engine import Engine
-from tuneloop.serving.requests import Request
+from tuneloop.serving.requests import DecodeRequest
 from tuneloop.training.batches import Schedule
 from tuneloop.training.engine import Execution, learning_rate_factor, load_model
 from tuneloop.training.launch import train
 from tuneloop.training.loop import TrainingJob, Worker, train_rows
-from tuneloop.training.packed import ATTENTION, loss_sum, pack, packed_attention
+from tuneloop.training.packed import loss_sum, pack
 from tuneloop.training.rows import Rows, make_rows, read_rows
 
 pytestmark = pytest.mark.skipif(
@@ -217,7 +218,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_rows_alone(
     dtype: torch.dtype, tiny_model: Path, rows: Rows
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(
-        tiny_model, dtype=dtype, attn_implementation=ATTENTION
+        tiny_model, dtype=dtype, attn_implementation=IMPLEMENTATION
     ).to("cuda")
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     packed = loss_sum(model, pack(rows, range(len(rows)), "cuda"))
@@ -241,15 +242,22 @@ def test_packed_rows_have_the_loss_and_gradient_of_rows_alone(
 def test_documents_attend_in_one_call_as_one_by_one(window: int | None) -> None:
     torch.manual_seed(0)
     lengths = (7, 1, 130, 62)
-    shapes = [(1, heads, sum(lengths), 64) for heads in (6, 2, 2)]
+    shapes = [(heads, sum(lengths), 64) for heads in (6, 2, 2)]
     inputs = [torch.randn(s, dtype=torch.bfloat16, device="cuda") for s in shapes]
     bounds = torch.tensor([0, 7, 8, 138, 200], dtype=torch.int32, device="cuda")
+    rule = Rule(scaling=0.125, window=window, softcap=None, dropout=0.0)
+
+    def at_once(*parts: torch.Tensor) -> torch.Tensor:
+        return Documents(0, lengths, bounds).attend(0, *parts, rule)
+
+    def one_by_one(*parts: torch.Tensor) -> torch.Tensor:
+        documents = zip(*(part.split(lengths, dim=1) for part in parts), strict=True)
+        return torch.cat([attend_causally(*document, rule, {}) for document in documents])
+
     results = []
-    for options in ({"document_bounds": bounds}, {}):
+    for attend in (at_once, one_by_one):
         parts = [part.clone().requires_grad_() for part in inputs]
-        out, _ = packed_attention(
-            None, *parts, None, document_lengths=lengths, sliding_window=window, **options
-        )
+        out = attend(*parts)
         out.square().sum().backward()
         results.append([out, *(part.grad for part in parts)])
     for one, other in zip(*results, strict=True):
@@ -270,7 +278,7 @@ def test_batched_answers_are_those_of_one_at_a_time(dtype: torch.dtype, tiny_mod
     prompts = [shared + rng.integers(5, 290, 3 + n).tolist() for n in range(12)]
     prompts += [rng.integers(5, 290, 9 * n + 1).tolist() for n in range(12)]
     params = SamplingParams(max_tokens=40, logprobs=True)
-    requests = [Request(prompt, params, num_top=2) for prompt in prompts]
+    requests = [DecodeRequest(prompt, params, num_top=2) for prompt in prompts]
     single, batched = engine(1), engine(32)
     try:
         alone = [single.submit(request).result(120) for request in requests]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tuneloop.errors import ModelError, Problem
-from tuneloop.serving.attention import Group
+from tuneloop.serving.kv_cache import CachedSegment
 
 _PREFIX = "base_model.model."
 # Settings of PEFT that make an adapter something else than A and B with one scaling.
@@ -63,14 +63,14 @@ class Adapters:
             layer = model.get_submodule(layer_name)
             layer.forward = functools.partial(_forward, layer.forward, deltas, self._runs)
 
-    def select(self, groups: Sequence[Group]) -> None:
+    def select(self, segments: Sequence[CachedSegment]) -> None:
         """Note which tokens of the next forward pass belong to which adapter."""
         self._runs.clear()
         start = 0
-        for group in groups:
-            stop = start + len(group.token_ids)
-            if group.adapter:
-                self._runs.append((group.adapter, slice(start, stop)))
+        for segment in segments:
+            stop = start + len(segment)
+            if segment.adapter:
+                self._runs.append((segment.adapter, slice(start, stop)))
             start = stop
 
 

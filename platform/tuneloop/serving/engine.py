@@ -1,12 +1,12 @@
 """The decode engine: many requests share every step of the model.
 
-One thread owns the model. In each step it reads a slice of the waiting prompts and writes one
-token for every running sequence, all packed into one forward pass. A sequence that ends leaves
-at once and a waiting one takes its place. Sampling happens here and nowhere else: what a request
-does not say is not added, neither from `generation_config` nor from anywhere else.
+One thread owns the model. Each step prefills a slice of the waiting prompts and decodes one token
+for every running sequence, all packed into one forward pass. A sequence that ends leaves at once
+and a waiting one takes its slot. Sampling happens here and nowhere else: what a request does not
+say is not added, neither from `generation_config` nor from anywhere else.
 
     engine = Engine.load("path/of/model", decode=renderer.decode, stop_ids=renderer.stop_ids)
-    generation = engine.submit(Request(prompt_ids, SamplingParams(max_tokens=64))).result()
+    result = engine.submit(DecodeRequest(prompt_ids, SamplingParams(max_tokens=64))).result()
 """
 
 from __future__ import annotations
@@ -32,18 +32,24 @@ from torch import Tensor
 from tuneloop.errors import TuneloopError
 from tuneloop.records import FinishReason
 from tuneloop.serving.adapters import Adapters
-from tuneloop.serving.attention import Cohort, Group, Layers, Prefix, Prompt
+from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Layers, Prefix, Prompt
 from tuneloop.serving.model import forward, load_model, num_threads, switch_attention
-from tuneloop.serving.requests import Generation, QueueFull, Request, RequestError, TokenScore
-from tuneloop.serving.sampling import likeliest, sample, score
+from tuneloop.serving.requests import (
+    DecodeRequest,
+    DecodeResult,
+    InvalidRequest,
+    QueueFull,
+    TokenScore,
+)
+from tuneloop.serving.sampling import argmax, sample, score
 
 log = logging.getLogger("tuneloop.serving")
 
 DEFAULT_BATCH_SIZE = 64
-PROMPT_TOKENS_PER_STEP = 512  # bounds how long running sequences wait, and the memory of scores
-MIN_SHARED_TOKENS = 32  # a shorter common beginning is not worth its own matrix products
+PREFILL_TOKENS_PER_STEP = 512  # bounds how long running sequences wait, and the memory of scores
+MIN_PREFIX_TOKENS = 32  # a shorter shared prefix is not worth its own matrix products
 PREFIX_CACHE_TOKENS = 8192
-CAPACITY_STEP = 128  # smallest cohort; capacities are this times a power of two
+MIN_CAPACITY = 128  # of a decode batch's slots; capacities are this times a power of two
 MEMORY_SHARE = 0.25  # of the memory free after loading, for keys and values
 
 
@@ -51,8 +57,8 @@ MEMORY_SHARE = 0.25  # of the memory free after loading, for keys and values
 class _Row:
     """A request on its way through the engine."""
 
-    request: Request
-    future: Future[Generation]
+    request: DecodeRequest
+    future: Future[DecodeResult]
     submitted: float
     prompt: Prompt
     token_ids: list[int] = field(default_factory=list)
@@ -74,7 +80,7 @@ class Engine:
         decode: Ids to text without special tokens.
         stop_ids: Tokens that end a generation; they are not part of it.
         max_batch_size: Sequences that run together.
-        max_waiting: Requests that may wait for a place.
+        max_waiting: Requests that may wait for a slot.
         adapters: Directories of LoRA adapters, by the name requests use.
 
     Raises:
@@ -101,18 +107,18 @@ class Engine:
         self.vocab_size: int = text.vocab_size
         self._inbox: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
         self._waiting: deque[_Row] = deque()
-        self._reading: list[_Row] = []
-        self._cohorts: list[Cohort] = []
+        self._prefilling: list[_Row] = []
+        self._batches: list[DecodeBatch] = []
         self._prefixes: list[Prefix] = []  # least recently used first
-        self._recent: deque[Request] = deque(maxlen=4 * max_batch_size)
+        self._recent: deque[DecodeRequest] = deque(maxlen=4 * max_batch_size)
         self._closed = False
         with torch.inference_mode():
             bytes_per_token = switch_attention(model)
         self.adapters = Adapters(model, adapters)
         # Tokens whose keys and values fit into memory, and the longest prompt plus answer.
-        self._room = int(MEMORY_SHARE * _free_bytes(model.device) / bytes_per_token)
-        positions = getattr(text, "max_position_embeddings", None) or self._room
-        self.max_length: int = min(positions, self._room)
+        self._token_budget = int(MEMORY_SHARE * _free_bytes(model.device) / bytes_per_token)
+        positions = getattr(text, "max_position_embeddings", None) or self._token_budget
+        self.max_length: int = min(positions, self._token_budget)
         self._thread = threading.Thread(target=self._run, name="tuneloop-engine", daemon=True)
         self._thread.start()
 
@@ -121,7 +127,7 @@ class Engine:
         """Load a Hugging Face directory and start an engine on all cores, or the GPU.
 
         Args:
-            options: As of the constructor.
+            options: Keyword arguments of the constructor.
 
         Raises:
             ModelError: The model cannot be loaded, its attention cannot be reproduced, or an
@@ -130,11 +136,11 @@ class Engine:
         batch = options.get("max_batch_size", DEFAULT_BATCH_SIZE)
         return cls(load_model(path, batch), **options)
 
-    def submit(self, request: Request) -> Future[Generation]:
+    def submit(self, request: DecodeRequest) -> Future[DecodeResult]:
         """Queue a request and return its future; cancelling the future drops the request.
 
         Raises:
-            RequestError: The request can never be answered.
+            InvalidRequest: The request can never be answered.
             QueueFull: `max_waiting` requests wait already.
         """
         self._refuse_impossible(request)
@@ -157,20 +163,20 @@ class Engine:
         self._collect()  # what came while the thread ended
         _fail(list(self._waiting), TuneloopError("the engine was closed"))
 
-    def _refuse_impossible(self, request: Request) -> None:
+    def _refuse_impossible(self, request: DecodeRequest) -> None:
         ids, params = request.prompt_ids, request.params
         if request.adapter and request.adapter not in self.adapters.names:
-            raise RequestError(f"there is no adapter `{request.adapter}`")
+            raise InvalidRequest(f"there is no adapter `{request.adapter}`")
         if len(ids) == 0:
-            raise RequestError("the prompt has no tokens")
+            raise InvalidRequest("the prompt has no tokens")
         if min(ids) < 0 or max(ids) >= self.vocab_size:
-            raise RequestError(f"a token id is outside the vocabulary of {self.vocab_size}")
+            raise InvalidRequest(f"a token id is outside the vocabulary of {self.vocab_size}")
         if params.max_tokens < (0 if request.score_prompt else 1):
-            raise RequestError("max_tokens must be at least 1")
+            raise InvalidRequest("max_tokens must be at least 1")
         total = len(ids) + params.max_tokens
         if total > self.max_length:
-            limit = "memory holds" if self.max_length == self._room else "the model has"
-            raise RequestError(
+            limit = "memory holds" if self.max_length == self._token_budget else "the model has"
+            raise InvalidRequest(
                 f"the prompt has {len(ids)} tokens and max_tokens is {params.max_tokens}: "
                 f"together {total}, but {limit} {self.max_length} positions",
                 "context_length_exceeded",
@@ -190,16 +196,16 @@ class Engine:
                 # Out of memory, mostly. Those that wait have done nothing wrong.
                 log.exception("a step of the engine failed")
                 _fail(self._running(), error)
-                self._reading, self._cohorts, self._prefixes = [], [], []
+                self._prefilling, self._batches, self._prefixes = [], [], []
         self._collect()
         _fail([*self._running(), *self._waiting], TuneloopError("the engine was closed"))
 
     def _running(self) -> list[_Row]:
-        return self._reading + [row for cohort in self._cohorts for row in cohort.owners]
+        return self._prefilling + [row for batch in self._batches for row in batch.owners]
 
     def _collect(self) -> None:
-        """Move new requests to the waiting ones; with nothing to do, wait for one."""
-        idle = not (self._reading or self._cohorts or self._waiting or self._closed)
+        """Move new requests to the waiting ones; with nothing to do, block until one comes."""
+        idle = not (self._prefilling or self._batches or self._waiting or self._closed)
         while idle or not self._inbox.empty():
             row = self._inbox.get()
             idle = False
@@ -208,37 +214,37 @@ class Engine:
                 self._recent.append(row.request)
 
     def _admit(self) -> None:
-        """Give places in the batch to waiting requests, in order of arrival."""
+        """Start the prefill of waiting requests in order of arrival, as far as the budget goes."""
         running = self._running()
         num_rows, num_tokens = len(running), sum(row.size for row in running)
         while self._waiting and num_rows < self.max_batch_size:
             row = self._waiting[0]
-            if num_rows and num_tokens + row.size > self._room:
+            if num_rows and num_tokens + row.size > self._token_budget:
                 return
             self._waiting.popleft()
             if row.future.cancelled():
                 continue
-            self._reading.append(row)
+            self._prefilling.append(row)
             num_rows, num_tokens = num_rows + 1, num_tokens + row.size
-            # Scores of a prefix's own tokens are not kept, so such rows read everything.
+            # Scores of a prefix's own tokens are not kept, so such rows prefill everything.
             if not row.request.score_prompt:
                 prefix = self._shared_prefix(row.request)
                 row.prompt.prefix = prefix
                 row.prompt.suffix = row.prompt.suffix[len(prefix) if prefix else 0 :]
 
-    def _shared_prefix(self, request: Request) -> Prefix | None:
-        """Return keys and values of the prompt's beginning, if others begin alike."""
+    def _shared_prefix(self, request: DecodeRequest) -> Prefix | None:
+        """Return keys and values of the prefix that the prompt shares with others, if any."""
         ids = tuple(request.prompt_ids)
         usable = [p for p in self._prefixes if p.adapter == request.adapter and len(p) < len(ids)]
-        known = [p for p in usable if p.token_ids == ids[: len(p)]]
-        prefix = max(known, key=len, default=None)
+        cached = [p for p in usable if p.token_ids == ids[: len(p)]]
+        prefix = max(cached, key=len, default=None)
         start = len(prefix) if prefix else 0
         others = [r for r in self._recent if r is not request and r.adapter == request.adapter]
         stop = _shared_length(ids, [other.prompt_ids for other in others])
-        if stop >= start + MIN_SHARED_TOKENS:
+        if stop >= start + MIN_PREFIX_TOKENS:
             prompt = Prompt(prefix, list(ids[start:stop]), adapter=request.adapter)
             while not prompt.done:
-                self._forward([prompt.next_chunk(PROMPT_TOKENS_PER_STEP)])
+                self._forward([prompt.next_chunk(PREFILL_TOKENS_PER_STEP)])
                 prompt.advance()
             prefix = prompt.freeze()
         if prefix is not None:
@@ -248,16 +254,16 @@ class Engine:
         return prefix
 
     def _step(self) -> None:
-        """Read a slice of the prompts and write one token for every running sequence."""
+        """Prefill a slice of the prompts and decode one token for every running sequence."""
         self._drop_cancelled()
-        cohorts, reading = self._cohorts, self._next_chunks()
-        if not cohorts and not reading:
+        batches, prefilling = self._batches, self._next_chunks()
+        if not batches and not prefilling:
             return
-        logits = self._forward([*cohorts, *(row.prompt for row in reading)])
-        writers = [row for cohort in cohorts for row in cohort.owners]
-        places = list(range(len(writers)))
-        stop = len(writers)
-        for row in reading:
+        logits = self._forward([*batches, *(row.prompt for row in prefilling)])
+        decoding = [row for batch in batches for row in batch.owners]
+        stop = len(decoding)
+        logit_rows = list(range(stop))
+        for row in prefilling:
             start, stop = stop, stop + len(row.prompt.kept)
             if row.request.score_prompt:
                 targets = row.prompt.suffix[row.prompt.start + 1 : row.prompt.stop + 1]
@@ -266,84 +272,84 @@ class Engine:
                 row.prompt_scores += score(scores, targets, num_top)
             row.prompt.advance()
             if row.prompt.done:
-                writers.append(row)
-                places.append(stop - 1)
-        if not writers:
+                decoding.append(row)
+                logit_rows.append(stop - 1)
+        if not decoding:
             return
-        chosen = dict(zip(writers, self._choose(logits, places, writers), strict=True))
-        for cohort in cohorts:
-            cohort.advance([chosen[row] for row in cohort.owners])
-            # From the end: what takes the place of a removed row has been looked at.
-            for slot in reversed(range(len(cohort))):
-                if not self._accept(cohort.owners[slot], chosen[cohort.owners[slot]]):
-                    cohort.remove(slot)
-        for cohort in list(cohorts):
-            for slot in reversed(range(len(cohort))):
-                if cohort.lengths[slot] == cohort.capacity:
-                    row, length = cohort.owners[slot], cohort.lengths[slot]
-                    self._place(row, cohort.slot_layers(slot), length, chosen[row])
-                    cohort.remove(slot)
-        for row in [row for row in self._reading if row.prompt.done]:
-            self._reading.remove(row)
+        chosen = dict(zip(decoding, self._choose(logits, logit_rows, decoding), strict=True))
+        for batch in batches:
+            batch.advance([chosen[row] for row in batch.owners])
+            # From the end: the row that moves into a freed slot has been dealt with.
+            for slot in reversed(range(len(batch))):
+                if not self._accept(batch.owners[slot], chosen[batch.owners[slot]]):
+                    batch.remove(slot)
+        for batch in list(batches):
+            for slot in reversed(range(len(batch))):
+                if batch.lengths[slot] == batch.capacity:
+                    row, length = batch.owners[slot], batch.lengths[slot]
+                    self._assign_slot(row, batch.slot_layers(slot), length, chosen[row])
+                    batch.remove(slot)
+        for row in [row for row in self._prefilling if row.prompt.done]:
+            self._prefilling.remove(row)
             if self._accept(row, chosen[row]):
-                self._place(row, row.prompt.layers, len(row.prompt.suffix), chosen[row])
+                self._assign_slot(row, row.prompt.layers, len(row.prompt.suffix), chosen[row])
             row.prompt.layers = []
-        self._cohorts = [cohort for cohort in self._cohorts if len(cohort)]
+        self._batches = [batch for batch in self._batches if len(batch)]
 
-    def _forward(self, groups: Sequence[Group]) -> Tensor:
-        self.adapters.select(groups)
-        return forward(self.model, groups)
+    def _forward(self, segments: Sequence[CachedSegment]) -> Tensor:
+        self.adapters.select(segments)
+        return forward(self.model, segments)
 
     def _drop_cancelled(self) -> None:
-        self._reading = [row for row in self._reading if not row.future.cancelled()]
-        for cohort in self._cohorts:
-            for slot in reversed(range(len(cohort))):
-                if cohort.owners[slot].future.cancelled():
-                    cohort.remove(slot)
-        self._cohorts = [cohort for cohort in self._cohorts if len(cohort)]
+        self._prefilling = [row for row in self._prefilling if not row.future.cancelled()]
+        for batch in self._batches:
+            for slot in reversed(range(len(batch))):
+                if batch.owners[slot].future.cancelled():
+                    batch.remove(slot)
+        self._batches = [batch for batch in self._batches if len(batch)]
 
     def _next_chunks(self) -> list[_Row]:
-        """Return the rows that read in this step, each set to its next chunk."""
-        budget, rows = PROMPT_TOKENS_PER_STEP, []
-        for row in self._reading:
+        """Return the rows to prefill in this step, each set to its next chunk."""
+        budget, rows = PREFILL_TOKENS_PER_STEP, []
+        for row in self._prefilling:
             if budget > 0:
-                budget -= len(row.prompt.next_chunk(budget).token_ids)
+                budget -= len(row.prompt.next_chunk(budget))
                 rows.append(row)
         return rows
 
-    def _place(self, row: _Row, layers: Layers, length: int, next_id: int) -> None:
-        """Put a row where it has room for more tokens than it has now."""
-        capacity = CAPACITY_STEP
+    def _assign_slot(self, row: _Row, layers: Layers, length: int, next_id: int) -> None:
+        """Move a row into a decode batch with room for more tokens than it has now."""
+        capacity = MIN_CAPACITY
         while capacity <= length:
             capacity *= 2
         prefix, adapter = row.prompt.prefix, row.request.adapter
-        for cohort in self._cohorts:
-            if (cohort.prefix, cohort.capacity, cohort.adapter) == (prefix, capacity, adapter):
+        for batch in self._batches:
+            if (batch.prefix, batch.capacity, batch.adapter) == (prefix, capacity, adapter):
                 break
         else:
-            cohort = Cohort(prefix, capacity, adapter)
-            self._cohorts.append(cohort)
-        cohort.add(row, layers, length, next_id)
+            batch = DecodeBatch(prefix, capacity, adapter)
+            self._batches.append(batch)
+        batch.add(row, layers, length, next_id)
 
-    def _choose(self, logits: Tensor, places: Sequence[int], rows: Sequence[_Row]) -> list[int]:
+    def _choose(self, logits: Tensor, logit_rows: Sequence[int], rows: Sequence[_Row]) -> list[int]:
         """Return each row's next token, and note its score where asked for.
 
         Args:
-            logits: Of these rows, and of prompts that are scored.
-            places: Where each row's are.
+            logits: Those of these rows, and of prompts that are scored.
+            logit_rows: Which of the logits are each row's.
         """
-        ids = likeliest(logits).tolist()
-        chosen = [ids[place] for place in places]
+        ids = argmax(logits).tolist()
+        chosen = [ids[logit_row] for logit_row in logit_rows]
         for index, row in enumerate(rows):
             if row.sampler is not None:
-                chosen[index] = sample(logits[places[index]], row.request.params, row.sampler)
-        wanted = [index for index, row in enumerate(rows) if row.request.params.logprobs]
-        if wanted:
-            targets = [chosen[index] for index in wanted]
-            num_top = [rows[index].request.num_top for index in wanted]
-            scores = score(logits[[places[index] for index in wanted]], targets, num_top)
-            for index, found in zip(wanted, scores, strict=True):
-                rows[index].scores.append(found)
+                chosen[index] = sample(logits[logit_rows[index]], row.request.params, row.sampler)
+        scored = [index for index, row in enumerate(rows) if row.request.params.logprobs]
+        if scored:
+            targets = [chosen[index] for index in scored]
+            num_top = [rows[index].request.num_top for index in scored]
+            scores = score(logits[[logit_rows[index] for index in scored]], targets, num_top)
+            for index, token_score in zip(scored, scores, strict=True):
+                rows[index].scores.append(token_score)
         return chosen
 
     def _accept(self, row: _Row, token: int) -> bool:
@@ -373,24 +379,24 @@ class Engine:
     ) -> bool:
         request, count = row.request, len(row.token_ids)
         scores = row.scores[:count] if request.params.logprobs else None
-        generation = Generation(
+        result = DecodeResult(
             text=self.decode(row.token_ids) if text is None else text,
             finish_reason=reason,
             prompt_tokens=len(request.prompt_ids),
             completion_tokens=count + num_stop_tokens,
             latency_s=time.monotonic() - row.submitted,
             token_ids=row.token_ids,
-            logprobs=None if scores is None else [found.logprob for found in scores],
+            logprobs=None if scores is None else [token_score.logprob for token_score in scores],
             scores=scores,
             prompt_scores=row.prompt_scores if request.score_prompt else None,
         )
         with contextlib.suppress(InvalidStateError):  # cancelled
-            row.future.set_result(generation)
+            row.future.set_result(result)
         return False
 
 
 def _shared_length(ids: Sequence[int], others: Sequence[Sequence[int]]) -> int:
-    """Return the length of the beginning that saves most tokens if all `others` came again."""
+    """Return the length of the prefix that would save most tokens if all `others` came again."""
     mine = np.asarray(ids)
     sizes = []
     for other in others:

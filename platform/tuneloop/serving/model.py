@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tuneloop.errors import ModelError, Problem
-from tuneloop.serving.attention import IMPLEMENTATION, Cohort, Group, Prompt
+from tuneloop.models.attention import IMPLEMENTATION
+from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Prompt
 from tuneloop.serving.linear import speed_up_linear
 
 
@@ -54,21 +55,21 @@ def load_model(path: str | Path, max_batch_size: int) -> Any:
     return model
 
 
-def forward(model: Any, groups: Sequence[Group]) -> Tensor:
-    """Return the logits behind the kept tokens of all groups, one after the other: (kept, V)."""
+def forward(model: Any, segments: Sequence[CachedSegment]) -> Tensor:
+    """Return the logits behind the kept tokens of all segments, one after the other: (kept, V)."""
     token_ids: list[int] = []
     positions: list[int] = []
     kept: list[int] = []
-    for group in groups:
-        kept += [len(token_ids) + index for index in group.kept]
-        token_ids += group.token_ids
-        positions += group.positions
+    for segment in segments:
+        kept += [len(token_ids) + index for index in segment.kept]
+        token_ids += segment.token_ids
+        positions += segment.positions
     out = model(
         input_ids=torch.tensor([token_ids], device=model.device),
         position_ids=torch.tensor([positions], device=model.device),
         use_cache=False,
         logits_to_keep=torch.tensor(kept, dtype=torch.long, device=model.device),
-        groups=groups,
+        segments=segments,
     )
     logits: Tensor = out.logits[0]
     return logits
@@ -99,12 +100,12 @@ def switch_attention(model: Any) -> int:
         prompt.advance()
         prompt = Prompt(prompt.freeze(), ids[part : 2 * part], keep_all=True)
         found.append(forward(model, [prompt.next_chunk(size)]))
-        cohort = Cohort(prompt.prefix, size)
-        cohort.add(None, prompt.layers, part, ids[2 * part])
+        batch = DecodeBatch(prompt.prefix, size)
+        batch.add(None, prompt.layers, part, ids[2 * part])
         for index in range(2 * part, size):
-            cohort.token_ids = [ids[index]]
-            found.append(forward(model, [cohort]))
-            cohort.advance([0])
+            batch.token_ids = [ids[index]]
+            found.append(forward(model, [batch]))
+            batch.advance([0])
         error = (torch.cat(found).float() - expected).abs().max() / expected.abs().max()
         tolerance = 1e-3 if expected.dtype == model.dtype else 5e-2
         if not error < tolerance:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message, SamplingParams
-from tuneloop.serving.requests import Generation, TokenScore
+from tuneloop.serving.requests import DecodeResult, TokenScore
 from tuneloop.serving.text import Detokenizer
 
 # Fields of the protocol that are not implemented, with the values that ask for nothing.
@@ -233,7 +233,7 @@ def unknown_model(name: object, served: Sequence[str]) -> ProtocolError:
 
 
 def chat_response(
-    request: ChatRequest, prompt_ids: Sequence[int], answer: Generation, renderer: Renderer
+    request: ChatRequest, prompt_ids: Sequence[int], answer: DecodeResult, renderer: Renderer
 ) -> dict[str, Any]:
     """Return the answer to a chat request."""
     choice: dict[str, Any] = {
@@ -253,7 +253,7 @@ def chat_response(
 def completion_response(
     request: CompletionRequest,
     prompts: Sequence[tuple[str, Sequence[int]]],
-    answers: Sequence[Generation],
+    answers: Sequence[DecodeResult],
     renderer: Renderer,
 ) -> dict[str, Any]:
     """Return the answer to a completion request.
@@ -289,7 +289,7 @@ def envelope(kind: str, model: str) -> dict[str, Any]:
     }
 
 
-def usage(answers: Sequence[Generation]) -> dict[str, int]:
+def usage(answers: Sequence[DecodeResult]) -> dict[str, int]:
     """Return the tokens of some answers; a stop token counts as completion token."""
     prompt = sum(answer.prompt_tokens for answer in answers)
     completion = sum(answer.completion_tokens for answer in answers)
@@ -323,7 +323,7 @@ class Chunks:
         """Return the event that adds text."""
         return self._event({"content": delta} if self._is_chat else delta, None)
 
-    def last(self, answer: Generation) -> list[str]:
+    def last(self, answer: DecodeResult) -> list[str]:
         """Return the events that close the answer."""
         events = [self._event({} if self._is_chat else "", answer.finish_reason)]
         if self._with_usage:
@@ -344,7 +344,7 @@ def _token_text(token_id: int, renderer: Renderer) -> str:
     return str(renderer.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
 
 
-def _chat_logprobs(answer: Generation, renderer: Renderer) -> dict[str, Any]:
+def _chat_logprobs(answer: DecodeResult, renderer: Renderer) -> dict[str, Any]:
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         token = _token_text(token_id, renderer)
         return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
@@ -357,7 +357,7 @@ def _chat_logprobs(answer: Generation, renderer: Renderer) -> dict[str, Any]:
 
 
 def _legacy_logprobs(
-    request: CompletionRequest, prompt_ids: Sequence[int], answer: Generation, renderer: Renderer
+    request: CompletionRequest, prompt_ids: Sequence[int], answer: DecodeResult, renderer: Renderer
 ) -> dict[str, Any]:
     """Return the parallel lists of the completions protocol; with echo, the prompt's first."""
     ids = list(answer.token_ids)

@@ -18,7 +18,7 @@ from tuneloop.models.chat.renderer import Renderer, RenderError
 from tuneloop.models.export.layout import ADAPTER, recorded_renderer
 from tuneloop.serving import protocol
 from tuneloop.serving.protocol import ChatRequest, CompletionRequest, ProtocolError
-from tuneloop.serving.requests import Generation, QueueFull, Request, RequestError
+from tuneloop.serving.requests import DecodeRequest, DecodeResult, InvalidRequest, QueueFull
 from tuneloop.serving.text import StreamedText
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class _Loaded:
     engine: Engine
     adapter: str
 
-    def submit(self, request: Request) -> Future[Generation]:
+    def submit(self, request: DecodeRequest) -> Future[DecodeResult]:
         """Queue a request for this model."""
         stop_ids = frozenset(self.renderer.stop_ids)
         return self.engine.submit(replace(request, adapter=self.adapter, stop_ids=stop_ids))
@@ -93,13 +93,13 @@ class ModelServer:
             if route == "chat":
                 chat = protocol.parse_chat(body)
                 asked = _chat(chat, model)
-                [generation] = await _generate(model, [asked])
-                return 200, protocol.chat_response(chat, asked.prompt_ids, generation, renderer)
+                [result] = await _decode(model, [asked])
+                return 200, protocol.chat_response(chat, asked.prompt_ids, result, renderer)
             completion = protocol.parse_completion(body)
             texts, requests = _completions(completion, renderer)
-            generations = await _generate(model, requests)
+            results = await _decode(model, requests)
             prompts = [(t, r.prompt_ids) for t, r in zip(texts, requests, strict=True)]
-            return 200, protocol.completion_response(completion, prompts, generations, renderer)
+            return 200, protocol.completion_response(completion, prompts, results, renderer)
         except Exception as error:
             failure = _failure(error, route)
             return failure.status, failure.body()
@@ -135,11 +135,11 @@ class ModelServer:
                 delta = text.push(token)
                 if delta:
                     yield chunks.text(delta)
-            generation = future.result()
-            rest = text.finish(generation.text)
+            result = future.result()
+            rest = text.finish(result.text)
             if rest:
                 yield chunks.text(rest)
-            for item in chunks.last(generation):
+            for item in chunks.last(result):
                 yield item
         except Exception as error:
             failure = _failure(error, route)
@@ -193,17 +193,19 @@ def _load_renderer(model: ServedModel) -> Renderer:
     return renderer
 
 
-def _chat(request: ChatRequest, model: _Loaded) -> Request:
+def _chat(request: ChatRequest, model: _Loaded) -> DecodeRequest:
     ids = model.renderer.prompt_ids(request.conversation())
     max_tokens = request.max_completion_tokens or request.max_tokens
     if max_tokens is None:
         # OpenAI's default is no bound; the model's positions are one.
         max_tokens = max(1, model.engine.max_length - len(ids))
     params = request.params(max_tokens, logprobs=bool(request.logprobs))
-    return Request(ids, params, num_top=request.top_logprobs or 0)
+    return DecodeRequest(ids, params, num_top=request.top_logprobs or 0)
 
 
-def _completions(request: CompletionRequest, renderer: Renderer) -> tuple[list[str], list[Request]]:
+def _completions(
+    request: CompletionRequest, renderer: Renderer
+) -> tuple[list[str], list[DecodeRequest]]:
     """Return each prompt's text and what to ask the engine for it."""
     max_tokens = request.max_tokens
     if max_tokens is None:
@@ -217,13 +219,13 @@ def _completions(request: CompletionRequest, renderer: Renderer) -> tuple[list[s
         texts.append(text)
         params = request.params(max_tokens, logprobs=request.logprobs is not None)
         scored = bool(request.echo) and (request.logprobs is not None or max_tokens == 0)
-        requests.append(Request(ids, params, request.logprobs or 0, scored))
+        requests.append(DecodeRequest(ids, params, request.logprobs or 0, scored))
     return texts, requests
 
 
-async def _generate(model: _Loaded, requests: Sequence[Request]) -> list[Generation]:
-    """Return all generations; if one fails or the caller goes away, the others are dropped."""
-    futures: list[Future[Generation]] = []
+async def _decode(model: _Loaded, requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
+    """Return all results; if one fails or the caller goes away, the others are dropped."""
+    futures: list[Future[DecodeResult]] = []
     try:
         for request in requests:
             futures.append(model.submit(request))
@@ -240,7 +242,7 @@ def _failure(error: Exception, route: Route) -> ProtocolError:
         return error
     if isinstance(error, RenderError):
         return ProtocolError(400, str(error), field, "invalid_messages")
-    if isinstance(error, RequestError):
+    if isinstance(error, InvalidRequest):
         return ProtocolError(400, str(error), field, error.code)
     if isinstance(error, QueueFull):
         return ProtocolError(503, str(error), code="queue_full")

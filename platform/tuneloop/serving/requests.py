@@ -1,4 +1,4 @@
-"""What the engine is asked and what it answers.
+"""What the decode engine is asked and what it answers.
 
 Loads no PyTorch, so that the HTTP side and whoever starts a server are up in a third of the time.
 """
@@ -25,7 +25,7 @@ class TokenScore:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class RequestError(ValueError):
+class InvalidRequest(ValueError):
     """One request cannot be answered; the others go on. The message says why.
 
     Args:
@@ -42,7 +42,7 @@ class QueueFull(TuneloopError):
 
 
 @dataclass(frozen=True)
-class Generation(Completion):
+class DecodeResult(Completion):
     """A completion with the scores that were asked for.
 
     Args:
@@ -55,7 +55,7 @@ class Generation(Completion):
 
 
 @dataclass(frozen=True)
-class Request:
+class DecodeRequest:
     """One prompt to continue.
 
     Args:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from tuneloop.config import TrainingConfig
+from tuneloop.models.attention import IMPLEMENTATION
 from tuneloop.models.export.exporter import four_bits
-from tuneloop.training.packed import ATTENTION
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": execution.dtype, "attn_implementation": ATTENTION}
+    options: dict[str, Any] = {"dtype": execution.dtype, "attn_implementation": IMPLEMENTATION}
     if config.method == "qlora":
         # Weights in 4 bits are made where they stay.
         options |= {"quantization_config": four_bits(execution.dtype), "device_map": {"": device}}

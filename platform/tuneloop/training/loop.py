@@ -182,9 +182,9 @@ def train_step(
     learning_rate = engine.get_lr()[0]
     seen: list[int] = []
     num_padding = 0
-    share_beginning = can_share(engine.module)
+    share_prefix = can_share(engine.module)
     for index, share in enumerate(micro_batches(bins, worker.rank, execution.world_size)):
-        packed = pack(rows, share, worker.device, share_beginning)
+        packed = pack(rows, share, worker.device, share_prefix)
         seen += packed.rows
         num_padding += 0 if packed.rows else packed.input_ids.numel()
         loss, hits = loss_and_hits(engine, packed)

@@ -27,7 +27,7 @@ _ARRAYS = {
     "num_target_tokens": np.int64,
 }
 _ROW_IDS = "row_ids.arrow"
-# Less saves hardly anything.
+# A shorter shared prefix saves hardly anything.
 MIN_SHARED_TOKENS = 16
 
 
@@ -70,8 +70,8 @@ class Rows:
         """Return the tokens of each document of one row; they add up to the row's."""
         return np.diff(self._document_bounds(index)).tolist()
 
-    def num_shared(self, indices: Sequence[int]) -> int:
-        """Return how many tokens all documents of these rows begin with.
+    def num_prefix_tokens(self, indices: Sequence[int]) -> int:
+        """Return the length of the prefix that all documents of these rows share.
 
         Mostly an instruction that every row repeats. The token before a target, which predicts it,
         is a document's own, and less than `MIN_SHARED_TOKENS` counts as nothing.

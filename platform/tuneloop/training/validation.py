@@ -63,11 +63,11 @@ def measure(engine: Any, rows: Rows, execution: Execution, device: torch.device)
     bins = split_batch(np.arange(len(rows)), rows.lengths, num_bins, size)
     total = torch.zeros(2, dtype=torch.float64, device=device)
     engine.eval()
-    share_beginning = can_share(engine.module)
+    share_prefix = can_share(engine.module)
     with torch.no_grad():
         # The same number of passes in every worker: under ZeRO-3 each of them is collective.
         for share in micro_batches(bins, dist.get_rank(), workers):
-            loss, hits = loss_and_hits(engine, pack(rows, share, device, share_beginning))
+            loss, hits = loss_and_hits(engine, pack(rows, share, device, share_prefix))
             total += torch.stack([loss.double(), hits.double()])
     engine.train()
     dist.all_reduce(total)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from tuneloop.errors import ModelError
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
-from tuneloop.serving.requests import Request, RequestError
+from tuneloop.serving.requests import DecodeRequest, InvalidRequest
 
 CONFIGS = {
     "llama": LlamaConfig(
@@ -99,11 +99,11 @@ def test_each_request_is_answered_with_its_adapter(
     )
     try:
         params = SamplingParams(max_tokens=12)
-        futures = [engine.submit(Request(p, params, adapter=name)) for name, p in asked]
+        futures = [engine.submit(DecodeRequest(p, params, adapter=name)) for name, p in asked]
         assert [future.result(60).token_ids for future in futures] == expected
         assert {prefix.adapter for prefix in engine._prefixes} == {"", "a", "b"}
-        with pytest.raises(RequestError, match="no adapter `c`"):
-            engine.submit(Request([1], params, adapter="c"))
+        with pytest.raises(InvalidRequest, match="no adapter `c`"):
+            engine.submit(DecodeRequest([1], params, adapter="c"))
     finally:
         engine.close()
 

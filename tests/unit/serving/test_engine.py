@@ -26,8 +26,8 @@ from tuneloop.errors import ModelError, TuneloopError
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
-from tuneloop.serving.requests import QueueFull, Request, RequestError
-from tuneloop.serving.sampling import likeliest
+from tuneloop.serving.requests import DecodeRequest, InvalidRequest, QueueFull
+from tuneloop.serving.sampling import argmax
 
 SMALL = {
     "vocab_size": 99,
@@ -109,7 +109,7 @@ def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_transformers_one_by_one(family: str, start) -> None:  # type: ignore[no-untyped-def]
-    """Ragged prompts, more of them than places, answers that outgrow a cohort, shared prefixes."""
+    """Ragged prompts, more of them than slots, answers that outgrow a slot, shared prefixes."""
     model = make_model(FAMILIES[family])
     prompts = prompts_of([1, 7, 120, 33, 130, 250, 2, 64, 127])
     shared = prompts_of([70], seed=1)[0]
@@ -119,7 +119,7 @@ def test_greedy_equals_transformers_one_by_one(family: str, start) -> None:  # t
 
     engine = start(model, max_batch_size=4)
     futures = [
-        engine.submit(Request(prompt, SamplingParams(max_tokens=count)))
+        engine.submit(DecodeRequest(prompt, SamplingParams(max_tokens=count)))
         for prompt, count in zip(prompts, budgets, strict=True)
     ]
     assert [future.result(60).token_ids for future in futures] == expected
@@ -127,7 +127,7 @@ def test_greedy_equals_transformers_one_by_one(family: str, start) -> None:  # t
 
 
 def test_transposed_products_write_the_same(start, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """As many rows as `likeliest` wants, in a vocabulary that its blocks divide."""
+    """As many rows as `argmax` needs, in a vocabulary that its blocks divide."""
     from tuneloop.serving.linear import speed_up_linear
 
     monkeypatch.setattr("tuneloop.serving.linear.MIN_GAIN", 0.0)
@@ -140,7 +140,7 @@ def test_transposed_products_write_the_same(start, monkeypatch) -> None:  # type
         lambda _, __, out: sizes.append((out[0].stride(0), out.shape[1]))
     )
     engine = start(model, max_batch_size=24)
-    futures = [engine.submit(Request(p, SamplingParams(max_tokens=10))) for p in prompts]
+    futures = [engine.submit(DecodeRequest(p, SamplingParams(max_tokens=10))) for p in prompts]
     assert [future.result(60).token_ids for future in futures] == expected
     assert any(stride == 1 and num_rows >= 16 for stride, num_rows in sizes)
 
@@ -151,17 +151,17 @@ def test_the_first_of_the_likeliest_is_taken() -> None:
         # Few values, so that most rows have several largest ones, in one block and in others.
         logits = torch.randint(0, 3, (rows, vocab)).float()
         first = torch.tensor([row.tolist().index(row.max()) for row in logits])
-        assert torch.equal(likeliest(logits), first)
-        assert torch.equal(likeliest(logits.t().contiguous().t()), first)
+        assert torch.equal(argmax(logits), first)
+        assert torch.equal(argmax(logits.t().contiguous().t()), first)
 
 
 def test_prompts_longer_than_a_step_are_read_in_chunks(start, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("tuneloop.serving.engine.PROMPT_TOKENS_PER_STEP", 13)
+    monkeypatch.setattr("tuneloop.serving.engine.PREFILL_TOKENS_PER_STEP", 13)
     model = make_model(FAMILIES["gemma3 with window"])
     prompts = prompts_of([50, 5, 61])
     expected = [greedy(model, prompt, 8) for prompt in prompts]
     engine = start(model)
-    futures = [engine.submit(Request(p, SamplingParams(max_tokens=8))) for p in prompts]
+    futures = [engine.submit(DecodeRequest(p, SamplingParams(max_tokens=8))) for p in prompts]
     assert [future.result(60).token_ids for future in futures] == expected
 
 
@@ -180,7 +180,7 @@ def test_a_prefix_is_computed_once(start, monkeypatch) -> None:  # type: ignore[
         return original(model, groups)
 
     monkeypatch.setattr(module, "forward", counting)
-    with_future = [engine.submit(Request(p, SamplingParams(max_tokens=2))) for p in prompts]
+    with_future = [engine.submit(DecodeRequest(p, SamplingParams(max_tokens=2))) for p in prompts]
     for future in with_future:
         future.result(60)
     # The first may have been read whole, before there was anything to compare it with.
@@ -188,7 +188,7 @@ def test_a_prefix_is_computed_once(start, monkeypatch) -> None:  # type: ignore[
 
 
 def test_scores_equal_a_plain_forward_pass(start, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("tuneloop.serving.engine.PROMPT_TOKENS_PER_STEP", 11)
+    monkeypatch.setattr("tuneloop.serving.engine.PREFILL_TOKENS_PER_STEP", 11)
     model = make_model(FAMILIES["llama"])
     prompt = prompts_of([40])[0]
     answer = greedy(model, prompt, 6)
@@ -199,7 +199,7 @@ def test_scores_equal_a_plain_forward_pass(start, monkeypatch) -> None:  # type:
 
     engine = start(model)
     params = SamplingParams(max_tokens=6, logprobs=True)
-    got = engine.submit(Request(prompt, params, num_top=2, score_prompt=True)).result(60)
+    got = engine.submit(DecodeRequest(prompt, params, num_top=2, score_prompt=True)).result(60)
     assert got.token_ids == answer
     scores = [*got.prompt_scores, *got.scores]
     assert [s.logprob for s in scores] == pytest.approx(chosen.tolist(), abs=1e-4)
@@ -212,9 +212,9 @@ def test_scores_equal_a_plain_forward_pass(start, monkeypatch) -> None:  # type:
 
 def test_scoring_alone_writes_nothing(start) -> None:  # type: ignore[no-untyped-def]
     engine = start(make_model(FAMILIES["llama"]))
-    got = engine.submit(Request([5, 6, 7], SamplingParams(max_tokens=0), score_prompt=True)).result(
-        60
-    )
+    got = engine.submit(
+        DecodeRequest([5, 6, 7], SamplingParams(max_tokens=0), score_prompt=True)
+    ).result(60)
     assert (got.token_ids, got.completion_tokens, len(got.prompt_scores)) == ([], 0, 2)
 
 
@@ -227,7 +227,7 @@ def test_stop_token_ends_and_is_not_part_of_the_answer(start) -> None:  # type: 
     )
     cut = answer.index(stop)
     got = start(model, stop_ids=[stop]).submit(
-        Request(prompt, SamplingParams(max_tokens=12, logprobs=True))
+        DecodeRequest(prompt, SamplingParams(max_tokens=12, logprobs=True))
     ).result(60)  # fmt: skip
     assert got.token_ids == answer[:cut]
     assert (got.finish_reason, got.completion_tokens) == ("stop", cut + 1)
@@ -239,7 +239,7 @@ def test_stop_string_is_cut_off(start) -> None:  # type: ignore[no-untyped-def]
     prompt = prompts_of([20])[0]
     text = decode(greedy(model, prompt, 12))
     params = SamplingParams(max_tokens=12, stop=("never there", text[4:7]))
-    got = start(model).submit(Request(prompt, params)).result(60)
+    got = start(model).submit(DecodeRequest(prompt, params)).result(60)
     assert got.text == text[: text.index(text[4:7])]
     assert got.finish_reason == "stop"
 
@@ -251,7 +251,7 @@ def test_sampling_follows_seed_temperature_and_top_p(start) -> None:  # type: ig
     engine = start(model)
 
     def draw(**params):  # type: ignore[no-untyped-def]
-        return engine.submit(Request(prompt, SamplingParams(max_tokens=24, **params)))
+        return engine.submit(DecodeRequest(prompt, SamplingParams(max_tokens=24, **params)))
 
     alone = draw(temperature=1.5, seed=3).result(60).token_ids
     crowd = [draw(temperature=1.5, seed=seed) for seed in range(6)]
@@ -270,7 +270,9 @@ def test_sampled_frequencies_follow_the_model(start) -> None:  # type: ignore[no
     engine = start(model)
     futures = [
         engine.submit(
-            Request([1, 2, 3], SamplingParams(max_tokens=1, temperature=2.0, top_p=0.5, seed=seed))
+            DecodeRequest(
+                [1, 2, 3], SamplingParams(max_tokens=1, temperature=2.0, top_p=0.5, seed=seed)
+            )
         )
         for seed in range(400)
     ]
@@ -285,14 +287,14 @@ def test_impossible_requests_fail_alone(start) -> None:  # type: ignore[no-untyp
     model = make_model(FAMILIES["llama"])
     expected = greedy(model, [1, 2, 3], 4)
     engine = start(model)
-    good = engine.submit(Request([1, 2, 3], SamplingParams(max_tokens=4)))
-    with pytest.raises(RequestError, match="together 401, but the model has 400") as caught:
-        engine.submit(Request([1] * 391, SamplingParams(max_tokens=10)))
+    good = engine.submit(DecodeRequest([1, 2, 3], SamplingParams(max_tokens=4)))
+    with pytest.raises(InvalidRequest, match="together 401, but the model has 400") as caught:
+        engine.submit(DecodeRequest([1] * 391, SamplingParams(max_tokens=10)))
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(RequestError, match="outside the vocabulary of 99"):
-        engine.submit(Request([99], SamplingParams(max_tokens=1)))
-    with pytest.raises(RequestError, match="no tokens"):
-        engine.submit(Request([], SamplingParams(max_tokens=1)))
+    with pytest.raises(InvalidRequest, match="outside the vocabulary of 99"):
+        engine.submit(DecodeRequest([99], SamplingParams(max_tokens=1)))
+    with pytest.raises(InvalidRequest, match="no tokens"):
+        engine.submit(DecodeRequest([], SamplingParams(max_tokens=1)))
     assert good.result(60).token_ids == expected
 
 
@@ -309,7 +311,9 @@ def test_a_failing_step_costs_only_the_running_requests(start, monkeypatch) -> N
         return original(model, groups)
 
     monkeypatch.setattr(module, "forward", failing)
-    first, second = (engine.submit(Request([1, 2], SamplingParams(max_tokens=3))) for _ in "ab")
+    first, second = (
+        engine.submit(DecodeRequest([1, 2], SamplingParams(max_tokens=3))) for _ in "ab"
+    )
     with pytest.raises(RuntimeError, match="allocate"):
         first.result(60)
     assert len(second.result(60).token_ids) == 3
@@ -326,10 +330,10 @@ def test_full_queue_cancel_and_close(start, monkeypatch) -> None:  # type: ignor
 
     engine = start(make_model(FAMILIES["llama"]), max_batch_size=1, max_waiting=2)
     monkeypatch.setattr(module, "forward", slow)
-    request = Request([1, 2], SamplingParams(max_tokens=300))
+    request = DecodeRequest([1, 2], SamplingParams(max_tokens=300))
     running = engine.submit(request)
     deadline = time.monotonic() + 30
-    while not engine._reading and time.monotonic() < deadline:
+    while not engine._prefilling and time.monotonic() < deadline:
         time.sleep(0.01)
     waiting = [engine.submit(request), engine.submit(request)]
     with pytest.raises(QueueFull):
@@ -361,7 +365,7 @@ def test_load_serves_a_directory_and_tells_what_is_wrong(tiny_model: Path, tmp_p
     engine = Engine.load(tiny_model, decode=renderer.decode, stop_ids=renderer.stop_ids)
     try:
         ids = renderer.text_ids("Return the number of")
-        got = engine.submit(Request(ids, SamplingParams(max_tokens=20))).result(60)
+        got = engine.submit(DecodeRequest(ids, SamplingParams(max_tokens=20))).result(60)
     finally:
         engine.close()
     reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)

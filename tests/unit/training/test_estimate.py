@@ -148,8 +148,8 @@ def test_what_rows_share_is_estimated_once(
 
     rows = make_rows([str(i) for i in range(64)], ids, masks)
     work, early, late = both(rows)
-    packed = [pack(rows, range(i, i + 8), share_beginning=True) for i in range(0, 64, 8)]
-    assert packed[0].num_shared == 59
+    packed = [pack(rows, range(i, i + 8), share_prefix=True) for i in range(0, 64, 8)]
+    assert packed[0].documents.num_prefix == 59
     assert work.num_computed == pytest.approx(sum(p.input_ids.numel() for p in packed), rel=1e-3)
     assert early.training_s == pytest.approx(late.training_s, rel=0.05)
     # Before the rows are known, a quarter more is allowed for the fullest micro-batch.

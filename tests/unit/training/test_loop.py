@@ -28,7 +28,7 @@ from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.parity import Answer, compare
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
-from tuneloop.serving.requests import Request
+from tuneloop.serving.requests import DecodeRequest
 from tuneloop.training.checkpoint import newest_whole
 from tuneloop.training.dry_run import fly, stage_of
 from tuneloop.training.engine import Execution, import_deepspeed, learning_rate_factor
@@ -572,7 +572,7 @@ def test_families_are_trained_exported_and_served_alike(
         )
         futures = [
             engine.submit(
-                Request(
+                DecodeRequest(
                     answer.prompt_ids,
                     SamplingParams(max_tokens=len(answer.ids), logprobs=True),
                     adapter=adapter,

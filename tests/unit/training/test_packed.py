@@ -19,7 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from tuneloop.training.packed import ATTENTION, can_share, check_packing, loss_sum, pack
+from tuneloop.models.attention import IMPLEMENTATION, Documents, Rule
+from tuneloop.training.packed import can_share, check_packing, loss_sum, pack
 from tuneloop.training.rows import MIN_SHARED_TOKENS, Rows, make_rows
 
 _SMALL: dict[str, Any] = {
@@ -78,15 +79,15 @@ def instructed(rows: Rows) -> Rows:
     )
 
 
-@pytest.mark.parametrize("beginning", ["own", "shared"])
+@pytest.mark.parametrize("prefix", ["own", "shared"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradient_equal_those_of_the_rows_one_by_one(
-    family: str, beginning: str, rows: Rows, instructed: Rows
+    family: str, prefix: str, rows: Rows, instructed: Rows
 ) -> None:
-    model, plain = _model(family, ATTENTION), _model(family, "eager")
-    rows = rows if beginning == "own" else instructed
-    batch = pack(rows, range(len(rows)), share_beginning=True)
-    assert batch.num_shared == (0 if beginning == "own" else 20)
+    model, plain = _model(family, IMPLEMENTATION), _model(family, "eager")
+    rows = rows if prefix == "own" else instructed
+    batch = pack(rows, range(len(rows)), share_prefix=True)
+    assert batch.documents.num_prefix == (0 if prefix == "own" else 20)
     packed = loss_sum(model, batch)
     packed.backward()
     alone = torch.zeros(())
@@ -102,30 +103,35 @@ def test_loss_and_gradient_equal_those_of_the_rows_one_by_one(
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_a_common_beginning_is_computed_once(instructed: Rows) -> None:
-    batch, whole = (pack(instructed, range(6), share_beginning=share) for share in (True, False))
+def test_a_shared_prefix_is_computed_once(instructed: Rows) -> None:
+    batch, whole = (pack(instructed, range(6), share_prefix=share) for share in (True, False))
     assert batch.input_ids.shape[1] == whole.input_ids.shape[1] - 5 * 20
-    assert batch.lengths == tuple(length - 20 for length in whole.lengths)
+    own, all_lengths = batch.documents.lengths, whole.documents.lengths
+    assert own == tuple(length - 20 for length in all_lengths)
     torch.testing.assert_close(batch.targets, whole.targets)
     for packed in (batch, whole):
-        assert packed.bounds.tolist()[-1] == packed.input_ids.shape[1]
+        assert (
+            packed.documents.bounds.tolist()[-1]
+            == len(packed.documents)
+            == packed.input_ids.shape[1]
+        )
         # Every target has the token before it in its place.
         before = packed.input_ids[0, packed.predict_at]
         torch.testing.assert_close(before, whole.input_ids[0, whole.predict_at])
-    assert pack(instructed, [2], share_beginning=True).num_shared == 0
+    assert pack(instructed, [2], share_prefix=True).documents.num_prefix == 0
 
 
 def test_what_is_learned_or_too_short_is_not_shared() -> None:
     def shared(*rows: tuple[list[int], list[int]]) -> int:
         ids, masks = zip(*rows, strict=True)
-        return make_rows(["a", "b"], list(ids), list(masks)).num_shared([0, 1])
+        return make_rows(["a", "b"], list(ids), list(masks)).num_prefix_tokens([0, 1])
 
     same, other = list(range(10, 40)), [*range(10, 30), 7, 8, 9]
     last = [0] * 29 + [1]
     assert shared((same, last), (other, [0] * 22 + [1])) == 20
     # A copy shares all but the token that the target is predicted from.
     assert shared((same, last), (same, last)) == 28
-    # A target in the beginning of either row ends what is shared, that of the first token is none.
+    # A target in the prefix of either row ends what is shared, that of the first token is none.
     learned = [1] + [0] * 23 + [1] * 6
     assert shared((same, learned), (same, last)) == shared((same, last), (same, learned)) == 23
     assert shared((same, [1] * 30), (same, [1] * 30)) == 0
@@ -134,7 +140,7 @@ def test_what_is_learned_or_too_short_is_not_shared() -> None:
 
 
 def test_rows_share_only_where_nothing_is_drawn_for_each() -> None:
-    model = _model("llama", ATTENTION).train()
+    model = _model("llama", IMPLEMENTATION).train()
     assert can_share(model)
     model.model.layers[2].self_attn.attention_dropout = 0.1
     assert not can_share(model)
@@ -142,7 +148,7 @@ def test_rows_share_only_where_nothing_is_drawn_for_each() -> None:
     # Drawn by a function of the layer's, not by a module.
     drawing = OPTConfig(**_SMALL, ffn_dim=64, word_embed_proj_dim=32)
     assert not can_share(AutoModelForCausalLM.from_config(drawing).train())
-    model = _model("gpt_neox", ATTENTION).train()
+    model = _model("gpt_neox", IMPLEMENTATION).train()
     assert can_share(model)
     model.gpt_neox.layers[1].post_mlp_dropout.p = 0.1
     assert not can_share(model)
@@ -155,7 +161,7 @@ def test_documents_of_one_row_are_trained_on_as_rows_of_their_own(rows: Rows) ->
     )
     merged = make_rows(["p", "q"], ids, masks, [[2, 17, 5], [23, 11]])
     assert merged.num_target_tokens.sum() == rows.num_target_tokens.sum()
-    model = _model("llama", ATTENTION)
+    model = _model("llama", IMPLEMENTATION)
     together = loss_sum(model, pack(merged, [0, 1])).item()
     assert together == pytest.approx(loss_sum(model, pack(rows, range(5))).item(), rel=1e-5)
     check_packing(model, merged, torch.device("cpu"))
@@ -165,7 +171,7 @@ def test_documents_of_one_row_are_trained_on_as_rows_of_their_own(rows: Rows) ->
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_does_not_see_the_row_before_it(family: str, rows: Rows) -> None:
-    model = _model(family, ATTENTION)
+    model = _model(family, IMPLEMENTATION)
     changed = make_rows(
         rows.row_ids,
         [[99] * 17, *(rows.row(i)[0].tolist() for i in range(1, 5))],
@@ -173,16 +179,16 @@ def test_a_row_does_not_see_the_row_before_it(family: str, rows: Rows) -> None:
     )
     both = [pack(r, [0, 2]) for r in (rows, changed)]
     logits = [
-        model(
-            input_ids=b.input_ids, position_ids=b.position_ids, document_lengths=b.lengths
-        ).logits[0, 17:]
+        model(input_ids=b.input_ids, position_ids=b.position_ids, segments=[b.documents]).logits[
+            0, 17:
+        ]
         for b in both
     ]
     assert torch.equal(logits[0], logits[1])
 
 
 def test_logits_are_computed_at_targets_only(rows: Rows) -> None:
-    model = _model("llama", ATTENTION)
+    model = _model("llama", IMPLEMENTATION)
     shapes = []
     model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
     batch = pack(rows, range(5))
@@ -191,7 +197,7 @@ def test_logits_are_computed_at_targets_only(rows: Rows) -> None:
 
 
 def test_an_empty_micro_batch_adds_nothing_and_still_has_gradients(rows: Rows) -> None:
-    model = _model("llama", ATTENTION)
+    model = _model("llama", IMPLEMENTATION)
     loss = loss_sum(model, pack(rows, []))
     loss.backward()
     assert loss.item() == 0.0
@@ -199,14 +205,11 @@ def test_an_empty_micro_batch_adds_nothing_and_still_has_gradients(rows: Rows) -
 
 
 def test_softcapped_scores_equal_the_formula() -> None:
-    from tuneloop.training.packed import packed_attention
-
     torch.manual_seed(0)
-    query, key, value = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
-    out, _ = packed_attention(
-        None, query, key, value, None, document_lengths=(7,), softcap=5.0, scaling=0.5, dropout=0.0
-    )
-    wide = [part.repeat_interleave(2, dim=1) for part in (key, value)]
-    scores = 5.0 * torch.tanh(query @ wide[0].transpose(2, 3) * 0.5 / 5.0)
+    query, key, value = torch.randn(4, 7, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 8)
+    rule = Rule(scaling=0.5, window=None, softcap=5.0, dropout=0.0)
+    out = Documents(0, (7,), torch.tensor([0, 7])).attend(0, query, key, value, rule)
+    wide = [part.repeat_interleave(2, dim=0) for part in (key, value)]
+    scores = 5.0 * torch.tanh(query @ wide[0].transpose(1, 2) * 0.5 / 5.0)
     scores = scores + torch.full((7, 7), float("-inf")).triu(1)
-    torch.testing.assert_close(out, (scores.softmax(-1) @ wide[1]).transpose(1, 2))
+    torch.testing.assert_close(out, (scores.softmax(-1) @ wide[1]).transpose(0, 1))

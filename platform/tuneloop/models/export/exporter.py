@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tuneloop.errors import ModelError, Problem
+from tuneloop.models.attention import standard_attention
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.layout import ADAPTER, RENDER_FILE
 from tuneloop.models.export.parity import Answer, write_parity
@@ -77,7 +78,7 @@ class Exporter:
         width = max(len(prompt) for prompt in prompts)
         room = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
         count = num_tokens if room is None else max(1, min(num_tokens, room - width))
-        with _standard_attention(plain), self._greedy(plain), torch.no_grad():
+        with standard_attention(plain), self._greedy(plain), torch.no_grad():
             device = next(plain.parameters()).device
             ids = torch.full((len(prompts), width), pad, device=device)
             mask = torch.zeros_like(ids)
@@ -283,17 +284,6 @@ def _plain(model: Any) -> Any:
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu()
-
-
-@contextlib.contextmanager
-def _standard_attention(plain: Any) -> Iterator[None]:
-    """Answer with the attention that anyone who loads the export gets."""
-    before = plain.config._attn_implementation
-    plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
-    try:
-        yield
-    finally:
-        plain.set_attn_implementation(before)
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ class ModelShape:
         max_positions: Longest sequence the model knows, or None.
         kept_bytes: What the backward pass keeps for each token, without the logits.
         adapted_size: Outputs of all layers that have an adapter.
-        can_share: Whether rows of a micro-batch share what they all begin with.
+        can_share: Whether rows of a micro-batch share their prefix.
     """
 
     num_parameters: int
@@ -271,7 +271,7 @@ def _mean_shared(rows: Rows, size: int, seed: int) -> int:
     """Return how many tokens random micro-batches of so many rows have in common."""
     order = np.random.default_rng(seed).permutation(len(rows))
     count = max(1, len(rows) // size)
-    return sum(rows.num_shared(order[i::count].tolist()) for i in range(count)) // count
+    return sum(rows.num_prefix_tokens(order[i::count].tolist()) for i in range(count)) // count
 
 
 def workload(config: TuneloopConfig, shape: ModelShape, rows: Rows) -> Workload:
@@ -297,7 +297,7 @@ def workload(config: TuneloopConfig, shape: ModelShape, rows: Rows) -> Workload:
 
     def computed(chosen: np.ndarray) -> np.ndarray:
         saved = [
-            rows.num_shared(shares[index]) * max(0, len(shares[index]) - 1) * shape.can_share
+            rows.num_prefix_tokens(shares[index]) * max(0, len(shares[index]) - 1) * shape.can_share
             for index in chosen
         ]
         return num_tokens[chosen] - np.array(saved, np.int64)

@@ -60,7 +60,7 @@ class _Kept(torch.autograd.Function):
 def _attention_shape(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> tuple[torch.Tensor, None]:
-    """Return what attention returns, without content. Shapes as of `packed_attention`."""
+    """Return what attention returns, without content. Shapes as in `models.attention.attend`."""
     return _Kept.apply(query, key, value).transpose(1, 2), None
 
 

@@ -1,15 +1,13 @@
 """Keys and values of running sequences, and attention over them.
 
-Sequences of different length travel through the model packed in one row of tokens, so no linear
-layer computes padding. Only attention has to know where a sequence begins: the model hands its
-queries, keys and values to `attend` (transformers' `AttentionInterface`), which passes each
-group of tokens to the object that holds that group's keys and values:
+Each of these is a segment of the packed tokens of a step (`models.attention`):
 
-- `Prompt`: one sequence whose prompt is being read, in chunks.
-- `Cohort`: sequences that write one token per step. They share a prefix and a capacity, and lie
-  in one preallocated block, so that a step copies nothing but the new token.
-- `Prefix`: the common beginning of many prompts, computed once. A cohort reads it once per step
-  for all its sequences, in one matrix product.
+- `Prompt`: one sequence in prefill, in chunks.
+- `DecodeBatch`: sequences in decode, one token each per step. They share a prefix and a capacity,
+  and lie in one preallocated block, so that a step copies nothing but the new token.
+
+`Prefix` is the shared prefix of many prompts, computed once. A decode batch reads it once per step
+for all its sequences, in one matrix product.
 
 Shapes: T tokens, H key-value heads, G query heads per key-value head, D head dimension, B
 sequences, P prefix tokens, C capacity in tokens.
@@ -23,17 +21,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
-IMPLEMENTATION = "tuneloop"
-# What some families add to attention and `attend` does not compute.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+from tuneloop.models.attention import Masks, Rule, Segment, attend_causally
 
 Layers = list[tuple[Tensor, Tensor]]
 
 
-class Group(Protocol):
-    """A run of packed tokens that attend to the same keys and values."""
+class CachedSegment(Segment, Protocol):
+    """A segment with what the model has to be told about its tokens."""
 
     @property
     def token_ids(self) -> list[int]: ...
@@ -51,26 +46,10 @@ class Group(Protocol):
         """The adapter these tokens go through; empty: the base weights alone."""
         ...
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule
-    ) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one layer attends.
-
-    Args:
-        window: A token sees itself and `window - 1` tokens before it; None: all before it.
-    """
-
-    scaling: float
-    window: int | None
-
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Keys and values of a common beginning; `layers` holds pairs of shape (H, P, D)."""
+    """Keys and values of a shared prefix; `layers` holds pairs of shape (H, P, D)."""
 
     token_ids: tuple[int, ...]
     layers: Layers
@@ -82,13 +61,13 @@ class Prefix:
 
 @dataclass(eq=False)
 class Prompt:
-    """A sequence whose prompt is being read.
+    """A sequence in prefill.
 
     Args:
         suffix: The token ids behind the prefix.
         keep_all: Score the successor of every token, not only of the last.
         adapter: What the tokens go through beside the base weights.
-        start: How many tokens of the suffix earlier chunks have read.
+        start: Tokens of the suffix that earlier chunks have prefilled.
         stop: Where the current chunk ends.
         layers: Pairs of shape (H, len(suffix), D).
     """
@@ -100,7 +79,10 @@ class Prompt:
     start: int = 0
     stop: int = 0
     layers: Layers = field(default_factory=list)
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _masks: Masks = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
     @property
     def token_ids(self) -> list[int]:
@@ -113,27 +95,26 @@ class Prompt:
 
     @property
     def kept(self) -> Sequence[int]:
-        size = self.stop - self.start
         if self.keep_all:
-            return range(size)
-        return [size - 1] if self.stop == len(self.suffix) else []
+            return range(len(self))
+        return [len(self) - 1] if self.stop == len(self.suffix) else []
 
     @property
     def done(self) -> bool:
         return self.start == len(self.suffix)
 
     def next_chunk(self, num_tokens: int) -> Prompt:
-        """Set the current chunk to the next so many tokens, or as many as there are."""
+        """Set the current chunk to the next `num_tokens`, or to what is left, and return itself."""
         self.stop = min(len(self.suffix), self.start + num_tokens)
         return self
 
     def advance(self) -> None:
-        """Take note that the current chunk has been read."""
+        """Note that the current chunk is prefilled."""
         self.start = self.stop
         self._masks.clear()
 
     def freeze(self) -> Prefix:
-        """Return everything read so far as a prefix for others."""
+        """Return everything prefilled so far as a prefix for others."""
         ids, layers = tuple(self.suffix), self.layers
         if self.prefix is not None:
             ids = self.prefix.token_ids + ids
@@ -158,38 +139,14 @@ class Prompt:
         if self.prefix is not None:
             keys = torch.cat([self.prefix.layers[layer][0], keys], 1)
             values = torch.cat([self.prefix.layers[layer][1], values], 1)
-        mask = self._mask(keys.shape[1], rule.window, query.device)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query[None],
-            keys[None],
-            values[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=rule.scaling,
-            enable_gqa=query.shape[0] != keys.shape[0],
-        )
-        return out[0].transpose(0, 1)
-
-    def _mask(self, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
-        """Return which keys each token of the chunk sees, or None where plain causal is right."""
-        if window not in self._masks:
-            num_queries = self.stop - self.start
-            mask = None
-            if num_keys > num_queries or (window is not None and window < num_keys):
-                keys = torch.arange(num_keys, device=device)
-                queries = keys[num_keys - num_queries :, None]
-                mask = keys <= queries
-                if window is not None:
-                    mask &= keys > queries - window
-            self._masks[window] = mask
-        return self._masks[window]
+        return attend_causally(query, keys, values, rule, self._masks)
 
 
-class Cohort:
-    """Sequences that write, with the same prefix, adapter and capacity.
+class DecodeBatch:
+    """Sequences in decode, with the same prefix, adapter and capacity.
 
     Args:
-        capacity: Tokens behind the prefix that each sequence has room for.
+        capacity: Tokens behind the prefix that each slot has room for.
         adapter: What the tokens go through beside the base weights.
     """
 
@@ -218,12 +175,12 @@ class Cohort:
         return range(len(self.lengths))
 
     def add(self, owner: Any, layers: Layers, length: int, next_id: int) -> None:
-        """Take a sequence in as the last one.
+        """Put a sequence into the next slot.
 
         Args:
-            owner: Whatever the caller knows the sequence by.
+            owner: What the caller identifies the sequence by.
             layers: Its keys and values behind the prefix, pairs of shape (H, >= length, D).
-            next_id: The token it has chosen and not yet read.
+            next_id: The token that was chosen and is not in the cache yet.
         """
         slot = len(self.lengths)
         if not self.layers or slot == self.layers[0][0].shape[0]:
@@ -237,7 +194,7 @@ class Cohort:
         self._changed()
 
     def remove(self, slot: int) -> None:
-        """Drop a sequence; the last one takes its place."""
+        """Drop a sequence; the last one moves into its slot."""
         last = len(self.lengths) - 1
         if slot != last:
             length = self.lengths[last]
@@ -254,13 +211,15 @@ class Cohort:
         return [(keys[slot], values[slot]) for keys, values in self.layers]
 
     def advance(self, next_ids: Sequence[int]) -> None:
-        """Take note that every sequence has read its token and chosen the next."""
+        """Note that every sequence's token is cached and the next one chosen."""
         self.lengths = [length + 1 for length in self.lengths]
         self.token_ids = list(next_ids)
         self._changed()
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Return attention of one new token per sequence; query (H*G, B, D) → (B, H*G, D)."""
+        if rule.softcap is not None:
+            raise NotImplementedError("attention with `softcap`")
         num_rows, num_heads = len(self.lengths), key.shape[0]
         keys, values = (block[:num_rows] for block in self.layers[layer])
         if self._index is None:
@@ -323,47 +282,3 @@ class Cohort:
                 blocks.append(block)
             grown.append((blocks[0], blocks[1]))
         self.layers = grown
-
-
-def attend(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    groups: Sequence[Group] = (),
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Return attention of packed tokens, (1, T, H*G, D), group by group.
-
-    The signature is transformers'. `groups` comes from the engine through the model's forward.
-
-    Raises:
-        NotImplementedError: The model wants a kind of attention that is not computed here.
-        RuntimeError: There are no groups.
-    """
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"attention with `{name}`")
-    if not groups:
-        raise RuntimeError("the model runs outside the engine or does not pass `groups` on")
-    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window)
-    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
-    start = 0
-    for group in groups:
-        stop = start + len(group.token_ids)
-        part = slice(start, stop)
-        out[0, part] = group.attend(
-            module.layer_idx,
-            query[0, :, part],
-            key[0, :, part],
-            value[0, :, part],
-            rule,
-        )
-        start = stop
-    return out, None
-
-
-AttentionInterface.register(IMPLEMENTATION, attend)
