@@ -14,24 +14,31 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tuneloop.errors import ModelError, Problem
 from tuneloop.serving.kv_cache import CachedSegment
 
 _PREFIX = "base_model.model."
-# Settings of PEFT that make an adapter something else than A and B with one scaling.
-_UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+# Settings of PEFT that leave an adapter A and B with one scaling, whatever their value. Any other
+# one has to be off: a setting that is unknown here may change what the adapter computes.
+_NEUTRAL = frozenset(
+    "auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out inference_mode"
+    " layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type"
+    " peft_version qalora_group_size r revision target_modules task_type".split()
+)
+# Values that are as good as off; other ways to initialize change the base's weights as well.
+_OFF = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}
 
 
 @dataclass(frozen=True, eq=False)
-class _Delta:
-    """One adapter's part of one layer: `down` (R, in), `up` (out, R)."""
+class _LowRank:
+    """One adapter's product for one layer: `down` (R, in), `up` (out, R)."""
 
     down: Tensor
     up: Tensor
@@ -52,10 +59,10 @@ class Adapters:
         ModelError: An adapter cannot be read, does not fit, or is not plain LoRA.
     """
 
-    def __init__(self, model: Any, folders: Mapping[str, Path]) -> None:
+    def __init__(self, model: PreTrainedModel, folders: Mapping[str, Path]) -> None:
         self.names = frozenset(folders)
         self._runs: list[Run] = []
-        by_layer: dict[str, dict[str, _Delta]] = {}
+        by_layer: dict[str, dict[str, _LowRank]] = {}
         for name, folder in folders.items():
             for layer_name, delta in _read(folder, model).items():
                 by_layer.setdefault(layer_name, {})[name] = delta
@@ -75,7 +82,7 @@ class Adapters:
 
 
 def _forward(
-    usual: Callable[[Tensor], Tensor], deltas: Mapping[str, _Delta], runs: list[Run], x: Tensor
+    usual: Callable[[Tensor], Tensor], deltas: Mapping[str, _LowRank], runs: list[Run], x: Tensor
 ) -> Tensor:
     """Return the layer's output with every run's adapter added; x (1, T, in) → (1, T, out)."""
     out = usual(x)
@@ -88,18 +95,20 @@ def _forward(
     return out
 
 
-def _read(folder: Path, model: Any) -> dict[str, _Delta]:
+def _read(folder: Path, model: PreTrainedModel) -> dict[str, _LowRank]:
     """Return an adapter's part of each layer, by the layer's name in the model."""
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(Problem("cannot read the adapter", str(folder), str(error))) from error
-    odd = [name for name in _UNSUPPORTED if settings.get(name)]
-    if settings.get("peft_type") != "LORA" or odd:
-        raise _unfit(folder, ", ".join(odd) or f"peft_type {settings.get('peft_type')}")
+    if settings.get("peft_type") != "LORA":
+        raise _unfit(folder, f"peft_type {settings.get('peft_type')}")
+    for name in sorted(settings.keys() - _NEUTRAL):
+        if settings[name] and settings[name] not in _OFF.get(name, ()):
+            raise _unfit(folder, f"{name}: {settings[name]}")
     scaling = settings["lora_alpha"] / settings["r"]
-    found: dict[str, _Delta] = {}
+    layers: dict[str, _LowRank] = {}
     for key in sorted(tensors):
         layer_name, _, kind = key.removeprefix(_PREFIX).rpartition(".lora_")
         if kind not in ("A.weight", "B.weight"):
@@ -108,15 +117,17 @@ def _read(folder: Path, model: Any) -> dict[str, _Delta]:
             down, up = tensors[key], tensors.get(f"{_PREFIX}{layer_name}.lora_B.weight")
             if up is None:
                 raise _unfit(folder, f"{key} without its lora_B")
-            _refuse_misfit(folder, model, layer_name, (down.shape[1], up.shape[0]))
+            _refuse_misfit(folder, model, layer_name, down.shape[1], up.shape[0])
             # PEFT keeps adapters in float32 also beside weights of less precision.
             down, up = (tensor.to(model.device, torch.float32) for tensor in (down, up))
-            found[layer_name] = _Delta(down, up, scaling)
-    return found
+            layers[layer_name] = _LowRank(down, up, scaling)
+    return layers
 
 
-def _refuse_misfit(folder: Path, model: Any, layer_name: str, size: tuple[int, int]) -> None:
-    """Raise when the model has no such layer, or one of another size (in, out)."""
+def _refuse_misfit(
+    folder: Path, model: PreTrainedModel, layer_name: str, num_in: int, num_out: int
+) -> None:
+    """Raise when the model has no such layer, or one of another size."""
     try:
         layer = model.get_submodule(layer_name)
     except AttributeError as error:
@@ -125,11 +136,12 @@ def _refuse_misfit(folder: Path, model: Any, layer_name: str, size: tuple[int, i
         # It sees only the tokens that are scored, not the packed ones.
         raise _unfit(folder, f"it changes the output layer {layer_name}")
     weight = getattr(layer, "weight", None)
-    wanted = () if weight is None else tuple(weight.shape)
+    size = () if weight is None else tuple(weight.shape)
     if isinstance(layer, nn.Linear):
-        wanted = wanted[::-1]
-    if size != wanted:
-        raise _unfit(folder, f"{layer_name} is {wanted} and the adapter's part of it is {size}")
+        size = size[::-1]
+    if size != (num_in, num_out):
+        adapter_size = (num_in, num_out)
+        raise _unfit(folder, f"{layer_name} is {size} and the adapter's part of it {adapter_size}")
 
 
 def _unfit(folder: Path, got: str) -> ModelError:

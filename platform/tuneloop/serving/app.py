@@ -22,6 +22,7 @@ import httpx
 import ray
 from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -51,7 +52,7 @@ REPLICA_ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 class Ingress:
     """The HTTP side. Knows the protocol's addresses and which model is where."""
 
-    def __init__(self, models: Mapping[str, Any], api_key: str) -> None:
+    def __init__(self, models: Mapping[str, DeploymentHandle], api_key: str) -> None:
         self.models = models
         self.api_key = api_key
         self.created = int(time.time())
@@ -79,8 +80,8 @@ class Ingress:
         return _refusal(protocol.ProtocolError(404, f"there is no {method} {path} here"))
 
     def _refused(self, request: Request) -> Response | None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not self.api_key or hmac.compare_digest(given.encode(), self.api_key.encode()):
+        api_key = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not self.api_key or hmac.compare_digest(api_key.encode(), self.api_key.encode()):
             return None
         error = protocol.ProtocolError(
             401, "the API key is missing or wrong", code="invalid_api_key"
@@ -170,7 +171,7 @@ def build_application(
 
 @contextlib.contextmanager
 def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator[str]:
-    """Serve models meanwhile; needs a connected Ray.
+    """Serve models inside the `with` block; needs a connected Ray.
 
     The API key, if any, is taken from the environment variable TUNELOOP_API_KEY.
 
@@ -188,7 +189,7 @@ def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator
 
 @contextlib.contextmanager
 def listen(serving: ServingConfig) -> Iterator[str]:
-    """Keep an address meanwhile, for models that come and go: see `host`.
+    """Listen at one address inside the `with` block, for models that come and go: see `host`.
 
     Yields:
         The base URL, which ends in `/v1`.
@@ -225,7 +226,7 @@ def host(models: Mapping[str, ServedModel], serving: ServingConfig, url: str) ->
 
 
 def _await_route(url: str) -> None:
-    """Return when the HTTP side has heard of the application, which is told to it afterwards.
+    """Return when the HTTP side knows of the application, which it learns of after the deployment.
 
     Raises:
         ResourceError: It does not answer, as from a machine that is not the one that listens.
@@ -261,7 +262,7 @@ def _by_weights(models: Mapping[str, ServedModel]) -> dict[str, dict[str, Served
 
 
 def _await_models(models: Mapping[str, ServedModel]) -> None:
-    """Return when every model is loaded, telling what is still missing."""
+    """Return when every model is loaded, logging meanwhile which one is not."""
     started = time.monotonic()
     for deployment, group in _by_weights(models).items():
         names, path = ", ".join(group), next(iter(group.values())).path
@@ -274,9 +275,9 @@ def _await_models(models: Mapping[str, ServedModel]) -> None:
             except TimeoutError:
                 log.info("loading %s from %s, %.0f s", names, path, time.monotonic() - started)
             except Exception as error:
-                known = find_user_error(error)
-                if known is not None:
-                    raise known from error
+                user_error = find_user_error(error)
+                if user_error is not None:
+                    raise user_error from error
                 raise
         log.info("loaded %s, %.0f s", names, time.monotonic() - started)
 
@@ -338,15 +339,14 @@ def free_port(serving: ServingConfig) -> int:
 def _refuse_running_serve() -> None:
     """Fail if this cluster serves something already: Serve has one address per cluster."""
     end_abandoned_serving()
-    try:
-        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    except ValueError:
+    status = ray_serve.status()
+    if not status.proxies and not status.applications:
         return
     raise ResourceError(
         Problem(
             "Ray Serve runs already on this cluster",
             where="Ray",
-            got=", ".join(ray_serve.status().applications) or "no application",
+            got=", ".join(status.applications) or "no application",
             remedy="`serve shutdown` ends it; or run on another cluster",
         )
     )

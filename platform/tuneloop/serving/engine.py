@@ -28,12 +28,13 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tuneloop.errors import TuneloopError
 from tuneloop.records import FinishReason
 from tuneloop.serving.adapters import Adapters
 from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Layers, Prefix, Prompt
-from tuneloop.serving.model import forward, load_model, num_threads, switch_attention
+from tuneloop.serving.model import forward, load_decoder, num_threads, switch_attention
 from tuneloop.serving.requests import (
     DecodeRequest,
     DecodeResult,
@@ -90,7 +91,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         decode: Callable[[Sequence[int]], str],
         stop_ids: Sequence[int],
         *,
@@ -108,7 +109,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
         self._waiting: deque[_Row] = deque()
         self._prefilling: list[_Row] = []
-        self._batches: list[DecodeBatch] = []
+        self._batches: list[DecodeBatch[_Row]] = []
         self._prefixes: list[Prefix] = []  # least recently used first
         self._recent: deque[DecodeRequest] = deque(maxlen=4 * max_batch_size)
         self._closed = False
@@ -134,7 +135,7 @@ class Engine:
                 adapter does not fit.
         """
         batch = options.get("max_batch_size", DEFAULT_BATCH_SIZE)
-        return cls(load_model(path, batch), **options)
+        return cls(load_decoder(path, batch), **options)
 
     def submit(self, request: DecodeRequest) -> Future[DecodeResult]:
         """Queue a request and return its future; cancelling the future drops the request.

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch import Tensor
 from tuneloop.models.attention import Masks, Rule, Segment, attend_causally
 
 Layers = list[tuple[Tensor, Tensor]]
+Owner = TypeVar("Owner")
 
 
 class CachedSegment(Segment, Protocol):
@@ -142,7 +143,7 @@ class Prompt:
         return attend_causally(query, keys, values, rule, self._masks)
 
 
-class DecodeBatch:
+class DecodeBatch(Generic[Owner]):
     """Sequences in decode, with the same prefix, adapter and capacity.
 
     Args:
@@ -154,7 +155,7 @@ class DecodeBatch:
         self.prefix = prefix
         self.capacity = capacity
         self.adapter = adapter
-        self.owners: list[Any] = []
+        self.owners: list[Owner] = []
         self.lengths: list[int] = []
         self.token_ids: list[int] = []
         self.layers: Layers = []
@@ -174,7 +175,7 @@ class DecodeBatch:
     def kept(self) -> Sequence[int]:
         return range(len(self.lengths))
 
-    def add(self, owner: Any, layers: Layers, length: int, next_id: int) -> None:
+    def add(self, owner: Owner, layers: Layers, length: int, next_id: int) -> None:
         """Put a sequence into the next slot.
 
         Args:
@@ -201,7 +202,8 @@ class DecodeBatch:
             for blocks in self.layers:
                 for block in blocks:
                     block[slot, :, :length] = block[last, :, :length]
-        for column in (self.owners, self.lengths, self.token_ids):
+        columns: list[list[Any]] = [self.owners, self.lengths, self.token_ids]
+        for column in columns:
             column[slot] = column[last]
             column.pop()
         self._changed()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.attention import IMPLEMENTATION
@@ -23,7 +23,7 @@ def num_threads() -> int:
     return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or 1))
 
 
-def load_model(path: str | Path, max_batch_size: int) -> Any:
+def load_decoder(path: str | Path, max_batch_size: int) -> PreTrainedModel:
     """Return a Hugging Face directory's model, on the GPU if there is one.
 
     Args:
@@ -32,8 +32,6 @@ def load_model(path: str | Path, max_batch_size: int) -> Any:
     Raises:
         ModelError: The model cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
-
     torch.set_num_threads(num_threads())  # Ray gives workers OMP_NUM_THREADS=1
     cuda = torch.cuda.is_available()
     try:
@@ -55,7 +53,7 @@ def load_model(path: str | Path, max_batch_size: int) -> Any:
     return model
 
 
-def forward(model: Any, segments: Sequence[CachedSegment]) -> Tensor:
+def forward(model: PreTrainedModel, segments: Sequence[CachedSegment]) -> Tensor:
     """Return the logits behind the kept tokens of all segments, one after the other: (kept, V)."""
     token_ids: list[int] = []
     positions: list[int] = []
@@ -75,11 +73,11 @@ def forward(model: Any, segments: Sequence[CachedSegment]) -> Tensor:
     return logits
 
 
-def switch_attention(model: Any) -> int:
+def switch_attention(model: PreTrainedModel) -> int:
     """Give a model the engine's attention, and check that it computes what it did before.
 
-    A prompt is read in one piece with the model's own attention, then as prefix, chunk and
-    single tokens with the engine's.
+    A prompt goes through the model's own attention in one piece, then through the engine's as
+    prefix, chunk and single tokens.
 
     Returns:
         Bytes of keys and values per token.
@@ -96,17 +94,17 @@ def switch_attention(model: Any) -> int:
         expected = expected.logits[0].float()
         model.set_attn_implementation(IMPLEMENTATION)
         prompt = Prompt(None, ids[:part], keep_all=True)
-        found = [forward(model, [prompt.next_chunk(size)])]
+        logits = [forward(model, [prompt.next_chunk(size)])]
         prompt.advance()
         prompt = Prompt(prompt.freeze(), ids[part : 2 * part], keep_all=True)
-        found.append(forward(model, [prompt.next_chunk(size)]))
-        batch = DecodeBatch(prompt.prefix, size)
+        logits.append(forward(model, [prompt.next_chunk(size)]))
+        batch: DecodeBatch[None] = DecodeBatch(prompt.prefix, size)
         batch.add(None, prompt.layers, part, ids[2 * part])
         for index in range(2 * part, size):
             batch.token_ids = [ids[index]]
-            found.append(forward(model, [batch]))
+            logits.append(forward(model, [batch]))
             batch.advance([0])
-        error = (torch.cat(found).float() - expected).abs().max() / expected.abs().max()
+        error = (torch.cat(logits).float() - expected).abs().max() / expected.abs().max()
         tolerance = 1e-3 if expected.dtype == model.dtype else 5e-2
         if not error < tolerance:
             reason = f"logits differ by {error:.1e} of the largest, {tolerance:.0e} is allowed"

@@ -16,7 +16,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -154,13 +154,23 @@ class CompletionRequest(_Sampling):
         return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
 
 
+_Asked = TypeVar("_Asked", ChatRequest, CompletionRequest)
+
+
+class TextPrompt(NamedTuple):
+    """One prompt of a completion request, as text and as token ids."""
+
+    text: str
+    token_ids: Sequence[int]
+
+
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
     """Return a validated chat request.
 
     Raises:
         ProtocolError: 400, with the first field that is wrong.
     """
-    request: ChatRequest = _parse(ChatRequest, body)
+    request = _parse(ChatRequest, body)
     if request.top_logprobs and not request.logprobs:
         raise ProtocolError(400, "`top_logprobs` needs `logprobs: true`", "top_logprobs")
     if request.max_tokens == 0:
@@ -174,7 +184,7 @@ def parse_completion(body: dict[str, Any]) -> CompletionRequest:
     Raises:
         ProtocolError: 400, with the first field that is wrong.
     """
-    request: CompletionRequest = _parse(CompletionRequest, body)
+    request = _parse(CompletionRequest, body)
     if not request.prompts():
         raise ProtocolError(400, "`prompt` is an empty list", "prompt")
     if request.max_tokens == 0 and not request.echo:
@@ -187,7 +197,7 @@ def parse_completion(body: dict[str, Any]) -> CompletionRequest:
     return request
 
 
-def _parse(kind: type[Any], body: dict[str, Any]) -> Any:
+def _parse(kind: type[_Asked], body: dict[str, Any]) -> _Asked:
     asked = {}
     for name, value in body.items():
         if name in _NEUTRAL:
@@ -252,15 +262,11 @@ def chat_response(
 
 def completion_response(
     request: CompletionRequest,
-    prompts: Sequence[tuple[str, Sequence[int]]],
+    prompts: Sequence[TextPrompt],
     answers: Sequence[DecodeResult],
     renderer: Renderer,
 ) -> dict[str, Any]:
-    """Return the answer to a completion request.
-
-    Args:
-        prompts: Text and token ids of each.
-    """
+    """Return the answer to a completion request."""
     choices = []
     for index, ((text, ids), answer) in enumerate(zip(prompts, answers, strict=True)):
         choice: dict[str, Any] = {

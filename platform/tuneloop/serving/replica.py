@@ -98,7 +98,8 @@ class ModelServer:
             completion = protocol.parse_completion(body)
             texts, requests = _completions(completion, renderer)
             results = await _decode(model, requests)
-            prompts = [(t, r.prompt_ids) for t, r in zip(texts, requests, strict=True)]
+            ids = [request.prompt_ids for request in requests]
+            prompts = list(map(protocol.TextPrompt, texts, ids))
             return 200, protocol.completion_response(completion, prompts, results, renderer)
         except Exception as error:
             failure = _failure(error, route)

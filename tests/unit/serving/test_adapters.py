@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,13 @@ def test_each_request_is_answered_with_its_adapter(
         engine.close()
 
 
+def with_setting(adapter: Path, copy: Path, name: str, value: object) -> Path:
+    shutil.copytree(adapter, copy)
+    file = copy / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    return copy
+
+
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path)
     plain = make_adapter(base, tmp_path, 1)
@@ -118,11 +127,14 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         (base, dora, "use_dora"),
         (base, head, "lm_head"),
         (other, plain, "no layer"),
+        (base, with_setting(plain, tmp_path / "c", "bias", "all"), "bias: all"),
+        (base, with_setting(plain, tmp_path / "d", "init_lora_weights", "pissa"), "pissa"),
+        (base, with_setting(plain, tmp_path / "e", "use_something_new", True), "something_new"),
         (base, tmp_path, "adapter_config"),
     ):
         with pytest.raises(ModelError, match=says):
             Engine.load(model, decode=str, stop_ids=(), adapters={"a": folder})
     wide = AutoModelForCausalLM.from_config(LlamaConfig(**{**CONFIGS["llama"].to_dict(),
                                                            "intermediate_size": 64}))  # fmt: skip
-    with pytest.raises(ModelError, match=r"mlp\.\w+ is .* and the adapter's part of it is"):
+    with pytest.raises(ModelError, match=r"mlp\.\w+ is .* and the adapter's part of it"):
         Engine(wide, str, (), adapters={"a": plain})
