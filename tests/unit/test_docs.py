@@ -79,3 +79,30 @@ def test_the_architecture_names_what_each_room_imports() -> None:
         if room not in shared[0] | {"__init__"}:
             imported[room] |= found - shared[0] - {room}
     assert told == imported
+
+
+def test_every_column_code_metric_and_format_is_documented() -> None:
+    import dataclasses
+    import typing
+
+    import pyarrow as pa
+
+    from tuneloop.config import SourceFormat
+    from tuneloop.data.schema import ReasonCode, dataset_schema, removed_schema
+    from tuneloop.evals.scoring.comparison import Prediction
+    from tuneloop.evals.scoring.error_tags import ERROR_TAGS
+    from tuneloop.evals.scoring.metrics import TASK_METRICS
+
+    own = pa.schema([])
+    schemas = dataset_schema(own), dataset_schema(own, is_text=True), removed_schema()
+    columns = {name for schema in schemas for name in schema.names}
+    columns |= {field.name for field in dataclasses.fields(Prediction)} - {"scores"}
+    names = {
+        "artifacts.md": columns | {code.value for code in ReasonCode},
+        "evaluation.md": {name for task in TASK_METRICS.values() for name in task.metrics}
+        | set(ERROR_TAGS),
+        "data.md": set(typing.get_args(SourceFormat)),
+    }
+    for page, expected in names.items():
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert not {name for name in expected if f"`{name}`" not in text}, page
