@@ -141,7 +141,7 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
     from tuneloop.cluster import connect
     from tuneloop.config import DataConfig, ResourcesConfig, TaskConfig
     from tuneloop.data import ray_rows
-    from tuneloop.data.dedup import distributed as comparing
+    from tuneloop.data.dedup import distributed
     from tuneloop.data.tokenize.rendering import Rendering
 
     data = DataConfig.model_validate({"sources": [{"path": str(corpus), "format": "text"}]})
@@ -163,9 +163,9 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
         )
         rows = rows.materialize()
         laps["keys_wall_s"], laps["keys_cpu_s"] = watch.read().values()
-        table = ray_rows.collect(rows, comparing.KEY_COLUMNS)
+        table = ray_rows.collect(rows, distributed.KEY_COLUMNS)
         one_task = np.zeros(table.num_rows, dtype=np.int64)
-        duplicates = comparing.find_duplicate_rows(table, rows, rendering, one_task)
+        duplicates = distributed.resolve_duplicates(table, rows, rendering, one_task)
         took = watch.read()
     kept = set(range(table.num_rows)) - set(duplicates.removed.tolist())
     ids = table["key"].to_numpy()[sorted(kept)].tolist()
@@ -174,13 +174,14 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
 
 def _import(batch: Any = None) -> dict[str, Any]:
     """Import what is needed and load compiled code, as peers do before their clocks start."""
-    from tuneloop.data.dedup.minhash import candidate_pairs, settle
-    from tuneloop.data.hashing.signatures import Texts, band_hashes, normalised_hashes, shingles
+    from tuneloop.data.dedup.minhash import candidate_pairs, resolve_group
+    from tuneloop.data.hashing.columns import Texts
+    from tuneloop.data.hashing.signatures import band_hashes, normalised_hashes, shingles
 
     texts = Texts.of(["a", "b"])
     normalised_hashes(texts)
     candidate_pairs(band_hashes(texts, 5, 0.8), np.arange(2))
-    settle(np.array([[0, 1]]), shingles(texts, 5), np.zeros(2, dtype=np.int64), 0.8)
+    resolve_group(np.array([[0, 1]]), shingles(texts, 5), np.zeros(2, dtype=np.int64), 0.8)
     time.sleep(0.5)  # long enough for every worker to get one
     return {"pid": np.array([os.getpid()])}
 

@@ -90,13 +90,13 @@ def predict(size: float, cluster: Cluster, costs: Costs) -> dict[str, Any]:
 def decide(num_rows: int) -> dict[str, float]:
     """Run the part in one process on made-up keys; return seconds and peak bytes for each row."""
     from tuneloop.config import DedupConfig
-    from tuneloop.data.dedup.minhash import Group, Settled, find_duplicates
+    from tuneloop.data.dedup.minhash import CandidateGroup, ResolvedGroup, find_duplicates
     from tuneloop.data.hashing.signatures import band_shape
 
-    def compare(groups: Sequence[Group]) -> Iterator[Settled]:
+    def compare(groups: Sequence[CandidateGroup]) -> Iterator[ResolvedGroup]:
         for group in groups:
             own = np.arange(len(group.rows))
-            yield Settled(own, own, np.ones(len(own)))
+            yield ResolvedGroup(own, own, np.ones(len(own)))
 
     config = DedupConfig()
     keys_of(1000, band_shape(config.threshold)[0])

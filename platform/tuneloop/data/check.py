@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tuneloop.config import TuneloopConfig
-from tuneloop.data.decontamination.decontaminate import read_evaluations
+from tuneloop.data.decontamination.held_out import read_evaluations
 from tuneloop.data.filters.languages import refuse_unknown_languages
+from tuneloop.data.schema import ReasonCode, Rejection, Stage
 from tuneloop.data.sources.bad_rows import (
     BadRow,
+    LongRow,
     bad_row_problems,
     dropped_problem,
     nothing_left_problem,
@@ -18,8 +20,8 @@ from tuneloop.data.sources.bad_rows import (
     refuse_mismatched_formats,
     too_long_problem,
 )
-from tuneloop.data.sources.files import find_evaluation_files, find_files
-from tuneloop.data.sources.readers import read_rows
+from tuneloop.data.sources.files import find_files
+from tuneloop.data.sources.readers import read_source
 from tuneloop.data.tokenize.rendering import (
     NUM_PROVED,
     Rendering,
@@ -87,41 +89,43 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     try:
         refuse_mismatched_formats(config)
         refuse_unknown_languages(config.data.filters.languages)
-        files = find_files(config.data)
-        read_evaluations(find_evaluation_files(config.data), config)
+        files = find_files(config.data.sources)
+        held_out = config.data.decontamination.sources
+        read_evaluations(find_files(held_out, "data.decontamination.sources"), config)
     except DataError as error:
         return DataCheck(findings=list(error.problems))
     rendering = Rendering(str(base.path), config.model.chat_template, config.task, config.data)
     limit = config.data.max_seq_len if config.task.type != "language_modeling" else None
     bad: list[BadRow] = []
-    too_long: list[tuple[str, int]] = []
+    too_long: list[LongRow] = []
     dropped: list[str] = []
     lengths: list[int] = []
     targets: list[int] = []
     shown, spread = _EvenlySpread(num_samples), _EvenlySpread(_SPREAD)
     total = 0
-    rows = (row for place, file in enumerate(files) for row in read_rows(file, place, config))
+    rows = (row for place, file in enumerate(files) for row in read_source(file, place, config))
     first = list(itertools.islice(rows, NUM_PROVED))
     if len(first) == NUM_PROVED:
         # Fewer are encoded sooner than an engine is loaded.
-        rendering, engine = rendering.proved(row for row in first if not row["problem"])
+        rendering, engine = rendering.proved(row for row in first if row["rejection"] is None)
         tell_engine(engine)
     renderer = rendering.renderer()
     for row in itertools.chain(first, rows):
         total += 1
-        if row["problem"]:
-            bad.append((row["source"], row["problem"]))
-            continue
-        if row["dropped"]:
-            dropped.append(row["dropped"])
+        if (rejection := row["rejection"]) is not None:
+            if rejection.stage is Stage.FILTER:
+                dropped.append(rejection.reason.summary)
+            else:
+                bad.append(BadRow(row["source"], rejection))
             continue
         try:
             sample = sample_of(row, renderer)
         except RenderError as error:
-            bad.append((row["source"], str(error)))
+            rejection = Rejection(Stage.TOKENIZE, ReasonCode.UNRENDERABLE, str(error))
+            bad.append(BadRow(row["source"], rejection))
             continue
         if limit is not None and len(sample.input_ids) > limit:
-            too_long.append((row["source"], len(sample.input_ids)))
+            too_long.append(LongRow(row["source"], len(sample.input_ids)))
             continue
         lengths.append(len(sample.input_ids))
         targets.append(sum(sample.loss_mask))
@@ -148,7 +152,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
 
 
 def _findings(
-    config: TuneloopConfig, bad: list[BadRow], too_long: list[tuple[str, int]], total: int
+    config: TuneloopConfig, bad: list[BadRow], too_long: list[LongRow], total: int
 ) -> tuple[list[Problem], list[Problem]]:
     """Return what stops a preparation, and what it would drop."""
     findings: list[Problem] = []

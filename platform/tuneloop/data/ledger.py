@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tuneloop.data.dedup.minhash import Duplicates, Indices
+from tuneloop.data.dedup.minhash import Duplicates
+from tuneloop.data.hashing.columns import Indices
 from tuneloop.data.schema import Reason, Side, Stage
 from tuneloop.data.split.split import Split
 from tuneloop.models.chat.tokenizer_backends import BackendChoice

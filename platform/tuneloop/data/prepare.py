@@ -24,24 +24,26 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.data import ray_rows
 from tuneloop.data.card.card import write_card
 from tuneloop.data.card.composition import describe_wording
-from tuneloop.data.decontamination.decontaminate import decontaminate, read_evaluations
-from tuneloop.data.decontamination.matching import HeldOut
+from tuneloop.data.decontamination.decontaminate import decontaminate
+from tuneloop.data.decontamination.held_out import EvaluationRows, read_evaluations
 from tuneloop.data.dedup.conflicts import find_conflicts
-from tuneloop.data.dedup.distributed import KEY_COLUMNS, find_duplicate_rows
+from tuneloop.data.dedup.distributed import KEY_COLUMNS, resolve_duplicates
+from tuneloop.data.dedup.scopes import dedup_scopes
 from tuneloop.data.filters.languages import refuse_unknown_languages
-from tuneloop.data.hashing.signatures import one_array
+from tuneloop.data.hashing.columns import one_array
 from tuneloop.data.ledger import Ledger, Removal
-from tuneloop.data.schema import Reason, ReasonCode, Side, Stage, file_positions
+from tuneloop.data.schema import Reason, ReasonCode, Rejection, Side, Stage, file_positions
 from tuneloop.data.sources.bad_rows import (
+    BadRow,
+    LongRow,
     nothing_left_problem,
-    reason_of,
     refuse_bad_rows,
     refuse_mismatched_formats,
     refuse_too_many_rows,
     too_long_problem,
 )
-from tuneloop.data.sources.files import SourceFile, find_evaluation_files, find_files
-from tuneloop.data.split.mixture import dedup_scopes, find_task_ids, mixture_of
+from tuneloop.data.sources.files import SourceFile, find_files
+from tuneloop.data.split.mixture import find_task_ids, mixture_of
 from tuneloop.data.split.split import Split, is_stratified, limit_train, occurrence, split_rows
 from tuneloop.data.tokenize.rendering import NUM_PROVED, Rendering, tell_engine
 from tuneloop.data.write.assemble import final_rows, row_places
@@ -57,8 +59,7 @@ CODE_VERSION = 8
 _NUM_EXAMPLES, _SHOWN_CHARACTERS = 3, 500
 _COLUMNS = [
     "source",
-    "problem",
-    "dropped",
+    "rejection",
     "changes",
     "group",
     "stratum",
@@ -85,8 +86,9 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
     """
     refuse_mismatched_formats(config)
     refuse_unknown_languages(config.data.filters.languages)
-    files = find_files(config.data)
-    evaluation_files = find_evaluation_files(config.data)
+    files = find_files(config.data.sources)
+    held_out = config.data.decontamination.sources
+    evaluation_files = find_files(held_out, "data.decontamination.sources")
     rendering = Rendering(str(base.path), config.model.chat_template, config.task, config.data)
     contents = {file.name: file.sha256() for file in [*files, *evaluation_files]}
     parts: dict[str, Any] = {
@@ -117,7 +119,7 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
 
 def _build(
     config: TuneloopConfig,
-    given: tuple[list[SourceFile], list[HeldOut]],
+    given: tuple[list[SourceFile], list[EvaluationRows]],
     rendering: Rendering,
     draft: Draft,
 ) -> dict[str, Any]:
@@ -129,16 +131,16 @@ def _build(
         warm = ray_rows.warm_up(rendering)
         rows = ray_rows.read_files(files, config)
         refuse_too_many_rows(rows.count())
-        readable, unreadable = _refuse_unreadable(rows, config)
+        readable, num_unreadable = _refuse_unreadable(rows, config)
     total = rows.count()
-    logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, unreadable))
+    logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, num_unreadable))
     with _timed("tokenize", seconds):
         rendering, engine = _proved(rendering, rows, readable)
         rows = ray_rows.render_rows(rows, rendering, warm, draft.scratch)
         columns = [*_COLUMNS, *([] if is_text else ["prompt_bands"])]
         ledger = _ledger(ray_rows.collect(rows, columns), files, config, seconds)
         ledger.backend = engine
-        _drop_unusable(ledger, unreadable, config)
+        _drop_unusable(ledger, config)
         ledger.filtered = _filtered(ledger, rows, rendering)
     num_tokens = int(np.sum(ledger.table["num_tokens"].to_numpy()))
     logger.info(
@@ -188,25 +190,28 @@ def _build(
         "num_near_conflicts": ledger.conflicts.get("num_near_prompt", 0),
         "num_contaminated_rows": len(contamination.removed),
         "contamination": {
-            origin["name"]: origin["contamination_ratio"] for origin in contamination.origins
+            origin.name: origin.contamination_ratio for origin in contamination.origins
         },
     }
 
 
-def _refuse_unreadable(rows: Any, config: TuneloopConfig) -> tuple[Any, set[int]]:
-    """Return the keys of the usable and the unusable rows.
+def _refuse_unreadable(rows: Any, config: TuneloopConfig) -> tuple[Any, int]:
+    """Return the keys of the readable rows, and how many are unreadable.
 
     Raises:
-        DataError: Too many are unusable.
+        DataError: Too many are unreadable.
     """
-    problems = ray_rows.collect(rows, ["source", "problem"])
-    if problems is None:
+    import pyarrow.compute as pc
+
+    table = ray_rows.collect(rows, ["source", "rejection"])
+    if table is None:
         refuse_bad_rows([], 0, config.data)
-    is_bad = _is_nonempty(problems["problem"])
-    bad = problems.filter(is_bad)
-    told = zip(bad["source"].to_pylist(), bad["problem"].to_pylist(), strict=True)
-    refuse_bad_rows(list(told), problems.num_rows, config.data)
-    return problems["key"].to_numpy()[~is_bad], set(bad["key"].to_pylist())
+    stage = pc.struct_field(table["rejection"], "stage")
+    is_bad = pc.equal(stage, Stage.READ.value).fill_null(False).to_numpy()
+    columns = (table.filter(is_bad)[name].to_pylist() for name in ("source", "rejection"))
+    bad = [BadRow(place, Rejection.of(struct)) for place, struct in zip(*columns, strict=True)]
+    refuse_bad_rows(bad, table.num_rows, config.data)
+    return table["key"].to_numpy()[~is_bad], len(bad)
 
 
 def _is_nonempty(column: Any) -> Any:
@@ -257,7 +262,7 @@ def _row_ids(contents: Any) -> Any:
     return pc.replace_with_mask(contents, pa.array(is_copy), told)
 
 
-def _drop_unusable(ledger: Ledger, unreadable: set[int], config: TuneloopConfig) -> None:
+def _drop_unusable(ledger: Ledger, config: TuneloopConfig) -> None:
     """Remove rows that could not be read, rendered, or are too long.
 
     Raises:
@@ -266,22 +271,18 @@ def _drop_unusable(ledger: Ledger, unreadable: set[int], config: TuneloopConfig)
     table, data = ledger.table, config.data
     bad, too_long = [], []
     limited = config.task.type != "language_modeling"
-    names = ("key", "source", "problem", "dropped", "num_tokens")
+    names = ("source", "rejection", "num_tokens")
     is_long = limited & (table["num_tokens"].to_numpy() > data.max_seq_len)
-    goes = np.flatnonzero(_is_nonempty(table["problem"]) | _is_nonempty(table["dropped"]) | is_long)
+    goes = np.flatnonzero(table["rejection"].is_valid().to_numpy() | is_long)
     columns = [table[name].take(goes).to_pylist() for name in names]
-    for index, key, source, problem, dropped, length in zip(goes.tolist(), *columns, strict=True):
-        if problem:
-            bad.append((source, problem))
-            stage, code = Stage.TOKENIZE, ReasonCode.UNRENDERABLE
-            if key in unreadable:
-                stage, code = Stage.READ, ReasonCode.UNREADABLE
-            removal = Removal(stage, reason_of(problem, code))
-        elif dropped:
-            reason = Reason(ReasonCode.FILTERED, dropped, dropped.partition(":")[0])
-            removal = Removal(Stage.FILTER, reason)
+    for index, source, struct, length in zip(goes.tolist(), *columns, strict=True):
+        if struct is not None:
+            rejection = Rejection.of(struct)
+            if rejection.stage is not Stage.FILTER:
+                bad.append(BadRow(source, rejection))
+            removal = Removal(rejection.stage, rejection.reason)
         else:
-            too_long.append((source, length))
+            too_long.append(LongRow(source, length))
             text = f"{length} tokens, more than {data.max_seq_len}"
             reason = Reason(ReasonCode.TOO_LONG, text, "more tokens than max_seq_len")
             removal = Removal(Stage.TOKENIZE, reason)
@@ -291,7 +292,7 @@ def _drop_unusable(ledger: Ledger, unreadable: set[int], config: TuneloopConfig)
         raise DataError(too_long_problem(too_long, table.num_rows, data))
     ledger.usable = np.flatnonzero(~ledger.is_on(Side.REMOVED))
     if not len(ledger.usable):
-        raise DataError(nothing_left_problem([r.reason.text for r in ledger.removals.values()]))
+        raise DataError(nothing_left_problem([r.reason.summary for r in ledger.removals.values()]))
 
 
 def _filtered(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]:
@@ -327,7 +328,7 @@ def _drop_duplicates(
         table = table.take(ledger.usable)
     answers = ledger.table["answer_key"].to_numpy()
     scopes = dedup_scopes(config, ledger.task_ids, answers)[ledger.usable]
-    duplicates = find_duplicate_rows(table, rows, rendering, scopes)
+    duplicates = resolve_duplicates(table, rows, rendering, scopes)
     ledger.duplicates = duplicates
     for index in duplicates.removed.tolist():
         kept = ledger.row_ids[int(ledger.usable[duplicates.kept[index]])].as_py()
@@ -419,9 +420,9 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[stage] = round(time.monotonic() - started, 3)
 
 
-def _counts(total: int, files: list[SourceFile], unreadable: set[int]) -> tuple[str, str, str]:
+def _counts(total: int, files: list[SourceFile], num_unreadable: int) -> tuple[str, str, str]:
     number = len(files)
-    return f"{total:,}", f"{number:,} file{'s' * (number > 1)}", f"{len(unreadable):,}"
+    return f"{total:,}", f"{number:,} file{'s' * (number > 1)}", f"{num_unreadable:,}"
 
 
 def _rate(amount: int, seconds: float) -> str:

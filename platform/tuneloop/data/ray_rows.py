@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from tuneloop.config import TuneloopConfig
-from tuneloop.data.hashing.signatures import ComparedSide, Hashes
-from tuneloop.data.schema import row_schema
+from tuneloop.data.hashing.columns import ComparedSide, Hashes
+from tuneloop.data.schema import SourceRow, row_schema
 from tuneloop.data.sources.files import SourceFile
-from tuneloop.data.sources.readers import read_rows
+from tuneloop.data.sources.readers import read_source
 from tuneloop.data.tokenize.block_cache import KEPT_FROM_ROWS, kept_blocks, make_or_read
 from tuneloop.data.tokenize.rendering import (
     SAID_IN,
@@ -181,14 +181,18 @@ def _read_batch(table: Any, files: Any, config: TuneloopConfig) -> Iterator[Any]
     sources = ray.get(files)
     schema = row_schema()
     for position in table["position"].to_pylist():
-        for chunk in _chunked(read_rows(sources[position], position, config)):
-            yield pa.Table.from_pylist(chunk, schema=schema)
+        for chunk in _chunked(read_source(sources[position], position, config)):
+            plain = [
+                row | {"rejection": row["rejection"] and row["rejection"]._asdict()}
+                for row in chunk
+            ]
+            yield pa.Table.from_pylist(plain, schema=schema)
     yield schema.empty_table()
 
 
-def _chunked(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _chunked(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
     """Yield rows in lists that are neither too long nor too large."""
-    chunk: list[dict[str, Any]] = []
+    chunk: list[SourceRow] = []
     size = 0
     for row in rows:
         chunk.append(row)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum, StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 _ROWS_PER_FILE_BITS = 40
+_REJECTION = pa.struct(
+    [
+        *[(name, pa.string()) for name in ("stage", "code", "what", "got", "allowed", "remedy")],
+        ("is_fatal", pa.bool_()),
+    ]
+)
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
@@ -45,15 +52,33 @@ class Stage(StrEnum):
 class ReasonCode(StrEnum):
     """Why a row was removed, as a word that programs can rely on."""
 
+    # Reading.
     UNREADABLE = "unreadable"
-    FILTERED = "filtered"
+    WRONG_LAYOUT = "wrong_layout"
+    WRONG_ANSWER = "wrong_answer"
+    # Filters.
+    EMPTY_AFTER_REPAIR = "empty_after_repair"
+    TOO_FEW_CHARACTERS = "too_few_characters"
+    TOO_MANY_CHARACTERS = "too_many_characters"
+    TEMPLATE_MARKER = "template_marker"
+    PERSONAL_DATA = "personal_data"
+    REPETITION = "repetition"
+    CUT_OFF = "cut_off"
+    BOILERPLATE = "boilerplate"
+    AI_SELF_REFERENCE = "ai_self_reference"
+    MISSPELT = "misspelt"
+    FOREIGN_LANGUAGE = "foreign_language"
+    # Tokenizing.
     UNRENDERABLE = "unrenderable"
     TOO_LONG = "too_long"
+    # Deduplication; near duplicates also in decontamination.
     EXACT_DUPLICATE = "exact_duplicate"
     NEAR_DUPLICATE = "near_duplicate"
+    # Decontamination.
     SAME_TEXT = "same_text"
     SAME_PROMPT = "same_prompt"
     SHARED_NGRAMS = "shared_ngrams"
+    # Split.
     GROUP_SURPLUS = "group_surplus"
     MIXTURE_SURPLUS = "mixture_surplus"
     TRAIN_LIMIT = "train_limit"
@@ -73,6 +98,62 @@ class Reason(NamedTuple):
     summary: str
 
 
+class Rejection(NamedTuple):
+    """Why a row cannot be used, or is dropped by a filter, before rows are compared.
+
+    Args:
+        stage: Where it is removed.
+        code: Why, for programs.
+        what: What is wrong, worded alike for all rows with the same mistake.
+        got: What this row has.
+        allowed: What would have been accepted.
+        remedy: What to do.
+        is_fatal: Whether its whole file is unreadable, which is never tolerated.
+    """
+
+    stage: Stage
+    code: ReasonCode
+    what: str
+    got: str = ""
+    allowed: str = ""
+    remedy: str = ""
+    is_fatal: bool = False
+
+    @staticmethod
+    def of(struct: Mapping[str, Any]) -> Rejection:
+        """Return a rejection as Arrow gives it back."""
+        enums = {"stage": Stage(struct["stage"]), "code": ReasonCode(struct["code"])}
+        return Rejection(**{**struct, **enums})
+
+    @property
+    def reason(self) -> Reason:
+        """Why the row was removed."""
+        text = f"{self.what}: {self.got}" if self.got else self.what
+        # What a chat template or a tokenizer says has its details after a colon.
+        return Reason(self.code, text, self.what.partition(":")[0])
+
+
+class SourceRow(TypedDict):
+    """A row between reading and tokenizing, by `row_schema`.
+
+    `rejection` is None for a usable row. `changes` is what filters repaired in it; `task` a name of
+    `task.tasks`, if there are any; `stratum` its task and value of `split.stratify_by`; `extra` the
+    JSON of the user's own columns, whose types need not agree between files.
+    """
+
+    key: int
+    source: str
+    rejection: Rejection | None
+    changes: str
+    task: str
+    messages: list[dict[str, str]]
+    text: str
+    group: str
+    stratum: str
+    synthetic: bool
+    extra: str
+
+
 def row_key(file_position: int, number: int) -> int:
     """Return the key of a row: it orders rows as their files and they stand in the sources."""
     return (file_position << _ROWS_PER_FILE_BITS) + number
@@ -84,19 +165,12 @@ def file_positions(keys: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def row_schema() -> pa.Schema:
-    """Return the Arrow schema of rows between reading and tokenizing.
-
-    `problem` is empty or JSON of what, got, allowed, remedy and fatal; `dropped` is empty or why a
-    filter drops the row, `changes` what filters mended in it; `task` is a name of `task.tasks`, if
-    there are any; `extra` is JSON of the user's own columns, whose types need not agree between
-    files.
-    """
+    """Return the Arrow schema of `SourceRow`."""
     return pa.schema(
         [
             ("key", pa.int64()),
             ("source", pa.string()),
-            ("problem", pa.string()),
-            ("dropped", pa.string()),
+            ("rejection", _REJECTION),
             ("changes", pa.string()),
             ("task", pa.string()),
             ("messages", _MESSAGES),

@@ -29,9 +29,9 @@ from tuneloop.config import (
     TuneloopConfig,
 )
 from tuneloop.data.filters.languages import refuse_unknown_languages
-from tuneloop.data.schema import dataset_schema, removed_schema
-from tuneloop.data.sources.files import find_generation_files
-from tuneloop.data.sources.readers import read_rows
+from tuneloop.data.schema import Stage, dataset_schema, removed_schema
+from tuneloop.data.sources.files import find_files
+from tuneloop.data.sources.readers import read_source
 from tuneloop.data.tokenize.rendering import content_id
 from tuneloop.errors import ConfigError, DataError, EndpointError, Problem
 from tuneloop.models.bases.source import BaseModel
@@ -141,7 +141,7 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
 def _passages(config: TuneloopConfig, generation: GenerationConfig) -> Iterator[Passage]:
     """Yield the passages of all documents, each text once."""
     refuse_unknown_languages(config.data.filters.languages)
-    files = find_generation_files(generation)
+    files = find_files(generation.sources, "generation.sources")
     # Documents are read as those of a corpus are, with the same filters.
     documents = config.model_copy(
         update={
@@ -154,20 +154,12 @@ def _passages(config: TuneloopConfig, generation: GenerationConfig) -> Iterator[
     )
     seen: set[str] = set()
     for position, file in enumerate(files):
-        for row in read_rows(file, position, documents):
-            if row["problem"]:
-                problem = json.loads(row["problem"])
-                raise DataError(
-                    Problem(
-                        problem["what"],
-                        where=row["source"],
-                        got=problem["got"],
-                        allowed=problem["allowed"],
-                        remedy=problem["remedy"],
-                    )
-                )
-            if row["dropped"]:
-                continue
+        for row in read_source(file, position, documents):
+            if (rejection := row["rejection"]) is not None:
+                if rejection.stage is Stage.FILTER:
+                    continue
+                details = rejection.got, rejection.allowed, rejection.remedy
+                raise DataError(Problem(rejection.what, row["source"], *details))
             for text in cut(row["text"], generation.max_characters):
                 identity = content_id([], text)
                 if identity not in seen:

@@ -10,30 +10,28 @@ import numpy as np
 import pytest
 
 from tuneloop.config import DataConfig
+from tuneloop.data.decontamination.held_out import EvaluationRows
 from tuneloop.data.decontamination.matching import (
-    HeldOut,
+    MatchKind,
+    RowMatch,
     TrainRows,
     near_duplicates,
     near_pairs,
     same_rows,
 )
 from tuneloop.data.decontamination.ngrams import (
+    Overlaps,
     best_overlaps,
-    boilerplate,
+    common_ngrams,
+    count_common,
     frequent_ngrams,
     matched_text,
     ngram_index,
-    num_ignored,
+    ngram_length,
     overlapping,
-    words_of_ngram,
 )
-from tuneloop.data.hashing.signatures import (
-    Texts,
-    band_hashes,
-    normalised_hash,
-    shingles,
-    word_counts,
-)
+from tuneloop.data.hashing.columns import Texts
+from tuneloop.data.hashing.signatures import band_hashes, normalised_hash, shingles, word_counts
 
 DATA = DataConfig.model_validate({"sources": [{"path": "x", "format": "question_answer"}]})
 VOCABULARY = [f"w{i}" for i in range(3000)]
@@ -43,9 +41,9 @@ def words(seed: object, count: int) -> str:
     return " ".join(random.Random(str(seed)).choices(VOCABULARY, k=count))
 
 
-def held_out(texts: list[str], prompts: list[str] | None = None) -> HeldOut:
+def held_out(texts: list[str], prompts: list[str] | None = None) -> EvaluationRows:
     labels = [f"bench:{i + 1}" for i in range(len(texts))]
-    return HeldOut("bench", labels, texts, prompts or [""] * len(texts), texts)
+    return EvaluationRows("bench", labels, texts, prompts or [""] * len(texts), texts)
 
 
 def parts(count: int, number: int) -> list[np.ndarray]:
@@ -54,10 +52,14 @@ def parts(count: int, number: int) -> list[np.ndarray]:
 
 
 def overlaps(
-    train: list[str], other: HeldOut, threshold: float = 0.5, slices: int = 1, blocks: int = 1
+    train: list[str],
+    other: EvaluationRows,
+    threshold: float = 0.5,
+    slices: int = 1,
+    blocks: int = 1,
 ) -> list[Any]:
     """Return (train row, held-out row, overlap), with both cut into parts as on a cluster."""
-    length = words_of_ngram(word_counts(Texts.of(other.texts)), 13)
+    length = ngram_length(word_counts(Texts.of(other.texts)), 13)
     assert length is not None
     indices = [
         ngram_index(
@@ -77,24 +79,23 @@ def overlaps(
         ]
         for rows in parts(len(train), blocks)
     ]
-    ignored = boilerplate(
+    common = common_ngrams(
         [
             frequent_ngrams(index, [block[place] for block in shared])
             for place, index in enumerate(indices)
         ]
     )
     found = [
-        match
+        overlapping(index, of_slice, common, counts, threshold)
         for block in shared
-        for counts in [num_ignored(zip(indices, block, strict=True), ignored)]
-        for index, own in zip(indices, block, strict=True)
-        for match in overlapping(index, own, (ignored, counts), threshold)
+        for counts in [count_common(zip(indices, block, strict=True), common)]
+        for index, of_slice in zip(indices, block, strict=True)
     ]
-    if not found:
-        return []
-    columns = (np.array(column) for column in zip(*found, strict=True))
-    best = zip(*(column.tolist() for column in best_overlaps(*columns)), strict=True)
-    return [(row, other_row, round(value, 3)) for row, other_row, value in best]
+    best = best_overlaps(Overlaps(*map(np.concatenate, zip(*found, strict=True))))
+    columns = (column.tolist() for column in best)
+    return [
+        (row, other_row, round(value, 3)) for row, other_row, value in zip(*columns, strict=True)
+    ]
 
 
 def test_a_held_out_row_inside_a_longer_one_is_found() -> None:
@@ -123,7 +124,7 @@ def test_a_prompt_alone_contaminates() -> None:
     assert overlaps([f"{prompt} {words('else', 150)}", words("z", 100)], other) == [(0, 0, 1.0)]
 
 
-def test_boilerplate_is_no_contamination_but_many_copies_of_one_row_are() -> None:
+def test_a_common_phrase_is_no_contamination_but_many_copies_of_one_row_are() -> None:
     template = words("template", 30)
     benchmark = [f"{template} {words(f'b{i}', 14)}" for i in range(20)]
     train = [f"{template} {words(f't{i}', 14)}" for i in range(30)]
@@ -133,10 +134,10 @@ def test_boilerplate_is_no_contamination_but_many_copies_of_one_row_are() -> Non
 
 
 def test_short_evaluations_use_shorter_ngrams_and_never_fewer_than_eight_words() -> None:
-    assert words_of_ngram(np.array([9] * 10), 13) == 9
-    assert words_of_ngram(np.array([0, 3, 4]), 13) == 8
-    assert words_of_ngram(np.array([100, 200]), 13) == 13
-    assert words_of_ngram(np.array([0, 0]), 13) is None
+    assert ngram_length(np.array([9] * 10), 13) == 9
+    assert ngram_length(np.array([0, 3, 4]), 13) == 8
+    assert ngram_length(np.array([100, 200]), 13) == 13
+    assert ngram_length(np.array([0, 0]), 13) is None
     tiny = held_out(["what is it", "how many are there"])
     assert overlaps(["what is it", f"what is it {words('t', 50)}"], tiny) == []
 
@@ -146,7 +147,7 @@ def test_how_rows_are_cut_makes_no_difference(slices: int, blocks: int) -> None:
     template, header = words("template", 30), words("header", 20)
     benchmark = [f"{template} {words(f'b{i}', 14 + 3 * i)}" for i in range(20)]
     benchmark[7] += " " + header  # frequent in train rows, but held out once
-    licence = words("licence", 60)  # boilerplate of other rows
+    licence = words("licence", 60)  # common to other rows
     benchmark += [f"{licence} {words('x', 20)}", f"{licence} {words('y', 20)}", words("z", 400)]
     prompts = [words(f"p{i}", 15) if i % 3 else "" for i in range(23)]
     train = [f"{template} {words(f't{i}', 14)}" for i in range(30)]
@@ -202,9 +203,9 @@ def test_equal_and_near_duplicate_rows_are_found_however_short() -> None:
     other = held_out(["What is it?", " ".join(long), words("c", 30)])
     texts = ["what  IS it?", " ".join([*long[:-1], "changed"]), words("t", 60), "…"]
     train = train_rows(texts)
-    assert same_rows(train, other) == {0: (0, "same text")}
+    assert same_rows(train, other) == {0: RowMatch(0, MatchKind.SAME_TEXT, 1.0)}
     pairs = near_pairs(train, other, DATA)
     sets = dict(enumerate(shingles(texts, DATA.dedup.ngram_words).sets()))
     found = near_duplicates(pairs, sets, other, DATA)
-    assert {row: near[0] for row, near in found.items() if row} == {1: 1}
-    assert found[1][1] == pytest.approx(55 / 57)
+    assert {row: near.held_out for row, near in found.items() if row} == {1: 1}
+    assert found[1].similarity == pytest.approx(55 / 57)

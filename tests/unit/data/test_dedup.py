@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 
 from tuneloop.config import DataConfig, DedupConfig
 from tuneloop.data.dedup.minhash import (
+    CandidateGroup,
     Duplicates,
-    Group,
     Keys,
-    Settled,
+    ResolvedGroup,
     candidate_pairs,
     find_duplicates,
     group_candidates,
-    settle,
+    resolve_group,
 )
+from tuneloop.data.hashing.columns import Texts
 from tuneloop.data.hashing.signatures import (
-    Texts,
     _permutations,
     band_hashes,
     band_shape,
@@ -49,10 +49,12 @@ def keys_of(texts: list[str], config: DedupConfig, preference: list[int]) -> Key
     )
 
 
-def comparing(texts: list[str], config: DedupConfig) -> Callable[[Sequence[Group]], list[Settled]]:
-    def compare(groups: Sequence[Group]) -> list[Settled]:
+def compare_in_process(
+    texts: list[str], config: DedupConfig
+) -> Callable[[Sequence[CandidateGroup]], list[ResolvedGroup]]:
+    def compare(groups: Sequence[CandidateGroup]) -> list[ResolvedGroup]:
         return [
-            settle(
+            resolve_group(
                 group.pairs,
                 shingles([texts[row] for row in group.rows], config.ngram_words),
                 np.zeros(len(group.rows), dtype=np.int64),
@@ -66,7 +68,7 @@ def comparing(texts: list[str], config: DedupConfig) -> Callable[[Sequence[Group
 
 def duplicates_of(texts: list[str], config: DedupConfig, preference: list[int]) -> Duplicates:
     keys = keys_of(texts, config, preference)
-    return find_duplicates(keys, config, comparing(texts, config))
+    return find_duplicates(keys, config, compare_in_process(texts, config))
 
 
 def python_words(text: str) -> list[str]:
@@ -246,7 +248,7 @@ def test_no_duplicate_straddles_the_split_whatever_the_blocks(
     whole = keys_of(texts, config, np.argsort(np.argsort(np.array(texts))).tolist())
     bands = [band_hashes(block, config.ngram_words, config.threshold) for block in blocks]
     keys = Keys(whole.exact, np.concatenate(bands), whole.preference, whole.size)
-    cluster = find_duplicates(keys, config, comparing(texts, config)).cluster
+    cluster = find_duplicates(keys, config, compare_in_process(texts, config)).cluster
     of_text = dict(zip(texts, cluster.tolist(), strict=True))
     for original, copy in zip(originals, copies, strict=False):
         assert of_text[original] == of_text[copy]
@@ -285,7 +287,7 @@ def test_groups_divide_the_candidates_and_nothing_else(
         assert (np.diff(group.rows) > 0).all()
 
 
-def test_settling_equals_plain_python() -> None:
+def test_resolving_a_group_equals_plain_python() -> None:
     chooser = random.Random(3)
     base = [chooser.choices("abcdefghijklmnopqrstuvwxyz", k=60) for _ in range(4)]
     rows = []
@@ -316,7 +318,7 @@ def test_settling_equals_plain_python() -> None:
             keeper[row] = -best[1]
         else:
             stay.append(row)
-    found = settle(np.array(pairs), shingles(rows, 2), np.zeros(40, dtype=np.int64), 0.8)
+    found = resolve_group(np.array(pairs), shingles(rows, 2), np.zeros(40, dtype=np.int64), 0.8)
     assert found.root.tolist() == root
     assert found.keeper.tolist() == keeper
     assert 4 < len(stay) < 40
@@ -338,11 +340,11 @@ def test_rows_that_this_process_cannot_hold_are_refused_before_the_work() -> Non
     assert problem.remedy
 
 
-def test_rows_of_another_kind_are_in_the_cluster_and_stay() -> None:
+def test_rows_of_another_scope_are_in_the_cluster_and_stay() -> None:
     texts = ["a b c d e f g h", "a b c d e f g h", "a b c d e f g i", "a b c d e f g h"]
     found = shingles(texts, 1)
     pairs = np.array([[a, b] for a in range(4) for b in range(a + 1, 4)])
-    settled = settle(pairs, found, np.array([0, 1, 1, 0]), 0.7)
-    assert settled.root.tolist() == [0, 0, 0, 0]
-    # The second is as much like the first, but of another kind: it stays, and stands for the third.
-    assert settled.keeper.tolist() == [0, 1, 1, 0]
+    resolved = resolve_group(pairs, found, np.array([0, 1, 1, 0]), 0.7)
+    assert resolved.root.tolist() == [0, 0, 0, 0]
+    # The second is as similar to the first, but of another scope: it stays, in place of the third.
+    assert resolved.keeper.tolist() == [0, 1, 1, 0]

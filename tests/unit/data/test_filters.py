@@ -5,20 +5,19 @@ from __future__ import annotations
 import pytest
 
 from tuneloop.config import FiltersConfig
-from tuneloop.data.filters.boilerplate import notice, without_notices
+from tuneloop.data.filters.boilerplate import find_notice, strip_notices
 from tuneloop.data.filters.languages import foreign_language, refuse_unknown_languages
 from tuneloop.data.filters.quality import (
+    Filtered,
     apply_filters,
     cut_off,
-    filter_messages,
-    masked,
+    find_personal_data,
+    mask_personal_data,
     misspelling,
     passes_luhn,
-    personal_data,
-    repaired,
+    repair_text,
 )
 from tuneloop.errors import DataError
-from tuneloop.records import Message
 
 PROSE = (
     "The archive keeps letters from four centuries. Readers may order up to six boxes a day, and "
@@ -26,6 +25,11 @@ PROSE = (
     "fee pays for copies, which are sent by post within two weeks unless the binding is fragile. "
     "Guides to every collection stand in the hall beside the stairs."
 )
+
+
+def reason_of(texts: list[str], is_conversation: bool, config: FiltersConfig) -> str:
+    dropped = apply_filters(texts, is_conversation, config).dropped
+    return dropped.reason.text if dropped else ""
 
 
 def misread(text: str, encoding: str = "cp1252") -> str:
@@ -46,9 +50,9 @@ def misread(text: str, encoding: str = "cp1252") -> str:
 )
 def test_text_misread_once_or_twice_is_mended(text: str) -> None:
     for encoding in ("cp1252", "latin-1"):
-        assert repaired(misread(text, encoding)) == text
-        assert repaired(misread(misread(text, encoding), encoding)) == text
-    assert repaired(text) == text
+        assert repair_text(misread(text, encoding)) == text
+        assert repair_text(misread(misread(text, encoding), encoding)) == text
+    assert repair_text(text) == text
 
 
 @pytest.mark.parametrize(
@@ -64,12 +68,12 @@ def test_text_misread_once_or_twice_is_mended(text: str) -> None:
     ],
 )
 def test_real_text_with_the_same_letters_stays(text: str) -> None:
-    assert repaired(text) == text
+    assert repair_text(text) == text
 
 
 def test_invisible_characters_go_and_forms_are_composed() -> None:
-    assert repaired("a\u200bb\ufeff c\x00\n\td") == "ab c\n\td"
-    assert repaired("e\u0301") == "é"
+    assert repair_text("a\u200bb\ufeff c\x00\n\td") == "ab c\n\td"
+    assert repair_text("e\u0301") == "é"
 
 
 def test_personal_data_is_found_by_kind_and_masked() -> None:
@@ -77,9 +81,9 @@ def test_personal_data_is_found_by_kind_and_masked() -> None:
         "Write to jane.doe+x@mail.example.org or call +49 30 901820 or (212) 555-0147. "
         "Card 4111 1111 1111 1111, server 8.8.8.8, key AKIAIOSFODNN7EXAMPLE."
     )
-    kinds = [kind for kind, _, _ in personal_data(text)]
+    kinds = [kind for kind, _, _ in find_personal_data(text)]
     assert kinds == ["e-mail", "phone", "phone", "card", "IP address", "key"]
-    assert masked(text) == (
+    assert mask_personal_data(text) == (
         "Write to [E-MAIL] or call [PHONE] or [PHONE]. Card [CARD], server [IP ADDRESS], key [KEY]."
     )
 
@@ -95,8 +99,8 @@ def test_personal_data_is_found_by_kind_and_masked() -> None:
     ],
 )
 def test_what_only_looks_like_personal_data_stays(text: str) -> None:
-    assert personal_data(text) == []
-    assert masked(text) == text
+    assert find_personal_data(text) == []
+    assert mask_personal_data(text) == text
 
 
 def test_luhn() -> None:
@@ -118,7 +122,7 @@ def test_cut_off_answers() -> None:
 def test_filters_are_off_by_default_and_each_can_be_switched_on() -> None:
     dirty = [misread("café"), f"### Response:\nWrite to a@b.org. {PROSE} I"]
     assert apply_filters(dirty, True, FiltersConfig()).texts == dirty
-    assert apply_filters(dirty, True, FiltersConfig()).dropped == ""
+    assert reason_of(dirty, True, FiltersConfig()) == ""
 
     config = FiltersConfig(repair_text=True, template_markers="strip", personal_data="mask")
     found = apply_filters(dirty, True, config)
@@ -127,7 +131,7 @@ def test_filters_are_off_by_default_and_each_can_be_switched_on() -> None:
     assert dirty[0] != "café"
 
     def reason(**on: object) -> str:
-        return apply_filters(dirty, True, FiltersConfig.model_validate(on)).dropped
+        return reason_of(dirty, True, FiltersConfig.model_validate(on))
 
     assert reason(template_markers="drop") == (
         "a template marker stands in the text: ### Response:"
@@ -140,21 +144,19 @@ def test_filters_are_off_by_default_and_each_can_be_switched_on() -> None:
     )
     assert reason(max_characters=20).startswith("the answer is longer than 20 characters")
     assert reason(repetition=True) == ""
-    looping = apply_filters(["Why?", "I do not know. " * 9], True, FiltersConfig(repetition=True))
-    assert looping.dropped == "the answer repeats itself: 89% of it stands in phrases used before"
-    document = apply_filters([dirty[1]], False, FiltersConfig(truncated_answers=True))
-    assert document.dropped == ""
+    looping = reason_of(["Why?", "I do not know. " * 9], True, FiltersConfig(repetition=True))
+    assert looping == "the answer repeats itself: 89% of it stands in phrases used before"
+    assert reason_of([dirty[1]], False, FiltersConfig(truncated_answers=True)) == ""
 
 
 def test_a_row_of_markers_alone_is_dropped() -> None:
     config = FiltersConfig(template_markers="strip")
-    messages = [Message("user", "### Question:\n\n### Answer:"), Message("assistant", "What?")]
-    mended, found = filter_messages(messages, config)
-    assert mended[0].content == ""
-    assert found.dropped == "nothing is left of a text after mending it"
-    kept, found = filter_messages([Message("user", "[INST] Hi [/INST]"), messages[1]], config)
-    assert kept == [Message("user", "Hi"), messages[1]]
-    assert found.dropped == ""
+    found = apply_filters(["### Question:\n\n### Answer:", "What?"], True, config)
+    assert found.texts == ["", "What?"]
+    assert found.dropped is not None
+    assert found.dropped.reason.text == "nothing is left of a text after mending it"
+    found = apply_filters(["[INST] Hi [/INST]", "What?"], True, config)
+    assert found == Filtered(["Hi", "What?"], None, ("template markers stripped",))
 
 
 def test_more_secrets_and_addresses_are_found() -> None:
@@ -162,8 +164,8 @@ def test_more_secrets_and_addresses_are_found() -> None:
         "host 2600:1f18:22d9:9d00::53, token hf_abcdefghijklmnopqrstuvwxyzABCDEFGH and "
         "github_pat_11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz0123456789ABCDEFGHIJ"
     )
-    assert masked(text) == "host [IP ADDRESS], token [KEY] and [KEY]"
-    assert personal_data("2001:db8::1, 2026:11:25 12:30:45, std::vector<int>::iterator") == []
+    assert mask_personal_data(text) == "host [IP ADDRESS], token [KEY] and [KEY]"
+    assert find_personal_data("2001:db8::1, 2026:11:25 12:30:45, std::vector<int>::iterator") == []
 
 
 COOKIES = "This website uses cookies to improve your experience."
@@ -175,10 +177,10 @@ def test_boilerplate_lines_are_stripped_or_drop_the_row() -> None:
     found = apply_filters([page], False, FiltersConfig(boilerplate="strip"))
     assert found.texts == [PROSE]
     assert found.changes == ("boilerplate stripped",)
-    found = apply_filters([page], False, FiltersConfig(boilerplate="drop"))
-    assert found.dropped == f"boilerplate stands in the text: {COOKIES}"
-    only = apply_filters([COOKIES], False, FiltersConfig(boilerplate="strip"))
-    assert only.dropped == "nothing is left of a text after mending it"
+    dropped = reason_of([page], False, FiltersConfig(boilerplate="drop"))
+    assert dropped == f"boilerplate stands in the text: {COOKIES}"
+    only = reason_of([COOKIES], False, FiltersConfig(boilerplate="strip"))
+    assert only == "nothing is left of a text after mending it"
 
 
 @pytest.mark.parametrize(
@@ -193,8 +195,8 @@ def test_boilerplate_lines_are_stripped_or_drop_the_row() -> None:
     ],
 )
 def test_sentences_about_the_same_things_stay(text: str) -> None:
-    assert without_notices(text) == text
-    assert notice(text) == ""
+    assert strip_notices(text) == text
+    assert find_notice(text) == ""
 
 
 def test_answers_that_speak_of_being_an_ai_are_dropped() -> None:
@@ -205,27 +207,27 @@ def test_answers_that_speak_of_being_an_ai_are_dropped() -> None:
         "I'm just an AI assistant, so it depends.",
         "Up to my knowledge cutoff it was this one.",
     ):
-        found = apply_filters([asked, answer], True, config)
-        assert found.dropped.startswith("the answer speaks of being an AI: ")
+        dropped = reason_of([asked, answer], True, config)
+        assert dropped.startswith("the answer speaks of being an AI: ")
     # A question may name one, and so may an answer about them.
     for texts in (["As an AI, what would you do?", "Wait."], [asked, "An AI model is a program."]):
-        assert apply_filters(texts, True, config).dropped == ""
+        assert reason_of(texts, True, config) == ""
 
 
 def test_misspelt_texts_are_dropped_by_their_share_of_unknown_words() -> None:
     config = FiltersConfig(max_misspelt_ratio=0.1)
-    assert apply_filters(["q", PROSE], True, config).dropped == ""
+    assert reason_of(["q", PROSE], True, config) == ""
     words = PROSE.split()
     typos = {3: "lettrs", 9: "ordr", 12: "sxi", 20: "brnig", 30: "allwed", 37: "copeis"}
     for place, typo in typos.items():
         words[place] = typo
-    dropped = apply_filters(["q", " ".join(words)], True, config).dropped
+    dropped = reason_of(["q", " ".join(words)], True, config)
     assert dropped.startswith("the answer is misspelt: 1")
     assert all(typo in dropped for typo in ("lettrs", "ordr"))
     loose = FiltersConfig(max_misspelt_ratio=0.5)
-    assert apply_filters(["q", " ".join(words)], True, loose).dropped == ""
+    assert reason_of(["q", " ".join(words)], True, loose) == ""
     # Few words, names, code and compounds say nothing about spelling.
-    assert apply_filters(["q", "teh wrod"], True, FiltersConfig(max_misspelt_ratio=0)).dropped == ""
+    assert reason_of(["q", "teh wrod"], True, FiltersConfig(max_misspelt_ratio=0)) == ""
     terms = f"{PROSE} Anja Kowalczyk saved it as `dtaa_fiel.txt`, a filename in use."
     unknown, share = misspelling(terms)
     assert (unknown, share) == ([], 0.0)
@@ -250,7 +252,7 @@ def test_texts_in_another_language_are_dropped(code: str) -> None:
     others = [other for other in TEXTS if other != code]
     assert foreign_language(TEXTS[code], others) == code
     config = FiltersConfig(languages=others)
-    dropped = apply_filters([TEXTS[others[0]], TEXTS[code]], True, config).dropped
+    dropped = reason_of([TEXTS[others[0]], TEXTS[code]], True, config)
     assert dropped == f"a text is in another language: {code}"
 
 
@@ -270,6 +272,6 @@ def test_what_says_little_of_its_language_stays(text: str) -> None:
 
 def test_a_language_that_cannot_be_told_is_refused() -> None:
     refuse_unknown_languages(["en", "de"])
-    with pytest.raises(DataError, match="a language is not known") as caught:
+    with pytest.raises(DataError, match="unknown language code") as caught:
         refuse_unknown_languages(["en", "xx"])
     assert caught.value.problems[0].got == "xx"

@@ -20,7 +20,7 @@ import pytest
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.sources.files import find_files
-from tuneloop.data.sources.readers import read_rows
+from tuneloop.data.sources.readers import read_source
 from tuneloop.errors import DataError
 
 
@@ -37,9 +37,9 @@ def config_for(path: Path | str, **source: Any) -> TuneloopConfig:
 
 
 def read(config: TuneloopConfig) -> list[dict[str, Any]]:
-    files = find_files(config.data)
-    rows = [row for i, file in enumerate(files) for row in read_rows(file, i, config)]
-    assert not any(row["problem"] for row in rows)
+    files = find_files(config.data.sources)
+    rows = [row for i, file in enumerate(files) for row in read_source(file, i, config)]
+    assert not any(row["rejection"] for row in rows)
     return rows
 
 
@@ -49,7 +49,7 @@ def answers(config: TuneloopConfig) -> list[str]:
 
 def refusal(config: TuneloopConfig) -> Any:
     with pytest.raises(DataError) as caught:
-        find_files(config.data)
+        find_files(config.data.sources)
     (problem,) = caught.value.problems
     return problem
 
@@ -106,7 +106,7 @@ def test_splits_in_file_names_are_not_mixed_unasked(tmp_path: Path) -> None:
     assert answers(config_for(folder / "validation")) == ["d"]
     # Chapters are no splits.
     write(folder / "docs", training_dot_md="a", evaluation_dot_md="b", other_dot_txt="c")
-    assert len(find_files(config_for(folder / "docs", format="text").data)) == 3
+    assert len(find_files(config_for(folder / "docs", format="text").data.sources)) == 3
     assert refusal(config_for(folder / "data" / "test.jsonl", split="test")).what == (
         "files have no splits"
     )
@@ -142,10 +142,10 @@ configs:
     # A class label is its name, not its number.
     assert [row["messages"][-1]["content"] for row in rows] == ["good", "bad", "bad", "good"]
     assert rows[3]["source"] == f"{folder}/part-one/1.parquet:1"
-    (found,) = find_files(config_for(folder, subset="other").data)
-    labelled, missing = read_rows(found, 0, config_for(folder, subset="other"))
+    (found,) = find_files(config_for(folder, subset="other").data.sources)
+    labelled, missing = read_source(found, 0, config_for(folder, subset="other"))
     assert labelled["messages"][-1]["content"] == "bad"
-    assert "not text" in missing["problem"]
+    assert "not text" in missing["rejection"].what
     assert answers(config_for(folder, split="test")) == ["bad"]
     assert "no such split" in refusal(config_for(folder, split="dev")).what
     problem = refusal(config_for(folder, subset="large"))
@@ -196,11 +196,11 @@ FETCH = """
 import json, sys
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.sources.files import find_files
-from tuneloop.data.sources.readers import read_rows
+from tuneloop.data.sources.readers import read_source
 config = TuneloopConfig.model_validate_json(sys.argv[1])
-files = find_files(config.data)
+files = find_files(config.data.sources)
 print(json.dumps([(r["source"], r["messages"][-1]["content"])
-                  for i, f in enumerate(files) for r in read_rows(f, i, config)]))
+                  for i, f in enumerate(files) for r in read_source(f, i, config)]))
 """
 
 
@@ -371,7 +371,7 @@ def test_objects_are_read_by_key_directory_and_glob(store: tuple[dict[str, bytes
     assert answers(config_for(f"s3://bucket/rows{query}")) == ["a", "b", "c", "d"]
     assert answers(config_for(f"s3://bucket/*/*.jsonl{query}")) == ["e", "a"]
     assert answers(config_for(f"s3://bucket/rows/*.parquet{query}")) == ["c", "d"]
-    (file,) = find_files(config_for(f"s3://bucket/others/e.jsonl{query}").data)
+    (file,) = find_files(config_for(f"s3://bucket/others/e.jsonl{query}").data.sources)
     before = file.sha256()
     objects["bucket/others/e.jsonl"] = jsonl("f").encode()
     assert file.sha256() != before

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tuneloop.config import TuneloopConfig
-from tuneloop.data.sources.bad_rows import refuse_bad_rows, refuse_mismatched_formats
+from tuneloop.data.schema import Rejection, SourceRow
+from tuneloop.data.sources.bad_rows import BadRow, refuse_bad_rows, refuse_mismatched_formats
 from tuneloop.data.sources.files import find_files
-from tuneloop.data.sources.readers import read_rows
+from tuneloop.data.sources.readers import read_source
 from tuneloop.errors import DataError
 
 
@@ -27,18 +28,23 @@ def config_for(path: Path | str, layout: str, **more: Any) -> TuneloopConfig:
     )
 
 
-def read(config: TuneloopConfig) -> list[dict[str, Any]]:
-    files = find_files(config.data)
-    return [row for i, file in enumerate(files) for row in read_rows(file, i, config)]
+def read(config: TuneloopConfig) -> list[SourceRow]:
+    files = find_files(config.data.sources)
+    return [row for i, file in enumerate(files) for row in read_source(file, i, config)]
 
 
-def turns(row: dict[str, Any]) -> list[tuple[str, str]]:
-    assert row["problem"] == "", row["problem"]
+def turns(row: SourceRow) -> list[tuple[str, str]]:
+    assert row["rejection"] is None, row["rejection"]
     return [(message["role"], message["content"]) for message in row["messages"]]
 
 
-def what(row: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(row["problem"])
+def rejection(row: SourceRow) -> Rejection:
+    assert row["rejection"] is not None
+    return row["rejection"]
+
+
+def bad_rows(rows: list[SourceRow]) -> list[BadRow]:
+    return [BadRow(row["source"], rejection(row)) for row in rows]
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -155,7 +161,7 @@ def test_turns_that_are_no_conversation_are_refused(
 ) -> None:
     row = {"messages": [{"role": role, "content": "x"} for role in roles]}
     (found,) = read(config_for(lines(tmp_path / "a.jsonl", row), "messages"))
-    assert expected in what(found)["what"]
+    assert expected in rejection(found).what
 
 
 def test_csv_rows_name_their_first_line(tmp_path: Path) -> None:
@@ -164,7 +170,7 @@ def test_csv_rows_name_their_first_line(tmp_path: Path) -> None:
     first, bad, last = read(config_for(path, "question_answer"))
     assert first["source"].endswith(":2")
     assert bad["source"].endswith(":4")
-    assert "another number of columns" in what(bad)["what"]
+    assert "another number of columns" in rejection(bad).what
     assert last["source"].endswith(":5")
 
 
@@ -172,11 +178,11 @@ def test_malformed_line_has_file_and_line_and_spares_the_others(tmp_path: Path) 
     good = {"question": "q", "answer": "a"}
     path = lines(tmp_path / "a.jsonl", *[good] * 16, '{"question": "q', *[good] * 3)
     rows = read(config_for(path, "question_answer"))
-    bad = [row for row in rows if row["problem"]]
+    bad = [row for row in rows if row["rejection"]]
     assert [row["source"] for row in bad] == [f"{path}:17"]
     with pytest.raises(DataError) as caught:
         refuse_bad_rows(
-            [(r["source"], r["problem"]) for r in bad],
+            bad_rows(bad),
             len(rows),
             config_for(path, "question_answer").data,
         )
@@ -185,7 +191,7 @@ def test_malformed_line_has_file_and_line_and_spares_the_others(tmp_path: Path) 
     assert problem.where == f"{path}:17"
     assert "data.max_bad_rows_ratio=0.05" in problem.remedy
     allowed = config_for(path, "question_answer", max_bad_rows_ratio=0.05).data
-    refuse_bad_rows([(r["source"], r["problem"]) for r in bad], len(rows), allowed)
+    refuse_bad_rows(bad_rows(bad), len(rows), allowed)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +210,7 @@ def test_malformed_line_has_file_and_line_and_spares_the_others(tmp_path: Path) 
 )
 def test_bad_rows_say_what_is_wrong(row: Any, layout: str, expected: str, tmp_path: Path) -> None:
     (found,) = read(config_for(lines(tmp_path / "a.jsonl", row), layout))
-    assert expected in what(found)["what"]
+    assert expected in rejection(found).what
 
 
 def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:
@@ -215,15 +221,15 @@ def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:
     good, *bad = read(config_for(path, "question_answer"))
     assert turns(good)[0] == ("user", "who? \U0001f600")
     for row, half in zip(bad, (r"\ud83d", r"\udfff"), strict=True):
-        assert what(row)["what"] == "half of a surrogate pair stands alone"
-        assert half in what(row)["got"]
+        assert rejection(row).what == "half of a surrogate pair stands alone"
+        assert half in rejection(row).got
         json.dumps(row, ensure_ascii=False).encode()  # what is kept of it can be written
 
 
 def test_wrong_column_suggests_the_right_one_once(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", *[{"question": f"q{i}", "anwser": "a"} for i in range(50)])
     config = config_for(path, "question_answer")
-    bad = [(row["source"], row["problem"]) for row in read(config)]
+    bad = bad_rows(read(config))
     with pytest.raises(DataError) as caught:
         refuse_bad_rows(bad, 50, config.data)
     (problem,) = caught.value.problems
@@ -252,8 +258,8 @@ def test_answers_are_held_against_the_task(tmp_path: Path) -> None:
     )
     first, second = read(config_for(path, "prompt_completion", task=labels))
     assert turns(first)[-1] == ("assistant", "good")
-    assert "not one of task.labels" in what(second)["what"]
-    assert "did you mean `good`?" in what(second)["remedy"]
+    assert "not one of task.labels" in rejection(second).what
+    assert "did you mean `good`?" in rejection(second).remedy
 
     path = lines(
         tmp_path / "b.jsonl",
@@ -266,8 +272,8 @@ def test_answers_are_held_against_the_task(tmp_path: Path) -> None:
     task = {"type": "extraction", "fields": ["name"]}
     rows = read(config_for(path, "prompt_completion", task=task))
     assert turns(rows[1])[-1][1] == '{"name": "ä"}'
-    assert [bool(row["problem"]) for row in rows] == [False, False, True, True, True]
-    assert what(rows[2])["what"] == "the answer has no field `name`"
+    assert [bool(row["rejection"]) for row in rows] == [False, False, True, True, True]
+    assert rejection(rows[2]).what == "the answer has no field `name`"
 
 
 def test_a_mended_answer_is_held_against_the_task_again(tmp_path: Path) -> None:
@@ -285,7 +291,7 @@ def test_a_mended_answer_is_held_against_the_task_again(tmp_path: Path) -> None:
     quoted, bare = read(config)
     assert turns(quoted)[-1][1] == '{"card": "[CARD]"}'
     assert quoted["changes"] == "personal data masked"
-    assert what(bare)["what"] == "the answer is not valid JSON"
+    assert rejection(bare).what == "the answer is not valid JSON"
 
 
 def test_the_users_columns_are_carried_and_grouped_by(tmp_path: Path) -> None:
@@ -298,7 +304,7 @@ def test_the_users_columns_are_carried_and_grouped_by(tmp_path: Path) -> None:
     assert json.loads(rows[0]["extra"]) == {"topic": "t", "original_source": "mine", "n": 1}
     assert rows[0]["group"] == "t"
     assert rows[0]["synthetic"] is True
-    assert what(rows[1])["what"] == "no column `topic`"
+    assert rejection(rows[1]).what == "no column `topic`"
 
 
 def test_sources_that_lead_nowhere_are_told_all_at_once(tmp_path: Path) -> None:
@@ -318,7 +324,7 @@ def test_sources_that_lead_nowhere_are_told_all_at_once(tmp_path: Path) -> None:
         }
     )
     with pytest.raises(DataError) as caught:
-        find_files(config.data)
+        find_files(config.data.sources)
     told = [(problem.what, problem.where) for problem in caught.value.problems]
     assert told == [
         ("no such file", "data.sources.0.path"),
@@ -343,7 +349,7 @@ def test_a_broken_file_is_never_tolerated(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     config = config_for(tmp_path / name, "question_answer", max_bad_rows_ratio=1)
-    bad = [(row["source"], row["problem"]) for row in read(config) if row["problem"]]
+    bad = bad_rows([row for row in read(config) if row["rejection"]])
     with pytest.raises(DataError, match=expected):
         refuse_bad_rows(bad, len(bad) + 100, config.data)
 

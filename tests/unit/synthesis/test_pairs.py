@@ -12,7 +12,7 @@ from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
 from tuneloop.config import DataConfig, load_config
 from tuneloop.data.sources.files import find_files
-from tuneloop.data.sources.readers import read_rows
+from tuneloop.data.sources.readers import read_source
 from tuneloop.synthesis.pairs import Reply, cut, parse_pairs, support_ratio
 
 FACTS = {
@@ -101,8 +101,8 @@ def test_pairs_are_written_checked_and_read_again(
         {"sources": [{"path": str(path / "train"), "format": "messages"}]}
     )
     prepared = load_config(config).model_copy(update={"data": data})
-    (file,) = find_files(data)
-    again = list(read_rows(file, 0, prepared))
+    (file,) = find_files(data.sources)
+    again = list(read_source(file, 0, prepared))
     assert [row["messages"] for row in again] == [row["messages"] for row in rows]
     assert all(row["synthetic"] for row in again)
     assert set(json.loads(again[0]["extra"])) == {"passage", "support_ratio"}

@@ -72,7 +72,9 @@ def _card(config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written]) 
         "conflicts": ledger.conflicts,
         "decontamination": {
             **config.data.decontamination.model_dump(),
-            "origins": ledger.contamination.origins if ledger.contamination else [],
+            "origins": [asdict(origin) for origin in ledger.contamination.origins]
+            if ledger.contamination
+            else [],
         },
         "packing": _packing(config, ledger, written[Side.TRAIN].num_tokens),
         "synthetic_ratio": round(float(np.mean(ledger.table["synthetic"].to_numpy())), 4),

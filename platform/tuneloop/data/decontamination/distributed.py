@@ -1,33 +1,39 @@
 """Comparing train rows with held-out rows by n-grams over Ray: all texts stay where the rows are.
 
-This process knows keys and numbers of words, and what was found. The rows of the test and
-validation split are taken from their blocks into tables, tables into slices with an index each;
-then every block of train rows is looked up in every slice.
+The driver knows keys, numbers of words, and the overlaps. The rows of the test and validation split
+are taken from their blocks into tables, tables into slices with an index each; then every block of
+train rows is looked up in every slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import ray
+from ray import ObjectRef
+from ray.data import Dataset
 
-from tuneloop.data.decontamination.matching import HeldOut
+from tuneloop.data.decontamination.matching import HeldOutSet, Match, MatchKind
 from tuneloop.data.decontamination.ngrams import (
+    FrequentNgrams,
     NgramIndex,
+    Overlaps,
     SharedNgrams,
     best_overlaps,
-    boilerplate,
+    common_ngrams,
+    count_common,
     frequent_ngrams,
     matched_text,
     ngram_index,
-    num_ignored,
+    ngram_length,
     overlapping,
-    words_of_ngram,
 )
-from tuneloop.data.dedup.minhash import Indices
-from tuneloop.data.hashing.signatures import Hashes, Texts, word_counts
+from tuneloop.data.hashing.columns import Hashes, Indices, Texts
+from tuneloop.data.hashing.signatures import word_counts
 from tuneloop.data.tokenize.rendering import (
     SAID_IN,
     Rendering,
@@ -39,288 +45,314 @@ from tuneloop.data.tokenize.rendering import (
 
 # The index of a slice takes some 30 bytes a word, and twice that while it is made.
 _WORDS_PER_SLICE = 8_000_000
-# What a word counts for at least; there are texts without spaces.
+# A text counts at least one word for so many bytes; there are texts without spaces.
 _BYTES_PER_WORD = 16
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Rows that are held out for one reason.
+class NgramMatches(NamedTuple):
+    """Train rows that share enough n-grams with a held-out row.
 
     Args:
-        name: `test`, `validation`, or the path of an evaluation.
-        keys: What the rows are known by, ascending: their key, or their place in the evaluation.
-        evaluation: What they say; None if they are rows of the dataset.
+        ngram_words: Words of an n-gram for each held-out set; None for one without words.
+        matches: At most one for each train row, ascending by its key.
     """
 
-    name: str
-    keys: Indices
-    evaluation: HeldOut | None = None
+    ngram_words: list[int | None]
+    matches: list[Match]
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """A train row that shares enough n-grams with a held-out row.
+class _TableFacts(NamedTuple):
+    """Keys and words of the held-out rows of a table, and the bytes of all their texts."""
 
-    Args:
-        key: Of the train row.
-        origin: Number of the held-out row's origin.
-        held_out: What the held-out row is known by.
-        share: Of the n-grams of the shorter one.
-        passage: Longest text of the train row that is in the held-out one.
-    """
-
-    key: int
-    origin: int
-    held_out: int
-    share: float
-    passage: str
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where a table of `key`, `text`, `prompt` of held-out rows is; keys; words, bytes of texts."""
-
-    table: Any
     keys: Indices
     num_words: Indices
     num_bytes: int
 
+    @staticmethod
+    def of(keys: Indices, texts: Texts) -> _TableFacts:
+        return _TableFacts(keys, word_counts(texts), len(texts.data))
+
+
+class _HeldOutTable(NamedTuple):
+    """Where a table of `key`, `text` and `prompt` of held-out rows is, and what is in it."""
+
+    table: ObjectRef
+    facts: _TableFacts
+
+
+class _WantedRows(NamedTuple):
+    """Keys of rows to take from the blocks, ascending for each split; how they were rendered."""
+
+    keys: list[Indices]
+    rendering: Rendering
+
+
+class _Slice(NamedTuple):
+    """The index of some rows of a held-out set."""
+
+    set_index: int
+    index: ObjectRef
+
+
+class _Place(NamedTuple):
+    """A held-out row: position of its table, its key there, and the words of an n-gram."""
+
+    table: int
+    key: int
+    ngram_words: int
+
+
+class _WantedPassages(NamedTuple):
+    """Keys of train rows, ascending, and the held-out row that each overlaps."""
+
+    keys: Indices
+    places: list[_Place]
+    rendering: Rendering
+
 
 def find_overlaps(
-    keys: Indices, origins: Sequence[Origin], rows: Any, rendering: Rendering
-) -> tuple[list[int | None], list[Overlap]]:
-    """Return the words of an n-gram for each origin, and which train rows overlap.
+    keys: Indices, held_out: Sequence[HeldOutSet], rows: Dataset, rendering: Rendering
+) -> NgramMatches:
+    """Return which train rows overlap with held-out rows by n-grams.
 
-    A train row is there once at most: with the first origin that it overlaps, and of that with the
-    row that it overlaps most.
+    A train row is there once at most: with the first set that it overlaps, and of that with the row
+    that it overlaps most.
 
     Args:
-        keys: Of the train rows, ascending.
-        origins: In this order.
-        rows: The materialized Ray dataset of all rows, with `key` and what they say.
-        rendering: Of those; `data.decontamination` says what is enough.
+        keys: Keys of the train rows, ascending.
+        held_out: What they are compared with.
+        rows: Materialized dataset of all rows, with `key` and their contents.
+        rendering: How they were rendered; its `data.decontamination` says what is enough.
     """
-    import ray
-
     settings = rendering.data.decontamination
-    blocks = [ref for bundle in rows.iter_internal_ref_bundles() for ref in bundle.block_refs]
-    parts = _parts(origins, blocks, rendering)
-    lengths = [np.concatenate([np.zeros(0, int), *(p.num_words for p in own)]) for own in parts]
-    words = [words_of_ngram(found, settings.ngram_words) for found in lengths]
+    blocks = rows.to_arrow_refs()
+    tables = _held_out_tables(held_out, blocks, rendering)
+    lengths = [
+        np.concatenate([np.zeros(0, int), *(table.facts.num_words for table in of_set)])
+        for of_set in tables
+    ]
+    ngram_words = [ngram_length(num_words, settings.ngram_words) for num_words in lengths]
     make = ray.remote(num_cpus=1)(_index)
     slices = [
-        (origin, make.remote(length, *(part.table for part in own)))
-        for origin, length in enumerate(words)
+        _Slice(set_index, make.remote(length, *(table.table for table in of_slice)))
+        for set_index, length in enumerate(ngram_words)
         if length is not None
-        for own in _slices(parts[origin])
+        for of_slice in _slices(tables[set_index])
     ]
     if not slices:
-        return words, []
-    indices = [index for _, index in slices]
+        return NgramMatches(ngram_words, [])
+    indices = [of_slice.index for of_slice in slices]
     # A task that waits for what it asks for gives its CPU away, and Ray starts one more worker.
     ray.wait(indices, num_returns=len(indices), fetch_local=False)
     look_up = ray.remote(num_cpus=1, num_returns=len(slices))(_shared)
-    given = ray.put((keys, rendering))
-    shared = [look_up.remote(given, indices, block) for block in blocks]
+    train = ray.put(_WantedRows([keys], rendering))
+    shared = [look_up.remote(train, indices, block) for block in blocks]
     if len(slices) == 1:
-        shared = [[found] for found in shared]
-    count, join = ray.remote(num_cpus=1)(_frequent), ray.remote(num_cpus=1)(_boilerplate)
+        shared = [[of_slice] for of_slice in shared]
+    count, join = ray.remote(num_cpus=1)(_frequent), ray.remote(num_cpus=1)(_common)
     frequent = [
-        (origin, count.remote(index, *(of_block[place] for of_block in shared)))
-        for place, (origin, index) in enumerate(slices)
+        count.remote(of_slice.index, *(of_block[place] for of_block in shared))
+        for place, of_slice in enumerate(slices)
     ]
-    ignored = {
-        origin: join.remote(*(found for other, found in frequent if other == origin))
-        for origin in {origin for origin, _ in slices}
+    common = {
+        set_index: join.remote(
+            *(
+                ngrams
+                for of_slice, ngrams in zip(slices, frequent, strict=True)
+                if of_slice.set_index == set_index
+            )
+        )
+        for set_index in {of_slice.set_index for of_slice in slices}
     }
-    ray.wait(list(ignored.values()), num_returns=len(ignored), fetch_local=False)
+    ray.wait(list(common.values()), num_returns=len(common), fetch_local=False)
     compare = ray.remote(num_cpus=1)(_overlaps)
     threshold = settings.overlap_threshold
-    tasks = [compare.remote(slices, ignored, threshold, *of_block) for of_block in shared]
+    tasks = [compare.remote(slices, common, threshold, *of_block) for of_block in shared]
     del shared
-    found = np.concatenate([ray.get(task) for task in tasks])
-    overlaps: list[tuple[int, int, int, float]] = []
-    for origin in range(len(origins)):
-        own = found[found["origin"] == origin]
-        best = best_overlaps(own["key"], own["held_out"], own["share"])
-        known = {key for key, *_ in overlaps}
-        new = zip(*(column.tolist() for column in best), strict=True)
-        overlaps += [(key, origin, other, share) for key, other, share in new if key not in known]
-    return words, _with_passages(sorted(overlaps), (parts, words), blocks, rendering)
+    by_block = [ray.get(task) for task in tasks]
+    matches: dict[int, Match] = {}
+    for set_index in sorted(common):
+        best = best_overlaps(_joined([overlaps[set_index] for overlaps in by_block]))
+        for key, other, share in zip(*(column.tolist() for column in best), strict=True):
+            matches.setdefault(key, Match(key, set_index, other, MatchKind.NGRAMS, share))
+    ordered = [match for _, match in sorted(matches.items())]
+    return NgramMatches(
+        ngram_words, _with_passages(ordered, tables, ngram_words, blocks, rendering)
+    )
 
 
-def _parts(origins: Sequence[Origin], blocks: Sequence[Any], rendering: Rendering) -> Any:
-    """Return the tables of each origin's rows, a list of `_Part` for each."""
-    import pyarrow as pa
-    import ray
-
-    splits = [place for place, origin in enumerate(origins) if origin.evaluation is None]
+def _held_out_tables(
+    held_out: Sequence[HeldOutSet], blocks: Sequence[ObjectRef], rendering: Rendering
+) -> list[list[_HeldOutTable]]:
+    """Return the tables with the rows of each held-out set."""
+    splits = [place for place, of_set in enumerate(held_out) if of_set.evaluation is None]
     take = ray.remote(num_cpus=1, num_returns=len(splits) + 1)(_held_out_rows)
-    given = ray.put(([origins[place].keys for place in splits], rendering))
-    parts: list[list[_Part]] = [[] for _ in origins]
+    wanted = ray.put(_WantedRows([held_out[place].keys for place in splits], rendering))
+    tables: list[list[_HeldOutTable]] = [[] for _ in held_out]
     if splits:
-        made = [take.remote(given, block) for block in blocks]
-        for *tables, facts in made:
-            for place, table, fact in zip(splits, tables, ray.get(facts), strict=True):
-                parts[place].append(_Part(table, *fact))
-    for place, origin in enumerate(origins):
-        if (own := origin.evaluation) is not None:
-            texts = Texts.of(own.texts)
-            said = {"key": origin.keys, "text": own.texts, "prompt": own.prompts}
-            facts = word_counts(texts), len(texts.data)
-            parts[place].append(_Part(ray.put(pa.table(said)), origin.keys, *facts))
-    return parts
+        made = [take.remote(wanted, block) for block in blocks]
+        for *of_block, facts in made:
+            for place, table, of_table in zip(splits, of_block, ray.get(facts), strict=True):
+                tables[place].append(_HeldOutTable(table, of_table))
+    for place, of_set in enumerate(held_out):
+        if (rows := of_set.evaluation) is not None:
+            columns = {"key": of_set.keys, "text": rows.texts, "prompt": rows.prompts}
+            facts = _TableFacts.of(of_set.keys, Texts.of(rows.texts))
+            tables[place].append(_HeldOutTable(ray.put(pa.table(columns)), facts))
+    return tables
 
 
-def _slices(parts: Sequence[_Part]) -> list[list[_Part]]:
-    """Return the parts in groups that are neither many nor large."""
-    sizes = [max(part.num_words.sum(), part.num_bytes // _BYTES_PER_WORD) for part in parts]
-    groups: dict[int, list[_Part]] = {}
-    for part, so_far in zip(parts, np.cumsum(sizes).tolist(), strict=True):
-        if len(part.keys):
-            groups.setdefault(so_far // _WORDS_PER_SLICE, []).append(part)
+def _slices(tables: Sequence[_HeldOutTable]) -> list[list[_HeldOutTable]]:
+    """Return the tables in groups that are neither many nor large."""
+    sizes = [max(facts.num_words.sum(), facts.num_bytes // _BYTES_PER_WORD) for _, facts in tables]
+    groups: dict[int, list[_HeldOutTable]] = {}
+    for table, so_far in zip(tables, np.cumsum(sizes).tolist(), strict=True):
+        if len(table.facts.keys):
+            groups.setdefault(so_far // _WORDS_PER_SLICE, []).append(table)
     return list(groups.values())
 
 
-def _held_out_rows(given: Any, block: Any) -> Any:
-    """Return a table of each split's rows in a block; at the end keys and words of them all."""
-    of_splits, rendering = given
-    said = block.select(["key", *SAID_IN])
+def _held_out_rows(
+    wanted: _WantedRows, block: pa.Table
+) -> tuple[pa.Table | list[_TableFacts], ...]:
+    """Return a table of each split's rows in a block; at the end the facts of them all."""
+    contents = block.select(["key", *SAID_IN])
     tables = [
-        texts_of_rows(said, keys, rendering).select(["key", "text", "prompt"]) for keys in of_splits
+        texts_of_rows(contents, keys, wanted.rendering).select(["key", "text", "prompt"])
+        for keys in wanted.keys
     ]
-    texts = [Texts.of_column(table["text"]) for table in tables]
     facts = [
-        (table["key"].to_numpy(), word_counts(own), len(own.data))
-        for table, own in zip(tables, texts, strict=True)
+        _TableFacts.of(table["key"].to_numpy(), Texts.of_column(table["text"])) for table in tables
     ]
     return *tables, facts
 
 
-def _index(ngram_words: int, *tables: Any) -> NgramIndex:
-    import pyarrow as pa
-
+def _index(ngram_words: int, *tables: pa.Table) -> NgramIndex:
     table = pa.concat_tables(tables)
     texts, prompts = Texts.of_column(table["text"]), Texts.of_column(table["prompt"])
     return ngram_index(table["key"].to_numpy(), texts, prompts, ngram_words)
 
 
-def _shared(given: Any, indices: Sequence[Any], block: Any) -> Any:
+def _shared(
+    wanted: _WantedRows, indices: Sequence[ObjectRef], block: pa.Table
+) -> SharedNgrams | list[SharedNgrams]:
     """Return what the train rows of a block share with each index."""
-    import ray
-
-    keys, rendering = given
-    chosen = rows_with_keys(block.select(["key", *compared_from(rendering)]), keys)
+    (train_keys,), rendering = wanted
+    chosen = rows_with_keys(block.select(["key", *compared_from(rendering)]), train_keys)
     texts = Texts.of_column(said_column(chosen, rendering, "both"))
-    own = chosen["key"].to_numpy()
-    found = []
+    keys = chosen["key"].to_numpy()
+    by_index = []
     for index in indices:
         shared = ray.get(index).shared_with(texts)
-        found.append(SharedNgrams(own[shared.rows], shared.counts, shared.grams, shared.sizes))
-    return found[0] if len(found) == 1 else found
+        by_index.append(replace(shared, rows=keys[shared.rows]))
+    return by_index[0] if len(by_index) == 1 else by_index
 
 
-def _frequent(index: NgramIndex, *shared: SharedNgrams) -> tuple[Hashes, Indices]:
+def _frequent(index: NgramIndex, *shared: SharedNgrams) -> FrequentNgrams:
     return frequent_ngrams(index, shared)
 
 
-def _boilerplate(*found: tuple[Hashes, Indices]) -> Hashes:
-    return boilerplate(found)
+def _common(*frequent: FrequentNgrams) -> Hashes:
+    return common_ngrams(frequent)
 
 
 def _overlaps(
-    slices: Sequence[tuple[int, Any]], ignored: Any, threshold: float, *shared: SharedNgrams
-) -> Any:
-    """Return the overlaps of a block's rows, best of each row and slice.
+    slices: Sequence[_Slice],
+    common: dict[int, ObjectRef],
+    threshold: float,
+    *shared: SharedNgrams,
+) -> dict[int, Overlaps]:
+    """Return the overlaps of a block's rows by held-out set, the best of each row and slice.
 
     Args:
-        slices: Number of the origin and index of each.
-        ignored: What is boilerplate, by origin.
-        threshold: Least share.
-        shared: Of the block's rows with each slice.
+        slices: Indices of the held-out rows.
+        common: Reference to the common n-grams of each held-out set.
+        threshold: Least share of n-grams.
+        shared: What the block's rows share with each slice.
     """
-    import ray
-
-    found = []
-    for origin, reference in ignored.items():
-        own = [
-            (index, part)
-            for (number, index), part in zip(slices, shared, strict=True)
-            if number == origin
+    overlaps = {}
+    for set_index, reference in common.items():
+        of_set = [
+            (of_slice.index, ngrams)
+            for of_slice, ngrams in zip(slices, shared, strict=True)
+            if of_slice.set_index == set_index
         ]
         hashes = ray.get(reference)
-        counts = num_ignored(((ray.get(index), part) for index, part in own), hashes)
-        for index, part in own:
-            overlaps = overlapping(ray.get(index), part, (hashes, counts), threshold)
-            found += [(key, origin, other, share) for key, other, share in overlaps]
-    kinds = [("key", np.int64), ("origin", np.int64), ("held_out", np.int64), ("share", float)]
-    return np.array(found, dtype=kinds)
+        # One index at a time: together they may not fit.
+        counts = count_common(((ray.get(index), ngrams) for index, ngrams in of_set), hashes)
+        overlaps[set_index] = _joined(
+            [
+                overlapping(ray.get(index), ngrams, hashes, counts, threshold)
+                for index, ngrams in of_set
+            ]
+        )
+    return overlaps
+
+
+def _joined(overlaps: Sequence[Overlaps]) -> Overlaps:
+    return Overlaps(*(np.concatenate(column) for column in zip(*overlaps, strict=True)))
 
 
 def _with_passages(
-    overlaps: Sequence[tuple[int, int, int, float]],
-    held_out: tuple[Any, Sequence[int | None]],
-    blocks: Sequence[Any],
+    matches: Sequence[Match],
+    tables: Sequence[Sequence[_HeldOutTable]],
+    ngram_words: Sequence[int | None],
+    blocks: Sequence[ObjectRef],
     rendering: Rendering,
-) -> list[Overlap]:
-    """Return the overlaps, sorted by key, each with the passage that the two rows share.
+) -> list[Match]:
+    """Return matches, ascending by key, each with the passage that the two rows share.
 
     Args:
-        held_out: Parts, and words of an n-gram, of each origin.
+        matches: Without their passages.
+        tables: Tables of each held-out set.
+        ngram_words: Words of an n-gram for each.
+        blocks: Blocks of all rows.
+        rendering: How these were rendered.
     """
-    import ray
-
-    if not overlaps:
+    if not matches:
         return []
-    parts, words = held_out
-    tables: list[Any] = []
-    place_of: dict[tuple[int, int], int] = {}
-    wanted = {(origin, other) for _, origin, other, _ in overlaps}
-    for origin, own in enumerate(parts):
-        for part in own:
-            here = [(origin, key) for key in part.keys.tolist() if (origin, key) in wanted]
-            if here:
-                place_of |= dict.fromkeys(here, len(tables))
-                tables.append(part.table)
-    given = ray.put(
-        (
-            np.array([key for key, *_ in overlaps]),
-            [(place_of[origin, other], other, words[origin]) for _, origin, other, _ in overlaps],
+    held_out = {(match.set_index, match.held_out) for match in matches}
+    needed: list[ObjectRef] = []
+    places: dict[tuple[int, int], _Place] = {}
+    for set_index, of_set in enumerate(tables):
+        words = ngram_words[set_index] or 0
+        for table, facts in of_set:
+            keys = [key for key in facts.keys.tolist() if (set_index, key) in held_out]
+            places |= {(set_index, key): _Place(len(needed), key, words) for key in keys}
+            needed += [table] * bool(keys)
+    wanted = ray.put(
+        _WantedPassages(
+            np.array([match.key for match in matches]),
+            [places[match.set_index, match.held_out] for match in matches],
             rendering,
         )
     )
     quote = ray.remote(num_cpus=1)(_passages)
-    tasks = [quote.remote(given, tables, block) for block in blocks]
     passages: dict[int, str] = {}
-    for task in tasks:
+    for task in [quote.remote(wanted, needed, block) for block in blocks]:
         passages |= ray.get(task)
-    return [Overlap(*overlap, passages[overlap[0]]) for overlap in overlaps]
+    return [replace(match, passage=passages[match.key]) for match in matches]
 
 
-def _passages(given: Any, tables: Sequence[Any], block: Any) -> dict[int, str]:
-    """Return, by key, the passages that rows of a block share with held-out rows.
-
-    Args:
-        given: Keys of train rows, ascending; for each the number of the held-out row's table, its
-            key there, and the words of an n-gram; and how rows are rendered.
-        tables: Where they are.
-    """
-    import ray
-
-    keys, matches, rendering = given
-    chosen = rows_with_keys(block.select(["key", *compared_from(rendering)]), keys)
+def _passages(
+    wanted: _WantedPassages, tables: Sequence[ObjectRef], block: pa.Table
+) -> dict[int, str]:
+    """Return, by key, the passages that train rows of a block share with held-out rows."""
+    rendering = wanted.rendering
+    chosen = rows_with_keys(block.select(["key", *compared_from(rendering)]), wanted.keys)
     texts = said_column(chosen, rendering, "both").to_pylist()
-    own = chosen["key"].to_pylist()
-    by_table: dict[int, list[tuple[int, str, int, int]]] = {}
-    for key, text, place in zip(own, texts, np.searchsorted(keys, own).tolist(), strict=True):
-        table, other, words = matches[place]
-        by_table.setdefault(table, []).append((key, text, other, words))
+    keys = chosen["key"].to_pylist()
+    by_table: dict[int, list[tuple[int, str, _Place]]] = {}
+    for key, text, index in zip(
+        keys, texts, np.searchsorted(wanted.keys, keys).tolist(), strict=True
+    ):
+        place = wanted.places[index]
+        by_table.setdefault(place.table, []).append((key, text, place))
     passages = {}
-    for number, found in by_table.items():
+    for number, rows in by_table.items():
         table = ray.get(tables[number])
         row_of = {key: row for row, key in enumerate(table["key"].to_pylist())}
-        for key, text, other, words in found:
-            theirs = table["text"][row_of[other]].as_py()
-            passages[key] = matched_text(text, theirs, words)
+        for key, text, place in rows:
+            held_out = table["text"][row_of[place.key]].as_py()
+            passages[key] = matched_text(text, held_out, place.ngram_words)
     return passages

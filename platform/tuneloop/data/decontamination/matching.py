@@ -1,56 +1,77 @@
-"""Which train rows say or ask what a row of an evaluation does, or nearly the same.
+"""Train rows with the same text or prompt as a row of an evaluation, or nearly the same.
 
-Train rows are compared as in deduplication. Rows of the test and validation split need it not: the
+Train rows are compared as in deduplication. The test and validation splits need no such search: the
 split keeps such rows on one side. N-grams, which both are compared by, are in `ngrams`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tuneloop.config import DataConfig
-from tuneloop.data.dedup.minhash import Indices
-from tuneloop.data.hashing.signatures import (
-    Hashes,
-    Texts,
-    band_hashes,
-    jaccard,
-    normalised_hashes,
-    shingles,
-)
+from tuneloop.data.decontamination.held_out import EvaluationRows
+from tuneloop.data.hashing.columns import Hashes, Indices, Texts
+from tuneloop.data.hashing.signatures import band_hashes, jaccard, normalised_hashes, shingles
+
+
+class MatchKind(StrEnum):
+    """What a train row shares with a held-out row, as the card calls it."""
+
+    SAME_TEXT = "same text"
+    SAME_PROMPT = "same prompt"
+    NEAR_DUPLICATE = "near-duplicate"
+    NGRAMS = "n-grams"
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Rows of one evaluation. Lists have one item for each row.
+class HeldOutSet:
+    """Rows that are held out for one reason.
 
     Args:
-        name: The path of its source.
-        labels: What a reason calls the row.
-        texts: What the row says; prompt and answer of a conversation.
-        prompts: The prompt alone; empty for a document.
-        compared: What deduplication compares, `data.dedup.on`.
+        name: `test`, `validation`, or the path of an evaluation.
+        keys: Keys of the rows, ascending; of an evaluation their positions in it.
+        evaluation: Its rows; None if they are rows of the dataset.
     """
 
     name: str
-    labels: list[str]
-    texts: list[str]
-    prompts: list[str]
-    compared: list[str]
+    keys: Indices
+    evaluation: EvaluationRows | None = None
+
+
+@dataclass(frozen=True)
+class Match:
+    """A contaminated train row.
+
+    Args:
+        key: Key of the train row.
+        set_index: Position of the held-out set.
+        held_out: Key of the held-out row in its set.
+        kind: What the two share.
+        similarity: Jaccard similarity, or the share of n-grams, 0 to 1.
+        passage: For n-grams: the longest text that both rows have.
+    """
+
+    key: int
+    set_index: int
+    held_out: int
+    kind: MatchKind
+    similarity: float
+    passage: str = ""
 
 
 @dataclass(frozen=True)
 class TrainRows:
-    """What is known of the N train rows in this process. Shape (N,) each.
+    """What the driver knows of the N train rows. Shape (N,) each.
 
     Args:
-        keys: Of the rows, ascending.
+        keys: Keys of the rows, ascending.
         exact: Hash of the normalised text that deduplication compares.
         prompt: Hash of the normalised prompt.
-        bands: Shape (N, bands).
+        bands: MinHash bands, shape (N, bands).
     """
 
     keys: Indices
@@ -59,28 +80,36 @@ class TrainRows:
     bands: Hashes
 
 
-def same_rows(train: TrainRows, held_out: HeldOut) -> dict[int, tuple[int, str]]:
-    """Return (held-out row, kind) of the train rows that say or ask the same, by train row."""
-    found: dict[int, tuple[int, str]] = {}
-    asked = zip(held_out.prompts, held_out.compared, strict=True)
-    prompts = [prompt or text for prompt, text in asked]
-    for kind, own, texts in (
-        ("same text", train.exact, held_out.compared),
-        ("same prompt", train.prompt, prompts),
+class RowMatch(NamedTuple):
+    """The row of an evaluation that a train row matches, as its position there."""
+
+    held_out: int
+    kind: MatchKind
+    similarity: float
+
+
+def same_rows(train: TrainRows, evaluation: EvaluationRows) -> dict[int, RowMatch]:
+    """Return the train rows with the same text or prompt, by index of the train row."""
+    matches: dict[int, RowMatch] = {}
+    pairs = zip(evaluation.prompts, evaluation.compared, strict=True)
+    prompts = [prompt or text for prompt, text in pairs]
+    for kind, hashes, texts in (
+        (MatchKind.SAME_TEXT, train.exact, evaluation.compared),
+        (MatchKind.SAME_PROMPT, train.prompt, prompts),
     ):
         by_hash: dict[int, int] = {}
         for position, key in enumerate(normalised_hashes(Texts.of(texts)).tolist()):
             by_hash.setdefault(key, position)
-        known = np.array(list(by_hash), dtype=np.int64)
-        for row in np.flatnonzero(np.isin(own, known)).tolist():
-            found.setdefault(row, (by_hash[int(own[row])], kind))
-    return found
+        held_out = np.array(list(by_hash), dtype=np.int64)
+        for row in np.flatnonzero(np.isin(hashes, held_out)).tolist():
+            matches.setdefault(row, RowMatch(by_hash[int(hashes[row])], kind, 1.0))
+    return matches
 
 
-def near_pairs(train: TrainRows, held_out: HeldOut, data: DataConfig) -> Indices:
+def near_pairs(train: TrainRows, evaluation: EvaluationRows, data: DataConfig) -> Indices:
     """Return (train row, held-out row) that share a band, shape (P, 2)."""
-    bands = band_hashes(held_out.compared, data.dedup.ngram_words, data.dedup.threshold)
-    found: list[NDArray[np.int64]] = [np.zeros((0, 2), dtype=np.int64)]
+    bands = band_hashes(evaluation.compared, data.dedup.ngram_words, data.dedup.threshold)
+    pairs: list[Indices] = [np.zeros((0, 2), dtype=np.int64)]
     for column in range(bands.shape[1]):
         rows = np.flatnonzero(np.isin(train.bands[:, column], bands[:, column]))
         rows = rows[train.bands[rows, column] != 0]
@@ -92,27 +121,28 @@ def near_pairs(train: TrainRows, held_out: HeldOut, data: DataConfig) -> Indices
                 for side in ("left", "right")
             )
             others = order[low:high]
-            found.append(np.stack([np.full(len(others), row), others], axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+            pairs.append(np.stack([np.full(len(others), row), others], axis=1))
+    return np.unique(np.concatenate(pairs), axis=0)
 
 
 def near_duplicates(
-    pairs: Indices, sets: dict[int, Hashes], held_out: HeldOut, data: DataConfig
-) -> dict[int, tuple[int, float]]:
-    """Return (held-out row, similarity) of the near-duplicates among candidate pairs.
+    pairs: Indices, sets: dict[int, Hashes], evaluation: EvaluationRows, data: DataConfig
+) -> dict[int, RowMatch]:
+    """Return the near-duplicates among candidate pairs, by index of the train row.
 
     Args:
-        pairs: Of `near_pairs`.
+        pairs: Result of `near_pairs`.
         sets: Sorted distinct shingle hashes of the train rows in them.
-        held_out: Where the others are.
+        evaluation: Where the others are.
         data: `dedup.ngram_words` and `dedup.threshold`.
     """
     others = np.unique(pairs[:, 1]).tolist()
-    found = shingles([held_out.compared[other] for other in others], data.dedup.ngram_words).sets()
-    theirs = dict(zip(others, found, strict=True))
-    best: dict[int, tuple[int, float]] = {}
+    compared = [evaluation.compared[other] for other in others]
+    other_sets = dict(zip(others, shingles(compared, data.dedup.ngram_words).sets(), strict=True))
+    best: dict[int, RowMatch] = {}
     for row, other in pairs.tolist():
-        similarity = jaccard(sets[row], theirs[other])
-        if similarity >= max(data.dedup.threshold, best.get(row, (0, 0.0))[1] + 1e-12):
-            best[row] = (other, similarity)
+        similarity = jaccard(sets[row], other_sets[other])
+        to_beat = best[row].similarity if row in best else 0.0
+        if similarity >= max(data.dedup.threshold, to_beat + 1e-12):
+            best[row] = RowMatch(other, MatchKind.NEAR_DUPLICATE, similarity)
     return best

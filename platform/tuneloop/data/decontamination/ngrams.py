@@ -2,37 +2,35 @@
 
 Source: Brown et al. 2020, Language Models are Few-Shot Learners, arXiv:2005.14165, appendix C:
 13-grams, or the 5th percentile of the evaluation's lengths where that is smaller, at least 8;
-n-grams in more than 10 train rows are taken for boilerplate. There a single shared n-gram decides;
-here it is `overlap_threshold`, a share of the n-grams of the shorter row. A frequent n-gram is
-boilerplate here only if several held-out rows have it: many train rows that repeat one held-out
-row are contaminated.
+n-grams in more than 10 train rows are ignored. There a single shared n-gram decides; here it is
+`overlap_threshold`, a share of the n-grams of the shorter row. A frequent n-gram is ignored here
+only if several held-out rows have it (it is a common phrase): many train rows that repeat one
+held-out row are contaminated.
 
-Held-out rows are looked up slice by slice, train rows block by block: neither is ever in one place,
-and how they are cut makes no difference.
+Held-out rows are looked up slice by slice, train rows block by block: neither is ever in one
+process as a whole, and how they are cut makes no difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneloop.data.dedup.minhash import Indices
+from tuneloop.data.hashing.columns import Hashes, Indices, Texts
 from tuneloop.data.hashing.signatures import (
-    Hashes,
-    Texts,
-    bits_of,
-    marked_shingles,
+    bloom_filter,
+    bloom_hits,
     shingles,
     word_counts,
     word_spans,
 )
 
 _LEAST_WORDS = 8
-_BOILERPLATE_ABOVE = 10
+_FREQUENT_ABOVE = 10
 _SHORTEST_PERCENTILE = 5
 _BITS_PER_NGRAM = 16
 _QUOTED_CHARACTERS = 160
@@ -48,10 +46,10 @@ class NgramIndex:
         ngram_words: Words in an n-gram.
         grams: Distinct hashes, ascending. Shape (G,).
         starts: Shape (G + 1,); the units with n-gram g are `units[starts[g]:starts[g + 1]]`.
-        units: Ascending for each n-gram. Shape (entries,).
-        rows: What the held-out row of each unit is known by. Shape (units,).
-        sizes: Distinct n-grams of each unit. Shape (units,).
-        bits: Of `grams`, for `marked_shingles`.
+        units: Units with each n-gram, ascending for each. Shape (entries,).
+        rows: Key of the held-out row of each unit. Shape (units,).
+        sizes: Number of distinct n-grams of each unit. Shape (units,).
+        bloom: Bloom filter that holds `grams`.
     """
 
     ngram_words: int
@@ -60,18 +58,18 @@ class NgramIndex:
     units: NDArray[np.int32]
     rows: Indices
     sizes: Indices
-    bits: Hashes
+    bloom: Hashes
 
     def shared_with(self, texts: Texts) -> SharedNgrams:
         """Return the n-grams that texts share with the held-out rows."""
-        found, sizes = marked_shingles(texts, self.ngram_words, self.bits)
-        # Looked up in their order, which the caches of a processor like.
-        order = np.argsort(found.hashes)
+        hits, sizes = bloom_hits(texts, self.ngram_words, self.bloom)
+        # Looked up in ascending order, which is kind to the processor's caches.
+        order = np.argsort(hits.hashes)
         places = np.empty(len(order), dtype=np.int64)
-        places[order] = np.searchsorted(self.grams, found.hashes[order])
+        places[order] = np.searchsorted(self.grams, hits.hashes[order])
         places[places == len(self.grams)] = 0
-        is_shared = self.grams[places] == found.hashes if len(self.grams) else places > 0
-        counts = np.diff(np.concatenate([[0], np.cumsum(is_shared)])[found.offsets])
+        is_shared = self.grams[places] == hits.hashes if len(self.grams) else places > 0
+        counts = np.diff(np.concatenate([[0], np.cumsum(is_shared)])[hits.offsets])
         rows = np.flatnonzero(counts)
         grams = places[is_shared].astype(np.int32)
         return SharedNgrams(rows, counts[rows], grams, sizes[rows])
@@ -100,10 +98,10 @@ class SharedNgrams:
     """The n-grams that R train rows share with an index; rows that share none are left out.
 
     Args:
-        rows: What the train rows are known by. Shape (R,).
+        rows: Number or key of each train row. Shape (R,).
         counts: How many n-grams each shares. Shape (R,).
-        grams: Which ones of the index, row after row. Shape (sum of counts,).
-        sizes: Distinct n-grams of each. Shape (R,).
+        grams: Places of these n-grams in the index, row after row. Shape (sum of counts,).
+        sizes: Number of distinct n-grams of each row. Shape (R,).
     """
 
     rows: Indices
@@ -112,37 +110,75 @@ class SharedNgrams:
     sizes: Indices
 
 
-def words_of_ngram(num_words: Indices, wanted: int) -> int | None:
+class FrequentNgrams(NamedTuple):
+    """N-grams that many train rows share. Shape (F,) each.
+
+    Args:
+        hashes: The n-grams.
+        num_held_out: How many held-out rows have each.
+    """
+
+    hashes: Hashes
+    num_held_out: Indices
+
+
+class CommonCounts(NamedTuple):
+    """How many common n-grams each train row has; rows without any are left out. Shape (R,) each.
+
+    Args:
+        rows: Train rows, ascending.
+        counts: Number of common n-grams of each.
+    """
+
+    rows: Indices
+    counts: Indices
+
+
+class Overlaps(NamedTuple):
+    """Pairs of a train row and a held-out row that share n-grams. Shape (P,) each.
+
+    Args:
+        rows: Train row of each pair.
+        held_out: Key of its held-out row.
+        shares: Share of the n-grams of the shorter of the two, 0 to 1.
+    """
+
+    rows: Indices
+    held_out: Indices
+    shares: NDArray[np.float64]
+
+
+def ngram_length(num_words: Indices, longest: int) -> int | None:
     """Return how many words an n-gram has for held-out rows; None if they have no words.
 
     Args:
-        num_words: Of each held-out row.
-        wanted: `data.decontamination.ngram_words`.
+        num_words: Words of each held-out row.
+        longest: `data.decontamination.ngram_words`.
     """
     lengths = num_words[num_words > 0]
     if not len(lengths):
         return None
-    return min(wanted, max(_LEAST_WORDS, int(np.percentile(lengths, _SHORTEST_PERCENTILE))))
+    return min(longest, max(_LEAST_WORDS, int(np.percentile(lengths, _SHORTEST_PERCENTILE))))
 
 
 def ngram_index(rows: Indices, texts: Texts, prompts: Texts, ngram_words: int) -> NgramIndex:
     """Return the n-grams of held-out rows.
 
     Args:
-        rows: What they are known by. Shape (B,).
-        texts: Of each row: what it says.
-        prompts: Of each row: its prompt alone; empty for a document.
-        ngram_words: Of `words_of_ngram`, for all rows that are held out for the same reason.
+        rows: Their keys. Shape (B,).
+        texts: Whole text of each row.
+        prompts: Prompt of each row alone; empty for a document.
+        ngram_words: Result of `ngram_length` for all rows of the same held-out set.
     """
     hashes: list[Hashes] = []
     owners: list[Indices] = []
     number = len(rows)
     # A prompt too short for an n-gram would match whatever else is as short.
-    for given, least in ((texts, min(_LEAST_WORDS, ngram_words)), (prompts, ngram_words)):
-        found = shingles(given, ngram_words)
-        owner = np.repeat(np.arange(number), np.diff(found.offsets))
-        keep = word_counts(given)[owner] >= least
-        hashes.append(found.hashes[keep])
+    for side, least in ((texts, min(_LEAST_WORDS, ngram_words)), (prompts, ngram_words)):
+        ngrams = shingles(side, ngram_words)
+        owner = np.repeat(np.arange(number), np.diff(ngrams.offsets))
+        keep = word_counts(side)[owner] >= least
+        hashes.append(ngrams.hashes[keep])
         owners.append(owner[keep] + len(owners) * number)
     flat, owner = np.concatenate(hashes), np.concatenate(owners)
     order = np.argsort(flat, kind="stable")
@@ -158,103 +194,101 @@ def ngram_index(rows: Indices, texts: Texts, prompts: Texts, ngram_words: int) -
         owner.astype(np.int32),
         np.concatenate([rows, rows]),
         np.bincount(owner, minlength=2 * number),
-        bits_of(grams, _BITS_PER_NGRAM),
+        bloom_filter(grams, _BITS_PER_NGRAM),
     )
 
 
-def frequent_ngrams(index: NgramIndex, found: Iterable[SharedNgrams]) -> tuple[Hashes, Indices]:
-    """Return the n-grams that many train rows share, and how many held-out rows have each.
+def frequent_ngrams(index: NgramIndex, shared: Iterable[SharedNgrams]) -> FrequentNgrams:
+    """Return the n-grams of an index that many train rows share.
 
     Args:
-        index: Of some held-out rows.
-        found: Of all train rows, block by block.
+        index: N-grams of some held-out rows.
+        shared: What all train rows share with it, block by block.
     """
     frequency = np.zeros(len(index.grams), dtype=np.int64)
-    for part in found:
-        np.add.at(frequency, part.grams, 1)
-    frequent = np.flatnonzero(frequency > _BOILERPLATE_ABOVE)
-    return index.grams[frequent], index.num_rows_of(frequent)
+    for of_block in shared:
+        np.add.at(frequency, of_block.grams, 1)
+    frequent = np.flatnonzero(frequency > _FREQUENT_ABOVE)
+    return FrequentNgrams(index.grams[frequent], index.num_rows_of(frequent))
 
 
-def boilerplate(found: Sequence[tuple[Hashes, Indices]]) -> Hashes:
-    """Return the frequent n-grams that several held-out rows have.
+def common_ngrams(frequent: Sequence[FrequentNgrams]) -> Hashes:
+    """Return the frequent n-grams that several held-out rows have, which prove nothing.
 
     Args:
-        found: `frequent_ngrams` of each slice of the held-out rows.
+        frequent: `frequent_ngrams` of each slice of the held-out rows.
     """
-    hashes = np.concatenate([hashes for hashes, _ in found])
-    counts = np.concatenate([counts for _, counts in found])
+    hashes = np.concatenate([of_slice.hashes for of_slice in frequent])
+    counts = np.concatenate([of_slice.num_held_out for of_slice in frequent])
     distinct, place = np.unique(hashes, return_inverse=True)
     return distinct[np.bincount(place, weights=counts, minlength=len(distinct)) > 1]
 
 
-def num_ignored(
-    found: Iterable[tuple[NgramIndex, SharedNgrams]], ignored: Hashes
-) -> tuple[Indices, Indices]:
-    """Return train rows that have ignored n-grams, ascending, and how many each has.
+def count_common(shared: Iterable[tuple[NgramIndex, SharedNgrams]], common: Hashes) -> CommonCounts:
+    """Return which train rows have common n-grams, and how many.
 
     Args:
-        found: The slices of rows that are held out for one reason, and what some train rows share
-            with each. An n-gram counts once, in how many slices it may be.
-        ignored: Of `boilerplate`.
+        shared: The slices of a held-out set, and what some train rows share with each. An n-gram
+            counts once, in however many slices it is.
+        common: Result of `common_ngrams`.
     """
     rows, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
-    for index, shared in found:
-        is_ignored = index.has(ignored)[shared.grams]
-        rows.append(np.repeat(shared.rows, shared.counts)[is_ignored])
-        hashes.append(index.grams[shared.grams[is_ignored]])
+    for index, of_slice in shared:
+        is_common = index.has(common)[of_slice.grams]
+        rows.append(np.repeat(of_slice.rows, of_slice.counts)[is_common])
+        hashes.append(index.grams[of_slice.grams[is_common]])
     row, value = np.concatenate(rows), np.concatenate(hashes)
     order = np.lexsort((value, row))
     row, value = row[order], value[order]
-    return np.unique(row[_is_new(row, value)], return_counts=True)
+    return CommonCounts(*np.unique(row[_is_new(row, value)], return_counts=True))
 
 
 def overlapping(
     index: NgramIndex,
     shared: SharedNgrams,
-    ignored: tuple[Hashes, tuple[Indices, Indices]],
+    common: Hashes,
+    num_common: CommonCounts,
     threshold: float,
-) -> list[tuple[int, int, float]]:
-    """Return (train row, held-out row, overlap) of the rows that share enough n-grams.
-
-    A train row is there once at most, with the held-out row that it overlaps most.
+) -> Overlaps:
+    """Return the train rows that share enough n-grams, each with the row that it overlaps most.
 
     Args:
-        index: Of some held-out rows.
-        shared: Of some train rows.
-        ignored: Of `boilerplate`; and of `num_ignored` for these train rows.
-        threshold: Least share of the n-grams of the shorter of two rows.
+        index: N-grams of some held-out rows.
+        shared: What some train rows share with it.
+        common: Result of `common_ngrams`.
+        num_common: Result of `count_common` for these train rows.
+        threshold: Least share of the n-grams of the shorter of two rows, 0 to 1.
     """
-    hashes, (with_ignored, how_many) = ignored
-    is_ignored = index.has(hashes)
-    entries = np.repeat(is_ignored, np.diff(index.starts))
+    is_common = index.has(common)
+    entries = np.repeat(is_common, np.diff(index.starts))
     unit_sizes = index.sizes - np.bincount(index.units[entries], minlength=len(index.sizes))
     row_sizes = shared.sizes.copy()
-    for_row = np.searchsorted(with_ignored, shared.rows)
-    for_row[for_row == len(with_ignored)] = 0
-    if len(with_ignored):
-        row_sizes -= np.where(with_ignored[for_row] == shared.rows, how_many[for_row], 0)
+    if len(num_common.rows):
+        place = np.searchsorted(num_common.rows, shared.rows)
+        place[place == len(num_common.rows)] = 0
+        has_common = num_common.rows[place] == shared.rows
+        row_sizes -= np.where(has_common, num_common.counts[place], 0)
     owner = np.repeat(np.arange(len(shared.rows)), shared.counts)
-    telling = ~is_ignored[shared.grams]
+    counted = ~is_common[shared.grams]
 
-    grams, owner = shared.grams[telling], owner[telling]
+    grams, owner = shared.grams[counted], owner[counted]
     counts = index.starts[grams + 1] - index.starts[grams]
     units = index.units[_ranges(index.starts[grams], counts)]
     codes = np.repeat(owner, counts) * len(index.sizes) + units
     pairs, num_shared = np.unique(codes, return_counts=True)
     row, unit = np.divmod(pairs, max(1, len(index.sizes)))
-    overlap = num_shared / np.maximum(1, np.minimum(row_sizes[row], unit_sizes[unit]))
-    enough = overlap >= threshold
-    found = best_overlaps(shared.rows[row[enough]], index.rows[unit[enough]], overlap[enough])
-    return list(zip(*(column.tolist() for column in found), strict=True))
+    share = num_shared / np.maximum(1, np.minimum(row_sizes[row], unit_sizes[unit]))
+    enough = share >= threshold
+    return best_overlaps(
+        Overlaps(shared.rows[row[enough]], index.rows[unit[enough]], share[enough])
+    )
 
 
-def best_overlaps(rows: Indices, others: Indices, overlap: Any) -> tuple[Indices, Indices, Any]:
-    """Return of each train row the held-out row that it overlaps most, the first of equal ones."""
-    order = np.lexsort((others, -overlap, rows))
-    rows, others, overlap = rows[order], others[order], overlap[order]
-    first = _is_new(rows)
-    return rows[first], others[first], np.minimum(1.0, overlap[first])
+def best_overlaps(pairs: Overlaps) -> Overlaps:
+    """Return for each train row the held-out row that it overlaps most, the first of equal ones."""
+    order = np.lexsort((pairs.held_out, -pairs.shares, pairs.rows))
+    best = order[_is_new(pairs.rows[order])]
+    return Overlaps(pairs.rows[best], pairs.held_out[best], np.minimum(1.0, pairs.shares[best]))
 
 
 def _is_new(*columns: NDArray[Any]) -> NDArray[np.bool_]:
@@ -272,8 +306,8 @@ def _ranges(starts: Indices, counts: Indices) -> Indices:
 
 def matched_text(text: str, other: str, ngram_words: int) -> str:
     """Return the longest passage of a text whose n-grams all occur in the other."""
-    theirs, own = shingles([other], ngram_words).hashes, shingles([text], ngram_words).hashes
-    inside = np.concatenate([[0], np.isin(own, theirs).astype(np.int8), [0]])
+    ngrams, others = (shingles([side], ngram_words).hashes for side in (text, other))
+    inside = np.concatenate([[0], np.isin(ngrams, others).astype(np.int8), [0]])
     edges = np.diff(inside)
     starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
     if not len(starts):

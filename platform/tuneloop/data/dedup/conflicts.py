@@ -1,4 +1,4 @@
-"""Rows that ask the same, or nearly the same, and answer differently.
+"""Rows whose prompts are the same, or nearly the same, and whose answers differ.
 
 A model cannot learn both answers; where they are many, the task is not clear enough yet. Nothing is
 removed for it: which answer is right is for people to say.
@@ -6,16 +6,19 @@ removed for it: which answer is right is for people to say.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+from ray.data import Dataset
 
 from tuneloop.data import ray_rows
-from tuneloop.data.dedup.minhash import Indices, candidate_pairs
-from tuneloop.data.hashing.signatures import as_matrix, jaccard
+from tuneloop.data.dedup.minhash import candidate_pairs
+from tuneloop.data.dedup.scopes import scoped_hashes
+from tuneloop.data.hashing.columns import Indices, as_matrix
+from tuneloop.data.hashing.signatures import jaccard
 from tuneloop.data.ledger import Ledger
 from tuneloop.data.schema import Side
-from tuneloop.data.split.mixture import scoped
 from tuneloop.data.tokenize.rendering import ALIKE_PROMPTS, Rendering
 
 _NUM_EXAMPLES = 5
@@ -23,13 +26,21 @@ _ROWS_SHOWN = 3
 _COLUMNS = ["key", "source", "prompt_key", "answer_key", "prompt_bands"]
 
 
-def find_conflicts(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]:
-    """Return what the card tells of conflicts among the rows that are not removed.
+class _NearPrompts(NamedTuple):
+    """Two rows, as indices, whose prompts differ little and whose answers differ."""
+
+    similarity: float
+    row: int
+    other: int
+
+
+def find_conflicts(ledger: Ledger, rows: Dataset, rendering: Rendering) -> dict[str, Any]:
+    """Return what the card says of conflicts among the rows that are not removed.
 
     Args:
-        ledger: After deduplication.
-        rows: The Ray dataset of tokenized rows.
-        rendering: Of those.
+        ledger: The ledger after deduplication.
+        rows: Dataset of tokenized rows.
+        rendering: How they were rendered.
 
     Returns:
         `num_same_prompt` and `num_rows_same_prompt`: prompts with several answers, and their rows;
@@ -40,14 +51,14 @@ def find_conflicts(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str,
     table = ledger.table.select(_COLUMNS).take(places)
     task_ids = ledger.task_ids[places]
     # Two tasks may answer one prompt differently.
-    prompts = scoped(table["prompt_key"].to_numpy(), task_ids)
+    prompts = scoped_hashes(table["prompt_key"].to_numpy(), task_ids)
     same = same_prompts(prompts, table["answer_key"].to_numpy())
     near = _near_prompts(table, prompts, task_ids, rows, rendering)
-    near.sort(key=lambda pair: (-pair[0], pair[1]))
-    shown = [(1.0, *group[:_ROWS_SHOWN].tolist()) for group in same[:_NUM_EXAMPLES]]
-    shown += near[:_NUM_EXAMPLES]
+    near.sort(key=lambda pair: (-pair.similarity, pair.row))
+    shown = [("same prompt", 1.0, group[:_ROWS_SHOWN].tolist()) for group in same[:_NUM_EXAMPLES]]
+    shown += [("near prompt", pair.similarity, pair[1:]) for pair in near[:_NUM_EXAMPLES]]
     keys = table["key"].to_numpy()
-    wanted = sorted({index for _, *indices in shown for index in indices})
+    wanted = sorted({index for *_, indices in shown for index in indices})
     texts = ray_rows.fetch_texts(rows, keys[wanted], rendering) if wanted else {}
     return {
         "num_same_prompt": len(same),
@@ -56,7 +67,7 @@ def find_conflicts(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str,
         "near_threshold": ALIKE_PROMPTS,
         "examples": [
             {
-                "kind": "same prompt" if number < min(len(same), _NUM_EXAMPLES) else "near prompt",
+                "kind": kind,
                 "similarity": round(similarity, 4),
                 "rows": [
                     {
@@ -67,7 +78,7 @@ def find_conflicts(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str,
                     for index in indices
                 ],
             }
-            for number, (similarity, *indices) in enumerate(shown)
+            for kind, similarity, indices in shown
         ],
     }
 
@@ -97,9 +108,8 @@ def _repeats(values: Indices) -> Indices:
 
 
 def _near_prompts(
-    table: Any, prompts: Indices, task_ids: Indices, rows: Any, rendering: Rendering
-) -> list[tuple[float, int, int]]:
-    """Return (similarity, row, row) of prompts that differ little, with different answers."""
+    table: pa.Table, prompts: Indices, task_ids: Indices, rows: Dataset, rendering: Rendering
+) -> list[_NearPrompts]:
     answers = table["answer_key"].to_numpy()
     # One row stands for all with its prompt.
     first = np.sort(np.unique(prompts, return_index=True)[1])
@@ -111,7 +121,7 @@ def _near_prompts(
     keys = table["key"].to_numpy()[first]
     sets = ray_rows.fetch_shingles(rows, keys[np.unique(pairs)], rendering, "prompt", 1)
     found = [
-        (jaccard(sets[int(keys[a])], sets[int(keys[b])]), int(first[a]), int(first[b]))
+        _NearPrompts(jaccard(sets[int(keys[a])], sets[int(keys[b])]), int(first[a]), int(first[b]))
         for a, b in pairs.tolist()
     ]
-    return [pair for pair in found if pair[0] >= ALIKE_PROMPTS]
+    return [pair for pair in found if pair.similarity >= ALIKE_PROMPTS]

@@ -1,9 +1,9 @@
 """Which rows repeat others: exact copies, and near-duplicates by MinHash-LSH with verification.
 
-Because all rows are compared with all, and ordered by what they say, the result depends neither
-on how rows are spread over blocks nor on their order in the files. Here is what is decided from
-small numbers in one process; the texts of rows that may be alike are compared in groups, one after
-the other or wherever the caller likes (`comparing`), so that none of it has to hold them all.
+Because all rows are compared with all, and ordered by their content, the result depends neither
+on how rows are spread over blocks nor on their order in the files. This module decides from small
+numbers in the driver; the texts of candidate duplicates are compared in groups, wherever the caller
+likes (`distributed` does it in Ray tasks), so that no process has to hold them all.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from tuneloop.config import DedupConfig
-from tuneloop.data.hashing.signatures import Hashes, Shingles
+from tuneloop.data.hashing import kernels
+from tuneloop.data.hashing.columns import Hashes, Indices
+from tuneloop.data.hashing.signatures import Shingles
 
-Indices = NDArray[np.int64]
 # Rows that share a band are all compared up to this many; beyond it each is compared with the
-# first ones only, which keeps a band full of boilerplate linear.
+# first ones only, which keeps a band full of common phrases linear.
 _ALL_PAIRS_UP_TO = 64
 _PIVOTS = 32
-# Characters of the rows in a group, unless so many hang together.
+# Characters of the rows in a group, unless more are linked.
 _GROUP_CHARACTERS = 64 << 20
 
 
@@ -32,10 +35,10 @@ class Keys:
 
     Args:
         exact: Hash of the normalised text that is compared.
-        bands: Shape (N, bands), zeros for a row without words.
-        preference: Rows in the order in which they are kept: of two duplicates the one with the
-            smaller number stays. All different.
-        size: Characters.
+        bands: MinHash bands, shape (N, bands); zeros for a row without words.
+        preference: Rank of the row: of two duplicates the one with the smaller rank stays. All
+            different.
+        size: Length in characters.
     """
 
     exact: Indices
@@ -45,12 +48,12 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows to be compared, of which none may be like a row outside. Shape (M,), M rows.
+class CandidateGroup:
+    """M rows to be compared; none of them can duplicate a row outside.
 
     Args:
-        rows: Indices of the rows, the preferred one first.
-        pairs: Which may be alike, as positions in `rows`, shape (P, 2).
+        rows: Indices of the rows, the preferred one first. Shape (M,).
+        pairs: Candidate duplicates, as positions in `rows`. Shape (P, 2).
     """
 
     rows: Indices
@@ -58,13 +61,13 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What comparing a group shows, as positions in it. Shape (M,) each.
+class ResolvedGroup:
+    """The duplicates in a group of M rows, as positions in it. Shape (M,) each.
 
     Args:
-        root: The first row of those that are linked by alike rows.
-        keeper: The row that stands for this one; its own where it stays.
-        similarity: To the keeper.
+        root: First row of the cluster that similar rows link.
+        keeper: The row kept in place of this one; its own position where it stays.
+        similarity: Jaccard similarity to the keeper.
     """
 
     root: Indices
@@ -74,11 +77,11 @@ class Settled:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The outcome. Shape (N,) each.
+    """Which of N rows repeat which. Shape (N,) each.
 
     Args:
-        cluster: Number of the row's cluster; rows alike or linked by alike rows share it.
-        kept: Index of the row that stands for this one; its own where it stays.
+        cluster: Number of the row's cluster; similar rows, and rows linked by them, share it.
+        kept: Index of the row kept in place of this one; its own index where it stays.
         similarity: Jaccard similarity to the kept row; 1 for exact copies and rows that stay.
         exact: Whether a removed row is an exact copy.
     """
@@ -95,7 +98,9 @@ class Duplicates:
 
 
 def find_duplicates(
-    keys: Keys, config: DedupConfig, compare: Callable[[Sequence[Group]], Iterable[Settled]]
+    keys: Keys,
+    config: DedupConfig,
+    compare: Callable[[Sequence[CandidateGroup]], Iterable[ResolvedGroup]],
 ) -> Duplicates:
     """Return which rows repeat which.
 
@@ -104,9 +109,9 @@ def find_duplicates(
     whether or not `config` removes anything, so that a split can keep them together.
 
     Args:
-        keys: Of all rows.
+        keys: What is known of all rows.
         config: `exact` and `near`.
-        compare: Gives `settle` of each group, in their order.
+        compare: Yields `resolve_group` of each group, in their order.
     """
     num_rows = len(keys.exact)
     first = _first_of_equal(keys)
@@ -115,14 +120,14 @@ def find_duplicates(
     # Rows are named by their rank of preference among the unique ones until they are compared.
     pairs = candidate_pairs(keys.bands, ranked)
     groups = group_candidates(pairs, keys.size[ranked], _GROUP_CHARACTERS)
-    groups = [Group(ranked[group.rows], group.pairs) for group in groups]
+    groups = [CandidateGroup(ranked[group.rows], group.pairs) for group in groups]
 
     root, kept, similarity = np.arange(num_rows), np.arange(num_rows), np.ones(num_rows)
-    for group, settled in zip(groups, compare(groups) if groups else [], strict=True):
-        root[group.rows] = group.rows[settled.root]
+    for group, resolved in zip(groups, compare(groups) if groups else [], strict=True):
+        root[group.rows] = group.rows[resolved.root]
         if config.near:
-            kept[group.rows] = group.rows[settled.keeper]
-            similarity[group.rows] = settled.similarity
+            kept[group.rows] = group.rows[resolved.keeper]
+            similarity[group.rows] = resolved.similarity
     copies = np.flatnonzero(first != np.arange(num_rows))
     # A copy goes when copies go, and also when the row it copies goes.
     gone = copies if config.exact else copies[kept[first[copies]] != first[copies]]
@@ -134,33 +139,30 @@ def find_duplicates(
 
 
 def candidate_pairs(bands: Hashes, rows: Indices) -> Indices:
-    """Return the pairs of rows that share a band, shape (P, 2), smaller place first, sorted.
+    """Return the pairs of rows that share a band, shape (P, 2), smaller position first, sorted.
 
     Args:
         bands: Shape (N, bands), zeros for a row without words.
-        rows: Which rows, shape (M,); pairs name their places in it.
+        rows: Indices of the rows to compare, shape (M,); pairs are positions in it.
     """
-    from tuneloop.data.hashing import kernels
-
-    limits = (len(rows), _ALL_PAIRS_UP_TO, _PIVOTS)
     codes = np.zeros(0, dtype=np.int64)
     for column in range(bands.shape[1]):
         values = bands[rows, column]
         places = np.flatnonzero(values)
         places = places[np.argsort(values[places])]
-        found = kernels.bucket_pairs(places, values[places], limits)
-        codes = np.union1d(codes, found)
+        pairs = kernels.bucket_pairs(places, values[places], len(rows), _ALL_PAIRS_UP_TO, _PIVOTS)
+        codes = np.union1d(codes, pairs)
     return np.stack(np.divmod(codes, max(1, len(rows))), axis=1)
 
 
-def group_candidates(pairs: Indices, size: Indices, most_characters: int) -> list[Group]:
-    """Return the rows of candidate pairs in groups to be compared apart, small enough to hold.
+def group_candidates(pairs: Indices, size: Indices, most_characters: int) -> list[CandidateGroup]:
+    """Return the rows of candidate pairs in groups that are small enough to hold.
 
     Args:
-        pairs: Of `candidate_pairs`, between rows numbered in the order of preference.
-        size: Characters of each row.
-        most_characters: From this size on a group gets no further rows. Rows that hang together
-            by candidate pairs are never divided, however many they are.
+        pairs: Result of `candidate_pairs`, between rows numbered in the order of preference.
+        size: Length of each row in characters.
+        most_characters: A group of this size gets no further rows. Rows that candidate pairs link
+            are never divided, however many they are.
     """
     rows, positions = np.unique(pairs, return_inverse=True)
     if not len(rows):
@@ -179,26 +181,28 @@ def group_candidates(pairs: Indices, size: Indices, most_characters: int) -> lis
         members = row_order[slice(*np.searchsorted(of_row[row_order], [number, number + 1]))]
         chosen = pair_order[slice(*np.searchsorted(of_pair[pair_order], [number, number + 1]))]
         place[members] = np.arange(len(members))
-        groups.append(Group(rows[members], place[edges[chosen]]))
+        groups.append(CandidateGroup(rows[members], place[edges[chosen]]))
     return groups
 
 
-def settle(pairs: Indices, found: Shingles, kinds: Indices, threshold: float) -> Settled:
-    """Return which rows of a group are alike and which of them stay.
+def resolve_group(
+    pairs: Indices, group: Shingles, scopes: Indices, threshold: float
+) -> ResolvedGroup:
+    """Return which rows of a group are similar and which of them stay.
 
-    A row goes only if a row of its kind that stays is similar enough itself: in a chain a-b-c with
-    a unlike c, b goes in favour of a, and c stays.
+    A row is removed only if a row of its scope that stays is similar enough itself: in a chain
+    a-b-c with a unlike c, b is removed in favour of a, and c stays.
 
     Args:
-        pairs: Of the group.
-        found: Shingles of the group's rows.
-        kinds: Of the group's rows, for example the number of their task.
-        threshold: Least Jaccard similarity of rows that are alike.
+        pairs: Candidates in the group, as in `CandidateGroup`.
+        group: Shingles of its rows.
+        scopes: Dedup scope of each row.
+        threshold: Least Jaccard similarity of duplicates.
     """
-    from tuneloop.data.hashing import kernels
-
-    ordered = found.in_order()
-    return Settled(*kernels.settle(ordered.hashes, ordered.offsets, pairs, kinds, threshold))
+    ordered = group.in_order()
+    return ResolvedGroup(
+        *kernels.resolve_group(ordered.hashes, ordered.offsets, pairs, scopes, threshold)
+    )
 
 
 def connected(num_nodes: int, edges: Indices) -> Indices:
@@ -206,9 +210,6 @@ def connected(num_nodes: int, edges: Indices) -> Indices:
 
     Components are numbered in the order of their first nodes.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     if not len(edges):
         return np.arange(num_nodes)
     ones = np.ones(len(edges), dtype=np.int8)

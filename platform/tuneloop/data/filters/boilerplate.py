@@ -1,4 +1,4 @@
-"""Text that is on every page and says nothing, and assistants that speak of themselves."""
+"""Notices that are on every web page, and assistants that speak of themselves."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ _ASSISTANT = re.compile(
 )
 
 
-def notice(text: str) -> str:
-    """Return the first line that is boilerplate; empty if there is none.
+def find_notice(text: str) -> str:
+    """Return the first line that is a web notice; empty if there is none.
 
     Source: after the line filters of C4 (Raffel et al. 2020, arXiv:1910.10683, section 2.2), which
     drop every line that so much as names a cookie policy.
     """
-    found = _NOTICE.search(text)
-    return found.group().strip() if found else ""
+    match = _NOTICE.search(text)
+    return match.group().strip() if match else ""
 
 
-def without_notices(text: str) -> str:
-    """Return the text without lines that are boilerplate, and without the gaps they leave."""
+def strip_notices(text: str) -> str:
+    """Return the text without web notices, and without the gaps they leave."""
     kept, count = _NOTICE.subn("", text)
     return re.sub(r"\n{3,}", "\n\n", kept).strip() if count else text
 
 
-def speaks_of_itself(answer: str) -> str:
+def find_self_reference(answer: str) -> str:
     """Return the words in which an answer speaks of being an AI; empty if it does not."""
-    found = _ASSISTANT.search(answer)
-    return found.group() if found else ""
+    match = _ASSISTANT.search(answer)
+    return match.group() if match else ""

@@ -1,11 +1,12 @@
-"""Which language a text is in, told only where it is clear."""
+"""Which language a text is in, where that is clear."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from tuneloop.errors import DataError, Problem
 
@@ -23,13 +24,13 @@ _MOST_CHARACTERS = 2_000
 def foreign_language(text: str, allowed: Sequence[str]) -> str:
     """Return the language of a text that is clearly in none of those allowed; empty otherwise.
 
-    A text with fewer than 40 letters, code left out, is not judged. It is clear where the
-    languages allowed have at most a fifth of the probability together; of a long text the
-    beginning is judged.
+    A text with fewer than 40 letters, code left out, is not judged. The language is clear where
+    the languages allowed have at most a fifth of the probability together. Only the first 2,000
+    characters are judged.
 
     Args:
-        text: What is judged.
-        allowed: ISO 639-1 codes that `known_languages` has.
+        text: The text to judge.
+        allowed: ISO 639-1 codes, all of them in `known_languages`.
     """
     words = _NEUTRAL.sub(" ", text[:_MOST_CHARACTERS])
     if sum(map(len, words.split())) < _FEWEST_LETTERS:
@@ -42,7 +43,7 @@ def foreign_language(text: str, allowed: Sequence[str]) -> str:
 
 
 def refuse_unknown_languages(codes: Sequence[str]) -> None:
-    """Raise DataError for codes of languages that are not told apart."""
+    """Raise DataError for language codes that the identifier does not know."""
     if not codes:
         return
     known = known_languages()
@@ -50,7 +51,7 @@ def refuse_unknown_languages(codes: Sequence[str]) -> None:
     if unknown:
         raise DataError(
             Problem(
-                "a language is not known",
+                "unknown language code",
                 where="data.filters.languages",
                 got=", ".join(unknown),
                 allowed=", ".join(sorted(known)),
@@ -59,13 +60,11 @@ def refuse_unknown_languages(codes: Sequence[str]) -> None:
 
 
 def known_languages() -> frozenset[str]:
-    """Return the ISO 639-1 codes of the languages that are told apart."""
+    """Return the ISO 639-1 codes of the languages that the identifier knows."""
     return frozenset(str(code) for code in _identifier().labels) - {_NO_LANGUAGE}
 
 
 @cache
-def _identifier() -> Any:
+def _identifier() -> LanguageIdentifier:
     """Return the identifier, loaded once per process in half a second."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -1,4 +1,4 @@
-"""Optional quality filters: what is mended in a row, and why a row is dropped.
+"""Applying the filters that are switched on to one row.
 
 Every filter is off by default. They run when a row is read, before it is compared or tokenized, so
 that what is deduplicated, trained on and shown is the same text.
@@ -6,15 +6,19 @@ that what is deduplicated, trained on and shown is the same text.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import ftfy
 
 from tuneloop.config import FiltersConfig
-from tuneloop.data.filters.boilerplate import notice, speaks_of_itself, without_notices
+from tuneloop.data.filters.boilerplate import find_notice, find_self_reference, strip_notices
 from tuneloop.data.filters.languages import foreign_language
-from tuneloop.records import Message
+from tuneloop.data.schema import ReasonCode, Rejection, Stage
 from tuneloop.repetition import is_repetitive, repeated_ratio
 from tuneloop.spelling import is_known, prose_words
 
@@ -61,134 +65,155 @@ class Filtered:
     """A row after the filters.
 
     Args:
-        texts: The row's texts, mended; a document has one, a conversation one for each message.
-        dropped: Why the row goes; empty if it stays.
-        changes: What was mended, such as `text repaired`.
+        texts: The row's texts, repaired: one for a document, one for each message of a
+            conversation.
+        dropped: Why the row is dropped; None if it stays.
+        changes: What was repaired, such as `text repaired`.
     """
 
     texts: list[str]
-    dropped: str = ""
+    dropped: Rejection | None = None
     changes: tuple[str, ...] = ()
 
 
-def filter_messages(
-    messages: Sequence[Message], config: FiltersConfig
-) -> tuple[list[Message], Filtered]:
-    """Return the conversation with its texts mended, and what the filters say of it."""
-    found = apply_filters([message.content for message in messages], True, config)
-    pairs = zip(messages, found.texts, strict=True)
-    return [replace(message, content=text) for message, text in pairs], found
+class PersonalData(NamedTuple):
+    """A passage of a text that looks like personal data or a secret, and of which kind."""
+
+    kind: str
+    start: int
+    stop: int
 
 
-def apply_filters(texts: list[str], is_conversation: bool, config: FiltersConfig) -> Filtered:
+def apply_filters(texts: Sequence[str], is_conversation: bool, config: FiltersConfig) -> Filtered:
     """Return a row's texts after the filters.
 
     Args:
-        texts: Of a conversation's messages, the answer last; or of one document.
-        is_conversation: Whether it is the former: only answers can be cut off.
+        texts: Texts of a conversation's messages, the answer last; or the one of a document.
+        is_conversation: Whether the row is a conversation: only answers can be cut off.
         config: Which filters are on.
     """
-    changes: list[str] = []
-
-    def change(mend: Callable[[str], str], name: str) -> None:
-        mended = [mend(text) for text in texts]
-        if mended != texts:
-            changes.append(name)
-            texts[:] = mended
-
     texts = list(texts)
-    if config.repair_text:
-        change(repaired, "text repaired")
-    if config.template_markers == "strip":
-        change(lambda text: _MARKERS.sub("", text).strip(), "template markers stripped")
-    if config.boilerplate == "strip":
-        change(without_notices, "boilerplate stripped")
-    if config.personal_data == "mask":
-        change(masked, "personal data masked")
-    if not all(text.strip() for text in texts):
-        return Filtered(texts, "nothing is left of a text after mending it", tuple(changes))
-    return Filtered(texts, _reason_to_drop(texts, is_conversation, config), tuple(changes))
+    changes = []
+    for name, repair in _repairs(config):
+        repaired = [repair(text) for text in texts]
+        if repaired != texts:
+            changes.append(name)
+            texts = repaired
+    dropped = (
+        _reason_to_drop(texts, is_conversation, config)
+        if all(text.strip() for text in texts)
+        else _dropped(ReasonCode.EMPTY_AFTER_REPAIR, "nothing is left of a text after mending it")
+    )
+    return Filtered(texts, dropped, tuple(changes))
 
 
-def _reason_to_drop(texts: Sequence[str], is_conversation: bool, config: FiltersConfig) -> str:
+def _repairs(config: FiltersConfig) -> list[tuple[str, Callable[[str], str]]]:
+    """Return the name and the function of each repair that is on, in their order."""
+    repairs = [
+        (config.repair_text, "text repaired", repair_text),
+        (config.template_markers == "strip", "template markers stripped", _strip_markers),
+        (config.boilerplate == "strip", "boilerplate stripped", strip_notices),
+        (config.personal_data == "mask", "personal data masked", mask_personal_data),
+    ]
+    return [(name, repair) for is_on, name, repair in repairs if is_on]
+
+
+def _dropped(code: ReasonCode, what: str, got: str = "") -> Rejection:
+    return Rejection(Stage.FILTER, code, what, got)
+
+
+def _reason_to_drop(
+    texts: Sequence[str], is_conversation: bool, config: FiltersConfig
+) -> Rejection | None:
     subject = texts[-1]
     name = "the answer" if is_conversation else "the document"
     length = len(subject)
     if config.min_characters is not None and length < config.min_characters:
-        return f"{name} is shorter than {config.min_characters} characters: {length}"
+        what = f"{name} is shorter than {config.min_characters} characters"
+        return _dropped(ReasonCode.TOO_FEW_CHARACTERS, what, str(length))
     if config.max_characters is not None and length > config.max_characters:
-        return f"{name} is longer than {config.max_characters} characters: {length}"
+        what = f"{name} is longer than {config.max_characters} characters"
+        return _dropped(ReasonCode.TOO_MANY_CHARACTERS, what, str(length))
     if config.template_markers == "drop":
         for text in texts:
             if marker := _MARKERS.search(text):
-                return f"a template marker stands in the text: {marker.group().strip()}"
+                what = "a template marker stands in the text"
+                return _dropped(ReasonCode.TEMPLATE_MARKER, what, marker.group().strip())
     if config.personal_data == "drop":
-        kinds = sorted({kind for text in texts for kind, _, _ in personal_data(text)})
+        kinds = sorted({found.kind for text in texts for found in find_personal_data(text)})
         if kinds:
-            return f"personal data: {', '.join(kinds)}"
+            return _dropped(ReasonCode.PERSONAL_DATA, "personal data", ", ".join(kinds))
     if config.repetition and is_repetitive(subject):
-        share = repeated_ratio(subject)
-        return f"{name} repeats itself: {share:.0%} of it stands in phrases used before"
-    if config.truncated_answers and is_conversation and (reason := cut_off(subject)):
-        return f"the answer seems cut off: {reason}"
-    return _reason_of_wording(texts, is_conversation, config)
+        got = f"{repeated_ratio(subject):.0%} of it stands in phrases used before"
+        return _dropped(ReasonCode.REPETITION, f"{name} repeats itself", got)
+    if config.truncated_answers and is_conversation and (got := cut_off(subject)):
+        return _dropped(ReasonCode.CUT_OFF, "the answer seems cut off", got)
+    return _reason_in_wording(texts, is_conversation, config)
 
 
-def _reason_of_wording(texts: Sequence[str], is_conversation: bool, config: FiltersConfig) -> str:
+def _reason_in_wording(
+    texts: Sequence[str], is_conversation: bool, config: FiltersConfig
+) -> Rejection | None:
     subject = texts[-1]
     name = "the answer" if is_conversation else "the document"
     if config.boilerplate == "drop":
         for text in texts:
-            if line := notice(text):
-                return f"boilerplate stands in the text: {line[:_SHOWN]}"
-        if is_conversation and (words := speaks_of_itself(subject)):
-            return f"the answer speaks of being an AI: {words}"
+            if line := find_notice(text):
+                what = "boilerplate stands in the text"
+                return _dropped(ReasonCode.BOILERPLATE, what, line[:_SHOWN])
+        if is_conversation and (words := find_self_reference(subject)):
+            what = "the answer speaks of being an AI"
+            return _dropped(ReasonCode.AI_SELF_REFERENCE, what, words)
     if config.max_misspelt_ratio is not None:
         unknown, share = misspelling(subject)
         if share > config.max_misspelt_ratio:
-            return f"{name} is misspelt: {share:.0%} of its words, {', '.join(unknown[:5])}"
+            got = f"{share:.0%} of its words, {', '.join(unknown[:5])}"
+            return _dropped(ReasonCode.MISSPELT, f"{name} is misspelt", got)
     if config.languages:
         for text in texts:
             if code := foreign_language(text, config.languages):
-                return f"a text is in another language: {code}"
-    return ""
+                what = "a text is in another language"
+                return _dropped(ReasonCode.FOREIGN_LANGUAGE, what, code)
+    return None
 
 
-def repaired(text: str) -> str:
-    """Return the text with mojibake mended, invisible characters dropped, in Unicode form NFC.
+def _strip_markers(text: str) -> str:
+    return _MARKERS.sub("", text).strip()
 
-    Mended is UTF-8 that was read as another encoding, also several times over, where ftfy is sure
-    (Speer 2019, doi:10.5281/zenodo.2591652).
+
+def repair_text(text: str) -> str:
+    """Return the text with mojibake repaired, invisible characters dropped, in Unicode form NFC.
+
+    Mojibake is UTF-8 that was read as another encoding, also several times over; it is repaired
+    where ftfy is sure (Speer 2019, doi:10.5281/zenodo.2591652).
     """
-    import ftfy
-
     return unicodedata.normalize("NFC", _INVISIBLE.sub("", ftfy.fix_encoding(text)))
 
 
-def personal_data(text: str) -> list[tuple[str, int, int]]:
-    """Return (kind, start, stop) of what looks like personal data or a secret, without overlaps.
+def find_personal_data(text: str) -> list[PersonalData]:
+    """Return what looks like personal data or a secret, in its order and without overlaps.
 
     Kinds are `key`, `e-mail`, `card` (13 to 19 digits with a valid Luhn check digit), `IP address`
     (public ones) and `phone`.
     """
-    found: list[tuple[str, int, int]] = []
+    found: list[PersonalData] = []
     for kind, pattern in _PERSONAL.items():
         for match in pattern.finditer(text):
             start, stop = match.span()
-            if any(start < other and stop > begin for _, begin, other in found):
+            if any(start < other.stop and stop > other.start for other in found):
                 continue
             if kind == "card" and not passes_luhn(match.group()):
                 continue
             if kind == "IP address" and not _is_public(match.group()):
                 continue
-            found.append((kind, start, stop))
-    return sorted(found, key=lambda item: item[1])
+            found.append(PersonalData(kind, start, stop))
+    return sorted(found, key=lambda item: item.start)
 
 
-def masked(text: str) -> str:
+def mask_personal_data(text: str) -> str:
     """Return the text with personal data replaced by its kind, for example `[E-MAIL]`."""
     parts, end = [], 0
-    for kind, start, stop in personal_data(text):
+    for kind, start, stop in find_personal_data(text):
         parts += [text[end:start], f"[{kind.upper()}]"]
         end = stop
     return "".join([*parts, text[end:]])
@@ -204,8 +229,6 @@ def passes_luhn(number: str) -> bool:
 
 
 def _is_public(address: str) -> bool:
-    import ipaddress
-
     try:
         return ipaddress.ip_address(address).is_global
     except ValueError:  # a time, for example
@@ -213,9 +236,9 @@ def _is_public(address: str) -> bool:
 
 
 def misspelling(text: str) -> tuple[list[str], float]:
-    """Return the plain words that are in no English dictionary, and their share of all.
+    """Return the plain words that are in no English dictionary, and their share of all, 0 to 1.
 
-    Of a text with fewer than 20 plain words nothing is told.
+    A text with fewer than 20 plain words is not judged.
     """
     words = prose_words(text)
     if len(words) < _FEWEST_WORDS_TO_SPELL:

@@ -9,7 +9,7 @@ Legend: B rows, S shingles of all rows together, K MinHash values of a row, P pa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Integers = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
+Letters = NDArray[np.uint32]
 
 # In a table of letters: no part of a word; a word of its own; 32 is white space in a text's key.
 SEPARATOR, ALONE = 0, 1 << 24
@@ -29,12 +30,19 @@ _SHINGLE_BASE = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _MIX_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 _HALF = np.uint64(32)
-# Of the place of a bit: which word of 64 it is in, and where in it.
+# A bit's number says which word of 64 bits it is in, and where in that word.
 _WORD, _IN_WORD = np.uint64(6), np.uint64(63)
 
 
+class Span(NamedTuple):
+    """Bytes from `start` up to `stop`."""
+
+    start: int
+    stop: int
+
+
 @njit(cache=True)
-def mixed(value: Any) -> Any:
+def mixed(value: np.uint64) -> np.uint64:
     """Return SplitMix64's finaliser: every input bit reaches every output bit."""
     value = (value ^ (value >> _MIX_SHIFTS[0])) * _MIX[0]
     value = (value ^ (value >> _MIX_SHIFTS[1])) * _MIX[1]
@@ -43,7 +51,7 @@ def mixed(value: Any) -> Any:
 
 @njit(cache=True)
 def _letter(data: Bytes, at: int) -> Any:
-    """Return (code point, bytes) of the character at a place of valid UTF-8."""
+    """Return (code point, bytes) of the character at an offset in valid UTF-8."""
     first = np.int64(data[at])
     if first < 0x80:
         return first, 1
@@ -57,25 +65,25 @@ def _letter(data: Bytes, at: int) -> Any:
 
 @njit(cache=True)
 def _next_words(
-    data: Bytes, span: tuple[int, int], words: Hashes, count: int, letters: Any
+    data: Bytes, span: Span, words: Hashes, count: int, letters: Letters
 ) -> tuple[int, int]:
     """Put hashes of words into `words[count:]` until it is full or the bytes of `span` end.
 
     Returns:
-        The place after the last word, and the new count.
+        The offset after the last word, and the new count.
     """
     at, stop = span
-    known = len(letters)
+    table_size = len(letters)
     while at < stop and count < len(words):
         point, width = _letter(data, at)
-        letter = np.int64(letters[point]) if point < known else point
+        letter = np.int64(letters[point]) if point < table_size else point
         at += width
         if letter == SEPARATOR:
             continue
         value = (_FNV_START ^ np.uint64(letter)) * _FNV_PRIME
         while letter < ALONE and at < stop:
             point, width = _letter(data, at)
-            letter = np.int64(letters[point]) if point < known else point
+            letter = np.int64(letters[point]) if point < table_size else point
             if letter == SEPARATOR or letter >= ALONE:
                 break
             value = (value ^ np.uint64(letter)) * _FNV_PRIME
@@ -87,7 +95,7 @@ def _next_words(
 
 @njit(cache=True)
 def _next_shingles(
-    data: Bytes, span: tuple[int, int], words: Hashes, carried: int, found: Hashes, letters: Any
+    data: Bytes, span: Span, words: Hashes, carried: int, found: Hashes, letters: Letters
 ) -> tuple[int, int, int]:
     """Put hashes of the next shingles into `found`.
 
@@ -95,7 +103,7 @@ def _next_shingles(
     `carried` last words of the call before.
 
     Returns:
-        The place to go on from, how many words are carried on, and the number of shingles.
+        The offset to go on from, how many words are carried on, and the number of shingles.
     """
     length = len(words) - len(found) + 1
     at, count = _next_words(data, span, words, carried, letters)
@@ -110,7 +118,7 @@ def _next_shingles(
 
 
 @njit(cache=True)
-def _shingle(words: Hashes, start: int, length: int) -> Any:
+def _shingle(words: Hashes, start: int, length: int) -> np.uint64:
     value = np.uint64(0)
     for place in range(start, start + length):
         value = value * _SHINGLE_BASE + words[place]
@@ -119,7 +127,7 @@ def _shingle(words: Hashes, start: int, length: int) -> Any:
 
 @njit(cache=True)
 def shingle_hashes(
-    data: Bytes, offsets: Integers, length: int, letters: Any
+    data: Bytes, offsets: Integers, length: int, letters: Letters
 ) -> tuple[Hashes, Integers]:
     """Return the hashes of all shingles, shape (S,), and where each row's start, shape (B + 1,)."""
     starts = np.zeros(len(offsets), np.int64)
@@ -131,7 +139,9 @@ def shingle_hashes(
     for row in range(len(offsets) - 1):
         at, stop, place, carried = offsets[row], offsets[row + 1], starts[row], 0
         while place < starts[row + 1]:
-            at, carried, number = _next_shingles(data, (at, stop), words, carried, found, letters)
+            at, carried, number = _next_shingles(
+                data, Span(at, stop), words, carried, found, letters
+            )
             if number == 0:  # a text shorter than a shingle
                 found[0], number = _shingle(words, 0, carried), 1
             hashes[place : place + number] = found[:number]
@@ -140,17 +150,17 @@ def shingle_hashes(
 
 
 @njit(cache=True)
-def mark(hashes: Hashes, bits: Hashes) -> None:
-    """Set the bit of each hash, found by its first bits, in an array of 2^k words of 64 bits."""
-    shift = _bit_shift(bits)
+def fill_bloom_filter(hashes: Hashes, bloom: Hashes) -> None:
+    """Set the bit of each hash, numbered by its first bits, in a filter of 2^k words of 64 bits."""
+    shift = _bit_shift(bloom)
     for value in hashes:
         bit = value >> shift
-        bits[bit >> _WORD] |= np.uint64(1) << (bit & _IN_WORD)
+        bloom[bit >> _WORD] |= np.uint64(1) << (bit & _IN_WORD)
 
 
 @njit(cache=True)
-def _bit_shift(bits: Hashes) -> Any:
-    size, shift = len(bits), 58
+def _bit_shift(bloom: Hashes) -> np.uint64:
+    size, shift = len(bloom), 58
     while size > 1:
         size >>= 1
         shift -= 1
@@ -158,48 +168,51 @@ def _bit_shift(bits: Hashes) -> Any:
 
 
 @njit(cache=True)
-def marked_shingles(
-    data: Bytes, offsets: Integers, length: int, bits: Hashes, letters: Any
+def _may_hold(bloom: Hashes, bit: np.uint64) -> Any:
+    return bloom[bit >> _WORD] >> (bit & _IN_WORD) & np.uint64(1)
+
+
+@njit(cache=True)
+def bloom_hits(
+    data: Bytes, offsets: Integers, length: int, bloom: Hashes, letters: Letters
 ) -> tuple[Hashes, Integers, Integers]:
-    """Return the distinct shingles of each row whose bit is set, ascending.
+    """Return the distinct shingles of each row that a Bloom filter may hold, ascending.
 
     Returns:
         The hashes, row after row, shape (F,); where each row's start, shape (B + 1,); and how many
         distinct shingles each row has that has one of them, else 0, shape (B,).
     """
-    shift = _bit_shift(bits)
+    shift = _bit_shift(bloom)
     starts, sizes = np.zeros(len(offsets), np.int64), np.zeros(len(offsets) - 1, np.int64)
-    found, count, bounds = np.empty(1024, np.uint64), 0, np.zeros(2, np.int64)
+    hits, count, bounds = np.empty(1024, np.uint64), 0, np.zeros(2, np.int64)
     for row in range(len(offsets) - 1):
         bounds[1] = offsets[row + 1] - offsets[row]
         hashes, _ = shingle_hashes(data[offsets[row] : offsets[row + 1]], bounds, length, letters)
-        is_marked: Any = False
+        has_hit: Any = False
         for value in hashes:
-            bit = value >> shift
-            if bits[bit >> _WORD] >> (bit & _IN_WORD) & np.uint64(1):
-                is_marked = True
+            if _may_hold(bloom, value >> shift):
+                has_hit = True
                 break
-        if is_marked:
+        if has_hit:
             hashes.sort()
             for place in range(len(hashes)):
                 value = hashes[place]
                 if place and value == hashes[place - 1]:
                     continue
                 sizes[row] += 1
-                bit = value >> shift
-                if bits[bit >> _WORD] >> (bit & _IN_WORD) & np.uint64(1):
-                    if count == len(found):
+                if _may_hold(bloom, value >> shift):
+                    if count == len(hits):
                         more = np.empty(2 * count, np.uint64)
-                        more[:count] = found
-                        found = more
-                    found[count] = value
+                        more[:count] = hits
+                        hits = more
+                    hits[count] = value
                     count += 1
         starts[row + 1] = count
-    return found[:count], starts, sizes
+    return hits[:count], starts, sizes
 
 
 @njit(cache=True)
-def word_counts(data: Bytes, offsets: Integers, letters: Any) -> Integers:
+def word_counts(data: Bytes, offsets: Integers, letters: Letters) -> Integers:
     """Return the number of words in each row. Shape (B,)."""
     counts = np.empty(len(offsets) - 1, np.int64)
     for row in range(len(counts)):
@@ -208,14 +221,14 @@ def word_counts(data: Bytes, offsets: Integers, letters: Any) -> Integers:
 
 
 @njit(cache=True)
-def count_words(data: Bytes, at: int, stop: int, letters: Any) -> int:
-    """Return the number of words between two places."""
-    known = len(letters)
+def count_words(data: Bytes, at: int, stop: int, letters: Letters) -> int:
+    """Return the number of words between two offsets."""
+    table_size = len(letters)
     count: Any = 0
     inside: Any = False
     while at < stop:
         point, width = _letter(data, at)
-        letter = np.int64(letters[point]) if point < known else point
+        letter = np.int64(letters[point]) if point < table_size else point
         at += width
         starts = letter != SEPARATOR and not inside
         inside = letter != SEPARATOR and letter < ALONE
@@ -224,14 +237,14 @@ def count_words(data: Bytes, at: int, stop: int, letters: Any) -> int:
 
 
 @njit(cache=True)
-def word_bounds(data: Bytes, letters: Any) -> tuple[Integers, Integers]:
+def word_bounds(data: Bytes, letters: Letters) -> tuple[Integers, Integers]:
     """Return where the words of one text start and stop, in bytes."""
     number = count_words(data, 0, len(data), letters)
     starts, stops = np.empty(number, np.int64), np.empty(number, np.int64)
     one, at = np.empty(1, np.uint64), 0
     for word in range(number):
         before = at
-        at, _ = _next_words(data, (at, len(data)), one, 0, letters)
+        at, _ = _next_words(data, Span(at, len(data)), one, 0, letters)
         stops[word] = at
         while True:
             point, width = _letter(data, before)
@@ -244,17 +257,26 @@ def word_bounds(data: Bytes, letters: Any) -> tuple[Integers, Integers]:
 
 @njit(cache=True)
 def band_hashes(
-    data: Bytes, offsets: Integers, shape: tuple[int, int, int], numbers: Any, letters: Any
+    data: Bytes,
+    offsets: Integers,
+    length: int,
+    num_bands: int,
+    numbers: NDArray[np.uint32],
+    letters: Letters,
 ) -> Hashes:
     """Return a hash for each row and band, shape (B, bands); zeros for rows without words.
 
     Nothing is kept of a row but its K minima, however long it is.
 
     Args:
-        shape: Words of a shingle, bands, and MinHash values in a band.
-        numbers: Odd multipliers and summands, shape (2, K), uint32.
+        data: Bytes of all rows.
+        offsets: Shape (B + 1,).
+        length: Words of a shingle.
+        num_bands: Bands of a row, K // num_bands MinHash values in each.
+        numbers: Odd multipliers and summands, shape (2, K).
+        letters: What each character counts as in a word.
     """
-    length, num_bands, num_rows = shape
+    num_rows = numbers.shape[1] // num_bands
     words, found = np.empty(_CHUNK_WORDS + length - 1, np.uint64), np.empty(_CHUNK_WORDS, np.uint64)
     short = np.empty(_CHUNK_WORDS, np.uint32)
     minima = np.empty(num_bands * num_rows, np.uint32)
@@ -263,7 +285,9 @@ def band_hashes(
         minima[:] = np.uint32(0xFFFFFFFF)
         at, stop, carried, any_found = offsets[row], offsets[row + 1], 0, False
         while True:
-            at, carried, number = _next_shingles(data, (at, stop), words, carried, found, letters)
+            at, carried, number = _next_shingles(
+                data, Span(at, stop), words, carried, found, letters
+            )
             if number == 0 and carried and not any_found:
                 found[0], number = _shingle(words, 0, carried), 1
             if number == 0:
@@ -284,7 +308,9 @@ def band_hashes(
 
 
 @njit(cache=True)
-def _lower(minima: Any, values: Any, numbers: Any) -> None:
+def _lower(
+    minima: NDArray[np.uint32], values: NDArray[np.uint32], numbers: NDArray[np.uint32]
+) -> None:
     """Lower each minimum to the least of its linear function (mod 2^32) over the values."""
     for index in range(len(minima)):
         multiplier, summand, least = numbers[0, index], numbers[1, index], minima[index]
@@ -294,16 +320,16 @@ def _lower(minima: Any, values: Any, numbers: Any) -> None:
 
 
 @njit(cache=True)
-def text_keys(data: Bytes, offsets: Integers, letters: Any) -> Integers:
+def text_keys(data: Bytes, offsets: Integers, letters: Letters) -> Integers:
     """Return a hash of each text without case and with single spaces. Shape (B,)."""
-    known = len(letters)
+    table_size = len(letters)
     result = np.empty(len(offsets) - 1, np.int64)
     for row in range(len(offsets) - 1):
         value, started, space = _FNV_START, False, False
         at = offsets[row]
         while at < offsets[row + 1]:
             point, width = _letter(data, at)
-            letter = np.int64(letters[point]) if point < known else point
+            letter = np.int64(letters[point]) if point < table_size else point
             at += width
             if letter == _SPACE:
                 space = started
@@ -348,22 +374,22 @@ def _root(parents: Integers, node: int) -> int:
 
 
 @njit(cache=True)
-def settle(
-    values: Hashes, offsets: Integers, pairs: Integers, kinds: Integers, threshold: float
-) -> tuple[Integers, Integers, Any]:
+def resolve_group(
+    values: Hashes, offsets: Integers, pairs: Integers, scopes: Integers, threshold: float
+) -> tuple[Integers, Integers, NDArray[np.float64]]:
     """Return root, keeper and similarity of rows in the order of preference. Shape (B,) each.
 
-    Rows linked by pairs that are alike have the first of them as root. Among those a row goes only
-    if a row of its kind that stays is similar enough itself: in a chain a-b-c with a unlike c, b
-    goes in favour of a, and c stays. The most similar one is the keeper, the first of equally
+    Rows linked by similar pairs have the first of them as root. Among those a row is removed only
+    if a row of its scope that stays is similar enough itself: in a chain a-b-c with a unlike c, b
+    is removed in favour of a, and c stays. The most similar one is the keeper, the first of equally
     similar ones.
 
     Args:
         values: Sorted hashes of each row's shingles, row after row.
         offsets: Shape (B + 1,).
         pairs: Candidates, shape (P, 2).
-        kinds: Shape (B,). A row is never removed in favour of one of another kind.
-        threshold: Least similarity of rows that are alike.
+        scopes: Shape (B,). A row is never removed in favour of one of another scope.
+        threshold: Least similarity of duplicates.
     """
     number = len(offsets) - 1
     roots, keepers = np.arange(number), np.arange(number)
@@ -381,7 +407,7 @@ def settle(
             continue
         best, keeper, other = 0.0, -1, root
         while other >= 0:
-            if kinds[other] == kinds[row]:
+            if scopes[other] == scopes[row]:
                 found = similarity(values, offsets, other, row)
                 if found > best:
                     best, keeper = found, other
@@ -395,16 +421,18 @@ def settle(
 
 
 @njit(cache=True)
-def bucket_pairs(rows: Integers, values: Hashes, limits: tuple[int, int, int]) -> Integers:
+def bucket_pairs(
+    rows: Integers, values: Hashes, num_rows: int, all_pairs_up_to: int, pivots: int
+) -> Integers:
     """Return a * N + b of the pairs a < b of rows with an equal value, some of them repeated.
 
     Args:
         rows: Numbers below N, in the order of `values`.
         values: Ascending.
-        limits: N; how many rows with an equal value are all compared; and with how many of the
-            first ones each is compared where there are more.
+        num_rows: N.
+        all_pairs_up_to: How many rows with an equal value are all compared with one another.
+        pivots: Where there are more, each is compared with so many of the first ones.
     """
-    num_rows, all_pairs_up_to, pivots = limits
     total, start = 0, 0
     for stop in range(1, len(values) + 1):
         if stop == len(values) or values[stop] != values[start]:

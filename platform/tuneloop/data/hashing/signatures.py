@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Hashes = NDArray[np.uint64]
-ComparedSide = Literal["both", "prompt", "completion"]
+from tuneloop.data.hashing import kernels
+from tuneloop.data.hashing.columns import Hashes, Indices, Texts
+
 _MAX_SIGNATURE = 128
 _TARGET_RECALL = 0.98
 _WITHOUT_SPACES = [
@@ -30,70 +31,9 @@ _WITHOUT_SPACES = [
 ]
 
 
-def compared_text(messages: Sequence[dict[str, str]], text: str, on: ComparedSide) -> str:
-    """Return the part of a row that `data.dedup.on` compares; a document as it is."""
-    if not messages:
-        return text
-    if on == "prompt":
-        messages = messages[:-1]
-    elif on == "completion":
-        messages = messages[-1:]
-    return "\n".join(message["content"] for message in messages)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """B texts as UTF-8.
-
-    Args:
-        data: The bytes, row after row.
-        offsets: Shape (B + 1,); row i is `data[offsets[i]:offsets[i + 1]]`.
-    """
-
-    data: NDArray[np.uint8]
-    offsets: NDArray[np.int64]
-
-    @staticmethod
-    def of(texts: Sequence[str]) -> Texts:
-        """Return the texts; a lone surrogate, which UTF-8 cannot write, counts as `?`."""
-        encoded = [text.encode("utf-8", "replace") for text in texts]
-        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(item) for item in encoded], out=offsets[1:])
-        return Texts(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
-
-    @staticmethod
-    def of_column(column: Any) -> Texts:
-        """Return the texts of an Arrow column of strings, on the same memory where possible."""
-        import pyarrow as pa
-
-        # Cast before it is put together: a string array holds no more than 2 GB.
-        large = column.cast(pa.large_string())
-        array = one_array(large) if isinstance(large, pa.ChunkedArray) else large
-        if array.null_count:
-            array = array.fill_null("")
-        _, offsets, data = array.buffers()
-        # Copied, as the kernels are compiled once more for arrays that cannot be written.
-        places = np.frombuffer(offsets, np.int64, len(array) + 1, array.offset * 8).copy()
-        return Texts(np.frombuffer(data if data is not None else b"", np.uint8), places)
-
-
-def one_array(column: Any) -> Any:
-    """Return an Arrow column as one array, on the same memory where it is one already."""
-    # `combine_chunks` copies a single chunk, too.
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def as_matrix(column: Any) -> Any:
-    """Return an Arrow column of N lists of equal length as an array, shape (N, length)."""
-    array = one_array(column)
-    return array.flatten().to_numpy().reshape(len(array), array.type.list_size)
-
-
-def normalised_hashes(texts: Texts) -> NDArray[np.int64]:
+def normalised_hashes(texts: Texts) -> Indices:
     """Return a 64-bit hash of each text without case and with single spaces. Shape (B,)."""
-    from tuneloop.data.hashing import kernels
-
-    keys: NDArray[np.int64] = kernels.text_keys(texts.data, texts.offsets, _letters()[1])
+    keys: Indices = kernels.text_keys(texts.data, texts.offsets, _letters().in_key)
     return keys
 
 
@@ -112,7 +52,7 @@ class Shingles:
     """
 
     hashes: Hashes
-    offsets: NDArray[np.int64]
+    offsets: Indices
 
     def sets(self) -> list[Hashes]:
         """Return each row's distinct hashes, sorted."""
@@ -132,52 +72,55 @@ def shingles(texts: Sequence[str] | Texts, ngram_words: int) -> Shingles:
     A text with fewer than `ngram_words` words is one shingle of all of them; one without words has
     none.
     """
-    from tuneloop.data.hashing import kernels
+    texts = texts if isinstance(texts, Texts) else Texts.of(texts)
+    letters = _letters().in_word
+    return Shingles(*kernels.shingle_hashes(texts.data, texts.offsets, ngram_words, letters))
 
-    given = texts if isinstance(texts, Texts) else Texts.of(texts)
-    return Shingles(*kernels.shingle_hashes(given.data, given.offsets, ngram_words, _letters()[0]))
 
-
-def word_counts(texts: Texts) -> NDArray[np.int64]:
+def word_counts(texts: Texts) -> Indices:
     """Return the number of words in each text. Shape (B,)."""
-    from tuneloop.data.hashing import kernels
-
-    counts: NDArray[np.int64] = kernels.word_counts(texts.data, texts.offsets, _letters()[0])
+    counts: Indices = kernels.word_counts(texts.data, texts.offsets, _letters().in_word)
     return counts
 
 
-def bits_of(hashes: Hashes, per_hash: int) -> Hashes:
-    """Return bits that tell most other hashes apart from these, for `marked_shingles`.
+def bloom_filter(hashes: Hashes, bits_per_hash: int) -> Hashes:
+    """Return a Bloom filter with one hash function that holds these hashes, for `bloom_hits`.
 
     Args:
-        hashes: Distinct.
-        per_hash: Least number of bits for each; one in so many other hashes is taken for one.
+        hashes: Distinct hashes; their first bits say which bit each of them sets.
+        bits_per_hash: Least size of the filter. One in so many other hashes is a false positive.
+
+    Returns:
+        2^k words of 64 bits.
     """
-    from tuneloop.data.hashing import kernels
-
-    bits = np.zeros(1 << max(0, (len(hashes) * per_hash - 1).bit_length() - 6), np.uint64)
-    kernels.mark(hashes, bits)
-    return bits
+    words = np.zeros(1 << max(0, (len(hashes) * bits_per_hash - 1).bit_length() - 6), np.uint64)
+    kernels.fill_bloom_filter(hashes, words)
+    return words
 
 
-def marked_shingles(texts: Texts, ngram_words: int, bits: Hashes) -> tuple[Shingles, Any]:
-    """Return each text's distinct n-grams whose bit is set, ascending, and how many it has in all.
+class BloomHits(NamedTuple):
+    """The shingles of B texts that a Bloom filter may hold.
 
-    The latter, shape (B,), is 0 for a text that has none of them.
+    Args:
+        shingles: Distinct for each text, ascending.
+        num_distinct: All distinct shingles of each text, shape (B,); 0 for a text without a hit.
     """
-    from tuneloop.data.hashing import kernels
 
-    hashes, starts, sizes = kernels.marked_shingles(
-        texts.data, texts.offsets, ngram_words, bits, _letters()[0]
+    shingles: Shingles
+    num_distinct: Indices
+
+
+def bloom_hits(texts: Texts, ngram_words: int, bloom: Hashes) -> BloomHits:
+    """Return the word n-grams of each text that a `bloom_filter` may hold."""
+    hashes, starts, num_distinct = kernels.bloom_hits(
+        texts.data, texts.offsets, ngram_words, bloom, _letters().in_word
     )
-    return Shingles(hashes, starts), sizes
+    return BloomHits(Shingles(hashes, starts), num_distinct)
 
 
-def word_spans(text: str) -> NDArray[np.int64]:
+def word_spans(text: str) -> Indices:
     """Return start and stop of each word in the UTF-8 bytes of the text. Shape (words, 2)."""
-    from tuneloop.data.hashing import kernels
-
-    return np.stack(kernels.word_bounds(Texts.of([text]).data, _letters()[0]), axis=1)
+    return np.stack(kernels.word_bounds(Texts.of([text]).data, _letters().in_word), axis=1)
 
 
 def band_shape(threshold: float) -> tuple[int, int]:
@@ -199,13 +142,13 @@ def band_shape(threshold: float) -> tuple[int, int]:
 
 def band_hashes(texts: Sequence[str] | Texts, ngram_words: int, threshold: float) -> Hashes:
     """Return a hash for each row and band, shape (B, bands); rows without words have zeros."""
-    from tuneloop.data.hashing import kernels
-
-    given = texts if isinstance(texts, Texts) else Texts.of(texts)
+    texts = texts if isinstance(texts, Texts) else Texts.of(texts)
     bands, rows = band_shape(threshold)
-    shape, numbers = (ngram_words, bands, rows), _permutations(bands * rows)
-    found: Hashes = kernels.band_hashes(given.data, given.offsets, shape, numbers, _letters()[0])
-    return found
+    numbers, letters = _permutations(bands * rows), _letters().in_word
+    hashes: Hashes = kernels.band_hashes(
+        texts.data, texts.offsets, ngram_words, bands, numbers, letters
+    )
+    return hashes
 
 
 def jaccard(a: Hashes, b: Hashes) -> float:
@@ -219,7 +162,7 @@ def jaccard(a: Hashes, b: Hashes) -> float:
 
 
 @lru_cache(maxsize=4)
-def _permutations(count: int) -> Any:
+def _permutations(count: int) -> NDArray[np.uint32]:
     """Return odd multipliers and summands of hash functions mod 2^32, always the same."""
     generator = np.random.Generator(np.random.PCG64(20261122))
     numbers = generator.integers(0, 2**32, size=(2, count), dtype=np.uint32)
@@ -227,24 +170,30 @@ def _permutations(count: int) -> Any:
     return numbers
 
 
-@lru_cache(maxsize=1)
-def _letters() -> tuple[Any, Any]:
-    """Return what each character of the Basic Multilingual Plane counts as: in a word, in a key.
+class _LetterTables(NamedTuple):
+    """What each character of the Basic Multilingual Plane counts as; the index is its code point.
 
-    In a word it is its lower-case form, `kernels.ALONE` or more where it is a word of its own,
-    and `kernels.SEPARATOR` where it is part of none. In a key white space is a space.
+    Args:
+        in_word: Its lower-case form, plus `kernels.ALONE` where it is a word of its own;
+            `kernels.SEPARATOR` where it is part of no word.
+        in_key: Its lower-case form; white space is a space.
     """
-    from tuneloop.data.hashing.kernels import ALONE, SEPARATOR
 
-    # Characters beyond it count as letters and have no other case.
+    in_word: NDArray[np.uint32]
+    in_key: NDArray[np.uint32]
+
+
+@lru_cache(maxsize=1)
+def _letters() -> _LetterTables:
+    # Characters beyond the plane count as letters and have no other case.
     in_word, in_key = np.zeros(0x10000, np.uint32), np.zeros(0x10000, np.uint32)
     for point in range(0x10000):
         letter = chr(point)
         form = next((f for f in (letter.casefold(), letter.lower()) if len(f) == 1), letter)
         is_word = letter == "_" or letter.isalnum() or unicodedata.category(letter)[0] == "M"
-        in_word[point] = ord(form) if is_word else SEPARATOR
+        in_word[point] = ord(form) if is_word else kernels.SEPARATOR
         in_key[point] = ord(" ") if letter.isspace() else ord(form)
     for first, last in _WITHOUT_SPACES:
         part = in_word[first : last + 1]
-        part[part != SEPARATOR] += np.uint32(ALONE)
-    return in_word, in_key
+        part[part != kernels.SEPARATOR] += np.uint32(kernels.ALONE)
+    return _LetterTables(in_word, in_key)

@@ -1,22 +1,36 @@
-"""Telling all that is wrong with the rows in one message, before any long work."""
+"""Saying all that is wrong with the rows in one message, before any long work."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import psutil
 
 from tuneloop.config import DataConfig, TuneloopConfig
-from tuneloop.data.schema import Reason, ReasonCode
+from tuneloop.data.schema import Rejection
 from tuneloop.errors import DataError, Problem, ResourceError
 
 _PLACES = 3
 _KINDS = 5
 
-# Peak of what `prepare` holds in its own process of every row, measured (docs/scaling.md).
+# Peak of what `prepare` holds in the driver of every row, measured (docs/scaling.md).
 _BYTES_PER_ROW = 1500
 
-BadRow = tuple[str, str]  # (place, JSON of what, got, allowed, remedy, fatal; or a plain reason)
+
+class BadRow(NamedTuple):
+    """A row that cannot be used, and its file and line."""
+
+    place: str
+    rejection: Rejection
+
+
+class LongRow(NamedTuple):
+    """A row longer than `data.max_seq_len`, and its file and line."""
+
+    place: str
+    num_tokens: int
 
 
 def refuse_mismatched_formats(config: TuneloopConfig) -> None:
@@ -38,9 +52,7 @@ def refuse_mismatched_formats(config: TuneloopConfig) -> None:
 
 
 def refuse_too_many_rows(total: int) -> None:
-    """Raise ResourceError if this process cannot hold what is decided from all rows at once."""
-    import psutil
-
+    """Raise ResourceError if the driver cannot hold what is decided from all rows at once."""
     needed, free = total * _BYTES_PER_ROW, psutil.virtual_memory().available
     if needed > free:
         raise ResourceError(
@@ -55,34 +67,23 @@ def refuse_too_many_rows(total: int) -> None:
         )
 
 
-def reason_of(problem: str, code: ReasonCode) -> Reason:
-    """Return why a bad row is removed, from its `problem`."""
-    details = _details(problem)
-    what, got = details["what"], details["got"]
-    # What a chat template or a tokenizer says has its details after a colon.
-    return Reason(code, f"{what}: {got}" if got else what, what.partition(":")[0])
-
-
 def bad_row_problems(bad: Sequence[BadRow], total: int, data: DataConfig) -> list[Problem]:
     """Return one problem for each kind of mistake in the rows, the most frequent first."""
     by_kind: dict[str, list[BadRow]] = {}
     for row in bad:
-        by_kind.setdefault(_details(row[1])["what"], []).append(row)
+        by_kind.setdefault(row.rejection.what, []).append(row)
     problems = []
     ranked = sorted(by_kind.items(), key=lambda item: -len(item[1]))
     for what, rows in ranked[:_KINDS]:
-        details = _details(rows[0][1])
-        places = ", ".join(place for place, _ in rows[:_PLACES])
+        first = rows[0].rejection
+        places = ", ".join(row.place for row in rows[:_PLACES])
         more = f", and {len(rows) - _PLACES:,} more" if len(rows) > _PLACES else ""
-        problems.append(
-            Problem(what, places + more, details["got"], details["allowed"], details["remedy"])
-        )
+        problems.append(Problem(what, places + more, first.got, first.allowed, first.remedy))
     rest = sum(len(rows) for _, rows in ranked[_KINDS:])
     if rest:
         problems.append(Problem(f"{rest:,} more rows have other mistakes"))
     share = len(bad) / max(1, total)
-    is_fatal = any(_details(problem)["fatal"] for _, problem in bad)
-    if share > data.max_bad_rows_ratio and not is_fatal:
+    if share > data.max_bad_rows_ratio and not _has_fatal(bad):
         last = problems.pop()
         drop = f" or drop them with data.max_bad_rows_ratio={_ceiling(share):g}"
         advice = (
@@ -105,40 +106,38 @@ def refuse_bad_rows(bad: Sequence[BadRow], total: int, data: DataConfig) -> None
                 allowed="at least two",
             )
         )
-    fatal = any(_details(problem)["fatal"] for _, problem in bad)
-    if fatal or len(bad) == total or len(bad) > data.max_bad_rows_ratio * total:
+    if _has_fatal(bad) or len(bad) == total or len(bad) > data.max_bad_rows_ratio * total:
         raise DataError(*bad_row_problems(bad, total, data))
 
 
-def nothing_left_problem(reasons: Sequence[str]) -> Problem:
-    """Return the problem of filters that leave no row."""
+def nothing_left_problem(summaries: Sequence[str]) -> Problem:
+    """Return the problem of filters that leave no row.
+
+    Args:
+        summaries: Why each row was dropped, `Reason.summary`.
+    """
     return Problem(
         "no row is left after the filters",
         where="data.filters",
-        got=_counted(reasons),
+        got=_counted(summaries),
         remedy="loosen the filter, or mend the rows; data.filters.template_markers=strip and "
         "data.filters.personal_data=mask keep them",
     )
 
 
-def dropped_problem(reasons: Sequence[str], total: int) -> Problem:
-    """Return the notice of rows that filters drop."""
+def dropped_problem(summaries: Sequence[str], total: int) -> Problem:
+    """Return the notice of rows that filters drop, from why each was dropped."""
     return Problem(
-        f"{len(reasons):,} of {total:,} rows are dropped by filters",
+        f"{len(summaries):,} of {total:,} rows are dropped by filters",
         where="data.filters",
-        got=_counted(reasons),
+        got=_counted(summaries),
     )
 
 
-def _counted(reasons: Sequence[str]) -> str:
-    counts = Counter(reason.partition(":")[0] for reason in reasons)
-    return ", ".join(f"{count:,} × {reason}" for reason, count in counts.most_common(_KINDS))
-
-
-def too_long_problem(rows: Sequence[tuple[str, int]], total: int, data: DataConfig) -> Problem:
-    """Return the problem of rows longer than `max_seq_len`, given as (place, tokens)."""
-    longest = max(length for _, length in rows)
-    places = ", ".join(f"{place} ({length:,} tokens)" for place, length in rows[:_PLACES])
+def too_long_problem(rows: Sequence[LongRow], total: int, data: DataConfig) -> Problem:
+    """Return the problem of rows longer than `max_seq_len`."""
+    longest = max(row.num_tokens for row in rows)
+    places = ", ".join(f"{row.place} ({row.num_tokens:,} tokens)" for row in rows[:_PLACES])
     more = f", and {len(rows) - _PLACES:,} more" if len(rows) > _PLACES else ""
     return Problem(
         f"{len(rows):,} of {total:,} rows are longer than data.max_seq_len",
@@ -149,12 +148,15 @@ def too_long_problem(rows: Sequence[tuple[str, int]], total: int, data: DataConf
     )
 
 
-def _details(problem: str) -> dict[str, str]:
-    if problem.startswith("{"):
-        return json.loads(problem)
-    return {"what": problem, "got": "", "allowed": "", "remedy": "", "fatal": ""}
+def _counted(summaries: Sequence[str]) -> str:
+    counts = Counter(summaries).most_common(_KINDS)
+    return ", ".join(f"{count:,} × {summary}" for summary, count in counts)
+
+
+def _has_fatal(bad: Sequence[BadRow]) -> bool:
+    return any(row.rejection.is_fatal for row in bad)
 
 
 def _ceiling(share: float) -> float:
-    """Return a share rounded up to two digits, so that it suffices when it is set."""
+    """Return a share rounded up to three digits, so that it suffices when it is set."""
     return min(1.0, -(-share * 1000 // 1) / 1000)

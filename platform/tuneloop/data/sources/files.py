@@ -1,4 +1,4 @@
-"""Where rows come from: finding, opening and hashing the files behind `data.sources`."""
+"""Finding, opening and hashing the files behind `data.sources`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from tuneloop.config import DataConfig, GenerationConfig, SourceConfig
+import pyarrow as pa
+from pyarrow import fs
+
+from tuneloop.config import SourceConfig
 from tuneloop.data.sources.docstrings import read_docstrings
-from tuneloop.data.sources.hub import (
-    choose_splits,
-    fetch_repository,
-    files_of_split,
-    repository_of,
-)
+from tuneloop.data.sources.splits import choose_splits, files_of_split, repository_of
 from tuneloop.errors import DataError, Problem
 
 DOCSTRINGS = "docstrings:stdlib"
@@ -37,7 +35,7 @@ class SourceFile:
         path: Local path, URI, or the name of a built-in source.
         source: Index in `data.sources`.
         content: The bytes themselves, where there is no file.
-        name: What people know it by; its path unless that is one of a cache or holds a secret.
+        name: What people know it by: its path, unless that is in a cache or holds a secret.
     """
 
     path: str
@@ -50,17 +48,15 @@ class SourceFile:
 
     @property
     def suffix(self) -> str:
-        """The suffix that tells the layout, without that of a compression."""
+        """The suffix that says which format it is in, without that of a compression."""
         name = PurePosixPath(_without_query(self.path))
         if name.suffix in COMPRESSIONS:
             name = name.with_suffix("")
         return ".jsonl" if self.content is not None else name.suffix.lower()
 
     @contextmanager
-    def open(self) -> Iterator[Any]:
+    def open(self) -> Iterator[pa.NativeFile]:
         """Open for reading bytes, decompressed. Raises OSError."""
-        import pyarrow as pa
-
         if self.content is not None:
             yield pa.BufferReader(self.content)
             return
@@ -80,27 +76,12 @@ class SourceFile:
         return digest.hexdigest()
 
 
-def find_files(data: DataConfig) -> list[SourceFile]:
-    """Return the files of all sources in a fixed order: by source, then by path.
+def find_files(sources: Sequence[SourceConfig], key: str = "data.sources") -> list[SourceFile]:
+    """Return the files of some sources in a fixed order: by source, then by path.
 
-    Raises:
-        DataError: With one problem for each source that leads nowhere.
-    """
-    return _find_all(data.sources, "data.sources")
-
-
-def find_evaluation_files(data: DataConfig) -> list[SourceFile]:
-    """Return the files of `data.decontamination.sources`, likewise."""
-    return _find_all(data.decontamination.sources, "data.decontamination.sources")
-
-
-def find_generation_files(generation: GenerationConfig) -> list[SourceFile]:
-    """Return the files of `generation.sources`, likewise."""
-    return _find_all(generation.sources, "generation.sources")
-
-
-def _find_all(sources: Sequence[SourceConfig], key: str) -> list[SourceFile]:
-    """Return the files of some sources in a fixed order.
+    Args:
+        sources: Where rows come from.
+        key: Their key in the YAML, which problems name.
 
     Raises:
         DataError: With one problem for each source that leads nowhere.
@@ -134,8 +115,10 @@ def _find(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
         return [_documentation(source, index, where)]
     repository = repository_of(source, (*TABLES, *DOCUMENTS, *COMPRESSIONS))
     if repository is not None:
-        found = fetch_repository(repository, source, where)
-        files = [SourceFile(path, index, name=name) for path, name in found]
+        from tuneloop.data.sources.hub import fetch_repository
+
+        fetched = fetch_repository(repository, source, where)
+        files = [SourceFile(file.path, index, name=file.name) for file in fetched]
         return _usable(files, source, f"{where}.path")
     is_remote = "://" in source.path
     try:
@@ -163,7 +146,7 @@ def _documentation(source: SourceConfig, index: int, where: str) -> SourceFile:
 
 
 def _usable(files: list[SourceFile], source: SourceConfig, where: str) -> list[SourceFile]:
-    """Return the files whose layout is known; raise DataError for one that was named and is not."""
+    """Return the files of known formats; raise DataError for one that was named and is not."""
     usable = TABLES + (DOCUMENTS if source.format == "text" else ())
     # In a directory other files (a README, a manifest) are passed over; a file that is named
     # has to be readable.
@@ -173,7 +156,7 @@ def _usable(files: list[SourceFile], source: SourceConfig, where: str) -> list[S
     if unusable is not None:
         raise DataError(
             Problem(
-                "a file's layout is not known",
+                "unknown file format",
                 where=where,
                 got=unusable.path,
                 allowed=", ".join(usable) + ", each also with " + ", ".join(COMPRESSIONS),
@@ -241,10 +224,6 @@ def _remote_paths(uri: str) -> list[str]:
 
     What follows a `?` says how to reach the place, for example an endpoint; it is kept.
     """
-    from fnmatch import fnmatchcase
-
-    from pyarrow import fs
-
     scheme = uri.split("://", 1)[0]
     uri = _without_query(whole := uri)
     query = whole.removeprefix(uri)
@@ -272,9 +251,7 @@ def _without_query(uri: str) -> str:
     return uri.partition("?")[0] if "://" in uri else uri
 
 
-def _filesystem(path: str) -> tuple[Any, str]:
-    from pyarrow import fs
-
+def _filesystem(path: str) -> tuple[fs.FileSystem, str]:
     if "://" in path:
         try:
             return fs.FileSystem.from_uri(path)

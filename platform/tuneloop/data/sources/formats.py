@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from tuneloop.config import OneTaskConfig, SourceConfig
+from tuneloop.data.schema import ReasonCode, Rejection, Stage
 from tuneloop.records import Message, Role
 
 _ROLES: dict[str, Role] = {
@@ -34,17 +35,37 @@ class RowError(ValueError):
         remedy: What to do.
     """
 
+    code: ClassVar[ReasonCode] = ReasonCode.WRONG_LAYOUT
+
     def __init__(self, what: str, got: str = "", allowed: str = "", remedy: str = "") -> None:
         super().__init__(what, got, allowed, remedy)
         self.what, self.got, self.allowed, self.remedy = what, got, allowed, remedy
 
+    def rejection(self) -> Rejection:
+        """Return why the row is removed."""
+        is_fatal = isinstance(self, FileError)
+        details = self.what, self.got, self.allowed, self.remedy
+        return Rejection(Stage.READ, self.code, *details, is_fatal)
 
-class FileError(RowError):
+
+class ParseError(RowError):
+    """A row cannot be read as text or parsed."""
+
+    code = ReasonCode.UNREADABLE
+
+
+class FileError(ParseError):
     """A whole file cannot be used: never tolerated, whatever `data.max_bad_rows_ratio` allows."""
 
 
+class AnswerError(RowError):
+    """A row's answer is none that the task allows."""
+
+    code = ReasonCode.WRONG_ANSWER
+
+
 def used_columns(source: SourceConfig) -> tuple[str, ...]:
-    """Return the columns that a format reads; all others are the user's and carried along."""
+    """Return the columns that a format reads; all others are the user's and are kept."""
     if source.format == "columns":
         return tuple(source.columns.values())
     if source.format == "alpaca":
@@ -83,11 +104,11 @@ def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> 
     system = ""
     if source.format == "alpaca":
         prompt = _text(row, "instruction")
-        given = row.get("input")
-        if given is not None and not isinstance(given, str):
-            raise _wrong_type("input", given)
-        if given and given.strip():
-            prompt = f"{prompt.rstrip()}\n\n{given}"
+        more = row.get("input")
+        if more is not None and not isinstance(more, str):
+            raise _wrong_type("input", more)
+        if more and more.strip():
+            prompt = f"{prompt.rstrip()}\n\n{more}"
         answer = "output"
     else:
         columns = dict(source.columns)
@@ -176,10 +197,10 @@ def _content(value: Any) -> str:
 
 
 def check_answer(answer: str, task: OneTaskConfig) -> None:
-    """Raise RowError if the answer is none that the task allows."""
+    """Raise AnswerError if the answer is none that the task allows."""
     if task.type == "classification" and answer not in task.labels:
         close = difflib.get_close_matches(answer.lower(), task.labels, n=1)
-        raise RowError(
+        raise AnswerError(
             "the answer is not one of task.labels",
             got=_short(answer),
             allowed=", ".join(task.labels),
@@ -189,16 +210,16 @@ def check_answer(answer: str, task: OneTaskConfig) -> None:
         try:
             record = json.loads(answer)
         except ValueError as error:
-            raise RowError(
+            raise AnswerError(
                 "the answer is not valid JSON", got=_short(answer), allowed="a JSON object"
             ) from error
         if not isinstance(record, dict):
-            raise RowError(
+            raise AnswerError(
                 "the answer is not a JSON object", got=_short(answer), allowed="a JSON object"
             )
         absent = [name for name in task.fields if name not in record]
         if absent:
-            raise RowError(
+            raise AnswerError(
                 f"the answer has no field `{absent[0]}`",
                 got=", ".join(record),
                 allowed="all of task.fields: " + ", ".join(task.fields),

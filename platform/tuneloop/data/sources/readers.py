@@ -1,23 +1,29 @@
-"""Reading files row by row: every row becomes a conversation or a reason, never an exception.
+"""Reading files row by row: a row becomes a conversation or a rejection, never an exception.
 
 A row's place is `path:N`. N is the line in JSONL, CSV and TSV, the position from 1 in JSON arrays,
 Parquet and Arrow, and 1 for a plain text document. A class label of `datasets` is read as its name.
+To add a file format: a function that yields its records, and its suffix in `_FORMATS`.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
-from collections.abc import Iterator, Mapping, Set
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from typing import Any, NamedTuple
 
-from tuneloop.config import OneTaskConfig, TuneloopConfig
-from tuneloop.data.filters.quality import apply_filters, filter_messages
-from tuneloop.data.schema import row_key
+import pyarrow as pa
+from pyarrow import parquet
+
+from tuneloop.config import MixedSourceConfig, OneTaskConfig, TuneloopConfig
+from tuneloop.data.filters.quality import apply_filters
+from tuneloop.data.schema import SourceRow, row_key
 from tuneloop.data.sources.files import DOCUMENTS, SourceFile
 from tuneloop.data.sources.formats import (
     FileError,
+    ParseError,
     RowError,
     check_answer,
     missing_column,
@@ -27,7 +33,7 @@ from tuneloop.data.sources.formats import (
 )
 from tuneloop.records import Message
 
-# Columns of the dataset artifact: a user's column of the same name is carried as `original_NAME`.
+# Columns of the dataset artifact: a user's column of the same name is kept as `original_NAME`.
 RESERVED = frozenset(
     {
         *("row_id", "source", "synthetic", "messages", "text", "input_ids", "loss_mask"),
@@ -38,8 +44,15 @@ _MADE_BY_US = {"row_id", "input_ids", "loss_mask"}
 _KEPT_OF_BAD_ROW = 10_000
 
 
-def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterator[dict[str, Any]]:
-    """Yield every row of a file, usable or not, with the columns of `row_schema`.
+class _Record(NamedTuple):
+    """A row of a file and its line; a row that cannot be parsed is its error."""
+
+    line: int
+    content: dict[str, Any] | RowError
+
+
+def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iterator[SourceRow]:
+    """Yield every row of a file, usable or not.
 
     Args:
         file: What to read.
@@ -47,75 +60,73 @@ def read_rows(file: SourceFile, position: int, config: TuneloopConfig) -> Iterat
         config: Layout of the source, task and split.
     """
     source = config.data.sources[file.source]
-    split = config.data.split
-    name = source.task or ""
-    task = config.task.of(name)
-    used = used_columns(source)
     for number, (line, record) in enumerate(_records(file)):
-        row = {
-            "key": row_key(position, number),
-            "source": f"{file.name}:{line}",
-            "problem": "",
-            "dropped": "",
-            "changes": "",
-            "task": name,
-            "messages": [],
-            "text": "",
-            "group": "",
-            "stratum": name,
-            "synthetic": False,
-            "extra": "{}",
-        }
+        row = SourceRow(
+            key=row_key(position, number),
+            source=f"{file.name}:{line}",
+            rejection=None,
+            changes="",
+            task=source.task or "",
+            messages=[],
+            text="",
+            group="",
+            stratum=source.task or "",
+            synthetic=False,
+            extra="{}",
+        )
         try:
             if isinstance(record, RowError):
                 raise record
-            if config.task.type == "language_modeling":
-                found = apply_filters([to_document(record)], False, config.data.filters)
-                row["text"] = found.texts[0]
-            else:
-                messages = to_messages(record, source, task)
-                messages, found = filter_messages(messages, config.data.filters)
-                if found.changes and not found.dropped:
-                    # A number that was masked leaves no valid JSON, for example.
-                    check_answer(messages[-1].content, task)
-                row["messages"] = [
-                    {"role": message.role, "content": message.content}
-                    for message in with_instruction(messages, task)
-                ]
-            row["dropped"], row["changes"] = found.dropped, ", ".join(found.changes)
-            if split.group_by is not None:
-                row["group"] = _told_by(record, split.group_by, "group_by")
-            if split.stratify_by is not None:
-                value = _told_by(record, split.stratify_by, "stratify_by")
-                # No name of a task has a comma, so no two strata are called the same.
-                row["stratum"] = f"{name}, {value}" if name else value
-            row["synthetic"] = record.get("synthetic") is True
-            # A row of a dataset artifact is made anew: its ids belong to another preparation.
-            is_ours = record.keys() >= _MADE_BY_US
-            reserved = RESERVED | {"task"} if name else RESERVED
-            extra = {
-                own_name(column, reserved): value
-                for column, value in record.items()
-                if column not in used
-                and column != "synthetic"
-                and not (is_ours and column in RESERVED)
-            }
-            if name:
-                extra["task"] = name
-            row["extra"] = json.dumps(extra, ensure_ascii=False, default=str)
-            _refuse_lone_surrogates(row)
+            _fill(row, record, source, config)
         except RowError as error:
-            row |= {"messages": [], "group": "", "stratum": name, "extra": "{}"}
-            row["problem"] = json.dumps(
-                {**vars(error), "fatal": isinstance(error, FileError)}, ensure_ascii=False
-            )
-            raw = _raw(record, error)[:_KEPT_OF_BAD_ROW]
-            row["text"] = raw.encode("utf-8", "replace").decode()
+            row["messages"], row["extra"], row["rejection"] = [], "{}", error.rejection()
+            row["group"], row["stratum"] = "", source.task or ""
+            raw = error.got if isinstance(record, RowError) else _json(record)
+            row["text"] = raw[:_KEPT_OF_BAD_ROW].encode("utf-8", "replace").decode()
         yield row
 
 
-def own_name(column: str, reserved: Set[str] = RESERVED) -> str:
-    """Return the name under which a user's column is carried."""
+def _fill(
+    row: SourceRow, record: dict[str, Any], source: MixedSourceConfig, config: TuneloopConfig
+) -> None:
+    """Put what a record says into its row. Raises RowError."""
+    task, filters, split = config.task.of(row["task"]), config.data.filters, config.data.split
+    if config.task.type == "language_modeling":
+        filtered = apply_filters([to_document(record)], False, filters)
+        row["text"] = filtered.texts[0]
+    else:
+        messages = to_messages(record, source, task)
+        filtered = apply_filters([message.content for message in messages], True, filters)
+        if filtered.changes and not filtered.dropped:
+            # A number that was masked leaves no valid JSON, for example.
+            check_answer(filtered.texts[-1], task)
+        texts = zip(messages, filtered.texts, strict=True)
+        messages = [Message(message.role, text) for message, text in texts]
+        row["messages"] = [vars(message) for message in with_instruction(messages, task)]
+    row["rejection"], row["changes"] = filtered.dropped, ", ".join(filtered.changes)
+    if split.group_by is not None:
+        row["group"] = _label(record, split.group_by, "group_by")
+    if split.stratify_by is not None:
+        label = _label(record, split.stratify_by, "stratify_by")
+        # No name of a task has a comma, so no two strata are called the same.
+        row["stratum"] = f"{row['task']}, {label}" if row["task"] else label
+    row["synthetic"] = record.get("synthetic") is True
+    row["extra"] = _json(_kept_columns(record, source))
+    _refuse_lone_surrogates(row)
+
+
+def _kept_columns(record: dict[str, Any], source: MixedSourceConfig) -> dict[str, Any]:
+    """Return the user's own columns under the names that the dataset artifact gives them."""
+    used = {*used_columns(source), "synthetic"}
+    if record.keys() >= _MADE_BY_US:
+        # A row of a dataset artifact is made anew: its ids belong to another preparation.
+        used |= RESERVED
+    reserved = RESERVED | {"task"} if source.task else RESERVED
+    kept = {_kept_name(name, reserved): record[name] for name in record if name not in used}
+    return kept | {"task": source.task} if source.task else kept
+
+
+def _kept_name(column: str, reserved: Set[str]) -> str:
     is_taken = column in reserved or column.startswith("#")
     return f"original_{column.removeprefix('#')}" if is_taken else column
 
@@ -134,37 +145,30 @@ def with_instruction(messages: list[Message], task: OneTaskConfig) -> list[Messa
 def without_instruction(
     messages: list[dict[str, str]], task: OneTaskConfig
 ) -> list[dict[str, str]]:
-    """Return what a row itself says: `with_instruction` undone, for comparing rows."""
+    """Return a row's own messages: `with_instruction` undone, for comparing rows."""
     instruction = task.instruction.strip()
     if not instruction:
         return messages
-    own = messages[0]["content"][len(instruction) :].strip()
-    return [{"role": "system", "content": own}] * bool(own) + list(messages[1:])
+    system = messages[0]["content"][len(instruction) :].strip()
+    return [{"role": "system", "content": system}] * bool(system) + list(messages[1:])
 
 
-def _records(file: SourceFile) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    """Yield (line, row) of a file; a row that cannot be parsed is its error."""
+def _records(file: SourceFile) -> Iterator[_Record]:
     try:
         with file.open() as stream:
-            if file.suffix in (".jsonl", ".ndjson"):
-                yield from _json_lines(stream)
-            elif file.suffix == ".json":
-                yield from _json_array(stream)
-            elif file.suffix in (".csv", ".tsv"):
-                yield from _separated(stream, "\t" if file.suffix == ".tsv" else ",")
-            elif file.suffix == ".parquet":
-                yield from _parquet(stream)
-            elif file.suffix == ".arrow":
-                yield from _arrow(stream)
-            elif file.suffix in DOCUMENTS:
-                yield 1, {"text": stream.read().decode()}
+            yield from _FORMATS[file.suffix](stream)
     except UnicodeDecodeError as error:
-        yield 1, FileError("the file is not UTF-8", got=f"byte {error.object[error.start]:#04x}")
+        byte = error.object[error.start]
+        yield _Record(1, FileError("the file is not UTF-8", got=f"byte {byte:#04x}"))
     except OSError as error:
-        yield 1, FileError("the file cannot be read", got=str(error))
+        yield _Record(1, FileError("the file cannot be read", got=str(error)))
 
 
-def _json_lines(stream: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+def _document(stream: pa.NativeFile) -> Iterator[_Record]:
+    yield _Record(1, {"text": stream.read().decode()})
+
+
+def _json_lines(stream: pa.NativeFile) -> Iterator[_Record]:
     for line, data in enumerate(io.BufferedReader(stream, 1 << 20), 1):
         if not data.strip():
             continue
@@ -172,47 +176,35 @@ def _json_lines(stream: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
             record = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            yield line, RowError("the line is not UTF-8", got=f"byte {byte:#04x}")
+            yield _Record(line, ParseError("the line is not UTF-8", got=f"byte {byte:#04x}"))
         except ValueError as error:
             text = data.decode(errors="replace").rstrip("\n")
             got = f"{error}: {text if len(text) <= 80 else text[:77] + '…'}"
-            yield line, RowError("the line is not valid JSON", got=got, allowed="one JSON object")
+            problem = ParseError("the line is not valid JSON", got=got, allowed="one JSON object")
+            yield _Record(line, problem)
         else:
-            yield line, _object(record)
+            yield _Record(line, _object(record))
 
 
-def _json_array(stream: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+def _json_array(stream: pa.NativeFile) -> Iterator[_Record]:
+    remedy = "one object per line is `.jsonl`"
     try:
         records = json.loads(stream.read())
     except UnicodeDecodeError:
         raise
     except ValueError as error:
-        line = getattr(error, "lineno", 1)
-        yield (
-            line,
-            FileError(
-                "the file is not valid JSON",
-                got=str(error),
-                remedy="one object per line is `.jsonl`",
-            ),
-        )
+        problem = FileError("the file is not valid JSON", got=str(error), remedy=remedy)
+        yield _Record(getattr(error, "lineno", 1), problem)
         return
     if not isinstance(records, list):
-        yield (
-            1,
-            FileError(
-                "the file is not a list",
-                got=type(records).__name__,
-                allowed="a list of objects",
-                remedy="one object per line is `.jsonl`",
-            ),
-        )
+        got, allowed = type(records).__name__, "a list of objects"
+        yield _Record(1, FileError("the file is not a list", got, allowed, remedy))
         return
     for number, record in enumerate(records, 1):
-        yield number, _object(record)
+        yield _Record(number, _object(record))
 
 
-def _separated(stream: Any, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+def _separated(stream: pa.NativeFile, delimiter: str) -> Iterator[_Record]:
     csv.field_size_limit(1 << 30)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
@@ -224,83 +216,86 @@ def _separated(stream: Any, delimiter: str) -> Iterator[tuple[int, dict[str, Any
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, RowError("the line is not valid CSV", got=str(error))
+            yield _Record(line, ParseError("the line is not valid CSV", got=str(error)))
             continue
         if not header:
             header = [name.strip() for name in values]
         elif len(values) == len(header):
-            yield line, dict(zip(header, values, strict=True))
+            yield _Record(line, dict(zip(header, values, strict=True)))
         elif values:
-            yield (
-                line,
-                RowError(
-                    "the row has another number of columns than the header",
-                    got=str(len(values)),
-                    allowed=str(len(header)),
-                    remedy="put values with separators or line breaks in double quotes",
-                ),
+            problem = ParseError(
+                "the row has another number of columns than the header",
+                got=str(len(values)),
+                allowed=str(len(header)),
+                remedy="put values with separators or line breaks in double quotes",
             )
+            yield _Record(line, problem)
 
 
-def _parquet(stream: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    import pyarrow as pa
-    from pyarrow import parquet
-
+def _parquet(stream: pa.NativeFile) -> Iterator[_Record]:
     number = 0
     try:
-        # Parquet is read from its end: a stream that cannot seek is taken as a whole.
+        # Parquet is read from its end: a stream that cannot seek is read as a whole.
         seekable = stream if stream.seekable() else pa.BufferReader(stream.read())
         file = parquet.ParquetFile(seekable)
-        classes = _class_names(file.schema_arrow)
-        for batch in file.iter_batches(1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield number, _with_names(record, classes)
+        for record in _batch_rows(file.schema_arrow, file.iter_batches(1024)):
+            number += 1
+            yield _Record(number, record)
     except pa.ArrowInvalid as error:
-        yield number + 1, FileError("the file is not valid Parquet", got=str(error))
+        yield _Record(number + 1, FileError("the file is not valid Parquet", got=str(error)))
 
 
-def _arrow(stream: Any) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    import pyarrow as pa
-
+def _arrow(stream: pa.NativeFile) -> Iterator[_Record]:
     number = 0
     try:
         reader = pa.ipc.open_stream(stream)
-        classes = _class_names(reader.schema)
-        for batch in reader:
-            for record in batch.to_pylist():
-                number += 1
-                yield number, _with_names(record, classes)
+        for record in _batch_rows(reader.schema, reader):
+            number += 1
+            yield _Record(number, record)
     except pa.ArrowInvalid as error:
-        yield number + 1, FileError("the file is not a valid Arrow stream", got=str(error))
+        yield _Record(number + 1, FileError("the file is not a valid Arrow stream", got=str(error)))
 
 
-def _class_names(schema: Any) -> dict[str, list[str]]:
-    """Return the names of the classes that `datasets` keeps as numbers, by column."""
+def _batch_rows(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of batches, with the names of the classes that `datasets` keeps as numbers."""
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = described.get("info", {}).get("features", {})
-    return {
+    classes = {
         name: feature["names"]
         for name, feature in features.items()
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
     }
+    for batch in batches:
+        for record in batch.to_pylist():
+            for column, names in classes.items():
+                number = record.get(column)
+                # -1 is a label that is missing.
+                if isinstance(number, int) and 0 <= number < len(names):
+                    record[column] = names[number]
+            yield record
 
 
-def _with_names(record: dict[str, Any], classes: Mapping[str, list[str]]) -> dict[str, Any]:
-    for column, names in classes.items():
-        number = record.get(column)
-        if isinstance(number, int) and 0 <= number < len(names):  # -1 is a label that is missing
-            record[column] = names[number]
-    return record
+_FORMATS: dict[str, Callable[[pa.NativeFile], Iterator[_Record]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_array,
+    ".csv": functools.partial(_separated, delimiter=","),
+    ".tsv": functools.partial(_separated, delimiter="\t"),
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    **dict.fromkeys(DOCUMENTS, _document),
+}
 
 
 def _object(record: Any) -> dict[str, Any] | RowError:
     if isinstance(record, dict):
         return record
-    return RowError("the row is not an object", got=type(record).__name__, allowed="a JSON object")
+    got = type(record).__name__
+    return ParseError("the row is not an object", got=got, allowed="a JSON object")
 
 
-def _told_by(record: Mapping[str, Any], column: str, key: str) -> str:
+def _label(record: Mapping[str, Any], column: str, key: str) -> str:
+    """Return a row's value of the column that `data.split.<key>` names, as text."""
     if column not in record:
         raise missing_column(column, record, f"set data.split.{key} to a column of the rows")
     value = record[column]
@@ -309,13 +304,13 @@ def _told_by(record: Mapping[str, Any], column: str, key: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
-def _refuse_lone_surrogates(row: dict[str, Any]) -> None:
-    """Raise RowError for half of a surrogate pair: JSON can escape one, but it is no text."""
-    said = [row["text"], row["group"], row["extra"], *(m["content"] for m in row["messages"])]
+def _refuse_lone_surrogates(row: SourceRow) -> None:
+    """Raise ParseError for half of a surrogate pair: JSON can escape one, but it is no text."""
+    texts = [row["text"], row["group"], row["extra"], *(m["content"] for m in row["messages"])]
     try:
-        "".join(said).encode()
+        "".join(texts).encode()
     except UnicodeEncodeError as error:
-        raise RowError(
+        raise ParseError(
             "half of a surrogate pair stands alone",
             got=ascii(error.object[max(0, error.start - 20) : error.start + 20]),
             allowed="text that UTF-8 can hold",
@@ -323,7 +318,5 @@ def _refuse_lone_surrogates(row: dict[str, Any]) -> None:
         ) from error
 
 
-def _raw(record: dict[str, Any] | RowError, error: RowError) -> str:
-    if isinstance(record, RowError):
-        return error.got
-    return json.dumps(record, ensure_ascii=False, default=str)
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,8 +1,4 @@
-"""How much each source, or each task, gives to the train split, without taking a row twice.
-
-Tasks of a mixture share texts: a summary and a label of the same document are two rows to learn.
-So rows are told apart by their task where one could be removed for another, or contradict it.
-"""
+"""How many rows each source, or each task, gives to the train split; none is taken twice."""
 
 from __future__ import annotations
 
@@ -10,27 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tuneloop.config import OneTaskConfig, TuneloopConfig
+from tuneloop.config import TuneloopConfig
+from tuneloop.data.hashing.columns import Indices
 from tuneloop.errors import DataError, Problem
-
-Indices = NDArray[np.int64]
-# The golden ratio's bits: multiples differ in all places of a hash (Knuth, TAOCP 3, 6.4).
-_ODD = np.int64(-7046029254386353131)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Parts and their weights, over N rows.
+    """S weighted parts, sources or tasks, over N rows.
 
     Args:
-        part: Number of each row's part, which is its source or its task. Shape (N,).
-        size: What the row counts: 1, or its tokens. Shape (N,).
-        weights: Of the parts, in any unit. Shape (S,).
-        names: Of the parts. Shape (S,).
+        part: Number of each row's part. Shape (N,).
+        size: What each row counts: 1, or its tokens. Shape (N,).
+        weights: Weight of each part, in any unit. Shape (S,).
+        names: Name of each part. Shape (S,).
         what: `source` or `task`.
-        where: The key under which they are in the YAML.
+        where: Key of the parts in the YAML.
     """
 
     part: Indices
@@ -41,10 +33,10 @@ class Mixture:
     where: str
 
     def order(self, train: Indices) -> Indices:
-        """Return the most train rows that keep the weights, such that every beginning keeps them.
+        """Return as many train rows as keep the weights, in an order whose prefixes keep them too.
 
         The rows of a part stand at equal distances, the smaller the larger its weight; the order
-        ends where the first part ends. So a smaller subset is contained in a larger one.
+        ends where the first part is used up. So a smaller subset is contained in a larger one.
 
         Args:
             train: Indices of the train rows in shuffled order.
@@ -55,11 +47,11 @@ class Mixture:
         place = np.zeros(len(train))
         ends = []
         for number, weight in enumerate(self.weights):
-            own = np.flatnonzero(self.part[train] == number)
-            size = self.size[train[own]]
+            members = np.flatnonzero(self.part[train] == number)
+            size = self.size[train[members]]
             filled = np.cumsum(size)
-            place[own] = (filled - size / 2) / weight
-            ends.append(float(filled[-1]) / weight if len(own) else 0.0)
+            place[members] = (filled - size / 2) / weight
+            ends.append(float(filled[-1]) / weight if len(members) else 0.0)
         empty = [number for number, end in enumerate(ends) if not end]
         if empty:
             raise DataError(
@@ -67,8 +59,8 @@ class Mixture:
                     f"a {self.what} has no train row to mix",
                     where=self.where,
                     got=", ".join(self.names[number] for number in empty),
-                    remedy="leave it out, or look at what removed its rows: without `weight` "
-                    "the data set's card tells",
+                    remedy="leave it out, or prepare once without `weight`: then the data set's "
+                    "card says what removed its rows",
                 )
             )
         order = np.argsort(place, kind="stable")
@@ -81,9 +73,10 @@ def mixture_of(
     """Return the parts of tasks or sources in the train split, or None if none has a weight.
 
     Args:
+        config: Its `task.tasks` and `data.sources` have the weights.
         source: Index of each row's source. Shape (N,).
-        task_ids: From `find_task_ids`. Shape (N,).
-        num_tokens: Of each row. Shape (N,).
+        task_ids: Task of each row, as its place in `task.tasks`. Shape (N,).
+        num_tokens: Tokens of each row. Shape (N,).
     """
     # Conversations count as one each; documents are packed, so what they fill counts.
     is_text = config.task.type == "language_modeling"
@@ -100,34 +93,12 @@ def mixture_of(
 
 
 def find_task_ids(config: TuneloopConfig, source: Indices) -> Indices:
-    """Return the position of each row's task in `task.tasks`; zeros without a mixture. Shape (N,).
+    """Return the place of each row's task in `task.tasks`; zeros without a mixture. Shape (N,).
 
     Args:
+        config: Its `task.tasks` and `data.sources`.
         source: Index of each row's source. Shape (N,).
     """
     names = list(config.task.tasks)
-    of_source = [names.index(item.task) if item.task else 0 for item in config.data.sources]
+    of_source = [names.index(source.task) if source.task else 0 for source in config.data.sources]
     return np.array(of_source, dtype=np.int64)[source]
-
-
-def dedup_scopes(config: TuneloopConfig, task_ids: Indices, answer_keys: Indices) -> Indices:
-    """Return numbers that differ between rows of which none may be removed for the other.
-
-    Rows of two tasks are such rows, and so are two labels of nearly the same text: that is no
-    repetition but a contradiction, which `conflicts` lists. Shape (N,).
-
-    Args:
-        task_ids: From `find_task_ids`. Shape (N,).
-        answer_keys: Hash of each row's answer. Shape (N,).
-    """
-    tasks: list[OneTaskConfig] = [*config.task.tasks.values()] or [config.task]
-    has_labels = np.array([task.type == "classification" for task in tasks])[task_ids]
-    if config.data.dedup.on != "both" or not has_labels.any():
-        return task_ids
-    scopes = np.stack([task_ids, np.where(has_labels, answer_keys, 0)], axis=1)
-    return np.unique(scopes, axis=0, return_inverse=True)[1].reshape(-1)
-
-
-def scoped(keys: Indices, scopes: Indices) -> Indices:
-    """Return hashes that are equal where both hash and scope are. Shape (N,)."""
-    return keys ^ (scopes * _ODD)

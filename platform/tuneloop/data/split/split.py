@@ -1,10 +1,11 @@
 """Which rows are trained on and which are kept unseen.
 
 Rows that belong together (a cluster of near-duplicates, the same prompt, a group of the user's)
-go to one side together. Sides and order come from a hash of the seed and of what the rows say,
-never from their position: adding rows later leaves the others where they were. Three things move
-a few: the border of `num_test_examples`, with `stratify_by` that of each stratum (which gives its
-share of rows, no more and no less), and a new row that joins others and may lead them.
+are a unit, which goes to one side as a whole. Sides and order come from a hash of the seed and of
+the rows' contents, never from their position: adding rows later leaves the others where they were.
+Three things move a few: the border of `num_test_examples`, with `stratify_by` that of each stratum
+(which gives its share of rows, no more and no less), and a new row that joins a unit and may lead
+it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneloop.config import DataConfig, TuneloopConfig
-from tuneloop.data.dedup.minhash import Indices, connected
+from tuneloop.data.dedup.minhash import connected
+from tuneloop.data.hashing.columns import Hashes, Indices
 from tuneloop.data.schema import Reason, ReasonCode
 from tuneloop.data.split.mixture import Mixture
 from tuneloop.errors import DataError, Problem
@@ -28,14 +31,14 @@ _TEST, _VALIDATION = 1, 2
 
 @dataclass(frozen=True)
 class Split:
-    """The outcome.
+    """The sides of all rows.
 
     Args:
         train: Indices of the train rows in the order in which they are written.
         test: Indices of the test rows, likewise.
         validation: Indices of the validation rows, likewise; empty unless asked for.
         surplus: By index, why a row is on no side.
-        num_groups: Units that stayed together, on each side.
+        num_groups: Number of units on each side.
     """
 
     train: Indices
@@ -66,15 +69,15 @@ def split_rows(
     """Return the sides of N rows, whatever `num_train_examples` is.
 
     Args:
-        row_ids: Shape (N,), all different.
-        groups: Shape (N,), the values of `split.group_by`; all empty without it.
+        row_ids: Ids of the rows, all different. Shape (N,).
+        groups: Values of `split.group_by`; all empty without it. Shape (N,).
         links: Labels, shape (N,) each; rows with an equal label stay together.
         data: `split` and `seed`.
-        strata: Shape (N,), each row's task and value of `split.stratify_by`; empty if rows are
+        strata: Task and value of `split.stratify_by` of each row, shape (N,); empty if rows are
             not stratified.
 
     Raises:
-        DataError: There are not enough rows, or they hang together too much to be split.
+        DataError: There are not enough rows, or too many of them stay together.
     """
     count = len(row_ids)
     ranks = _ranks(data.seed, row_ids)
@@ -90,47 +93,47 @@ def split_rows(
     stratum = strata_of_units(unit, num_units, strata) if len(strata) else None
     choice = _ranks(data.seed, names, "unit\0")
     place = _unit_places(unit, _ranks(data.seed, names), choice)
-    taken = _take(place, sizes, (data.split.num_test_examples, data.split.test_ratio), stratum)
-    _refuse_unsplittable(count, num_units, _num_units(taken), data)
-    _refuse_used_up(taken, stratum, strata, data)
+    target = _Target(data.split.num_test_examples, data.split.test_ratio)
+    chosen = _choose_units(place, sizes, target, stratum)
+    _refuse_unsplittable(count, num_units, _num_units(chosen), data)
+    _refuse_used_up(chosen, stratum, strata, data)
     side = np.zeros(num_units, dtype=np.int8)
-    surplus: dict[int, Reason] = {}
-    test = _by_rank(_rows_of(taken, unit, ranks, ("test", surplus)), ranks)
-    side[_all_units(taken)] = _TEST
+    test = _held_out_rows("test", chosen, unit, ranks)
+    side[_all_units(chosen)] = _TEST
 
-    validation = np.zeros(0, dtype=np.int64)
+    validation = _HeldOutRows(np.zeros(0, dtype=np.int64), {})
     if data.split.validates:
         # A hash of its own: what is validated does not depend on how many rows are tested.
-        ranks_here = _ranks(data.seed, names, "validation\0")
-        place = _unit_places(unit, ranks_here, choice)
+        place = _unit_places(unit, _ranks(data.seed, names, "validation\0"), choice)
         left = np.flatnonzero(side == 0)
-        asked = data.split.num_validation_examples, data.split.validation_ratio or 0.0
-        here = None if stratum is None else stratum[left]
-        taken = [
-            replace(part, units=left[part.units])
-            for part in _take(place[left], sizes[left], asked, here)
+        target = _Target(data.split.num_validation_examples, data.split.validation_ratio or 0.0)
+        stratum_left = None if stratum is None else stratum[left]
+        chosen = [
+            replace(units, units=left[units.units])
+            for units in _choose_units(place[left], sizes[left], target, stratum_left)
         ]
-        _refuse_too_little_left(len(left), _num_units(taken), data)
-        validation = _by_rank(_rows_of(taken, unit, ranks, ("validation", surplus)), ranks)
-        side[_all_units(taken)] = _VALIDATION
+        _refuse_too_little_left(len(left), _num_units(chosen), data)
+        validation = _held_out_rows("validation", chosen, unit, ranks)
+        side[_all_units(chosen)] = _VALIDATION
     train = _by_rank(np.flatnonzero(side[unit] == 0), ranks)
-    num_groups = np.bincount(side, minlength=3).tolist()
-    return Split(train, test, validation, surplus, dict(zip(SIDES, num_groups, strict=True)))
+    num_groups = dict(zip(SIDES, np.bincount(side, minlength=3).tolist(), strict=True))
+    surplus = test.surplus | validation.surplus
+    return Split(train, test.rows, validation.rows, surplus, num_groups)
 
 
 def limit_train(
     split: Split, left_out: Indices, data: DataConfig, mixture: Mixture | None = None
 ) -> Split:
-    """Return the split with only the first `num_train_examples` train rows, mixed as asked for.
+    """Return the split with only the first `num_train_examples` train rows, in their mixture.
 
     Args:
-        split: Of all rows.
-        left_out: Train rows that may not be trained on.
+        split: The sides of all rows.
+        left_out: Indices of train rows that may not be trained on.
         data: `num_train_examples`.
-        mixture: The parts of sources or tasks, if they have weights.
+        mixture: Weights of sources or tasks, if they have any.
 
     Raises:
-        DataError: Fewer are left than asked for, or none.
+        DataError: Fewer rows are left than `num_train_examples`, or none.
     """
     train = everyone = split.train[~np.isin(split.train, left_out)]
     surplus: dict[int, Reason] = {}
@@ -164,14 +167,12 @@ def limit_train(
     return replace(split, train=kept, surplus=split.surplus | surplus)
 
 
-def _ranks(seed: int, names: Sequence[str], prefix: str = "") -> NDArray[np.uint64]:
+def _ranks(seed: int, names: Sequence[str], prefix: str = "") -> Hashes:
     ranks = (hash_rank(seed, prefix + name) for name in names)
     return np.fromiter(ranks, np.uint64, len(names))
 
 
-def _unit_places(
-    unit: Indices, ranks: NDArray[np.uint64], choice: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
+def _unit_places(unit: Indices, ranks: Hashes, choice: Hashes) -> Hashes:
     """Return each unit's place: the hash of one of its rows, uniform whatever the unit's size.
 
     It is the row that a second hash puts first. (The lowest of several hashes would be the lower
@@ -181,93 +182,100 @@ def _unit_places(
     Args:
         unit: Number of each row's unit. Shape (N,).
         ranks: A hash of each row. Shape (N,).
-        choice: Another one. Shape (N,).
+        choice: Another hash of each row. Shape (N,).
     """
     order = np.lexsort((choice, unit))
     starts = np.flatnonzero(np.diff(unit[order], prepend=-1))
     return ranks[order[starts]]
 
 
-def _border(
-    place: NDArray[np.uint64], sizes: Indices, wanted: int | None, ratio: float
-) -> tuple[int, Indices, int | None]:
-    """Return how many units are held out, the order they are in, and each one's largest share."""
-    order = np.argsort(place, kind="stable")
-    if wanted is None:
-        border = int(np.searchsorted(place[order], np.uint64(ratio * 2**64)))
-        return min(max(border, 1), len(order) - 1), order, None
-    # Units larger than all that is wanted come last: taking one would throw away most of it.
-    order = order[np.argsort(sizes[order] > wanted, kind="stable")]
-    share, border = _share_of_a_unit(sizes[order], wanted)
-    return border, order, share
+class _Target(NamedTuple):
+    """How much to hold out: so many rows, or else so large a share of them."""
+
+    num_rows: int | None
+    ratio: float
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """Units held out together.
+class _HeldOutUnits:
+    """Units held out together: all of them, or those of a stratum.
 
     Args:
-        units: Indices of them.
-        wanted: How many rows they shall give; None: all.
-        share: The most rows that one of them gives; None: all.
+        units: Their numbers.
+        num_rows: How many rows they shall give; None: all.
+        most_of_one: The most rows that one unit gives; None: all.
         is_all: Nothing of their stratum is left.
     """
 
     units: Indices
-    wanted: int | None = None
-    share: int | None = None
+    num_rows: int | None = None
+    most_of_one: int | None = None
     is_all: bool = False
 
 
-def _take(
-    place: NDArray[np.uint64],
-    sizes: Indices,
-    asked: tuple[int | None, float],
-    stratum: Indices | None,
-) -> list[_Taken]:
+class _HeldOutRows(NamedTuple):
+    """Rows of a side, in order, and why other rows of their units are on no side."""
+
+    rows: Indices
+    surplus: dict[int, Reason]
+
+
+def _choose_units(
+    place: Hashes, sizes: Indices, target: _Target, stratum: Indices | None
+) -> list[_HeldOutUnits]:
     """Return the units to hold out, apart for each stratum.
 
     Args:
-        place: Of `_unit_places`. Shape (U,), U units.
-        sizes: Rows of each. Shape (U,).
-        asked: How many rows to hold out, or else which ratio of them.
-        stratum: Number of each one's stratum. Shape (U,).
+        place: Result of `_unit_places`. Shape (U,), U units.
+        sizes: Rows of each unit. Shape (U,).
+        target: How much to hold out.
+        stratum: Number of each unit's stratum, if they are stratified. Shape (U,).
     """
-    wanted, ratio = asked
     if stratum is None:
-        border, order, share = _border(place, sizes, wanted, ratio)
-        return [_Taken(order[:border], wanted, share)]
-    parts = [np.flatnonzero(stratum == number) for number in np.unique(stratum)]
-    # One that hangs together as a whole cannot be on two sides.
-    parts = [part for part in parts if len(part) > 1]
-    num_rows = np.array([sizes[part].sum() for part in parts], dtype=np.int64)
-    total = int(num_rows.sum())
-    taken = []
-    shares = quotas(num_rows, wanted or max(1, round(ratio * total)))
-    for part, quota in zip(parts, shares, strict=True):
-        if wanted is not None and quota:
-            border, order, share = _border(place[part], sizes[part], quota, ratio)
-            taken.append(_Taken(part[order[:border]], quota, share, border >= len(part)))
+        return [_first_units(place, sizes, target)]
+    strata = [np.flatnonzero(stratum == number) for number in np.unique(stratum)]
+    # A stratum of a single unit cannot be on two sides.
+    strata = [units for units in strata if len(units) > 1]
+    num_rows = np.array([sizes[units].sum() for units in strata], dtype=np.int64)
+    wanted = target.num_rows or max(1, round(target.ratio * int(num_rows.sum())))
+    chosen = []
+    for units, quota in zip(strata, quotas(num_rows, wanted), strict=True):
+        if target.num_rows is not None and quota:
+            first = _first_units(place[units], sizes[units], _Target(quota, target.ratio))
+            is_all = len(first.units) == len(units)
+            chosen.append(replace(first, units=units[first.units], is_all=is_all))
         elif quota:
-            order = part[np.argsort(place[part], kind="stable")]
+            order = units[np.argsort(place[units], kind="stable")]
             missed = np.abs(np.cumsum([0, *sizes[order]]) - quota)
-            border = len(part) - int(np.argmin(missed[::-1]))  # of two as near the larger
-            taken.append(_Taken(order[: min(border, len(part) - 1)]))
-    return taken
+            border = len(units) - int(np.argmin(missed[::-1]))  # of two as near the larger
+            chosen.append(_HeldOutUnits(order[: min(border, len(units) - 1)]))
+    return chosen
 
 
-def quotas(num_rows: Indices, wanted: int) -> list[int]:
-    """Return how many rows each stratum gives, by largest remainder, so that the sum is `wanted`.
+def _first_units(place: Hashes, sizes: Indices, target: _Target) -> _HeldOutUnits:
+    """Return the units that are held out, where all are of one stratum."""
+    order = np.argsort(place, kind="stable")
+    if target.num_rows is None:
+        border = int(np.searchsorted(place[order], np.uint64(target.ratio * 2**64)))
+        return _HeldOutUnits(order[: min(max(border, 1), len(order) - 1)])
+    # Units larger than all that is asked for come last: taking one would throw away most of it.
+    order = order[np.argsort(sizes[order] > target.num_rows, kind="stable")]
+    most_of_one, border = _share_of_a_unit(sizes[order], target.num_rows)
+    return _HeldOutUnits(order[:border], target.num_rows, most_of_one)
+
+
+def quotas(num_rows: Indices, total: int) -> list[int]:
+    """Return how many rows each stratum gives, by largest remainder, so that the sum is `total`.
 
     Args:
         num_rows: Rows of each stratum. Shape (S,).
-        wanted: Rows in all, at most as many as there are.
+        total: Rows in all, at most as many as there are.
     """
-    exact = num_rows * (wanted / max(1, int(num_rows.sum())))
+    exact = num_rows * (total / max(1, int(num_rows.sum())))
     floors = np.floor(exact).astype(np.int64)
     # Of equal remainders the larger stratum comes first, then the one named first.
     order = np.lexsort((np.arange(len(exact)), -num_rows, floors - exact))
-    floors[order[: max(0, wanted - int(floors.sum()))]] += 1
+    floors[order[: max(0, total - int(floors.sum()))]] += 1
     return floors.tolist()
 
 
@@ -283,42 +291,42 @@ def strata_of_units(unit: Indices, num_units: int, strata: Sequence[str]) -> Ind
     return result
 
 
-def _all_units(taken: Sequence[_Taken]) -> Indices:
-    return np.concatenate([np.zeros(0, dtype=np.int64), *(part.units for part in taken)])
+def _all_units(chosen: Sequence[_HeldOutUnits]) -> Indices:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(units.units for units in chosen)])
 
 
-def _num_units(taken: Sequence[_Taken]) -> int:
-    return sum(len(part.units) for part in taken)
+def _num_units(chosen: Sequence[_HeldOutUnits]) -> int:
+    return sum(len(units.units) for units in chosen)
 
 
-def _rows_of(
-    taken: Sequence[_Taken],
-    unit: Indices,
-    ranks: NDArray[np.uint64],
-    told: tuple[str, dict[int, Reason]],
-) -> Indices:
-    """Return the rows held out; those beyond the number wanted are noted in the surplus."""
-    name, surplus = told
+def _held_out_rows(
+    side: str, chosen: Sequence[_HeldOutUnits], unit: Indices, ranks: Hashes
+) -> _HeldOutRows:
+    """Return the rows of a side; those beyond the number asked for are surplus."""
     found = [np.zeros(0, dtype=np.int64)]
-    for part in taken:
-        rows = _by_rank(np.flatnonzero(np.isin(unit, part.units)), ranks)
-        if part.wanted is not None and part.share is not None:
-            chosen = rows[occurrence(unit[rows]) < part.share][: part.wanted]
-            text = f"its group is in the {name} split, which has its {part.wanted} rows"
+    surplus: dict[int, Reason] = {}
+    for units in chosen:
+        rows = _by_rank(np.flatnonzero(np.isin(unit, units.units)), ranks)
+        if units.num_rows is not None and units.most_of_one is not None:
+            kept = rows[occurrence(unit[rows]) < units.most_of_one][: units.num_rows]
+            text = f"its group is in the {side} split, which has its {units.num_rows} rows"
             reason = Reason(ReasonCode.GROUP_SURPLUS, text, text)
-            surplus.update((int(index), reason) for index in np.setdiff1d(rows, chosen))
-            rows = chosen
+            surplus |= {int(index): reason for index in np.setdiff1d(rows, kept)}
+            rows = kept
         found.append(rows)
-    return np.concatenate(found)
+    return _HeldOutRows(_by_rank(np.concatenate(found), ranks), surplus)
 
 
 def _refuse_used_up(
-    taken: Sequence[_Taken], stratum: Indices | None, strata: Sequence[str], data: DataConfig
+    chosen: Sequence[_HeldOutUnits],
+    stratum: Indices | None,
+    strata: Sequence[str],
+    data: DataConfig,
 ) -> None:
-    if stratum is None or not any(part.is_all for part in taken):
+    if stratum is None or not any(units.is_all for units in chosen):
         return
     names = np.unique(np.array(strata, dtype=object))
-    gone = [names[stratum[part.units[0]]] for part in taken if part.is_all]
+    gone = [names[stratum[units.units[0]]] for units in chosen if units.is_all]
     raise DataError(
         Problem(
             "the test split would take all rows of a stratum",
@@ -329,8 +337,8 @@ def _refuse_used_up(
     )
 
 
-def _refuse_too_little_left(num_units: int, border: int, data: DataConfig) -> None:
-    if num_units >= 2 and border < num_units:
+def _refuse_too_little_left(num_units: int, num_chosen: int, data: DataConfig) -> None:
+    if num_units >= 2 and num_chosen < num_units:
         return
     by_number = data.split.num_validation_examples is not None
     raise DataError(
@@ -346,8 +354,8 @@ def _refuse_too_little_left(num_units: int, border: int, data: DataConfig) -> No
     )
 
 
-def _refuse_unsplittable(count: int, num_units: int, border: int, data: DataConfig) -> None:
-    if num_units >= 2 and 0 < border < num_units:
+def _refuse_unsplittable(count: int, num_units: int, num_chosen: int, data: DataConfig) -> None:
+    if num_units >= 2 and 0 < num_chosen < num_units:
         return
     wanted = data.split.num_test_examples
     if wanted is not None and wanted >= count:
@@ -382,7 +390,7 @@ def _share_of_a_unit(sizes: Indices, wanted: int) -> tuple[int, int]:
     would cost more than a tenth of all rows beyond what cannot be avoided, units give more.
 
     Args:
-        sizes: Rows of each unit in the order in which the test takes them.
+        sizes: Rows of each unit, in the order in which the test takes them.
         wanted: Rows in the test.
     """
 
@@ -410,7 +418,7 @@ def occurrence(labels: Indices) -> Indices:
     return result
 
 
-def _by_rank(indices: Indices, ranks: NDArray[np.uint64]) -> Indices:
+def _by_rank(indices: Indices, ranks: Hashes) -> Indices:
     return indices[np.argsort(ranks[indices], kind="stable")]
 
 

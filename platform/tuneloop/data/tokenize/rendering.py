@@ -14,17 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuneloop.config import DataConfig, TaskConfig
+from tuneloop.data.hashing.columns import ComparedSide, Hashes, Texts, compared_text
 from tuneloop.data.hashing.signatures import (
-    ComparedSide,
-    Hashes,
-    Texts,
     band_hashes,
     band_shape,
-    compared_text,
     normalised_hashes,
     shingles,
 )
-from tuneloop.data.schema import rendered_schema
+from tuneloop.data.schema import ReasonCode, Rejection, Stage, rendered_schema
 from tuneloop.data.sources.readers import without_instruction
 from tuneloop.models.chat.renderer import Renderer, RenderError
 from tuneloop.models.chat.tokenizer_backends import (
@@ -146,27 +143,28 @@ def render_batch(table: Any, rendering: Rendering) -> Any:
 
 
 def tokenize(table: Any, rendering: Rendering) -> Any:
-    """Return an Arrow table of rows with their tokens added; `problem` says why a row has none.
+    """Return an Arrow table of rows with their tokens added; `rejection` says why a row has none.
 
     The new columns are `input_ids`, `loss_mask`, `num_tokens` and `num_target_tokens`.
     """
     import pyarrow as pa
 
-    problems = table["problem"].to_pylist()
-    flags = enumerate(zip(problems, table["dropped"].to_pylist(), strict=True))
-    usable = [index for index, flag in flags if not any(flag)]
+    rejections = table["rejection"].to_pylist()
+    usable = [index for index, rejection in enumerate(rejections) if rejection is None]
     of_rows = _documents if rendering.task.type == "language_modeling" else _conversations
     # Taking rows copies their texts.
     is_whole = len(usable) == table.num_rows
     chosen = table if is_whole else table.take(pa.array(usable, pa.int64()))
     ids, mask, targets, found = of_rows(chosen, rendering.renderer())
     for index, problem in zip(usable, found, strict=True):
-        problems[index] = problem
+        if problem:
+            rejection = Rejection(Stage.TOKENIZE, ReasonCode.UNRENDERABLE, problem)
+            rejections[index] = rejection._asdict()
     lengths, num_targets = np.zeros(table.num_rows, np.int64), np.zeros(table.num_rows, np.int64)
     lengths[usable], num_targets[usable] = np.diff(ids.offsets), targets
     places = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
     columns = {
-        "problem": pa.array(problems, pa.string()),
+        "rejection": pa.array(rejections, table["rejection"].type),
         "input_ids": pa.ListArray.from_arrays(places, pa.array(ids.values)),
         "loss_mask": pa.ListArray.from_arrays(places, pa.array(mask)),
         "num_tokens": pa.array(lengths, pa.int32()),
