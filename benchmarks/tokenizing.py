@@ -168,7 +168,8 @@ def write_files(documents: list[str], folder: Path) -> list[Path]:
     for number in range(_FILES):
         texts = documents[number::_FILES]
         empty: dict[str, list[Any]] = {
-            name: [False if name == "synthetic" else [] if name == "messages" else ""] * len(texts)
+            name: [{"synthetic": False, "messages": [], "rejection": None}.get(name, "")]
+            * len(texts)
             for name in row_schema().names
         }
         rows = empty | {"key": list(range(len(texts))), "text": texts}
