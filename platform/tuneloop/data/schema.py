@@ -82,6 +82,8 @@ class ReasonCode(StrEnum):
     GROUP_SURPLUS = "group_surplus"
     MIXTURE_SURPLUS = "mixture_surplus"
     TRAIN_LIMIT = "train_limit"
+    # Generating pairs.
+    NO_REPLY = "no_reply"
 
 
 class Reason(NamedTuple):

@@ -18,7 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from pyarrow import parquet
 
 from tuneloop.artifacts import Published, Workspace, fingerprint
 from tuneloop.config import (
@@ -29,7 +32,7 @@ from tuneloop.config import (
     TuneloopConfig,
 )
 from tuneloop.data.filters.languages import refuse_unknown_languages
-from tuneloop.data.schema import Stage, dataset_schema, removed_schema
+from tuneloop.data.schema import ReasonCode, Stage, dataset_schema, removed_schema
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
 from tuneloop.data.tokenize.rendering import content_id
@@ -37,13 +40,13 @@ from tuneloop.errors import ConfigError, DataError, EndpointError, Problem
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer, RenderError
 from tuneloop.models.client.client import Client, RequestError, ask_each
+from tuneloop.progress import Progress
 from tuneloop.records import Endpoint, Message, SamplingParams
 
 logger = logging.getLogger("tuneloop.data")
 
 API_KEY_VARIABLE = "TUNELOOP_GENERATION_API_KEY"
 CODE_VERSION = 1
-_PROGRESS_EVERY_S = 5.0
 _FORMAT = 'Answer with a JSON list only: [{"question": "...", "answer": "..."}, ...]'
 _WORD = re.compile(r"\w{4,}")
 
@@ -69,6 +72,28 @@ class Reply:
     text: str = ""
     finish_reason: str = ""
     error: str = ""
+
+
+class Pair(NamedTuple):
+    """A question about a passage, and its answer."""
+
+    question: str
+    answer: str
+
+
+class ParsedReply(NamedTuple):
+    """The pairs of a reply, and why some of it cannot be used; `problem` is empty if all can."""
+
+    pairs: list[Pair]
+    problem: str = ""
+    code: ReasonCode = ReasonCode.UNREADABLE
+
+
+class GeneratedRows(NamedTuple):
+    """The rows of `train/` and of `removed/`."""
+
+    train: list[dict[str, Any]]
+    removed: list[dict[str, Any]]
 
 
 def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:
@@ -113,9 +138,9 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
         return Published(existing, reused=True)
     with workspace.draft("datasets", name, identity) as draft:
         replies = _replies(passages, generation, draft.scratch / "replies.jsonl")
-        rows, removed = _rows(passages, replies, renderer)
-        if not rows:
-            reasons = Counter(row["reason"].partition(":")[0] for row in removed)
+        rows = _rows(passages, replies, renderer)
+        if not rows.train:
+            reasons = _reasons(rows.removed)
             raise DataError(
                 Problem(
                     "no reply holds a pair that can be used",
@@ -126,8 +151,8 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
                     "clearly in generation.instruction",
                 )
             )
-        metrics = _metrics(passages, replies, rows, removed)
-        _write(draft.path, name, (rows, removed), metrics, generation)
+        metrics = _metrics(passages, replies, rows)
+        _write(draft.path, name, rows, metrics, generation)
         artifact = draft.publish(
             config=parts,
             resources={"concurrency": generation.concurrency},
@@ -200,13 +225,14 @@ def _replies(passages: list[Passage], generation: GenerationConfig, path: Path) 
     todo = [passage for passage in passages if passage.passage_id not in replies]
     if len(todo) < len(passages):
         logger.info("%d of %d replies are already there", len(passages) - len(todo), len(passages))
-    started = last = time.monotonic()
+    started = time.monotonic()
     done = num_pairs = 0
-    with path.open("a", encoding="utf-8") as file:
+    asking = Progress("asking", len(todo), "passages")
+    with asking as progress, path.open("a", encoding="utf-8") as file:
         file.write("\n")  # after a line that a crash cut off
 
         def keep(passage: Passage, reply: Reply) -> None:
-            nonlocal done, last, num_pairs
+            nonlocal done, num_pairs
             replies[passage.passage_id] = reply
             if reply.error:
                 logger.warning("no reply about %s: %s", passage.source, reply.error)
@@ -215,15 +241,12 @@ def _replies(passages: list[Passage], generation: GenerationConfig, path: Path) 
                 file.write(json.dumps(record) + "\n")
                 file.flush()
             done += 1
-            num_pairs += len(parse_pairs(reply)[0])
-            now = time.monotonic()
-            if now - last >= _PROGRESS_EVERY_S or done == len(todo):
-                last = now
-                left = (now - started) / done * (len(todo) - done)
-                logger.info(
-                    "asked about %d/%d passages, %d pairs, %.0f s left",
-                    *(done, len(todo), num_pairs, left),
-                )
+            num_pairs += len(parse_pairs(reply).pairs)
+            progress.update(done, f"{num_pairs:,} pairs")
+            left = (time.monotonic() - started) / done * (len(todo) - done)
+            line = "asked about %d/%d passages, %d pairs, %.0f s left"
+            is_last = done == len(todo)
+            progress.log(logger, line, done, len(todo), num_pairs, left, now=is_last)
 
         if todo:
             asyncio.run(_ask(todo, generation, keep))
@@ -268,26 +291,25 @@ def prompt(passage: Passage, generation: GenerationConfig) -> list[Message]:
     return [Message("system", f"{asked}\n{_FORMAT}"), Message("user", passage.text)]
 
 
-def parse_pairs(reply: Reply) -> tuple[list[tuple[str, str]], str]:
-    """Return the (question, answer) pairs of a reply, and why some of it cannot be used.
-
-    The list may stand between other words, such as a code fence.
-    """
+def parse_pairs(reply: Reply) -> ParsedReply:
+    """Return the pairs of a reply; the list may stand between other words, such as a code fence."""
     if reply.error:
-        return [], f"no reply: {reply.error}"
+        return ParsedReply([], f"no reply: {reply.error}", ReasonCode.NO_REPLY)
     try:
         start = reply.text.index("[")
         items, _ = json.JSONDecoder().raw_decode(reply.text, start)
     except ValueError:
-        is_cut = reply.finish_reason == "length"
-        return [], "cut off at generation.max_tokens" if is_cut else "no JSON list"
+        if reply.finish_reason == "length":
+            return ParsedReply([], "cut off at generation.max_tokens", ReasonCode.CUT_OFF)
+        return ParsedReply([], "no JSON list")
     pairs = []
     for item in items:
         sides = (item.get("question"), item.get("answer")) if isinstance(item, dict) else ()
         stripped = [side.strip() for side in sides if isinstance(side, str) and side.strip()]
         if len(stripped) == 2:
-            pairs.append((stripped[0], stripped[1]))
-    return pairs, "" if len(pairs) == len(items) else "an item without question or answer"
+            pairs.append(Pair(*stripped))
+    problem = "" if len(pairs) == len(items) else "an item without question or answer"
+    return ParsedReply(pairs, problem, ReasonCode.WRONG_LAYOUT)
 
 
 def support_ratio(answer: str, passage: str) -> float | None:
@@ -301,41 +323,40 @@ def support_ratio(answer: str, passage: str) -> float | None:
     return len(words & set(_WORD.findall(passage.casefold()))) / len(words)
 
 
-def _rows(
-    passages: list[Passage], replies: dict[str, Reply], renderer: Renderer
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows of `train/` and of `removed/`."""
+def _rows(passages: list[Passage], replies: dict[str, Reply], renderer: Renderer) -> GeneratedRows:
     rows: dict[str, dict[str, Any]] = {}
     removed = []
 
-    def remove(row_id: str, reason: str, text: str, passage: Passage, kept: str = "") -> None:
+    def remove(row_id: str, passage: Passage, code: ReasonCode, reason: str, text: str) -> None:
         removed.append(
             {
                 "row_id": row_id,
                 "stage": "generate",
                 "reason": reason,
-                "kept_row_id": kept or None,
+                "kept_row_id": row_id if code is ReasonCode.EXACT_DUPLICATE else None,
                 "text": text,
                 "source": passage.source,
+                "reason_code": code,
             }
         )
 
     for passage in passages:
         reply = replies[passage.passage_id]
-        pairs, reason = parse_pairs(reply)
-        if reason:
-            remove(passage.passage_id, reason, reply.text, passage)
+        pairs, problem, code = parse_pairs(reply)
+        if problem:
+            remove(passage.passage_id, passage, code, problem, reply.text)
         for question, answer in pairs:
             messages = [Message("user", question), Message("assistant", answer)]
             turns = [{"role": m.role, "content": m.content} for m in messages]
-            row_id = content_id(turns, "")
+            row_id, text = content_id(turns, ""), f"{question}\n{answer}"
             if row_id in rows:
-                remove(row_id, "written twice", f"{question}\n{answer}", passage, row_id)
+                remove(row_id, passage, ReasonCode.EXACT_DUPLICATE, "written twice", text)
                 continue
             try:
                 sample = renderer.sample(messages)
             except RenderError as error:
-                remove(row_id, f"cannot be rendered: {error}", f"{question}\n{answer}", passage)
+                reason = f"cannot be rendered: {error}"
+                remove(row_id, passage, ReasonCode.UNRENDERABLE, reason, text)
                 continue
             rows[row_id] = {
                 "row_id": row_id,
@@ -348,23 +369,25 @@ def _rows(
                 "passage": passage.text,
                 "support_ratio": support_ratio(answer, passage.text),
             }
-    return list(rows.values()), removed
+    return GeneratedRows(list(rows.values()), removed)
+
+
+def _reasons(removed: list[dict[str, Any]]) -> Counter[str]:
+    """Return how often rows were removed for which reason, without its details."""
+    return Counter(row["reason"].partition(":")[0] for row in removed)
 
 
 def _metrics(
-    passages: list[Passage],
-    replies: dict[str, Reply],
-    rows: list[dict[str, Any]],
-    removed: list[dict[str, Any]],
+    passages: list[Passage], replies: dict[str, Reply], rows: GeneratedRows
 ) -> dict[str, Any]:
-    support = [row["support_ratio"] for row in rows if row["support_ratio"] is not None]
+    support = [row["support_ratio"] for row in rows.train if row["support_ratio"] is not None]
     return {
         "num_passages": len(passages),
         "num_unanswered": sum(bool(reply.error) for reply in replies.values()),
-        "num_train_rows": len(rows),
+        "num_train_rows": len(rows.train),
         "num_test_rows": 0,
-        "num_removed": len(removed),
-        "num_train_tokens": sum(row["num_tokens"] for row in rows),
+        "num_removed": len(rows.removed),
+        "num_train_tokens": sum(row["num_tokens"] for row in rows.train),
         "mean_support_ratio": round(sum(support) / len(support), 4) if support else None,
     }
 
@@ -372,37 +395,33 @@ def _metrics(
 def _write(
     path: Path,
     name: str,
-    sides: tuple[list[dict[str, Any]], list[dict[str, Any]]],
+    rows: GeneratedRows,
     metrics: dict[str, Any],
     generation: GenerationConfig,
 ) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    rows, removed = sides
     columns = pa.schema([("passage", pa.string()), ("support_ratio", pa.float64())])
     for side, content, schema in (
-        ("train", rows, dataset_schema(columns)),
+        ("train", rows.train, dataset_schema(columns)),
         # Models are tested on people's rows only.
         ("test", [], dataset_schema(columns)),
-        ("removed", removed, removed_schema()),
+        ("removed", rows.removed, removed_schema()),
     ):
         (path / side).mkdir()
         table = pa.Table.from_pylist(content, schema)
         parquet.write_table(table, path / side / "part-00000.parquet", compression="zstd")
-    reasons = Counter(row["reason"].partition(":")[0] for row in removed)
+    reasons = _reasons(rows.removed)
     card = {"name": name, "synthetic_ratio": 1.0, **metrics, "removed": dict(reasons)}
     (path / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False))
     doubtful = sorted(
-        (row for row in rows if row["support_ratio"] is not None),
+        (row for row in rows.train if row["support_ratio"] is not None),
         key=lambda row: (row["support_ratio"], row["row_id"]),
     )
     lines = [
         f"# {name}",
         "",
-        f"{len(rows):,} pairs written by `{generation.model}` from {metrics['num_passages']:,} "
-        "passages. All of them are synthetic: read some before you train on them, and test on "
-        "rows that people wrote.",
+        f"{len(rows.train):,} pairs written by `{generation.model}` from "
+        f"{metrics['num_passages']:,} passages. All of them are synthetic: read some before "
+        "you train on them, and test on rows that people wrote.",
         "",
         f"- {metrics['num_unanswered']} requests got no answer",
         *(f"- {count} times: {reason}" for reason, count in reasons.most_common()),

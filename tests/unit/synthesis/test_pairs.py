@@ -11,9 +11,10 @@ import pytest
 from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
 from tuneloop.config import DataConfig, load_config
+from tuneloop.data.schema import ReasonCode
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
-from tuneloop.synthesis.pairs import Reply, cut, parse_pairs, support_ratio
+from tuneloop.synthesis.pairs import ParsedReply, Reply, cut, parse_pairs, support_ratio
 
 FACTS = {
     "parrots.txt": "Parrots live in warm forests and can imitate speech.",
@@ -81,9 +82,12 @@ def test_pairs_are_written_checked_and_read_again(
     assert support["What of whales?"] == 1.0
     assert support["Who studies whales?"] == 0.0
     assert support["Same for all?"] is None
-    reasons = sorted(row["reason"] for row in pq.read_table(path / "removed").to_pylist())
+    removed = pq.read_table(path / "removed").to_pylist()
+    reasons = sorted(row["reason"] for row in removed)
     missing = "an item without question or answer"
     assert reasons == [missing, missing, "no JSON list", "written twice"]
+    codes = sorted(row["reason_code"] for row in removed)
+    assert codes == ["exact_duplicate", "unreadable", "wrong_layout", "wrong_layout"]
     assert pq.read_table(path / "test").num_rows == 0
     assert "Zoologists" in (path / "README.md").read_text().partition("Some of the others")[0]
     asked = model_server.requests[0]
@@ -188,10 +192,11 @@ def test_documents_are_cut_where_a_part_of_them_ends(text: str, passages: list[s
 
 
 def test_replies_that_are_no_list_of_pairs() -> None:
-    assert parse_pairs(Reply('[{"question": "a", "answer"', "length"))[1] == (
+    assert parse_pairs(Reply('[{"question": "a", "answer"', "length")).problem == (
         "cut off at generation.max_tokens"
     )
-    assert parse_pairs(Reply('{"question": "a"}', "stop"))[1] == "no JSON list"
-    assert parse_pairs(Reply('[1, {"question": " ", "answer": "b"}]', "stop"))[0] == []
-    assert parse_pairs(Reply(error="timeout")) == ([], "no reply: timeout")
+    assert parse_pairs(Reply('{"question": "a"}', "stop")).problem == "no JSON list"
+    assert parse_pairs(Reply('[1, {"question": " ", "answer": "b"}]', "stop")).pairs == []
+    unanswered = ParsedReply([], "no reply: timeout", ReasonCode.NO_REPLY)
+    assert parse_pairs(Reply(error="timeout")) == unanswered
     assert support_ratio("Whales breathe water", "whales breathe air") == pytest.approx(2 / 3)
