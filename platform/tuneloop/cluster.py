@@ -119,7 +119,7 @@ def end_abandoned_serving() -> None:
     try:
         dead = {job.job_id for job in list_jobs(limit=_MOST_JOBS) if job.status.is_terminal()}
     except RayStateApiException as error:
-        # Without the cluster's dashboard nobody knows whose program has ended.
+        # Only the cluster's dashboard knows whose program has ended.
         logger.debug("cannot list the jobs of the cluster: %s", error)
         return
     if running <= dead:
@@ -163,7 +163,7 @@ def _set_up_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Blocks that a killed run left are found again only where rows are cut as before.
+    # A resumed run finds the blocks of a killed one only if rows are cut as before.
     context.execution_options.preserve_order = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 

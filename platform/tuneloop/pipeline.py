@@ -1,6 +1,6 @@
 """The loop, readable from top to bottom: prepare, measure the base, train, measure again.
 
-Each step reuses an artifact with the same fingerprint, so a run that was cut short goes on where
+Each step reuses an artifact with the same fingerprint, so a run that was cut short resumes where
 it stopped, and a run without changes only looks things up.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect, refuse_unshared
@@ -22,13 +22,27 @@ from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.layout import ADAPTER
 from tuneloop.records import Arm, Endpoint, Parity
-
-if TYPE_CHECKING:
-    from tuneloop.serving.app import ServedModel
+from tuneloop.serving.replica import ServedModel
 
 logger = logging.getLogger("tuneloop.pipeline")
 
 BASE, FEW_SHOT, FINETUNED = "base", "base+few-shot", "finetuned"
+
+
+class Contest(NamedTuple):
+    """What is evaluated: a dataset's test split, the arms, and the models that answer for them."""
+
+    dataset: Artifact
+    arms: list[Arm]
+    models: dict[str, ServedModel]
+
+
+class Trained(NamedTuple):
+    """A finetuned model, with the configuration and the dataset it was trained with."""
+
+    config: TuneloopConfig
+    dataset: Artifact
+    model: Artifact
 
 
 def prepare(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
@@ -63,16 +77,17 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         dataset = prepare_dataset(config, workspace, base)
         models = {BASE: _base_model(config, base)}
         arms = _base_arms(config, base, dataset.artifact)
-        name = f"{config.name}-baseline"
-        baseline = _evaluate(config, workspace, dataset.artifact, (arms, models), name)
+        contest = Contest(dataset.artifact, arms, models)
+        baseline = _evaluate(config, workspace, contest, f"{config.name}-baseline")
         model = train_model(config, workspace, base, dataset.artifact)
         if not baseline.artifact.manifest["metrics"]["num_unscored"]:
-            models = {}  # every answer of the base is there and is taken over
-        models[FINETUNED] = _finetuned_model(model.artifact)
-        contestants = [*arms, _finetuned_arm(model.artifact.fingerprint)], models
-        evaluation = _evaluate(
-            config, workspace, dataset.artifact, contestants, config.name, baseline.artifact
+            models = {}  # all answers of the base model are there and are reused
+        contest = Contest(
+            dataset.artifact,
+            [*arms, _finetuned_arm(model.artifact.fingerprint)],
+            {**models, FINETUNED: _finetuned_model(model.artifact)},
         )
+        evaluation = _evaluate(config, workspace, contest, config.name, baseline.artifact)
         return [dataset, baseline, model, evaluation]
 
 
@@ -124,22 +139,22 @@ def _newest_finetuned(
 ) -> Artifact | None:
     """Return the newest model that this configuration makes, else the newest of its name.
 
-    A sweep, or a run with overrides, leaves models of the same name that were trained otherwise.
+    A sweep, or a run with overrides, leaves models of the same name with other settings.
     """
     artifacts = workspace.published()
     trained = [a for a in artifacts if (a.kind, a.name) == ("models", config.name)]
-    wanted = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json")
     datasets = {
         a.fingerprint
         for a in artifacts
         if a.kind == "datasets"
         and (a.manifest["config"].get("data"), a.manifest["config"].get("task"))
-        == (wanted["data"], wanted["task"])
+        == (settings["data"], settings["task"])
     }
     same = [
         model
         for model in trained
-        if model.manifest["config"]["training"] == wanted["training"]
+        if model.manifest["config"]["training"] == settings["training"]
         and model.manifest["config"]["base_fingerprint"] == base.fingerprint
         and model.manifest["config"]["dataset"] in datasets
     ]
@@ -152,8 +167,6 @@ def _referenced_model(
     workspace: Workspace, base: BaseModel, where: str, reference: str
 ) -> ServedModel:
     """Return the model a value of `serving.models` names."""
-    from tuneloop.serving.app import ServedModel
-
     if not reference.startswith("models/"):
         return ServedModel(resolve_base(reference).path)
     artifact = workspace.open(reference.removesuffix(f"/{ADAPTER}"))
@@ -225,15 +238,10 @@ def train_model(
     return _log_published(train(config, workspace, base, dataset))
 
 
-def evaluate_each(
-    trained: Sequence[tuple[TuneloopConfig, Artifact, Artifact]], workspace: Workspace
-) -> list[Published]:
+def evaluate_each(trained: Sequence[Trained], workspace: Workspace) -> list[Published]:
     """Return the evaluation of each finetuned model alone, made or reused. Needs a running Ray.
 
     They are served one after the other at one address.
-
-    Args:
-        trained: Configuration, dataset and model of each.
     """
     from tuneloop.serving import app
 
@@ -241,14 +249,17 @@ def evaluate_each(
 
         @cache
         def url() -> str:
-            return stack.enter_context(app.listen(_own_port(trained[0][0])))
+            return stack.enter_context(app.listen(_any_port(trained[0].config)))
 
         return [
             _evaluate(
                 config,
                 workspace,
-                dataset,
-                ([_finetuned_arm(model.fingerprint)], {FINETUNED: _finetuned_model(model)}),
+                Contest(
+                    dataset,
+                    [_finetuned_arm(model.fingerprint)],
+                    {FINETUNED: _finetuned_model(model)},
+                ),
                 f"{config.name}-sweep",
                 address=url,
             )
@@ -272,14 +283,10 @@ def _finetuned_arm(model_fingerprint: str) -> Arm:
 
 
 def _base_model(config: TuneloopConfig, base: BaseModel) -> ServedModel:
-    from tuneloop.serving.app import ServedModel
-
     return ServedModel(base.path, config.model.chat_template)
 
 
 def _finetuned_model(model: Artifact) -> ServedModel:
-    from tuneloop.serving.app import ServedModel
-
     # Its directory carries the tokenizer and the template it was trained with.
     return ServedModel(model.path)
 
@@ -302,26 +309,27 @@ def _base_arms(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> li
 def _evaluate(
     config: TuneloopConfig,
     workspace: Workspace,
-    dataset: Artifact,
-    contestants: tuple[list[Arm], dict[str, ServedModel]],
+    contest: Contest,
     name: str,
     earlier: Artifact | None = None,
     address: Callable[[], str] | None = None,
 ) -> Published:
-    """Serve the models and score the arms; nothing is served when the result is there already.
+    """Serve the models and score the arms; serve nothing if the result is there already.
 
     Args:
-        address: Listens and returns where, if this evaluation is not the only one to do so.
+        name: Name of the evaluation artifact.
+        earlier: An evaluation whose answers are reused.
+        address: Starts to listen and returns the URL, if several evaluations share it.
     """
     from tuneloop.evals.scoring.runner import evaluate, find_evaluation
     from tuneloop.serving import app
 
-    arms, models = contestants
-    found = find_evaluation(config, workspace, dataset, arms, name)
-    if found is not None:
-        return _log_published(Published(found, reused=True))
+    dataset, arms, models = contest
+    existing = find_evaluation(config, workspace, dataset, arms, name)
+    if existing is not None:
+        return _log_published(Published(existing, reused=True))
     with ExitStack() as stack:
-        serving = _own_port(config)
+        serving = _any_port(config)
         url = address() if address else stack.enter_context(app.listen(serving))
         app.host(models, serving, url)
         outcomes = _check_served(url, models)
@@ -337,8 +345,8 @@ def _evaluate(
         return _log_published(evaluate(config, workspace, dataset, arms, name, earlier))
 
 
-def _own_port(config: TuneloopConfig) -> ServingConfig:
-    """Return settings with any free port: a `tuneloop serve` beside it may have the configured."""
+def _any_port(config: TuneloopConfig) -> ServingConfig:
+    """Return settings with any free port: `tuneloop serve` may be using the configured one."""
     return config.serving.model_copy(update={"port": 0})
 
 

@@ -101,7 +101,7 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         scored = iter(
             pipeline.evaluate_each(
                 [
-                    (trial.cell.config, dataset, trial.model)
+                    pipeline.Trained(trial.cell.config, dataset, trial.model)
                     for trial, dataset in zip(trials, datasets, strict=True)
                     if trial.model
                 ],
