@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+from rich.console import Console
+from rich.text import Text
 
 from tuneloop.config import TuneloopConfig
+from tuneloop.data.check import DataCheck
+from tuneloop.data.check import check as check_data
 from tuneloop.errors import DataError, Problem, UserError
-
-if TYPE_CHECKING:
-    from tuneloop.data.check import DataCheck
-    from tuneloop.training.fit.estimate import Estimate
+from tuneloop.models.bases.source import resolve_base
+from tuneloop.training.fit.estimate import Estimate, estimate, model_shape, refuse_impossible
+from tuneloop.training.fit.refusals import refuse_unsupported, too_long_problem
+from tuneloop.training.rows import make_rows
 
 GIB = 1 << 30
 _SHOWN_TOKENS = 400
@@ -50,12 +55,6 @@ def check(config: TuneloopConfig) -> CheckResult:
     Raises:
         ModelError: The base model cannot be used, so nothing else can be checked.
     """
-    from tuneloop.data.check import check as check_data
-    from tuneloop.models.bases.source import resolve_base
-    from tuneloop.training.fit.estimate import estimate, model_shape, refuse_impossible
-    from tuneloop.training.fit.refusals import refuse_unsupported, too_long_problem
-    from tuneloop.training.rows import make_rows
-
     base = resolve_base(config.model.base)
     data = check_data(config, base)
     problems = list(data.findings)
@@ -92,9 +91,6 @@ def report(result: CheckResult, output: IO[str]) -> None:
     Raises:
         DataError: With all problems, when there are any.
     """
-    from rich.console import Console
-    from rich.text import Text
-
     console = Console(file=output, highlight=False)
     data = result.data
     if data.num_usable:

@@ -13,6 +13,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import ray
+import ray.data
+from ray.util import placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_jobs
+from ray.util.state.exception import RayStateApiException
+
 from tuneloop.config import ResourcesConfig
 from tuneloop.errors import Problem, ResourceError, UserError
 
@@ -38,8 +45,6 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     """
     # Notices about defaults; failures come as exceptions.
     logging.getLogger("ray").setLevel(logging.ERROR)
-    import ray
-
     # What workers print goes to Ray's log files: each room logs its own progress, and failures
     # come back as exceptions. `-v` shows all of it.
     log_to_driver = logger.isEnabledFor(logging.DEBUG)
@@ -99,8 +104,6 @@ def joins_cluster(resources: ResourcesConfig) -> bool:
 
 def served_name() -> str:
     """Return the name of this program's Serve application, which carries its Ray job."""
-    import ray
-
     return f"{_SERVED}{ray.get_runtime_context().get_job_id()}"
 
 
@@ -110,8 +113,6 @@ def end_abandoned_serving() -> None:
     On a cluster Serve outlives the program that started it, and its models keep their CPUs.
     """
     from ray import serve
-    from ray.util.state import list_jobs
-    from ray.util.state.exception import RayStateApiException
 
     running = {name.removeprefix(_SERVED) for name in serve.status().applications}
     if not running:
@@ -138,8 +139,6 @@ def _refuse_open_ports() -> None:
 
     `tuneloop/__init__.py` sets what keeps it there; Ray reads that when it is imported.
     """
-    import ray
-
     (node,) = ray.nodes()
     if node["NodeManagerAddress"] != _LOOPBACK:
         ray.shutdown()
@@ -158,8 +157,6 @@ def _refuse_open_ports() -> None:
 
 def _set_up_data() -> None:
     """Keep blocks in order, without Ray Data's own progress bars and plan dumps."""
-    import ray.data
-
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -176,8 +173,6 @@ def await_cpu() -> None:
     Raises:
         ResourceError: No node has a CPU for tasks.
     """
-    import ray
-
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     if max(nodes, default=0) < 1:
         raise ResourceError(
@@ -212,8 +207,6 @@ class WaitingNotice:
 
 def unplaced_workers() -> str:
     """Return what worker groups wait for that no node can take now; empty if none waits."""
-    from ray.util import placement_group_table
-
     waiting = [
         bundle
         for group in placement_group_table().values()
@@ -231,8 +224,6 @@ def unplaced_workers() -> str:
 
 
 def _occupation() -> str:
-    import ray
-
     total, free = ray.cluster_resources(), ray.available_resources()
     states = [
         f"{free.get(name, 0):g} of {total[name]:g} {name}s are free"
@@ -255,9 +246,6 @@ def refuse_unshared(workspace: Path, base: Path) -> None:
     Raises:
         ResourceError: With one problem for each of the two that some node does not see.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     driver_node = ray.get_runtime_context().get_node_id()
     nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
     others = {n["NodeID"]: n["NodeManagerAddress"] for n in nodes if n["NodeID"] != driver_node}

@@ -1,0 +1,304 @@
+"""What each command does: a configuration to one call, and its result to standard output.
+
+Mistakes in the configuration are reported before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from tuneloop.artifacts import Artifact, Published, Workspace
+from tuneloop.config import TuneloopConfig, load_config
+from tuneloop.doctor import examine
+from tuneloop.errors import ConfigError, Problem
+from tuneloop.review.dashboard import run_dashboard
+from tuneloop.submission import in_job_directory, refuse_fleeting_workspace, submit
+
+
+def _step(arguments: argparse.Namespace, output: IO[str]) -> int:
+    config = _load(arguments)
+    from tuneloop import pipeline
+
+    steps = {
+        "prepare": pipeline.prepare,
+        "generate": pipeline.generate,
+        "train": pipeline.train,
+        "evaluate": pipeline.run,
+        "run": pipeline.run,
+    }
+    published = steps[arguments.command](config, Workspace(config.workspace))
+    if arguments.json:
+        summaries = [item.artifact.summary(item.reused) for item in published]
+        result = {"artifacts": summaries} if arguments.command == "run" else summaries[-1]
+        print(json.dumps(result, ensure_ascii=False), file=output)
+    else:
+        _print_published(published, config, arguments, output)
+    return 0
+
+
+def _print_published(
+    published: list[Published],
+    config: TuneloopConfig,
+    arguments: argparse.Namespace,
+    output: IO[str],
+) -> None:
+    console = Console(file=output)
+    last = published[-1].artifact
+    if last.kind == "evaluations":
+        from tuneloop.evals.reporting.report import terminal_table
+
+        console.print(terminal_table(last))
+    for item in published:
+        state = "reused" if item.reused else "new"
+        line = f"{item.artifact.ref:<28} {state:<7} {item.artifact.location}"
+        console.print(line, soft_wrap=True)
+    if last.kind == "evaluations":
+        console.print(f"\nreport     {Path(last.location) / 'report.html'}", soft_wrap=True)
+        console.print(f"dashboard  tuneloop dashboard --workspace {config.workspace}")
+        console.print(f"serve it   tuneloop serve {arguments.config}")
+        console.print(
+            f"try next   tuneloop run {arguments.config} training.num_epochs="
+            f"{config.training.num_epochs + 1}"
+        )
+
+
+def _init(arguments: argparse.Namespace, output: IO[str]) -> int:
+    starter = (Path(__file__).parent / "starter.yaml").read_text(encoding="utf-8")
+    path = Path(arguments.path)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(starter)
+    except OSError as error:
+        raise ConfigError(
+            Problem(
+                "cannot write the starter configuration",
+                where=str(path),
+                got=error.strerror or str(error),
+                remedy="give another path: tuneloop init PATH",
+            )
+        ) from error
+    if arguments.json:
+        print(json.dumps({"path": str(path)}), file=output)
+    else:
+        print(f"wrote {path}; edit it, then: tuneloop check {path}", file=output)
+    return 0
+
+
+def _check(arguments: argparse.Namespace, output: IO[str]) -> int:
+    config = _load(arguments)
+    from tuneloop.check import check, report
+
+    result = check(config)
+    if arguments.json:
+        print(json.dumps(result.summary(), ensure_ascii=False), file=output)
+        return 2 if result.problems else 0
+    report(result, output)
+    print("nothing stands in the way", file=output)
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace, output: IO[str]) -> int:
+    config = _load(arguments)
+    from tuneloop.sweeps.run import sweep
+    from tuneloop.sweeps.table import sweep_table
+
+    (published,) = sweep(config, Workspace(config.workspace))
+    if arguments.json:
+        print(json.dumps(published.artifact.summary(published.reused)), file=output)
+    else:
+        console = Console(file=output)
+        console.print(sweep_table(published.artifact))
+        state = "reused" if published.reused else "new"
+        console.print(f"{published.artifact.ref}  {state}  {published.artifact.location}")
+        console.print(f"look at it  tuneloop dashboard --workspace {config.workspace}")
+    return 0
+
+
+def _submit(arguments: argparse.Namespace, output: IO[str]) -> int:
+    address = arguments.address or os.environ.get("RAY_API_SERVER_ADDRESS")
+    job = submit(
+        arguments.job_command,
+        arguments.config,
+        arguments.overrides,
+        address or "http://127.0.0.1:8265",
+    )
+    if arguments.json:
+        print(json.dumps(vars(job)), file=output)
+    else:
+        print(f"job {job.submission_id} {job.status}, exit code {job.exit_code}", file=output)
+    return job.exit_code
+
+
+def _serve(arguments: argparse.Namespace, output: IO[str]) -> int:
+    config = _load(arguments)
+    from tuneloop import pipeline
+
+    with pipeline.serve(config, Workspace(config.workspace)) as (url, models):
+        if arguments.json:
+            print(json.dumps({"url": url, "models": models}), file=output, flush=True)
+        else:
+            example = json.dumps(
+                {"model": models[-1], "messages": [{"role": "user", "content": "Hello"}]}
+            )
+            print(f"serving {', '.join(models)} at {url}; Ctrl-C stops it\n", file=output)
+            print(
+                f"curl {url}/chat/completions -H 'Content-Type: application/json' -d '{example}'",
+                file=output,
+                flush=True,
+            )
+        signal.pause()
+    return 0
+
+
+def _dashboard(arguments: argparse.Namespace, output: IO[str]) -> int:
+    return run_dashboard(open_workspace(arguments).location, arguments.port)
+
+
+def _ls(arguments: argparse.Namespace, output: IO[str]) -> int:
+    workspace = open_workspace(arguments)
+    artifacts = workspace.published()
+    if arguments.json:
+        summaries = [artifact.summary(reused=True) for artifact in artifacts]
+        print(json.dumps({"artifacts": summaries}, ensure_ascii=False), file=output)
+        return 0
+    if not artifacts:
+        print(
+            f"no artifacts in {workspace.location}; `tuneloop run CONFIG.yaml` makes some",
+            file=output,
+        )
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for column in ("artifact", "created (UTC)", "took", "result"):
+        table.add_column(column, no_wrap=column != "result")
+    for artifact in artifacts:
+        created = artifact.manifest["created_at"][:16].replace("T", " ")
+        took = f"{artifact.manifest['duration_s']:,.0f} s"
+        table.add_row(artifact.ref, created, took, _headline(artifact))
+    Console(file=output).print(table)
+    return 0
+
+
+def _headline(artifact: Artifact) -> str:
+    """Return the two or three numbers that tell most about an artifact."""
+    metrics = artifact.manifest["metrics"]
+    if "num_test_rows" in metrics:
+        return f"{metrics['num_train_rows']:,} train, {metrics['num_test_rows']:,} test rows"
+    if "final_loss" in metrics:
+        return f"loss {metrics['first_loss']:.3f} to {metrics['final_loss']:.3f}"
+    if "scores" in metrics:
+        arm, score = list(metrics["scores"].items())[-1]
+        return f"{arm}: {metrics['primary']} {_short(score)}"
+    return ", ".join(f"{key} {_short(value)}" for key, value in metrics.items())
+
+
+def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
+
+    workspace = open_workspace(arguments)
+    artifact = workspace.open(arguments.ref)
+    if arguments.diff:
+        from tuneloop.data.diff import diff_datasets, diff_text
+
+        diff = diff_datasets(artifact, workspace.open(arguments.diff))
+        print(
+            json.dumps(diff, ensure_ascii=False) if arguments.json else diff_text(diff), file=output
+        )
+        return 0
+    if arguments.json:
+        result = artifact.summary(reused=True) | {"manifest": artifact.manifest}
+        print(json.dumps(result, ensure_ascii=False), file=output)
+        return 0
+    manifest = artifact.manifest
+    width = shutil.get_terminal_size().columns
+
+    def line(text: str) -> None:
+        # Whole digests help nobody who reads; --json has them.
+        text = re.sub(r"(sha256:[0-9a-f]{12})[0-9a-f]+", r"\1…", text)
+        print(text if len(text) <= width else text[: width - 1] + "…", file=output)
+
+    line(f"{artifact.ref}  {manifest['created_at']}")
+    print(artifact.location, file=output)
+    line(f"fingerprint  {manifest['fingerprint']}")
+    line("made from")
+    for item in manifest["inputs"]:
+        line(f"  {item}")
+    for section in ("metrics", "config", "resources", "packages"):
+        line(section)
+        for key, value in manifest[section].items():
+            line(f"  {key}: {_short(value)}")
+    line("files")
+    for file in manifest["files"]:
+        line(f"  {file['bytes']:>12,} bytes  {file['path']}")
+    readme = artifact.path / "README.md"
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        if output.isatty():
+            Console(file=output).print("", Markdown(text))
+        else:
+            print(f"\n{text}", file=output)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace, output: IO[str]) -> int:
+    lines = examine()
+    if arguments.json:
+        print(json.dumps({line.name: line.found for line in lines}), file=output)
+    else:
+        for line in lines:
+            mark = "ok " if line.good else "!! "
+            print(f"{mark} {line.name:<14} {line.found}", file=output)
+            if line.remedy:
+                print(f"    {'':<14} {line.remedy}", file=output)
+    return 0
+
+
+def _completion(arguments: argparse.Namespace, output: IO[str]) -> int:
+    from argcomplete.shell_integration import shellcode
+
+    script = shellcode(["tuneloop"], shell=arguments.shell)
+    if arguments.json:
+        print(json.dumps({"script": script}), file=output)
+    else:
+        print(script, file=output)
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> TuneloopConfig:
+    config = load_config(arguments.config, arguments.overrides)
+    if in_job_directory():
+        refuse_fleeting_workspace(config)
+    return config
+
+
+def open_workspace(arguments: argparse.Namespace) -> Workspace:
+    """Return the workspace of the configuration, if one is named, or of `--workspace`."""
+    return Workspace(_load(arguments).workspace if arguments.config else arguments.workspace)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+COMMANDS = {
+    "init": _init,
+    "check": _check,
+    "doctor": _doctor,
+    **dict.fromkeys(("prepare", "generate", "train", "evaluate", "run"), _step),
+    "sweep": _sweep,
+    "dashboard": _dashboard,
+    "serve": _serve,
+    "submit": _submit,
+    "ls": _ls,
+    "show": _show,
+    "completion": _completion,
+}
