@@ -165,7 +165,7 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
         laps["keys_wall_s"], laps["keys_cpu_s"] = watch.read().values()
         table = ray_rows.collect(rows, distributed.KEY_COLUMNS)
         one_task = np.zeros(table.num_rows, dtype=np.int64)
-        duplicates = distributed.resolve_duplicates(table, rows, rendering, one_task)
+        duplicates = distributed.find_duplicate_rows(table, rows, rendering, one_task)
         took = watch.read()
     kept = set(range(table.num_rows)) - set(duplicates.removed.tolist())
     ids = table["key"].to_numpy()[sorted(kept)].tolist()

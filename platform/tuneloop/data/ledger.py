@@ -17,6 +17,7 @@ from tuneloop.models.chat.tokenizer_backends import BackendChoice
 
 if TYPE_CHECKING:
     from tuneloop.data.decontamination.decontaminate import Contamination
+    from tuneloop.data.dedup.conflicts import Conflicts
 
 
 class Removal(NamedTuple):
@@ -49,7 +50,7 @@ class Ledger:
         duplicates: Over the rows at `usable`.
         split: Over all rows; those on no side have been removed.
         contamination: Train rows that repeated what is held out.
-        conflicts: Of `find_conflicts`; empty for documents.
+        conflicts: Rows with the same prompt and different answers; None for documents.
         wording: Of `describe_wording`, over the train rows.
         filtered: `changes`, in how many rows which, and `examples` of dropped rows.
         seconds: Time of each step.
@@ -67,7 +68,7 @@ class Ledger:
     duplicates: Duplicates | None = None
     split: Split | None = None
     contamination: Contamination | None = None
-    conflicts: dict[str, Any] = field(default_factory=dict)
+    conflicts: Conflicts | None = None
     wording: dict[str, Any] = field(default_factory=dict)
     filtered: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)

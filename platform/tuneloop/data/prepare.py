@@ -27,8 +27,8 @@ from tuneloop.data.card.composition import describe_wording
 from tuneloop.data.decontamination.decontaminate import decontaminate
 from tuneloop.data.decontamination.held_out import EvaluationRows, read_evaluations
 from tuneloop.data.dedup.conflicts import find_conflicts
-from tuneloop.data.dedup.distributed import KEY_COLUMNS, resolve_duplicates
-from tuneloop.data.dedup.scopes import dedup_scopes
+from tuneloop.data.dedup.deduplicate import deduplicate
+from tuneloop.data.dedup.distributed import KEY_COLUMNS
 from tuneloop.data.filters.languages import refuse_unknown_languages
 from tuneloop.data.hashing.columns import one_array
 from tuneloop.data.ledger import Ledger, Removal
@@ -43,8 +43,9 @@ from tuneloop.data.sources.bad_rows import (
     too_long_problem,
 )
 from tuneloop.data.sources.files import SourceFile, find_files
-from tuneloop.data.split.mixture import find_task_ids, mixture_of
-from tuneloop.data.split.split import Split, is_stratified, limit_train, occurrence, split_rows
+from tuneloop.data.split.assign import assign_sides, split_ledger
+from tuneloop.data.split.mixture import find_task_ids
+from tuneloop.data.split.split import occurrence
 from tuneloop.data.tokenize.rendering import NUM_PROVED, Rendering, tell_engine
 from tuneloop.data.write.assemble import final_rows, row_places
 from tuneloop.data.write.parquet import write_sides
@@ -149,12 +150,12 @@ def _build(
         _rate(num_tokens, seconds["tokenize"]),
     )
     with _timed("dedup", seconds):
-        _drop_duplicates(ledger, rows, rendering, config)
+        ledger.duplicates = deduplicate(ledger, rows, rendering, config)
     logger.info("removed %s duplicate rows", f"{len(ledger.removed_by(Stage.DEDUP)):,}")
     if not is_text:
         with _timed("conflicts", seconds):
             ledger.conflicts = find_conflicts(ledger, rows, rendering)
-    _split(ledger, config)
+    ledger.split = split_ledger(ledger, config)
     with _timed("decontaminate", seconds):
         contamination = decontaminate(ledger, rows, rendering, evaluations)
     logger.info("removed %s contaminated train rows", f"{len(contamination.removed):,}")
@@ -163,7 +164,7 @@ def _build(
     ledger.table = ledger.table.select(
         [name for name in ledger.table.column_names if not name.endswith("bands")]
     )
-    _limit_train(ledger, config)
+    ledger.split = assign_sides(ledger, config)
     with _timed("describe", seconds):
         ledger.wording = describe_wording(ledger, rows, rendering)
     with _timed("write", seconds):
@@ -186,8 +187,8 @@ def _build(
         "num_removed": written[Side.REMOVED].num_rows,
         "num_train_tokens": sum(written[Side.TRAIN].num_tokens),
         "num_target_tokens": sum(written[Side.TRAIN].num_target_tokens),
-        "num_conflicts": ledger.conflicts.get("num_same_prompt", 0),
-        "num_near_conflicts": ledger.conflicts.get("num_near_prompt", 0),
+        "num_conflicts": ledger.conflicts.num_same_prompt if ledger.conflicts else 0,
+        "num_near_conflicts": ledger.conflicts.num_near_prompt if ledger.conflicts else 0,
         "num_contaminated_rows": len(contamination.removed),
         "contamination": {
             origin.name: origin.contamination_ratio for origin in contamination.origins
@@ -318,68 +319,6 @@ def _filtered(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]
             for index in chosen
         ],
     }
-
-
-def _drop_duplicates(
-    ledger: Ledger, rows: Any, rendering: Rendering, config: TuneloopConfig
-) -> None:
-    table = ledger.table.select(["key", *KEY_COLUMNS])
-    if len(ledger.usable) < table.num_rows:
-        table = table.take(ledger.usable)
-    answers = ledger.table["answer_key"].to_numpy()
-    scopes = dedup_scopes(config, ledger.task_ids, answers)[ledger.usable]
-    duplicates = resolve_duplicates(table, rows, rendering, scopes)
-    ledger.duplicates = duplicates
-    for index in duplicates.removed.tolist():
-        kept = ledger.row_ids[int(ledger.usable[duplicates.kept[index]])].as_py()
-        summary, code = "near duplicate", ReasonCode.NEAR_DUPLICATE
-        if duplicates.exact[index]:
-            summary, code = "exact duplicate", ReasonCode.EXACT_DUPLICATE
-        reason = Reason(code, f"{summary} of {kept}", summary)
-        similarity = float(duplicates.similarity[index])
-        ledger.remove(int(ledger.usable[index]), Removal(Stage.DEDUP, reason, kept, similarity))
-
-
-def _split(ledger: Ledger, config: TuneloopConfig) -> None:
-    assert ledger.duplicates is not None
-    stays = np.ones(len(ledger.usable), dtype=bool)
-    stays[ledger.duplicates.removed] = False
-    rows = ledger.usable[stays]
-    table = ledger.table.select(["group", "stratum", "prompt_key"]).take(rows)
-    split = split_rows(
-        ledger.row_ids.take(rows).to_pylist(),
-        table["group"].to_pylist(),
-        [ledger.duplicates.cluster[stays], table["prompt_key"].to_numpy()],
-        config.data,
-        table["stratum"].to_pylist() if is_stratified(config) else (),
-    )
-    # From here on the split speaks of all rows.
-    ledger.split = Split(
-        rows[split.train],
-        rows[split.test],
-        rows[split.validation],
-        {int(rows[index]): reason for index, reason in split.surplus.items()},
-        split.num_groups,
-    )
-
-
-def _limit_train(ledger: Ledger, config: TuneloopConfig) -> None:
-    """Put the rows on their sides, once it is known which ones may be trained on."""
-    assert ledger.split is not None
-    assert ledger.contamination is not None
-    num_tokens = ledger.table["num_tokens"].to_numpy()
-    mixture = mixture_of(config, ledger.source, ledger.task_ids, num_tokens)
-    split = limit_train(ledger.split, ledger.contamination.removed, config.data, mixture)
-    for side, indices in (
-        (Side.TRAIN, split.train),
-        (Side.TEST, split.test),
-        (Side.VALIDATION, split.validation),
-    ):
-        ledger.side[indices] = side
-        ledger.rank[indices] = np.arange(len(indices))
-    for index, reason in split.surplus.items():
-        ledger.remove(index, Removal(Stage.SPLIT, reason))
-    ledger.split = split
 
 
 def _assignments(ledger: Ledger, config: TuneloopConfig) -> Any:

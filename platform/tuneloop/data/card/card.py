@@ -69,7 +69,7 @@ def _card(config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written]) 
         "split": _split_summary(config, ledger),
         "dedup": _dedup_summary(config, ledger),
         "filters": {**config.data.filters.model_dump(), **ledger.filtered},
-        "conflicts": ledger.conflicts,
+        "conflicts": asdict(ledger.conflicts) if ledger.conflicts else {},
         "decontamination": {
             **config.data.decontamination.model_dump(),
             "origins": [asdict(origin) for origin in ledger.contamination.origins]

@@ -1,5 +1,5 @@
 """Exact and near duplicates, and rows with the same prompt and different answers.
 
-`distributed.resolve_duplicates` says which rows repeat which (`minhash.Duplicates`);
-`conflicts.find_conflicts` lists contradictions. Nothing else is called from outside.
+`deduplicate.deduplicate` removes rows and says which repeat which (`minhash.Duplicates`);
+`conflicts.find_conflicts` lists contradictions (`Conflicts`). Nothing else is called from outside.
 """

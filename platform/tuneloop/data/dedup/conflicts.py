@@ -6,15 +6,15 @@ removed for it: which answer is right is for people to say.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from ray.data import Dataset
 
 from tuneloop.data import ray_rows
-from tuneloop.data.dedup.minhash import candidate_pairs
-from tuneloop.data.dedup.scopes import scoped_hashes
+from tuneloop.data.dedup.minhash import candidate_pairs, scoped_hashes
 from tuneloop.data.hashing.columns import Indices, as_matrix
 from tuneloop.data.hashing.signatures import jaccard
 from tuneloop.data.ledger import Ledger
@@ -26,6 +26,43 @@ _ROWS_SHOWN = 3
 _COLUMNS = ["key", "source", "prompt_key", "answer_key", "prompt_bands"]
 
 
+@dataclass(frozen=True)
+class ConflictingRow:
+    """A row of an example: its file and line, its prompt and its answer."""
+
+    source: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class ConflictExample:
+    """Rows whose answers differ; `kind` is `same prompt` or `near prompt`."""
+
+    kind: str
+    similarity: float
+    rows: list[ConflictingRow]
+
+
+@dataclass(frozen=True)
+class Conflicts:
+    """What the card says of conflicts.
+
+    Args:
+        num_same_prompt: Prompts with several answers.
+        num_rows_same_prompt: Rows with these prompts.
+        num_near_prompt: Pairs of prompts whose words are nearly the same, with different answers.
+        near_threshold: Jaccard similarity from which two prompts are nearly the same.
+        examples: The largest groups, then the most similar pairs.
+    """
+
+    num_same_prompt: int
+    num_rows_same_prompt: int
+    num_near_prompt: int
+    near_threshold: float
+    examples: list[ConflictExample]
+
+
 class _NearPrompts(NamedTuple):
     """Two rows, as indices, whose prompts differ little and whose answers differ."""
 
@@ -34,18 +71,13 @@ class _NearPrompts(NamedTuple):
     other: int
 
 
-def find_conflicts(ledger: Ledger, rows: Dataset, rendering: Rendering) -> dict[str, Any]:
-    """Return what the card says of conflicts among the rows that are not removed.
+def find_conflicts(ledger: Ledger, rows: Dataset, rendering: Rendering) -> Conflicts:
+    """Return the conflicts among the rows that are not removed.
 
     Args:
         ledger: The ledger after deduplication.
         rows: Dataset of tokenized rows.
         rendering: How they were rendered.
-
-    Returns:
-        `num_same_prompt` and `num_rows_same_prompt`: prompts with several answers, and their rows;
-        `num_near_prompt`: pairs of prompts whose words are nearly the same, with different answers;
-        `near_threshold` and `examples`, each with `kind`, `similarity` and `rows`.
     """
     places = np.flatnonzero(~ledger.is_on(Side.REMOVED))
     table = ledger.table.select(_COLUMNS).take(places)
@@ -60,27 +92,21 @@ def find_conflicts(ledger: Ledger, rows: Dataset, rendering: Rendering) -> dict[
     keys = table["key"].to_numpy()
     wanted = sorted({index for *_, indices in shown for index in indices})
     texts = ray_rows.fetch_texts(rows, keys[wanted], rendering) if wanted else {}
-    return {
-        "num_same_prompt": len(same),
-        "num_rows_same_prompt": sum(map(len, same)),
-        "num_near_prompt": len(near),
-        "near_threshold": ALIKE_PROMPTS,
-        "examples": [
-            {
-                "kind": kind,
-                "similarity": round(similarity, 4),
-                "rows": [
-                    {
-                        "source": table["source"][index].as_py(),
-                        "prompt": texts[int(keys[index])][1],
-                        "answer": texts[int(keys[index])][2],
-                    }
-                    for index in indices
-                ],
-            }
+
+    def row(index: int) -> ConflictingRow:
+        _, prompt, answer = texts[int(keys[index])]
+        return ConflictingRow(table["source"][index].as_py(), prompt, answer)
+
+    return Conflicts(
+        len(same),
+        sum(map(len, same)),
+        len(near),
+        ALIKE_PROMPTS,
+        [
+            ConflictExample(kind, round(similarity, 4), [row(index) for index in indices])
             for kind, similarity, indices in shown
         ],
-    }
+    )
 
 
 def same_prompts(prompts: Indices, answers: Indices) -> list[Indices]:

@@ -23,8 +23,8 @@ from tuneloop.data.dedup.minhash import (
     ResolvedGroup,
     find_duplicates,
     resolve_group,
+    scoped_hashes,
 )
-from tuneloop.data.dedup.scopes import scoped_hashes
 from tuneloop.data.hashing.columns import Indices, Texts, as_matrix
 from tuneloop.data.hashing.signatures import shingles
 from tuneloop.data.tokenize.rendering import Rendering, compared_column, compared_from
@@ -51,7 +51,7 @@ class _GroupRows(NamedTuple):
     pairs: Indices
 
 
-def resolve_duplicates(
+def find_duplicate_rows(
     table: pa.Table, rows: Dataset, rendering: Rendering, scopes: Indices
 ) -> Duplicates:
     """Return which rows of a table repeat which.

@@ -25,6 +25,8 @@ from tuneloop.data.hashing.signatures import Shingles
 # first ones only, which keeps a band full of common phrases linear.
 _ALL_PAIRS_UP_TO = 64
 _PIVOTS = 32
+# The golden ratio's bits: multiples differ in all places of a hash (Knuth, TAOCP 3, 6.4).
+_ODD = np.int64(-7046029254386353131)
 # Characters of the rows in a group, unless more are linked.
 _GROUP_CHARACTERS = 64 << 20
 
@@ -136,6 +138,11 @@ def find_duplicates(
     exact = np.zeros(num_rows, dtype=bool)
     exact[gone] = kept[gone] == first[gone]
     return Duplicates(root[first], kept, similarity, exact)
+
+
+def scoped_hashes(hashes: Indices, scopes: Indices) -> Indices:
+    """Return hashes that are equal where both hash and dedup scope are. Shape (N,)."""
+    return hashes ^ (scopes * _ODD)
 
 
 def candidate_pairs(bands: Hashes, rows: Indices) -> Indices:

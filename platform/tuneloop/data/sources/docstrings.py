@@ -33,7 +33,7 @@ import tokenize
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 SKIPPED_MODULES = frozenset({"antigravity", "this", "idlelib", "turtledemo", "test"})
 _SKIPPED_PARTS = frozenset({"test", "tests", "idle_test", "__main__", "_bundled", "site-packages"})
@@ -175,7 +175,7 @@ def rows_of_source(text: str, module: str) -> Iterator[dict[str, str]]:
             yield row
 
 
-def rows_of_c_module(module: Any, group: str) -> Iterator[dict[str, str]]:
+def rows_of_c_module(module: ModuleType, group: str) -> Iterator[dict[str, str]]:
     """Yield a row for each usable function and method of an imported C module."""
     owners = [module] + [
         value

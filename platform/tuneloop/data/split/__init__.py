@@ -1,5 +1,6 @@
 """Which rows are trained on and which are held out.
 
-`split.split_rows` puts rows on the sides, `mixture.mixture_of` reads the weights of sources or
-tasks, and `split.limit_train` keeps the train rows that both leave (`split.Split`).
+`assign.split_ledger` chooses the sides (`split.Split`), and `assign.assign_sides` keeps the train
+rows that decontamination, the weights (`mixture`) and `num_train_examples` leave. From outside come
+also `split.is_stratified` and `mixture.find_task_ids`.
 """

@@ -1,0 +1,61 @@
+"""Putting the rows of the ledger on their sides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from tuneloop.config import TuneloopConfig
+from tuneloop.data.ledger import Ledger, Removal
+from tuneloop.data.schema import Side, Stage
+from tuneloop.data.split.mixture import mixture_of
+from tuneloop.data.split.split import Split, is_stratified, limit_train, split_rows
+
+
+def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
+    """Return the sides of all rows that deduplication left, before rows are held against them."""
+    assert ledger.duplicates is not None
+    stays = np.ones(len(ledger.usable), dtype=bool)
+    stays[ledger.duplicates.removed] = False
+    rows = ledger.usable[stays]
+    table = ledger.table.select(["group", "stratum", "prompt_key"]).take(rows)
+    split = split_rows(
+        ledger.row_ids.take(rows).to_pylist(),
+        table["group"].to_pylist(),
+        [ledger.duplicates.cluster[stays], table["prompt_key"].to_numpy()],
+        config.data,
+        table["stratum"].to_pylist() if is_stratified(config) else (),
+    )
+    # From here on the split speaks of all rows.
+    return replace(
+        split,
+        train=rows[split.train],
+        test=rows[split.test],
+        validation=rows[split.validation],
+        surplus={int(rows[index]): reason for index, reason in split.surplus.items()},
+    )
+
+
+def assign_sides(ledger: Ledger, config: TuneloopConfig) -> Split:
+    """Put the rows on their sides, once contaminated rows are known, and return the final split.
+
+    Args:
+        ledger: With a split and its contamination; sides, ranks and surplus are noted in it.
+        config: Its `data` and `task` say how many train rows stay, in which mixture.
+    """
+    assert ledger.split is not None
+    assert ledger.contamination is not None
+    num_tokens = ledger.table["num_tokens"].to_numpy()
+    mixture = mixture_of(config, ledger.source, ledger.task_ids, num_tokens)
+    split = limit_train(ledger.split, ledger.contamination.removed, config.data, mixture)
+    for side, indices in (
+        (Side.TRAIN, split.train),
+        (Side.TEST, split.test),
+        (Side.VALIDATION, split.validation),
+    ):
+        ledger.side[indices] = side
+        ledger.rank[indices] = np.arange(len(indices))
+    for index, reason in split.surplus.items():
+        ledger.remove(index, Removal(Stage.SPLIT, reason))
+    return split
