@@ -12,8 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,8 +45,7 @@ from tuneloop.data.split.assign import assign_sides, split_ledger
 from tuneloop.data.split.mixture import find_task_ids
 from tuneloop.data.split.split import occurrence
 from tuneloop.data.tokenize.rendering import NUM_PROVED, Rendering, tell_engine
-from tuneloop.data.write.assemble import final_rows, row_places
-from tuneloop.data.write.parquet import write_sides
+from tuneloop.data.write.parquet import write_rows
 from tuneloop.errors import DataError
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
@@ -168,9 +165,7 @@ def _build(
     with _timed("describe", seconds):
         ledger.wording = describe_wording(ledger, rows, rendering)
     with _timed("write", seconds):
-        columns = ray_rows.column_schema(rows)
-        tables = final_rows(rows, _assignments(ledger, config), columns, rendering)
-        written = write_sides(tables, columns, is_text, Path(draft.path))
+        written = write_rows(rows, ledger, rendering, config, draft.path)
     logger.info(
         "wrote %s train, %s test and %s removed rows",
         *(f"{written[side].num_rows:,}" for side in (Side.TRAIN, Side.TEST, Side.REMOVED)),
@@ -319,37 +314,6 @@ def _filtered(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]
             for index in chosen
         ],
     }
-
-
-def _assignments(ledger: Ledger, config: TuneloopConfig) -> Any:
-    import pyarrow as pa
-
-    pack = np.zeros(len(ledger.row_ids), dtype=np.int64)
-    position = np.zeros(len(ledger.row_ids), dtype=np.int64)
-    is_packed = (ledger.side == Side.TRAIN) & (config.task.type == "language_modeling")
-    train = np.flatnonzero(is_packed)
-    lengths = ledger.table["num_tokens"].to_numpy()[train]
-    pack[train], position[train] = row_places(lengths, ledger.rank[train], config.data.max_seq_len)
-    removals = [ledger.removals.get(index) for index in range(len(pack))]
-    text = partial(pa.array, type=pa.string())
-    return pa.table(
-        {
-            "key": ledger.table["key"],
-            "side": pa.array(ledger.side, pa.int8()),
-            "rank": ledger.rank,
-            "pack": pa.array(pack, mask=~is_packed),
-            "position_in_pack": position,
-            "row_id": ledger.row_ids,
-            "source": ledger.table["source"],
-            "stage": text(r.stage.value if r else None for r in removals),
-            "reason": text(r.reason.text if r else None for r in removals),
-            "kept_row_id": text(r.kept_row_id if r else None for r in removals),
-            "similarity": pa.array([r.similarity if r else None for r in removals], pa.float64()),
-            "reason_code": text(r.reason.code.value if r else None for r in removals),
-            "num_characters": ledger.table["num_characters"],
-            "num_tokens": ledger.table["num_tokens"],
-        }
-    )
 
 
 @contextmanager

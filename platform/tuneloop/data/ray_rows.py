@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from tuneloop.data.tokenize.rendering import (
     shingles_of_rows,
     texts_of_rows,
 )
+
+if TYPE_CHECKING:
+    import ray.data
 
 logger = logging.getLogger("tuneloop.data")
 

@@ -7,8 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneloop.data.tokenize.rendering import chunks
-from tuneloop.data.write.packing import num_pieces, pack, place_documents, rest_lengths
+from tuneloop.data.write.packing import (
+    num_pieces,
+    pack,
+    piece_lengths,
+    place_documents,
+    rest_lengths,
+)
 
 
 @given(st.lists(st.integers(0, 64), max_size=200))
@@ -42,13 +47,17 @@ def test_the_last_piece_of_a_document_goes_to_its_leaders_row() -> None:
     assert place_documents([], 50).leader.tolist() == []
 
 
-@given(st.integers(2, 200), st.integers(2, 40))
-def test_pieces_keep_every_token_and_none_is_a_lone_token(length: int, max_seq_len: int) -> None:
-    ids = list(range(length))
-    pieces = chunks(ids, max_seq_len)
-    assert [token for piece in pieces for token in piece] == ids
-    assert len(pieces) == num_pieces(length, max_seq_len)
-    assert len(pieces[-1]) == rest_lengths(length, max_seq_len)
-    assert all(len(piece) == max_seq_len for piece in pieces[:-2])
-    assert min(map(len, pieces)) >= 2 or max_seq_len == 2
-    assert max(map(len, pieces)) <= max_seq_len
+@given(st.lists(st.integers(2, 200), max_size=9), st.integers(2, 40))
+def test_pieces_keep_every_token_and_none_is_a_lone_token(
+    lengths: list[int], max_seq_len: int
+) -> None:
+    pieces = piece_lengths(lengths, max_seq_len)
+    counts = num_pieces(lengths, max_seq_len)
+    assert len(pieces) == counts.sum()
+    own = np.split(pieces, np.cumsum(counts)[:-1]) if lengths else []
+    for length, sizes, rest in zip(lengths, own, rest_lengths(lengths, max_seq_len), strict=True):
+        assert sizes.sum() == length
+        assert sizes[-1] == rest
+        assert all(sizes[:-2] == max_seq_len)
+        assert sizes.min() >= 2 or max_seq_len == 2
+        assert sizes.max() <= max_seq_len

@@ -355,17 +355,6 @@ def _digits(content: Any) -> str:
     return hashlib.sha256(content).hexdigest()[:20]
 
 
-def chunks(ids: Any, max_seq_len: int) -> list[Any]:
-    """Return a document's ids, a list or an array, cut into pieces of at most `max_seq_len` tokens.
-
-    All are full but the last, whose length is that of `packing.rest_lengths`.
-    """
-    cuts = list(range(0, len(ids), max_seq_len))
-    if len(cuts) > 1 and len(ids) - cuts[-1] == 1:
-        cuts[-1] -= 1  # A lone token has nothing to be predicted from.
-    return [ids[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(ids)], strict=True)]
-
-
 def percentiles(values: Any, points: tuple[int, ...] = (50, 90, 95, 99, 100)) -> dict[str, int]:
     """Return whole-number percentiles by name, such as `p95`; `max` for 100. Empty for none."""
     if not len(values):

@@ -1,231 +1,383 @@
-"""From tokenized rows and what became of each to tables in the order in which they are written.
+"""From tokenized rows and where each goes to tables in the order in which they are written.
 
-Where a row goes is known to the deciding process beforehand, so nothing has to be sorted as a
-whole: blocks are finished and cut by where their rows go, in tasks, and the parts of each stretch
-are put together in further ones. The deciding process holds one stretch at a time.
+The driver knows beforehand where every row goes, so nothing is sorted as a whole. The order of all
+rows is cut into output partitions. Tasks finish some blocks each and deal their rows out to the
+partitions; further tasks put the pieces of a partition in order. The driver holds one partition at
+a time. Rows stay in Arrow: none becomes a Python object on the way.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+import ray
+import ray.data
 
-from tuneloop.data.ray_rows import batch_size
-from tuneloop.data.schema import Side, dataset_schema, document_columns, removed_schema
-from tuneloop.data.tokenize.rendering import Rendering, chunks
-from tuneloop.data.write.packing import merged_pieces, num_pieces, place_documents, rest_lengths
+from tuneloop.data.dedup.minhash import Indices
+from tuneloop.data.hashing.signatures import one_array
+from tuneloop.data.ledger import Ledger
+from tuneloop.data.schema import Side, dataset_schema, removed_schema
+from tuneloop.data.tokenize.rendering import Rendering
+from tuneloop.data.write.packing import (
+    merged_pieces,
+    num_pieces,
+    piece_lengths,
+    place_documents,
+    rest_lengths,
+)
 
 # What a row takes beside its text counts as well: ids, names and hashes.
 _CHARACTERS_PER_TABLE, _CHARACTERS_PER_ROW = 4 << 20, 500
 # Text, its tokens and their mask.
 _BYTES_PER_CHARACTER = 4
-# Of blocks on their way to tables: each is an object that the deciding process knows. Those below
-# 100 KB Ray keeps in that process itself.
+# Of blocks on their way to tables: each is an object that the driver knows. Those below 100 KB Ray
+# keeps in the driver itself.
 _MOST_PARTS, _FEW_PARTS, _BYTES_PER_PART = 1_000_000, 100, 256 << 10
-_SIDE_SHIFT, _CHUNK_SHIFT = 61, 20
-_FINISHED_FROM = [
-    *("source", "synthetic", "messages", "text", "extra"),
-    "num_tokens",
-]
-_PER_TOKEN = ("input_ids", "loss_mask")
+# Where a row goes is one number: its side, its rank there, and which piece of a document it is.
+_SIDE_SHIFT, _PIECE_SHIFT = 61, 20
+# Two columns for sorting; no column of a user's begins with `#` inside.
+_PLACE = [("#order", pa.int64()), ("#position", pa.int64())]
 
 
-def final_rows(rows: Any, assignments: Any, columns: Any, rendering: Rendering) -> Iterator[Any]:
-    """Yield Arrow tables of finished rows in the order to write; `#side` says where they go.
+class Assignments(NamedTuple):
+    """Where each of N rows goes, in the order of `key`. Shape (N,) each.
+
+    Args:
+        keys: Ascending.
+        row_ids: All different.
+        order: Where the row goes, or the first piece of a document.
+        pack: Where the last piece of a packed document goes; -1 for all other rows.
+        position: Place of that piece within its row.
+        removal: Row of `removals`; -1 for rows that stay.
+        removals: `stage`, `reason`, `kept_row_id`, `similarity`, `reason_code` of removed rows.
+    """
+
+    keys: Indices
+    row_ids: pa.StringArray
+    order: Indices
+    pack: Indices
+    position: Indices
+    removal: Indices
+    removals: pa.Table
+
+
+class Partitions(NamedTuple):
+    """How the order of all rows is cut.
+
+    Args:
+        cuts: Where each partition but the first begins, ascending.
+        sides: Of the partitions; none has rows of two.
+        blocks_per_task: Blocks that a task finishes.
+    """
+
+    cuts: Indices
+    sides: list[Side]
+    blocks_per_task: int
+
+
+class _Job(NamedTuple):
+    """What each task is told, beside its blocks; `max_seq_len` only of plain text."""
+
+    assignments: Assignments
+    partitions: Partitions
+    columns: pa.Schema
+    rendering: Rendering
+    max_seq_len: int | None
+
+
+class OutputTable(NamedTuple):
+    """Finished rows of one side, in their order."""
+
+    side: Side
+    rows: pa.Table
+
+
+def assign(ledger: Ledger, max_seq_len: int | None) -> Assignments:
+    """Return where each row goes.
+
+    Args:
+        ledger: With the final sides and ranks.
+        max_seq_len: Tokens of a row that train documents are packed into; None: they are not.
+    """
+    count = len(ledger.side)
+    order = (ledger.side << _SIDE_SHIFT) + (ledger.rank << _PIECE_SHIFT)
+    pack, position = np.full(count, -1, np.int64), np.zeros(count, np.int64)
+    if max_seq_len is not None:
+        train = np.flatnonzero(ledger.is_on(Side.TRAIN))
+        train = train[np.argsort(ledger.rank[train], kind="stable")]
+        lengths = ledger.table["num_tokens"].to_numpy()[train]
+        places = place_documents(lengths, max_seq_len)
+        last = order[train] + num_pieces(lengths, max_seq_len) - 1
+        pack[train], position[train] = last[places.leader], places.position
+    removal = np.full(count, -1, np.int64)
+    removed = np.fromiter(ledger.removals, np.int64, len(ledger.removals))
+    removal[removed] = np.arange(len(removed))
+    found = ledger.removals.values()
+    removals = {
+        "stage": pa.array([item.stage.value for item in found], pa.string()),
+        "reason": pa.array([item.reason.text for item in found], pa.string()),
+        "kept_row_id": pa.array([item.kept_row_id for item in found], pa.string()),
+        "similarity": pa.array([item.similarity for item in found], pa.float64()),
+        "reason_code": pa.array([item.reason.code.value for item in found], pa.string()),
+    }
+    keys = ledger.table["key"].to_numpy()
+    return Assignments(keys, ledger.row_ids, order, pack, position, removal, pa.table(removals))
+
+
+def assemble(
+    rows: ray.data.Dataset,
+    ledger: Ledger,
+    columns: pa.Schema,
+    rendering: Rendering,
+    max_seq_len: int | None,
+) -> Iterator[OutputTable]:
+    """Yield the finished rows in the order to write: train, test, removed, validation.
 
     Pieces of plain text that share a row are one row of one table.
 
     Args:
-        rows: The materialized Ray dataset of tokenized rows.
-        assignments: Arrow table in the order of `key` with side, rank, pack and position (of
-            `row_places`), row_id, stage, reason, kept_row_id and similarity, num_characters and
-            num_tokens of every row.
-        columns: Of `ray_rows.column_schema`.
+        rows: The materialized dataset of tokenized rows.
+        ledger: With the final sides and ranks of these rows.
+        columns: The user's own, of `ray_rows.column_schema`.
         rendering: Of the rows.
+        max_seq_len: Tokens of a row of plain text; None for conversations.
     """
-    import ray
-
-    blocks = [ref for bundle in rows.iter_internal_ref_bundles() for ref in bundle.block_refs]
-    step, borders = _stretches(rows, assignments, len(blocks), rendering)
-    number = len(borders) + 1
-    given = ray.put((assignments, columns, rendering, borders, batch_size(rows)))
+    blocks = rows.to_arrow_refs()
+    assignments = assign(ledger, max_seq_len)
+    partitions = _partitions(ledger, assignments, len(blocks), rows.size_bytes(), max_seq_len)
+    number, step = len(partitions.sides), partitions.blocks_per_task
+    job = ray.put(_Job(assignments, partitions, columns, rendering, max_seq_len))
     finish = ray.remote(num_cpus=1, num_returns=number)(_finish_blocks)
     parts = [
-        finish.remote(given, *blocks[start : start + step]) for start in range(0, len(blocks), step)
+        finish.remote(job, *blocks[start : start + step]) for start in range(0, len(blocks), step)
     ]
     if number == 1:
         parts = [[part] for part in parts]
     join = ray.remote(num_cpus=1)(_joined)
-    is_text = rendering.task.type == "language_modeling"
-    waiting: deque[Any] = deque()
+    waiting: deque[tuple[Side, ray.ObjectRef]] = deque()
     ahead = int(ray.cluster_resources()["CPU"])
-    for _ in range(number):
-        waiting.append(join.remote(is_text, *(own.pop(0) for own in parts)))
+    for side in partitions.sides:
+        waiting.append((side, join.remote(max_seq_len is not None, *(p.pop(0) for p in parts))))
         if len(waiting) > ahead:
-            yield ray.get(waiting.popleft())
-    while waiting:
-        yield ray.get(waiting.popleft())
+            ready, table = waiting.popleft()
+            yield OutputTable(ready, ray.get(table))
+    for ready, table in waiting:
+        yield OutputTable(ready, ray.get(table))
 
 
-def _stretches(
-    rows: Any, assignments: Any, num_blocks: int, rendering: Rendering
-) -> tuple[int, Any]:
-    """Return how many blocks to finish in a task, and at which places in the order to cut."""
-    rank = assignments["rank"].to_numpy().astype(np.int64)
-    side = assignments["side"].to_numpy().astype(np.int64) << _SIDE_SHIFT
-    order = side + (rank << _CHUNK_SHIFT)
-    size = assignments["num_characters"].to_numpy().astype(np.int64)
-    # Columns of the user's own, and what an instruction adds.
-    more = rows.size_bytes() / max(1, rows.count()) - _BYTES_PER_CHARACTER * float(np.mean(size))
-    size = size + max(_CHARACTERS_PER_ROW, int(more))
-    packed = assignments["pack"].is_valid().to_numpy()
-    if packed.any():
-        # The last piece of a document goes where its row is.
-        tokens = assignments["num_tokens"].to_numpy()[packed].astype(np.int64)
-        rest = rest_lengths(tokens, rendering.data.max_seq_len)
-        last = (size[packed] * (rest / np.maximum(1, tokens))).astype(np.int64)
-        size[packed] -= last
-        pack = assignments["pack"].filter(assignments["pack"].is_valid()).to_numpy()
-        order = np.concatenate([order, side[packed] + pack])
-        size = np.concatenate([size, last])
-    by_order = np.argsort(order, kind="stable")
-    so_far = np.cumsum(size[by_order], dtype=np.int64)
-    number = max(1, -(-int(so_far[-1]) // _CHARACTERS_PER_TABLE))
-    most = min(_MOST_PARTS, max(_FEW_PARTS, rows.size_bytes() // _BYTES_PER_PART))
-    too_many = max(1.0, (number * num_blocks / most) ** 0.5)
-    number = max(1, int(number / too_many))
-    cuts = np.searchsorted(so_far, so_far[-1] / number * np.arange(1, number))
-    return int(np.ceil(too_many)), np.unique(order[by_order[cuts]])
-
-
-def _finish_blocks(given: Any, *blocks: Any) -> Any:
-    """Return the finished rows of some blocks, a table for each stretch."""
-    import pyarrow as pa
-
-    assignments, columns, rendering, borders, size = given
-    cut: list[list[Any]] = [[] for _ in range(len(borders) + 1)]
-    for block in blocks:
-        for start in range(0, block.num_rows, size):
-            table = _finish_batch(block.slice(start, size), assignments, columns, rendering)
-            stretch = np.searchsorted(borders, table["#order"].to_numpy(), side="right")
-            for place in np.unique(stretch).tolist():
-                cut[place].append(table.filter(pa.array(stretch == place)))
-    empty = _finished_schema(columns).empty_table()
-    found = [pa.concat_tables([empty, *tables]) for tables in cut]
-    return found[0] if len(found) == 1 else found
-
-
-def _joined(is_text: bool, *parts: Any) -> Any:
-    """Return the rows of one stretch in their order, with pieces that share a row as one."""
-    import pyarrow as pa
-
-    table = pa.concat_tables(parts)
-    table = table.sort_by([("#order", "ascending"), ("#position", "ascending")])
-    return merged_pieces(table) if is_text else table
-
-
-def row_places(num_tokens: Any, ranks: Any, max_seq_len: int) -> tuple[Any, Any]:
-    """Return (pack, position) of documents: where the last piece of each one goes.
+def _partitions(
+    ledger: Ledger,
+    assignments: Assignments,
+    num_blocks: int,
+    num_bytes: int,
+    max_seq_len: int | None,
+) -> Partitions:
+    """Return how to cut the order of all rows, into parts that are neither many nor large.
 
     Args:
-        num_tokens: Of the documents of one split. Shape (N,).
-        ranks: Their places within the split, from 0. Shape (N,).
-        max_seq_len: Tokens of the longest row.
+        num_bytes: Of all tokenized rows.
     """
-    order = np.argsort(ranks, kind="stable")
-    ordered = np.asarray(num_tokens)[order]
-    places = place_documents(ordered, max_seq_len)
-    numbers = num_pieces(ordered, max_seq_len) - 1
-    pack, position = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
-    leader = places.leader
-    pack[order] = (np.asarray(ranks)[order][leader] << _CHUNK_SHIFT) + numbers[leader]
-    position[order] = places.position
-    return pack, position
-
-
-def _finish_batch(table: Any, assignments: Any, columns: Any, rendering: Rendering) -> Any:
-    import pyarrow as pa
-
-    places = np.searchsorted(assignments["key"].to_numpy(), table["key"].to_numpy())
-    found = (
-        assignments.drop_columns(["num_characters", "num_tokens"])
-        .take(pa.array(places))
-        .to_pylist()
+    order = assignments.order
+    size = ledger.table["num_characters"].to_numpy().astype(np.int64)
+    # Columns of the user's own, and what an instruction adds.
+    more = num_bytes / max(1, len(size)) - _BYTES_PER_CHARACTER * float(np.mean(size))
+    size = size + max(_CHARACTERS_PER_ROW, int(more))
+    packed = np.flatnonzero(assignments.pack >= 0)
+    if max_seq_len is not None:
+        # The last piece of a document goes where its row is.
+        tokens = ledger.table["num_tokens"].to_numpy()[packed].astype(np.int64)
+        rest = rest_lengths(tokens, max_seq_len)
+        last = (size[packed] * (rest / np.maximum(1, tokens))).astype(np.int64)
+        size[packed] -= last
+        order = np.concatenate([order, assignments.pack[packed]])
+        size = np.concatenate([size, last])
+    by_order = np.argsort(order, kind="stable")
+    order, so_far = order[by_order], np.cumsum(size[by_order], dtype=np.int64)
+    number = max(1, -(-int(so_far[-1]) // _CHARACTERS_PER_TABLE))
+    most = min(_MOST_PARTS, max(_FEW_PARTS, num_bytes // _BYTES_PER_PART))
+    too_many = max(1.0, (number * num_blocks / most) ** 0.5)
+    number = max(1, int(number / too_many))
+    cuts = order[np.searchsorted(so_far, so_far[-1] / number * np.arange(1, number))]
+    sides = order >> _SIDE_SHIFT
+    starts = order[np.flatnonzero(np.diff(sides, prepend=-1))]
+    starts = np.unique(np.concatenate([starts, cuts]))
+    return Partitions(
+        starts[1:], [Side(start) for start in starts >> _SIDE_SHIFT], int(np.ceil(too_many))
     )
-    is_text = rendering.task.type == "language_modeling"
-    # What there is for each token stays in Arrow: pieces only put borders between them.
-    tokens = {name: table[name].combine_chunks() for name in _PER_TOKEN}
-    ids, starts = tokens["input_ids"].values.to_numpy(), tokens["input_ids"].offsets.to_numpy()
-    finished: list[dict[str, Any]] = []
-    rows = table.select(_FINISHED_FROM).to_pylist()
-    for row, assignment, start in zip(rows, found, starts.tolist(), strict=False):
-        own = json.loads(row["extra"])
-        contents = [message["content"] for message in row["messages"]]
-        row |= {field.name: _value(own.get(field.name), field) for field in columns}
-        row |= {f"#{name}": value for name, value in assignment.items()}
-        row["row_id"] = assignment["row_id"]
-        row["#text"] = "\n\n".join(contents) or row["text"]
-        row["#order"] = (assignment["side"] << _SIDE_SHIFT) + (assignment["rank"] << _CHUNK_SHIFT)
-        row["#position"] = 0
-        if is_text and assignment["side"] != Side.REMOVED:
-            finished += _chunk_rows(row, ids[start : start + row["num_tokens"]], rendering)
-        else:
-            finished.append(row)
-    borders = np.concatenate([[0], np.cumsum([row["num_tokens"] for row in finished], dtype=int)])
-    schema = _finished_schema(columns)
-    small = pa.schema([field for field in schema if field.name not in _PER_TOKEN])
-    made = pa.Table.from_pylist(finished, schema=small)
-    arrays = {name: made[name] for name in made.column_names}
-    for name, column in tokens.items():
-        offsets = pa.array(borders + column.offsets[0].as_py(), pa.int32())
-        arrays[name] = pa.ListArray.from_arrays(offsets, column.values)
-    return pa.table(arrays, schema=schema)
 
 
-def _chunk_rows(row: dict[str, Any], ids: Any, rendering: Rendering) -> Iterator[dict[str, Any]]:
-    """Yield a document's pieces; the last one where `row_places` puts it."""
-    pieces = chunks(ids, rendering.data.max_seq_len)
-    texts = [row["text"]]
-    if len(pieces) > 1:
-        texts = rendering.renderer().piece_texts(row["text"], pieces)
-    for number, (piece, text) in enumerate(zip(pieces, texts, strict=True)):
-        order, position = row["#order"] + number, 0
-        if row["#pack"] is not None and number == len(pieces) - 1:
-            order = (row["#side"] << _SIDE_SHIFT) + row["#pack"]
-            position = row["#position_in_pack"]
-        row_id = row["row_id"] if len(pieces) == 1 else f"{row['row_id']}.{number}"
-        yield row | {
-            "#order": order,
-            "#position": position,
-            "row_id": row_id,
-            "document_ids": [row_id],
-            "document_lengths": [len(piece)],
-            "#text": text,
-            "num_tokens": len(piece),
-        }
-
-
-def _value(value: Any, field: Any) -> Any:
-    if field.metadata and value is not None:
-        return json.dumps(value, ensure_ascii=False)
-    return value
-
-
-def _finished_schema(columns: Any) -> Any:
-    """Return the schema of finished rows; no column of a user's can be called `#…` inside."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            *dataset_schema(columns),
-            *[(field.name, field.type) for field in document_columns()],
-            ("#order", pa.int64()),
-            ("#position", pa.int64()),
-            ("#side", pa.int8()),
-            *[(f"#{field.name}", field.type) for field in removed_schema()],
+def _finish_blocks(job: _Job, *blocks: pa.Table) -> pa.Table | list[pa.Table]:
+    """Return the finished rows of some blocks, a table for each partition."""
+    kept = [_finished(block, job) for block in blocks]
+    removed = [_removed(block, job.assignments) for block in blocks]
+    found: dict[bool, list[pa.Table]] = {}
+    for is_removed, tables in ((False, kept), (True, removed)):
+        table = pa.concat_tables(tables)
+        order = table["#order"].to_numpy()
+        partition = np.searchsorted(job.partitions.cuts, order, side="right")
+        by_partition = np.argsort(partition, kind="stable")
+        bounds = np.searchsorted(partition[by_partition], np.arange(len(job.partitions.sides) + 1))
+        # A copy of its own for each, as a slice would be sent with all of the table.
+        found[is_removed] = [
+            table.take(by_partition[start:stop])
+            for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
         ]
+    parts = [
+        found[side is Side.REMOVED][number] for number, side in enumerate(job.partitions.sides)
+    ]
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _joined(is_text: bool, *parts: pa.Table) -> pa.Table:
+    """Return the rows of one partition in their order, with pieces that share a row as one."""
+    table = pa.concat_tables(parts)
+    table = table.sort_by([(name, "ascending") for name, _ in _PLACE])
+    if is_text and "document_ids" in table.column_names:
+        table = merged_pieces(table)
+    return table.drop_columns([name for name, _ in _PLACE])
+
+
+def _removed(block: pa.Table, assignments: Assignments) -> pa.Table:
+    """Return the removed rows of a block."""
+    index = np.searchsorted(assignments.keys, block["key"].to_numpy())
+    is_removed = assignments.removal[index] >= 0
+    block, index = block.filter(is_removed), index[is_removed]
+    messages = one_array(block["messages"])
+    contents = pa.ListArray.from_arrays(messages.offsets, messages.values.field("content"))
+    said = pc.binary_join(contents, "\n\n")
+    columns = {
+        "row_id": assignments.row_ids.take(index),
+        "text": pc.if_else(pc.equal(said, ""), one_array(block["text"]), said),
+        "source": block["source"],
+    }
+    removals = assignments.removals.take(assignments.removal[index])
+    columns |= {name: removals[name] for name in removals.column_names}
+    columns |= {"#order": assignments.order[index], "#position": np.zeros(len(index), np.int64)}
+    return pa.table(columns, schema=_with_place(removed_schema()))
+
+
+def _finished(block: pa.Table, job: _Job) -> pa.Table:
+    """Return the rows of a block that stay; of documents their pieces."""
+    assignments = job.assignments
+    index = np.searchsorted(assignments.keys, block["key"].to_numpy())
+    stays = assignments.removal[index] < 0
+    if not stays.all():
+        block, index = block.filter(stays), index[stays]
+    names = ("source", "synthetic", "num_tokens", "input_ids", "loss_mask")
+    columns = {name: block[name] for name in names}
+    columns |= {"row_id": assignments.row_ids.take(index), "#order": assignments.order[index]}
+    columns |= _own_columns(block["extra"], job.columns)
+    if job.max_seq_len is None:
+        columns |= {"messages": block["messages"], "#position": np.zeros(len(index), np.int64)}
+    else:
+        columns["text"] = block["text"]
+        pieces = _pieces(pa.table(columns), index, job)
+        columns = {name: pieces[name] for name in pieces.column_names}
+    return pa.table(columns, _with_place(dataset_schema(job.columns, job.max_seq_len is not None)))
+
+
+def _pieces(table: pa.Table, index: Indices, job: _Job) -> pa.Table:
+    """Return documents cut into pieces; the last one of each where `assign` puts it.
+
+    Args:
+        table: Documents.
+        index: Of these in the assignments.
+    """
+    assert job.max_seq_len is not None
+    assignments = job.assignments
+    count = num_pieces(table["num_tokens"], job.max_seq_len)
+    sizes = piece_lengths(table["num_tokens"], job.max_seq_len)
+    document = np.repeat(np.arange(len(count)), count)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+    is_cut = count[document] > 1
+    is_packed = (number == count[document] - 1) & (assignments.pack[index] >= 0)[document]
+    columns = {}
+    for name in table.column_names:
+        column = one_array(table[name])
+        if name in ("input_ids", "loss_mask"):
+            # Pieces only put other borders between the tokens.
+            offsets = column.offsets[0].as_py() + np.concatenate([[0], np.cumsum(sizes)])
+            columns[name] = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), column.values)
+        else:
+            columns[name] = column.take(pa.array(document, mask=is_cut & (name == "text")))
+    row_ids = pc.binary_join_element_wise(
+        columns["row_id"], pa.array(number).cast(pa.string()), "."
     )
+    columns["row_id"] = pc.if_else(is_cut, row_ids, columns["row_id"])
+    texts = _texts_of_cut(table, count, sizes, job.rendering)
+    columns["text"] = pc.replace_with_mask(columns["text"], is_cut, pa.array(texts, pa.string()))
+    each = pa.array(np.arange(len(document) + 1), pa.int32())
+    own = index[document]
+    return pa.table(
+        columns
+        | {
+            "num_tokens": sizes,
+            "document_ids": pa.ListArray.from_arrays(each, columns["row_id"]),
+            "document_lengths": pa.ListArray.from_arrays(each, pa.array(sizes, pa.int32())),
+            "#order": np.where(is_packed, assignments.pack[own], assignments.order[own] + number),
+            "#position": np.where(is_packed, assignments.position[own], 0),
+        }
+    )
+
+
+def _texts_of_cut(
+    table: pa.Table, count: Indices, sizes: Indices, rendering: Rendering
+) -> Iterator[str]:
+    """Yield what each piece of the documents that are cut says.
+
+    Args:
+        count: Pieces of each document.
+        sizes: Tokens of each piece.
+    """
+    ends = np.cumsum(count)
+    for document in np.flatnonzero(count > 1).tolist():
+        ids = table["input_ids"][document].values.to_numpy()
+        own = sizes[ends[document] - count[document] : ends[document]]
+        pieces = np.split(ids, np.cumsum(own)[:-1])
+        yield from rendering.renderer().piece_texts(table["text"][document].as_py(), pieces)
+
+
+def _own_columns(extra: pa.ChunkedArray, columns: pa.Schema) -> dict[str, pa.Array]:
+    """Return the user's own columns of rows from their JSON."""
+    lines = extra.to_pylist()
+    found = _parsed(lines, pa.schema([field for field in columns if not field.metadata]))
+    left = [field for field in columns if field.name not in found]
+    if left:
+        rows = [json.loads(line) for line in lines]
+        for field in left:
+            values = [row.get(field.name) for row in rows]
+            if field.metadata:
+                values = [
+                    None if value is None else json.dumps(value, ensure_ascii=False)
+                    for value in values
+                ]
+            found[field.name] = pa.array(values, field.type)
+    return found
+
+
+def _parsed(lines: Sequence[str], schema: pa.Schema) -> dict[str, pa.Array]:
+    """Return columns of JSON by Arrow's own parser; none if it does not know what is in them."""
+    if not lines or not len(schema):
+        return {}
+    data = "\n".join(lines).encode()
+    try:
+        table = pyarrow.json.read_json(
+            io.BytesIO(data),
+            pyarrow.json.ReadOptions(use_threads=False, block_size=len(data) + 1),
+            pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+        )
+    except pa.ArrowException:  # a number that is not finite, for example
+        return {}
+    return {name: table[name] for name in schema.names}
+
+
+def _with_place(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([*schema, *_PLACE])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
@@ -33,12 +34,12 @@ class Places:
     position: Indices
 
 
-def num_pieces(lengths: Any, max_seq_len: int) -> Any:
+def num_pieces(lengths: Indices, max_seq_len: int) -> Indices:
     """Return into how many pieces documents of some lengths are cut; at least one each."""
     return np.maximum(1, -(-np.asarray(lengths) // max_seq_len))
 
 
-def rest_lengths(lengths: Any, max_seq_len: int) -> Any:
+def rest_lengths(lengths: Indices, max_seq_len: int) -> Indices:
     """Return the tokens of the last piece of each document; at least two of a longer document."""
     lengths = np.asarray(lengths, dtype=np.int64)
     pieces = num_pieces(lengths, max_seq_len)
@@ -46,7 +47,23 @@ def rest_lengths(lengths: Any, max_seq_len: int) -> Any:
     return np.where((pieces > 1) & (rests == 1), 2, rests)
 
 
-def pack(lengths: Any, capacity: int) -> Indices:
+def piece_lengths(lengths: Indices, max_seq_len: int) -> Indices:
+    """Return the tokens of all pieces of all documents, in order; each is full but the last ones.
+
+    Where a lone token would be left over, the piece before it gives it one: there must be something
+    to predict the last token from.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    count, rests = num_pieces(lengths, max_seq_len), rest_lengths(lengths, max_seq_len)
+    last = np.cumsum(count) - 1
+    result = np.full(int(count.sum()), max_seq_len, dtype=np.int64)
+    result[last] = rests
+    is_cut = count > 1
+    result[last[is_cut] - 1] = (lengths - rests - (count - 2) * max_seq_len)[is_cut]
+    return result
+
+
+def pack(lengths: Indices, capacity: int) -> Indices:
     """Return the row of each item by best-fit-decreasing bin packing. Shape (N,), from 0.
 
     The longest item goes first, each into the fullest row that still has room. Which rooms exist
@@ -88,7 +105,7 @@ def pack(lengths: Any, capacity: int) -> Indices:
     return result
 
 
-def place_documents(num_tokens: Any, max_seq_len: int) -> Places:
+def place_documents(num_tokens: Indices, max_seq_len: int) -> Places:
     """Return where the last pieces of documents go; all other pieces fill a row of their own.
 
     Args:
@@ -107,14 +124,12 @@ def place_documents(num_tokens: Any, max_seq_len: int) -> Places:
     return Places(leader, position)
 
 
-def merged_pieces(table: Any) -> Any:
+def merged_pieces(table: pa.Table) -> pa.Table:
     """Return one row for each run of equal `#order`, in which pieces of documents share a row.
 
     Args:
-        table: Of finished rows (`finishing`), sorted by `#order` and `#position`.
+        table: Of finished rows (`assemble`), sorted by `#order` and `#position`.
     """
-    import pyarrow as pa
-
     orders = table["#order"].to_numpy()
     starts = np.flatnonzero(np.concatenate([[True], orders[1:] != orders[:-1]])[: len(orders)])
     if len(starts) == len(orders):
@@ -158,11 +173,8 @@ def _one_id(row_ids: list[str]) -> str:
 
 _MERGERS: dict[str, Callable[[list[Any]], Any]] = {
     "row_id": _one_id,
-    "#row_id": _one_id,
     "source": lambda values: ", ".join(dict.fromkeys(values)),
-    "#source": lambda values: ", ".join(dict.fromkeys(values)),
     "text": "\n\n".join,
-    "#text": "\n\n".join,
     "synthetic": any,
     "num_tokens": sum,
 }

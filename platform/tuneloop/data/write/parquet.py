@@ -1,19 +1,28 @@
-"""Writing the finished rows of a dataset artifact as Parquet, in streaming fashion."""
+"""Writing the finished rows of a dataset artifact as Parquet, one table after the other."""
 
 from __future__ import annotations
 
-import itertools
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import ray.data
+from pyarrow import parquet
 
+from tuneloop.config import TuneloopConfig
+from tuneloop.data.dedup.minhash import Indices
+from tuneloop.data.hashing.signatures import one_array
+from tuneloop.data.ledger import Ledger
+from tuneloop.data.ray_rows import column_schema
 from tuneloop.data.schema import Side, dataset_schema, removed_schema
+from tuneloop.data.tokenize.rendering import Rendering
+from tuneloop.data.write.assemble import assemble
 
 _ROWS_PER_FILE = 100_000
+_NUM_FIRST = 3
 
 
 @dataclass
@@ -21,9 +30,9 @@ class Written:
     """What has been written of one side.
 
     Args:
-        num_tokens: Length of each row, in tokens.
-        num_target_tokens: Targets of each row.
-        first: The first few rows, for the card.
+        num_tokens: Length of each row, in tokens; empty for removed rows.
+        num_target_tokens: Targets of each row, likewise.
+        first: The first three rows, for the card.
     """
 
     num_rows: int = 0
@@ -32,34 +41,37 @@ class Written:
     first: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write_sides(
-    tables: Iterable[Any], columns: Any, is_text: bool, path: Path
+def write_rows(
+    rows: ray.data.Dataset,
+    ledger: Ledger,
+    rendering: Rendering,
+    config: TuneloopConfig,
+    path: Path,
 ) -> dict[Side, Written]:
     """Write `train/`, `test/` and `removed/` under `path` and return what is in them.
 
     `validation/` is written where rows are meant for it.
 
     Args:
-        tables: Of `finishing.final_rows`, sorted by side.
-        columns: Schema of the user's own columns.
-        is_text: Rows have `text` in place of `messages`.
+        rows: The materialized dataset of tokenized rows.
+        ledger: With the final sides and ranks of these rows.
+        rendering: Of the rows.
+        config: `task.type` and `data.max_seq_len` are used.
     """
-    data_schema = dataset_schema(columns, is_text)
+    columns = column_schema(rows)
+    is_text = config.task.type == "language_modeling"
+    schemas = dict.fromkeys(Side, dataset_schema(columns, is_text))
+    schemas[Side.REMOVED] = removed_schema()
     writers = {
-        side: _SideWriter(
-            path / side.folder, removed_schema() if side is Side.REMOVED else data_schema
-        )
+        side: _SideWriter(path / side.folder, schemas[side])
         for side in (Side.TRAIN, Side.TEST, Side.REMOVED)
     }
+    max_seq_len = config.data.max_seq_len if is_text else None
     try:
-        for table in tables:
-            sides = table["#side"].to_numpy()
-            starts = np.flatnonzero(np.diff(sides, prepend=-1))
-            for start, stop in itertools.pairwise([*starts.tolist(), len(sides)]):
-                side = Side(sides[start])
-                if side not in writers:
-                    writers[side] = _SideWriter(path / side.folder, data_schema)
-                writers[side].write(table.slice(start, stop - start))
+        for side, table in assemble(rows, ledger, columns, rendering, max_seq_len):
+            if side not in writers:
+                writers[side] = _SideWriter(path / side.folder, schemas[side])
+            writers[side].write(table)
     finally:
         for writer in writers.values():
             writer.close()
@@ -69,7 +81,7 @@ def write_sides(
 class _SideWriter:
     """Parquet files of one side; there is always at least one, if only an empty one."""
 
-    def __init__(self, folder: Path, schema: Any) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema) -> None:
         self.folder, self.schema = folder, schema
         self.written = Written()
         self._num_files = 0
@@ -77,42 +89,32 @@ class _SideWriter:
         folder.mkdir()
         self._open()
 
-    def write(self, table: Any) -> None:
+    def write(self, table: pa.Table) -> None:
         if self._rows_in_file >= _ROWS_PER_FILE:
             self._file.close()
             self._open()
-        # Columns of `removed/`, and a document's text, stand beside the user's with a mark.
-        renamed = {name.removeprefix("#"): name for name in table.column_names if name[0] == "#"}
-        is_removed = "reason" in self.schema.names
-        names = [
-            renamed[name] if name in renamed and (is_removed or name == "text") else name
-            for name in self.schema.names
-        ]
-        selected = table.select(names).rename_columns(self.schema.names).cast(self.schema)
-        self._file.write_table(selected)
+        self._file.write_table(table)
         self._rows_in_file += table.num_rows
         self.written.num_rows += table.num_rows
-        if not is_removed:
+        if "loss_mask" in self.schema.names:
             lengths = table["num_tokens"].to_numpy().astype(np.int64)
             self.written.num_tokens.frombytes(lengths.tobytes())
-            targets = _sums(table["loss_mask"].combine_chunks())
+            targets = _sums(one_array(table["loss_mask"]))
             self.written.num_target_tokens.frombytes(targets.tobytes())
-        missing = max(0, 3 - len(self.written.first))
-        self.written.first += selected.slice(0, missing).to_pylist()
+        missing = max(0, _NUM_FIRST - len(self.written.first))
+        self.written.first += table.slice(0, missing).to_pylist()
 
     def close(self) -> None:
         self._file.close()
 
     def _open(self) -> None:
-        from pyarrow import parquet
-
         path = self.folder / f"part-{self._num_files:05d}.parquet"
         self._file = parquet.ParquetWriter(path, self.schema, compression="zstd")
         self._num_files += 1
         self._rows_in_file = 0
 
 
-def _sums(lists: Any) -> Any:
-    """Return the sum of each list of an Arrow array."""
+def _sums(lists: pa.ListArray) -> Indices:
+    """Return the sum of each list of numbers."""
     so_far = np.concatenate([[0], np.cumsum(lists.values.to_numpy(), dtype=np.int64)])
     return np.diff(so_far[lists.offsets.to_numpy()])
