@@ -28,7 +28,7 @@ from tuneloop.data.tokenize.rendering import (
 )
 
 if TYPE_CHECKING:
-    import ray.data
+    pass
 
 logger = logging.getLogger("tuneloop.data")
 

@@ -21,8 +21,7 @@ import pyarrow.json
 import ray
 import ray.data
 
-from tuneloop.data.dedup.minhash import Indices
-from tuneloop.data.hashing.signatures import one_array
+from tuneloop.data.hashing.columns import Indices, one_array
 from tuneloop.data.ledger import Ledger
 from tuneloop.data.schema import Side, dataset_schema, removed_schema
 from tuneloop.data.tokenize.rendering import Rendering

@@ -13,8 +13,7 @@ import ray.data
 from pyarrow import parquet
 
 from tuneloop.config import TuneloopConfig
-from tuneloop.data.dedup.minhash import Indices
-from tuneloop.data.hashing.signatures import one_array
+from tuneloop.data.hashing.columns import Indices, one_array
 from tuneloop.data.ledger import Ledger
 from tuneloop.data.ray_rows import column_schema
 from tuneloop.data.schema import Side, dataset_schema, removed_schema
