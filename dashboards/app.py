@@ -37,7 +37,7 @@ def main() -> None:
     )
     with st.sidebar:
         st.caption(f"Workspace  \n`{workspace_location()}`")
-        if st.button("Look again", help="Read the workspace anew"):
+        if st.button("Refresh", help="Read the workspace again"):
             st.rerun()
     st.title(page.title)
     page.run()

@@ -10,8 +10,8 @@ import streamlit as st
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.errors import UserError
-from tuneloop.evals.reporting.findings import Evaluation
 from tuneloop.evals.reporting.overview import newest_comparison
+from tuneloop.evals.scoring.results import Evaluation
 
 _MAKERS = {
     "datasets": ("dataset", "tuneloop prepare CONFIG.yaml"),

@@ -57,7 +57,7 @@ CSS = """
 </style>
 """
 
-_OUTCOME_TONES = {
+_CHANGE_TONES = {
     "fixed": "good",
     "introduced": "bad",
     "both_wrong": "warn",
@@ -106,11 +106,11 @@ def labelled(label: str, body: str) -> str:
     return f'<div class="tl-label">{html.escape(label)}</div>{body}'
 
 
-def outcome_bar(counts: Sequence[tuple[str, str, int]]) -> str:
-    """Return a stacked bar with its legend, from (outcome, label, count)."""
+def change_bar(counts: Sequence[tuple[str, str, int]]) -> str:
+    """Return a stacked bar with its legend, from (change, label, count)."""
     parts, legend = [], []
-    for outcome, label, count in counts:
-        tone = _OUTCOME_TONES[outcome]
+    for change, label, count in counts:
+        tone = _CHANGE_TONES[change]
         parts.append(f'<span class="tl-{tone}" style="flex:{count}"></span>')
         legend.append(
             f'<span><span class="tl-dot tl-{tone}"></span>{html.escape(label)} '
@@ -121,9 +121,9 @@ def outcome_bar(counts: Sequence[tuple[str, str, int]]) -> str:
     )
 
 
-def outcome_tone(outcome: str) -> str:
-    """Return the tone of an outcome's label."""
-    tone = _OUTCOME_TONES[outcome]
+def change_tone(change: str) -> str:
+    """Return the tone of a change's label."""
+    tone = _CHANGE_TONES[change]
     return "" if tone in ("same", "none") else tone
 
 

@@ -5,26 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import streamlit as st
+from tuneloop.data.schema import SPLITS
 
 import theme
 from shell import choose_artifact, show_origin
 from tuneloop.artifacts import Artifact
-from tuneloop.evals.reporting.analysis import paginate
-from tuneloop.evals.reporting.overview import read_card, read_rows, search_rows
+from tuneloop.evals.reporting.error_analysis import paginate
+from tuneloop.evals.reporting.overview import read_card, read_split, search_rows
 
 PAGE_SIZE = 10
 
 
 @st.cache_resource(max_entries=6, show_spinner="Reading the rows")
 def load_rows(location: str, folder: str, _artifact: Artifact) -> list[dict[str, Any]]:
-    return read_rows(_artifact, folder)
+    return read_split(_artifact, folder)
 
 
 def show_rows(folder: str) -> None:
     """Show a split row by row, with its turns."""
-    words = st.text_input("Search", key="q", placeholder="words that must occur")
-    found = search_rows(load_rows(artifact.location, folder, artifact), words or "")
-    st.caption(f"{len(found):,} rows")
+    words = st.text_input("Search", key="q", placeholder="words to find")
+    rows = load_rows(artifact.location, folder, artifact)
+    found = search_rows(rows, words or "")
+    st.caption(f"{len(found):,} of {len(rows):,} rows")
     _, num_pages = paginate(found, 1, PAGE_SIZE)
     page = st.pagination(num_pages, key=f"page-{folder}") if num_pages > 1 else 1
     for row in paginate(found, page, PAGE_SIZE)[0]:
@@ -42,9 +44,10 @@ def show_rows(folder: str) -> None:
 
 def show_removed() -> None:
     """Show the rows that preparation dropped, with the reason."""
-    words = st.text_input("Search", key="q", placeholder="words that must occur")
-    found = search_rows(load_rows(artifact.location, "removed", artifact), words or "")
-    st.caption(f"{len(found):,} rows were removed; every one is kept with its reason.")
+    words = st.text_input("Search", key="q", placeholder="words to find")
+    rows = load_rows(artifact.location, "removed", artifact)
+    found = search_rows(rows, words or "")
+    st.caption(f"{len(found):,} of {len(rows):,} removed rows; each is kept with its reason.")
     st.dataframe(
         found,
         hide_index=True,
@@ -61,7 +64,7 @@ def show_removed() -> None:
 
 
 _, artifact = choose_artifact("datasets", "Dataset")
-splits = [name for name in ("train", "validation", "test") if (artifact.path / name).is_dir()]
+splits = [side.folder for side in SPLITS if (artifact.path / side.folder).is_dir()]
 views = ["Card", *(f"{name.capitalize()} rows" for name in splits)]
 if any((artifact.path / "removed").glob("*.parquet")):
     views.append("Removed rows")

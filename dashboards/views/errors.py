@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+import html
+from typing import NamedTuple
+
 import streamlit as st
 
 import theme
 from shell import choose_artifact, load_evaluation
 from tuneloop.artifacts import Artifact
-from tuneloop.evals.reporting import analysis
-from tuneloop.evals.reporting.analysis import OUTCOMES, TAG_CHANGES, Filter, PairedExample
-from tuneloop.evals.reporting.findings import Evaluation
+from tuneloop.evals.reporting import error_analysis as analysis
+from tuneloop.evals.reporting.error_analysis import (
+    CHANGE_LABELS,
+    TAG_CHANGE_LABELS,
+    Against,
+    Filter,
+)
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
+from tuneloop.evals.scoring.pairing import Change, PairedExample, count_changes
+from tuneloop.evals.scoring.results import Evaluation
 
 PAGE_SIZE = 5
-# An error in the first answer is no news; one that is new or still there in the second is.
+# An error that only the first answer has is no news; one that is new or remains is.
 TAG_TONES = {"fixed": "", "introduced": "bad", "both": "warn"}
 ALL_TASKS = "all tasks"
-AGAINST = {"reference": "from the reference", "other": "between the two"}
+AGAINST: dict[Against, str] = {"reference": "from the reference", "other": "between the two"}
 
 
 @st.cache_resource(max_entries=8, show_spinner="Comparing the answers")
 def pair(
     location: str, _evaluation: Evaluation, before: str, after: str, metric: str, task: str | None
 ) -> list[PairedExample]:
-    return analysis.pair_examples(_evaluation, before, after, metric, task)
+    return _evaluation.pair(before, after, metric, task)
 
 
-def choose() -> tuple[Artifact, Evaluation, str, str, str, str | None]:
-    """Return the evaluation, the two arms, the metric and, of a mixture, the task to look at."""
-    place, left, middle, right = st.columns([1.4, 1, 1, 1])
-    with place:
+class Comparison(NamedTuple):
+    """What the selectors at the top of the page ask for."""
+
+    artifact: Artifact
+    evaluation: Evaluation
+    before: str
+    after: str
+    metric: str
+    task: str | None
+
+
+def choose() -> Comparison:
+    """Return the evaluation, the two arms, the metric and, in a mixture, the task to look at."""
+    first, left, middle, right = st.columns([1.4, 1, 1, 1])
+    with first:
         _, artifact = choose_artifact("evaluations", "Evaluation")
     evaluation = load_evaluation(artifact)
     task = None
@@ -43,16 +63,15 @@ def choose() -> tuple[Artifact, Evaluation, str, str, str, str | None]:
             bind="query-params",
         )
         task = None if chosen == ALL_TASKS else chosen
-    metrics = analysis.judged_metrics(evaluation, task)
     names = [arm["name"] for arm in evaluation.arms]
     if len(names) < 2:
-        st.info("This evaluation has one arm: there is nothing to put beside it.")
+        st.info("This evaluation has one arm: there is nothing to compare it with.")
         st.stop()
     before = left.selectbox("Before", names, key="before", bind="query-params")
     after = middle.selectbox("After", names, len(names) - 1, key="after", bind="query-params")
     metric = right.selectbox(
         "Right or wrong by",
-        metrics,
+        analysis.judged_metrics(evaluation, task),
         format_func=lambda name: evaluation.metric(name).label.replace("`", ""),
         key="metric",
         bind="query-params",
@@ -60,16 +79,15 @@ def choose() -> tuple[Artifact, Evaluation, str, str, str, str | None]:
     if before == after:
         st.info("Choose two different arms.")
         st.stop()
-    return artifact, evaluation, before, after, metric, task
+    return Comparison(artifact, evaluation, before, after, metric, task)
 
 
-def choose_filter(examples: list[PairedExample], tags: list[str]) -> Filter:
+def choose_filter(counts: dict[Change, int], tags: list[str]) -> Filter:
     """Return what the filters above the examples ask for."""
-    counts = analysis.count_outcomes(examples)
-    outcome = st.segmented_control(
-        "Outcome",
+    change = st.segmented_control(
+        "Change",
         list(counts),
-        format_func=lambda o: f"{OUTCOMES[o]} {counts.get(o, 0):,}",
+        format_func=lambda name: f"{CHANGE_LABELS[name]} {counts.get(name, 0):,}",
         key="outcome",
         label_visibility="collapsed",
     )
@@ -83,13 +101,13 @@ def choose_filter(examples: list[PairedExample], tags: list[str]) -> Filter:
         placeholder="any",
         bind="query-params",
     )
-    change = middle.selectbox(
-        "The error was",
-        list(TAG_CHANGES),
+    tag_change = middle.selectbox(
+        "What became of the error",
+        list(TAG_CHANGE_LABELS),
         None,
-        format_func=lambda name: TAG_CHANGES[name],
+        format_func=lambda name: TAG_CHANGE_LABELS[name],
         key="change",
-        placeholder="anything",
+        placeholder="any",
         bind="query-params",
     )
     words = right.text_input(
@@ -98,13 +116,15 @@ def choose_filter(examples: list[PairedExample], tags: list[str]) -> Filter:
         placeholder="words in question, reference or answers",
         bind="query-params",
     )
-    return Filter(outcome, tag, change, words or "")
+    return Filter(change, tag, tag_change, words or "")
 
 
-def show_example(example: PairedExample, evaluation: Evaluation, metric: str, against: str) -> None:
+def show_example(
+    example: PairedExample, evaluation: Evaluation, metric: str, against: Against
+) -> None:
     """Show one question with both answers."""
     boxes = []
-    marked = analysis.differences(example, "other" if against == "other" else "reference")
+    marked = analysis.mark_differences(example, against)
     for prediction, parts in zip((example.before, example.after), marked, strict=True):
         score = analysis.describe_score(evaluation, prediction, metric)
         tone = {"right": "good", "wrong": "bad", "not scored": "warn"}.get(score, "")
@@ -118,8 +138,8 @@ def show_example(example: PairedExample, evaluation: Evaluation, metric: str, ag
         boxes.append(theme.box(prediction.arm, chips, body))
     with st.container(border=True, gap="xsmall"):
         st.html(
-            f'<div class="tl-head"><b>{theme.html.escape(example.example_id)}</b>'
-            f"{theme.chip(OUTCOMES[example.outcome], theme.outcome_tone(example.outcome))}"
+            f'<div class="tl-head"><b>{html.escape(example.example_id)}</b>'
+            f"{theme.chip(CHANGE_LABELS[example.change], theme.change_tone(example.change))}"
             f"{theme.chip(example.after.task) if example.after.task else ''}</div>"
             + theme.labelled("Question", theme.text(example.question, mono=True))
             + theme.labelled("Reference", theme.text(example.reference, mono=True))
@@ -138,9 +158,9 @@ if evaluation.metrics["task_type"] == "language_modeling":
     st.info("Plain text is scored by likelihood: there are no answers to compare.")
     st.stop()
 examples = pair(artifact.location, evaluation, before, after, metric, task)
-counts = analysis.count_outcomes(examples)
+counts = {change: count for change, count in count_changes(examples).items() if count}
 st.markdown(f"**From {before} to {after}**, {len(examples):,} examples:")
-st.html(theme.outcome_bar([(o, OUTCOMES[o], n) for o, n in counts.items()]))
+st.html(theme.change_bar([(name, CHANGE_LABELS[name], count) for name, count in counts.items()]))
 
 st.subheader("Errors")
 tags = analysis.count_tags(examples)
@@ -151,7 +171,7 @@ else:
     st.caption("Neither arm makes an error that has a name: " + ", ".join(ERROR_TAGS) + ".")
 
 st.subheader("Examples")
-chosen = choose_filter(examples, [count.tag for count in tags])
+chosen = choose_filter(counts, [count.tag for count in tags])
 found = [example for example in examples if chosen.admits(example)]
 _, num_pages = analysis.paginate(found, 1, PAGE_SIZE)
 with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
@@ -170,6 +190,6 @@ st.html(
     f"</span><span class='tl-extra'>only here</span>{missing}</div>"
 )
 if not found:
-    st.info("No example fits all filters. Clear one of them.")
+    st.info("No example matches all filters. Clear one of them.")
 for example in analysis.paginate(found, page, PAGE_SIZE)[0]:
     show_example(example, evaluation, metric, against or "reference")

@@ -1,4 +1,4 @@
-"""A model's training curves, its answers on the way, the parity of its export, and its card."""
+"""A model's training curves, answers during training, export parity and card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ SMALL_CHARTS = (
     ("learning_rate", "Learning rate", ""),
     ("grad_norm", "Gradient norm", "Before clipping."),
     ("tokens_per_s", "Tokens per second", "All workers together; padding is not counted."),
-    ("peak_memory_gb", "Peak memory, GB", "Of the worker that holds the most, so far."),
+    (
+        "peak_memory_gib",
+        "Peak memory, GiB",
+        "So far, on the worker that uses the most.",
+    ),
 )
 
 
@@ -46,10 +50,10 @@ if log:
     draw_curves(log, "loss", "validation_loss", "loss")
     if "token_accuracy" in log[0]:
         st.subheader("Token accuracy")
-        st.caption("Share of the target tokens that are the likeliest one.")
+        st.caption("Share of the target tokens that the model ranks first.")
         draw_curves(log, "token_accuracy", "validation_accuracy", "accuracy")
     charts = [
-        row | {"peak_memory_gb": row["peak_memory_bytes"] / 1e9}
+        row | {"peak_memory_gib": row["peak_memory_bytes"] / 2**30}
         if "peak_memory_bytes" in row
         else row
         for row in log
@@ -66,16 +70,16 @@ else:
     st.info("This model has no training log.")
 samples = read_samples(artifact)
 if samples:
-    st.subheader("What it answered on the way")
+    st.subheader("Answers during training")
     st.caption("The first validation prompts, answered greedily at each measurement.")
-    wanted = st.selectbox("Prompt", list(dict.fromkeys(row["prompt"] for row in samples)))
-    answers = [row for row in samples if row["prompt"] == wanted]
+    prompt = st.selectbox("Prompt", list(dict.fromkeys(row["prompt"] for row in samples)))
+    answers = [row for row in samples if row["prompt"] == prompt]
     st.text(f"Reference: {answers[0]['reference']}")
     columns = ("step", "completion")
     st.dataframe([{name: row[name] for name in columns} for row in answers], hide_index=True)
 parity = read_json(artifact, "parity.json")
 if parity is not None:
-    st.subheader("Export equals training")
+    st.subheader("The export equals the trained model")
     (st.success if parity.get("passed", True) else st.error)(describe_parity(parity))
     with st.expander("All numbers"):
         st.json(parity, expanded=1)

@@ -1,13 +1,13 @@
-"""The newest verdict and all artifacts."""
+"""The newest headline and all artifacts."""
 
 from __future__ import annotations
 
 import streamlit as st
 
+from headline import show_headline
 from shell import load_evaluation, open_workspace, refuse
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import list_artifacts, newest_comparison, tabulate
-from verdict import show_verdict
 
 PAGES = {
     "datasets": "views/dataset.py",
@@ -24,7 +24,7 @@ if newest is not None:
     except UserError as error:
         refuse("The newest evaluation cannot be opened.", error)
     st.caption(f"The newest comparison, {newest.ref}:")
-    show_verdict(tables)
+    show_headline(tables)
     with st.container(horizontal=True):
         query = {"artifact": newest.ref}
         st.page_link(
@@ -32,7 +32,7 @@ if newest is not None:
         )
         st.page_link("views/votes.py", label="Judge answers blind →", query_params=query)
 else:
-    st.info("No evaluation yet: `tuneloop run CONFIG.yaml` makes one, with the verdict shown here.")
+    st.info("No evaluation yet: `tuneloop run CONFIG.yaml` makes one and its result is shown here.")
 
 st.subheader("Artifacts")
 st.caption("Newest first. Choose a row to open it.")

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 import theme
 from tuneloop.errors import EndpointError
@@ -25,7 +26,7 @@ def list_models(url: str, api_key: str) -> list[str]:
     return asyncio.run(ask())
 
 
-def connect(page: Any) -> tuple[str, str, list[str]]:
+def connect(page: DeltaGenerator) -> tuple[str, str, list[str]]:
     """Return the URL, the key and the models to ask; without an answer, say what to do.
 
     Args:
@@ -39,7 +40,7 @@ def connect(page: Any) -> tuple[str, str, list[str]]:
     except (EndpointError, RequestError) as error:
         page.error("No list of models from this server.")
         page.code(str(error), language=None, wrap_lines=True)
-        page.write("Start one in a terminal, then press R here:")
+        page.write("Start one in a terminal, then refresh:")
         page.code("tuneloop serve CONFIG.yaml", language=None)
         st.stop()
     models = st.multiselect(
@@ -57,7 +58,13 @@ def choose_sampling() -> SamplingParams:
         max_tokens=int(left.number_input("Max tokens", 1, 4096, 128, key="max_tokens")),
         temperature=float(
             right.number_input(
-                "Temperature", 0.0, 2.0, 0.0, 0.1, key="temperature", help="0: always the likeliest"
+                "Temperature",
+                0.0,
+                2.0,
+                0.0,
+                0.1,
+                key="temperature",
+                help="0 is greedy decoding",
             )
         ),
         top_p=float(left.number_input("Top p", 0.01, 1.0, 1.0, 0.05, key="top_p")),
@@ -77,16 +84,14 @@ def conversation(turns: list[dict[str, Any]], model: str, system: str) -> list[M
 
 
 async def answer(
-    client: Client, messages: list[Message], params: SamplingParams, place: Any
+    client: Client, messages: list[Message], params: SamplingParams, slot: DeltaGenerator
 ) -> dict[str, Any]:
     """Return a model's answer, shown piece by piece meanwhile."""
     text, last, problem = "", Delta(), ""
     try:
         async for delta in client.stream(messages, params):
             text, last = text + delta.text, delta
-            place.html(
-                theme.box(client.endpoint.model, [theme.chip("writing …")], theme.text(text))
-            )
+            slot.html(theme.box(client.endpoint.model, [theme.chip("writing …")], theme.text(text)))
     except (EndpointError, RequestError) as error:
         problem = str(error)
     return {
@@ -99,29 +104,29 @@ async def answer(
 
 async def answer_all(
     url: str, api_key: str, requests: dict[str, list[Message]], params: SamplingParams,
-    places: dict[str, Any],
+    slots: dict[str, DeltaGenerator],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Return every model's answer; all are asked at the same time."""
 
     async def one(model: str) -> dict[str, Any]:
         async with Client(Endpoint(url, model, api_key)) as client:
-            return await answer(client, requests[model], params, places[model])
+            return await answer(client, requests[model], params, slots[model])
 
     answers = await asyncio.gather(*(one(model) for model in requests))
     return dict(zip(requests, answers, strict=True))
 
 
-def answer_box(model: str, given: dict[str, Any]) -> str:
+def answer_box(model: str, reply: dict[str, Any]) -> str:
     """Return one answer as HTML."""
     chips = []
-    if given["finish_reason"] == "length":
+    if reply["finish_reason"] == "length":
         chips.append(theme.chip("cut off by max tokens", "warn"))
-    if given["tokens"] is not None:
-        chips.append(theme.chip(f"{given['tokens']} tokens"))
-    body = theme.text(given["text"]) if given["text"] or not given["problem"] else ""
-    if given["problem"]:
+    if reply["tokens"] is not None:
+        chips.append(theme.chip(f"{reply['tokens']} tokens"))
+    body = theme.text(reply["text"]) if reply["text"] or not reply["problem"] else ""
+    if reply["problem"]:
         chips.append(theme.chip("failed", "bad"))
-        body += theme.labelled("Problem", theme.text(given["problem"]))
+        body += theme.labelled("Problem", theme.text(reply["problem"]))
     return theme.box(model, chips, body)
 
 
@@ -147,10 +152,10 @@ with above:
         requests = {model: conversation(turns, model, system) for model in models}
         turns[-1]["sent"] = {m: chat_request(m, r, params) for m, r in requests.items()}
         columns = st.columns(len(models))
-        places = {m: c.empty() for m, c in zip(models, columns, strict=True)}
-        turns[-1]["answers"] = asyncio.run(answer_all(url, api_key, requests, params, places))
-        for model, given in turns[-1]["answers"].items():
-            places[model].html(answer_box(model, given))
+        slots = {m: c.empty() for m, c in zip(models, columns, strict=True)}
+        turns[-1]["answers"] = asyncio.run(answer_all(url, api_key, requests, params, slots))
+        for model, reply in turns[-1]["answers"].items():
+            slots[model].html(answer_box(model, reply))
 if turns:
     with below:
         with st.expander("What was sent last"):

@@ -7,7 +7,7 @@ from typing import Any
 import streamlit as st
 
 from shell import choose_artifact, show_origin
-from tuneloop.evals.reporting.overview import SweepView, read_sweep
+from tuneloop.sweeps.table import SweepView, read_sweep
 
 
 def chart(sweep: SweepView) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def chart(sweep: SweepView) -> dict[str, Any]:
                 "data": {"values": sweep.points},
                 "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.5},
                 "encoding": {
-                    "x": x | {"field": "place"}, "y": y | {"field": "low"},
+                    "x": x | {"field": "x"}, "y": y | {"field": "low"},
                     "y2": {"field": "high"}, "color": color,
                 },
             },
@@ -53,7 +53,7 @@ def chart(sweep: SweepView) -> dict[str, Any]:
                 "data": {"values": sweep.points},
                 "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
                 "encoding": {
-                    "x": x | {"field": "place"}, "y": y, "color": color, "tooltip": tooltip,
+                    "x": x | {"field": "x"}, "y": y, "color": color, "tooltip": tooltip,
                 },
             },
         ],

@@ -9,9 +9,9 @@ import streamlit as st
 import theme
 from shell import choose_artifact, load_evaluation, refuse
 from tuneloop.errors import UserError
-from tuneloop.evals.reporting import analysis
-from tuneloop.evals.reporting.analysis import PairedExample
-from tuneloop.evals.reporting.findings import Evaluation
+from tuneloop.evals.reporting import error_analysis as analysis
+from tuneloop.evals.scoring.pairing import PairedExample
+from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.review import agreement
 from tuneloop.review.ratings import rate_arms
 from tuneloop.review.verdicts import (
@@ -67,10 +67,9 @@ def show_ballot(examples: list[PairedExample], arms: tuple[str, str]) -> None:
     if problem := st.session_state.pop("problem", None):
         st.error("The vote was not stored.")
         st.code(problem, language=None, wrap_lines=True)
-    wanted = st.session_state.get("again")
-    example_id = (
-        wanted if wanted in by_id else next_example(still_open, st.session_state.get("skipped", []))
-    )
+    example_id = st.session_state.get("again")
+    if example_id not in by_id:
+        example_id = next_example(still_open, st.session_state.get("skipped", []))
     if example_id is None:
         st.success("Every example is judged. Thank you! The ratings are under Results.")
     else:

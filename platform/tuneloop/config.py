@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from tuneloop.errors import ConfigError, Problem
+from tuneloop.records import BASE, FINETUNED
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
 # No full stop, which stands between the parts of a dotted key.
@@ -442,7 +443,7 @@ class ServingConfig(Section):
     @field_validator("models")
     @classmethod
     def _names_are_free(cls, models: dict[str, str]) -> dict[str, str]:
-        taken = sorted({"base", "finetuned"} & set(models))
+        taken = sorted({BASE, FINETUNED} & set(models))
         if taken:
             raise ValueError(f"the name `{taken[0]}` is taken; give the model another one")
         return models

@@ -21,12 +21,10 @@ from tuneloop.errors import ModelError, Problem
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.layout import ADAPTER
-from tuneloop.records import Arm, Endpoint, Parity
+from tuneloop.records import BASE, FEW_SHOT, FINETUNED, Arm, Endpoint, Parity
 from tuneloop.serving.replica import ServedModel
 
 logger = logging.getLogger("tuneloop.pipeline")
-
-BASE, FEW_SHOT, FINETUNED = "base", "base+few-shot", "finetuned"
 
 
 class Contest(NamedTuple):
@@ -271,7 +269,7 @@ def finetuned_identities(
     config: TuneloopConfig, base: BaseModel, dataset: Artifact
 ) -> tuple[str, str]:
     """Return the fingerprints of the model and of its evaluation alone, before they are made."""
-    from tuneloop.evals.scoring import runner
+    from tuneloop.evals import runner
     from tuneloop.training import launch
 
     model = launch.identity(config, base, dataset)
@@ -293,7 +291,7 @@ def _finetuned_model(model: Artifact) -> ServedModel:
 
 def _base_arms(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> list[Arm]:
     """Return the arms that need no training: the plain prompt, and solved examples before it."""
-    from tuneloop.evals.scoring.tasks import choose_shots
+    from tuneloop.evals.scoring.questions import choose_shots
 
     endpoint = Endpoint("", BASE)
     renderer = Renderer.load(base.path, config.model.chat_template)
@@ -321,7 +319,7 @@ def _evaluate(
         earlier: An evaluation whose answers are reused.
         address: Starts to listen and returns the URL, if several evaluations share it.
     """
-    from tuneloop.evals.scoring.runner import evaluate, find_evaluation
+    from tuneloop.evals.runner import evaluate, find_evaluation
     from tuneloop.serving import app
 
     dataset, arms, models = contest

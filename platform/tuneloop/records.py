@@ -12,6 +12,9 @@ Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
 Status = Literal["scored", "unscored"]
 
+# The arms that every run compares, and the names of the first and the last on the server.
+BASE, FEW_SHOT, FINETUNED = "base", "base+few-shot", "finetuned"
+
 
 @dataclass(frozen=True)
 class Message:

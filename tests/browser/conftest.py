@@ -23,13 +23,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from tuneloop.artifacts import Workspace
 from tuneloop.config import TuneloopConfig
-from tuneloop.evals.reporting.findings import Evaluation
 from tuneloop.evals.reporting.report import render_report
-from tuneloop.evals.scoring.comparison import Prediction, compare, summarise
+from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import Scorer
-from tuneloop.evals.scoring.runner import write_predictions
+from tuneloop.evals.scoring.predictions import Prediction, write_predictions
+from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.sweeps.curve import learning_curves
 
 APP = Path(__file__).parents[2] / "dashboards" / "app.py"

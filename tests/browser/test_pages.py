@@ -103,7 +103,7 @@ def test_dataset_page_shows_card_rows_and_removed_rows(open_page, filled):
     assert "a-ha" in page_html(app)
     assert "rows.jsonl:3" in page_html(app)
     app.text_input(key="q").set_value("rows.jsonl:24").run()
-    assert "1 rows" in [caption.value for caption in app.caption]
+    assert "1 of 25 rows" in [caption.value for caption in app.caption]
     app.text_input(key="q").set_value("").run()
     app.button_group(key="view").set_value("Removed rows").run()
     assert list(app.dataframe[0].value["reason"]) == ["near duplicate"]
@@ -112,8 +112,8 @@ def test_dataset_page_shows_card_rows_and_removed_rows(open_page, filled):
 def test_model_page_shows_curve_parity_and_card(open_page, filled):
     app = open_page(filled, "model")
     assert [s.value for s in app.subheader] == [
-        "Loss", "Token accuracy", "What it answered on the way", "Export equals training",
-        "Model card",
+        "Loss", "Token accuracy", "Answers during training",
+        "The export equals the trained model", "Model card",
     ]  # fmt: skip
     assert "of the validation split" in app.caption[1].value + app.caption[0].value
     assert any(caption.value == "Padding: 0.0% of the tokens computed." for caption in app.caption)

@@ -21,9 +21,9 @@ from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
 from tuneloop.config import load_config
 from tuneloop.errors import ModelError
-from tuneloop.evals.reporting.overview import read_sweep
 from tuneloop.models.export.parity import check_served
 from tuneloop.records import Endpoint
+from tuneloop.sweeps.table import read_sweep
 
 COLOURS = ["red", "green", "blue", "black", "white", "brown", "yellow", "violet"]
 THINGS = ["door", "car", "tree", "house", "boat", "chair", "stone", "lamp", "coat", "cup"]

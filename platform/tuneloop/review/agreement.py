@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from tuneloop.review.ratings import Preference
 from tuneloop.review.verdicts import Verdict
 
 # Landis and Koch 1977, Biometrics 33, table 2: the lower ends of their bands.
@@ -71,17 +72,17 @@ def reviewer_agreement(verdicts: Sequence[Verdict]) -> list[ReviewerAgreement]:
         labels.setdefault(verdict.reviewer, {})[verdict.example_id, pair] = (
             f"arm {verdict.winner}" if verdict.winner is not None else verdict.choice
         )
-    found = []
+    rows = []
     for first, second in combinations(sorted(labels), 2):
         shared = list(labels[first].keys() & labels[second].keys())
         if not shared:
             continue
         ours, theirs = ([labels[name][key] for key in shared] for name in (first, second))
         agreed = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(shared)
-        found.append(
+        rows.append(
             ReviewerAgreement(first, second, len(shared), agreed, cohen_kappa(ours, theirs))
         )
-    return found
+    return rows
 
 
 def judge_agreement(
@@ -104,20 +105,20 @@ def judge_agreement(
 def describe_kappa(kappa: float | None) -> str:
     """Return a kappa in the usual words."""
     if kappa is None:
-        return "one answer only: nothing to tell from chance"
+        return "only one kind of vote: cannot be told from chance"
     for low, words in _BANDS:
         if kappa > low:
             return words
     return "slight" if kappa >= 0 else "worse than chance"
 
 
-def preferences(verdicts: Sequence[Verdict]) -> list[tuple[str, str, float]]:
-    """Return verdicts as (left arm, right arm, score of the left), for a rating.
+def preferences(verdicts: Sequence[Verdict]) -> list[Preference]:
+    """Return verdicts as comparisons for a rating.
 
     A tie and two bad answers prefer neither: one half.
     """
     scores = {"left": 1.0, "right": 0.0, "tie": 0.5, "both_bad": 0.5}
-    return [(v.arm_left, v.arm_right, scores[v.choice]) for v in verdicts]
+    return [Preference(v.arm_left, v.arm_right, scores[v.choice]) for v in verdicts]
 
 
 def reviewer_rows(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
@@ -136,7 +137,7 @@ def reviewer_rows(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
 
 def judge_rows(
     verdicts: Sequence[Verdict],
-    arms: tuple[str, str],
+    arms: Collection[str],
     judges: Mapping[str, Mapping[str, str | None]],
 ) -> list[dict[str, Any]]:
     """Return how automatic judges agree with the votes on two arms, as a table.
@@ -145,7 +146,7 @@ def judge_rows(
         judges: By name, what each prefers by example; see `judge_agreement`.
     """
     chosen = [v for v in verdicts if {v.arm_left, v.arm_right} == set(arms)]
-    found = (judge_agreement(chosen, name, preferred) for name, preferred in judges.items())
+    rows = (judge_agreement(chosen, name, preferred) for name, preferred in judges.items())
     return [
         {
             "judge": row.judge,
@@ -153,6 +154,6 @@ def judge_rows(
             "agrees": f"{row.agreed_ratio:.0%}",
             "no preference": row.num_undecided,
         }
-        for row in found
+        for row in rows
         if row is not None
     ]

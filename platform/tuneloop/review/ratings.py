@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 _ELO_PER_NAT = 400 / np.log(10)
 # One virtual draw between each arm and an average opponent: an arm that won all its few
@@ -77,13 +78,15 @@ def bradley_terry(
     low, high = np.quantile(samples, [tail, 1 - tail], axis=0)
     ratings = []
     for arm, i in index.items():
-        own = np.concatenate([score[first == i], 1 - score[second == i]])
-        counts = [int((own == value).sum()) for value in (1, 0, 0.5)]
+        results = np.concatenate([score[first == i], 1 - score[second == i]])
+        counts = [int((results == value).sum()) for value in (1, 0, 0.5)]
         ratings.append(Rating(arm, float(elo[i]), float(low[i]), float(high[i]), *counts))
     return sorted(ratings, key=lambda rating: (-rating.elo, rating.arm))
 
 
-def _fit(first: np.ndarray, second: np.ndarray, score: np.ndarray, num_arms: int) -> np.ndarray:
+def _fit(
+    first: NDArray[np.int64], second: NDArray[np.int64], score: NDArray[np.float64], num_arms: int
+) -> NDArray[np.float64]:
     """Return Elo ratings. Shape (arms,)."""
     wins = np.zeros((num_arms, num_arms))
     np.add.at(wins, (first, second), score)
@@ -98,16 +101,11 @@ def _fit(first: np.ndarray, second: np.ndarray, score: np.ndarray, num_arms: int
         if np.max(np.abs(np.log(updated / strength))) < 1e-9:
             break
         strength = updated
-    return 1000 + _ELO_PER_NAT * np.log(strength)
+    return np.asarray(1000 + _ELO_PER_NAT * np.log(strength))
 
 
-def rate_arms(preferences: Sequence[tuple[str, str, float]]) -> list[dict[str, Any]]:
-    """Return the arms' ratings as a table, strongest first.
-
-    Args:
-        preferences: (first arm, second arm, score of the first: 1, 0 or 0.5).
-    """
-    ratings = bradley_terry([Preference(*preference) for preference in preferences])
+def rate_arms(preferences: Sequence[Preference]) -> list[dict[str, Any]]:
+    """Return the arms' ratings as a table, strongest first."""
     return [
         {
             "arm": rating.arm,
@@ -117,5 +115,5 @@ def rate_arms(preferences: Sequence[tuple[str, str, float]]) -> list[dict[str, A
             "lost": rating.num_losses,
             "neither": rating.num_ties,
         }
-        for rating in ratings
+        for rating in bradley_terry(preferences)
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -152,21 +152,21 @@ class VerdictStore:
                     "the verdicts cannot be opened",
                     where=str(self.path),
                     got=str(error),
-                    remedy="free the disk or mend the permissions; if the file is damaged, move "
-                    "it away",
+                    remedy="free the disk or fix the permissions; if the file is locked by another "
+                    "program, wait; if it is damaged, move it away",
                 )
             ) from error
 
 
-def blind_order(example_id: str, reviewer: str, arms: tuple[str, str]) -> tuple[str, str]:
-    """Return the two arms as (left, right), decided by a hash."""
+def blind_order(example_id: str, reviewer: str, arms: Collection[str]) -> tuple[str, str]:
+    """Return two arms as (left, right), decided by a hash."""
     first, second = sorted(arms)
     digest = hashlib.sha256(f"{reviewer}\0{example_id}\0{first}\0{second}".encode()).digest()
     return (first, second) if digest[0] % 2 == 0 else (second, first)
 
 
 def open_examples(
-    example_ids: Sequence[str], verdicts: Sequence[Verdict], arms: tuple[str, str]
+    example_ids: Sequence[str], verdicts: Sequence[Verdict], arms: Collection[str]
 ) -> list[str]:
     """Return the examples without a verdict on this pair of arms, in their order."""
     done = {v.example_id for v in verdicts if {v.arm_left, v.arm_right} == set(arms)}

@@ -29,6 +29,7 @@ from tuneloop.errors import (
     find_user_error,
 )
 from tuneloop.models.bases.source import resolve_base
+from tuneloop.records import FINETUNED
 from tuneloop.sweeps.curve import learning_curves
 from tuneloop.sweeps.grid import Cell, expand
 
@@ -332,7 +333,7 @@ def _trial_row(trial: Trial, dataset: Artifact, evaluation: Artifact | None) -> 
     if trial.model is None or evaluation is None:
         return row
     metrics = json.loads((evaluation.path / "metrics.json").read_text(encoding="utf-8"))
-    (arm,) = [arm for arm in metrics["arms"] if arm["name"] == pipeline.FINETUNED]
+    (arm,) = [arm for arm in metrics["arms"] if arm["name"] == FINETUNED]
     score = arm["scores"][metrics["primary"]]
     return row | {
         "num_parameters": _num_base_parameters(trial.model),

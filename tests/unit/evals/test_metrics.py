@@ -8,19 +8,29 @@ from hypothesis import strategies as st
 
 from tuneloop.config import TaskConfig
 from tuneloop.errors import DataError
+from tuneloop.evals.scoring.comparison import summarise
 from tuneloop.evals.scoring.error_tags import tag_errors
+from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import (
     TASK_METRICS,
+    Metric,
     Scorer,
     _longest_common_subsequence,
     parse_object,
     reference_words,
     rouge_l,
     same_value,
-    score_text,
 )
+from tuneloop.evals.scoring.predictions import Prediction
 
 REFERENCE = '{"function": "read", "parameters": ["path", "mode"], "summary": "Read a file."}'
+
+
+TEXT = TaskConfig(type="generation")
+
+
+def score_text(reference: str, completion: str) -> dict[str, float | None]:
+    return Scorer(TEXT, {}).score(reference, completion)
 
 
 def extraction(fields: list[str] | None = None) -> Scorer:
@@ -148,9 +158,9 @@ def test_token_f1_follows_the_squad_script():
 def test_rouge_l_sees_order_in_any_script():
     # Lin 2004, section 3.1: "police killed the gunman" against two candidates.
     reference = "police killed the gunman"
-    assert rouge_l(reference, "police kill the gunman") == pytest.approx(0.75)
-    assert rouge_l(reference, "the gunman kill police") == pytest.approx(0.5)
-    assert rouge_l("быстрый серый волк", "серый волк") == pytest.approx(0.8)
+    assert rouge_l(reference, "police kill the gunman", TEXT) == pytest.approx(0.75)
+    assert rouge_l(reference, "the gunman kill police", TEXT) == pytest.approx(0.5)
+    assert rouge_l("быстрый серый волк", "серый волк", TEXT) == pytest.approx(0.8)
 
 
 @given(
@@ -185,6 +195,30 @@ def test_any_completion_can_be_scored_and_tagged(completion):
 def test_each_task_names_a_primary_metric_it_has():
     for definition in TASK_METRICS.values():
         assert definition.metrics[definition.primary].better in ("higher", "lower")
+
+
+def test_a_metric_is_one_function_and_one_entry(monkeypatch):
+    def same_start(reference, completion, task):
+        return float(reference[:1] == completion[:1])
+
+    metrics = TASK_METRICS["generation"].metrics
+    monkeypatch.setitem(metrics, "same_start", Metric("same first letter", score=same_start))
+    scorer = Scorer(TEXT, {})
+    assert scorer.score("cat", "cow")["same_start"] == 1.0
+    rows = [
+        Prediction(f"r{i}", "base", "[]", "cat", text, "stop", 1, 1, 0.1, "scored",
+                   scores=scorer.score("cat", text))
+        for i, text in enumerate(("cow", "dog"))
+    ]  # fmt: skip
+    summary = summarise(rows, scorer, Resampling(num_resamples=100))
+    assert summary["metrics"]["same_start"] == {
+        "label": "same first letter", "better": "higher", "kind": "ratio",
+    }  # fmt: skip
+    assert summary["arms"][0]["scores"]["same_start"]["value"] == 0.5
+    tasks = {"title": {"type": "generation"}, "note": {"type": "generation"}}
+    mixture = TaskConfig.model_validate({"type": "mixture", "tasks": tasks})
+    mixed = Scorer(mixture, {"1": "cat"}, {"1": "title"})
+    assert mixed.score("cat", "cow", "title")["title/same_start"] == 1.0
 
 
 def test_tags_say_what_is_wrong():

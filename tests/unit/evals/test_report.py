@@ -1,21 +1,29 @@
-"""What an evaluation says: verdict, next steps, examples, the page and the terminal."""
+"""What an evaluation says: headline, next steps, examples, the page and the terminal."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
 from tuneloop.config import TuneloopConfig
-from tuneloop.evals.reporting.findings import Evaluation, last_question, word_diff
+from tuneloop.evals.reporting.error_analysis import Filter
+from tuneloop.evals.reporting.formatting import word_diff
+from tuneloop.evals.reporting.headline import write_headline
+from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.overview import describe_metrics, tabulate
 from tuneloop.evals.reporting.report import render_report
-from tuneloop.evals.scoring.comparison import Prediction, compare, summarise
+from tuneloop.evals.reporting.views import show_examples
+from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import Scorer
+from tuneloop.evals.scoring.pairing import last_question
+from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.results import Evaluation
 
 TASKS = {
     "extraction": ({"type": "extraction"}, '{"a": 1}', '{"a": 2}'),
@@ -91,13 +99,15 @@ def make_evaluation(
         ({"base": 50}, "unclear", "The base model: 50.0% (40.4 to 59.6)"),
     ],
 )
-def test_the_verdict_says_only_what_the_intervals_allow(right, tone, title):
-    verdict = make_evaluation(right).verdict()
-    assert (verdict.tone, verdict.title) == (tone, title)
+def test_the_headline_says_only_what_the_intervals_allow(right, tone, title):
+    headline = write_headline(make_evaluation(right))
+    assert (headline.tone, headline.title) == (tone, title)
 
 
-def test_the_verdict_gives_difference_and_interval_against_every_other_arm():
-    detail = make_evaluation({"base": 5, "base+few-shot": 30, "finetuned": 90}).verdict().detail
+def test_the_headline_gives_difference_and_interval_against_every_other_arm():
+    detail = write_headline(
+        make_evaluation({"base": 5, "base+few-shot": 30, "finetuned": 90})
+    ).detail
     assert re.fullmatch(
         r"\+85\.0 points \(95% interval \+7\d\.\d to \+\d+\.\d\) over the base model; "
         r"\+60\.0 points \(95% interval \+4\d\.\d to \+6\d\.\d\) over few-shot prompting\.",
@@ -107,23 +117,25 @@ def test_the_verdict_gives_difference_and_interval_against_every_other_arm():
 
 def test_lower_bits_per_byte_is_an_improvement():
     evaluation = make_evaluation({"base": 0, "finetuned": 80}, task="language_modeling")
-    assert evaluation.verdict().title == "Finetuning helped"
-    assert evaluation.verdict().detail.startswith("−0.400 (95% interval −0.4")
+    assert write_headline(evaluation).title == "Finetuning helped"
+    assert write_headline(evaluation).detail.startswith("−0.400 (95% interval −0.4")
     assert evaluation.strongest_other() == "base"
 
 
 @pytest.mark.parametrize(("n", "tone"), [(3, "unclear"), (30, "good")])
 def test_equal_differences_convince_only_when_there_are_enough(n, tone):
-    assert make_evaluation({"base": 0, "finetuned": n}, n, "generation").verdict().tone == tone
+    assert (
+        write_headline(make_evaluation({"base": 0, "finetuned": n}, n, "generation")).tone == tone
+    )
 
 
 def test_a_tie_in_everything_is_no_clear_difference():
     evaluation = make_evaluation({"base": 0, "finetuned": 0}, task="generation")
-    assert evaluation.verdict().tone == "unclear"
+    assert write_headline(evaluation).tone == "unclear"
 
 
 def steps(evaluation: Evaluation) -> str:
-    return " ".join(f"{step.title} {step.key}" for step in evaluation.next_steps())
+    return " ".join(f"{step.title} {step.key}" for step in next_steps(evaluation))
 
 
 def test_next_steps_follow_the_errors():
@@ -161,19 +173,24 @@ def test_a_lagging_field_is_named():
     evaluation = Evaluation(
         "demo", rows, summarise(rows, scorer, resampling), compare(rows, scorer, resampling)
     )
-    lagging = next(step for step in evaluation.next_steps() if "Add training rows" in step.title)
+    lagging = next(step for step in next_steps(evaluation) if "Add training rows" in step.title)
     assert "`year`" in lagging.title
     assert "60%" in lagging.why
 
 
-def test_examples_are_those_that_changed():
-    evaluation = make_evaluation({"base": 3, "finetuned": 5}, n=8)
-    fixed = evaluation.examples("base", "fixed", 10)
-    assert [e.example_id for e in fixed] == ["r003", "r004"]
-    assert fixed[0].question == "Q r003"
-    assert (fixed[0].before.arm, fixed[0].after.arm) == ("base", "finetuned")
-    assert evaluation.examples("base", "introduced", 10) == []
-    assert len(evaluation.examples("base", "both_wrong", 2)) == 2
+def test_report_and_dashboard_show_the_same_examples_first():
+    evaluation = make_evaluation({"base": 3, "base+few-shot": 5, "finetuned": 18}, n=20)
+    shuffled = replace(evaluation, predictions=evaluation.predictions[::-1])
+    for group in show_examples(shuffled):
+        other = {"the base model": "base", "few-shot prompting": "base+few-shot"}[group["words"]]
+        page = evaluation.pair(other, "finetuned")
+        for change in group["changes"]:
+            name = {"Got better": "fixed", "Still wrong": "both_wrong"}[change["label"]]
+            chosen = [e for e in page if Filter(change=name).admits(e)]
+            assert change["count"] == len(chosen)
+            assert [e["id"] for e in change["examples"]] == [e.example_id for e in chosen[:5]]
+            counts = next(p for p in evaluation.candidate_pairs() if p["other"] == other)
+            assert counts["outcomes"][name] == len(chosen)
 
 
 def test_word_diff_keeps_every_character_of_both_sides():
@@ -220,7 +237,7 @@ def test_every_task_gets_a_page_that_loads_nothing(task, right):
     assert page.loads == []
     assert not {"script", "link", "img", "iframe"} & page.tags
     assert "http" not in re.sub(r"http-equiv|over HTTP", "", text).replace("HTTP", "")
-    assert evaluation.verdict().title.split(":")[0] in text
+    assert write_headline(evaluation).title.split(":")[0] in text
     assert "20 held-out examples" in text
     assert "datasets/demo@v1" in text
 

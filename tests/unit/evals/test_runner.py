@@ -19,11 +19,12 @@ from rich.console import Console
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig
 from tuneloop.errors import ArtifactError, ConfigError, DataError, EndpointError
-from tuneloop.evals.reporting.findings import Evaluation
+from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.report import terminal_table
-from tuneloop.evals.scoring.asking import Answer, PartialAnswers
-from tuneloop.evals.scoring.runner import evaluate, find_evaluation
-from tuneloop.evals.scoring.tasks import choose_shots, read_questions
+from tuneloop.evals.runner import evaluate, find_evaluation
+from tuneloop.evals.scoring.asking import ModelAnswer, PartialAnswers
+from tuneloop.evals.scoring.questions import choose_shots, read_questions
+from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.models.client import client as client_module
 from tuneloop.records import Arm, Endpoint
 
@@ -321,7 +322,7 @@ def test_mistakes_are_told_before_anything_is_asked(model_server, config, worksp
 
 
 def test_any_text_survives_the_file_of_partial_answers(tmp_path):
-    nasty = Answer("a", "p\u2028\n\x85", text='line\r\n\u2029"\\ \ud83d\ude00'.encode("utf-16", "surrogatepass").decode("utf-16"), finish_reason="stop")  # fmt: skip  # noqa: E501
+    nasty = ModelAnswer("a", "p\u2028\n\x85", text='line\r\n\u2029"\\ \ud83d\ude00'.encode("utf-16", "surrogatepass").decode("utf-16"), finish_reason="stop")  # fmt: skip  # noqa: E501
     partial = PartialAnswers(tmp_path / "answers.jsonl")
     with partial.appending() as append:
         append("arm", nasty)
@@ -338,8 +339,8 @@ def test_a_kill_in_the_middle_loses_no_answer(model_server, config, workspace, d
 import pathlib
 from tuneloop.artifacts import Workspace
 from tuneloop.config import TuneloopConfig
-from tuneloop.evals.scoring.runner import evaluate
-from tuneloop.evals.scoring.tasks import choose_shots
+from tuneloop.evals.runner import evaluate
+from tuneloop.evals.scoring.questions import choose_shots
 from tuneloop.records import Arm, Endpoint
 workspace = Workspace({str(workspace.root)!r})
 dataset = workspace.open("datasets/words")
@@ -440,7 +441,7 @@ def test_a_mixture_is_asked_scored_and_told_task_by_task(model_server, workspace
     assert all((row["spell/exact_match"] is None) == (row["task"] == "echo") for row in table)
 
     # One task gained and the other did not: the report says so, and what to change.
-    steps = {step.key: step for step in evaluation.next_steps()}
+    steps = {step.key: step for step in next_steps(evaluation)}
     assert "did not clearly gain" in steps["task.tasks.echo.weight"].why
     assert "task.tasks.spell.weight" not in steps
     report = (artifact.path / "report.html").read_text()

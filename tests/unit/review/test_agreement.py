@@ -68,7 +68,7 @@ def test_judges_are_measured_where_people_decided() -> None:
 
 def test_preferences_for_a_rating() -> None:
     chosen: list[Choice] = ["left", "right", "tie", "both_bad"]
-    assert [score for _, _, score in preferences([verdict("1", c) for c in chosen])] == [
+    assert [p.score for p in preferences([verdict("1", c) for c in chosen])] == [
         1.0, 0.0, 0.5, 0.5,
     ]  # fmt: skip
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from tuneloop.artifacts import Artifact
-from tuneloop.evals.reporting.findings import Evaluation, Verdict, format_estimate
-from tuneloop.evals.reporting.views import format_number, show_pair
+from tuneloop.evals.reporting.formatting import format_estimate, format_number
+from tuneloop.evals.reporting.headline import Headline, write_headline
+from tuneloop.evals.reporting.views import show_pair
+from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.text import shorten
 
 _LONGEST_TEXT = 90
 
@@ -20,7 +24,7 @@ _LONGEST_TEXT = 90
 class EvaluationTables:
     """An evaluation as two tables, each a list of rows with the column names as keys."""
 
-    verdict: Verdict
+    headline: Headline
     arms: list[dict[str, Any]]
     pairs: list[dict[str, Any]]
 
@@ -52,8 +56,7 @@ def newest_comparison(artifacts: Sequence[Artifact]) -> Artifact | None:
         if len(artifact.manifest["config"].get("arms", [])) > 1
         and not artifact.name.endswith("-baseline")
     ]
-    found = compared or evaluations
-    return found[-1] if found else None
+    return next(reversed(compared or evaluations), None)
 
 
 def describe_metrics(metrics: dict[str, Any]) -> str:
@@ -62,9 +65,9 @@ def describe_metrics(metrics: dict[str, Any]) -> str:
     for name, value in metrics.items():
         if isinstance(value, dict):
             inner = {k: v for k, v in value.items() if isinstance(v, (int, float, str))}
-            parts += [f"{key} {_short(number)}" for key, number in inner.items()]
+            parts += [f"{key} {_describe(number)}" for key, number in inner.items()]
         elif value is not None:
-            parts.append(f"{name} {_short(value)}")
+            parts.append(f"{name} {_describe(value)}")
     return ", ".join(parts)
 
 
@@ -96,13 +99,11 @@ def tabulate(evaluation: Evaluation) -> EvaluationTables:
                 "worse": shown["num_worse"],
             }
         )
-    return EvaluationTables(evaluation.verdict(), arms, pairs)
+    return EvaluationTables(write_headline(evaluation), arms, pairs)
 
 
 def read_training_log(model: Artifact) -> list[dict[str, Any]]:
     """Return the rows of a model's `trainer_log.parquet`, or none where there is none."""
-    import pyarrow.parquet as pq
-
     file = model.path / "trainer_log.parquet"
     return pq.read_table(file).to_pylist() if file.is_file() else []
 
@@ -129,10 +130,8 @@ def read_json(artifact: Artifact, name: str) -> Any:
     return json.loads(text) if text else None
 
 
-def read_rows(dataset: Artifact, folder: str) -> list[dict[str, Any]]:
+def read_split(dataset: Artifact, folder: str) -> list[dict[str, Any]]:
     """Return the rows of `train`, `test` or `removed`, without their token ids."""
-    import pyarrow.parquet as pq
-
     rows: list[dict[str, Any]] = []
     for file in sorted((dataset.path / folder).glob("*.parquet")):
         source = pq.ParquetFile(file)
@@ -143,12 +142,12 @@ def read_rows(dataset: Artifact, folder: str) -> list[dict[str, Any]]:
 
 def search_rows(rows: Sequence[dict[str, Any]], words: str) -> list[dict[str, Any]]:
     """Return the rows that contain every word, in any column and any case."""
-    wanted = words.casefold().split()
-    if not wanted:
+    searched = words.casefold().split()
+    if not searched:
         return list(rows)
     texts = (json.dumps(row, ensure_ascii=False, default=str).casefold() for row in rows)
     return [
-        row for row, text in zip(rows, texts, strict=True) if all(word in text for word in wanted)
+        row for row, text in zip(rows, texts, strict=True) if all(word in text for word in searched)
     ]
 
 
@@ -166,149 +165,5 @@ def describe_parity(parity: dict[str, Any]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class SweepView:
-    """A sweep, ready to draw.
-
-    Args:
-        keys: The swept dotted keys.
-        points: One for each scored trial: `rows, score, low, high, series, trial, best`.
-        lines: The ends of every fitted line: `rows, score, series`.
-        sentences: What each line says.
-        trials: The table, with readable column names.
-        problems: Trials without a score, and why.
-        best: Reference of the best trial's model; empty when no trial finished.
-        percent: Scores are shares.
-    """
-
-    metric: str
-    keys: list[str]
-    points: list[dict[str, Any]]
-    lines: list[dict[str, Any]]
-    sentences: list[str]
-    trials: list[dict[str, Any]]
-    problems: list[tuple[str, str]]
-    best: str
-    best_words: str
-    percent: bool
-
-
-def read_sweep(sweep: Artifact) -> SweepView:
-    """Return a sweep's trials, points and fitted lines from its two files."""
-    import pyarrow.parquet as pq
-
-    trials = pq.read_table(sweep.path / "trials.parquet").to_pylist()
-    curve = read_json(sweep, "curve.json")
-    keys = list(curve["keys"])
-    best = curve.get("best") or {}
-    others = [key for key in keys if key != "data.num_train_examples"]
-    scores = [trial["score"] for trial in trials if trial["score"] is not None]
-    percent = bool(scores) and all(0 <= score <= 1 for score in scores)
-    points, rows, problems = [], [], []
-    any_failed = any(trial["status"] != "done" for trial in trials)
-    for number, trial in enumerate(trials):
-        name = ", ".join(f"{key}={trial[key]}" for key in keys)
-        is_best = number == best.get("trial")
-        if trial["score"] is None:
-            problems.append((name, str(trial.get("problem") or trial.get("status"))))
-        else:
-            points.append(
-                {
-                    "rows": trial["num_train_examples"],
-                    "place": trial["num_train_examples"],
-                    "score": trial["score"],
-                    "low": trial["low"],
-                    "high": trial["high"],
-                    "series": _series(", ".join(f"{key}={trial[key]}" for key in others)),
-                    "trial": name,
-                    "best": is_best,
-                }
-            )
-        rows.append(
-            {
-                "": "best" if is_best else "",
-                **{key: str(trial[key]) for key in keys},
-                **(
-                    {}
-                    if "data.num_train_examples" in keys
-                    else {"train rows": format_number(trial["num_train_examples"])}
-                ),
-                "parameters": _millions(trial["num_parameters"]),
-                curve["metric"]: _score(trial["score"], percent),
-                "95% interval": (
-                    "–"
-                    if trial["low"] is None
-                    else f"{_score(trial['low'], percent)} to {_score(trial['high'], percent)}"
-                ),
-                "loss": format_number(trial["loss"], 3),
-                "time, s": format_number(trial["wall_s"]),
-                **({"status": trial["status"]} if any_failed else {}),
-                "model": trial["model"] or "–",
-            }
-        )
-    _move_apart(points)
-    return SweepView(
-        metric=curve["metric"],
-        keys=keys,
-        points=points,
-        lines=_line_ends(curve["curves"]),
-        sentences=[_line_in_words(line, percent) for line in curve["curves"]],
-        trials=rows,
-        problems=problems,
-        best=str(best.get("model") or ""),
-        best_words=next(
-            (f"{_score(p['score'], percent)} with {p['trial']}" for p in points if p["best"]), ""
-        ),
-        percent=percent,
-    )
-
-
-def _move_apart(points: list[dict[str, Any]]) -> None:
-    """Draw points of one size beside each other: intervals on one line cannot be told apart."""
-    series = sorted({point["series"] for point in points})
-    for point in points:
-        steps = series.index(point["series"]) - (len(series) - 1) / 2
-        point["place"] = point["rows"] * 2 ** (0.012 * steps)
-
-
-def _line_ends(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    ends = []
-    for line in curves:
-        if line["slope"] is None:
-            continue
-        sizes = [size for size, _ in line["points"]]
-        for size in (min(sizes), max(sizes)):
-            score = line["intercept"] + line["slope"] * math.log2(size)
-            ends.append({"rows": size, "score": score, "series": _series(line["series"])})
-    return ends
-
-
-def _line_in_words(line: dict[str, Any], percent: bool) -> str:
-    name = _series(line["series"])
-    if line["slope"] is None:
-        return f"{name}: one size only, so there is no line."
-    gain = f"{100 * line['slope']:+.1f} points" if percent else f"{line['slope']:+.3f}"
-    words = f"{name}: {gain.replace('-', '−')} for each doubling of the training rows"
-    if line["residual"] is None:
-        return words + " (two sizes: the line goes through both points)."
-    spread = f"{100 * line['residual']:.1f} points" if percent else f"{line['residual']:.3f}"
-    return words + f"; the points lie {spread} from the line on average."
-
-
-def _series(label: str) -> str:
-    return label or "all trials"
-
-
-def _millions(count: int | None) -> str:
-    return "–" if count is None else f"{count / 1e6:,.0f} M"
-
-
-def _score(value: float | None, percent: bool) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f}%" if percent else f"{value:.3f}"
-
-
-def _short(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _LONGEST_TEXT else text[: _LONGEST_TEXT - 1] + "…"
+def _describe(value: float | str) -> str:
+    return shorten(f"{value:.4g}" if isinstance(value, float) else str(value), _LONGEST_TEXT)

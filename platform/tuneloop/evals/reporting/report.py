@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
-from tuneloop.evals.reporting.findings import Evaluation, Example, format_estimate
+from tuneloop.evals.reporting.formatting import format_estimate, format_number
+from tuneloop.evals.reporting.headline import write_headline
+from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.views import (
-    format_number,
     list_facts,
-    shorten,
     show_arms,
     show_examples,
     show_pair,
@@ -21,10 +21,19 @@ from tuneloop.evals.reporting.views import (
     show_tags,
     show_tasks,
 )
+from tuneloop.evals.scoring.pairing import Change, PairedExample
+from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.text import shorten
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from rich.console import RenderableType
+
+
+_SHOWN_CHANGES: tuple[tuple[Change, str, str], ...] = (
+    ("fixed", "got better", "green"),
+    ("introduced", "got worse", "red"),
+)
 
 
 def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) -> str:
@@ -47,7 +56,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
     secondary = evaluation.secondary()
     return template.render(
         name=evaluation.name,
-        verdict=evaluation.verdict(),
+        headline=write_headline(evaluation),
         metric=metric,
         confidence=f"{evaluation.metrics['confidence']:.0%}",
         num_examples=evaluation.metrics["num_examples"],
@@ -71,7 +80,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
                 "key": step.key,
                 "now": show_setting(config, step.key),
             }
-            for step in evaluation.next_steps()
+            for step in next_steps(evaluation)
         ],
         prompts=show_prompts(evaluation),
         facts=list_facts(evaluation, config, dataset),
@@ -79,7 +88,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
 
 
 def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
-    """Return a summary for the terminal: verdict, arms, paired differences, a few examples.
+    """Return a summary for the terminal: headline, arms, paired differences, a few examples.
 
     Args:
         artifact: A published evaluation.
@@ -91,9 +100,9 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
     from rich.text import Text
 
     evaluation = Evaluation.load(artifact)
-    metric, verdict = evaluation.metric(evaluation.primary), evaluation.verdict()
+    metric, headline = evaluation.metric(evaluation.primary), write_headline(evaluation)
     confidence = f"{evaluation.metrics['confidence']:.0%}"
-    colour = {"good": "green", "bad": "red", "mixed": "yellow", "unclear": "yellow"}[verdict.tone]
+    colour = {"good": "green", "bad": "red", "mixed": "yellow", "unclear": "yellow"}[headline.tone]
     arms = Table(title=f"{evaluation.primary}: {metric.label}", title_justify="left", box=None)
     for heading in ("arm", "score", f"{confidence} interval", "scored", "unscored", "tokens out"):
         arms.add_column(heading, justify="left" if heading == "arm" else "right")
@@ -109,8 +118,8 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
             format_number(arm["median_completion_tokens"]),
         )
     parts: list[RenderableType] = [
-        Text(verdict.title, style=f"bold {colour}"),
-        Text(verdict.detail),
+        Text(headline.title, style=f"bold {colour}"),
+        Text(headline.detail),
         Text(),
         arms,
     ]
@@ -139,15 +148,13 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
                 f"{task['name']} ({task['label']})", *(bar["value"] for bar in task["bars"])
             )
         parts += [Text(), table]
-    other = evaluation.strongest_other()
-    for outcome, heading, style in (
-        ("fixed", "got better", "green"),
-        ("introduced", "got worse", "red"),
-    ):
-        examples = evaluation.examples(other, outcome, num_examples) if other else []
-        if examples:
-            parts += [Text(), Text(f"{heading} than {other}", style=style)]
-            parts += [Padding(_terminal_example(e), (0, 0, 1, 2)) for e in examples]
+    if other := evaluation.strongest_other():
+        examples = evaluation.pair(other, evaluation.candidate["name"])
+        for change, heading, style in _SHOWN_CHANGES:
+            chosen = [example for example in examples if example.change == change][:num_examples]
+            if chosen:
+                parts += [Text(), Text(f"{heading} than {other}", style=style)]
+                parts += [Padding(_terminal_example(e), (0, 0, 1, 2)) for e in chosen]
     return Group(*parts)
 
 
@@ -162,7 +169,7 @@ def _with_code(text: str) -> Markup:
     )
 
 
-def _terminal_example(example: Example) -> RenderableType:
+def _terminal_example(example: PairedExample) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 

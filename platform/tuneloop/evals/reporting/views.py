@@ -8,26 +8,43 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
+
 from tuneloop.artifacts import git_commit, package_versions
 from tuneloop.config import TuneloopConfig
-from tuneloop.evals.reporting.analysis import prompt_turns
-from tuneloop.evals.reporting.findings import (
-    Evaluation,
-    Example,
-    describe_arm,
-    direction,
+from tuneloop.evals.reporting.error_analysis import describe_score, prompt_turns
+from tuneloop.evals.reporting.formatting import (
     format_difference,
     format_estimate,
+    format_interval,
+    format_number,
+    format_p_value,
     format_value,
-    notable_tags,
     word_diff,
 )
+from tuneloop.evals.reporting.headline import describe_arm, direction
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric, in_task
+from tuneloop.evals.scoring.pairing import Change, PairedExample
+from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.text import shorten
 
 _NUM_EXAMPLES = 5
 _LONGEST_TEXT = 1500
-_P_FLOOR = 0.001
+_OUTCOME_LABELS = {
+    "fixed": "fixed",
+    "better": "better",
+    "introduced": "got worse",
+    "worse": "worse",
+    "both_right": "right in both",
+    "both_wrong": "wrong in both",
+    "same": "same score",
+}
+_SHOWN_CHANGES: dict[Change, str] = {
+    "introduced": "Got worse",
+    "fixed": "Got better",
+    "both_wrong": "Still wrong",
+}
 
 
 def show_arms(evaluation: Evaluation, secondary: Sequence[str]) -> list[dict[str, Any]]:
@@ -86,26 +103,13 @@ def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
     if metric.kind != "number":
         span = min(1.0, math.ceil(10 * reach) / 10) or 0.1
     total = max(1, sum(outcomes.values()))
-    words = {
-        "fixed": "fixed",
-        "better": "better",
-        "introduced": "got worse",
-        "worse": "worse",
-        "both_right": "right in both",
-        "both_wrong": "wrong in both",
-        "same": "same score",
-    }
     return {
         "arm": pair["arm"],
         "other": pair["other"],
         "n": pair["num_both_scored"],
         "difference": format_difference(difference["value"], metric),
-        "interval": (
-            ""
-            if low is None
-            else " to ".join(format_difference(end, metric, unit=False) for end in (low, high))
-        ),
-        "p": _p_value(difference["p_value"]),
+        "interval": format_interval(difference, metric),
+        "p": format_p_value(difference["p_value"]),
         "test": difference["test"],
         "method": difference["method"],
         "direction": direction(difference, metric),
@@ -114,7 +118,12 @@ def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
         "to": _position(high, span),
         "span": f"{span:.3f}" if metric.kind == "number" else f"{100 * span:.0f}",
         "outcomes": [
-            {"kind": kind, "label": words[kind], "count": count, "width": 100 * count / total}
+            {
+                "kind": kind,
+                "label": _OUTCOME_LABELS[kind],
+                "count": count,
+                "width": 100 * count / total,
+            }
             for kind, count in outcomes.items()
         ],
         "num_fixed": outcomes.get("fixed", outcomes.get("better", 0)),
@@ -126,9 +135,9 @@ def show_parts(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return field scores, or F1 by label: one group for each, one bar for each arm."""
     groups = []
     for name in evaluation.metrics["metrics"]:
-        task, _, own = name.rpartition("/")
-        if own.startswith(FIELD_PREFIX):
-            field = in_task(task, own.removeprefix(FIELD_PREFIX)).lstrip("/")
+        task, _, metric = name.rpartition("/")
+        if metric.startswith(FIELD_PREFIX):
+            field = in_task(task, metric.removeprefix(FIELD_PREFIX)).lstrip("/")
             groups.append({"name": field, "bars": _bars(evaluation, name)})
     for label in evaluation.candidate.get("label_f1", {}):
         values = [(arm["name"], arm["label_f1"].get(label)) for arm in evaluation.arms]
@@ -156,7 +165,6 @@ def show_tasks(evaluation: Evaluation) -> list[dict[str, Any]]:
     for task, about in evaluation.tasks.items():
         name = in_task(task, about["primary"])
         metric = evaluation.metric(name)
-        told = [(p["other"], p["differences"][name]) for p in evaluation.candidate_pairs()]
         groups.append(
             {
                 "name": task,
@@ -167,16 +175,13 @@ def show_tasks(evaluation: Evaluation) -> list[dict[str, Any]]:
                 "bars": _bars(evaluation, name),
                 "differences": [
                     {
-                        "other": other,
-                        "value": format_difference(found["value"], metric),
-                        "interval": " to ".join(
-                            format_difference(found[end], metric, unit=False)
-                            for end in ("low", "high")
-                            if found[end] is not None
-                        ),
-                        "direction": direction(found, metric),
+                        "other": pair["other"],
+                        "value": format_difference(difference["value"], metric),
+                        "interval": format_interval(difference, metric),
+                        "direction": direction(difference, metric),
                     }
-                    for other, found in told
+                    for pair in evaluation.candidate_pairs()
+                    for difference in [pair["differences"][name]]
                 ],
             }
         )
@@ -215,7 +220,9 @@ def show_tags(evaluation: Evaluation) -> list[dict[str, Any]]:
             ],
             "changes": changes.get(tag),
         }
-        for tag in notable_tags(evaluation)
+        # An evaluation of an earlier version lacks tags that are newer.
+        for tag in ERROR_TAGS
+        if any(arm["error_tags"].get(tag) for arm in evaluation.arms)
     ]
 
 
@@ -227,43 +234,31 @@ def show_examples(evaluation: Evaluation) -> list[dict[str, Any]]:
     pairs = sorted(evaluation.candidate_pairs(), key=lambda pair: pair["other"] != strongest)
     groups = []
     for pair in pairs:
-        shown = show_pair(evaluation, pair)
-        kinds = []
-        for outcome, label, count in (
-            ("introduced", "Got worse", shown["num_worse"]),
-            ("fixed", "Got better", shown["num_fixed"]),
-            ("both_wrong", "Still wrong", pair["outcomes"].get("both_wrong", 0)),
-        ):
-            found = evaluation.examples(pair["other"], outcome, _NUM_EXAMPLES)
-            if count and found:
-                kinds.append(
-                    {
-                        "outcome": outcome,
-                        "label": label,
-                        "count": count,
-                        "examples": [_example(evaluation, example) for example in found],
-                    }
-                )
-        if kinds:
-            groups.append(
-                {"other": pair["other"], "words": describe_arm(pair["other"]), "kinds": kinds}
-            )
+        examples = evaluation.pair(pair["other"], pair["arm"])
+        changes = []
+        for change, label in _SHOWN_CHANGES.items():
+            found = [example for example in examples if example.change == change]
+            if found:
+                shown = [_example(evaluation, example) for example in found[:_NUM_EXAMPLES]]
+                changes.append({"label": label, "count": len(found), "examples": shown})
+        if changes:
+            groups.append({"words": describe_arm(pair["other"]), "changes": changes})
     return groups
 
 
-def _example(evaluation: Evaluation, example: Example) -> dict[str, Any]:
-    metric = evaluation.metric(evaluation.primary)
+def _example(evaluation: Evaluation, example: PairedExample) -> dict[str, Any]:
+    reference = shorten(example.reference, _LONGEST_TEXT)
     return {
         "id": example.example_id,
-        "question": shorten(example.question),
-        "reference": shorten(example.reference),
+        "question": shorten(example.question, _LONGEST_TEXT),
+        "reference": reference,
         "sides": [
             {
                 "arm": prediction.arm,
-                "score": _mark(prediction.scores[evaluation.primary], metric),
+                "score": describe_score(evaluation, prediction, evaluation.primary),
                 "right": prediction.scores[evaluation.primary] == 1,
                 "tags": prediction.error_tags,
-                "pieces": word_diff(shorten(example.reference), shorten(prediction.completion)),
+                "pieces": word_diff(reference, shorten(prediction.completion, _LONGEST_TEXT)),
                 "empty": not prediction.completion.strip(),
             }
             for prediction in (example.before, example.after)
@@ -277,7 +272,8 @@ def show_prompts(evaluation: Evaluation) -> list[dict[str, Any]]:
     for arm in evaluation.arms:
         prompt = next(p.prompt for p in evaluation.predictions if p.arm == arm["name"])
         turns = [
-            (role, shorten(text) if role == "text" else text) for role, text in prompt_turns(prompt)
+            (role, shorten(text, _LONGEST_TEXT) if role == "text" else text)
+            for role, text in prompt_turns(prompt)
         ]
         shown.append({"arm": arm["name"], "turns": turns})
     return shown
@@ -287,8 +283,6 @@ def list_facts(
     evaluation: Evaluation, config: TuneloopConfig, dataset: str
 ) -> list[tuple[str, str]]:
     """Return what was run, as label and text."""
-    import psutil
-
     e = config.evaluation
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     greedy = "greedy (temperature 0)" if e.temperature == 0 else f"temperature {e.temperature:g}"
@@ -322,31 +316,9 @@ def show_setting(config: TuneloopConfig, key: str) -> str:
     return "" if not key else "not set" if value is None else str(value)
 
 
-def _mark(value: float | None, metric: Metric) -> str:
-    if metric.kind == "binary":
-        return "right" if value else "wrong"
-    return format_value(value, metric)
-
-
-def _p_value(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"< {_P_FLOOR}" if value < _P_FLOOR else f"{value:.3f}"
-
-
 def _per_cent(value: float | None, top: float) -> float | None:
     return None if value is None else round(100 * value / top, 2)
 
 
 def _position(value: float | None, span: float) -> float | None:
     return None if value is None else round(50 + 50 * value / span, 2)
-
-
-def format_number(value: float | None, digits: int = 0) -> str:
-    """Return a number with thousands separators; a dash when there is none."""
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def shorten(text: str, limit: int = _LONGEST_TEXT) -> str:
-    """Return a text of at most `limit` characters."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"

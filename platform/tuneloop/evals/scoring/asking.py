@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuneloop.errors import EndpointError, Problem
-from tuneloop.evals.scoring.tasks import Question, messages_json
+from tuneloop.evals.scoring.questions import Question, messages_json
 from tuneloop.models.client.client import Client, RequestError, ask_each
 from tuneloop.records import Arm, Endpoint, FinishReason, SamplingParams
+from tuneloop.text import format_duration
 
 _log = logging.getLogger("tuneloop.evals")
 _PROGRESS_EVERY_S = 5.0
@@ -28,12 +29,12 @@ _REQUEST_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelAnswer:
     """What came back for one question.
 
     Args:
         prompt: What was sent, as predictions keep it.
-        bits_per_byte: Of plain text; None for questions.
+        bits_per_byte: The score of a plain text; None for questions.
         error: Why there is no answer; empty when there is one.
     """
 
@@ -49,7 +50,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """One question to one arm."""
 
     arm: Arm
@@ -91,35 +92,35 @@ class PartialAnswers:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._answers: dict[tuple[str, str], Answer] = {}
+        self._answers: dict[tuple[str, str], ModelAnswer] = {}
         if path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
-                    self.put(record.pop("identity"), Answer(**record))
+                    self.put(record.pop("identity"), ModelAnswer(**record))
                 except (ValueError, KeyError, TypeError, AttributeError):
                     continue
 
     def __len__(self) -> int:
         return len(self._answers)
 
-    def put(self, identity: str, answer: Answer) -> None:
+    def put(self, identity: str, answer: ModelAnswer) -> None:
         """Keep an answer in memory, for example one of an earlier evaluation."""
         self._answers[identity, answer.example_id] = answer
 
-    def get(self, request: Request) -> Answer | None:
+    def get(self, request: EvaluationRequest) -> ModelAnswer | None:
         """Return the answer to exactly this request, or None."""
         answer = self._answers.get(request.key)
         return answer if answer is not None and answer.prompt == request.prompt else None
 
     @contextmanager
-    def appending(self) -> Iterator[Callable[[str, Answer], None]]:
+    def appending(self) -> Iterator[Callable[[str, ModelAnswer], None]]:
         """Yield a function that keeps an answer in the file and in memory."""
         with self.path.open("a", encoding="utf-8") as file:
             if file.tell() and not _ends_with_newline(self.path):
                 file.write("\n")
 
-            def append(identity: str, answer: Answer) -> None:
+            def append(identity: str, answer: ModelAnswer) -> None:
                 # Escaped, so that no answer can contain what ends a line.
                 file.write(json.dumps({"identity": identity} | dataclasses.asdict(answer)) + "\n")
                 file.flush()
@@ -129,32 +130,32 @@ class PartialAnswers:
 
 
 def ask_all(
-    requests: Sequence[Request],
-    known: PartialAnswers,
+    requests: Sequence[EvaluationRequest],
+    answered: PartialAnswers,
     concurrency: int,
-    score: Callable[[Request, Answer], float | None],
-) -> list[Answer]:
-    """Return an answer for every request; those already known are not asked again.
+    score: Callable[[EvaluationRequest, ModelAnswer], float | None],
+) -> list[ModelAnswer]:
+    """Return an answer for every request; those already answered are not asked again.
 
     Args:
         requests: All questions of all arms.
-        known: Answers of an interrupted run or an earlier evaluation; new ones are added.
+        answered: Answers of an interrupted run or an earlier evaluation; new ones are added.
         concurrency: Requests in flight.
         score: The primary metric of an answer, for the progress lines.
 
     Raises:
         EndpointError: An endpoint is unusable, or every request of an arm failed. Answers
-            that did come are kept in `known`.
+            that did come are kept in `answered`.
     """
-    todo = [request for request in requests if known.get(request) is None]
+    todo = [request for request in requests if answered.get(request) is None]
     if len(todo) < len(requests):
         _log.info("%d of %d answers are already there", len(requests) - len(todo), len(requests))
-    failed: dict[tuple[str, str], Answer] = {}
+    failed: dict[tuple[str, str], ModelAnswer] = {}
     if todo:
-        progress = _Progress(todo, concurrency, score)
-        with known.appending() as append:
+        progress = _ProgressLog(todo, concurrency, score)
+        with answered.appending() as append:
 
-            def keep(request: Request, answer: Answer) -> None:
+            def keep(request: EvaluationRequest, answer: ModelAnswer) -> None:
                 if answer.error:
                     failed[request.key] = answer
                 else:
@@ -163,11 +164,13 @@ def ask_all(
 
             asyncio.run(_ask(todo, concurrency, keep))
     _refuse_dead_arms(requests, failed)
-    return [known.get(request) or failed[request.key] for request in requests]
+    return [answered.get(request) or failed[request.key] for request in requests]
 
 
 async def _ask(
-    todo: Sequence[Request], concurrency: int, keep: Callable[[Request, Answer], None]
+    todo: Sequence[EvaluationRequest],
+    concurrency: int,
+    keep: Callable[[EvaluationRequest, ModelAnswer], None],
 ) -> None:
     """Ask in the given order with at most `concurrency` requests in flight."""
     async with AsyncExitStack() as stack:
@@ -178,35 +181,35 @@ async def _ask(
                 clients[endpoint] = await stack.enter_async_context(Client(endpoint))
                 await clients[endpoint].check()
 
-        async def ask(request: Request) -> None:
+        async def ask(request: EvaluationRequest) -> None:
             keep(request, await _answer(clients[request.arm.endpoint], request))
 
         await ask_each(todo, concurrency, ask)
 
 
-async def _answer(client: Client, request: Request) -> Answer:
+async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
     example_id, prompt = request.question.example_id, request.prompt
     try:
         if request.question.text:
             started = time.perf_counter()
-            found = await client.loglikelihood("", request.question.text)
-            if not found.num_tokens or not found.num_bytes:
-                return Answer(example_id, prompt, error="the text is a single token")
-            return Answer(
+            likelihood = await client.loglikelihood("", request.question.text)
+            if not likelihood.num_tokens or not likelihood.num_bytes:
+                return ModelAnswer(example_id, prompt, error="the text is a single token")
+            return ModelAnswer(
                 example_id,
                 prompt,
                 finish_reason="stop",
-                prompt_tokens=found.num_tokens,
+                prompt_tokens=likelihood.num_tokens,
                 completion_tokens=0,
                 latency_s=time.perf_counter() - started,
-                bits_per_byte=-found.logprob / math.log(2) / found.num_bytes,
+                bits_per_byte=-likelihood.logprob / math.log(2) / likelihood.num_bytes,
             )
         messages = request.question.prompt(request.arm.shots)
         completion = await client.generate(messages, request.params)
     except RequestError as error:
         _log.warning("%s, example %s is unscored: %s", request.arm.name, example_id, error)
-        return Answer(example_id, prompt, error=str(error))
-    return Answer(
+        return ModelAnswer(example_id, prompt, error=str(error))
+    return ModelAnswer(
         example_id,
         prompt,
         text=completion.text,
@@ -218,7 +221,7 @@ async def _answer(client: Client, request: Request) -> Answer:
 
 
 def _refuse_dead_arms(
-    requests: Sequence[Request], failed: Mapping[tuple[str, str], Answer]
+    requests: Sequence[EvaluationRequest], failed: Mapping[tuple[str, str], ModelAnswer]
 ) -> None:
     """Raise when an arm has no answer at all: a score of nothing must not be published."""
     problems = []
@@ -240,14 +243,14 @@ def _refuse_dead_arms(
         raise EndpointError(*problems)
 
 
-class _Progress:
+class _ProgressLog:
     """Writes a line every few seconds: done, rate, time left, running score of the arm."""
 
     def __init__(
         self,
-        todo: Sequence[Request],
+        todo: Sequence[EvaluationRequest],
         concurrency: int,
-        score: Callable[[Request, Answer], float | None],
+        score: Callable[[EvaluationRequest, ModelAnswer], float | None],
     ) -> None:
         self.total = len(todo)
         self.concurrency = concurrency
@@ -258,7 +261,7 @@ class _Progress:
         self.done_by_arm: Counter[str] = Counter()
         self.started = self.last = time.monotonic()
 
-    def report(self, request: Request, answer: Answer) -> None:
+    def report(self, request: EvaluationRequest, answer: ModelAnswer) -> None:
         name = request.arm.name
         self.done += 1
         self.done_by_arm[name] += 1
@@ -272,9 +275,9 @@ class _Progress:
             return
         self.last = now
         elapsed = max(now - self.started, 1e-9)
-        known = self.scores.get(name, [])
+        scores = self.scores.get(name, [])
         # The first answers come late and then all together: they tell no rate.
-        left = _duration(elapsed / self.done * (self.total - self.done))
+        left = format_duration(elapsed / self.done * (self.total - self.done))
         _log.info(
             "evaluation %d/%d, %.0f tokens/s%s; %s %d/%d, score so far %s",
             self.done,
@@ -284,13 +287,8 @@ class _Progress:
             name,
             self.done_by_arm[name],
             self.totals_by_arm[name],
-            f"{sum(known) / len(known):.3f}" if known else "unknown",
+            f"{sum(scores) / len(scores):.3f}" if scores else "unknown",
         )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _ends_with_newline(path: Path) -> bool:

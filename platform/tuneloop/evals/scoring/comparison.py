@@ -8,53 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
 from tuneloop.evals.scoring.intervals import (
-    Estimate,
     Floats,
+    IntervalEstimate,
     Resampling,
     estimate_difference,
     estimate_mean,
     estimate_statistic,
 )
 from tuneloop.evals.scoring.metrics import MACRO_F1, Metric, Scorer
-from tuneloop.records import FinishReason, Status
+from tuneloop.evals.scoring.pairing import (
+    PairedExample,
+    count_changes,
+    count_tag_changes,
+    pair_arms,
+)
+from tuneloop.evals.scoring.predictions import Prediction
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One example answered by one arm: a row of `predictions.parquet`.
-
-    Args:
-        prompt: The messages that were sent, as JSON; the text itself for language modelling.
-        finish_reason: None when unscored.
-        latency_s: From sending to the full answer, with the other requests in flight.
-        error: Why the row is unscored, empty otherwise.
-        scores: Metric by name; empty when unscored.
-        task: Of a mixture; empty otherwise.
-    """
-
-    example_id: str
-    arm: str
-    prompt: str
-    reference: str
-    completion: str
-    finish_reason: FinishReason | None
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    latency_s: float | None
-    status: Status
-    error: str = ""
-    error_tags: list[str] = field(default_factory=list)
-    scores: dict[str, float | None] = field(default_factory=dict)
-    task: str = ""
 
 
 def summarise(
@@ -75,7 +51,7 @@ def summarise(
         "primary": scorer.primary,
         "confidence": resampling.confidence,
         "num_examples": len({prediction.example_id for prediction in predictions}),
-        "metrics": {name: dataclasses.asdict(metric) for name, metric in metrics.items()},
+        "metrics": {name: metric.meaning() for name, metric in metrics.items()},
         "arms": [
             _summarise_arm([p for p in predictions if p.arm == arm], scorer, resampling)
             for arm in arms
@@ -88,19 +64,15 @@ def compare(
 ) -> dict[str, Any]:
     """Return the content of `comparison.json`: each arm against each that comes before it."""
     arms = list(dict.fromkeys(prediction.arm for prediction in predictions))
-    scored = {
-        arm: {p.example_id: p for p in predictions if p.arm == arm and p.status == "scored"}
-        for arm in arms
-    }
+    primary = scorer.metrics[scorer.primary]
     pairs = []
     for index, arm in enumerate(arms):
         for other in reversed(arms[:index]):
-            shared = [example for example in scored[arm] if example in scored[other]]
-            first = [scored[arm][example] for example in shared]
-            second = [scored[other][example] for example in shared]
+            examples = pair_arms(predictions, other, arm, scorer.primary, primary)
+            answered = [example for example in examples if example.is_answered]
             pairs.append(
-                {"arm": arm, "other": other, "num_both_scored": len(shared)}
-                | _compare_pair(first, second, scorer, resampling)
+                {"arm": arm, "other": other, "num_both_scored": len(answered)}
+                | _compare_pair(answered, scorer, resampling)
             )
     return {
         "schema_version": SCHEMA_VERSION,
@@ -139,59 +111,33 @@ def _summarise_arm(
 
 
 def _compare_pair(
-    first: Sequence[Prediction],
-    second: Sequence[Prediction],
-    scorer: Scorer,
-    resampling: Resampling,
+    examples: Sequence[PairedExample], scorer: Scorer, resampling: Resampling
 ) -> dict[str, Any]:
+    first, second = [e.after for e in examples], [e.before for e in examples]
     differences: dict[str, Any] = {}
     for name, metric in scorer.metrics.items():
         ours, theirs = _raw_values(first, name), _raw_values(second, name)
         both = ~(np.isnan(ours) | np.isnan(theirs))
-        estimate, p_value, test = estimate_difference(
-            ours[both], theirs[both], metric.kind == "binary", resampling
+        differences[name] = dataclasses.asdict(
+            estimate_difference(ours[both], theirs[both], metric.kind == "binary", resampling)
         )
-        differences[name] = dataclasses.asdict(estimate) | {"p_value": p_value, "test": test}
     if scorer.task.type == "classification":
         differences["macro_f1"] = dataclasses.asdict(
             _macro_f1_difference(first, second, scorer, resampling)
         )
-    primary = scorer.metrics[scorer.primary]
     return {
         "differences": differences,
-        "outcomes": _outcomes(
-            _raw_values(first, scorer.primary), _raw_values(second, scorer.primary), primary
-        ),
-        "error_tags": {tag: _tag_changes(first, second, tag) for tag in ERROR_TAGS},
+        "outcomes": _outcomes(examples, scorer.metrics[scorer.primary]),
+        "error_tags": {tag: count_tag_changes(examples, tag) for tag in ERROR_TAGS},
     }
 
 
-def _outcomes(first: Floats, second: Floats, metric: Metric) -> dict[str, int]:
-    """Count examples by what became of them; for other than 0/1 scores, by direction."""
-    gain = second - first if metric.better == "lower" else first - second
-    up, down, same = int((gain > 0).sum()), int((gain < 0).sum()), gain == 0
-    if metric.kind == "binary":
-        return {
-            "fixed": up,
-            "introduced": down,
-            "both_right": int((same & (first == 1)).sum()),
-            "both_wrong": int((same & (first == 0)).sum()),
-        }
-    return {"better": up, "worse": down, "same": int(same.sum())}
-
-
-def _tag_changes(
-    first: Sequence[Prediction], second: Sequence[Prediction], tag: str
-) -> dict[str, int]:
-    """Count the examples where an error went away, came up, or stayed."""
-    now = [tag in prediction.error_tags for prediction in first]
-    before = [tag in prediction.error_tags for prediction in second]
-    pairs = list(zip(before, now, strict=True))
-    return {
-        "fixed": pairs.count((True, False)),
-        "introduced": pairs.count((False, True)),
-        "both": pairs.count((True, True)),
-    }
+def _outcomes(examples: Sequence[PairedExample], primary: Metric) -> dict[str, int]:
+    """Return the counts by the names that `comparison.json` has for 0/1 and for other scores."""
+    counts = count_changes(examples)
+    if primary.kind == "binary":
+        return {name: counts[name] for name in ("fixed", "introduced", "both_right", "both_wrong")}
+    return {"better": counts["fixed"], "worse": counts["introduced"], "same": counts["same"]}
 
 
 class LabelCounts:
@@ -235,7 +181,7 @@ def _macro_f1_difference(
     second: Sequence[Prediction],
     scorer: Scorer,
     resampling: Resampling,
-) -> Estimate:
+) -> IntervalEstimate:
     ours, theirs = LabelCounts(first, scorer), LabelCounts(second, scorer)
     return estimate_statistic(
         len(first), lambda weights: ours.macro_f1(weights) - theirs.macro_f1(weights), resampling
@@ -253,10 +199,10 @@ def _values(predictions: Sequence[Prediction], name: str) -> Floats:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    measured = [value for value in values if value is not None]
+    return float(np.mean(measured)) if measured else None
 
 
 def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.median(known)) if known else None
+    measured = [value for value in values if value is not None]
+    return float(np.median(measured)) if measured else None

@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Floats = NDArray[np.float64]
 _CHUNK_CELLS = 4_000_000
@@ -36,7 +39,7 @@ class Resampling:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A mean with its interval.
 
     Args:
@@ -54,25 +57,42 @@ class Estimate:
     method: str
 
 
-def wilson(num_right: float, n: int, confidence: float) -> tuple[float, float]:
+@dataclass(frozen=True)
+class DifferenceEstimate(IntervalEstimate):
+    """The mean of paired differences.
+
+    Args:
+        p_value: Two-sided, of "no difference"; None without examples.
+        test: Name of the test.
+    """
+
+    p_value: float | None
+    test: str
+
+
+class PairedCounts(NamedTuple):
+    """Examples by where they are right."""
+
+    both: int
+    first_only: int
+    second_only: int
+    neither: int
+
+
+def wilson(num_right: int, n: int, confidence: float) -> tuple[float, float]:
     """Return the score interval of a proportion.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
-    z = _quantile(0.5 + confidence / 2)
-    p = num_right / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # At the edges rounding must not exclude the proportion itself.
-    return max(0.0, min(centre - half, p)), min(1.0, max(centre + half, p))
+    ends = stats.binomtest(num_right, n).proportion_ci(confidence, method="wilson")
+    return float(ends.low), float(ends.high)
 
 
-def newcombe_paired(counts: tuple[int, int, int, int], confidence: float) -> tuple[float, float]:
+def newcombe_paired(counts: PairedCounts, confidence: float) -> tuple[float, float]:
     """Return the interval of the difference of two proportions over the same examples.
 
     Args:
-        counts: Examples that are (right in both, right in the first only, right in the second
-            only, wrong in both).
+        counts: Examples by where they are right.
         confidence: For example 0.95.
 
     Returns:
@@ -103,6 +123,10 @@ def newcombe_paired(counts: tuple[int, int, int, int], confidence: float) -> tup
 def bca(values: Floats, resampling: Resampling) -> tuple[float, float]:
     """Return the bias-corrected and accelerated bootstrap interval of a mean.
 
+    `scipy.stats.bootstrap` gives the same ends to 1e-15 from the same seed, but recomputes the
+    jackknife row by row: 10,000 resamples of 10,000, 30,000 and 100,000 rows took it 5.9, 32 and
+    181 s and up to 1.4 GB, this 1.8, 5.5 and 21 s and 160 MB (two cores, otherwise busy).
+
     Args:
         values: Shape (n,), n at least 2 and not all equal.
         resampling: Level, resamples and seed.
@@ -126,56 +150,50 @@ def bca(values: Floats, resampling: Resampling) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def estimate_mean(values: Floats, binary: bool, resampling: Resampling) -> Estimate:
+def estimate_mean(values: Floats, binary: bool, resampling: Resampling) -> IntervalEstimate:
     """Return a mean with its interval: Wilson for 0/1 scores, BCa bootstrap otherwise."""
     n = len(values)
     if n == 0:
-        return Estimate(None, None, None, 0, "no examples")
+        return IntervalEstimate(None, None, None, 0, "no examples")
     mean = float(values.mean())
     if binary:
-        return Estimate(mean, *wilson(float(values.sum()), n, resampling.confidence), n, "Wilson")
-    return _bootstrapped(values, mean, resampling)
+        ends = wilson(int(values.sum()), n, resampling.confidence)
+        return IntervalEstimate(mean, *ends, n, "Wilson")
+    return IntervalEstimate(mean, *_bootstrap(values, resampling))
 
 
 def estimate_difference(
     first: Floats, second: Floats, binary: bool, resampling: Resampling
-) -> tuple[Estimate, float | None, str]:
-    """Return the mean of first minus second over the same examples, with a two-sided p-value.
+) -> DifferenceEstimate:
+    """Return the mean of first minus second over the same examples.
 
     Args:
         first: Shape (n,), scores of one arm.
         second: Shape (n,), scores of the other arm for the same examples.
         binary: Scores are 0 or 1.
         resampling: Level, resamples and seed.
-
-    Returns:
-        The estimate, the p-value of "no difference", and the test's name.
     """
     n = len(first)
     if n == 0:
-        return Estimate(None, None, None, 0, "no examples"), None, "none"
+        return DifferenceEstimate(None, None, None, 0, "no examples", None, "none")
     differences = first - second
     mean = float(differences.mean())
     if binary:
         fixed, introduced = int((differences > 0).sum()), int((differences < 0).sum())
         both = int(((first == 1) & (second == 1)).sum())
-        counts = (both, fixed, introduced, n - both - fixed - introduced)
+        counts = PairedCounts(both, fixed, introduced, n - both - fixed - introduced)
         ends = newcombe_paired(counts, resampling.confidence)
-        return (
-            Estimate(mean, *ends, n, "Newcombe, paired"),
-            mcnemar_p(fixed, introduced),
-            "McNemar, exact",
-        )
-    return (
-        _bootstrapped(differences, mean, resampling),
-        sign_flip_p(differences, resampling),
-        "sign-flip permutation",
+        p_value = mcnemar_p(fixed, introduced)
+        return DifferenceEstimate(mean, *ends, n, "Newcombe, paired", p_value, "McNemar, exact")
+    p_value = sign_flip_p(differences, resampling)
+    return DifferenceEstimate(
+        mean, *_bootstrap(differences, resampling), p_value, "sign-flip permutation"
     )
 
 
 def estimate_statistic(
     n: int, statistic: Callable[[Floats], Floats], resampling: Resampling
-) -> Estimate:
+) -> IntervalEstimate:
     """Return a statistic of weighted examples with its percentile bootstrap interval.
 
     Args:
@@ -184,7 +202,7 @@ def estimate_statistic(
         resampling: Level, resamples and seed.
     """
     if n == 0:
-        return Estimate(None, None, None, 0, "no examples")
+        return IntervalEstimate(None, None, None, 0, "no examples")
     value = float(statistic(np.ones((1, n)))[0])
     draws = []
     for chunk in _resamples(n, resampling):
@@ -194,7 +212,7 @@ def estimate_statistic(
         draws.append(statistic(weights))
     tail = (1 - resampling.confidence) / 2
     low, high = np.quantile(np.concatenate(draws), (tail, 1 - tail))
-    return Estimate(value, float(low), float(high), n, "percentile bootstrap")
+    return IntervalEstimate(value, float(low), float(high), n, "percentile bootstrap")
 
 
 def mcnemar_p(fixed: int, introduced: int) -> float:
@@ -203,17 +221,16 @@ def mcnemar_p(fixed: int, introduced: int) -> float:
     Source: McNemar 1947; exact form: the binomial test over the discordant pairs.
     """
     total = fixed + introduced
-    if total == 0:
-        return 1.0
-    tail = sum(math.comb(total, k) for k in range(min(fixed, introduced) + 1))
-    # Integers of any size divide exactly enough; floats would overflow at 1,024 pairs.
-    return min(1.0, 2 * tail / 2**total) if total < 1000 else _binomial_p(fixed, total)
+    return float(stats.binomtest(fixed, total).pvalue) if total else 1.0
 
 
 def sign_flip_p(differences: Floats, resampling: Resampling) -> float:
     """Return the two-sided p-value that differences are symmetric about zero.
 
     All sign patterns are tried up to 14 non-zero differences, random ones above.
+    `scipy.stats.permutation_test` draws other patterns and doubles the smaller tail instead of
+    counting both: on 60 differences 0.351 where this has 0.373. For 10,000 resamples of 10,000
+    rows it took 5.1 s and 350 MB, this 0.6 s and 140 MB.
     """
     moved = differences[differences != 0]
     if len(moved) == 0:
@@ -230,12 +247,17 @@ def sign_flip_p(differences: Floats, resampling: Resampling) -> float:
     return (hits + 1) / (resampling.num_resamples + 1)
 
 
-def _bootstrapped(values: Floats, mean: float, resampling: Resampling) -> Estimate:
-    if len(values) < 2:
-        return Estimate(mean, None, None, len(values), "one example")
+def _bootstrap(
+    values: Floats, resampling: Resampling
+) -> tuple[float | None, float | None, int, str]:
+    """Return the ends of the interval of a mean, the number of values and the method."""
+    n = len(values)
+    if n < 2:
+        return None, None, n, "one example"
     if np.ptp(values) == 0:
-        return Estimate(mean, mean, mean, len(values), "all equal")
-    return Estimate(mean, *bca(values, resampling), len(values), "BCa bootstrap")
+        mean = float(values.mean())
+        return mean, mean, n, "all equal"
+    return *bca(values, resampling), n, "BCa bootstrap"
 
 
 def _resamples(n: int, resampling: Resampling) -> Iterator[NDArray[np.int64]]:
@@ -252,16 +274,8 @@ def _chunks(total: int, n: int) -> Iterator[int]:
 
 
 def _quantile(p: float) -> float:
-    from statistics import NormalDist
-
     return NormalDist().inv_cdf(p)
 
 
 def _normal_cdf(z: float) -> float:
     return 0.5 * math.erfc(-z / math.sqrt(2))
-
-
-def _binomial_p(successes: int, total: int) -> float:
-    from scipy.stats import binomtest
-
-    return float(binomtest(successes, total, 0.5).pvalue)

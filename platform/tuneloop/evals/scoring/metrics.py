@@ -1,7 +1,8 @@
 """What is measured for each kind of task, and how one answer is scored.
 
-A score is a number for one answer; None where the metric does not apply to that row. Nothing
-here looks at more than one row, except `macro_f1`, which is only defined over many.
+A score is a number for one answer; None where the metric does not apply to that row. To add a
+metric, write its function in a module of its own and enter it once in `TASK_METRICS`. Only
+`macro_f1` looks at more than one row (`comparison.LabelCounts`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from tuneloop.config import OneTaskConfig, TaskConfig, TaskType
@@ -20,23 +22,38 @@ from tuneloop.errors import DataError, Problem
 
 Better = Literal["higher", "lower", "neither"]
 FIELD_PREFIX = "field_"
+MIXTURE_SCORE = "score"
 _SHOWN_PROBLEMS = 5
+
+
+# From the reference, the completion and the task's configuration; None: it does not apply here.
+Score = Callable[[str, str, OneTaskConfig], float | None]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric means.
+    """What a metric means, and how it is computed.
 
     Args:
         label: What it says, in a few words.
         better: Which direction is an improvement.
         kind: `binary` is 0 or 1 for an answer, `ratio` lies in [0, 1] (both are shown in per
             cent), `number` is shown as it is.
+        score: Scores one answer. None where the score comes from elsewhere: from the likelihood
+            of a text, from the tasks of a mixture, or from a published evaluation.
     """
 
     label: str
     better: Better = "higher"
     kind: Literal["binary", "ratio", "number"] = "ratio"
+    score: Score | None = field(default=None, repr=False)
+
+    def meaning(self) -> dict[str, str]:
+        """Return what `metrics.json` keeps."""
+        return {"label": self.label, "better": self.better, "kind": self.kind}
+
+
+MACRO_F1 = Metric("mean F1 over the labels")
 
 
 @dataclass(frozen=True)
@@ -45,33 +62,6 @@ class TaskMetrics:
 
     primary: str
     metrics: dict[str, Metric]
-
-
-TASK_METRICS: dict[TaskType, TaskMetrics] = {
-    "extraction": TaskMetrics(
-        "exact_match",
-        {
-            "exact_match": Metric("all fields right", kind="binary"),
-            "valid_json": Metric("valid JSON", kind="binary"),
-        },
-    ),
-    "classification": TaskMetrics("accuracy", {"accuracy": Metric("right label", kind="binary")}),
-    "generation": TaskMetrics(
-        "token_f1",
-        {
-            "token_f1": Metric("words in common with the reference (F1)"),
-            "rouge_l": Metric("longest common word sequence (ROUGE-L)"),
-            "exact_match": Metric("same words as the reference", kind="binary"),
-            "length_ratio": Metric("length over the reference's", better="neither", kind="number"),
-        },
-    ),
-    "language_modeling": TaskMetrics(
-        "bits_per_byte",
-        {"bits_per_byte": Metric("bits per byte of text", better="lower", kind="number")},
-    ),
-}
-MACRO_F1 = Metric("mean F1 over the labels")
-MIXTURE_SCORE = "score"
 
 
 class Scorer:
@@ -96,7 +86,6 @@ class Scorer:
         task_of: Mapping[str, str] | None = None,
     ) -> None:
         self.task = task
-        self.fields = list(task.fields)
         self.parts: dict[str, Scorer] = {}
         if isinstance(task, TaskConfig) and task.tasks:
             self._mix(task, references, task_of or {})
@@ -106,11 +95,12 @@ class Scorer:
         self.metrics = dict(definition.metrics)
         if task.type == "extraction":
             parsed = self._parse_references(references)
-            found = [name for value in parsed for name in value]
-            self.fields = self.fields or list(dict.fromkeys(found))
+            fields = task.fields or dict.fromkeys(name for value in parsed for name in value)
             self.metrics |= {
-                FIELD_PREFIX + name: Metric(f"`{name}` right", kind="binary")
-                for name in self.fields
+                FIELD_PREFIX + name: Metric(
+                    f"`{name}` right", kind="binary", score=partial(_field_score, name)
+                )
+                for name in fields
             }
         elif task.type == "classification":
             self._check_labels(references)
@@ -123,8 +113,8 @@ class Scorer:
         self, task: TaskConfig, references: Mapping[str, str], task_of: Mapping[str, str]
     ) -> None:
         for name, one in task.tasks.items():
-            own = {key: text for key, text in references.items() if task_of[key] == name}
-            self.parts[name] = Scorer(one, own)
+            of_task = {key: text for key, text in references.items() if task_of[key] == name}
+            self.parts[name] = Scorer(one, of_task)
         primaries = [part.metrics[part.primary] for part in self.parts.values()]
         is_binary = all(metric.kind == "binary" for metric in primaries)
         self.primary = MIXTURE_SCORE
@@ -135,14 +125,15 @@ class Scorer:
         }
         for name, part in self.parts.items():
             for metric, meaning in part.metrics.items():
-                own_label = replace(meaning, label=f"{name}: {meaning.label}")
-                self.metrics[in_task(name, metric)] = own_label
+                self.metrics[in_task(name, metric)] = replace(
+                    meaning, label=f"{name}: {meaning.label}", score=None
+                )
 
     def score(self, reference: str, completion: str, task: str = "") -> dict[str, float | None]:
         """Return every metric of one answer that applies to it, in the order of `metrics`.
 
         Args:
-            task: Of the row, in a mixture.
+            task: The row's task in a mixture.
         """
         if self.parts:
             part = self.parts[task]
@@ -150,45 +141,15 @@ class Scorer:
             return {MIXTURE_SCORE: scores[part.primary]} | {
                 in_task(task, name): value for name, value in scores.items()
             }
-        if self.task.type == "extraction":
-            return self._score_extraction(reference, completion)
-        if self.task.type == "classification":
-            return {"accuracy": float(self.label(completion) == self.label(reference))}
-        if self.task.type == "generation":
-            return score_text(reference, completion)
-        raise ValueError("language modelling is scored by log-likelihood, not by an answer")
+        return {
+            name: metric.score(reference, completion, self.task)
+            for name, metric in self.metrics.items()
+            if metric.score is not None
+        }
 
     def label(self, text: str) -> str | None:
-        """Return the label a text names, or None.
-
-        White space at the ends is ignored; then the text must be a label, or, where only one
-        label fits, equal it after case, quotes and a final full stop are ignored as well.
-        """
-        stripped = " ".join(text.split())
-        if stripped in self.task.labels:
-            return stripped
-        loose = _loose(stripped)
-        fitting = [label for label in self.task.labels if _loose(label) == loose]
-        return fitting[0] if len(fitting) == 1 else None
-
-    def _score_extraction(self, reference: str, completion: str) -> dict[str, float | None]:
-        expected = parse_object(reference) or {}
-        answer = parse_object(completion)
-        # A configured field that the reference lacks is scored as null.
-        names = self.task.fields or list(expected)
-        right = {
-            name: answer is not None
-            and name in answer
-            and same_value(expected.get(name), answer[name])
-            for name in names
-        }
-        scores: dict[str, float | None] = {
-            "exact_match": float(all(right.values())),
-            "valid_json": float(answer is not None),
-        }
-        for name in self.fields:
-            scores[FIELD_PREFIX + name] = float(right[name]) if name in right else None
-        return scores
+        """Return the label a text names, or None."""
+        return find_label(text, self.task.labels)
 
     def _parse_references(self, references: Mapping[str, str]) -> list[dict[str, Any]]:
         parsed = {row_id: parse_object(text) for row_id, text in references.items()}
@@ -283,16 +244,72 @@ def _loose(text: str) -> str:
     return text.removesuffix(".").strip("\"'`").removesuffix(".").casefold()
 
 
-def score_text(reference: str, completion: str) -> dict[str, float | None]:
-    """Return the metrics of a free text against its reference."""
+def find_label(text: str, labels: Sequence[str]) -> str | None:
+    """Return the label a text names, or None.
+
+    White space at the ends is ignored; then the text must be a label, or, where only one
+    label fits, equal it after case, quotes and a final full stop are ignored as well.
+    """
+    stripped = " ".join(text.split())
+    if stripped in labels:
+        return stripped
+    loose = _loose(stripped)
+    fitting = [label for label in labels if _loose(label) == loose]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def accuracy(reference: str, completion: str, task: OneTaskConfig) -> float:
+    """Return 1 where an answer names the reference's label, else 0."""
+    return float(find_label(completion, task.labels) == find_label(reference, task.labels))
+
+
+def all_fields_right(reference: str, completion: str, task: OneTaskConfig) -> float:
+    """Return 1 where every field of the reference is right, or every configured one, else 0."""
+    names = task.fields or parse_object(reference) or {}
+    return float(all(_field_score(name, reference, completion, task) for name in names))
+
+
+def valid_json(reference: str, completion: str, task: OneTaskConfig) -> float:
+    """Return 1 where an answer is one JSON object, else 0."""
+    return float(parse_object(completion) is not None)
+
+
+def _field_score(name: str, reference: str, completion: str, task: OneTaskConfig) -> float | None:
+    expected, answer = parse_object(reference) or {}, parse_object(completion)
+    if name not in (task.fields or expected):
+        return None
+    # A configured field that the reference lacks is scored as null.
+    return float(
+        answer is not None and name in answer and same_value(expected.get(name), answer[name])
+    )
+
+
+def token_f1(reference: str, completion: str, task: OneTaskConfig) -> float:
+    """Return the F1 of the words in common."""
     expected, answer = reference_words(reference), reference_words(completion)
     common = sum((Counter(expected) & Counter(answer)).values())
-    return {
-        "token_f1": _f1(common, len(expected), len(answer)),
-        "rouge_l": rouge_l(reference, completion),
-        "exact_match": float(expected == answer),
-        "length_ratio": len(completion.split()) / max(1, len(reference.split())),
-    }
+    return _f1(common, len(expected), len(answer))
+
+
+def same_words(reference: str, completion: str, task: OneTaskConfig) -> float:
+    """Return 1 where both have the same words in the same order, else 0."""
+    return float(reference_words(reference) == reference_words(completion))
+
+
+def length_ratio(reference: str, completion: str, task: OneTaskConfig) -> float:
+    """Return the words of an answer over those of the reference."""
+    return len(completion.split()) / max(1, len(reference.split()))
+
+
+def rouge_l(reference: str, completion: str, task: OneTaskConfig) -> float:
+    """Return ROUGE-L F1: the longest common subsequence of words, over both lengths.
+
+    Words are runs of letters and digits in any script, without case and stemming.
+    Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", section 3.1.
+    """
+    expected = re.findall(r"\w+", reference.lower())
+    answer = re.findall(r"\w+", completion.lower())
+    return _f1(_longest_common_subsequence(expected, answer), len(expected), len(answer))
 
 
 def reference_words(text: str) -> list[str]:
@@ -302,17 +319,6 @@ def reference_words(text: str) -> list[str]:
     """
     lowered = "".join(char for char in text.lower() if char not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", lowered).split()
-
-
-def rouge_l(reference: str, completion: str) -> float:
-    """Return ROUGE-L F1: the longest common subsequence of words, over both lengths.
-
-    Words are runs of letters and digits in any script, without case and stemming.
-    Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", section 3.1.
-    """
-    expected = re.findall(r"\w+", reference.lower())
-    answer = re.findall(r"\w+", completion.lower())
-    return _f1(_longest_common_subsequence(expected, answer), len(expected), len(answer))
 
 
 def _f1(common: int, num_expected: int, num_answered: int) -> float:
@@ -336,3 +342,31 @@ def _longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> in
         matches = row & positions.get(word, 0)
         row = (row + matches | row - matches) & mask
     return len(left) - row.bit_count()
+
+
+TASK_METRICS: dict[TaskType, TaskMetrics] = {
+    "extraction": TaskMetrics(
+        "exact_match",
+        {
+            "exact_match": Metric("all fields right", kind="binary", score=all_fields_right),
+            "valid_json": Metric("valid JSON", kind="binary", score=valid_json),
+        },
+    ),
+    "classification": TaskMetrics(
+        "accuracy", {"accuracy": Metric("right label", kind="binary", score=accuracy)}
+    ),
+    "generation": TaskMetrics(
+        "token_f1",
+        {
+            "token_f1": Metric("words in common with the reference (F1)", score=token_f1),
+            "rouge_l": Metric("longest common word sequence (ROUGE-L)", score=rouge_l),
+            "exact_match": Metric("same words as the reference", kind="binary", score=same_words),
+            "length_ratio": Metric(
+                "length over the reference's", "neither", "number", score=length_ratio
+            ),
+        },
+    ),
+    "language_modeling": TaskMetrics(
+        "bits_per_byte", {"bits_per_byte": Metric("bits per byte of text", "lower", "number")}
+    ),
+}

@@ -8,11 +8,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from tuneloop.artifacts import Artifact
 from tuneloop.errors import ArtifactError, DataError, Problem
 from tuneloop.records import Conversation, Message
 
 _CANDIDATES = 64
+_COLUMNS = ("row_id", "source", "messages", "text", "num_tokens", "task")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Question:
         messages: The row without its last answer; empty for plain text.
         reference: The row's last answer; empty for plain text.
         text: The row's text where it is plain text.
-        task: Of a mixture; empty otherwise.
+        task: The row's task in a mixture; empty otherwise.
     """
 
     example_id: str
@@ -46,14 +49,14 @@ def read_questions(dataset: Artifact, tasks: Collection[str] = ()) -> list[Quest
 
     Args:
         dataset: Artifact with a test split.
-        tasks: Names of a mixture's tasks, of which each row tells one.
+        tasks: Names of a mixture's tasks; each row then names its own.
 
     Raises:
         DataError: The split is empty.
         ArtifactError: A row does not end with an answer, or an id occurs twice.
     """
     questions = []
-    for row in _read_rows(dataset, "test"):
+    for row in _read_split(dataset, "test"):
         if row.get("text") is not None:
             questions.append(Question(str(row["row_id"]), text=row["text"]))
             continue
@@ -112,11 +115,11 @@ def choose_shots(
         dataset: Artifact with a train split.
         num_shots: How many; fewer are returned when the split is smaller.
         seed: The same seed chooses the same rows, in whatever order they are stored.
-        tasks: Names of a mixture's tasks; so many are chosen for each.
+        tasks: Names of a mixture's tasks; `num_shots` are chosen for each.
     """
     if num_shots == 0:
         return ()
-    rows = [row for row in _read_rows(dataset, "train") if row.get("messages")]
+    rows = [row for row in _read_split(dataset, "train") if row.get("messages")]
     if not tasks:
         return _choose(rows, num_shots, seed)
     chosen = (_choose([r for r in rows if r["task"] == name], num_shots, seed) for name in tasks)
@@ -177,13 +180,10 @@ def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
     return tuple(Message(turn["role"], turn["content"]) for turn in row["messages"] or ())
 
 
-def _read_rows(dataset: Artifact, split: str) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    wanted = ("row_id", "source", "messages", "text", "num_tokens", "task")
+def _read_split(dataset: Artifact, split: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for file in sorted((dataset.path / split).glob("*.parquet")):
         names = pq.read_schema(file).names
-        table = pq.read_table(file, columns=[name for name in wanted if name in names])
+        table = pq.read_table(file, columns=[name for name in _COLUMNS if name in names])
         rows += table.to_pylist()
     return rows

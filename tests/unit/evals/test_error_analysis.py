@@ -1,24 +1,20 @@
-"""Two arms example by example: outcomes, tags, filters, and what a sweep shows."""
+"""Two arms example by example: outcomes, tags and filters."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneloop.artifacts import Workspace
-from tuneloop.evals.reporting import analysis
-from tuneloop.evals.reporting.analysis import Filter
-from tuneloop.evals.reporting.findings import Evaluation
-from tuneloop.evals.reporting.overview import describe_parity, read_sweep, search_rows
-from tuneloop.evals.scoring.comparison import Prediction
+from tuneloop.evals.reporting import error_analysis as analysis
+from tuneloop.evals.reporting.error_analysis import Filter
+from tuneloop.evals.reporting.overview import describe_parity, search_rows
 from tuneloop.evals.scoring.error_tags import misspelt_words, tag_errors
-from tuneloop.sweeps.curve import learning_curves
+from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.results import Evaluation
 
 METRICS = {
     "right": {"label": "right", "better": "higher", "kind": "binary"},
@@ -57,8 +53,8 @@ def evaluation() -> Evaluation:
 
 
 def outcomes(evaluation: Evaluation, metric: str) -> dict[str, str]:
-    examples = analysis.pair_examples(evaluation, "base", "tuned", metric)
-    return {example.example_id: example.outcome for example in examples}
+    examples = evaluation.pair("base", "tuned", metric)
+    return {example.example_id: example.change for example in examples}
 
 
 def test_outcomes_follow_the_metric_and_its_direction(evaluation: Evaluation) -> None:
@@ -72,14 +68,14 @@ def test_outcomes_follow_the_metric_and_its_direction(evaluation: Evaluation) ->
 
 
 def test_largest_changes_come_first_and_unscored_ones_last(evaluation: Evaluation) -> None:
-    examples = analysis.pair_examples(evaluation, "base", "tuned", "loss")
+    examples = evaluation.pair("base", "tuned", "loss")
     assert [abs(example.gain or 0) for example in examples] == [8, 1, 1, 0, 0]
     assert (examples[0].example_id, examples[-1].example_id) == ("r0", "r4")
     assert examples[-1].gain is None
 
 
 def test_tags_are_counted_as_fixed_introduced_and_both(evaluation: Evaluation) -> None:
-    examples = analysis.pair_examples(evaluation, "base", "tuned", "right")
+    examples = evaluation.pair("base", "tuned", "right")
     counts = {count.tag: count for count in analysis.count_tags(examples)}
     # r4 is not scored in one arm: its error is nobody's.
     changes = {tag: (c.before, c.after, c.fixed, c.introduced, c.both) for tag, c in counts.items()}
@@ -94,28 +90,26 @@ def test_tags_are_counted_as_fixed_introduced_and_both(evaluation: Evaluation) -
     ("chosen", "expected"),
     [
         (Filter(), {"r0", "r1", "r2", "r3", "r4"}),
-        (Filter(outcome="introduced"), {"r1"}),
+        (Filter(change="introduced"), {"r1"}),
         (Filter(tag="too_long"), {"r2", "r3"}),
         (Filter(tag="too_long", tag_change="fixed"), {"r2"}),
         (Filter(tag_change="introduced"), {"r1", "r4"}),
         (Filter(text="ärger QUESTION"), {"r1"}),
         (Filter(text="  "), {"r0", "r1", "r2", "r3", "r4"}),
-        (Filter(outcome="fixed", tag="misspelt"), set()),
+        (Filter(change="fixed", tag="misspelt"), set()),
     ],
 )
 def test_filters(evaluation: Evaluation, chosen: Filter, expected: set[str]) -> None:
-    examples = analysis.pair_examples(evaluation, "base", "tuned", "right")
+    examples = evaluation.pair("base", "tuned", "right")
     assert {e.example_id for e in examples if chosen.admits(e)} == expected
 
 
 def test_differences_are_marked_where_they_can_be_read(evaluation: Evaluation) -> None:
-    examples = {
-        e.example_id: e for e in analysis.pair_examples(evaluation, "base", "tuned", "right")
-    }
-    before, after = analysis.differences(examples["r0"], "reference")
+    examples = {e.example_id: e for e in evaluation.pair("base", "tuned", "right")}
+    before, after = analysis.mark_differences(examples["r0"], "reference")
     assert before == [("extra", "no idea")]
     assert after == [("same", "truth 0")]
-    before, after = analysis.differences(examples["r3"], "other")
+    before, after = analysis.mark_differences(examples["r3"], "other")
     assert before == [("same", "wrong")]
     assert after == [("same", "wrong"), ("extra", " too")]
 
@@ -136,7 +130,7 @@ def test_only_different_answers_are_judged_in_everybodys_order(evaluation: Evalu
 
 
 def test_what_judges_prefer(evaluation: Evaluation) -> None:
-    examples = analysis.pair_examples(evaluation, "base", "tuned", "right")
+    examples = evaluation.pair("base", "tuned", "right")
     assert analysis.metric_preferences(evaluation, examples, "loss") == {
         "r0": "tuned", "r1": "base", "r2": None, "r3": "tuned",
     }  # fmt: skip
@@ -194,52 +188,3 @@ def test_parity_in_words() -> None:
     assert "but for exact ties" in describe_parity(parity)
     assert "1,600 tokens" in describe_parity(parity)
     assert "NOT" in describe_parity(parity | {"passed": False})
-
-
-def sweep_of(tmp_path: Any, trials: list[dict[str, Any]], best: dict[str, Any] | None) -> Any:
-    keys = ["data.num_train_examples", "model.base"]
-    workspace = Workspace(tmp_path)
-    with workspace.draft("sweeps", "s", "f" * 64) as draft:
-        pq.write_table(pa.Table.from_pylist(trials), draft.path / "trials.parquet")
-        (draft.path / "curve.json").write_text(
-            json.dumps(
-                {
-                    "metric": "exact_match",
-                    "keys": keys,
-                    "curves": learning_curves(trials, keys),
-                    "best": best,
-                }
-            )
-        )
-        draft.publish(config={}, resources={}, inputs=[], metrics={})
-    return read_sweep(workspace.open("sweeps/s"))
-
-
-def trial(size: int, score: float | None, problem: str = "") -> dict[str, Any]:
-    return {
-        "data.num_train_examples": size, "model.base": "m", "num_train_examples": size,
-        "num_parameters": 135_000_000, "model": None if score is None else f"models/s-{size}@v1",
-        "score": score, "low": score, "high": score, "loss": score, "wall_s": 61.4,
-        "status": "failed" if problem else "done", "problem": problem,
-    }  # fmt: skip
-
-
-def test_a_sweep_has_points_lines_and_problems(tmp_path: Any) -> None:
-    trials = [trial(100, 0.2), trial(200, 0.3), trial(400, 0.4), trial(800, None, "out of memory")]
-    view = sweep_of(tmp_path, trials, {"trial": 2, "model": "models/s-400@v1"})
-    assert [(end["rows"], round(end["score"], 6)) for end in view.lines] == [(100, 0.2), (400, 0.4)]
-    assert view.sentences == [
-        "model.base=m: +10.0 points for each doubling of the training rows; "
-        "the points lie 0.0 points from the line on average."
-    ]
-    assert [point["best"] for point in view.points] == [False, False, True]
-    assert view.best_words.startswith("40.0% with data.num_train_examples=400")
-    assert view.problems == [("data.num_train_examples=800, model.base=m", "out of memory")]
-    assert view.trials[3]["exact_match"] == "–"
-    assert view.percent
-
-
-def test_a_sweep_without_any_score_is_shown_all_the_same(tmp_path: Any) -> None:
-    view = sweep_of(tmp_path, [trial(100, None, "no"), trial(200, None, "no")], None)
-    assert (view.points, view.lines, view.best) == ([], [], "")
-    assert len(view.problems) == 2

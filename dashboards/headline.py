@@ -9,9 +9,9 @@ from tuneloop.evals.reporting.overview import EvaluationTables
 _BANNERS = {"good": st.success, "bad": st.error, "mixed": st.warning, "unclear": st.info}
 
 
-def show_verdict(tables: EvaluationTables) -> None:
+def show_headline(tables: EvaluationTables) -> None:
     """Show the headline, the arms and their paired differences."""
-    _BANNERS[tables.verdict.tone](f"**{tables.verdict.title}**  \n{tables.verdict.detail}")
+    _BANNERS[tables.headline.tone](f"**{tables.headline.title}**  \n{tables.headline.detail}")
     st.table(tables.arms, border="horizontal", hide_index=True)
     if tables.pairs:
         st.caption("Paired differences: the same examples answered by both.")

@@ -12,14 +12,21 @@ from typing import Any
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
 from tuneloop.config import EvaluationConfig, TuneloopConfig
 from tuneloop.errors import ConfigError, Problem
-from tuneloop.evals.reporting.findings import Evaluation
 from tuneloop.evals.reporting.report import render_report
-from tuneloop.evals.scoring.asking import Answer, PartialAnswers, Request, arm_identity, ask_all
-from tuneloop.evals.scoring.comparison import Prediction, compare, summarise
+from tuneloop.evals.scoring.asking import (
+    EvaluationRequest,
+    ModelAnswer,
+    PartialAnswers,
+    arm_identity,
+    ask_all,
+)
+from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import Scorer
-from tuneloop.evals.scoring.tasks import read_questions
+from tuneloop.evals.scoring.predictions import Prediction, read_predictions, write_predictions
+from tuneloop.evals.scoring.questions import read_questions
+from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.records import Arm, SamplingParams
 
 _log = logging.getLogger("tuneloop.evals")
@@ -68,7 +75,7 @@ def evaluate(
         workspace: Where the artifact goes.
         dataset: Its test split is answered.
         arms: At least one. Each is compared with all before it; the last one is the candidate
-            that the report's verdict is about.
+            that the report's headline is about.
         name: Name of the artifact.
         earlier: An evaluation whose answers are taken over where model, shots, sampling and
             prompt are the same.
@@ -87,9 +94,9 @@ def evaluate(
         raise ConfigError(
             Problem("an evaluation needs arms with different names", got=", ".join(names) or "none")
         )
-    found = find_evaluation(config, workspace, dataset, arms, name)
-    if found is not None:
-        return Published(found, reused=True)
+    published = find_evaluation(config, workspace, dataset, arms, name)
+    if published is not None:
+        return Published(published, reused=True)
     questions = read_questions(dataset, config.task.tasks)
     scorer = Scorer(
         config.task,
@@ -98,17 +105,17 @@ def evaluate(
     )
     params = sampling(config.evaluation)
     requests = [
-        Request(arm, arm_identity(arm, params), question, params)
+        EvaluationRequest(arm, arm_identity(arm, params), question, params)
         for arm in arms
         for question in questions
     ]
     with workspace.draft("evaluations", name, identity(config, dataset, arms)) as draft:
-        known = PartialAnswers(draft.scratch / "answers.jsonl")
+        answered = PartialAnswers(draft.scratch / "answers.jsonl")
         if earlier is not None:
-            _take_over(known, earlier)
+            _take_over(answered, earlier)
         answers = ask_all(
             requests,
-            known,
+            answered,
             config.evaluation.concurrency,
             lambda request, answer: _scores(scorer, request, answer)[scorer.primary],
         )
@@ -155,36 +162,35 @@ def _model(arm: Arm) -> str:
     return arm.model_fingerprint or f"{arm.endpoint.model} at {arm.endpoint.url}"
 
 
-def _take_over(known: PartialAnswers, earlier: Artifact) -> None:
-    """Put the answers of an earlier evaluation with the known ones."""
-    import pyarrow.parquet as pq
-
+def _take_over(answered: PartialAnswers, earlier: Artifact) -> None:
+    """Add the answers of an earlier evaluation."""
     identities = {arm["name"]: arm["identity"] for arm in earlier.manifest["config"]["arms"]}
-    for row in pq.read_table(earlier.path / "predictions.parquet").to_pylist():
-        if row["status"] != "scored":
-            continue
-        known.put(
-            identities[row["arm"]],
-            Answer(
-                row["example_id"],
-                row["prompt"],
-                text=row["completion"],
-                finish_reason=row["finish_reason"],
-                prompt_tokens=row["prompt_tokens"],
-                completion_tokens=row["completion_tokens"],
-                latency_s=row["latency_s"],
-                bits_per_byte=row.get("bits_per_byte"),
-            ),
-        )
+    for prediction in read_predictions(earlier.path, ["bits_per_byte"]):
+        if prediction.status == "scored":
+            answered.put(
+                identities[prediction.arm],
+                ModelAnswer(
+                    prediction.example_id,
+                    prediction.prompt,
+                    text=prediction.completion,
+                    finish_reason=prediction.finish_reason,
+                    prompt_tokens=prediction.prompt_tokens,
+                    completion_tokens=prediction.completion_tokens,
+                    latency_s=prediction.latency_s,
+                    bits_per_byte=prediction.scores.get("bits_per_byte"),
+                ),
+            )
 
 
-def _scores(scorer: Scorer, request: Request, answer: Answer) -> Mapping[str, float | None]:
+def _scores(
+    scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer
+) -> Mapping[str, float | None]:
     if request.question.text:
         return {"bits_per_byte": answer.bits_per_byte}
     return scorer.score(request.question.reference, answer.text, request.question.task)
 
 
-def _prediction(scorer: Scorer, request: Request, answer: Answer) -> Prediction:
+def _prediction(scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer) -> Prediction:
     reference, finish_reason = request.question.reference, answer.finish_reason
     scored = finish_reason is not None
     return Prediction(
@@ -250,38 +256,3 @@ def _write_parity(folder: Path, arms: Sequence[Arm]) -> None:
     outcomes = {arm.name: dataclasses.asdict(arm.parity) for arm in arms if arm.parity is not None}
     if outcomes:
         (folder / "parity.json").write_text(json.dumps(outcomes, indent=2), encoding="utf-8")
-
-
-def write_predictions(
-    predictions: Sequence[Prediction], metrics: Sequence[str], folder: Path
-) -> None:
-    """Write `predictions.parquet`: one row for each example and arm, one column per metric."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema(
-        [
-            ("example_id", pa.string()),
-            ("arm", pa.string()),
-            ("prompt", pa.string()),
-            ("reference", pa.string()),
-            ("completion", pa.string()),
-            ("finish_reason", pa.string()),
-            ("prompt_tokens", pa.int32()),
-            ("completion_tokens", pa.int32()),
-            ("latency_s", pa.float64()),
-            ("status", pa.string()),
-            ("error", pa.string()),
-            ("error_tags", pa.list_(pa.string())),
-            *([("task", pa.string())] if any(p.task for p in predictions) else []),
-            *((name, pa.float64()) for name in metrics),
-        ]
-    )
-    rows = []
-    for prediction in predictions:
-        row = dataclasses.asdict(prediction)
-        scores = row.pop("scores")
-        rows.append(row | {name: scores.get(name) for name in metrics})
-    pq.write_table(
-        pa.Table.from_pylist(rows, schema), folder / "predictions.parquet", compression="zstd"
-    )

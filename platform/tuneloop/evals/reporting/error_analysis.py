@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, TypeVar
 
-from tuneloop.evals.reporting.findings import Evaluation, format_value, last_question, word_diff
-from tuneloop.evals.scoring.comparison import Prediction
+from tuneloop.evals.reporting.formatting import Piece, format_value, word_diff
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
+from tuneloop.evals.scoring.pairing import (
+    Change,
+    PairedExample,
+    TagChange,
+    count_tag_changes,
+    gain,
+)
+from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.results import Evaluation
 
-Outcome = Literal["fixed", "introduced", "both_right", "both_wrong", "same", "unscored"]
-TagChange = Literal["fixed", "introduced", "both"]
 Against = Literal["reference", "other"]
-Pieces = list[tuple[str, str]]
 T = TypeVar("T")
 
 # With less in common, a text with both sides' words mixed into one another cannot be read.
 _READABLE_RATIO = 0.3
 
-OUTCOMES: dict[Outcome, str] = {
+CHANGE_LABELS: dict[Change, str] = {
     "fixed": "Fixed",
     "introduced": "Introduced",
     "both_wrong": "Wrong in both",
@@ -32,38 +34,11 @@ OUTCOMES: dict[Outcome, str] = {
     "same": "Same score",
     "unscored": "Not scored",
 }
-TAG_CHANGES: dict[TagChange, str] = {
+TAG_CHANGE_LABELS: dict[TagChange, str] = {
     "fixed": "fixed",
     "introduced": "introduced",
     "both": "in both",
 }
-
-
-@dataclass(frozen=True)
-class PairedExample:
-    """One question with the answers of two arms.
-
-    Args:
-        gain: How much better `after` is in the chosen metric; None when one is not scored.
-    """
-
-    example_id: str
-    reference: str
-    before: Prediction
-    after: Prediction
-    outcome: Outcome
-    gain: float | None
-
-    @cached_property
-    def question(self) -> str:
-        return last_question(self.after.prompt)
-
-    def tag_change(self, tag: str) -> TagChange | None:
-        """Return what became of an error from `before` to `after`; None where neither has it."""
-        was, now = tag in self.before.error_tags, tag in self.after.error_tags
-        if was and now:
-            return "both"
-        return "fixed" if was else "introduced" if now else None
 
 
 @dataclass(frozen=True)
@@ -89,18 +64,19 @@ class Filter:
         text: Words that must all occur in question, reference or answers, in any case.
     """
 
-    outcome: Outcome | None = None
+    change: Change | None = None
     tag: str | None = None
     tag_change: TagChange | None = None
     text: str = ""
 
     def admits(self, example: PairedExample) -> bool:
         """Return whether an example is to be shown."""
-        if self.outcome is not None and example.outcome != self.outcome:
+        if self.change is not None and example.change != self.change:
             return False
-        changes = {tag: example.tag_change(tag) for tag in ([self.tag] if self.tag else ERROR_TAGS)}
-        found = {change for change in changes.values() if change is not None}
-        if (self.tag and not found) or (self.tag_change and self.tag_change not in found):
+        tag_changes = {example.tag_change(tag) for tag in ([self.tag] if self.tag else ERROR_TAGS)}
+        if (self.tag and tag_changes == {None}) or (
+            self.tag_change and self.tag_change not in tag_changes
+        ):
             return False
         if not self.text.strip():
             return True
@@ -116,56 +92,13 @@ class Filter:
         return all(word in haystack for word in self.text.casefold().split())
 
 
-def pair_examples(
-    evaluation: Evaluation, before: str, after: str, metric: str, task: str | None = None
-) -> list[PairedExample]:
-    """Return every example of two arms, largest change first; unscored ones come last.
-
-    Among equal changes the order is that of a hash, the same every time.
-
-    Args:
-        task: The only one of a mixture's tasks to look at.
-    """
-    rows = {
-        arm: {p.example_id: p for p in evaluation.predictions if p.arm == arm}
-        for arm in (before, after)
-    }
-    meaning = evaluation.metric(metric)
-    examples = []
-    for example_id, new in rows[after].items():
-        old = rows[before].get(example_id)
-        if old is None:
-            continue
-        then, now = old.scores.get(metric), new.scores.get(metric)
-        # In a mixture a metric may be that of one task alone.
-        wanted = task or (new.task and metric.rpartition("/")[0])
-        if wanted and new.task != wanted:
-            continue
-        gain: float | None = None
-        outcome: Outcome = "unscored"
-        if then is not None and now is not None:
-            gain = _gain(then, now, meaning.better)
-            outcome = _outcome(gain, now, meaning.kind == "binary")
-        examples.append(PairedExample(example_id, new.reference, old, new, outcome, gain))
-    return sorted(
-        examples,
-        key=lambda e: (e.gain is None, -abs(e.gain or 0.0), _shuffled(e.example_id), e.example_id),
-    )
-
-
-def count_outcomes(examples: Sequence[PairedExample]) -> dict[Outcome, int]:
-    """Return how many examples have each outcome, those that occur only."""
-    counts = {outcome: sum(e.outcome == outcome for e in examples) for outcome in OUTCOMES}
-    return {outcome: count for outcome, count in counts.items() if count}
-
-
 def count_tags(examples: Sequence[PairedExample]) -> list[TagCount]:
     """Return the errors that either arm makes, most frequent first."""
-    scored = [e for e in examples if e.before.status == e.after.status == "scored"]
+    answered = [example for example in examples if example.is_answered]
     counts = []
     for tag, meaning in ERROR_TAGS.items():
-        changes = [example.tag_change(tag) for example in scored]
-        fixed, introduced, both = (changes.count(change) for change in TAG_CHANGES)
+        changes = count_tag_changes(answered, tag)
+        fixed, introduced, both = (changes[change] for change in TAG_CHANGE_LABELS)
         if fixed + introduced + both:
             counts.append(
                 TagCount(tag, meaning, fixed + both, introduced + both, fixed, introduced, both)
@@ -173,7 +106,7 @@ def count_tags(examples: Sequence[PairedExample]) -> list[TagCount]:
     return sorted(counts, key=lambda count: -(count.fixed + count.introduced + count.both))
 
 
-def differences(example: PairedExample, against: Against) -> tuple[Pieces, Pieces]:
+def mark_differences(example: PairedExample, against: Against) -> tuple[list[Piece], list[Piece]]:
     """Return both answers as pieces: `same`, `extra` and `missing` words.
 
     Args:
@@ -216,21 +149,21 @@ def paginate(items: Sequence[T], page: int, page_size: int) -> tuple[list[T], in
     return list(items[start : start + page_size]), num_pages
 
 
-def examples_to_judge(evaluation: Evaluation, arms: tuple[str, str]) -> list[PairedExample]:
+def examples_to_judge(evaluation: Evaluation, arms: Collection[str]) -> list[PairedExample]:
     """Return the examples worth a human's look, in an order that is the same for everybody.
 
     That is: answered in both arms, and differently. The same order lets two reviewers who each
     judge only some examples judge the same ones.
     """
     first, second = sorted(arms)
-    examples = pair_examples(evaluation, first, second, evaluation.primary)
     different = [
         example
-        for example in examples
-        if example.before.status == example.after.status == "scored"
+        for example in evaluation.pair(first, second)
+        if example.is_answered
         and not same_text(example.before.completion, example.after.completion)
     ]
-    return sorted(different, key=lambda example: _shuffled(example.example_id))
+    # Row ids are hashes: a random order, in which nothing tells the size of the change.
+    return sorted(different, key=lambda example: example.example_id)
 
 
 def same_text(first: str, second: str) -> bool:
@@ -242,16 +175,13 @@ def metric_preferences(
     evaluation: Evaluation, examples: Sequence[PairedExample], metric: str
 ) -> Mapping[str, str | None]:
     """Return by example the arm that scores better in a metric, None where they are equal."""
-    better = evaluation.metric(metric).better
+    meaning = evaluation.metric(metric)
     preferred: dict[str, str | None] = {}
     for example in examples:
-        then, now = example.before.scores.get(metric), example.after.scores.get(metric)
-        if then is None or now is None:
-            continue
-        gain = _gain(then, now, better)
-        preferred[example.example_id] = (
-            None if gain == 0 else (example.after if gain > 0 else example.before).arm
-        )
+        gained = gain(example.before, example.after, metric, meaning)
+        if gained is not None:
+            better = example.after if gained > 0 else example.before
+            preferred[example.example_id] = better.arm if gained else None
     return preferred
 
 
@@ -269,7 +199,7 @@ def judged_metrics(evaluation: Evaluation, task: str | None = None) -> list[str]
     """Return the metrics that can prefer an answer, the primary one first.
 
     Args:
-        task: Of a mixture; the metrics of its other tasks are left out.
+        task: A task of a mixture; the metrics of the other tasks are left out.
     """
     names = [
         name
@@ -291,21 +221,18 @@ def prompt_turns(prompt: str) -> list[tuple[str, str]]:
 
 def tag_rows(counts: Sequence[TagCount], before: str, after: str) -> list[dict[str, str | int]]:
     """Return the tag counts as a table whose columns carry the arms' names."""
-    rows: list[dict[str, str | int]] = []
-    for count in counts:
-        values = dataclasses.asdict(count)
-        rows.append(
-            {
-                "error": tag_label(count.tag),
-                before: values["before"],
-                after: values["after"],
-                "fixed": values["fixed"],
-                "introduced": values["introduced"],
-                "in both": values["both"],
-                "meaning": values["meaning"],
-            }
-        )
-    return rows
+    return [
+        {
+            "error": tag_label(count.tag),
+            before: count.before,
+            after: count.after,
+            "fixed": count.fixed,
+            "introduced": count.introduced,
+            "in both": count.both,
+            "meaning": count.meaning,
+        }
+        for count in counts
+    ]
 
 
 def tag_label(tag: str) -> str:
@@ -313,24 +240,8 @@ def tag_label(tag: str) -> str:
     return tag.replace("_", " ")
 
 
-def _marked(expected: str, text: str) -> Pieces | None:
+def _marked(expected: str, text: str) -> list[Piece] | None:
     """Return the differences; None where the texts share too little for them to be readable."""
     pieces = word_diff(expected, text)
     num_same = sum(len(part) for kind, part in pieces if kind == "same")
     return pieces if num_same >= _READABLE_RATIO * max(len(expected), len(text)) else None
-
-
-def _gain(then: float, now: float, better: str) -> float:
-    return then - now if better == "lower" else now - then
-
-
-def _outcome(gain: float, now: float, binary: bool) -> Outcome:
-    if gain:
-        return "fixed" if gain > 0 else "introduced"
-    if not binary:
-        return "same"
-    return "both_right" if now else "both_wrong"
-
-
-def _shuffled(example_id: str) -> str:
-    return hashlib.sha256(example_id.encode()).hexdigest()

@@ -1,0 +1,84 @@
+"""One answer to one question, as `predictions.parquet` keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tuneloop.records import FinishReason, Status
+
+FILE = "predictions.parquet"
+_COLUMNS = [
+    ("example_id", pa.string()),
+    ("arm", pa.string()),
+    ("prompt", pa.string()),
+    ("reference", pa.string()),
+    ("completion", pa.string()),
+    ("finish_reason", pa.string()),
+    ("prompt_tokens", pa.int32()),
+    ("completion_tokens", pa.int32()),
+    ("latency_s", pa.float64()),
+    ("status", pa.string()),
+    ("error", pa.string()),
+    ("error_tags", pa.list_(pa.string())),
+]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One example answered by one arm: a row of `predictions.parquet`.
+
+    Args:
+        prompt: The messages that were sent, as JSON; the text itself for language modelling.
+        finish_reason: None when unscored.
+        latency_s: From sending to the full answer, with the other requests in flight.
+        error: Why the row is unscored, empty otherwise.
+        scores: Metric by name; empty when unscored.
+        task: The row's task in a mixture; empty otherwise.
+    """
+
+    example_id: str
+    arm: str
+    prompt: str
+    reference: str
+    completion: str
+    finish_reason: FinishReason | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    latency_s: float | None
+    status: Status
+    error: str = ""
+    error_tags: list[str] = field(default_factory=list)
+    scores: dict[str, float | None] = field(default_factory=dict)
+    task: str = ""
+
+
+def write_predictions(
+    predictions: Sequence[Prediction], metrics: Sequence[str], folder: Path
+) -> None:
+    """Write `predictions.parquet`: one row for each example and arm, one column per metric."""
+    task = [("task", pa.string())] if any(p.task for p in predictions) else []
+    schema = pa.schema([*_COLUMNS, *task, *((name, pa.float64()) for name in metrics)])
+    rows = []
+    for prediction in predictions:
+        row = dataclasses.asdict(prediction)
+        scores = row.pop("scores")
+        rows.append(row | {name: scores.get(name) for name in metrics})
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / FILE, compression="zstd")
+
+
+def read_predictions(folder: Path, metrics: Sequence[str]) -> list[Prediction]:
+    """Return the rows of `predictions.parquet`, with the columns of these metrics as scores."""
+    predictions = []
+    stored = pq.read_schema(folder / FILE).names
+    scored = [name for name in metrics if name in stored]
+    fields = [field.name for field in dataclasses.fields(Prediction) if field.name in stored]
+    for row in pq.read_table(folder / FILE, columns=[*fields, *scored]).to_pylist():
+        scores = {name: row.pop(name) for name in scored}
+        predictions.append(Prediction(**row, scores=scores if row["status"] == "scored" else {}))
+    return predictions

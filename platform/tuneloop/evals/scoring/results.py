@@ -1,0 +1,119 @@
+"""An evaluation's results: the predictions of its arms and what was computed from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tuneloop.artifacts import Artifact
+from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric, in_task
+from tuneloop.evals.scoring.pairing import PairedExample, by_change, pair_arms
+from tuneloop.evals.scoring.predictions import Prediction, read_predictions
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation's results.
+
+    Args:
+        predictions: Every example of every arm.
+        metrics: Content of `metrics.json`.
+        comparison: Content of `comparison.json`.
+    """
+
+    name: str
+    predictions: list[Prediction]
+    metrics: dict[str, Any]
+    comparison: dict[str, Any]
+
+    @classmethod
+    def load(cls, artifact: Artifact) -> Evaluation:
+        """Return the results an artifact holds."""
+        metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
+        comparison = json.loads((artifact.path / "comparison.json").read_text(encoding="utf-8"))
+        predictions = read_predictions(artifact.path, list(metrics["metrics"]))
+        return cls(artifact.name, predictions, metrics, comparison)
+
+    @property
+    def primary(self) -> str:
+        return str(self.metrics["primary"])
+
+    @property
+    def arms(self) -> list[dict[str, Any]]:
+        return list(self.metrics["arms"])
+
+    @property
+    def candidate(self) -> dict[str, Any]:
+        """The arm the headline is about: the last one."""
+        return self.arms[-1]
+
+    @property
+    def tasks(self) -> dict[str, dict[str, str]]:
+        """The `type` and `primary` metric of each task of a mixture; empty otherwise."""
+        # An evaluation of an earlier version has none.
+        return dict(self.metrics.get("tasks", {}))
+
+    def metric(self, name: str) -> Metric:
+        """Return what a metric means."""
+        return Metric(**self.metrics["metrics"][name])
+
+    def task_types(self) -> set[str]:
+        """Return the types of all tasks."""
+        return {task["type"] for task in self.tasks.values()} or {self.metrics["task_type"]}
+
+    def secondary(self) -> list[str]:
+        """Return the metrics to show beside the primary one; in a mixture, each task's primary."""
+        if self.tasks:
+            return [in_task(name, task["primary"]) for name, task in self.tasks.items()]
+        return [
+            name
+            for name in self.metrics["metrics"]
+            if name != self.primary and not name.startswith(FIELD_PREFIX)
+        ]
+
+    def pair(
+        self, before: str, after: str, metric: str = "", task: str | None = None
+    ) -> list[PairedExample]:
+        """Return the examples of two arms in the order to show them, see `pairing.by_change`.
+
+        Args:
+            before: Name of the arm to compare with.
+            after: Name of the arm that is compared.
+            metric: What decides; the primary metric if empty.
+            task: The only one of a mixture's tasks to look at.
+        """
+        name = metric or self.primary
+        # In a mixture a metric may be that of one task alone.
+        only = task or (name.rpartition("/")[0] if self.tasks else "")
+        rows = [p for p in self.predictions if only in ("", p.task)]
+        return by_change(pair_arms(rows, before, after, name, self.metric(name)))
+
+    def candidate_pairs(self) -> list[dict[str, Any]]:
+        """Return the candidate against every other arm, in the order of the arms."""
+        pairs = [p for p in self.comparison["pairs"] if p["arm"] == self.candidate["name"]]
+        return list(reversed(pairs))
+
+    def strongest_other(self) -> str | None:
+        """Return the name of the best arm that is not the candidate, or None."""
+        others = self.arms[:-1]
+        if not others:
+            return None
+        sign = -1 if self.metric(self.primary).better == "lower" else 1
+        return str(max(others, key=lambda arm: sign * arm["scores"][self.primary]["value"])["name"])
+
+    def headline_numbers(self) -> dict[str, Any]:
+        """Return the numbers worth seeing in a list of artifacts, for the manifest."""
+        return {
+            "primary": self.primary,
+            "scores": {arm["name"]: arm["scores"][self.primary]["value"] for arm in self.arms},
+            "differences": {
+                pair["other"]: {
+                    key: pair["differences"][self.primary][key]
+                    for key in ("value", "low", "high", "p_value")
+                }
+                for pair in self.candidate_pairs()
+            },
+            "num_examples": self.metrics["num_examples"],
+            "num_unscored": sum(arm["num_unscored"] for arm in self.arms),
+        }

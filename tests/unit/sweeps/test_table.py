@@ -1,0 +1,85 @@
+"""What a sweep shows: points, lines, sentences and a table that fits a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.sweeps.curve import learning_curves
+from tuneloop.sweeps.table import read_sweep, sweep_table
+
+
+def publish_sweep(
+    tmp_path: Path, trials: list[dict[str, Any]], best: dict[str, Any] | None
+) -> Artifact:
+    keys = ["data.num_train_examples", "model.base"]
+    workspace = Workspace(tmp_path)
+    with workspace.draft("sweeps", "s", "f" * 64) as draft:
+        pq.write_table(pa.Table.from_pylist(trials), draft.path / "trials.parquet")
+        (draft.path / "curve.json").write_text(
+            json.dumps(
+                {
+                    "metric": "exact_match",
+                    "keys": keys,
+                    "curves": learning_curves(trials, keys),
+                    "best": best,
+                }
+            )
+        )
+        draft.publish(config={}, resources={}, inputs=[], metrics={})
+    return workspace.open("sweeps/s")
+
+
+def trial(size: int, score: float | None, problem: str = "") -> dict[str, Any]:
+    return {
+        "data.num_train_examples": size, "model.base": "m", "num_train_examples": size,
+        "num_parameters": 135_000_000, "model": None if score is None else f"models/s-{size}@v1",
+        "score": score, "low": score, "high": score, "loss": score, "wall_s": 61.4,
+        "status": "failed" if problem else "done", "problem": problem,
+    }  # fmt: skip
+
+
+def test_a_sweep_has_points_lines_and_problems(tmp_path: Path) -> None:
+    trials = [trial(100, 0.2), trial(200, 0.3), trial(400, 0.4), trial(800, None, "out of memory")]
+    view = read_sweep(publish_sweep(tmp_path, trials, {"trial": 2, "model": "models/s-400@v1"}))
+    assert [(end["rows"], round(end["score"], 6)) for end in view.lines] == [(100, 0.2), (400, 0.4)]
+    assert view.sentences == [
+        "model.base=m: +10.0 points for each doubling of the training rows; "
+        "the points lie 0.0 points from the line on average."
+    ]
+    assert [point["best"] for point in view.points] == [False, False, True]
+    assert view.best_words.startswith("40.0% with data.num_train_examples=400")
+    assert view.problems == [("data.num_train_examples=800, model.base=m", "out of memory")]
+    assert view.trials[3]["exact_match"] == "–"
+    assert view.percent
+
+
+def test_a_sweep_without_any_score_is_shown_all_the_same(tmp_path: Path) -> None:
+    view = read_sweep(
+        publish_sweep(tmp_path, [trial(100, None, "no"), trial(200, None, "no")], None)
+    )
+    assert (view.points, view.lines, view.best) == ([], [], "")
+    assert len(view.problems) == 2
+
+
+def test_the_table_in_the_terminal_fits_80_columns(tmp_path: Path) -> None:
+    trials = [trial(100, 0.2), trial(200, 0.3), trial(400, None, "out of memory")]
+    sweep = publish_sweep(tmp_path, trials, {"trial": 1, "model": "models/s-200@v1"})
+    output = io.StringIO()
+    Console(width=80, file=output).print(sweep_table(sweep))
+    printed = output.getvalue()
+    assert "20.0% to 20.0%" in printed
+    assert "1 min 01 s" in printed
+    assert "failed" in printed
+    assert "best: models/s-200@v1" in printed
+    assert "…" not in printed
+    lone = publish_sweep(tmp_path / "lone", [trial(100, None, "no")], None)
+    Console(width=80, file=output).print(sweep_table(lone))
+    assert "no trial has a score" in output.getvalue()
