@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import streamlit as st
-from tuneloop.data.schema import SPLITS
 
 import theme
 from shell import choose_artifact, show_origin
 from tuneloop.artifacts import Artifact
+from tuneloop.data.schema import SPLITS
 from tuneloop.evals.reporting.error_analysis import paginate
 from tuneloop.evals.reporting.overview import read_card, read_split, search_rows
 
