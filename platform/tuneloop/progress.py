@@ -71,8 +71,9 @@ class Progress:
             while not ended.wait(_POLL_EVERY_S):
                 done = count()
                 self.update(done)
-                line = "%s: %s of %s %s"
-                self.log(logger, line, self.label, f"{done:,}", f"{self.total:,}", self.unit)
+                if done:
+                    counts = f"{done:,} of {self.total:,} {self.unit}"
+                    self.log(logger, "%s: %s", self.label, counts)
 
         thread = threading.Thread(target=follow, name=f"progress of {self.label}", daemon=True)
         thread.start()

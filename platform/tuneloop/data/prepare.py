@@ -49,6 +49,7 @@ from tuneloop.data.write.parquet import write_rows
 from tuneloop.errors import DataError
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
+from tuneloop.progress import Progress
 from tuneloop.repetition import REPETITION_VERSION
 
 logger = logging.getLogger("tuneloop.data")
@@ -132,9 +133,9 @@ def _build(
         readable, num_unreadable = _refuse_unreadable(rows, config)
     total = rows.count()
     logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, num_unreadable))
-    with _timed("tokenize", seconds):
+    with _timed("tokenize", seconds) as progress:
         rendering, engine = _proved(rendering, rows, readable)
-        rows = ray_rows.render_rows(rows, rendering, warm, draft.scratch)
+        rows = ray_rows.render_rows(rows, rendering, warm, draft.scratch, progress)
         columns = [*_COLUMNS, *([] if is_text else ["prompt_bands"])]
         ledger = _ledger(ray_rows.collect(rows, columns), files, config, seconds)
         ledger.backend = engine
@@ -317,9 +318,10 @@ def _filtered(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]
 
 
 @contextmanager
-def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[Progress]:
     started = time.monotonic()
-    yield
+    with Progress(stage, unit="rows") as progress:
+        yield progress
     seconds[stage] = round(time.monotonic() - started, 3)
 
 

@@ -26,6 +26,7 @@ from tuneloop.data.tokenize.rendering import (
     shingles_of_rows,
     texts_of_rows,
 )
+from tuneloop.progress import Progress
 
 if TYPE_CHECKING:
     pass
@@ -58,11 +59,14 @@ def read_files(files: list[SourceFile], config: TuneloopConfig) -> Any:
     return blocks.materialize()
 
 
-def render_rows(rows: Any, rendering: Rendering, warm: Any, scratch: Path) -> Any:
+def render_rows(
+    rows: Any, rendering: Rendering, warm: Any, scratch: Path, progress: Progress
+) -> Any:
     """Return the Ray dataset of tokenized rows by `rendered_schema`, once `warm` is done.
 
     Args:
         scratch: Where the blocks of a large corpus are kept for a run that has to go on.
+        progress: Shows how many rows of a large corpus are done.
     """
     import ray
 
@@ -78,12 +82,21 @@ def render_rows(rows: Any, rendering: Rendering, warm: Any, scratch: Path) -> An
     if rows.num_blocks() < num_blocks:
         rows = rows.repartition(num_blocks)
     render = functools.partial(render_batch, rendering=rendering)
-    if num_rows >= KEPT_FROM_ROWS:
-        folder = scratch / "tokenized"
-        if number := kept_blocks(folder):
-            logger.info("%s blocks of tokenized rows are there from an earlier run", f"{number:,}")
-        render = functools.partial(make_or_read, make=render, folder=folder)
-    return rows.map_batches(render, batch_size=size, batch_format="pyarrow").materialize()
+    if num_rows < KEPT_FROM_ROWS:
+        return rows.map_batches(render, batch_size=size, batch_format="pyarrow").materialize()
+    folder = scratch / "tokenized"
+    if number := kept_blocks(folder):
+        logger.info("%s blocks of tokenized rows are there from an earlier run", f"{number:,}")
+    render = functools.partial(make_or_read, make=render, folder=folder)
+    num_batches = num_blocks * -(-num_rows // (num_blocks * size))
+
+    def rows_done() -> int:
+        number = sum(1 for _ in folder.glob("*.arrow"))
+        return min(num_rows, round(number / num_batches * num_rows))
+
+    progress.total = num_rows
+    with progress.following(rows_done, logger):
+        return rows.map_batches(render, batch_size=size, batch_format="pyarrow").materialize()
 
 
 def collect(rows: Any, columns: list[str]) -> Any:
