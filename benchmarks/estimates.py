@@ -68,8 +68,9 @@ def run_point(base: str, method: str, length: int, tokens: int, steps: int) -> d
 
     from tuneloop.config import TuneloopConfig
     from tuneloop.models.bases.source import resolve_base
-    from tuneloop.training.engine import Execution
-    from tuneloop.training.fit.estimate import estimate_work, model_shape, workload
+    from tuneloop.training.deepspeed_engine import Execution
+    from tuneloop.training.fit.estimate import estimate, workload_of_rows
+    from tuneloop.training.fit.shape import model_shape
     from tuneloop.training.loop import TrainingJob, Worker, start_engine, train_step
     from tuneloop.training.rows import make_rows
 
@@ -91,7 +92,7 @@ def run_point(base: str, method: str, length: int, tokens: int, steps: int) -> d
     mask = [[0] * (length - length // 3) + [1] * (length // 3)] * len(ids)
     rows = make_rows([str(number) for number in range(len(ids))], ids, mask)
     shape = model_shape(model, config.training)
-    expected = estimate_work(config, shape, workload(config, shape, rows))
+    expected = estimate(config, shape, workload_of_rows(config, shape, rows))
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:

@@ -188,7 +188,7 @@ def make_step(arm: str, base: Path, config: Any, work: tuple[Any, Any]) -> Any:
     import torch
     import torch.distributed as dist
 
-    from tuneloop.training.engine import Execution, load_model, make_engine
+    from tuneloop.training.deepspeed_engine import Execution, load_model, make_engine
     from tuneloop.training.loop import Worker, train_step
 
     execution = Execution(1, BATCH, 1)
@@ -209,7 +209,8 @@ def estimate(base: Path, training: Any, rows: Any) -> dict[str, float]:
     """Return what is estimated before a training of these rows."""
     from tuneloop.config import TuneloopConfig
     from tuneloop.models.bases.source import BaseModel
-    from tuneloop.training.fit.estimate import estimate_work, model_shape, workload
+    from tuneloop.training.fit import estimate as fit
+    from tuneloop.training.fit.shape import model_shape
 
     config = TuneloopConfig.model_validate(
         {
@@ -221,7 +222,7 @@ def estimate(base: Path, training: Any, rows: Any) -> dict[str, float]:
         }
     )
     shape = model_shape(BaseModel(str(base), base, ""), training)
-    expected = estimate_work(config, shape, workload(config, shape, rows))
+    expected = fit.estimate(config, shape, fit.workload_of_rows(config, shape, rows))
     parts = {
         f"estimated_{part}_gb": round(getattr(expected, f"{part}_bytes") / 1e9, 2)
         for part in ("peak_memory", "activations", "logits")

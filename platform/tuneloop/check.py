@@ -12,13 +12,12 @@ from rich.text import Text
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.check import DataCheck
 from tuneloop.data.check import check as check_data
-from tuneloop.errors import DataError, Problem, UserError
+from tuneloop.errors import DataError, Problem
 from tuneloop.models.bases.source import resolve_base
-from tuneloop.training.fit.estimate import Estimate, estimate, model_shape, refuse_impossible
-from tuneloop.training.fit.refusals import refuse_unsupported, too_long_problem
+from tuneloop.training.fit.assess import assess
+from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
 from tuneloop.training.rows import make_rows
 
-GIB = 1 << 30
 _SHOWN_TOKENS = 400
 
 
@@ -33,7 +32,7 @@ class CheckResult:
     """
 
     data: DataCheck
-    estimate: Estimate | None
+    estimate: ResourceEstimate | None
     problems: list[Problem] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
@@ -57,12 +56,7 @@ def check(config: TuneloopConfig) -> CheckResult:
     """
     base = resolve_base(config.model.base)
     data = check_data(config, base)
-    problems = list(data.findings)
-    try:
-        refuse_unsupported(config)
-    except UserError as error:
-        problems += error.problems
-    expected = None
+    totals = None
     if data.num_usable:
         num_rows = min(data.num_usable, config.data.num_train_examples or data.num_usable)
         mean = data.num_tokens / data.num_usable
@@ -70,19 +64,15 @@ def check(config: TuneloopConfig) -> CheckResult:
         if config.task.type == "language_modeling":
             num_rows = math.ceil(num_tokens / config.data.max_seq_len)  # packed
             longest = min(num_tokens, config.data.max_seq_len)
-        shape = model_shape(base, config.training, config.resources.gpus_per_worker > 0)
-        if shape.max_positions is not None and longest > shape.max_positions:
-            problems.append(too_long_problem("data.sources", longest, shape.max_positions))
-        ids, masks = (
-            [getattr(s, side) for s in data.spread] for side in ("input_ids", "loss_mask")
+        sample = make_rows(
+            [str(index) for index in range(len(data.spread))],
+            [row.input_ids for row in data.spread],
+            [row.loss_mask for row in data.spread],
         )
-        some_rows = make_rows([str(i) for i in range(len(ids))], ids, masks)
-        expected = estimate(config, shape, num_rows, num_tokens, data.target_ratio, some_rows)
-        try:
-            refuse_impossible(expected)
-        except UserError as error:
-            problems += error.problems
-    return CheckResult(data, expected, problems)
+        totals = RowTotals(num_rows, num_tokens, longest, data.target_ratio, sample)
+    fit = assess(config, base, totals)
+    expected = None if fit.prediction is None else fit.prediction.estimate
+    return CheckResult(data, expected, [*data.findings, *fit.problems])
 
 
 def report(result: CheckResult, output: IO[str]) -> None:
@@ -101,7 +91,7 @@ def report(result: CheckResult, output: IO[str]) -> None:
         console.print(f"targets    {data.target_ratio:.0%} of the tokens; in a row: {targets}")
     if result.estimate is not None:
         expected = result.estimate
-        memory = f"about {expected.peak_memory_bytes / GIB:.1f} GiB at the peak on each worker"
+        memory = f"about {gib(expected.peak_memory_bytes)} at the peak on each worker"
         time = "" if expected.training_s is None else f", {expected.training_s / 60:.1f} minutes"
         cost = "" if expected.cost is None else f", cost {expected.cost:.2f}"
         console.print(f"training   {memory}{time}{cost}")

@@ -249,7 +249,7 @@ def train_here(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     import torch
     import torch.distributed as dist
 
-    from tuneloop.training.engine import Execution
+    from tuneloop.training.deepspeed_engine import Execution
     from tuneloop.training.loop import TrainingJob, Worker, train_rows
     from tuneloop.training.rows import read_rows
 

@@ -35,7 +35,7 @@ from tuneloop.serving.app import ServedModel, serve
 from tuneloop.serving.engine import Engine
 from tuneloop.serving.requests import DecodeRequest
 from tuneloop.training.batches import Schedule
-from tuneloop.training.engine import Execution, learning_rate_factor, load_model
+from tuneloop.training.deepspeed_engine import Execution, learning_rate_factor, load_model
 from tuneloop.training.launch import train
 from tuneloop.training.loop import TrainingJob, Worker, train_rows
 from tuneloop.training.packed import loss_sum, pack

@@ -306,7 +306,7 @@ def wait_until_gone(processes: list[psutil.Process], seconds: float = 180) -> li
 STOPS = [
     (signal.SIGINT, "datasets-tiny-*/draft/train"),
     (signal.SIGTERM, "evaluations-tiny-baseline-*/scratch/answers.jsonl"),
-    (signal.SIGKILL, "models-tiny-*/scratch/checkpoints/checkpoint_*"),
+    (signal.SIGKILL, "models-tiny-*/scratch/checkpoints/*/checkpoint_*"),
     (signal.SIGKILL, "evaluations-tiny-*/scratch/answers.jsonl"),
 ]
 # How many artifacts there are at each stop.

@@ -160,14 +160,14 @@ def test_a_mistake_in_a_worker_is_told_once_and_not_retried(
 ) -> None:
     workspace = Workspace(tmp_path)
     dataset = publish_sums(workspace, base)
-    # It would come in the second step; the preflight meets it in its own.
+    # It would come in the second step; the dry run meets it in its own.
     config = make_config(
         training={"method": "full", "learning_rate": 1e30}, resources={"preflight": True}
     )
     with pytest.raises(ModelError, match="not finite") as caught:
         train(config, workspace, base, dataset)
     where = caught.value.problems[0].where
-    assert where.startswith("preflight, taking a second step; step 1 of 5, rows row")
+    assert where.startswith("dry run, taking a second step; step 1 of 5, rows row")
     (scratch,) = tmp_path.glob(".work/*/scratch")
     assert [file.name for file in scratch.iterdir()] == ["rows"]
     with pytest.raises(ResourceError, match="too few CPUs"):

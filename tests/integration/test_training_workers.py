@@ -75,7 +75,7 @@ def train_without_ray(rank: int, phase: int, base: Path, data: Path, port: int) 
     import torch
     import torch.distributed as dist
 
-    from tuneloop.training.engine import Execution
+    from tuneloop.training.deepspeed_engine import Execution
     from tuneloop.training.loop import TrainingJob, Worker, train_rows
 
     size = PHASES[phase][0][1]

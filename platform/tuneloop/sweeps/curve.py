@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Point(NamedTuple):
+    """A finished trial: how many training examples it had, and its score."""
+
+    num_examples: int
+    score: float
 
 
 @dataclass(frozen=True)
@@ -15,19 +22,19 @@ class Line:
 
     Over the range a sweep covers, scores grow about linearly with the logarithm of the data until
     they saturate (Hestness et al. 2017, arXiv:1712.00409, section 2, small-data to power-law
-    region). The line says what one doubling of the data bought; it is no promise beyond the
-    points.
+    region). The line says what one doubling of the data bought, and promises nothing beyond
+    the points.
 
     Args:
         series: The other keys of the sweep, `key=value, …`; empty when there are none.
-        points: (number of training examples, score) pairs.
+        points: The trials, from the fewest to the most training examples.
         slope: Score per doubling of the data; None with fewer than two sizes.
         intercept: Score at one example, formally.
         residual: Root mean squared distance of the points from the line; None below three sizes.
     """
 
     series: str
-    points: list[tuple[int, float]]
+    points: list[Point]
     slope: float | None
     intercept: float | None
     residual: float | None
@@ -39,11 +46,11 @@ class Line:
         return float(self.intercept + self.slope * np.log2(num_examples))
 
 
-def fit_line(series: str, points: Sequence[tuple[int, float]]) -> Line:
-    """Return the least-squares line through (training examples, score) points."""
-    ordered = sorted((int(n), float(score)) for n, score in points)
-    sizes = np.array([n for n, _ in ordered], dtype=float)
-    scores = np.array([score for _, score in ordered])
+def fit_line(series: str, points: Sequence[Point]) -> Line:
+    """Return the least-squares line through the points of one series."""
+    ordered = sorted(points)
+    sizes = np.array([point.num_examples for point in ordered], dtype=float)
+    scores = np.array([point.score for point in ordered])
     if len(set(sizes)) < 2:
         return Line(series, ordered, None, None, None)
     x = np.log2(sizes)
@@ -61,10 +68,11 @@ def learning_curves(trials: Sequence[dict[str, Any]], keys: Sequence[str]) -> li
         keys: The swept dotted keys.
     """
     others = [key for key in keys if key != "data.num_train_examples"]
-    series: dict[str, list[tuple[int, float]]] = {}
+    series: dict[str, list[Point]] = {}
     for trial in trials:
         if trial["score"] is None:
             continue
         label = ", ".join(f"{key}={trial[key]}" for key in others)
-        series.setdefault(label, []).append((trial["num_train_examples"], trial["score"]))
+        point = Point(int(trial["num_train_examples"]), float(trial["score"]))
+        series.setdefault(label, []).append(point)
     return [asdict(fit_line(label, points)) for label, points in series.items()]

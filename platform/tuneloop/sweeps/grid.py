@@ -34,8 +34,8 @@ def expand(config: TuneloopConfig) -> list[Cell]:
     """Return the cells of `sweep.parameters`, the last key varying fastest.
 
     Raises:
-        ConfigError: No `sweep`, a number of workers that is not fixed, or a key or value the
-            configuration does not accept; all of them are told.
+        ConfigError: No `sweep`, a number of workers that is not fixed, or keys and values that the
+            configuration does not accept, all at once.
     """
     if config.sweep is None:
         raise ConfigError(

@@ -9,29 +9,32 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuneloop import pipeline
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
-from tuneloop.cluster import WaitingNotice, connect
+from tuneloop.cluster import connect
 from tuneloop.config import TuneloopConfig
 from tuneloop.errors import (
     ModelError,
     Problem,
-    ResourceError,
     TuneloopError,
     UserError,
     find_user_error,
 )
 from tuneloop.models.bases.source import resolve_base
+from tuneloop.models.export.layout import ADAPTER
 from tuneloop.records import FINETUNED
 from tuneloop.sweeps.curve import learning_curves
 from tuneloop.sweeps.grid import Cell, expand
+
+if TYPE_CHECKING:
+    from ray import tune
+    from ray.tune.experiment import Trial as TuneTrial
 
 logger = logging.getLogger("tuneloop.sweeps")
 
@@ -47,7 +50,7 @@ class Trial:
     Args:
         model: The trained model; None where the settings themselves made training fail.
         problem: Why there is no model.
-        wall_s: Seconds the training took, of the run that did it.
+        wall_s: Seconds the training took in the run that did it.
     """
 
     cell: Cell
@@ -60,13 +63,13 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """Return `sweeps/<config.name>` in a list, made or reused.
 
     A cell whose settings make training fail (a loss that is not finite) is a result like any
-    other: it stands in the table as failed. What another run could mend (memory, workers, disk)
-    ends the sweep after the other cells, which are kept.
+    other: it is in the table as failed. What another run could mend (memory, workers, disk) ends
+    the sweep after the other cells, which are kept.
 
     Raises:
         ConfigError: An unknown key or a refused value in `sweep.parameters`.
-        UserError: What stops a cell: a base model that does not load is told before anything is
-            trained; a training that lacks something is told when the other cells are done.
+        UserError: What stops a cell: a base model that does not load is reported before anything
+            is trained; a training that lacks something, when the other cells are done.
         ModelError: No cell could be trained.
     """
     started = time.time()
@@ -87,14 +90,14 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             "evaluations": [evaluation for _, evaluation in made],
         }
         identity = fingerprint("sweep", CODE_VERSION, **parts)
-        # Cells that cannot be trained leave nothing else that could be found again.
-        found = workspace.find("sweeps", config.name, identity)
-        if found is not None:
-            return [Published(found, reused=True)]
+        # Cells that cannot be trained leave nothing else that could be reused.
+        existing = workspace.find("sweeps", config.name, identity)
+        if existing is not None:
+            return [Published(existing, reused=True)]
         known = {
             number: Trial(cell, model, "", model.manifest["duration_s"])
-            for number, (cell, (wanted, _)) in enumerate(zip(cells, made, strict=True))
-            if (model := workspace.find("models", config.name, wanted)) is not None
+            for number, (cell, (model_fingerprint, _)) in enumerate(zip(cells, made, strict=True))
+            if (model := workspace.find("models", config.name, model_fingerprint)) is not None
         }
         trials = _train_missing(cells, datasets, config, workspace, known)
         if not any(trial.model for trial in trials):
@@ -162,12 +165,14 @@ def _train_missing(
     """Train each cell without a model in a Ray Tune trial of its own; return how every one ended.
 
     Args:
-        known: By the cell's number, those whose model is there already.
+        known: The trials whose model is there already, by the cell's number.
     """
     missing = [number for number in range(len(cells)) if number not in known]
     if not missing:
         return [known[number] for number in range(len(cells))]
     from ray import tune
+
+    from tuneloop.training.fit.refusals import refuse_small_cluster
 
     def trial(params: dict[str, Any]) -> None:
         number = params["cell"]
@@ -194,7 +199,7 @@ def _train_missing(
         wall_s = time.monotonic() - started
         tune.report({"cell": number, "model": model.artifact.ref, "wall_s": wall_s})
 
-    _refuse_too_few_cpus(config)
+    refuse_small_cluster(config.resources, cpus_per_trial=_TRIAL_CPUS)
     storage = workspace.root / ".work" / f"sweep-{config.name}"
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": _TRIAL_CPUS}),
@@ -204,7 +209,7 @@ def _train_missing(
             name=f"{time.time_ns()}",
             storage_path=str(storage),
             verbose=0,
-            callbacks=[_progress(cells, len(missing))],
+            callbacks=[_trial_log(cells, len(missing))],
         ),
     )
     logger.info(
@@ -214,7 +219,7 @@ def _train_missing(
         ", ".join(cells[0].values),
     )
     try:
-        grid = _follow(tuner, workspace.root / ".work", config.name)
+        grid = _fit(tuner, workspace.root / ".work", config.name)
     finally:
         # What a trial leaves is its artifact; Tune's own files are of no further use.
         shutil.rmtree(storage, ignore_errors=True)
@@ -225,83 +230,52 @@ def _train_missing(
             raise TuneloopError(f"a trial failed: {result.error}")
         metrics = result.metrics or {}
         cell = cells[metrics["cell"]]
-        found = [Problem(**problem) for problem in metrics.get("problems", [])]
-        if found and not metrics["by_its_settings"]:
-            problems += [replace(p, where=f"{cell.label}: {p.where}") for p in found]
+        of_cell = [Problem(**problem) for problem in metrics.get("problems", [])]
+        if of_cell and not metrics["by_its_settings"]:
+            problems += [replace(p, where=f"{cell.label}: {p.where}") for p in of_cell]
             continue
-        if found:
-            logger.warning("%s cannot be trained: %s", cell.label, found[0])
-        model = workspace.open(metrics["model"]) if not found else None
-        problem = "\n".join(str(problem) for problem in found)
+        if of_cell:
+            logger.warning("%s cannot be trained: %s", cell.label, of_cell[0])
+        model = workspace.open(metrics["model"]) if not of_cell else None
+        problem = "\n".join(map(str, of_cell))
         trials[metrics["cell"]] = Trial(cell, model, problem, metrics["wall_s"])
     if problems:
         raise UserError(*problems)
     return [trials[number] for number in range(len(cells))]
 
 
-def _refuse_too_few_cpus(config: TuneloopConfig) -> None:
-    """Raise ResourceError where the trials would take the CPUs that their own workers wait for."""
-    import ray
+def _fit(tuner: tune.Tuner, work: Path, name: str) -> tune.ResultGrid:
+    """Run the tuner, and log meanwhile how far each training is.
 
-    resources = config.resources
-    num_workers = resources.worker_counts[0]
-    wanted = num_workers + _TRIAL_CPUS * resources.num_concurrent_trials
-    present = ray.cluster_resources().get("CPU", 0)
-    if wanted > present:
-        raise ResourceError(
-            Problem(
-                "the cluster has too few CPUs for a trial and its workers",
-                where="resources",
-                got=f"{present:g} CPUs",
-                allowed=f"at least {wanted:g}: {num_workers} workers, and {_TRIAL_CPUS} "
-                f"for each of {resources.num_concurrent_trials} trials at one time",
-                remedy="lower resources.num_workers, raise resources.num_cpus, or add nodes",
-            )
-        )
-
-
-def _follow(tuner: Any, work: Path, name: str) -> Any:
-    """Run the tuner in a thread, and tell meanwhile how far each training is.
-
-    In the main thread Tune would take over Ctrl-C and go on; here it ends the command, and the
-    trainings go on from their checkpoints the next time.
+    After Ctrl-C the trainings go on from their checkpoints the next time.
     """
-    from tuneloop.training.loop import PROGRESS
-    from tuneloop.training.workers import Progress
+    from tuneloop.training.progress import PROGRESS_FILE, TrainingProgress, run_in_thread
 
-    outcome: dict[str, Any] = {}
+    trainings: dict[Path, TrainingProgress] = {}
 
-    def fit() -> None:
-        try:
-            outcome["grid"] = tuner.fit()
-        except BaseException as error:
-            outcome["error"] = error
+    def tell() -> int:
+        for file in work.glob(f"models-{name}-*/scratch/{PROGRESS_FILE}"):
+            trainings.setdefault(file, TrainingProgress(file))
+        return sum(training.tell() for training in trainings.values())
 
-    thread = threading.Thread(target=fit, name="ray-tune", daemon=True)
-    thread.start()
-    followed: dict[Path, Progress] = {}
-    notice = WaitingNotice()
-    while thread.is_alive():
-        thread.join(timeout=0.5)
-        notice.tell(sum(progress.position for progress in followed.values()))
-        for file in work.glob(f"models-{name}-*/scratch/{PROGRESS}"):
-            followed.setdefault(file, Progress(file)).tell()
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["grid"]
+    return run_in_thread(tuner.fit, tell)
 
 
-def _progress(cells: Sequence[Cell], num_missing: int) -> Any:
-    """Return a Tune callback that tells each trial's start and end in one line."""
+def _trial_log(cells: Sequence[Cell], num_missing: int) -> tune.Callback:
+    """Return a Tune callback that logs each trial's start and end in one line."""
     from ray.tune import Callback
 
-    class Progress(Callback):
+    class TrialLog(Callback):
         num_ended = 0
 
-        def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        def on_trial_start(
+            self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+        ) -> None:
             logger.info("training %s", cells[trial.config["cell"]].label)
 
-        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        def on_trial_complete(
+            self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
+        ) -> None:
             self.num_ended += 1
             logger.info(
                 "%d of %d trainings ended: %s",
@@ -310,7 +284,7 @@ def _progress(cells: Sequence[Cell], num_missing: int) -> Any:
                 cells[trial.config["cell"]].label,
             )
 
-    return Progress()
+    return TrialLog()
 
 
 def _trial_row(trial: Trial, dataset: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
@@ -353,8 +327,7 @@ def _num_base_parameters(model: Artifact) -> int:
     """Return the size of the model that is served: adapters are merged into it."""
     metrics = model.manifest["metrics"]
     total = int(metrics["num_parameters"])
-    is_full = model.manifest["config"]["training"]["method"] == "full"
-    return total if is_full else total - int(metrics["num_trainable"])
+    return total - int(metrics["num_trainable"]) if (model.path / ADAPTER).is_dir() else total
 
 
 def _write(
@@ -386,7 +359,7 @@ def _write(
 
 def _column(values: list[Any]) -> list[Any]:
     """Return values that one Arrow column can hold: as they are, or all as JSON."""
-    kinds = {type(value) for value in values if value is not None}
-    if len(kinds) <= 1 or kinds == {int, float}:
+    types = {type(value) for value in values if value is not None}
+    if len(types) <= 1 or types == {int, float}:
         return values
     return [json.dumps(value) for value in values]

@@ -14,10 +14,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from tuneloop.config import TrainingConfig
+
 
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """Return the rows in the order of an epoch; kept, as every step asks for a part of it."""
+    """Return the rows in the order of an epoch; cached, as every step asks for a part of it."""
     order = np.random.default_rng([seed, epoch]).permutation(num_rows)
     order.flags.writeable = False
     return order
@@ -32,7 +34,7 @@ class Schedule:
         global_batch_size: Rows of one optimizer step; the last of an epoch may have fewer.
         num_epochs: Passes over the rows.
         max_steps: Ends the training earlier.
-        seed: Of the order.
+        seed: Seed of the order.
     """
 
     num_rows: int
@@ -40,6 +42,13 @@ class Schedule:
     num_epochs: int
     max_steps: int | None
     seed: int
+
+    @classmethod
+    def of(cls, config: TrainingConfig, num_rows: int) -> Schedule:
+        """Return the order that a configuration asks for."""
+        return cls(
+            num_rows, config.global_batch_size, config.num_epochs, config.max_steps, config.seed
+        )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import math
-from typing import Any
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
 from tuneloop.models.bases.source import BaseModel
-from tuneloop.training.results import TrainingResult
+from tuneloop.training.methods import METHODS
+from tuneloop.training.results import StepRecord, TrainingResult
 from tuneloop.training.validation import best_step
 
 _CURVE_ROWS = 12
@@ -20,7 +20,7 @@ def model_card(
 ) -> str:
     """Return the card as Markdown."""
     training, last = config.training, result.log[-1]
-    lora = training.method != "full"
+    method = METHODS[training.method]
     tokens = sum(row["num_tokens"] for row in result.log)
     share = result.num_trainable / result.num_parameters
     facts = [
@@ -28,7 +28,7 @@ def model_card(
         ("licence of the base", base.license),
         ("task", config.task.describe()),
         ("data", f"`{dataset.ref}`, fingerprint `{dataset.fingerprint[:16]}`"),
-        ("method", _method(config)),
+        ("method", method.describe(training)),
         ("trained parameters", f"{result.num_trainable:,} ({share:.2%})"),
         ("steps", f"{last['step']:,} of {training.global_batch_size} rows, {last['epoch']} epochs"),
         ("tokens", f"{tokens:,}"),
@@ -54,7 +54,7 @@ def model_card(
         'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```',
     ]
-    if lora:
+    if method.has_adapter:
         parts.append(
             "The adapter alone, on top of the base:\n\n```python\n"
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
@@ -79,25 +79,8 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _method(config: TuneloopConfig) -> str:
-    if config.training.method == "full":
-        return "all weights"
-    lora = config.training.lora
-    name = "DoRA" if lora.use_dora else "LoRA"
-    facts = [
-        "rank-stabilized " * lora.use_rslora + name,
-        f"rank {lora.rank}",
-        f"alpha {lora.alpha:g}",
-        f"dropout {lora.dropout:g}",
-        f"targets {lora.target_modules}",
-    ]
-    if config.training.method == "qlora":
-        facts.append("base in 4 bits")
-    return ", ".join(facts)
-
-
 def _validation(config: TuneloopConfig, result: TrainingResult) -> list[tuple[str, str]]:
-    """Return what the validation split said, and of which step the weights are."""
+    """Return the validation losses, and the step whose weights were kept."""
     best = best_step(result.log)
     if best is None:
         return []
@@ -113,7 +96,7 @@ def _validation(config: TuneloopConfig, result: TrainingResult) -> list[tuple[st
     ]
 
 
-def _curve(log: list[dict[str, Any]]) -> str:
+def _curve(log: list[StepRecord]) -> str:
     """Return about a dozen points of the curve, the first and the last among them."""
     every = max(1, math.ceil((len(log) - 1) / (_CURVE_ROWS - 1)))
     picked = log[::every] if (len(log) - 1) % every == 0 else [*log[::every], log[-1]]

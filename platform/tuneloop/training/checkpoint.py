@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there, for any number of workers.
+"""Checkpoints that are complete or ignored, for any number of workers.
 
 A checkpoint directory holds what is trained and the optimizer's state (`state.py`), the log so far
 and, written last, the names and sizes of everything in it. One that a kill left half-written does
-not match its list and is passed over for the one before.
+not match its list, and the one before is taken.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from tuneloop.errors import ModelError, Problem, ResourceError
+from tuneloop.training.results import StepRecord
 from tuneloop.training.state import read_state, write_state
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 logger = logging.getLogger("tuneloop.training")
 
@@ -24,7 +28,10 @@ _LOG = "trainer_log.json"
 
 
 def save_engine(
-    engine: Any, folder: Path, log: list[dict[str, Any]] | None = None, identity: str = ""
+    engine: DeepSpeedEngine,
+    folder: Path,
+    log: list[StepRecord] | None = None,
+    identity: str = "",
 ) -> None:
     """Write what a later run needs to go on; without a log, the weights alone.
 
@@ -32,13 +39,13 @@ def save_engine(
 
     Args:
         folder: The first worker's directory gets everything; the others' stay empty.
-        log: The rows of the trainer log so far, one for each finished step.
-        identity: Fingerprint of what the training makes.
+        log: The trainer log so far, one record for each finished step.
+        identity: Fingerprint of the model artifact that the training makes.
 
     Raises:
         ResourceError: In every worker: the disk is full. Earlier checkpoints are untouched.
     """
-    outcome: list[str | None] = [None]
+    failure: list[str | None] = [None]
     try:
         write_state(engine, folder, moments=log is not None)
         if log is not None and dist.get_rank() == 0:
@@ -48,14 +55,14 @@ def save_engine(
             text = json.dumps(contents, indent=1)
             (folder / _CONTENTS).write_text(text, encoding="utf-8")
     except OSError as error:
-        outcome = [str(error)]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise refuse_save(folder, outcome[0])
+        failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise refuse_save(folder, failure[0])
 
 
 def refuse_save(folder: Path, reason: str) -> ResourceError:
-    """Return what to tell when a checkpoint cannot be written."""
+    """Return the error for a checkpoint that cannot be written."""
     return ResourceError(
         Problem(
             "a checkpoint cannot be written",
@@ -67,39 +74,39 @@ def refuse_save(folder: Path, reason: str) -> ResourceError:
     )
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """Return the checkpoint with the most steps among the whole ones in a directory, or None."""
-    found = []
-    for contents in folder.glob(f"*/{_CONTENTS}"):
-        step = _steps_if_whole(contents.parent)
+def newest_complete(folder: Path) -> Path | None:
+    """Return the complete checkpoint with the most steps anywhere below a directory, or None."""
+    complete = []
+    for contents in folder.glob(f"**/{_CONTENTS}"):
+        step = _steps_if_complete(contents.parent)
         if step is None:
-            logger.warning("passing over the damaged checkpoint %s", contents.parent)
+            logger.warning("ignoring the damaged checkpoint %s", contents.parent)
         else:
-            found.append((step, contents.parent))
-    return max(found, default=(0, None))[1]
+            complete.append((step, contents.parent))
+    return max(complete, default=(0, None))[1]
 
 
-def load_engine(engine: Any, folder: Path, identity: str = "") -> list[dict[str, Any]]:
+def load_engine(engine: DeepSpeedEngine, folder: Path, identity: str = "") -> list[StepRecord]:
     """Restore an engine. All workers call it with the same checkpoint.
 
     Args:
-        identity: Fingerprint of what this training makes.
+        identity: Fingerprint of the model artifact that this training makes.
 
     Returns:
-        The rows of the trainer log, one for each finished step.
+        The trainer log, one record for each finished step.
 
     Raises:
         ModelError: The checkpoint is of a training that makes something else, or holds other
             parameters than the engine trains.
     """
     contents = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))
-    step, found = int(contents["step"]), contents.get("identity", identity)
-    if found != identity:
+    step, stored = int(contents["step"]), contents.get("identity", identity)
+    if stored != identity:
         raise ModelError(
             Problem(
                 "the checkpoint is of a training with another configuration",
                 where=str(folder),
-                got=f"fingerprint {found[:16]}",
+                got=f"fingerprint {stored[:16]}",
                 allowed=identity[:16],
                 remedy="remove the directory to start over",
             )
@@ -112,11 +119,11 @@ def load_engine(engine: Any, folder: Path, identity: str = "") -> list[dict[str,
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = peak * factor(step)
-    log: list[dict[str, Any]] = json.loads((folder / _LOG).read_text(encoding="utf-8"))
+    log: list[StepRecord] = json.loads((folder / _LOG).read_text(encoding="utf-8"))
     return log
 
 
-def _steps_if_whole(folder: Path) -> int | None:
+def _steps_if_complete(folder: Path) -> int | None:
     try:
         contents = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in contents["files"]}

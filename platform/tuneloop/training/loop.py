@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
 
 from tuneloop.config import TrainingConfig
 from tuneloop.errors import ModelError, Problem
@@ -23,40 +24,51 @@ from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.exporter import Exporter, parity_prompts
 from tuneloop.records import Parity
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
-from tuneloop.training.checkpoint import load_engine, newest_whole, refuse_save, save_engine
-from tuneloop.training.engine import Execution, answering, gathered, load_model, make_engine
+from tuneloop.training.checkpoint import load_engine, newest_complete, refuse_save, save_engine
+from tuneloop.training.deepspeed_engine import (
+    Execution,
+    gathered,
+    load_model,
+    make_engine,
+    ready_to_generate,
+)
+from tuneloop.training.methods import METHODS
 from tuneloop.training.packed import can_share, check_packing, loss_and_hits, pack
-from tuneloop.training.results import TrainingResult
+from tuneloop.training.progress import PROGRESS_FILE
+from tuneloop.training.results import StepRecord, TrainingResult
 from tuneloop.training.rows import Rows
 from tuneloop.training.state import read_state
 from tuneloop.training.validation import (
     best_folder,
     best_step,
-    forget_all_but,
     is_due,
     is_finished,
     measure,
+    prune_best,
     sample_answers,
 )
 
-PROGRESS = "progress.jsonl"
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 _UNFINISHED = "checkpoint-"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """Everything that is trained, the same for all workers.
+    """What is trained and where it goes, the same for all workers.
 
     Args:
         base: Directory of the base model.
-        base_name: As the user wrote it.
+        base_name: The base model as the configuration names it.
         chat_template: `model.chat_template` of the configuration.
         output: Directory that becomes the model artifact.
-        checkpoints: Directory whose subdirectories are the checkpoints.
+        checkpoints: Directory below which all checkpoints are.
         progress: Directory for one JSON line per step, read by the driver, and for the best
             weights so far.
         checkpoint_every_steps: Optimizer steps between checkpoints.
-        identity: Fingerprint of the result; a checkpoint of another one is refused.
+        identity: Fingerprint of the model artifact; a checkpoint of another one is refused.
     """
 
     base: Path
@@ -71,10 +83,7 @@ class TrainingJob:
 
     def schedule(self, rows: Rows) -> Schedule:
         """Return the order in which these rows are trained on."""
-        config = self.config
-        return Schedule(
-            len(rows), config.global_batch_size, config.num_epochs, config.max_steps, config.seed
-        )
+        return Schedule.of(self.config, len(rows))
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Worker:
 
     Args:
         rank: From 0.
-        device: Where its share of the model lives.
+        device: Device of its share of the model.
         num_threads: CPU threads it may use.
         report: Takes metrics and, in the first worker, a checkpoint directory to keep; called by
             all workers at once.
@@ -93,7 +102,7 @@ class Worker:
     execution: Execution
     device: torch.device
     num_threads: int
-    report: Callable[[dict[str, Any], Path | None], None]
+    report: Callable[[dict[str, float], Path | None], None]
 
 
 def train_rows(
@@ -102,7 +111,7 @@ def train_rows(
     """Train on all rows, export the model and return the log. All workers run it together.
 
     Args:
-        validation: Rows that are only looked at; None where the dataset has none.
+        validation: Rows of the validation split; None where the dataset has none.
 
     Raises:
         ModelError: The loss is not finite, the model mixes packed rows, an export differs from
@@ -110,7 +119,7 @@ def train_rows(
         ResourceError: A checkpoint cannot be written.
     """
     config, schedule = job.config, job.schedule(rows)
-    engine, sizes = start_engine(job, rows, worker)
+    engine, size = start_engine(job, rows, worker)
     log = resume(engine, job, worker)
     engine.train()
     started = time.monotonic() - (log[-1]["elapsed_s"] if log else 0.0)
@@ -119,7 +128,7 @@ def train_rows(
         record = train_step(engine, rows, schedule, step, worker)
         log.append(record)
         if validation is not None and is_due(config, schedule, step + 1):
-            _look(engine, job, validation, worker, log)
+            _validate(engine, job, validation, worker, log)
         record["elapsed_s"] = round(time.monotonic() - started, 3)
         if worker.rank == 0:
             _write_progress(job.progress, record, schedule.num_steps)
@@ -129,24 +138,33 @@ def train_rows(
     if config.keep == "best" and best is not None and best != len(log):
         read_state(engine, best_folder(job.progress, best), best)
     parity = export(engine, job, rows, worker)
-    return TrainingResult(log, parity, *sizes)
+    return TrainingResult(log, parity, size.num_parameters, size.num_trainable)
 
 
-def start_engine(job: TrainingJob, rows: Rows, worker: Worker) -> tuple[Any, tuple[int, int]]:
-    """Load the base model into an engine; return it and the numbers of all and trained parameters.
+class ModelSize(NamedTuple):
+    """The number of all parameters, adapters included, and of those that are trained."""
+
+    num_parameters: int
+    num_trainable: int
+
+
+def start_engine(job: TrainingJob, rows: Rows, worker: Worker) -> tuple[DeepSpeedEngine, ModelSize]:
+    """Load the base model into an engine; return it and the model's size.
 
     Raises:
         ModelError: The model mixes packed rows.
     """
     torch.set_num_threads(worker.num_threads)
-    _quieten()
+    _silence_libraries()
     model = load_model(job.base, job.config, worker.execution, worker.device)
     check_packing(model, rows, worker.device)
     # Counted before ZeRO takes the parameters apart.
-    num_all = sum(_num_weights(p) for p in model.parameters())
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = ModelSize(
+        sum(_num_weights(p) for p in model.parameters()),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
     engine = make_engine(model, job.config, worker.execution, job.schedule(rows).num_steps)
-    return engine, (num_all, num_trained)
+    return engine, size
 
 
 def _num_weights(parameter: torch.Tensor) -> int:
@@ -156,11 +174,14 @@ def _num_weights(parameter: torch.Tensor) -> int:
 
 
 def train_step(
-    engine: Any, rows: Rows, schedule: Schedule, step: int, worker: Worker
-) -> dict[str, Any]:
-    """Take one optimizer step and return its row of the trainer log.
+    engine: DeepSpeedEngine, rows: Rows, schedule: Schedule, step: int, worker: Worker
+) -> StepRecord:
+    """Take one optimizer step and return its record for the trainer log.
 
-    The loss is the mean over the target tokens of the global batch, whatever the split.
+    The loss is the mean over the target tokens of the global batch, however it is split.
+
+    Args:
+        step: From 0.
 
     Raises:
         ModelError: The loss or the gradient is not finite.
@@ -180,12 +201,12 @@ def train_step(
     total = torch.zeros(2, dtype=torch.float64, device=worker.device)
     norm: torch.Tensor | float | None = None
     learning_rate = engine.get_lr()[0]
-    seen: list[int] = []
+    taken: list[int] = []
     num_padding = 0
     share_prefix = can_share(engine.module)
     for index, share in enumerate(micro_batches(bins, worker.rank, execution.world_size)):
         packed = pack(rows, share, worker.device, share_prefix)
-        seen += packed.rows
+        taken += packed.rows
         num_padding += 0 if packed.rows else packed.input_ids.numel()
         loss, hits = loss_and_hits(engine, packed)
         total += torch.stack([loss.detach().double(), hits.double()])
@@ -198,7 +219,7 @@ def train_step(
     if norm is None:
         norm = engine.get_global_grad_norm()
     dist.all_reduce(total)
-    everyone = _gather((seen, num_padding, _peak_memory(worker)), execution)
+    everyone = _gather((taken, num_padding, _peak_memory(worker)), execution)
     loss_mean, accuracy = (total / max(1, num_targets)).tolist()
     grad_norm = float(norm) if norm is not None else math.nan
     if not math.isfinite(loss_mean) or not math.isfinite(grad_norm):
@@ -233,24 +254,27 @@ def train_step(
     }
 
 
-def resume(engine: Any, job: TrainingJob, worker: Worker) -> list[dict[str, Any]]:
-    """Return the log of the newest whole checkpoint, which rank 0 chooses; empty without one."""
-    choice: list[Path | None] = [None]
+def resume(engine: DeepSpeedEngine, job: TrainingJob, worker: Worker) -> list[StepRecord]:
+    """Go on from the newest complete checkpoint, and return its log; empty without one."""
+    # Rank 0 chooses for all: the others may not see its newest files yet.
+    newest: list[Path | None] = [None]
     if worker.rank == 0:
         # What workers that were killed had not finished.
         for folder in job.progress.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(folder, ignore_errors=True)
-        choice = [newest_whole(job.checkpoints)]
-    dist.broadcast_object_list(choice, src=0)
-    return [] if choice[0] is None else load_engine(engine, choice[0], job.identity)
+        newest = [newest_complete(job.checkpoints)]
+    dist.broadcast_object_list(newest, src=0)
+    return [] if newest[0] is None else load_engine(engine, newest[0], job.identity)
 
 
-def _look(
-    engine: Any, job: TrainingJob, rows: Rows, worker: Worker, log: list[dict[str, Any]]
+def _validate(
+    engine: DeepSpeedEngine, job: TrainingJob, rows: Rows, worker: Worker, log: list[StepRecord]
 ) -> None:
-    """Measure the validation rows, note it in the log's last row, and keep the best weights."""
+    """Add loss and samples of the validation rows to the last record; keep the best weights."""
     record = log[-1]
-    record |= measure(engine, rows, worker.execution, worker.device)
+    record["validation_loss"], record["validation_accuracy"] = measure(
+        engine, rows, worker.execution, worker.device
+    )
     record["samples"] = sample_answers(engine, exporter(job, worker), rows, worker.execution)
     if job.config.keep == "best" and best_step(log) == record["step"]:
         folder = best_folder(job.progress, record["step"])
@@ -261,7 +285,7 @@ def _look(
 
 
 def keep_checkpoint(
-    engine: Any, job: TrainingJob, worker: Worker, log: list[dict[str, Any]]
+    engine: DeepSpeedEngine, job: TrainingJob, worker: Worker, log: list[StepRecord]
 ) -> None:
     """Save a checkpoint and hand it over. All workers call it.
 
@@ -281,16 +305,15 @@ def keep_checkpoint(
         if reason[0] is not None:
             raise refuse_save(job.checkpoints, reason[0])
     if worker.rank == 0:
-        forget_all_but(job.progress, best_step(log))
+        prune_best(job.progress, best_step(log))
 
 
-def _gather(mine: Any, execution: Execution) -> list[Any]:
+def _gather(value: T, execution: Execution) -> list[T]:
     """Return every worker's value."""
-    if execution.world_size == 1:
-        return [mine]
-    everyone: list[Any] = [None] * execution.world_size
-    dist.all_gather_object(everyone, mine)
-    return everyone
+    values = [value] * execution.world_size
+    if execution.world_size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def _peak_memory(worker: Worker) -> int:
@@ -301,7 +324,7 @@ def _peak_memory(worker: Worker) -> int:
 
 
 def exporter(job: TrainingJob, worker: Worker) -> Exporter:
-    """Return what writes the model artifact's weights, and what samples are answered with."""
+    """Return the exporter of the model artifact, which also answers the validation prompts."""
     renderer = Renderer.load(job.base, job.chat_template)
     return Exporter(
         job.base,
@@ -309,40 +332,34 @@ def exporter(job: TrainingJob, worker: Worker) -> Exporter:
         renderer,
         job.output,
         worker.execution.dtype,
-        four_bit=job.config.method == "qlora",
+        four_bit=METHODS[job.config.method].four_bit,
     )
 
 
-def export(engine: Any, job: TrainingJob, rows: Rows, worker: Worker) -> Parity:
+def export(engine: DeepSpeedEngine, job: TrainingJob, rows: Rows, worker: Worker) -> Parity:
     """Write the model artifact's weights and compare them with the live model."""
     writer, model = exporter(job, worker), engine.module
     engine.eval()
     # Under ZeRO-3 every worker has a part of each layer, so all of them answer together.
     prompts = parity_prompts([rows.row(row) for row in range(min(len(rows), 4))])
-    with answering(engine, worker.execution):
+    with ready_to_generate(engine, worker.execution):
         live = writer.answer(model, prompts)
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    if job.config.method == "full":
-        wanted = list(model.parameters())
-    with gathered(wanted, worker.execution):
+    with gathered(METHODS[job.config.method].exported(model), worker.execution):
         if worker.rank == 0:
             writer.save(model)
-    parity = writer.check(live) if worker.rank == 0 else None
-    outcome = [parity]
-    dist.broadcast_object_list(outcome, src=0)
-    assert outcome[0] is not None
-    return outcome[0]
+    parity = [writer.check(live) if worker.rank == 0 else None]
+    dist.broadcast_object_list(parity, src=0)
+    assert parity[0] is not None
+    return parity[0]
 
 
-def _quieten() -> None:
-    """Keep bars and notes for library developers out of the log."""
-    from transformers.utils import logging as transformers_logging
-
+def _silence_libraries() -> None:
+    """Keep progress bars and notes for library developers out of the log."""
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
-def _write_progress(folder: Path, record: dict[str, Any], num_steps: int) -> None:
-    with (folder / PROGRESS).open("a", encoding="utf-8") as file:
+def _write_progress(folder: Path, record: StepRecord, num_steps: int) -> None:
+    with (folder / PROGRESS_FILE).open("a", encoding="utf-8") as file:
         shown = {name: value for name, value in record.items() if name not in ("rows", "samples")}
         file.write(json.dumps(shown | {"num_steps": num_steps}) + "\n")

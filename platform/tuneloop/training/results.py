@@ -1,15 +1,57 @@
 """What the workers give back.
 
-Ray's controller passes it on, and imports for that the module it is defined in. This one is light;
+Ray's controller passes it on, and imports the module it is defined in to do so. This one is light;
 `loop.py` would cost it six CPU seconds of imports between the last step and the end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from tuneloop.records import Parity
+
+
+class StepRecord(TypedDict):
+    """One optimizer step in the trainer log; `trainer_log.parquet` has all but `samples`.
+
+    Attributes:
+        step: From 1.
+        epoch: From 1.
+        loss: Mean cross-entropy over the target tokens of the global batch, in nats.
+        token_accuracy: Share of those targets that the model holds most likely.
+        learning_rate: Learning rate of the step.
+        grad_norm: Norm of the gradient before it is clipped.
+        tokens_per_s: All workers together.
+        num_workers: Workers that took part.
+        num_tokens: Tokens of the global batch.
+        num_target_tokens: Targets of the global batch.
+        padding_ratio: Share of the computed tokens that are padding.
+        peak_memory_bytes: Most memory so far of the worker that held the most.
+        rows: Row numbers of the global batch, sorted.
+        validation_loss: Mean cross-entropy over the validation targets; None: not measured.
+        validation_accuracy: Accuracy over the validation targets; None: not measured.
+        elapsed_s: Seconds since the training began, interruptions left out.
+        samples: What the model answered to validation prompts, where it was measured.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    token_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s: float
+    num_workers: int
+    num_tokens: int
+    num_target_tokens: int
+    padding_ratio: float
+    peak_memory_bytes: int
+    rows: list[int]
+    validation_loss: float | None
+    validation_accuracy: float | None
+    elapsed_s: NotRequired[float]
+    samples: NotRequired[list[dict[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -17,29 +59,29 @@ class TrainingResult:
     """What a training left behind, beside the files.
 
     Args:
-        log: One row per optimizer step.
+        log: One record per optimizer step.
         parity: Live model against reloaded exports.
-        num_parameters: Of the whole model.
-        num_trainable: Of those, how many were trained.
+        num_parameters: Parameters of the whole model, adapters included.
+        num_trainable: Those that were trained.
     """
 
-    log: list[dict[str, Any]]
+    log: list[StepRecord]
     parity: Parity
     num_parameters: int
     num_trainable: int
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a preflight measured.
+class DryRunResult:
+    """What a dry run measured.
 
     Args:
-        tokens_per_s: Of all workers together, in a step that was not the first.
-        peak_memory_bytes: Of the worker that held the most.
-        checkpoint_s: To save a checkpoint.
-        export_s: To export and check the model.
-        num_workers: How many took part.
-        wall_s: Of the whole preflight in the workers, without starting them.
+        tokens_per_s: All workers together, in a step that was not the first.
+        peak_memory_bytes: Most memory of the worker that held the most.
+        checkpoint_s: Seconds to save a checkpoint.
+        export_s: Seconds to export and check the model.
+        num_workers: Workers that took part.
+        wall_s: Seconds of the whole dry run in the workers, without starting them.
     """
 
     tokens_per_s: float

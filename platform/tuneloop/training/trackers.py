@@ -1,4 +1,4 @@
-"""Experiment trackers that some teams have anyway: they get what the training log gets.
+"""Experiment trackers that some teams use: they get every row of the trainer log.
 
 They run where the command runs, not in the workers, and are never needed: the log is in the
 artifact.
@@ -35,10 +35,10 @@ class Trackers:
     """The open trackers of one training.
 
     Args:
-        names: Of `resources.trackers`.
-        run_name: As the trackers show it.
-        settings: The configuration of the training, flat.
-        folder: Where TensorBoard's files go; the others have their own places.
+        names: The trackers that `resources.trackers` names.
+        run_name: The name that the trackers show.
+        settings: The configuration of the training by dotted keys.
+        folder: Directory for TensorBoard's files; the others have their own places.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class Trackers:
         self._close.append(run.finish)
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings with dotted keys."""
-    found: dict[str, Any] = {}
+def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings in one dictionary, by their dotted keys."""
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
-        found |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
-    return found
+    return flat

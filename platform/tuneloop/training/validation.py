@@ -1,4 +1,4 @@
-"""Looking at the model during training: loss on unseen rows, sample answers, when to stop.
+"""The validation split during training: loss, sample answers, when to stop, which weights to keep.
 
 Everything that is decided here is a function of the training log, so a training that was cut
 off and goes on decides the same.
@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +19,13 @@ import torch.distributed as dist
 from tuneloop.config import TrainingConfig
 from tuneloop.models.export.exporter import Exporter, parity_prompts
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
-from tuneloop.training.engine import Execution, answering
+from tuneloop.training.deepspeed_engine import Execution, ready_to_generate
 from tuneloop.training.packed import can_share, loss_and_hits, pack
+from tuneloop.training.results import StepRecord
 from tuneloop.training.rows import Rows
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 _NUM_SAMPLES = 3
 _SAMPLE_TOKENS = 48
@@ -29,12 +33,12 @@ _BEST = "best-"
 
 
 def is_due(config: TrainingConfig, schedule: Schedule, step: int) -> bool:
-    """Return whether the validation split is measured after `step` finished steps."""
+    """Return whether the validation loss is measured after `step` finished steps."""
     every = config.eval_every_steps or schedule.steps_per_epoch
     return step % every == 0 or step == schedule.num_steps
 
 
-def is_finished(log: Sequence[dict[str, Any]], config: TrainingConfig, schedule: Schedule) -> bool:
+def is_finished(log: Sequence[StepRecord], config: TrainingConfig, schedule: Schedule) -> bool:
     """Return whether all steps are done, or the validation loss stopped falling."""
     if len(log) >= schedule.num_steps:
         return True
@@ -45,18 +49,19 @@ def is_finished(log: Sequence[dict[str, Any]], config: TrainingConfig, schedule:
     return since >= config.early_stopping_patience
 
 
-def best_step(log: Sequence[dict[str, Any]]) -> int | None:
+def best_step(log: Sequence[StepRecord]) -> int | None:
     """Return the step, from 1, with the least validation loss, the earliest of equal ones."""
-    measured = [row for row in log if row["validation_loss"] is not None]
-    return min(measured, key=lambda row: row["validation_loss"])["step"] if measured else None
+    measured = [(loss, row["step"]) for row in log if (loss := row["validation_loss"]) is not None]
+    return min(measured)[1] if measured else None
 
 
-def measure(engine: Any, rows: Rows, execution: Execution, device: torch.device) -> dict[str, Any]:
+def measure(
+    engine: DeepSpeedEngine, rows: Rows, execution: Execution, device: torch.device
+) -> tuple[float, float]:
     """Return loss and accuracy over the targets of all rows. All workers call it together.
 
     Returns:
-        `validation_loss`, the mean cross-entropy in nats, and `validation_accuracy`, the share of
-        targets that are the likeliest token.
+        The mean cross-entropy in nats, and the share of targets that the model holds most likely.
     """
     workers, size = execution.world_size, execution.micro_batch_size
     num_bins = workers * math.ceil(len(rows) / (workers * size))
@@ -73,11 +78,11 @@ def measure(engine: Any, rows: Rows, execution: Execution, device: torch.device)
     dist.all_reduce(total)
     num_targets = max(1, int(rows.num_target_tokens.sum()))
     loss_mean, accuracy = (total / num_targets).tolist()
-    return {"validation_loss": loss_mean, "validation_accuracy": accuracy}
+    return loss_mean, accuracy
 
 
 def sample_answers(
-    engine: Any, exporter: Exporter, rows: Rows, execution: Execution
+    engine: DeepSpeedEngine, exporter: Exporter, rows: Rows, execution: Execution
 ) -> list[dict[str, str]]:
     """Return what the model answers now to the first validation prompts. All workers call it.
 
@@ -87,7 +92,7 @@ def sample_answers(
     shown = [rows.row(index) for index in range(min(len(rows), _NUM_SAMPLES))]
     prompts = parity_prompts(shown)
     engine.eval()
-    with answering(engine, execution):
+    with ready_to_generate(engine, execution):
         answers = exporter.answer(engine.module, prompts, _SAMPLE_TOKENS)
     engine.train()
     decode = exporter.renderer.tokenizer.decode
@@ -109,8 +114,11 @@ def best_folder(scratch: Path, step: int) -> Path:
     return scratch / f"{_BEST}{step}"
 
 
-def forget_all_but(scratch: Path, step: int | None) -> None:
-    """Remove kept weights that are no longer the best. Only after a checkpoint that knows so."""
+def prune_best(scratch: Path, step: int | None) -> None:
+    """Remove kept weights that are not those of the best step.
+
+    Only after a checkpoint whose log says so: one before it would look for the older ones.
+    """
     for folder in scratch.glob(f"{_BEST}*"):
         if step is None or folder != best_folder(scratch, step):
             shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,22 +17,26 @@ from tuneloop.config import TrainingConfig, TuneloopConfig
 from tuneloop.errors import DataError, ModelError, ResourceError
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.training.engine import Execution, load_model
+from tuneloop.training.deepspeed_engine import Execution, load_model
+from tuneloop.training.fit.assess import PreparedRows, assess
 from tuneloop.training.fit.estimate import (
+    ResourceEstimate,
+    RowTotals,
+    Workload,
     estimate,
-    estimate_work,
-    model_shape,
-    refuse_impossible,
-    workload,
+    workload_of_rows,
+    workload_of_totals,
 )
 from tuneloop.training.fit.refusals import (
     refuse_other_renderer,
+    refuse_small_memory,
+    refuse_unreadable_rows,
     refuse_unsupported,
-    refuse_unusable_rows,
-    refuse_without_validation,
-    together,
+    refuse_untrainable_rows,
 )
-from tuneloop.training.launch import wants_preflight
+from tuneloop.training.fit.shape import ModelShape, model_shape
+from tuneloop.training.make import wants_dry_run
+from tuneloop.training.methods import METHODS
 from tuneloop.training.packed import loss_sum, pack
 from tuneloop.training.rows import Rows, make_rows
 
@@ -48,6 +52,18 @@ def make_config(**sections: Any) -> TuneloopConfig:
 
 
 APART = make_rows([], [], [])
+
+
+def estimate_totals(
+    config: TuneloopConfig,
+    shape: ModelShape,
+    num_rows: int,
+    num_tokens: int,
+    rows: Rows = APART,
+    target_ratio: float = 0.3,
+) -> ResourceEstimate:
+    totals = RowTotals(num_rows, num_tokens, 0, target_ratio, rows)
+    return estimate(config, shape, workload_of_totals(config, shape, totals))
 
 
 @pytest.fixture
@@ -88,8 +104,8 @@ def test_estimated_activations_are_what_autograd_keeps(method: str, base: BaseMo
         loss = loss_sum(model, pack(rows, [0]))
     loss.backward()
     shape = model_shape(base, config.training)
-    work = workload(config, shape, rows)
-    expected = estimate_work(config, shape, work).activations_bytes
+    work = workload_of_rows(config, shape, rows)
+    expected = estimate(config, shape, work).activations_bytes
     # The estimate allows for the allocator and for what the backward pass needs besides.
     waste = {"lora": 2.2, "full": 1.6}[method]
     assert sum(kept.values()) < expected < waste * sum(kept.values())
@@ -102,7 +118,7 @@ def test_the_estimate_follows_the_configuration(
 
     def expect(**sections: Any) -> Any:
         config = make_config(**sections)
-        return estimate(config, model_shape(base, config.training), 100, 15_000, 0.3, APART)
+        return estimate_totals(config, model_shape(base, config.training), 100, 15_000)
 
     lora = expect()
     full = expect(training={"method": "full"})
@@ -138,13 +154,13 @@ def test_what_rows_share_is_estimated_once(
     ids = [[*one, *rng.integers(5, 200, 20 + i % 3).tolist()] for i in range(64)]
     masks = [[0] * 60 + [1] * (len(row) - 60) for row in ids]
 
-    def both(rows: Rows, **sections: Any) -> tuple[Any, Any, Any]:
+    def both(rows: Rows, **sections: Any) -> tuple[Workload, ResourceEstimate, ResourceEstimate]:
         config = make_config(**sections)
         shape = model_shape(base, config.training)
-        work = workload(config, shape, rows)
+        work = workload_of_rows(config, shape, rows)
         targets = work.num_target_tokens / work.num_tokens
-        early = estimate(config, shape, 64, work.num_tokens, targets, rows)
-        return work, early, estimate_work(config, shape, work)
+        early = estimate_totals(config, shape, 64, work.num_tokens, rows, targets)
+        return work, early, estimate(config, shape, work)
 
     rows = make_rows([str(i) for i in range(64)], ids, masks)
     work, early, late = both(rows)
@@ -166,9 +182,9 @@ def test_what_rows_share_is_estimated_once(
     assert early.training_s == pytest.approx(late.training_s, rel=0.15)
 
 
-def test_a_preflight_is_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_is_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     def wanted(**resources: Any) -> bool:
-        return wants_preflight(make_config(resources=resources).resources)
+        return wants_dry_run(make_config(resources=resources).resources)
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert not wanted()
@@ -194,11 +210,11 @@ def test_what_cannot_fit_is_refused_with_the_parts(base: BaseModel) -> None:
         resources={"micro_batch_size": 100_000_000},
     )
     shape = model_shape(base, config.training)
-    expected = estimate(config, shape, 100_000_000, 15_000_000_000, 0.3, APART)
+    expected = estimate_totals(config, shape, 100_000_000, 15_000_000_000)
     with pytest.raises(ResourceError, match="does not fit into memory") as caught:
-        refuse_impossible(expected)
+        refuse_small_memory(expected)
     assert "activations" in caught.value.problems[0].got
-    refuse_impossible(estimate(make_config(), shape, 100, 15_000, 0.3, APART))
+    refuse_small_memory(estimate_totals(make_config(), shape, 100, 15_000))
 
 
 def _dataset(renderer_hash: str, path: Path) -> Artifact:
@@ -216,14 +232,16 @@ def test_a_dataset_of_another_template_is_refused(base: BaseModel, tmp_path: Pat
 def test_rows_the_model_cannot_learn_are_refused(base: BaseModel, tmp_path: Path) -> None:
     shape = model_shape(base, make_config().training)
     dataset = _dataset("", tmp_path)
-    refuse_unusable_rows(make_rows(["a"], [[1, 2]], [[0, 1]]), shape, dataset)
+    good = make_rows(["a"], [[1, 2]], [[0, 1]])
+    refuse_untrainable_rows(good, dataset)
+    refuse_unreadable_rows(good, shape, dataset.ref)
     with pytest.raises(DataError, match="empty"):
-        refuse_unusable_rows(make_rows([], [], []), shape, dataset)
-    with pytest.raises(DataError, match="loss mask is empty"):
-        refuse_unusable_rows(make_rows(["a"], [[1, 2]], [[0, 0]]), shape, dataset)
+        refuse_untrainable_rows(make_rows([], [], []), dataset)
+    with pytest.raises(DataError, match="empty loss mask"):
+        refuse_untrainable_rows(make_rows(["a"], [[1, 2]], [[0, 0]]), dataset)
     wild = make_rows(["a", "b"], [[1] * 513, [1, shape.vocab_size]], [[1] * 513, [0, 1]])
     with pytest.raises(ModelError) as caught:
-        refuse_unusable_rows(wild, shape, dataset)
+        refuse_unreadable_rows(wild, shape, dataset.ref)
     assert [problem.got for problem in caught.value.problems] == [
         "513 tokens",
         f"token id {shape.vocab_size}",
@@ -254,19 +272,24 @@ def test_settings_that_do_not_go_together_are_all_told(base: BaseModel, tmp_path
         training={"method": "qlora", "lora": {"use_dora": True}, "keep": "best"},
         resources={"zero_stage": 3, "trackers": ["wandb"]},
     )
-    dataset = _dataset("x", tmp_path)
-    with pytest.raises(ResourceError) as caught:
-        together(
-            lambda: refuse_unsupported(config),
-            lambda: refuse_without_validation(config, make_rows([], [], []), dataset),
-        )
-    told = [problem.what for problem in caught.value.problems]
+    rows = make_rows(["a"], [[1, 2]], [[0, 1]])
+    dataset = _dataset(Renderer.load(base.path).hash, tmp_path)
+    fit = assess(config, base, PreparedRows(dataset, rows, make_rows([], [], []), tmp_path))
+    assert fit.prediction is None
+    told = [problem.what for problem in fit.problems]
     assert told[0] == "training.method qlora needs GPUs"
     assert "ZeRO stage 3 does not go with training.method qlora or training.lora.use_dora" in told
     assert told[-1] == "the dataset has no validation split"
     for library in ("bitsandbytes", "wandb"):
         if importlib.util.find_spec(library) is None:
-            assert any(library in f"{p.what} {p.got}" for p in caught.value.problems)
+            assert any(library in f"{p.what} {p.got}" for p in fit.problems)
+    with pytest.raises(ResourceError) as caught:
+        fit.require()
+    assert list(caught.value.problems) == fit.problems
+
+
+def test_the_configuration_names_every_method() -> None:
+    assert set(METHODS) == set(get_args(TrainingConfig.model_fields["method"].annotation))
 
 
 @pytest.mark.parametrize("rank", [0, -8])

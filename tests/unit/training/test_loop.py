@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tuneloop.compat.deepspeed import import_deepspeed
 from tuneloop.config import TrainingConfig
 from tuneloop.errors import ModelError, ResourceError
 from tuneloop.models.chat.renderer import Renderer
@@ -29,9 +30,9 @@ from tuneloop.models.export.parity import Answer, compare
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
 from tuneloop.serving.requests import DecodeRequest
-from tuneloop.training.checkpoint import newest_whole
-from tuneloop.training.dry_run import fly, stage_of
-from tuneloop.training.engine import Execution, import_deepspeed, learning_rate_factor
+from tuneloop.training.checkpoint import newest_complete
+from tuneloop.training.deepspeed_engine import Execution, learning_rate_factor
+from tuneloop.training.dry_run import dry_run, stage_of
 from tuneloop.training.loop import TrainingJob, Worker, train_rows
 from tuneloop.training.results import TrainingResult
 from tuneloop.training.rows import Rows, make_rows
@@ -149,11 +150,11 @@ def test_a_training_cut_off_twice_equals_one_that_was_not(
         with pytest.raises(Killed):
             run(tiny_model, rows, tmp_path, die_after=die_after)
     # The newest checkpoint was cut off while it was written: the one before is taken.
-    newest = newest_whole(tmp_path / "checkpoints")
+    newest = newest_complete(tmp_path / "checkpoints")
     assert newest == tmp_path / "checkpoints" / "step9"
     weights = newest / "state-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step6"
+    assert newest_complete(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step6"
     shutil.rmtree(newest)
     result = run(tiny_model, rows, tmp_path)
     assert losses(result) == losses(straight[0])
@@ -435,7 +436,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_a_preflight_does_everything_once(
+def test_a_dry_run_does_everything_once(
     zero_stage: int, tiny_model: Path, rows: Rows, tmp_path: Path
 ) -> None:
     job = make_job(tiny_model, tmp_path)
@@ -448,7 +449,7 @@ def test_a_preflight_does_everything_once(
         keep(job, metrics, checkpoint)
 
     worker = Worker(0, Execution(1, 8, 1, zero_stage), torch.device("cpu"), 1, report)
-    measured = fly(job, rows, worker, unlike(rows))
+    measured = dry_run(job, rows, worker, unlike(rows))
     assert stages == ["saving a checkpoint"]
     assert stage_of(job.progress) == "exporting the model"
     # The step it began with is the one with the most tokens of the epoch.
@@ -462,7 +463,7 @@ def test_a_preflight_does_everything_once(
     assert (job.output / "parity.json").exists()
 
 
-def test_a_preflight_finds_a_checkpoint_that_does_not_come_back(
+def test_a_dry_run_finds_a_checkpoint_that_does_not_come_back(
     tiny_model: Path, rows: Rows, tmp_path: Path
 ) -> None:
     job = make_job(tiny_model, tmp_path, CONFIG.model_copy(update={"learning_rate": 0.5}))
@@ -472,7 +473,7 @@ def test_a_preflight_finds_a_checkpoint_that_does_not_come_back(
 
     worker = Worker(0, Execution(1, 8, 1), torch.device("cpu"), 1, lose)
     with pytest.raises(ModelError, match="does not give back what was saved"):
-        fly(job, rows, worker)
+        dry_run(job, rows, worker)
     assert stage_of(job.progress) == "going on from the checkpoint"
 
 
@@ -487,7 +488,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
             run(tiny_model, rows, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step3"
+    assert newest_complete(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step3"
     assert losses(run(tiny_model, rows, tmp_path)) == losses(straight[0])
 
 
@@ -509,7 +510,7 @@ def test_execution_is_not_part_of_the_result() -> None:
 
 
 def test_deepspeed_starts_without_a_compiler() -> None:
-    from tuneloop.training.engine import import_deepspeed
+    from tuneloop.compat.deepspeed import import_deepspeed
 
     import_deepspeed(use_gpu=False)
     from deepspeed.accelerator import get_accelerator

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from tuneloop.artifacts import Artifact
-from tuneloop.config import TuneloopConfig
-from tuneloop.errors import DataError, ModelError, Problem, ResourceError, UserError
+from tuneloop.config import ResourcesConfig, TuneloopConfig
+from tuneloop.errors import DataError, ModelError, Problem, ResourceError
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.training.fit.estimate import Estimate, ModelShape, refuse_impossible
+from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
+from tuneloop.training.fit.shape import ModelShape
+from tuneloop.training.methods import METHODS
 from tuneloop.training.rows import Rows
 from tuneloop.training.trackers import refuse_missing_trackers
 
@@ -39,35 +40,9 @@ def refuse_other_renderer(config: TuneloopConfig, base: BaseModel, dataset: Arti
 def refuse_unsupported(config: TuneloopConfig) -> None:
     """Raise ResourceError for settings that do not go together, or that lack a library."""
     training, resources = config.training, config.resources
-    problems = []
-    if training.method == "qlora":
-        if not resources.gpus_per_worker:
-            problems.append(
-                Problem(
-                    "training.method qlora needs GPUs",
-                    where="training.method",
-                    got="resources.gpus_per_worker 0",
-                    remedy="set resources.gpus_per_worker to 1, or use training.method lora",
-                )
-            )
-        if importlib.util.find_spec("bitsandbytes") is None:
-            problems.append(
-                Problem(
-                    "training.method qlora needs bitsandbytes",
-                    where="training.method",
-                    got="it is not installed",
-                    remedy="pip install bitsandbytes, or use training.method lora",
-                )
-            )
-    # Both compute with a layer's weight outside the layer, where ZeRO-3 holds a part of it only.
-    odd = [
-        name
-        for name, used in (
-            ("training.method qlora", training.method == "qlora"),
-            ("training.lora.use_dora", training.method != "full" and training.lora.use_dora),
-        )
-        if used
-    ]
+    method = METHODS[training.method]
+    problems = method.problems(config)
+    odd = method.refused_by_zero_3(training)
     if resources.zero_stage == 3 and odd:
         problems.append(
             Problem(
@@ -109,24 +84,17 @@ def refuse_without_validation(config: TuneloopConfig, rows: Rows, dataset: Artif
         )
 
 
-def refuse_unusable_rows(rows: Rows, shape: ModelShape, dataset: Artifact) -> None:
-    """Raise for train rows that the model cannot be trained on, with every reason at once."""
+def refuse_untrainable_rows(rows: Rows, dataset: Artifact) -> None:
+    """Raise DataError for an empty train split, or for rows without a token to learn."""
     if not len(rows):
         raise DataError(Problem("the train split is empty", where=dataset.ref))
-    together(
-        lambda: _refuse_idle_rows(rows, dataset),
-        lambda: refuse_unreadable_rows(rows, shape, dataset.ref),
-    )
-
-
-def _refuse_idle_rows(rows: Rows, dataset: Artifact) -> None:
     idle = np.flatnonzero(rows.num_target_tokens == 0)
     if len(idle):
         raise DataError(
             Problem(
                 "rows without a token to learn",
                 where=f"{dataset.ref}, rows {_some(rows, idle)}",
-                got=f"{len(idle)} rows whose loss mask is empty",
+                got=f"{len(idle)} rows with an empty loss mask",
                 remedy="run `tuneloop prepare` again; `tuneloop check` shows the mask",
             )
         )
@@ -136,7 +104,7 @@ def refuse_unreadable_rows(rows: Rows, shape: ModelShape, where: str) -> None:
     """Raise ModelError for rows with too many tokens or with ids the model does not know.
 
     Args:
-        where: The dataset's reference, and the split.
+        where: The dataset and the split, as problems name them.
     """
     if not len(rows):
         return
@@ -145,7 +113,7 @@ def refuse_unreadable_rows(rows: Rows, shape: ModelShape, where: str) -> None:
     if shape.max_positions is not None and longest > shape.max_positions:
         long = np.flatnonzero(rows.lengths > shape.max_positions)
         problems.append(
-            too_long_problem(f"{where}, rows {_some(rows, long)}", longest, shape.max_positions)
+            _too_long(f"{where}, rows {_some(rows, long)}", longest, shape.max_positions)
         )
     largest = int(rows.input_ids.max())
     if largest >= shape.vocab_size or int(rows.input_ids.min()) < 0:
@@ -163,8 +131,13 @@ def refuse_unreadable_rows(rows: Rows, shape: ModelShape, where: str) -> None:
         raise ModelError(*problems)
 
 
-def too_long_problem(where: str, longest: int, limit: int) -> Problem:
-    """Return what to tell about rows with more tokens than the model has positions."""
+def refuse_long_totals(totals: RowTotals, shape: ModelShape) -> None:
+    """Raise ModelError if the longest row has more tokens than the model has positions."""
+    if shape.max_positions is not None and totals.longest > shape.max_positions:
+        raise ModelError(_too_long("data.sources", totals.longest, shape.max_positions))
+
+
+def _too_long(where: str, longest: int, limit: int) -> Problem:
     return Problem(
         "rows are longer than the model's positions",
         where=where,
@@ -174,57 +147,75 @@ def too_long_problem(where: str, longest: int, limit: int) -> Problem:
     )
 
 
-def together(*checks: Callable[[], None]) -> None:
-    """Run every check and raise one error, of the first one's kind, with all problems."""
-    errors: list[UserError] = []
-    for check in checks:
-        try:
-            check()
-        except UserError as error:
-            errors.append(error)
-    if errors:
-        raise type(errors[0])(*(problem for error in errors for problem in error.problems))
-
-
-def refuse_too_small(config: TuneloopConfig, expected: Estimate, scratch: Path) -> None:
-    """Raise ResourceError if the memory, the disk or the cluster is too small."""
-    import ray
-
-    problems = []
-    resources = config.resources
-    unit = "GPU" if resources.gpus_per_worker else "CPU"
-    # An elastic training waits for no more than its least number of workers.
-    wanted = resources.worker_counts[0] * (resources.gpus_per_worker or 1)
-    present = ray.cluster_resources().get(unit, 0)
-    if wanted > present:
-        problems.append(
-            Problem(
-                f"the cluster has too few {unit}s for the training workers",
-                where="resources.num_workers",
-                got=f"{wanted:g} wanted",
-                allowed=f"at most {present:g}",
-                remedy="lower resources.num_workers, or add nodes",
-            )
+def refuse_small_memory(expected: ResourceEstimate) -> None:
+    """Raise ResourceError if this machine's memory is clearly too small."""
+    available = psutil.virtual_memory().available
+    if expected.machine_memory_bytes <= available:
+        return
+    state = expected.optimizer_bytes + expected.gradients_bytes
+    raise ResourceError(
+        Problem(
+            "the training does not fit into memory",
+            where="this machine",
+            got=f"about {gib(expected.machine_memory_bytes)} needed; in a worker: weights "
+            f"{gib(expected.weights_bytes)}, optimizer and gradients {gib(state)}, activations "
+            f"{gib(expected.activations_bytes + expected.logits_bytes)}",
+            allowed=f"{gib(available)} available",
+            remedy="lower resources.micro_batch_size, resources.num_workers or "
+            "data.max_seq_len, use training.method lora, or a smaller model",
         )
+    )
+
+
+def refuse_small_disk(expected: ResourceEstimate, scratch: Path) -> None:
+    """Raise ResourceError if checkpoints and the model do not fit on the disk."""
     free = shutil.disk_usage(scratch).free
     if expected.disk_bytes > free:
-        problems.append(
+        raise ResourceError(
             Problem(
                 "the disk is too full for checkpoints and the model",
                 where=str(scratch),
-                got=f"about {expected.disk_bytes / 1e9:.1f} GB needed",
-                allowed=f"{free / 1e9:.1f} GB free",
+                got=f"about {gib(expected.disk_bytes)} needed",
+                allowed=f"{gib(free)} free",
                 remedy="free space, or set `workspace` to another disk",
             )
         )
-    try:
-        refuse_impossible(expected)
-    except ResourceError as error:
-        problems += error.problems
+
+
+def refuse_small_cluster(resources: ResourcesConfig, cpus_per_trial: float = 0.0) -> None:
+    """Raise ResourceError if the running Ray cannot hold the workers.
+
+    Args:
+        cpus_per_trial: What each concurrent trial of a sweep takes from the workers' CPUs.
+    """
+    # Loaded here: `tuneloop check` judges without it.
+    import ray
+
+    # An elastic training waits for no more than its least number of workers.
+    num_workers = resources.worker_counts[0]
+    trials = resources.num_concurrent_trials if cpus_per_trial else 0
+    needed = {"CPU": num_workers + trials * cpus_per_trial}
+    if resources.gpus_per_worker:
+        needed["GPU"] = num_workers * resources.gpus_per_worker
+    present = ray.cluster_resources()
+    each = f", and {cpus_per_trial:g} for each of {trials} concurrent trials" if trials else ""
+    problems = [
+        Problem(
+            f"the cluster has too few {unit}s for the training workers",
+            where="resources.num_workers",
+            got=f"{present.get(unit, 0):g} {unit}s",
+            allowed=f"at least {count:g}: {num_workers} workers{each if unit == 'CPU' else ''}",
+            remedy=f"lower resources.num_workers{', raise resources.num_cpus' * (unit == 'CPU')}, "
+            "or add nodes",
+        )
+        for unit, count in needed.items()
+        if count > present.get(unit, 0)
+    ]
     if problems:
         raise ResourceError(*problems)
 
 
 def _some(rows: Rows, indices: np.ndarray) -> str:
+    """Return the ids of the first three rows."""
     shown = [rows.row_ids[index] for index in indices[:3].tolist()]
     return ", ".join(shown) + (", …" if len(indices) > 3 else "")

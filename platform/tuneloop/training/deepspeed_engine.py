@@ -7,20 +7,31 @@ and weights (3) over the workers; stage 0 is plain data parallelism.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
+from transformers import AutoModelForCausalLM
 
+from tuneloop.compat.deepspeed import (
+    forget_step_at_start,
+    full_shape,
+    import_deepspeed,
+    without_compiler,
+)
 from tuneloop.config import TrainingConfig
 from tuneloop.models.attention import IMPLEMENTATION
-from tuneloop.models.export.exporter import four_bits
+from tuneloop.training.methods import METHODS
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -54,49 +65,28 @@ def load_model(
     config: TrainingConfig,
     execution: Execution,
     device: torch.device | str = "cpu",
-) -> Any:
-    """Return the base model, with fresh LoRA adapters where they are what is trained.
+) -> PreTrainedModel | PeftModel:
+    """Return the base model as `training.method` trains it, on a device.
 
-    The adapters depend on `config.seed` alone, so every worker starts from the same weights.
+    Args:
+        path: The base model's directory.
     """
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"dtype": execution.dtype, "attn_implementation": IMPLEMENTATION}
-    if config.method == "qlora":
-        # Weights in 4 bits are made where they stay.
-        options |= {"quantization_config": four_bits(execution.dtype), "device_map": {"": device}}
-    model = AutoModelForCausalLM.from_pretrained(str(path), **options)
+    method = METHODS[config.method]
+    options = method.load_options(execution.dtype, device)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=execution.dtype, attn_implementation=IMPLEMENTATION, **options
+    )
     model.config.use_cache = False
-    model = with_adapters(model, config)
+    model = method.wrap(model, config)
     if execution.gradient_checkpointing:
         # Without reentrance gradients reach adapters although the embeddings are frozen.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model if config.method == "qlora" else model.to(device)
+    return model if "device_map" in options else model.to(device)
 
 
-def with_adapters(model: Any, config: TrainingConfig) -> Any:
-    """Return the model with fresh LoRA adapters, or itself where all weights are trained."""
-    if config.method == "full":
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(config.seed)
-    lora = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.target_modules,
-        use_rslora=config.lora.use_rslora,
-        use_dora=config.lora.use_dora,
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():
-        # It asks transformers by a name that is being replaced; nothing a user can act on.
-        warnings.simplefilter("ignore", FutureWarning)
-        return get_peft_model(model, lora)
-
-
-def make_engine(model: Any, config: TrainingConfig, execution: Execution, num_steps: int) -> Any:
+def make_engine(
+    model: torch.nn.Module, config: TrainingConfig, execution: Execution, num_steps: int
+) -> DeepSpeedEngine:
     """Return the DeepSpeed engine that trains the model.
 
     The process group of torch.distributed has to exist.
@@ -113,7 +103,7 @@ def make_engine(model: Any, config: TrainingConfig, execution: Execution, num_st
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, num_steps, config)
     )
-    with _without_compiler():
+    with without_compiler():
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -121,30 +111,8 @@ def make_engine(model: Any, config: TrainingConfig, execution: Execution, num_st
             config=deepspeed_config(config, execution, sum(p.numel() for p in decayed + plain)),
             dist_init_required=False if deepspeed.comm.is_initialized() else None,
         )
-    if execution.zero_stage == 0 and execution.dtype != torch.float32:
-        # DeepSpeed takes a step without gradients to make AdamW's state, which would count one
-        # step too many, unlike every other stage.
-        engine.optimizer.optimizer.state.clear()
+    forget_step_at_start(engine)
     return engine
-
-
-@contextlib.contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Make `torch.compile` do nothing for a while.
-
-    With ZeRO DeepSpeed imports an optimizer that nobody asked for and whose functions are compiled,
-    and with it PyTorch's compiler: three to four CPU seconds in every worker.
-    """
-    name = "TORCHDYNAMO_DISABLE"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def deepspeed_config(
@@ -197,86 +165,41 @@ def learning_rate_factor(step: int, num_steps: int, config: TrainingConfig) -> f
 
 
 @contextlib.contextmanager
-def gathered(parameters: list[Any], execution: Execution) -> Iterator[None]:
+def gathered(parameters: list[torch.nn.Parameter], execution: Execution) -> Iterator[None]:
     """Hold whole parameters in every worker for a while; all workers have to enter."""
     if execution.zero_stage < 3:
         yield
         return
-    deepspeed = import_deepspeed(execution.use_gpu)
-    with deepspeed.zero.GatheredParameters(parameters):
+    with import_deepspeed(execution.use_gpu).zero.GatheredParameters(parameters):
         yield
 
 
 @contextlib.contextmanager
-def answering(engine: Any, execution: Execution) -> Iterator[None]:
-    """Let the model write for a while; all workers have to enter, and call it together.
+def ready_to_generate(engine: DeepSpeedEngine, execution: Execution) -> Iterator[None]:
+    """Let the model generate for a while; all workers have to enter, and call it together.
 
     ZeRO-3 fetches every layer from the other workers for every token. Where all workers have room
     for the whole model, it is fetched once, and DeepSpeed's hooks that fetch and drop layers are
     left out meanwhile.
     """
-    if execution.zero_stage < 3 or not _have_room(engine):
+    if execution.zero_stage < 3 or not _has_room(engine):
         yield
         return
-    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero import unwrap_model_for_generation
 
-    offload = engine.optimizer.parameter_offload
-    with gathered(list(engine.module.parameters()), execution):
-        offload._remove_module_hooks()
-        offload.forward_hooks, offload.backward_hooks = [], []
-        try:
-            yield
-        finally:
-            # As it does itself at the start, but for the model at the bottom of its stack. The
-            # order of layers that it has seen is forgotten, and recorded again in the next step.
-            offload.setup_zero_stage3_hooks()
-            parameter_offload.FWD_MODULE_STACK.pop()
+    with unwrap_model_for_generation(engine):
+        yield
 
 
-def _have_room(engine: Any) -> bool:
+def _has_room(engine: DeepSpeedEngine) -> bool:
     """Return whether twice the whole weights fit into every worker's free memory."""
-    import psutil
-
     device = torch.device(engine.device)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         workers_here = int(os.environ.get("LOCAL_WORLD_SIZE", engine.world_size))
         free = psutil.virtual_memory().available // workers_here
-    size = sum(p.ds_numel * p.element_size() for p in engine.module.parameters())
+    size = sum(math.prod(full_shape(p)) * p.element_size() for p in engine.module.parameters())
     fits = torch.tensor(int(2 * size <= free), device=device)
     torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)
     return bool(fits.item())
-
-
-def import_deepspeed(use_gpu: bool) -> Any:
-    """Import DeepSpeed, bound to the CPU or the GPU, without compiling anything.
-
-    On a CPU DeepSpeed's communication backend asks the accelerator for a shared-memory operator
-    and compiles it with g++: half a minute, an error on a machine without a compiler, and for
-    ever after a build that was interrupted. Only its inference engine uses that operator, so the
-    accelerator given to it here says that it has none.
-    """
-    if not use_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    elif torch.cuda.is_available():
-        # Whatever it was set to for work on the CPU.
-        os.environ["DS_ACCELERATOR"] = "cuda"
-    # It names functions of torch.distributed that are being renamed; nothing a user can act on.
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated")
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not use_gpu:
-        from deepspeed.accelerator import get_accelerator, set_accelerator
-        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-        class CpuWithoutSharedMemory(CPU_Accelerator):
-            def create_op_builder(self, class_name: str) -> Any:
-                if class_name == "ShareMemCommBuilder":
-                    return None
-                return super().create_op_builder(class_name)
-
-        if type(get_accelerator()) is CPU_Accelerator:
-            set_accelerator(CpuWithoutSharedMemory())
-    return deepspeed

@@ -1,0 +1,1 @@
+"""Private parts of other libraries that have no public door, one module for each library."""

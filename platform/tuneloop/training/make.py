@@ -1,0 +1,160 @@
+"""From a dataset artifact to a model artifact: judged, tried out, trained, and written down."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from tuneloop.artifacts import Artifact, Draft
+from tuneloop.cluster import joins_cluster
+from tuneloop.config import ResourcesConfig, TuneloopConfig
+from tuneloop.models.bases.source import BaseModel
+from tuneloop.training.card import model_card
+from tuneloop.training.fit.assess import PreparedRows, assess
+from tuneloop.training.fit.estimate import ResourceEstimate, gib, measured_estimate
+from tuneloop.training.launch import result_parts
+from tuneloop.training.progress import duration
+from tuneloop.training.results import DryRunResult, StepRecord, TrainingResult
+from tuneloop.training.rows import Rows, open_rows, store_rows
+from tuneloop.training.validation import best_step
+from tuneloop.training.workers import StoredRows, can_resume, dry_run_workers, run_workers
+
+logger = logging.getLogger("tuneloop.training")
+
+_SAMPLES = "samples.jsonl"
+
+
+def make_model(
+    config: TuneloopConfig, base: BaseModel, dataset: Artifact, draft: Draft
+) -> Artifact:
+    """Return the model artifact, trained and published. Arguments and errors as of `train`.
+
+    Args:
+        draft: The artifact's draft; what an earlier attempt left in its scratch is used.
+    """
+    folders = [
+        store_rows(dataset.path, split, draft.scratch.absolute() / "rows")
+        for split in ("train", "validation")
+    ]
+    rows, validation = map(open_rows, folders)
+    fit = assess(config, base, PreparedRows(dataset, rows, validation, draft.scratch))
+    if fit.prediction is None:
+        shutil.rmtree(draft.scratch / "rows")
+    workload, expected = fit.require()
+    _mention_idle_gpus(config.resources)
+    _announce(rows, expected)
+    stored = StoredRows(folders[0], folders[1] if len(validation) else None)
+    measured = None
+    if wants_dry_run(config.resources) and not can_resume(draft):
+        measured = dry_run_workers(config, base, stored, draft)
+        expected = measured_estimate(config, expected, workload, measured)
+        _announce_measured(expected, measured)
+    result = run_workers(config, base, stored, draft)
+    _write_log(result, draft.path)
+    card = model_card(config, base, dataset, result)
+    (draft.path / "README.md").write_text(card, encoding="utf-8")
+    return draft.publish(
+        config=result_parts(config, base, dataset)
+        | {"base": base.name, "base_fingerprint": base.fingerprint},
+        resources=config.resources.model_dump()
+        | {
+            "estimate": asdict(expected),
+            "measured": None if measured is None else asdict(measured),
+        },
+        inputs=[dataset.ref, f"{base.name} sha256:{base.fingerprint}"],
+        metrics=_metrics(result),
+    )
+
+
+def wants_dry_run(resources: ResourcesConfig) -> bool:
+    """Return whether a dry run comes before the training."""
+    wanted = resources.preflight
+    return joins_cluster(resources) if wanted is None else wanted
+
+
+def _mention_idle_gpus(resources: ResourcesConfig) -> None:
+    num_gpus = ray.cluster_resources().get("GPU", 0)
+    if num_gpus and not resources.gpus_per_worker:
+        logger.warning(
+            "training on the CPU while Ray has %g GPUs; resources.gpus_per_worker=1 uses them",
+            num_gpus,
+        )
+
+
+def _announce(rows: Rows, expected: ResourceEstimate) -> None:
+    logger.info(
+        "training on %s rows, %s tokens; about %s per worker%s",
+        f"{len(rows):,}",
+        f"{int(rows.lengths.sum()):,}",
+        gib(expected.peak_memory_bytes),
+        _time_and_cost(expected),
+    )
+
+
+def _announce_measured(expected: ResourceEstimate, measured: DryRunResult) -> None:
+    logger.info(
+        "dry run passed in %.0f s: %.0f tokens/s, %s per worker, checkpoint %.1f s%s",
+        measured.wall_s,
+        measured.tokens_per_s,
+        gib(measured.peak_memory_bytes),
+        measured.checkpoint_s,
+        _time_and_cost(expected),
+    )
+
+
+def _time_and_cost(expected: ResourceEstimate) -> str:
+    time = f", about {duration(expected.training_s)}" if expected.training_s else ""
+    return time + (f", cost {expected.cost:.2f}" if expected.cost is not None else "")
+
+
+def _write_log(result: TrainingResult, path: Path) -> None:
+    """Write one row per step, and what the model answered at each measurement."""
+    rows = [{name: v for name, v in row.items() if name != "samples"} for row in result.log]
+    table = pa.Table.from_pylist(rows)
+    for name in ("validation_loss", "validation_accuracy"):
+        # A column without any value would have no type.
+        column = table.column(name).cast(pa.float64())
+        table = table.set_column(table.column_names.index(name), name, column)
+    pq.write_table(table, path / "trainer_log.parquet")
+    samples = [
+        {"step": row["step"], **sample} for row in result.log for sample in row.get("samples", [])
+    ]
+    if samples:
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        (path / _SAMPLES).write_text(lines, encoding="utf-8")
+
+
+def _metrics(result: TrainingResult) -> dict[str, Any]:
+    last = result.log[-1]
+    tail = [row["loss"] for row in result.log[-max(1, len(result.log) // 10) :]]
+    tokens = sum(row["num_tokens"] for row in result.log)
+    best = best_step(result.log)
+    validated = {} if best is None else {"best_step": best, **_validation(result.log[best - 1])}
+    return {
+        "num_steps": last["step"],
+        "first_loss": round(result.log[0]["loss"], 6),
+        "final_loss": round(sum(tail) / len(tail), 6),
+        "num_tokens": tokens,
+        "train_s": last["elapsed_s"],
+        "tokens_per_s": round(tokens / max(1e-9, last["elapsed_s"]), 2),
+        "num_parameters": result.num_parameters,
+        "num_trainable": result.num_trainable,
+        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in result.log),
+        "parity_max_abs_logprob_diff": result.parity.max_abs_logprob_diff,
+        **validated,
+    }
+
+
+def _validation(record: StepRecord) -> dict[str, float]:
+    loss, accuracy = record["validation_loss"], record["validation_accuracy"]
+    assert loss is not None
+    assert accuracy is not None
+    return {"validation_loss": round(loss, 6), "validation_accuracy": round(accuracy, 6)}
