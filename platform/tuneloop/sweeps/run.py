@@ -245,20 +245,27 @@ def _train_missing(
 
 
 def _fit(tuner: tune.Tuner, work: Path, name: str) -> tune.ResultGrid:
-    """Run the tuner, and log meanwhile how far each training is.
+    """Run the tuner, and show meanwhile how far each training is.
 
     After Ctrl-C the trainings go on from their checkpoints the next time.
     """
     from tuneloop.training.progress import PROGRESS_FILE, TrainingProgress, run_in_thread
 
-    trainings: dict[Path, TrainingProgress] = {}
+    shown: dict[Path, TrainingProgress] = {}
 
     def tell() -> int:
         for file in work.glob(f"models-{name}-*/scratch/{PROGRESS_FILE}"):
-            trainings.setdefault(file, TrainingProgress(file))
-        return sum(training.tell() for training in trainings.values())
+            if file not in shown:
+                shown[file] = TrainingProgress(file).__enter__()
+        for file in [file for file in shown if not file.exists()]:
+            shown.pop(file).__exit__()
+        return sum(progress.tell() for progress in shown.values())
 
-    return run_in_thread(tuner.fit, tell)
+    try:
+        return run_in_thread(tuner.fit, tell)
+    finally:
+        for progress in shown.values():
+            progress.__exit__()
 
 
 def _trial_log(cells: Sequence[Cell], num_missing: int) -> tune.Callback:

@@ -1,4 +1,4 @@
-"""Progress of trainings in other processes, logged while this one waits for them."""
+"""Progress of trainings in other processes, shown while this one waits for them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tuneloop.cluster import WaitingNotice
+from tuneloop.progress import Progress
 
 if TYPE_CHECKING:
     from tuneloop.training.trackers import Trackers
@@ -20,12 +20,11 @@ logger = logging.getLogger("tuneloop.training")
 
 # One JSON line for each finished step.
 PROGRESS_FILE = "progress.jsonl"
-_LOG_EVERY_S = 5.0
 T = TypeVar("T")
 
 
 def run_in_thread(run: Callable[[], T], tell: Callable[[], int]) -> T:
-    """Return what `run` returns, and meanwhile log the progress and what is waited for.
+    """Return what `run` returns; show the progress meanwhile, and log what workers wait for.
 
     In the main thread Ray Train and Ray Tune would take over Ctrl-C: one ends the process with
     exit code 0, the other goes on. In a thread of its own they leave it to the caller, who shuts
@@ -33,7 +32,7 @@ def run_in_thread(run: Callable[[], T], tell: Callable[[], int]) -> T:
 
     Args:
         run: Waits for Ray.
-        tell: Logs the progress and returns how far it is, in any unit.
+        tell: Shows the progress and returns how far it is, in any unit.
     """
     value: list[T] = []
     failure: list[BaseException] = []
@@ -56,22 +55,33 @@ def run_in_thread(run: Callable[[], T], tell: Callable[[], int]) -> T:
 
 
 class TrainingProgress:
-    """Logs new lines of a training's progress file, at most one every few seconds.
+    """Shows the newest line of a training's progress file, used as a context.
 
     Args:
-        path: The file, which need not exist yet; lines that are there already are not logged.
+        path: The file, which need not exist yet; lines that are there already are not shown.
+        label: What the bar says.
         trackers: Experiment trackers that get every line.
     """
 
-    def __init__(self, path: Path, trackers: Trackers | None = None) -> None:
+    def __init__(
+        self, path: Path, label: str = "training", trackers: Trackers | None = None
+    ) -> None:
         self.path = path
         self.trackers = trackers
         self.position = path.stat().st_size if path.exists() else 0
-        self.logged_at = 0.0
         self.pending: dict[str, Any] | None = None
+        self.shown = Progress(label, unit="steps")
+
+    def __enter__(self) -> Self:
+        self.shown.__enter__()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.tell(final=True)
+        self.shown.__exit__(*reason)
 
     def tell(self, final: bool = False) -> int:
-        """Log the newest line if it is new, and return the bytes read; `final` does not wait."""
+        """Show the newest line if it is new, and return the bytes read; `final` does not wait."""
         # The directory goes when the model is published.
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             file.seek(self.position)
@@ -82,18 +92,24 @@ class TrainingProgress:
                     if self.trackers is not None:
                         self.trackers.log(self.pending)
         row = self.pending
-        if row is not None and (final or time.monotonic() - self.logged_at >= _LOG_EVERY_S):
-            self.logged_at, self.pending = time.monotonic(), None
-            left_s = (row["num_steps"] - row["step"]) * row["elapsed_s"] / row["step"]
-            logger.info(
-                "step %d/%d  loss %.4f  learning rate %.2e  %.0f tokens/s  ETA %s",
-                row["step"],
-                row["num_steps"],
-                row["loss"],
-                row["learning_rate"],
-                row["tokens_per_s"],
-                duration(left_s),
-            )
+        if row is None:
+            return self.position
+        loss, step, num_steps = f"loss {row['loss']:.4f}", row["step"], row["num_steps"]
+        self.shown.update(step, loss, num_steps)
+        logged = self.shown.logged
+        self.shown.log(
+            logger,
+            "step %d/%d  %s  learning rate %.2e  %.0f tokens/s  ETA %s",
+            step,
+            num_steps,
+            loss,
+            row["learning_rate"],
+            row["tokens_per_s"],
+            duration((num_steps - step) * row["elapsed_s"] / step),
+            now=final,
+        )
+        if self.shown.logged != logged:
+            self.pending = None
         return self.position
 
 

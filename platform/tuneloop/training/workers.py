@@ -78,7 +78,7 @@ def run_workers(
         draft.path / "tensorboard",
     )
     setup = WorkerSetup(train_rows, job, stored, _executions(config))
-    progress = TrainingProgress(scratch / PROGRESS_FILE, trackers)
+    progress = TrainingProgress(scratch / PROGRESS_FILE, "training", trackers)
     try:
         result = _run(config, setup, progress, config.resources.max_failures)
     finally:
@@ -108,7 +108,8 @@ def dry_run_workers(
     job = _job(config, base, draft, output, scratch)
     setup = WorkerSetup(dry_run, job, stored, _executions(config))
     try:
-        result = _run(config, setup, TrainingProgress(scratch / PROGRESS_FILE), max_failures=0)
+        progress = TrainingProgress(scratch / PROGRESS_FILE, "dry run")
+        result = _run(config, setup, progress, max_failures=0)
         assert isinstance(result, DryRunResult)
         return result
     except UserError as error:
@@ -224,17 +225,16 @@ def run_worker(setup: WorkerSetup) -> TrainingResult | DryRunResult | UserError:
 def _run(
     config: TuneloopConfig, setup: WorkerSetup, progress: TrainingProgress, max_failures: int
 ) -> TrainingResult | DryRunResult:
-    """Run the workers, log their progress meanwhile, and return what rank 0 returned."""
+    """Run the workers, show their progress meanwhile, and return what rank 0 returned."""
     trainer = _trainer(config, setup, max_failures)
     try:
-        value = run_in_thread(lambda: trainer.fit().return_value, progress.tell)
+        with progress:
+            value = run_in_thread(lambda: trainer.fit().return_value, progress.tell)
     except Exception as error:
         refusal = find_user_error(error) or _worker_death(error, max_failures)
         if refusal is not None:
             raise refusal from error
         raise
-    finally:
-        progress.tell(final=True)
     if isinstance(value, UserError):
         raise value
     assert isinstance(value, TrainingResult | DryRunResult)
