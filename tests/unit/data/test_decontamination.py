@@ -31,7 +31,7 @@ from tuneloop.data.decontamination.ngrams import (
     overlapping,
 )
 from tuneloop.data.hashing.columns import Texts
-from tuneloop.data.hashing.signatures import band_hashes, normalised_hash, shingles, word_counts
+from tuneloop.data.hashing.signatures import band_hashes, normalised_hashes, shingles, word_counts
 
 DATA = DataConfig.model_validate({"sources": [{"path": "x", "format": "question_answer"}]})
 VOCABULARY = [f"w{i}" for i in range(3000)]
@@ -193,7 +193,7 @@ def test_shared_ngrams_are_counted_once_and_only_where_they_are_the_same() -> No
 
 
 def train_rows(texts: list[str]) -> TrainRows:
-    exact = np.array([normalised_hash(text) for text in texts])
+    exact = normalised_hashes(Texts.of(texts))
     bands = band_hashes(texts, DATA.dedup.ngram_words, DATA.dedup.threshold)
     return TrainRows(np.arange(len(texts)), exact, exact, bands)
 

@@ -61,23 +61,17 @@ class NgramMatches(NamedTuple):
     matches: list[Match]
 
 
-class _TableFacts(NamedTuple):
-    """Keys and words of the held-out rows of a table, and the bytes of all their texts."""
+class _HeldOutTable(NamedTuple):
+    """A table of `key`, `text` and `prompt` of held-out rows: what is in it, and where it is."""
 
     keys: Indices
     num_words: Indices
     num_bytes: int
+    table: ObjectRef | None = None
 
     @staticmethod
-    def of(keys: Indices, texts: Texts) -> _TableFacts:
-        return _TableFacts(keys, word_counts(texts), len(texts.data))
-
-
-class _HeldOutTable(NamedTuple):
-    """Where a table of `key`, `text` and `prompt` of held-out rows is, and what is in it."""
-
-    table: ObjectRef
-    facts: _TableFacts
+    def of(keys: Indices, texts: Texts) -> _HeldOutTable:
+        return _HeldOutTable(keys, word_counts(texts), len(texts.data))
 
 
 class _WantedRows(NamedTuple):
@@ -128,7 +122,7 @@ def find_overlaps(
     blocks = rows.to_arrow_refs()
     tables = _held_out_tables(held_out, blocks, rendering)
     lengths = [
-        np.concatenate([np.zeros(0, int), *(table.facts.num_words for table in of_set)])
+        np.concatenate([np.zeros(0, int), *(table.num_words for table in of_set)])
         for of_set in tables
     ]
     ngram_words = [ngram_length(num_words, settings.ngram_words) for num_words in lengths]
@@ -190,41 +184,40 @@ def _held_out_tables(
     wanted = ray.put(_WantedRows([held_out[place].keys for place in splits], rendering))
     tables: list[list[_HeldOutTable]] = [[] for _ in held_out]
     if splits:
-        made = [take.remote(wanted, block) for block in blocks]
-        for *of_block, facts in made:
-            for place, table, of_table in zip(splits, of_block, ray.get(facts), strict=True):
-                tables[place].append(_HeldOutTable(table, of_table))
+        for *refs, contents in [take.remote(wanted, block) for block in blocks]:
+            for place, ref, table in zip(splits, refs, ray.get(contents), strict=True):
+                tables[place].append(table._replace(table=ref))
     for place, of_set in enumerate(held_out):
         if (rows := of_set.evaluation) is not None:
             columns = {"key": of_set.keys, "text": rows.texts, "prompt": rows.prompts}
-            facts = _TableFacts.of(of_set.keys, Texts.of(rows.texts))
-            tables[place].append(_HeldOutTable(ray.put(pa.table(columns)), facts))
+            table = _HeldOutTable.of(of_set.keys, Texts.of(rows.texts))
+            tables[place].append(table._replace(table=ray.put(pa.table(columns))))
     return tables
 
 
 def _slices(tables: Sequence[_HeldOutTable]) -> list[list[_HeldOutTable]]:
     """Return the tables in groups that are neither many nor large."""
-    sizes = [max(facts.num_words.sum(), facts.num_bytes // _BYTES_PER_WORD) for _, facts in tables]
+    sizes = [max(t.num_words.sum(), t.num_bytes // _BYTES_PER_WORD) for t in tables]
     groups: dict[int, list[_HeldOutTable]] = {}
     for table, so_far in zip(tables, np.cumsum(sizes).tolist(), strict=True):
-        if len(table.facts.keys):
+        if len(table.keys):
             groups.setdefault(so_far // _WORDS_PER_SLICE, []).append(table)
     return list(groups.values())
 
 
 def _held_out_rows(
     wanted: _WantedRows, block: pa.Table
-) -> tuple[pa.Table | list[_TableFacts], ...]:
-    """Return a table of each split's rows in a block; at the end the facts of them all."""
+) -> tuple[pa.Table | list[_HeldOutTable], ...]:
+    """Return a table of each split's rows in a block; at the end what is in them all."""
     contents = block.select(["key", *SAID_IN])
     tables = [
         texts_of_rows(contents, keys, wanted.rendering).select(["key", "text", "prompt"])
         for keys in wanted.keys
     ]
-    facts = [
-        _TableFacts.of(table["key"].to_numpy(), Texts.of_column(table["text"])) for table in tables
+    return *tables, [
+        _HeldOutTable.of(table["key"].to_numpy(), Texts.of_column(table["text"]))
+        for table in tables
     ]
-    return *tables, facts
 
 
 def _index(ngram_words: int, *tables: pa.Table) -> NgramIndex:
@@ -316,10 +309,10 @@ def _with_passages(
     places: dict[tuple[int, int], _Place] = {}
     for set_index, of_set in enumerate(tables):
         words = ngram_words[set_index] or 0
-        for table, facts in of_set:
-            keys = [key for key in facts.keys.tolist() if (set_index, key) in held_out]
+        for table in of_set:
+            keys = [key for key in table.keys.tolist() if (set_index, key) in held_out]
             places |= {(set_index, key): _Place(len(needed), key, words) for key in keys}
-            needed += [table] * bool(keys)
+            needed += [table.table] * bool(keys)
     wanted = ray.put(
         _WantedPassages(
             np.array([match.key for match in matches]),

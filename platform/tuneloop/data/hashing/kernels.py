@@ -2,7 +2,7 @@
 
 Texts are UTF-8 bytes, row after row: row i is `data[offsets[i]:offsets[i + 1]]`. Everything here is
 compiled by numba at its first call and kept on disk beside this file (or in numba's own cache
-where that cannot be written). What the words and hashes mean is told in `signatures`.
+where that cannot be written). `signatures` says what words and hashes mean.
 
 Legend: B rows, S shingles of all rows together, K MinHash values of a row, P pairs.
 """
@@ -20,7 +20,7 @@ Integers = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 Letters = NDArray[np.uint32]
 
-# In a table of letters: no part of a word; a word of its own; 32 is white space in a text's key.
+# Values of a letter table: part of no word; a word of its own; 32 is white space in a text's key.
 SEPARATOR, ALONE = 0, 1 << 24
 _SPACE = 32
 _CHUNK_WORDS = 256
@@ -95,23 +95,23 @@ def _next_words(
 
 @njit(cache=True)
 def _next_shingles(
-    data: Bytes, span: Span, words: Hashes, carried: int, found: Hashes, letters: Letters
+    data: Bytes, span: Span, words: Hashes, carried: int, chunk: Hashes, letters: Letters
 ) -> tuple[int, int, int]:
-    """Put hashes of the next shingles into `found`.
+    """Put hashes of the next shingles into `chunk`.
 
-    `words` is as much longer than `found` as a shingle is longer than a word: it starts with the
+    `words` is as much longer than `chunk` as a shingle is longer than a word: it starts with the
     `carried` last words of the call before.
 
     Returns:
         The offset to go on from, how many words are carried on, and the number of shingles.
     """
-    length = len(words) - len(found) + 1
+    length = len(words) - len(chunk) + 1
     at, count = _next_words(data, span, words, carried, letters)
     number = count - length + 1
     if number <= 0:
         return at, count, 0
     for start in range(number):
-        found[start] = _shingle(words, start, length)
+        chunk[start] = _shingle(words, start, length)
     for place in range(length - 1):
         words[place] = words[number + place]
     return at, length - 1, number
@@ -131,7 +131,7 @@ def shingle_hashes(
 ) -> tuple[Hashes, Integers]:
     """Return the hashes of all shingles, shape (S,), and where each row's start, shape (B + 1,)."""
     starts = np.zeros(len(offsets), np.int64)
-    words, found = np.empty(_CHUNK_WORDS + length - 1, np.uint64), np.empty(_CHUNK_WORDS, np.uint64)
+    words, chunk = np.empty(_CHUNK_WORDS + length - 1, np.uint64), np.empty(_CHUNK_WORDS, np.uint64)
     for row in range(len(offsets) - 1):
         number = count_words(data, offsets[row], offsets[row + 1], letters)
         starts[row + 1] = starts[row] + max(number - length + 1, min(number, 1))
@@ -140,11 +140,11 @@ def shingle_hashes(
         at, stop, place, carried = offsets[row], offsets[row + 1], starts[row], 0
         while place < starts[row + 1]:
             at, carried, number = _next_shingles(
-                data, Span(at, stop), words, carried, found, letters
+                data, Span(at, stop), words, carried, chunk, letters
             )
             if number == 0:  # a text shorter than a shingle
-                found[0], number = _shingle(words, 0, carried), 1
-            hashes[place : place + number] = found[:number]
+                chunk[0], number = _shingle(words, 0, carried), 1
+            hashes[place : place + number] = chunk[:number]
             place += number
     return hashes, starts
 
@@ -277,7 +277,7 @@ def band_hashes(
         letters: What each character counts as in a word.
     """
     num_rows = numbers.shape[1] // num_bands
-    words, found = np.empty(_CHUNK_WORDS + length - 1, np.uint64), np.empty(_CHUNK_WORDS, np.uint64)
+    words, chunk = np.empty(_CHUNK_WORDS + length - 1, np.uint64), np.empty(_CHUNK_WORDS, np.uint64)
     short = np.empty(_CHUNK_WORDS, np.uint32)
     minima = np.empty(num_bands * num_rows, np.uint32)
     result = np.zeros((len(offsets) - 1, num_bands), np.uint64)
@@ -286,15 +286,15 @@ def band_hashes(
         at, stop, carried, any_found = offsets[row], offsets[row + 1], 0, False
         while True:
             at, carried, number = _next_shingles(
-                data, Span(at, stop), words, carried, found, letters
+                data, Span(at, stop), words, carried, chunk, letters
             )
             if number == 0 and carried and not any_found:
-                found[0], number = _shingle(words, 0, carried), 1
+                chunk[0], number = _shingle(words, 0, carried), 1
             if number == 0:
                 break
             any_found = True
             for place in range(number):
-                short[place] = np.uint32(found[place] >> _HALF)
+                short[place] = np.uint32(chunk[place] >> _HALF)
             _lower(minima, short[:number], numbers)
         if not any_found:
             continue
@@ -408,9 +408,9 @@ def resolve_group(
         best, keeper, other = 0.0, -1, root
         while other >= 0:
             if scopes[other] == scopes[row]:
-                found = similarity(values, offsets, other, row)
-                if found > best:
-                    best, keeper = found, other
+                value = similarity(values, offsets, other, row)
+                if value > best:
+                    best, keeper = value, other
             other = following[other]
         if keeper >= 0 and best >= threshold:
             keepers[row], similarities[row] = keeper, best

@@ -37,11 +37,6 @@ def normalised_hashes(texts: Texts) -> Indices:
     return keys
 
 
-def normalised_hash(text: str) -> int:
-    """Return a signed 64-bit hash of the text without case and with single spaces."""
-    return int(normalised_hashes(Texts.of([text]))[0])
-
-
 @dataclass(frozen=True)
 class Shingles:
     """The word n-grams of a batch of texts, as 64-bit hashes.

@@ -87,7 +87,7 @@ def bad_row_problems(bad: Sequence[BadRow], total: int, data: DataConfig) -> lis
         last = problems.pop()
         drop = f" or drop them with data.max_bad_rows_ratio={_ceiling(share):g}"
         advice = (
-            f"mend the rows{',' + drop if share < 1 else ''} ({len(bad):,} of {total:,} rows "
+            f"fix the rows{',' + drop if share < 1 else ''} ({len(bad):,} of {total:,} rows "
             f"cannot be used; {data.max_bad_rows_ratio:g} is allowed)"
         )
         remedy = f"{last.remedy}; or {advice}" if last.remedy else advice
@@ -120,7 +120,7 @@ def nothing_left_problem(summaries: Sequence[str]) -> Problem:
         "no row is left after the filters",
         where="data.filters",
         got=_counted(summaries),
-        remedy="loosen the filter, or mend the rows; data.filters.template_markers=strip and "
+        remedy="loosen the filter, or fix the rows; data.filters.template_markers=strip and "
         "data.filters.personal_data=mask keep them",
     )
 

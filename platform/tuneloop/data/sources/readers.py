@@ -314,7 +314,7 @@ def _refuse_lone_surrogates(row: SourceRow) -> None:
             "half of a surrogate pair stands alone",
             got=ascii(error.object[max(0, error.start - 20) : error.start + 20]),
             allowed="text that UTF-8 can hold",
-            remedy="mend what wrote the row: it cut a character in two",
+            remedy="fix what wrote the row: it cut a character in two",
         ) from error
 
 
