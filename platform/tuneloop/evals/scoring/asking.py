@@ -19,11 +19,11 @@ from pathlib import Path
 from tuneloop.errors import EndpointError, Problem
 from tuneloop.evals.scoring.questions import Question, messages_json
 from tuneloop.models.client.client import Client, RequestError, ask_each
+from tuneloop.progress import Progress
 from tuneloop.records import Arm, Endpoint, FinishReason, SamplingParams
 from tuneloop.text import format_duration
 
 _log = logging.getLogger("tuneloop.evals")
-_PROGRESS_EVERY_S = 5.0
 # Raised when a change here makes the same arm give other answers to the same questions.
 _REQUEST_VERSION = 1
 
@@ -152,15 +152,18 @@ def ask_all(
         _log.info("%d of %d answers are already there", len(requests) - len(todo), len(requests))
     failed: dict[tuple[str, str], ModelAnswer] = {}
     if todo:
-        progress = _ProgressLog(todo, concurrency, score)
-        with answered.appending() as append:
+        with (
+            answered.appending() as append,
+            Progress("evaluate", len(todo), "answers") as progress,
+        ):
+            running = _RunningScores(todo, concurrency, score)
 
             def keep(request: EvaluationRequest, answer: ModelAnswer) -> None:
                 if answer.error:
                     failed[request.key] = answer
                 else:
                     append(request.identity, answer)
-                progress.report(request, answer)
+                running.report(request, answer, progress)
 
             asyncio.run(_ask(todo, concurrency, keep))
     _refuse_dead_arms(requests, failed)
@@ -243,8 +246,8 @@ def _refuse_dead_arms(
         raise EndpointError(*problems)
 
 
-class _ProgressLog:
-    """Writes a line every few seconds: done, rate, time left, running score of the arm."""
+class _RunningScores:
+    """What the progress line says: done, rate, time left, running score of the arm."""
 
     def __init__(
         self,
@@ -257,28 +260,28 @@ class _ProgressLog:
         self.totals_by_arm = Counter(request.arm.name for request in todo)
         self.score = score
         self.done = self.tokens = 0
-        self.scores: dict[str, list[float]] = {}
+        self.score_sums: dict[str, float] = {}
+        self.num_scored: Counter[str] = Counter()
         self.done_by_arm: Counter[str] = Counter()
-        self.started = self.last = time.monotonic()
+        self.started = time.monotonic()
 
-    def report(self, request: EvaluationRequest, answer: ModelAnswer) -> None:
+    def report(self, request: EvaluationRequest, answer: ModelAnswer, progress: Progress) -> None:
         name = request.arm.name
         self.done += 1
         self.done_by_arm[name] += 1
         self.tokens += (answer.completion_tokens or 0) or (answer.prompt_tokens or 0)
         score = None if answer.error else self.score(request, answer)
         if score is not None:
-            self.scores.setdefault(name, []).append(score)
-        now = time.monotonic()
-        arm_done = self.done_by_arm[name] == self.totals_by_arm[name]
-        if not arm_done and now - self.last < _PROGRESS_EVERY_S:
-            return
-        self.last = now
-        elapsed = max(now - self.started, 1e-9)
-        scores = self.scores.get(name, [])
+            self.score_sums[name] = self.score_sums.get(name, 0.0) + score
+            self.num_scored[name] += 1
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        num_scored = self.num_scored[name]
+        mean = f"{self.score_sums[name] / num_scored:.3f}" if num_scored else "unknown"
+        progress.update(self.done, f"{name} {mean}")
         # The first answers come late and then all together: they tell no rate.
         left = format_duration(elapsed / self.done * (self.total - self.done))
-        _log.info(
+        progress.log(
+            _log,
             "evaluation %d/%d, %.0f tokens/s%s; %s %d/%d, score so far %s",
             self.done,
             self.total,
@@ -287,7 +290,8 @@ class _ProgressLog:
             name,
             self.done_by_arm[name],
             self.totals_by_arm[name],
-            f"{sum(scores) / len(scores):.3f}" if scores else "unknown",
+            mean,
+            now=self.done_by_arm[name] == self.totals_by_arm[name],
         )
 
 
