@@ -1,12 +1,12 @@
+"""Rows that repeat others are found and resolved, whatever their order and their blocks."""
+
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,19 +24,11 @@ from tuneloop.data.dedup.minhash import (
 )
 from tuneloop.data.hashing.columns import Texts
 from tuneloop.data.hashing.signatures import (
-    _permutations,
     band_hashes,
-    band_shape,
-    jaccard,
     normalised_hashes,
     shingles,
-    word_spans,
 )
-from tuneloop.data.sources.bad_rows import refuse_too_many_rows
 from tuneloop.data.split.split import split_rows
-from tuneloop.errors import ResourceError
-
-ALPHABET = "abAB1_ ,.\n\u00a0éÉжЖ日本“🙂"
 
 
 def keys_of(texts: list[str], config: DedupConfig, preference: list[int]) -> Keys:
@@ -68,92 +60,6 @@ def compare_in_process(
 def duplicates_of(texts: list[str], config: DedupConfig, preference: list[int]) -> Duplicates:
     keys = keys_of(texts, config, preference)
     return find_duplicates(keys, config, compare_in_process(texts, config))
-
-
-def python_words(text: str) -> list[str]:
-    return re.findall(r"[日本]|(?:[^\W日本]|🙂)+", text.lower())
-
-
-def python_shingles(text: str, n: int) -> set[tuple[str, ...]]:
-    words = python_words(text)
-    if len(words) < n:
-        return {tuple(words)} if words else set()
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.lists(st.text(ALPHABET, max_size=60), min_size=1, max_size=6), st.integers(1, 6))
-def test_compiled_shingles_equal_plain_python(texts: list[str], n: int) -> None:
-    found = shingles(texts, n)
-    sets = found.sets()
-    plain = [python_shingles(text, n) for text in texts]
-    assert [len(s) for s in sets] == [len(s) for s in plain]
-    for i in range(len(texts)):
-        for j in range(len(texts)):
-            union = plain[i] | plain[j]
-            expected = len(plain[i] & plain[j]) / len(union) if union else 0.0
-            assert jaccard(sets[i], sets[j]) == pytest.approx(expected)
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.text(ALPHABET, max_size=60), st.text(ALPHABET, max_size=60))
-def test_words_and_keys_equal_plain_python(one: str, other: str) -> None:
-    data = one.encode()
-    words = [data[start:stop].decode().lower() for start, stop in word_spans(one)]
-    assert words == python_words(one)
-    same = " ".join(one.lower().split()) == " ".join(other.lower().split())
-    keys = normalised_hashes(Texts.of([one, other, f"  {one.upper()}\n"])).tolist()
-    assert (keys[0] == keys[1]) == same
-    assert keys[0] == keys[2]
-
-
-def test_arrow_columns_are_read_where_they_are() -> None:
-    texts = ["left out", "one two", "", "Ünïcode wörter 日本", "x" * 300]
-    column = pa.chunked_array([pa.array(texts[:3]), pa.array([*texts[3:], None])])[1:]
-    found = Texts.of_column(column)
-    expected = Texts.of([*texts[1:], ""])
-    assert np.array_equal(normalised_hashes(found), normalised_hashes(expected))
-    assert np.array_equal(shingles(found, 2).hashes, shingles(expected, 2).hashes)
-    array = pa.array(texts)[2:]
-    assert Texts.of_column(array).offsets[-1] - Texts.of_column(array).offsets[0] == sum(
-        len(text.encode()) for text in texts[2:]
-    )
-    assert len(Texts.of_column(pa.array([], pa.string())).offsets) == 1
-
-
-def test_shingles_and_bands_do_not_depend_on_the_batch() -> None:
-    texts = ["the quick brown fox jumps over it", "", "one two", "...", "Ünïcode wörter sind es"]
-    together = shingles(texts, 5).sets()
-    bands = band_hashes(texts, 5, 0.8)
-    for index, text in enumerate(texts):
-        assert np.array_equal(shingles([text], 5).sets()[0], together[index])
-        assert np.array_equal(band_hashes([text], 5, 0.8)[0], bands[index])
-    assert [bool(row.all()) for row in bands] == [True, False, True, False, True]
-    assert not bands[[1, 3]].any()
-
-
-@pytest.mark.parametrize("num_words", [1, 4, 5, 255, 256, 257, 260, 261, 1000])
-def test_bands_are_minima_over_all_shingles_however_long_the_text(num_words: int) -> None:
-    text = " ".join(f"w{i}" for i in range(num_words))
-    found = shingles([text], 5)
-    assert len(found.hashes) == max(1, num_words - 4) == len(np.unique(found.hashes))
-    multipliers, summands = _permutations(np.prod(band_shape(0.8)))
-    values = (found.hashes >> np.uint64(32)).astype(np.uint32)
-    minima = (values[:, None] * multipliers + summands).min(axis=0).reshape(band_shape(0.8))
-    bands = band_hashes([text], 5, 0.8)[0]
-    # The last value of a band decides as well as the first: another text agrees where they do.
-    other = " ".join([*text.split()[:-1], "last"])
-    values = (shingles([other], 5).hashes >> np.uint64(32)).astype(np.uint32)
-    others = (values[:, None] * multipliers + summands).min(axis=0).reshape(band_shape(0.8))
-    same = (minima == others).all(axis=1)
-    assert np.array_equal(bands == band_hashes([other], 5, 0.8)[0], same)
-
-
-@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.9, 1.0])
-def test_band_shape_reaches_its_recall(threshold: float) -> None:
-    bands, rows = band_shape(threshold)
-    assert bands * rows <= 128
-    assert 1 - (1 - threshold**rows) ** bands >= 0.98
 
 
 def test_minhash_recall_at_the_threshold_is_as_computed() -> None:
@@ -296,7 +202,7 @@ def test_resolving_a_group_equals_plain_python() -> None:
         for _ in range(chooser.randrange(5)):
             row[chooser.randrange(60)] = f"new{chooser.randrange(1000)}"
         rows.append(" ".join(row))
-    sets = [python_shingles(row, 2) for row in rows]
+    sets = [set(pairwise(row.split())) for row in rows]
 
     def alike(a: int, b: int) -> float:
         return len(sets[a] & sets[b]) / len(sets[a] | sets[b])
@@ -328,16 +234,6 @@ def test_resolving_a_group_equals_plain_python() -> None:
 
 def test_no_rows_and_no_words() -> None:
     assert duplicates_of(["!!!", "???"], DedupConfig(), [0, 1]).kept.tolist() == [0, 1]
-
-
-def test_rows_that_this_process_cannot_hold_are_refused_before_the_work() -> None:
-    refuse_too_many_rows(1000)
-    with pytest.raises(ResourceError, match="too many for the memory") as caught:
-        refuse_too_many_rows(10**12)
-    problem = caught.value.problems[0]
-    assert problem.got.startswith("1,000,000,000,000 rows")
-    assert problem.allowed
-    assert problem.remedy
 
 
 def test_rows_of_another_scope_are_in_the_cluster_and_stay() -> None:

@@ -10,10 +10,15 @@ import pytest
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.schema import Rejection, SourceRow
-from tuneloop.data.sources.bad_rows import BadRow, refuse_bad_rows, refuse_mismatched_formats
+from tuneloop.data.sources.bad_rows import (
+    BadRow,
+    refuse_bad_rows,
+    refuse_mismatched_formats,
+    refuse_too_many_rows,
+)
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
-from tuneloop.errors import DataError
+from tuneloop.errors import DataError, ResourceError
 
 
 def config_for(path: Path | str, layout: str, **more: Any) -> TuneloopConfig:
@@ -368,3 +373,13 @@ def test_text_files_are_documents(tmp_path: Path) -> None:
     lines(tmp_path / "b.jsonl", {"text": "three"})
     rows = read(config_for(tmp_path, "text", task={"type": "language_modeling"}))
     assert [row["text"] for row in rows] == ["one\n\ntwo", "three"]
+
+
+def test_rows_that_this_process_cannot_hold_are_refused_before_the_work() -> None:
+    refuse_too_many_rows(1000)
+    with pytest.raises(ResourceError, match="too many for the memory") as caught:
+        refuse_too_many_rows(10**12)
+    problem = caught.value.problems[0]
+    assert problem.got.startswith("1,000,000,000,000 rows")
+    assert problem.allowed
+    assert problem.remedy
