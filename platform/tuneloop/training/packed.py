@@ -9,6 +9,7 @@ vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from tuneloop.compat.torch import RandomOperations
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.attention import Documents, standard_attention
-from tuneloop.training.rows import Rows
+from tuneloop.training.rows import Rows, make_rows
 
 # Relative difference of a loss that rounding explains.
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
@@ -93,18 +95,19 @@ def pack(
 def can_share(model: Any) -> bool:
     """Return whether rows may share their prefix, without any effect on the result.
 
-    With dropout, or noise on a router, every row draws numbers of its own: layers keep the strength
-    in an attribute named after it. On a GPU the attention of all documents is mostly one call of a
-    kernel for documents that are whole.
+    With dropout, or noise on a router, every row draws random numbers of its own. On a GPU the
+    attention of all documents is mostly one call of a kernel for documents that are whole.
     """
-    if model.device.type == "cuda":
-        return False
-    return not model.training or not any(
-        isinstance(value, float) and value > 0
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if "drop" in name or "jitter" in name or isinstance(module, torch.nn.Dropout)
-    )
+    return model.device.type != "cuda" and not (model.training and _draws_numbers(model))
+
+
+@functools.lru_cache(maxsize=1)
+def _draws_numbers(model: torch.nn.Module) -> bool:
+    """Return whether a forward pass in training draws random numbers: one is run to see."""
+    batch = pack(make_rows(["a"], [[0, 0]], [[0, 1]]), [0], model.device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), RandomOperations() as operations:
+        loss_sum(model, batch)
+    return operations.seen
 
 
 def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
@@ -147,12 +150,12 @@ def check_packing(model: Any, rows: Rows, device: torch.device) -> None:
     learned = np.flatnonzero(rows.num_target_tokens)
     shortest = np.argsort(rows.lengths[learned], kind="stable")[:_CHECK_ROWS]
     chosen = learned[shortest].tolist()
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    can_share(model.train())  # remembered; ZeRO takes the layers apart afterwards
     model.eval()
     alone = 0.0
     with torch.no_grad():
         packed = float(loss_sum(model, pack(rows, chosen, device, can_share(model))))
-    with torch.no_grad(), standard_attention(plain):
+    with torch.no_grad(), standard_attention(model):
         for row in chosen:
             batch = pack(rows, [row], device)
             documents = batch.input_ids.split(batch.documents.lengths, dim=1)
@@ -160,7 +163,7 @@ def check_packing(model: Any, rows: Rows, device: torch.device) -> None:
                 [model(input_ids=document, use_cache=False).logits[0] for document in documents]
             )[batch.predict_at]
             alone += float(functional.cross_entropy(logits.float(), batch.targets, reduction="sum"))
-    tolerance = LOSS_TOLERANCE[plain.dtype]
+    tolerance = LOSS_TOLERANCE[model.dtype]
     if abs(packed - alone) > tolerance * max(1.0, abs(alone)):
         raise ModelError(
             Problem(

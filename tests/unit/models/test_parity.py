@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tuneloop.errors import EndpointError
-from tuneloop.models.export.parity import Answer, check_served, compare, write_parity
+from tuneloop.models.export.parity import LiveAnswer, check_served, compare, write_parity
 from tuneloop.records import Completion, Endpoint
 
-LIVE = Answer([1, 2], [5, 6, 9], [-0.1, -0.2, -0.3], [2.0, 1e-4, 2.0], stopped=True)
+LIVE = LiveAnswer([1, 2], [5, 6, 9], [-0.1, -0.2, -0.3], [2.0, 1e-4, 2.0], stopped=True)
 
 
 def served(ids: list[int], logprobs: list[float], reason: str = "stop") -> Completion:
@@ -41,7 +41,7 @@ def test_compare(completion: Completion, passed: bool, greedy_equal: bool, worst
 
 
 def test_an_answer_cut_off_by_length_has_to_go_on() -> None:
-    cut = Answer([1], [5, 6], [-0.1, -0.2], [2.0, 2.0])
+    cut = LiveAnswer([1], [5, 6], [-0.1, -0.2], [2.0, 2.0])
     assert compare([cut], [served([5, 6], [-0.1, -0.2], "length")], 2e-3).passed
     assert not compare([cut], [served([5], [-0.1])], 2e-3).passed
 

@@ -136,7 +136,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
     return folder
 
 
-def test_conversion_is_told_in_lines(
+def test_a_conversion_is_logged_in_lines_and_reads_the_file_once(
     tiny_gguf: Path,
     cache: Path,
     capfd: pytest.CaptureFixture[str],
@@ -144,13 +144,25 @@ def test_conversion_is_told_in_lines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither transformers' bar nor DeepSpeed's guess at the accelerator gets into the log."""
+    import gguf
+
+    reads = []
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, *args: object) -> None:
+            reads.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
     # A command that ran in an earlier test logs to a standard error that is closed by now.
     monkeypatch.setattr(logging.root, "handlers", [caplog.handler])
     with caplog.at_level("INFO", "tuneloop.models"):
         resolve_base(str(tiny_gguf))
-    told = capfd.readouterr()
-    assert not (told.out + told.err).strip()
-    assert re.search(r"converted (\d+) of \1 tensors", caplog.text)
+    printed = capfd.readouterr()
+    assert not (printed.out + printed.err).strip()
+    assert re.search(r"converted tiny\.gguf, \d+ s", caplog.text)
+    assert len(reads) == 1
+    assert gguf.GGUFReader is Counted
 
 
 def test_a_wheel_cut_into_parts_is_joined_and_cached(

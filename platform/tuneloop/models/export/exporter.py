@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.attention import standard_attention
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.layout import ADAPTER, RENDER_FILE
-from tuneloop.models.export.parity import Answer, write_parity
+from tuneloop.models.export.parity import LiveAnswer, write_parity
 from tuneloop.records import Parity
-
-logger = logging.getLogger("tuneloop.models")
 
 NUM_TOKENS = 24
 _MAX_PROMPT_TOKENS = 256
@@ -30,8 +35,8 @@ _MAX_PROMPT_TOKENS = 256
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
-def parity_prompts(rows: Sequence[tuple[Any, Any]]) -> list[list[int]]:
-    """Return prompts to compare models on: what stands before each row's first target.
+def parity_prompts(rows: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> list[list[int]]:
+    """Return prompts to compare models on: the tokens before each row's first target.
 
     Args:
         rows: Ids and loss mask of each row. Shapes (T,), (T,).
@@ -66,8 +71,11 @@ class Exporter:
     four_bit: bool = False
 
     def answer(
-        self, model: Any, prompts: list[list[int]], num_tokens: int = NUM_TOKENS
-    ) -> list[Answer]:
+        self,
+        model: PreTrainedModel | PeftModel,
+        prompts: list[list[int]],
+        num_tokens: int = NUM_TOKENS,
+    ) -> list[LiveAnswer]:
         """Return the live model's greedy answers. With ZeRO-3 all workers call it together.
 
         Args:
@@ -76,8 +84,8 @@ class Exporter:
         plain = _plain(model)
         pad = self._pad_id()
         width = max(len(prompt) for prompt in prompts)
-        room = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
-        count = num_tokens if room is None else max(1, min(num_tokens, room - width))
+        positions = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
+        count = num_tokens if positions is None else max(1, min(num_tokens, positions - width))
         with standard_attention(plain), self._greedy(plain), torch.no_grad():
             device = next(plain.parameters()).device
             ids = torch.full((len(prompts), width), pad, device=device)
@@ -93,13 +101,13 @@ class Exporter:
         stop_ids = self.renderer.stop_ids
         return [replace(answer, stopped=answer.ids[-1] in stop_ids) for answer in answers]
 
-    def save(self, model: Any) -> None:
+    def save(self, model: PreTrainedModel | PeftModel) -> None:
         """Write adapter, merged weights, tokenizer, template and generation settings.
 
         Rank 0 calls it, with all parameters whole.
         """
         if model is _plain(model):
-            weights = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+            weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
             with _portable_config(model):
                 model.save_pretrained(str(self.output), state_dict=weights)
             del weights
@@ -121,7 +129,7 @@ class Exporter:
             json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8"
         )
 
-    def check(self, live: list[Answer]) -> Parity:
+    def check(self, live: list[LiveAnswer]) -> Parity:
         """Reload the exports, compare them with the live answers and write `parity.json`.
 
         Raises:
@@ -179,20 +187,16 @@ class Exporter:
             )
         return parity
 
-    def _load_adapter(self, dequantized: bool = False) -> Any:
-        from peft import PeftModel
-
+    def _load_adapter(self, dequantized: bool = False) -> PeftModel:
         base = self._load(self.base, self.four_bit)
         if self.four_bit and dequantized:
             base = base.dequantize().to(self.dtype)
         return PeftModel.from_pretrained(base, str(self.output / ADAPTER)).eval()
 
-    def _load_merged(self) -> Any:
+    def _load_merged(self) -> PreTrainedModel:
         return self._load(self.output)
 
-    def _load(self, path: Path, four_bit: bool = False) -> Any:
-        from transformers import AutoModelForCausalLM
-
+    def _load(self, path: Path, four_bit: bool = False) -> PreTrainedModel:
         options: dict[str, Any] = {"dtype": self.dtype}
         if four_bit:
             options["quantization_config"] = four_bits(self.dtype)
@@ -234,10 +238,8 @@ class Exporter:
         return ids if stop is None else ids[: stop + 1]
 
     @contextlib.contextmanager
-    def _greedy(self, plain: Any) -> Iterator[None]:
+    def _greedy(self, plain: PreTrainedModel) -> Iterator[None]:
         """Replace the base's own settings, which `generate` merges into what it is given."""
-        from transformers import GenerationConfig
-
         before = plain.generation_config
         plain.generation_config = GenerationConfig(**self._generation_settings())
         use_cache, plain.config.use_cache = plain.config.use_cache, True
@@ -247,13 +249,11 @@ class Exporter:
             plain.generation_config, plain.config.use_cache = before, use_cache
 
 
-def four_bits(dtype: torch.dtype) -> Any:
+def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
     """Return the settings of QLoRA (Dettmers et al. 2023, arXiv:2305.14314): NF4, twice quantized.
 
     Needs bitsandbytes.
     """
-    from transformers import BitsAndBytesConfig
-
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -262,7 +262,9 @@ def four_bits(dtype: torch.dtype) -> Any:
     )
 
 
-def _score(model: Any, prompt: list[int], ids: list[int]) -> tuple[Answer, list[int]]:
+def _score(
+    model: PreTrainedModel | PeftModel, prompt: list[int], ids: list[int]
+) -> tuple[LiveAnswer, list[int]]:
     """Return log-probabilities of given ids after a prompt, and the greedy picks there.
 
     Equal picks at every position mean equal greedy decoding: each pick has the same past.
@@ -274,23 +276,17 @@ def _score(model: Any, prompt: list[int], ids: list[int]) -> tuple[Answer, list[
     best = logprobs.topk(2, dim=-1)
     chosen = logprobs.gather(1, torch.tensor(ids, device=device)[:, None])[:, 0]
     margins = (best.values[:, 0] - best.values[:, 1]).tolist()
-    return Answer(prompt, ids, chosen.tolist(), margins), best.indices[:, 0].tolist()
+    return LiveAnswer(prompt, ids, chosen.tolist(), margins), best.indices[:, 0].tolist()
 
 
-def _plain(model: Any) -> Any:
+def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return the Hugging Face model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu()
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextlib.contextmanager
-def _portable_config(model: Any) -> Iterator[None]:
+def _portable_config(model: PreTrainedModel) -> Iterator[None]:
     """Save a configuration that names nothing of ours and lets the cache be used."""
-    from transformers import GenerationConfig
-
     before = model.config.use_cache
     model.config.use_cache = True
     # `save_pretrained` refuses a base's inconsistent settings; ours are written afterwards.

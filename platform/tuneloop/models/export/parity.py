@@ -1,7 +1,7 @@
-"""What the live model answered at the end of training, and whether a server answers so too.
+"""What the live model answered at the end of training, and whether a server answers the same.
 
-A trained model leaves its answers to a few prompts in `parity.json`. Whoever serves it asks for
-them again: what is served has to be what was trained.
+A trained model leaves its answers to a few prompts in `parity.json`. Whoever serves it sends the
+same prompts again: what is served has to be what was trained.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PARITY_FILE = "parity.json"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model says to one prompt, greedily.
+class LiveAnswer:
+    """What the trained model, still in memory, answers to one prompt, greedily.
 
     Args:
         prompt_ids: Shape (T,).
@@ -38,14 +38,14 @@ class Answer:
     stopped: bool = False
 
 
-def write_parity(folder: Path, parity: Parity, live: Sequence[Answer]) -> None:
-    """Write `parity.json`: the outcome, and the live model's answers for later comparisons."""
+def write_parity(folder: Path, parity: Parity, live: Sequence[LiveAnswer]) -> None:
+    """Write `parity.json`: the comparison, and the live model's answers for later ones."""
     content = asdict(parity) | {"answers": [asdict(answer) for answer in live]}
     (folder / PARITY_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def check_served(endpoint: Endpoint, folder: Path) -> Parity | None:
-    """Ask a server what the live model was asked; None where no answers are recorded.
+    """Send a server the live model's prompts; None where no answers are recorded.
 
     Args:
         endpoint: Serves the model; has to take token ids, as ours does.
@@ -57,7 +57,7 @@ def check_served(endpoint: Endpoint, folder: Path) -> Parity | None:
     """
     file = folder / PARITY_FILE
     recorded = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    live = [Answer(**answer) for answer in recorded.get("answers", ())]
+    live = [LiveAnswer(**answer) for answer in recorded.get("answers", ())]
     if not live:
         return None
     try:
@@ -88,7 +88,7 @@ def check_served(endpoint: Endpoint, folder: Path) -> Parity | None:
     return parity
 
 
-async def _ask(endpoint: Endpoint, live: Sequence[Answer]) -> list[Completion]:
+async def _ask(endpoint: Endpoint, live: Sequence[LiveAnswer]) -> list[Completion]:
     async with Client(endpoint) as client:
         return await asyncio.gather(
             *(
@@ -100,8 +100,8 @@ async def _ask(endpoint: Endpoint, live: Sequence[Answer]) -> list[Completion]:
         )
 
 
-def compare(live: Sequence[Answer], served: Sequence[Completion], tolerance: float) -> Parity:
-    """Return how greedy completions of the same prompts compare with the live model's answers.
+def compare(live: Sequence[LiveAnswer], served: Sequence[Completion], tolerance: float) -> Parity:
+    """Compare greedy completions of the same prompts with the live model's answers.
 
     A live answer may end with its stop token, which a completion leaves out. What follows a
     differing token has another past and is not compared.
