@@ -34,6 +34,17 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.parent.name != "log"],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    roots = ROOT, ROOT / "platform" / "tuneloop", ROOT / "docs"
+    for name in re.findall(r"`([\w/.-]+/[\w.-]+\.(?:py|ya?ml))`", page.read_text(encoding="utf-8")):
+        assert any((root / name).exists() for root in roots), name
+
+
 def test_every_command_in_the_documentation_exists() -> None:
     usage = subprocess.run(
         [sys.executable, "-m", "tuneloop.cli", "--help"], capture_output=True, text=True, check=True
@@ -89,9 +100,9 @@ def test_every_column_code_metric_and_format_is_documented() -> None:
 
     from tuneloop.config import SourceFormat
     from tuneloop.data.schema import ReasonCode, dataset_schema, removed_schema
-    from tuneloop.evals.scoring.comparison import Prediction
     from tuneloop.evals.scoring.error_tags import ERROR_TAGS
     from tuneloop.evals.scoring.metrics import TASK_METRICS
+    from tuneloop.evals.scoring.predictions import Prediction
 
     own = pa.schema([])
     schemas = dataset_schema(own), dataset_schema(own, is_text=True), removed_schema()
