@@ -142,10 +142,10 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
     from tuneloop.config import DataConfig, ResourcesConfig, TaskConfig
     from tuneloop.data import ray_rows
     from tuneloop.data.dedup import distributed
-    from tuneloop.data.tokenize.rendering import Rendering
+    from tuneloop.data.hashing.content import Content
 
     data = DataConfig.model_validate({"sources": [{"path": str(corpus), "format": "text"}]})
-    rendering = Rendering("", "", TaskConfig(type="language_modeling"), data)
+    content = Content.of(TaskConfig(type="language_modeling"))
     with connect(ResourcesConfig(num_cpus=workers)):
         import ray.data
 
@@ -159,13 +159,13 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
         watch, laps = Stopwatch(), {}
         files = sorted(str(path) for path in corpus.glob("*.parquet"))
         rows = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
-            _read_with_keys, batch_size=1, batch_format="pyarrow", fn_args=(rendering,)
+            _read_with_keys, batch_size=1, batch_format="pyarrow", fn_args=(content, data.dedup)
         )
         rows = rows.materialize()
         laps["keys_wall_s"], laps["keys_cpu_s"] = watch.read().values()
         table = ray_rows.collect(rows, distributed.KEY_COLUMNS)
         one_task = np.zeros(table.num_rows, dtype=np.int64)
-        duplicates = distributed.find_duplicate_rows(table, rows, rendering, one_task)
+        duplicates = distributed.find_duplicate_rows(table, rows, content, data.dedup, one_task)
         took = watch.read()
     kept = set(range(table.num_rows)) - set(duplicates.removed.tolist())
     ids = table["key"].to_numpy()[sorted(kept)].tolist()
@@ -186,17 +186,17 @@ def _import(batch: Any = None) -> dict[str, Any]:
     return {"pid": np.array([os.getpid()])}
 
 
-def _read_with_keys(paths: Any, rendering: Any) -> Any:
+def _read_with_keys(paths: Any, content: Any, dedup: Any) -> Any:
     """Return the rows of a file as `prepare` knows them; it reads a file in a task as well."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    from tuneloop.data.tokenize.rendering import dedup_keys
+    from tuneloop.data.hashing.content import dedup_keys
 
     table = parquet.read_table(paths["item"][0].as_py())
     columns = {"key": table["id"], "text": table["text"]}
     columns["synthetic"] = pa.array([False] * table.num_rows)
-    return pa.table(columns | dedup_keys(table, rendering))
+    return pa.table(columns | dedup_keys(table, content, dedup))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

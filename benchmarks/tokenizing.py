@@ -43,9 +43,10 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from tuneloop.cluster import connect
-from tuneloop.config import DataConfig, ResourcesConfig, TaskConfig
+from tuneloop.config import ResourcesConfig
 from tuneloop.data.schema import row_schema
-from tuneloop.data.tokenize.rendering import Rendering, tokenize
+from tuneloop.data.tokenize.batch import tokenize
+from tuneloop.data.tokenize.rendering import Rendering
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.models.chat.tokenizer_backends import FAST_PACKAGES, FastTokenizer, TokenLists
 
@@ -202,7 +203,7 @@ def read_and_encode(table: Any, rendering: Rendering) -> Iterator[Any]:
     """Yield the rows of the files that a table names, with their tokens."""
     for path in table["path"].to_pylist():
         for batch in parquet.ParquetFile(path).iter_batches(_BATCH):
-            yield tokenize(pa.Table.from_batches([batch]), rendering)
+            yield tokenize(pa.Table.from_batches([batch]), rendering.renderer(), is_text=True)
 
 
 def compare_engines(sample: list[str], documents: list[str], rendering: Rendering) -> list[Any]:
@@ -229,7 +230,7 @@ def compare_engines(sample: list[str], documents: list[str], rendering: Renderin
         if right != [ids for batch in found for ids in batch.lists()]:
             sys.exit(f"{fast.name} does not give the same ids")
         rows.append((fast.name, "", size, part))
-    fast = FastTokenizer(own, rendering.engine)
+    fast = FastTokenizer(own, rendering.backend)
     whole, _ = once(lambda: encoded(fast, documents))
     rows.append((f"{fast.name}, all", "", megabytes_of(documents), whole))
     return rows
@@ -244,7 +245,7 @@ def compare_pipelines(
     paths: list[Path], size: float, rendering: Rendering, rounds: int
 ) -> list[Any]:
     """Return rows of the second table: the engine in a loop, the product's step, with Ray Data."""
-    fast = FastTokenizer(rendering.renderer().tokenizer, rendering.engine)
+    fast = FastTokenizer(rendering.renderer().tokenizer, rendering.backend)
     cores = os.cpu_count() or 1
     found: dict[str, list[Spent]] = {"engine": [], "step": [], "ray": []}
     with ExitStack() as stack:
@@ -260,7 +261,9 @@ def compare_pipelines(
             total = sum(len(one.values) for _, one in ids)
             del ids
             with measured(with_children=False) as spent:
-                tables = encode_files(paths, lambda t: tokenize(t, rendering))
+                tables = encode_files(
+                    paths, lambda t: tokenize(t, rendering.renderer(), is_text=True)
+                )
             found["step"].append(spent)
             with_ends = sum(pc.sum(table["num_tokens"]).as_py() for table in tables)
             del tables
@@ -332,10 +335,9 @@ def main() -> None:
         f"{len(documents):,} documents, {size:.0f} MB, {unique:.0f} MB of them as found; "
         f"{options.base}\n"
     )
-    task, data = TaskConfig(type="language_modeling"), DataConfig.model_construct()
     rows = [{"messages": [], "text": text} for text in documents[:200]]
-    rendering, choice = Rendering(str(base.path), "auto", task, data).proved(rows)
-    if not rendering.engine:
+    rendering, choice = Rendering(str(base.path), "auto").verified(rows)
+    if not rendering.backend:
         sys.exit(f"no fast engine can be trusted: {choice}")
     print(f"{choice}\n")
     share = max(1, round(len(documents) * options.slow_megabytes / size))

@@ -22,13 +22,8 @@ from tuneloop.data.sources.bad_rows import (
 )
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
-from tuneloop.data.tokenize.rendering import (
-    NUM_PROVED,
-    Rendering,
-    percentiles,
-    sample_of,
-    tell_engine,
-)
+from tuneloop.data.tokenize.batch import percentiles
+from tuneloop.data.tokenize.rendering import NUM_VERIFIED, Rendering, sample_of
 from tuneloop.errors import DataError, Problem
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import RenderError
@@ -94,7 +89,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         read_evaluations(find_files(held_out, "data.decontamination.sources"), config)
     except DataError as error:
         return DataCheck(findings=list(error.problems))
-    rendering = Rendering(str(base.path), config.model.chat_template, config.task, config.data)
+    rendering = Rendering(str(base.path), config.model.chat_template)
     limit = config.data.max_seq_len if config.task.type != "language_modeling" else None
     bad: list[BadRow] = []
     too_long: list[LongRow] = []
@@ -104,11 +99,10 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     shown, spread = _EvenlySpread(num_samples), _EvenlySpread(_SPREAD)
     total = 0
     rows = (row for place, file in enumerate(files) for row in read_source(file, place, config))
-    first = list(itertools.islice(rows, NUM_PROVED))
-    if len(first) == NUM_PROVED:
-        # Fewer are encoded sooner than an engine is loaded.
-        rendering, engine = rendering.proved(row for row in first if row["rejection"] is None)
-        tell_engine(engine)
+    first = list(itertools.islice(rows, NUM_VERIFIED))
+    if len(first) == NUM_VERIFIED:
+        # Fewer are encoded sooner than a backend is loaded.
+        rendering, _ = rendering.verified(row for row in first if row["rejection"] is None)
     renderer = rendering.renderer()
     for row in itertools.chain(first, rows):
         total += 1

@@ -12,9 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from ray.data import Dataset
 
 from tuneloop.artifacts import Draft, Published, Workspace, fingerprint
 from tuneloop.cluster import await_cpu
@@ -28,7 +33,8 @@ from tuneloop.data.dedup.conflicts import find_conflicts
 from tuneloop.data.dedup.deduplicate import deduplicate
 from tuneloop.data.dedup.distributed import KEY_COLUMNS
 from tuneloop.data.filters.languages import refuse_unknown_languages
-from tuneloop.data.hashing.columns import one_array
+from tuneloop.data.hashing.columns import Indices, one_array
+from tuneloop.data.hashing.content import Content
 from tuneloop.data.ledger import Ledger, Removal
 from tuneloop.data.schema import Reason, ReasonCode, Rejection, Side, Stage, file_positions
 from tuneloop.data.sources.bad_rows import (
@@ -44,7 +50,8 @@ from tuneloop.data.sources.files import SourceFile, find_files
 from tuneloop.data.split.assign import assign_sides, split_ledger
 from tuneloop.data.split.mixture import find_task_ids
 from tuneloop.data.split.split import occurrence
-from tuneloop.data.tokenize.rendering import NUM_PROVED, Rendering, tell_engine
+from tuneloop.data.tokenize.batch import render_batch
+from tuneloop.data.tokenize.rendering import NUM_VERIFIED, Rendering
 from tuneloop.data.write.parquet import write_rows
 from tuneloop.errors import DataError
 from tuneloop.models.bases.source import BaseModel
@@ -88,7 +95,7 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
     files = find_files(config.data.sources)
     held_out = config.data.decontamination.sources
     evaluation_files = find_files(held_out, "data.decontamination.sources")
-    rendering = Rendering(str(base.path), config.model.chat_template, config.task, config.data)
+    rendering = Rendering(str(base.path), config.model.chat_template)
     contents = {file.name: file.sha256() for file in [*files, *evaluation_files]}
     parts: dict[str, Any] = {
         "task": config.task.model_dump(),
@@ -124,7 +131,7 @@ def _build(
 ) -> dict[str, Any]:
     """Write the artifact's files, from files and evaluations, and return its metrics."""
     files, evaluations = given
-    is_text = config.task.type == "language_modeling"
+    content = Content.of(config.task)
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
         warm = ray_rows.warm_up(rendering)
@@ -134,13 +141,16 @@ def _build(
     total = rows.count()
     logger.info("read %s rows of %s, %s of them unusable", *_counts(total, files, num_unreadable))
     with _timed("tokenize", seconds) as progress:
-        rendering, engine = _proved(rendering, rows, readable)
-        rows = ray_rows.render_rows(rows, rendering, warm, draft.scratch, progress)
-        columns = [*_COLUMNS, *([] if is_text else ["prompt_bands"])]
+        rendering, engine = _verified(rendering, rows, readable)
+        render = partial(
+            render_batch, rendering=rendering, content=content, dedup=config.data.dedup
+        )
+        rows = ray_rows.render_rows(rows, render, warm, draft.scratch, progress)
+        columns = [*_COLUMNS, *([] if content.is_text else ["prompt_bands"])]
         ledger = _ledger(ray_rows.collect(rows, columns), files, config, seconds)
         ledger.backend = engine
         _drop_unusable(ledger, config)
-        ledger.filtered = _filtered(ledger, rows, rendering)
+        ledger.filtered = _filtered(ledger, rows, content)
     num_tokens = int(np.sum(ledger.table["num_tokens"].to_numpy()))
     logger.info(
         "tokenized %s tokens, %s a second",
@@ -148,14 +158,14 @@ def _build(
         _rate(num_tokens, seconds["tokenize"]),
     )
     with _timed("dedup", seconds):
-        ledger.duplicates = deduplicate(ledger, rows, rendering, config)
+        ledger.duplicates = deduplicate(ledger, rows, content, config)
     logger.info("removed %s duplicate rows", f"{len(ledger.removed_by(Stage.DEDUP)):,}")
-    if not is_text:
+    if not content.is_text:
         with _timed("conflicts", seconds):
-            ledger.conflicts = find_conflicts(ledger, rows, rendering)
+            ledger.conflicts = find_conflicts(ledger, rows, content)
     ledger.split = split_ledger(ledger, config)
     with _timed("decontaminate", seconds):
-        contamination = decontaminate(ledger, rows, rendering, evaluations)
+        contamination = decontaminate(ledger, rows, content, config.data, evaluations)
     logger.info("removed %s contaminated train rows", f"{len(contamination.removed):,}")
     ledger.contamination = contamination
     # Nothing is compared from here on.
@@ -164,7 +174,7 @@ def _build(
     )
     ledger.split = assign_sides(ledger, config)
     with _timed("describe", seconds):
-        ledger.wording = describe_wording(ledger, rows, rendering)
+        ledger.wording = describe_wording(ledger, rows, content)
     with _timed("write", seconds):
         written = write_rows(rows, ledger, rendering, config, draft.path)
     logger.info(
@@ -192,17 +202,14 @@ def _build(
     }
 
 
-def _refuse_unreadable(rows: Any, config: TuneloopConfig) -> tuple[Any, int]:
+def _refuse_unreadable(rows: Dataset, config: TuneloopConfig) -> tuple[Indices, int]:
     """Return the keys of the readable rows, and how many are unreadable.
 
     Raises:
         DataError: Too many are unreadable.
     """
-    import pyarrow.compute as pc
-
+    refuse_bad_rows([], rows.count(), config.data)
     table = ray_rows.collect(rows, ["source", "rejection"])
-    if table is None:
-        refuse_bad_rows([], 0, config.data)
     stage = pc.struct_field(table["rejection"], "stage")
     is_bad = pc.equal(stage, Stage.READ.value).fill_null(False).to_numpy()
     columns = (table.filter(is_bad)[name].to_pylist() for name in ("source", "rejection"))
@@ -211,27 +218,25 @@ def _refuse_unreadable(rows: Any, config: TuneloopConfig) -> tuple[Any, int]:
     return table["key"].to_numpy()[~is_bad], len(bad)
 
 
-def _is_nonempty(column: Any) -> Any:
+def _is_nonempty(column: pa.ChunkedArray) -> NDArray[np.bool_]:
     """Return which strings of an Arrow column are not empty. Shape (N,)."""
-    import pyarrow.compute as pc
-
     return pc.not_equal(column, "").to_numpy()
 
 
-def _proved(rendering: Rendering, rows: Any, keys: Any) -> tuple[Rendering, BackendChoice]:
+def _verified(
+    rendering: Rendering, rows: Dataset, keys: Indices
+) -> tuple[Rendering, BackendChoice]:
     """Return the rendering by the engine that may be trusted with the rows, and tell which.
 
     Args:
         keys: Of usable rows, some of which the engine is tried on. Shape (N,).
     """
-    chosen = keys[:: max(1, -(-len(keys) // NUM_PROVED))]
-    rendering, choice = rendering.proved(ray_rows.fetch_rows(rows, chosen))
-    tell_engine(choice)
-    return rendering, choice
+    chosen = keys[:: max(1, -(-len(keys) // NUM_VERIFIED))]
+    return rendering.verified(ray_rows.fetch_rows(rows, chosen))
 
 
 def _ledger(
-    table: Any, files: list[SourceFile], config: TuneloopConfig, seconds: dict[str, float]
+    table: pa.Table, files: list[SourceFile], config: TuneloopConfig, seconds: dict[str, float]
 ) -> Ledger:
     count = table.num_rows
     source = np.array([file.source for file in files])[file_positions(table["key"].to_numpy())]
@@ -246,11 +251,8 @@ def _ledger(
     )
 
 
-def _row_ids(contents: Any) -> Any:
+def _row_ids(contents: pa.StringArray) -> pa.StringArray:
     """Return what rows are known by, from hashes of what they say; no two are the same."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     # What a row says identifies it; copies are numbered in the order they are read.
     earlier = occurrence(contents.dictionary_encode().indices.to_numpy())
     is_copy = earlier > 0
@@ -292,7 +294,7 @@ def _drop_unusable(ledger: Ledger, config: TuneloopConfig) -> None:
         raise DataError(nothing_left_problem([r.reason.summary for r in ledger.removals.values()]))
 
 
-def _filtered(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]:
+def _filtered(ledger: Ledger, rows: Dataset, content: Content) -> dict[str, Any]:
     """Return what filters changed, and the first few rows that they dropped for each reason."""
     changed = ledger.table["changes"].filter(_is_nonempty(ledger.table["changes"]))
     mended = (change.split(", ") for change in changed.to_pylist())
@@ -302,7 +304,7 @@ def _filtered(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]
         by_reason.setdefault(ledger.removals[index].reason.summary, []).append(index)
     chosen = [index for found in by_reason.values() for index in found[:_NUM_EXAMPLES]]
     keys = ledger.table["key"].to_numpy()
-    texts = ray_rows.fetch_texts(rows, keys[chosen], rendering) if chosen else {}
+    texts = ray_rows.fetch_texts(rows, keys[chosen], content) if chosen else {}
     return {
         "changes": dict(changes.most_common()),
         "num_dropped": {reason: len(found) for reason, found in by_reason.items()},
@@ -310,7 +312,7 @@ def _filtered(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]
             {
                 "source": ledger.table["source"][index].as_py(),
                 "reason": ledger.removals[index].reason.text,
-                "text": texts[int(keys[index])][0][:_SHOWN_CHARACTERS],
+                "text": texts[int(keys[index])].text[:_SHOWN_CHARACTERS],
             }
             for index in chosen
         ],

@@ -6,52 +6,50 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray import ObjectRef
+from ray.data import Dataset
 
 from tuneloop.config import TuneloopConfig
-from tuneloop.data.hashing.columns import ComparedSide, Hashes
-from tuneloop.data.schema import SourceRow, row_schema
-from tuneloop.data.sources.files import SourceFile
-from tuneloop.data.sources.readers import read_source
-from tuneloop.data.tokenize.block_cache import KEPT_FROM_ROWS, kept_blocks, make_or_read
-from tuneloop.data.tokenize.rendering import (
-    SAID_IN,
-    Rendering,
-    render_batch,
+from tuneloop.data.hashing.columns import ComparedSide, Hashes, Indices
+from tuneloop.data.hashing.content import (
+    CONTENT_COLUMNS,
+    Content,
     rows_with_keys,
     shingles_of_rows,
     texts_of_rows,
 )
+from tuneloop.data.schema import SourceRow, row_schema
+from tuneloop.data.sources.files import SourceFile
+from tuneloop.data.sources.readers import read_source
+from tuneloop.data.tokenize.block_cache import KEPT_FROM_ROWS, kept_blocks, make_or_read
+from tuneloop.data.tokenize.rendering import Rendering
 from tuneloop.progress import Progress
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger("tuneloop.data")
 
-# Of what a task or this process holds at once: fewer rows where they are long.
+# What a task or the driver holds at once: fewer rows where they are long.
 _ROWS_PER_BLOCK, _BYTES_PER_BLOCK = 2000, 16 << 20
 _TASKS_PER_CPU, _BYTES_PER_TASK = 4, 32 << 20
 
 
-def warm_up(rendering: Rendering) -> Any:
+def warm_up(rendering: Rendering) -> ObjectRef:
     """Let a worker load the tokenizer while the files are read; return the reference to wait for.
 
     Rendering before it is done would make a second worker load it as well.
     """
-    import ray
-
     return ray.remote(num_cpus=1)(_load_renderer).remote(rendering)
 
 
-def read_files(files: list[SourceFile], config: TuneloopConfig) -> Any:
+def read_files(files: Sequence[SourceFile], config: TuneloopConfig) -> Dataset:
     """Return a Ray dataset of all rows by `row_schema`: one read task for each file."""
-    import ray.data
-
     items = [{"position": position} for position in range(len(files))]
     dataset = ray.data.from_items(items, override_num_blocks=len(items))
     read = functools.partial(_read_batch, files=ray.put(files), config=config)
@@ -60,16 +58,20 @@ def read_files(files: list[SourceFile], config: TuneloopConfig) -> Any:
 
 
 def render_rows(
-    rows: Any, rendering: Rendering, warm: Any, scratch: Path, progress: Progress
-) -> Any:
+    rows: Dataset,
+    render: Callable[[pa.Table], pa.Table],
+    warm: ObjectRef,
+    scratch: Path,
+    progress: Progress,
+) -> Dataset:
     """Return the Ray dataset of tokenized rows by `rendered_schema`, once `warm` is done.
 
     Args:
+        render: Makes the tokenized rows of a batch.
+        warm: Of `warm_up`.
         scratch: Where the blocks of a large corpus are kept for a run that has to go on.
         progress: Shows how many rows of a large corpus are done.
     """
-    import ray
-
     ray.get(warm)
     num_rows = rows.count()
     # Each task costs the driver ten milliseconds and its worker a wait for the next one.
@@ -81,7 +83,6 @@ def render_rows(
     num_blocks = min(wanted, -(-num_rows // size))
     if rows.num_blocks() < num_blocks:
         rows = rows.repartition(num_blocks)
-    render = functools.partial(render_batch, rendering=rendering)
     if num_rows < KEPT_FROM_ROWS:
         return rows.map_batches(render, batch_size=size, batch_format="pyarrow").materialize()
     folder = scratch / "tokenized"
@@ -99,15 +100,11 @@ def render_rows(
         return rows.map_batches(render, batch_size=size, batch_format="pyarrow").materialize()
 
 
-def collect(rows: Any, columns: list[str]) -> Any:
-    """Return some columns of all rows as one Arrow table in the order of `key`."""
-    import pyarrow as pa
-
+def collect(rows: Dataset, columns: Sequence[str]) -> pa.Table:
+    """Return some columns of all rows as one table in the order of `key`; there must be a row."""
     wanted = list(dict.fromkeys(["key", *columns]))
     batches = rows.select_columns(wanted).iter_batches(batch_size=None, batch_format="pyarrow")
     tables = [batch.select(wanted) for batch in batches if batch.num_rows]
-    if not tables:
-        return None
     # Blocks come in any order, the rows of one in theirs: sorting all would copy them twice.
     tables.sort(key=lambda table: table["key"][0].as_py())
     found = pa.concat_tables(tables)
@@ -116,59 +113,61 @@ def collect(rows: Any, columns: list[str]) -> Any:
     return found.combine_chunks() if (keys[1:] > keys[:-1]).all() else found.sort_by("key")
 
 
-def fetch_rows(rows: Any, keys: Any) -> list[dict[str, Any]]:
-    """Return the columns of `SAID_IN` of the rows with some keys."""
+def fetch_rows(rows: Dataset, keys: Indices) -> list[dict[str, Any]]:
+    """Return the columns of `CONTENT_COLUMNS` of the rows with some keys."""
     select = functools.partial(rows_with_keys, keys=np.sort(keys))
-    return [row for batch in map_said(rows, select) for row in batch.to_pylist()]
+    return [row for batch in map_contents(rows, select) for row in batch.to_pylist()]
 
 
 def fetch_shingles(
-    rows: Any, keys: Any, rendering: Rendering, on: ComparedSide, ngram_words: int
+    rows: Dataset, keys: Indices, content: Content, on: ComparedSide, ngram_words: int
 ) -> dict[int, Hashes]:
     """Return the sorted distinct shingle hashes of the rows with some keys, by key."""
     select = functools.partial(
-        shingles_of_rows, keys=np.sort(keys), rendering=rendering, on=on, ngram_words=ngram_words
+        shingles_of_rows, keys=np.sort(keys), content=content, on=on, ngram_words=ngram_words
     )
     found: dict[int, Hashes] = {}
-    for batch in map_said(rows, select):
+    for batch in map_contents(rows, select):
         for key, values in zip(batch["key"].to_pylist(), batch["shingles"], strict=True):
             found[key] = values.values.to_numpy(zero_copy_only=False).astype(np.uint64)
     return found
 
 
-def fetch_texts(rows: Any, keys: Any, rendering: Rendering) -> dict[int, tuple[str, str, str]]:
-    """Return what the rows with some keys say, by key: all of it, prompt, answer.
+class RowTexts(NamedTuple):
+    """What a row says; a document has neither prompt nor answer."""
 
-    A document has neither prompt nor answer.
-    """
-    select = functools.partial(texts_of_rows, keys=np.sort(keys), rendering=rendering)
-    found: dict[int, tuple[str, str, str]] = {}
-    for batch in map_said(rows, select):
+    text: str
+    prompt: str
+    answer: str
+
+
+def fetch_texts(rows: Dataset, keys: Indices, content: Content) -> dict[int, RowTexts]:
+    """Return what the rows with some keys say, by key."""
+    select = functools.partial(texts_of_rows, keys=np.sort(keys), content=content)
+    found: dict[int, RowTexts] = {}
+    for batch in map_contents(rows, select):
         columns = [batch[name].to_pylist() for name in ("key", "text", "prompt", "answer")]
-        for key, *said in zip(*columns, strict=True):
-            found[key] = (said[0], said[1], said[2])
+        found |= {key: RowTexts(*texts) for key, *texts in zip(*columns, strict=True)}
     return found
 
 
-def map_said(rows: Any, select: Any) -> Iterator[Any]:
-    """Yield what a function makes, in tasks, of each block's `key` and columns of `SAID_IN`."""
-    columns = rows.select_columns(["key", *SAID_IN])
+def map_contents(rows: Dataset, select: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
+    """Yield what a function makes, in tasks, of each block's `key` and `CONTENT_COLUMNS`."""
+    columns = rows.select_columns(["key", *CONTENT_COLUMNS])
     chosen = columns.map_batches(select, batch_format="pyarrow")
     yield from chosen.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def column_schema(rows: Any) -> Any:
+def column_schema(rows: Dataset) -> pa.Schema:
     """Return the Arrow schema of the user's own columns, over all rows.
 
     A column whose values have types that do not go together becomes a string of JSON.
     """
-    import pyarrow as pa
-
-    found: list[Any] = []
+    found: list[pa.Schema] = []
     batches = rows.select_columns(["extra"]).map_batches(_column_types, batch_format="pyarrow")
     for batch in batches.iter_batches(batch_size=None, batch_format="pyarrow"):
         found += [pa.ipc.read_schema(pa.py_buffer(data)) for data in batch["schema"].to_pylist()]
-    fields: dict[str, Any] = {}
+    fields: dict[str, pa.Field] = {}
     for field in itertools.chain.from_iterable(found):
         known = fields.get(field.name, field)
         try:
@@ -190,10 +189,7 @@ def _load_renderer(rendering: Rendering) -> None:
     rendering.renderer()
 
 
-def _read_batch(table: Any, files: Any, config: TuneloopConfig) -> Iterator[Any]:
-    import pyarrow as pa
-    import ray
-
+def _read_batch(table: pa.Table, files: ObjectRef, config: TuneloopConfig) -> Iterator[pa.Table]:
     sources = ray.get(files)
     schema = row_schema()
     for position in table["position"].to_pylist():
@@ -221,15 +217,13 @@ def _chunked(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
         yield chunk
 
 
-def batch_size(rows: Any) -> int:
+def batch_size(rows: Dataset) -> int:
     """Return how many rows of a dataset to hold at once."""
     mean = rows.size_bytes() / max(1, rows.count())
     return int(min(_ROWS_PER_BLOCK, max(1, _BYTES_PER_BLOCK // max(1, mean))))
 
 
-def _column_types(table: Any) -> Any:
-    import pyarrow as pa
-
+def _column_types(table: pa.Table) -> pa.Table:
     values: dict[str, list[Any]] = {}
     for text in table["extra"].to_pylist():
         for name, value in json.loads(text).items():

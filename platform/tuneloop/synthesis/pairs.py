@@ -32,10 +32,10 @@ from tuneloop.config import (
     TuneloopConfig,
 )
 from tuneloop.data.filters.languages import refuse_unknown_languages
+from tuneloop.data.hashing.content import content_id
 from tuneloop.data.schema import ReasonCode, Stage, dataset_schema, removed_schema
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
-from tuneloop.data.tokenize.rendering import content_id
 from tuneloop.errors import ConfigError, DataError, EndpointError, Problem
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer, RenderError

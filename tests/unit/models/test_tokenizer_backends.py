@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tuneloop.config import DataConfig, TaskConfig
 from tuneloop.data.tokenize.rendering import Rendering
 from tuneloop.models.chat import tokenizer_backends as backends
 from tuneloop.models.chat.awkward_texts import awkward_texts
@@ -206,15 +205,13 @@ def test_what_a_backend_caches_is_bounded(
 
 
 def test_rows_that_cannot_be_rendered_prove_nothing(tiny_model: Path) -> None:
-    rendering = Rendering(
-        str(tiny_model), "auto", TaskConfig(type="generation"), DataConfig.model_construct()
-    )
+    rendering = Rendering(str(tiny_model), "auto")
     leaking = {"messages": [{"role": "user", "content": "<|im_end|>"}], "text": ""}
     asked = {"role": "user", "content": "yes?"}
     fine = {"messages": [asked, {"role": "assistant", "content": "no"}], "text": ""}
-    _, none = rendering.proved([leaking])
-    fast, two = rendering.proved([leaking, fine])
-    assert fast.engine == "gigatoken"
+    _, none = rendering.verified([leaking])
+    fast, two = rendering.verified([leaking, fine])
+    assert fast.backend == "gigatoken"
     assert two.num_texts == none.num_texts + 2
 
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import ray_rows
+from tuneloop.data.hashing.content import Content, texts_of_rows
 from tuneloop.data.ledger import Ledger
 from tuneloop.data.schema import Side
-from tuneloop.data.tokenize.rendering import Rendering, texts_of_rows
 from tuneloop.spelling import words_by_frequency
 
 # Rows whose wording is looked at: the first of the shuffled train split.
@@ -79,13 +79,13 @@ def _describe_parts(ledger: Ledger, part: Any, told: list[dict[str, Any]]) -> li
     return described
 
 
-def describe_wording(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[str, Any]:
+def describe_wording(ledger: Ledger, rows: Any, content: Content) -> dict[str, Any]:
     """Return how varied the train rows are, told by the first 5,000 of the shuffled split.
 
     Args:
         ledger: With the final sides.
         rows: The Ray dataset of tokenized rows.
-        rendering: Of those.
+        content: How to read what they say.
 
     Returns:
         `num_rows` that were looked at; `lead_words` (of prompts, and in how many rows), how many
@@ -99,7 +99,7 @@ def describe_wording(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[st
     leads: Counter[str] = Counter()
     found: Counter[str] = Counter()
     # The texts stay where they are: 5,000 long ones are more than this process should hold.
-    for batch in ray_rows.map_said(rows, partial(_wording, keys=keys, rendering=rendering)):
+    for batch in ray_rows.map_contents(rows, partial(_wording, keys=keys, content=content)):
         leads.update(filter(None, batch["lead"].to_pylist()))
         for words in batch["words"].to_pylist():
             found.update(words)
@@ -115,11 +115,11 @@ def describe_wording(ledger: Ledger, rows: Any, rendering: Rendering) -> dict[st
     }
 
 
-def _wording(table: Any, keys: Any, rendering: Rendering) -> Any:
+def _wording(table: Any, keys: Any, content: Content) -> Any:
     """Return the `lead` word and the distinct `words` of the rows whose key is wanted."""
     import pyarrow as pa
 
-    said = texts_of_rows(table, keys, rendering)
+    said = texts_of_rows(table, keys, content)
     words = [sorted(long_words(text)) for text in said["text"].to_pylist()]
     leads = [lead_word(prompt) for prompt in said["prompt"].to_pylist()]
     return pa.table({"lead": leads, "words": pa.array(words, pa.list_(pa.string()))})

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from ray.data import Dataset
 
+from tuneloop.config import DataConfig
 from tuneloop.data import ray_rows
 from tuneloop.data.decontamination.distributed import find_overlaps
 from tuneloop.data.decontamination.held_out import EvaluationRows
@@ -23,9 +24,9 @@ from tuneloop.data.decontamination.matching import (
 )
 from tuneloop.data.decontamination.ngrams import quoted
 from tuneloop.data.hashing.columns import Indices, as_matrix
+from tuneloop.data.hashing.content import Content
 from tuneloop.data.ledger import Ledger, Removal
 from tuneloop.data.schema import Reason, ReasonCode, Stage
-from tuneloop.data.tokenize.rendering import Rendering
 
 _NUM_EXAMPLES = 5
 _CODES = {
@@ -84,14 +85,19 @@ class Contamination:
 
 
 def decontaminate(
-    ledger: Ledger, rows: Dataset, rendering: Rendering, evaluations: Sequence[EvaluationRows]
+    ledger: Ledger,
+    rows: Dataset,
+    content: Content,
+    data: DataConfig,
+    evaluations: Sequence[EvaluationRows],
 ) -> Contamination:
     """Remove the train rows that repeat what is held out, and return what was found.
 
     Args:
         ledger: With a split; the removed rows are noted in it.
         rows: Dataset of tokenized rows.
-        rendering: How they were rendered.
+        content: How to read what they say.
+        data: Its `decontamination` and `dedup` say what is compared, and what is enough.
         evaluations: Result of `read_evaluations`.
     """
     assert ledger.split is not None
@@ -103,10 +109,10 @@ def decontaminate(
     ]
     held_out += [HeldOutSet(item.name, np.arange(len(item.labels)), item) for item in evaluations]
     matches: dict[int, Match] = {}
-    for match in _same_or_near(ledger, rows, rendering, held_out):
+    for match in _same_or_near(ledger, rows, content, data, held_out):
         matches.setdefault(match.key, match)
     train_keys = keys[np.sort(ledger.split.train)]
-    ngram_words, overlaps = find_overlaps(train_keys, held_out, rows, rendering)
+    ngram_words, overlaps = find_overlaps(train_keys, held_out, rows, content, data.decontamination)
     for match in overlaps:
         matches.setdefault(match.key, match)
     ordered = [match for _, match in sorted(matches.items())]
@@ -129,13 +135,16 @@ def decontaminate(
 
 
 def _same_or_near(
-    ledger: Ledger, rows: Dataset, rendering: Rendering, held_out: Sequence[HeldOutSet]
+    ledger: Ledger,
+    rows: Dataset,
+    content: Content,
+    data: DataConfig,
+    held_out: Sequence[HeldOutSet],
 ) -> Iterator[Match]:
     """Yield the train rows with the text or prompt of an evaluation's row, or nearly the same."""
     assert ledger.split is not None
     if all(of_set.evaluation is None for of_set in held_out):
         return
-    data = rendering.data
     columns = ledger.table.select(["key", "exact_key", "prompt_key", "bands"])
     table = columns.take(np.sort(ledger.split.train))
     train = TrainRows(
@@ -155,7 +164,7 @@ def _same_or_near(
         if len(pairs):
             candidates = np.unique(pairs[:, 0])
             by_key = ray_rows.fetch_shingles(
-                rows, train.keys[candidates], rendering, data.dedup.on, data.dedup.ngram_words
+                rows, train.keys[candidates], content, data.dedup.on, data.dedup.ngram_words
             )
             sets = {int(row): by_key[int(train.keys[row])] for row in candidates}
             matches |= near_duplicates(pairs, sets, evaluation, data)

@@ -17,6 +17,7 @@ import ray
 from ray import ObjectRef
 from ray.data import Dataset
 
+from tuneloop.config import DecontaminationConfig
 from tuneloop.data.decontamination.matching import HeldOutSet, Match, MatchKind
 from tuneloop.data.decontamination.ngrams import (
     FrequentNgrams,
@@ -33,15 +34,13 @@ from tuneloop.data.decontamination.ngrams import (
     overlapping,
 )
 from tuneloop.data.hashing.columns import Hashes, Indices, Texts
-from tuneloop.data.hashing.signatures import word_counts
-from tuneloop.data.tokenize.rendering import (
-    SAID_IN,
-    Rendering,
-    compared_from,
+from tuneloop.data.hashing.content import (
+    CONTENT_COLUMNS,
+    Content,
     rows_with_keys,
-    said_column,
     texts_of_rows,
 )
+from tuneloop.data.hashing.signatures import word_counts
 
 # The index of a slice takes some 30 bytes a word, and twice that while it is made.
 _WORDS_PER_SLICE = 8_000_000
@@ -75,10 +74,10 @@ class _HeldOutTable(NamedTuple):
 
 
 class _WantedRows(NamedTuple):
-    """Keys of rows to take from the blocks, ascending for each split; how they were rendered."""
+    """Keys of rows to take from the blocks, ascending for each split; how to read them."""
 
     keys: list[Indices]
-    rendering: Rendering
+    content: Content
 
 
 class _Slice(NamedTuple):
@@ -101,11 +100,15 @@ class _WantedPassages(NamedTuple):
 
     keys: Indices
     places: list[_Place]
-    rendering: Rendering
+    content: Content
 
 
 def find_overlaps(
-    keys: Indices, held_out: Sequence[HeldOutSet], rows: Dataset, rendering: Rendering
+    keys: Indices,
+    held_out: Sequence[HeldOutSet],
+    rows: Dataset,
+    content: Content,
+    settings: DecontaminationConfig,
 ) -> NgramMatches:
     """Return which train rows overlap with held-out rows by n-grams.
 
@@ -116,11 +119,11 @@ def find_overlaps(
         keys: Keys of the train rows, ascending.
         held_out: What they are compared with.
         rows: Materialized dataset of all rows, with `key` and their contents.
-        rendering: How they were rendered; its `data.decontamination` says what is enough.
+        content: How to read what they say.
+        settings: What is enough.
     """
-    settings = rendering.data.decontamination
     blocks = rows.to_arrow_refs()
-    tables = _held_out_tables(held_out, blocks, rendering)
+    tables = _held_out_tables(held_out, blocks, content)
     lengths = [
         np.concatenate([np.zeros(0, int), *(table.num_words for table in of_set)])
         for of_set in tables
@@ -139,7 +142,7 @@ def find_overlaps(
     # A task that waits for what it asks for gives its CPU away, and Ray starts one more worker.
     ray.wait(indices, num_returns=len(indices), fetch_local=False)
     look_up = ray.remote(num_cpus=1, num_returns=len(slices))(_shared)
-    train = ray.put(_WantedRows([keys], rendering))
+    train = ray.put(_WantedRows([keys], content))
     shared = [look_up.remote(train, indices, block) for block in blocks]
     if len(slices) == 1:
         shared = [[of_slice] for of_slice in shared]
@@ -170,18 +173,16 @@ def find_overlaps(
         for key, other, share in zip(*(column.tolist() for column in best), strict=True):
             matches.setdefault(key, Match(key, set_index, other, MatchKind.NGRAMS, share))
     ordered = [match for _, match in sorted(matches.items())]
-    return NgramMatches(
-        ngram_words, _with_passages(ordered, tables, ngram_words, blocks, rendering)
-    )
+    return NgramMatches(ngram_words, _with_passages(ordered, tables, ngram_words, blocks, content))
 
 
 def _held_out_tables(
-    held_out: Sequence[HeldOutSet], blocks: Sequence[ObjectRef], rendering: Rendering
+    held_out: Sequence[HeldOutSet], blocks: Sequence[ObjectRef], content: Content
 ) -> list[list[_HeldOutTable]]:
     """Return the tables with the rows of each held-out set."""
     splits = [place for place, of_set in enumerate(held_out) if of_set.evaluation is None]
     take = ray.remote(num_cpus=1, num_returns=len(splits) + 1)(_held_out_rows)
-    wanted = ray.put(_WantedRows([held_out[place].keys for place in splits], rendering))
+    wanted = ray.put(_WantedRows([held_out[place].keys for place in splits], content))
     tables: list[list[_HeldOutTable]] = [[] for _ in held_out]
     if splits:
         for *refs, contents in [take.remote(wanted, block) for block in blocks]:
@@ -209,9 +210,9 @@ def _held_out_rows(
     wanted: _WantedRows, block: pa.Table
 ) -> tuple[pa.Table | list[_HeldOutTable], ...]:
     """Return a table of each split's rows in a block; at the end what is in them all."""
-    contents = block.select(["key", *SAID_IN])
+    contents = block.select(["key", *CONTENT_COLUMNS])
     tables = [
-        texts_of_rows(contents, keys, wanted.rendering).select(["key", "text", "prompt"])
+        texts_of_rows(contents, keys, wanted.content).select(["key", "text", "prompt"])
         for keys in wanted.keys
     ]
     return *tables, [
@@ -230,9 +231,9 @@ def _shared(
     wanted: _WantedRows, indices: Sequence[ObjectRef], block: pa.Table
 ) -> SharedNgrams | list[SharedNgrams]:
     """Return what the train rows of a block share with each index."""
-    (train_keys,), rendering = wanted
-    chosen = rows_with_keys(block.select(["key", *compared_from(rendering)]), train_keys)
-    texts = Texts.of_column(said_column(chosen, rendering, "both"))
+    (train_keys,), content = wanted
+    chosen = rows_with_keys(block.select(["key", *content.columns]), train_keys)
+    texts = Texts.of_column(content.column(chosen, "both"))
     keys = chosen["key"].to_numpy()
     by_index = []
     for index in indices:
@@ -291,7 +292,7 @@ def _with_passages(
     tables: Sequence[Sequence[_HeldOutTable]],
     ngram_words: Sequence[int | None],
     blocks: Sequence[ObjectRef],
-    rendering: Rendering,
+    content: Content,
 ) -> list[Match]:
     """Return matches, ascending by key, each with the passage that the two rows share.
 
@@ -300,7 +301,7 @@ def _with_passages(
         tables: Tables of each held-out set.
         ngram_words: Words of an n-gram for each.
         blocks: Blocks of all rows.
-        rendering: How these were rendered.
+        content: How to read what they say.
     """
     if not matches:
         return []
@@ -317,7 +318,7 @@ def _with_passages(
         _WantedPassages(
             np.array([match.key for match in matches]),
             [places[match.set_index, match.held_out] for match in matches],
-            rendering,
+            content,
         )
     )
     quote = ray.remote(num_cpus=1)(_passages)
@@ -331,9 +332,9 @@ def _passages(
     wanted: _WantedPassages, tables: Sequence[ObjectRef], block: pa.Table
 ) -> dict[int, str]:
     """Return, by key, the passages that train rows of a block share with held-out rows."""
-    rendering = wanted.rendering
-    chosen = rows_with_keys(block.select(["key", *compared_from(rendering)]), wanted.keys)
-    texts = said_column(chosen, rendering, "both").to_pylist()
+    content = wanted.content
+    chosen = rows_with_keys(block.select(["key", *content.columns]), wanted.keys)
+    texts = content.column(chosen, "both").to_pylist()
     keys = chosen["key"].to_pylist()
     by_table: dict[int, list[tuple[int, str, _Place]]] = {}
     for key, text, index in zip(

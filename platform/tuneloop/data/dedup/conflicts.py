@@ -16,10 +16,10 @@ from ray.data import Dataset
 from tuneloop.data import ray_rows
 from tuneloop.data.dedup.minhash import candidate_pairs, scoped_hashes
 from tuneloop.data.hashing.columns import Indices, as_matrix
+from tuneloop.data.hashing.content import ALIKE_PROMPTS, Content
 from tuneloop.data.hashing.signatures import jaccard
 from tuneloop.data.ledger import Ledger
 from tuneloop.data.schema import Side
-from tuneloop.data.tokenize.rendering import ALIKE_PROMPTS, Rendering
 
 _NUM_EXAMPLES = 5
 _ROWS_SHOWN = 3
@@ -71,13 +71,13 @@ class _NearPrompts(NamedTuple):
     other: int
 
 
-def find_conflicts(ledger: Ledger, rows: Dataset, rendering: Rendering) -> Conflicts:
+def find_conflicts(ledger: Ledger, rows: Dataset, content: Content) -> Conflicts:
     """Return the conflicts among the rows that are not removed.
 
     Args:
         ledger: The ledger after deduplication.
         rows: Dataset of tokenized rows.
-        rendering: How they were rendered.
+        content: How to read what they say.
     """
     places = np.flatnonzero(~ledger.is_on(Side.REMOVED))
     table = ledger.table.select(_COLUMNS).take(places)
@@ -85,13 +85,13 @@ def find_conflicts(ledger: Ledger, rows: Dataset, rendering: Rendering) -> Confl
     # Two tasks may answer one prompt differently.
     prompts = scoped_hashes(table["prompt_key"].to_numpy(), task_ids)
     same = same_prompts(prompts, table["answer_key"].to_numpy())
-    near = _near_prompts(table, prompts, task_ids, rows, rendering)
+    near = _near_prompts(table, prompts, task_ids, rows, content)
     near.sort(key=lambda pair: (-pair.similarity, pair.row))
     shown = [("same prompt", 1.0, group[:_ROWS_SHOWN].tolist()) for group in same[:_NUM_EXAMPLES]]
     shown += [("near prompt", pair.similarity, pair[1:]) for pair in near[:_NUM_EXAMPLES]]
     keys = table["key"].to_numpy()
     wanted = sorted({index for *_, indices in shown for index in indices})
-    texts = ray_rows.fetch_texts(rows, keys[wanted], rendering) if wanted else {}
+    texts = ray_rows.fetch_texts(rows, keys[wanted], content) if wanted else {}
 
     def row(index: int) -> ConflictingRow:
         _, prompt, answer = texts[int(keys[index])]
@@ -134,7 +134,7 @@ def _repeats(values: Indices) -> Indices:
 
 
 def _near_prompts(
-    table: pa.Table, prompts: Indices, task_ids: Indices, rows: Dataset, rendering: Rendering
+    table: pa.Table, prompts: Indices, task_ids: Indices, rows: Dataset, content: Content
 ) -> list[_NearPrompts]:
     answers = table["answer_key"].to_numpy()
     # One row stands for all with its prompt.
@@ -145,7 +145,7 @@ def _near_prompts(
     if not len(pairs):
         return []
     keys = table["key"].to_numpy()[first]
-    sets = ray_rows.fetch_shingles(rows, keys[np.unique(pairs)], rendering, "prompt", 1)
+    sets = ray_rows.fetch_shingles(rows, keys[np.unique(pairs)], content, "prompt", 1)
     found = [
         _NearPrompts(jaccard(sets[int(keys[a])], sets[int(keys[b])]), int(first[a]), int(first[b]))
         for a, b in pairs.tolist()

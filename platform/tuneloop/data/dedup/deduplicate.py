@@ -9,20 +9,20 @@ from tuneloop.config import OneTaskConfig, TuneloopConfig
 from tuneloop.data.dedup.distributed import KEY_COLUMNS, find_duplicate_rows
 from tuneloop.data.dedup.minhash import Duplicates
 from tuneloop.data.hashing.columns import Indices
+from tuneloop.data.hashing.content import Content
 from tuneloop.data.ledger import Ledger, Removal
 from tuneloop.data.schema import Reason, ReasonCode, Stage
-from tuneloop.data.tokenize.rendering import Rendering
 
 
 def deduplicate(
-    ledger: Ledger, rows: Dataset, rendering: Rendering, config: TuneloopConfig
+    ledger: Ledger, rows: Dataset, content: Content, config: TuneloopConfig
 ) -> Duplicates:
     """Remove the usable rows that repeat others, and return which repeat which.
 
     Args:
         ledger: The removed rows are noted in it.
         rows: Materialized dataset of tokenized rows.
-        rendering: How they were rendered.
+        content: How to read what they say.
         config: Its `task` and `data.dedup`.
     """
     table, usable = ledger.table.select(["key", *KEY_COLUMNS]), ledger.usable
@@ -30,7 +30,7 @@ def deduplicate(
         table = table.take(usable)
     answer_keys = ledger.table["answer_key"].to_numpy()
     scopes = _dedup_scopes(config, ledger.task_ids, answer_keys)[usable]
-    duplicates = find_duplicate_rows(table, rows, rendering, scopes)
+    duplicates = find_duplicate_rows(table, rows, content, config.data.dedup, scopes)
     for index in duplicates.removed.tolist():
         kept = ledger.row_ids[int(usable[duplicates.kept[index]])].as_py()
         summary, code = "near duplicate", ReasonCode.NEAR_DUPLICATE

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import ray
 from ray.data import Dataset
 
+from tuneloop.config import DedupConfig
 from tuneloop.data.dedup.minhash import (
     CandidateGroup,
     Duplicates,
@@ -25,9 +26,9 @@ from tuneloop.data.dedup.minhash import (
     resolve_group,
     scoped_hashes,
 )
-from tuneloop.data.hashing.columns import Indices, Texts, as_matrix
+from tuneloop.data.hashing.columns import ComparedSide, Indices, Texts, as_matrix
+from tuneloop.data.hashing.content import Content
 from tuneloop.data.hashing.signatures import shingles
-from tuneloop.data.tokenize.rendering import Rendering, compared_column, compared_from
 
 KEY_COLUMNS = ["content_id", "num_characters", "synthetic", "exact_key", "bands"]
 _BLOCKS_PER_TASK = 2
@@ -40,7 +41,8 @@ class _WantedTexts(NamedTuple):
 
     keys: Indices
     group: Indices
-    rendering: Rendering
+    content: Content
+    on: ComparedSide
 
 
 class _GroupRows(NamedTuple):
@@ -52,7 +54,7 @@ class _GroupRows(NamedTuple):
 
 
 def find_duplicate_rows(
-    table: pa.Table, rows: Dataset, rendering: Rendering, scopes: Indices
+    table: pa.Table, rows: Dataset, content: Content, config: DedupConfig, scopes: Indices
 ) -> Duplicates:
     """Return which rows of a table repeat which.
 
@@ -60,8 +62,9 @@ def find_duplicate_rows(
 
     Args:
         table: `key` and `KEY_COLUMNS` of N rows.
-        rows: Materialized dataset of these rows, with `key` and `compared_from` at least.
-        rendering: How the rows were rendered; its `data.dedup` says what is compared and how.
+        rows: Materialized dataset of these rows, with `key` and `content.columns` at least.
+        content: How to read what they say.
+        config: What is compared, and how.
         scopes: Dedup scope of each row of the table. Shape (N,).
     """
     keys = table["key"].to_numpy()
@@ -69,9 +72,11 @@ def find_duplicate_rows(
     preference[_by_preference(table)] = np.arange(len(keys))
     bands = as_matrix(table["bands"])
     size = table["num_characters"].to_numpy().astype(np.int64)
-    compare = functools.partial(_compare, keys=keys, scopes=scopes, rows=rows, rendering=rendering)
+    compare = functools.partial(
+        _compare, keys=keys, scopes=scopes, rows=rows, content=content, config=config
+    )
     exact = scoped_hashes(table["exact_key"].to_numpy(), scopes)
-    return find_duplicates(Keys(exact, bands, preference, size), rendering.data.dedup, compare)
+    return find_duplicates(Keys(exact, bands, preference, size), config, compare)
 
 
 def _by_preference(table: pa.Table) -> Indices:
@@ -87,14 +92,15 @@ def _compare(
     keys: Indices,
     scopes: Indices,
     rows: Dataset,
-    rendering: Rendering,
+    content: Content,
+    config: DedupConfig,
 ) -> Iterator[ResolvedGroup]:
     """Yield the duplicates in each group, while the next ones are compared."""
     blocks = rows.to_arrow_refs()
     group_keys = np.concatenate([keys[group.rows] for group in groups])
     number = np.repeat(np.arange(len(groups)), [len(group.rows) for group in groups])
     order = np.argsort(group_keys, kind="stable")
-    wanted = ray.put(_WantedTexts(group_keys[order], number[order], rendering))
+    wanted = ray.put(_WantedTexts(group_keys[order], number[order], content, config.on))
     select = ray.remote(num_cpus=1, num_returns=len(groups))(_texts_by_group)
     step = max(_BLOCKS_PER_TASK, len(blocks) * len(groups) // _MOST_TABLES)
     tables = [
@@ -107,7 +113,7 @@ def _compare(
     resolved = [
         resolve.remote(
             _GroupRows(keys[group.rows], scopes[group.rows], group.pairs),
-            rendering,
+            config,
             *[of_groups[place] for of_groups in tables],
         )
         for place, group in enumerate(groups)
@@ -124,8 +130,8 @@ def _texts_by_group(
     tables = []
     for block in blocks:
         is_wanted = pc.is_in(block["key"], value_set=pa.array(wanted.keys))
-        rows = block.select(["key", *compared_from(wanted.rendering)]).filter(is_wanted)
-        compared = compared_column(rows, wanted.rendering)
+        rows = block.select(["key", *wanted.content.columns]).filter(is_wanted)
+        compared = wanted.content.column(rows, wanted.on)
         tables.append(pa.table({"key": rows["key"], "compared": compared}))
     table = pa.concat_tables(tables)
     group = wanted.group[np.searchsorted(wanted.keys, table["key"].to_numpy())]
@@ -133,9 +139,8 @@ def _texts_by_group(
     return by_group[0] if num_groups == 1 else by_group
 
 
-def _resolve_texts(group: _GroupRows, rendering: Rendering, *tables: pa.Table) -> ResolvedGroup:
+def _resolve_texts(group: _GroupRows, config: DedupConfig, *tables: pa.Table) -> ResolvedGroup:
     """Return the duplicates in a group, from tables of `_texts_by_group`."""
-    config = rendering.data.dedup
     table = pa.concat_tables(tables)
     texts = table["compared"].take(pc.index_in(pa.array(group.keys), value_set=table["key"]))
     of_group = shingles(Texts.of_column(texts), config.ngram_words)

@@ -142,17 +142,6 @@ def with_instruction(messages: list[Message], task: OneTaskConfig) -> list[Messa
     return [Message("system", instruction), *messages]
 
 
-def without_instruction(
-    messages: list[dict[str, str]], task: OneTaskConfig
-) -> list[dict[str, str]]:
-    """Return a row's own messages: `with_instruction` undone, for comparing rows."""
-    instruction = task.instruction.strip()
-    if not instruction:
-        return messages
-    system = messages[0]["content"][len(instruction) :].strip()
-    return [{"role": "system", "content": system}] * bool(system) + list(messages[1:])
-
-
 def _records(file: SourceFile) -> Iterator[_Record]:
     try:
         with file.open() as stream:

@@ -1,0 +1,122 @@
+"""Batches of rows with their tokens, and the keys by which the rows are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tuneloop.config import DedupConfig
+from tuneloop.data.hashing.columns import Indices
+from tuneloop.data.hashing.content import ALIKE_PROMPTS, Content, dedup_keys, prompt_keys
+from tuneloop.data.hashing.signatures import band_shape
+from tuneloop.data.schema import ReasonCode, Rejection, Stage, rendered_schema
+from tuneloop.data.tokenize.rendering import LONE_TOKEN, Rendering, sample_of
+from tuneloop.models.chat.renderer import Renderer, RenderError
+from tuneloop.models.chat.tokenizer_backends import TokenLists
+from tuneloop.records import Sample
+
+
+def render_batch(
+    table: pa.Table, rendering: Rendering, content: Content, dedup: DedupConfig
+) -> pa.Table:
+    """Return rows with tokens and keys added, by `rendered_schema`."""
+    bands, _ = band_shape(dedup.threshold)
+    prompt_bands, _ = band_shape(ALIKE_PROMPTS)
+    keys = dedup_keys(table, content, dedup)
+    keys |= prompt_keys(table, content, keys["exact_key"])
+    table = tokenize(table, rendering.renderer(), content.is_text)
+    columns = {name: table[name] for name in table.column_names}
+    return pa.table(columns | keys, schema=rendered_schema(bands, prompt_bands))
+
+
+def tokenize(table: pa.Table, renderer: Renderer, is_text: bool) -> pa.Table:
+    """Return an Arrow table of rows with their tokens added; `rejection` says why a row has none.
+
+    The new columns are `input_ids`, `loss_mask`, `num_tokens` and `num_target_tokens`.
+
+    Args:
+        is_text: The rows are documents; otherwise they are conversations.
+    """
+    rejections = table["rejection"].to_pylist()
+    usable = [index for index, rejection in enumerate(rejections) if rejection is None]
+    of_rows = _documents if is_text else _conversations
+    # Taking rows copies their texts.
+    is_whole = len(usable) == table.num_rows
+    chosen = table if is_whole else table.take(pa.array(usable, pa.int64()))
+    ids, mask, targets, problems = of_rows(chosen, renderer)
+    for index, problem in zip(usable, problems, strict=True):
+        if problem:
+            rejection = Rejection(Stage.TOKENIZE, ReasonCode.UNRENDERABLE, problem)
+            rejections[index] = rejection._asdict()
+    lengths, num_targets = np.zeros(table.num_rows, np.int64), np.zeros(table.num_rows, np.int64)
+    lengths[usable], num_targets[usable] = np.diff(ids.offsets), targets
+    places = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    columns = {
+        "rejection": pa.array(rejections, table["rejection"].type),
+        "input_ids": pa.ListArray.from_arrays(places, pa.array(ids.values)),
+        "loss_mask": pa.ListArray.from_arrays(places, pa.array(mask)),
+        "num_tokens": pa.array(lengths, pa.int32()),
+        "num_target_tokens": pa.array(num_targets, pa.int32()),
+    }
+    return pa.table({name: table[name] for name in table.column_names} | columns)
+
+
+class _Rendered(NamedTuple):
+    """B rendered rows of T tokens.
+
+    Args:
+        ids: Their ids.
+        mask: Which tokens are targets. Shape (T,).
+        num_targets: How many are. Shape (B,).
+        problems: Why a row has no ids; empty for the others. Shape (B,).
+    """
+
+    ids: TokenLists
+    mask: NDArray[np.int8]
+    num_targets: Indices
+    problems: list[str]
+
+
+def _documents(table: pa.Table, renderer: Renderer) -> _Rendered:
+    """Return the tokens of plain text, all of them targets; no Python object for a token."""
+    ids = renderer.batch_ids(table["text"].to_pylist(), closed=True)
+    lengths = np.diff(ids.offsets)
+    is_lone = lengths < 2
+    if is_lone.any():
+        values = ids.values[np.repeat(~is_lone, lengths)]
+        ids = TokenLists(values, np.concatenate([[0], np.cumsum(np.where(is_lone, 0, lengths))]))
+    problems = [LONE_TOKEN if lone else "" for lone in is_lone.tolist()]
+    return _Rendered(ids, np.ones(len(ids.values), np.int8), np.diff(ids.offsets), problems)
+
+
+def _conversations(table: pa.Table, renderer: Renderer) -> _Rendered:
+    samples, problems = [], []
+    for row in table.select(["messages", "text"]).to_pylist():
+        try:
+            samples.append(sample_of(row, renderer))
+            problems.append("")
+        except RenderError as error:
+            samples.append(Sample([], []))
+            problems.append(str(error))
+    mask = np.fromiter(chain.from_iterable(sample.loss_mask for sample in samples), np.int8)
+    num_targets = np.array([sum(sample.loss_mask) for sample in samples], np.int64)
+    ids = TokenLists.of([sample.input_ids for sample in samples])
+    return _Rendered(ids, mask, num_targets, problems)
+
+
+def percentiles(
+    values: Sequence[int] | Indices, points: tuple[int, ...] = (50, 90, 95, 99, 100)
+) -> dict[str, int]:
+    """Return whole-number percentiles by name, such as `p95`; `max` for 100. Empty for none."""
+    if not len(values):
+        return {}
+    values_at = np.percentile(np.asarray(values), points, method="higher")
+    return {
+        "max" if point == 100 else f"p{point}": int(value)
+        for point, value in zip(points, values_at, strict=True)
+    }
