@@ -24,6 +24,9 @@ from tuneloop.models.bases.source import BaseModel
 from tuneloop.training.rows import read_rows
 
 NUM_STEPS = 20
+# Other workers add up in another order. At this learning rate a difference of 1e-7 in a step has
+# grown to 2e-4 in the norms after fifteen, by processor (AVX2 or AVX-512); the losses stay closer.
+TOLERANCES = [("loss", 1e-4), ("grad_norm", 1e-3)]
 # Every training on plain processes: method, workers, ZeRO stage, and whose checkpoint in the middle
 # it goes on from.
 STRAIGHT = [
@@ -144,9 +147,9 @@ def test_two_workers_and_every_zero_stage_train_like_one_worker(
         assert one[-1]["loss"] < one[0]["loss"]
         # 37 rows: the fifth batch has five, so the two workers have unequal shares.
         assert one[4]["num_tokens"] < min(row["num_tokens"] for row in one[:4])
-        for column in ("loss", "grad_norm"):
+        for column, rel in TOLERANCES:
             assert [row[column] for row in log] == pytest.approx(
-                [row[column] for row in one], rel=1e-4
+                [row[column] for row in one], rel=rel
             ), (method, workers, stage, column)
         for step in (9, 19):
             assert log[step]["validation_loss"] == pytest.approx(
@@ -165,7 +168,7 @@ def test_a_training_goes_on_with_other_workers_and_another_zero_stage(
         # The steps before the checkpoint are the other training's, to the last digit.
         assert log[:10] == logs[source][:10]
         assert len(log) == NUM_STEPS
-        for column, rel in (("loss", 1e-5), ("learning_rate", 0), ("grad_norm", 1e-4)):
+        for column, rel in [*TOLERANCES, ("learning_rate", 0)]:
             assert [row[column] for row in log] == pytest.approx(
                 [row[column] for row in logs["1-0"]], rel=rel
             ), (method, workers, stage, source, column)
