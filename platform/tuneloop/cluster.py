@@ -48,7 +48,7 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
     # What workers print goes to Ray's log files: each room logs its own progress, and failures
     # come back as exceptions. `-v` shows all of it.
     log_to_driver = logger.isEnabledFor(logging.DEBUG)
-    address = _address(resources)
+    address = resources.cluster_address
     if ray.is_initialized():
         yield
         return
@@ -97,11 +97,6 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def joins_cluster(resources: ResourcesConfig) -> bool:
-    """Return whether work runs on a cluster that was there already."""
-    return _address(resources) is not None
-
-
 def served_name() -> str:
     """Return the name of this program's Serve application, which carries its Ray job."""
     return f"{_SERVED}{ray.get_runtime_context().get_job_id()}"
@@ -126,12 +121,6 @@ def end_abandoned_serving() -> None:
     if running <= dead:
         logger.warning("shutting down what a killed run still serves")
         serve.shutdown()
-
-
-def _address(resources: ResourcesConfig) -> str | None:
-    """Return the address of the cluster to join; None: a local Ray is started."""
-    address = resources.ray_address or os.environ.get("RAY_ADDRESS")
-    return None if address in (None, "", "local") else address
 
 
 def _refuse_open_ports() -> None:

@@ -9,6 +9,7 @@ fingerprinted. Defaults live only in these models.
 from __future__ import annotations
 
 import difflib
+import os
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -582,6 +583,12 @@ class ResourcesConfig(Section):
                 "`resources.num_workers` is a whole number of at least 1, or [min, max]"
             )
         return value if isinstance(value, int) else (ends[0], ends[1])
+
+    @property
+    def cluster_address(self) -> str | None:
+        """Address of the cluster to join; None if work runs on a local Ray."""
+        address = self.ray_address or os.environ.get("RAY_ADDRESS")
+        return None if address in (None, "", "local") else address
 
     @property
     def worker_counts(self) -> range:

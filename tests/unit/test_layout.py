@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import subprocess
@@ -36,6 +37,82 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
+
+
+# What a named tuple offers everybody, whatever its names look like.
+_PUBLIC = {"_asdict", "_fields", "_make", "_replace"}
+
+
+def private_parts(source: str) -> list[str]:
+    """Return what a module uses of others that their names call private, with its line."""
+
+    def is_private(name: object) -> bool:
+        return (
+            isinstance(name, str) and name[:1] == "_" and name[:2] != "__" and name not in _PUBLIC
+        )
+
+    nodes = list(ast.walk(ast.parse(source)))
+    defined = {node.name for node in nodes if hasattr(node, "name")}
+    defined |= {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and ast.unparse(node.value) == "self"
+    }
+    found = []
+    for node in nodes:
+        match node:
+            case ast.Import(names=names):
+                used = [part for name in names for part in name.name.split(".")]
+            case ast.ImportFrom(module=module, names=names):
+                used = [*(module or "").split("."), *(name.name for name in names)]
+            case ast.Attribute(value=value, attr=name) if ast.unparse(value) not in ("self", "cls"):
+                used = [] if name in defined else [name]
+            case ast.Call(
+                func=ast.Name(id="getattr" | "setattr" | "hasattr" | "delattr"),
+                args=[_, ast.Constant(value=name), *_],
+            ):
+                used = [name]
+            case ast.keyword(arg=name):
+                used = [name]
+            case _:
+                continue
+        found += [f"{getattr(node, 'lineno', 0)}: {name}" for name in used if is_private(name)]
+    return found
+
+
+def test_private_parts_are_found() -> None:
+    assert private_parts("import ray._private.state as s") == ["1: _private"]
+    assert private_parts("from ray.data import _internal") == ["1: _internal"]
+    assert private_parts("import ray\nray.init(_node_ip_address='')") == ["2: _node_ip_address"]
+    assert private_parts("x = engine.optimizer._hp_states") == ["1: _hp_states"]
+    assert private_parts("getattr(model, '_supports_sdpa')") == ["1: _supports_sdpa"]
+    assert private_parts("class A:\n def _f(self): self._g = other._f(), other._g") == []
+    assert private_parts("row._replace(key=1)\nimport __main__") == []
+
+
+def test_private_parts_of_other_libraries_are_used_in_compat_only() -> None:
+    package = ROOT / "platform" / "tuneloop"
+    files = [
+        file
+        for folder in (package, ROOT / "dashboards", ROOT / "jobs", ROOT / "benchmarks")
+        for file in folder.rglob("*.py")
+        if package / "compat" not in file.parents
+    ]
+    found = [
+        f"{file.relative_to(ROOT)}:{part}"
+        for file in files
+        for part in private_parts(file.read_text())
+    ]
+    assert len(files) > 100
+    assert found == []
+
+
+def test_every_module_of_compat_has_a_guard() -> None:
+    for file in (ROOT / "platform" / "tuneloop" / "compat").glob("*.py"):
+        guard = ROOT / "tests" / "unit" / "compat" / f"test_{file.name}"
+        assert file.name == "__init__.py" or guard.exists(), file
 
 
 def test_who_starts_a_server_or_passes_requests_on_loads_no_pytorch() -> None:

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import ray
 
 from tuneloop.artifacts import Artifact, Draft
-from tuneloop.cluster import joins_cluster
 from tuneloop.config import ResourcesConfig, TuneloopConfig
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.training.card import model_card
@@ -77,7 +76,7 @@ def make_model(
 def wants_dry_run(resources: ResourcesConfig) -> bool:
     """Return whether a dry run comes before the training."""
     wanted = resources.preflight
-    return joins_cluster(resources) if wanted is None else wanted
+    return resources.cluster_address is not None if wanted is None else wanted
 
 
 def _mention_idle_gpus(resources: ResourcesConfig) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from tuneloop.cluster import joins_cluster
 from tuneloop.config import TuneloopConfig, grad_accum_steps, micro_batch_size
 from tuneloop.training.batches import Schedule, split_batch
 from tuneloop.training.deepspeed_engine import bucket_size
@@ -216,7 +215,7 @@ def estimate(config: TuneloopConfig, shape: ModelShape, work: Workload) -> Resou
     return ResourceEstimate(
         peak_memory_bytes=peak,
         **parts,
-        machine_memory_bytes=0 if on_gpu or joins_cluster(resources) else peak * most,
+        machine_memory_bytes=0 if on_gpu or resources.cluster_address else peak * most,
         # Two checkpoints and the one being written, and the merged model.
         disk_bytes=3 * shape.num_trainable * (element + state) + weights,
         training_s=training_s,
