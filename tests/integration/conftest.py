@@ -251,7 +251,7 @@ def train_here(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
 
     from tuneloop.training.deepspeed_engine import Execution
     from tuneloop.training.loop import TrainingJob, Worker, train_rows
-    from tuneloop.training.rows import read_rows
+    from tuneloop.training.rows import open_rows, store_rows
 
     def call(
         model: Path, workspace: Workspace, dataset: str, training: TrainingConfig
@@ -263,12 +263,15 @@ def train_here(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
         execution = Execution(1, training.global_batch_size, 1)
         worker = Worker(0, execution, torch.device("cpu"), 2, lambda metrics, folder: None)
         path = workspace.open(f"datasets/{dataset}").path
-        validation = read_rows(path, "validation") if (path / "validation").exists() else None
+        rows, validation = (
+            open_rows(store_rows(path, split, tmp_path / "rows"))
+            for split in ("train", "validation")
+        )
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
                 patch.setenv(name, value)
-            result = train_rows(job, read_rows(path), worker, validation)
+            result = train_rows(job, rows, worker, validation if len(validation) else None)
         # DeepSpeed's own, which also forgets the groups it keeps: the next training makes new ones.
         deepspeed.comm.destroy_process_group()
         return result.log

@@ -39,7 +39,7 @@ from tuneloop.training.deepspeed_engine import Execution, learning_rate_factor, 
 from tuneloop.training.launch import train
 from tuneloop.training.loop import TrainingJob, Worker, train_rows
 from tuneloop.training.packed import loss_sum, pack
-from tuneloop.training.rows import Rows, make_rows, read_rows
+from tuneloop.training.rows import Rows, make_rows, open_rows, store_rows
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs an NVIDIA GPU and PyTorch for CUDA"
@@ -137,7 +137,8 @@ def test_training_in_bfloat16_follows_float32_on_the_cpu(
     base: BaseModel,
     publish_sums: PublishSums,
 ) -> None:
-    rows = read_rows(publish_sums(Workspace(tmp_path), base).path, "train")
+    dataset = publish_sums(Workspace(tmp_path), base).path
+    rows = open_rows(store_rows(dataset, "train", tmp_path / "rows"))
     config = make_config(method).training
     folders = [tmp_path / name for name in ("model", "checkpoints", "progress")]
     for folder in folders:

@@ -29,7 +29,7 @@ from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message
 from tuneloop.spelling import words_by_frequency
-from tuneloop.training.rows import read_rows
+from tuneloop.training.rows import open_rows, store_rows
 
 WORDS = [a + b + c for a in ("ka", "lo", "mi", "ru") for b in ("ta", "ne", "so") for c in "xyzw"]
 
@@ -264,7 +264,7 @@ def test_documents_are_packed_with_every_token_kept_once(
     assert {part for text in whole for part in text.split("\n\n")} <= set(texts)
 
     # Training takes the documents of a row apart again.
-    stored = read_rows(artifact.path)
+    stored = open_rows(store_rows(artifact.path, "train", tmp_path / "rows"))
     assert stored.row_ids == [row["row_id"] for row in train]
     for index, row in enumerate(train):
         assert stored.document_lengths(index) == row["document_lengths"]

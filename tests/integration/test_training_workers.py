@@ -21,7 +21,7 @@ import pytest
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TrainingConfig
 from tuneloop.models.bases.source import BaseModel
-from tuneloop.training.rows import read_rows
+from tuneloop.training.rows import open_rows, store_rows
 
 NUM_STEPS = 20
 # Other workers add up in another order. At this learning rate a difference of 1e-7 in a step has
@@ -110,7 +110,11 @@ def train_without_ray(rank: int, phase: int, base: Path, data: Path, port: int) 
         job = TrainingJob(base, "tiny", "auto", config, *folders, checkpoint_every_steps=10)
         execution = Execution(size, 2, 4 // size, stage)
         worker = Worker(rank, execution, torch.device("cpu"), 1, report)
-        result = train_rows(job, read_rows(data), worker, read_rows(data, "validation"))
+        train, validation = (
+            open_rows(store_rows(data, split, data / f"rows-{rank}"))
+            for split in ("train", "validation")
+        )
+        result = train_rows(job, train, worker, validation)
         if rank == 0:
             (folders[0].parent / "log.json").write_text(json.dumps(result.log))
     dist.destroy_process_group()

@@ -168,14 +168,15 @@ class _Sharded:
     """Stages 1 to 3: DeepSpeed puts the parts of all workers together."""
 
     def __init__(self, optimizer: ZeROOptimizer) -> None:
-        self.optimizer = optimizer
+        # Not at the top: DeepSpeed reads when it is imported which accelerator there is.
+        from deepspeed import utils
+
+        self.optimizer, self.utils = optimizer, utils
 
     def get(self, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
         if kind == WEIGHT:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, kind)
+            return self.utils.safe_get_full_fp32_param(parameter)
+        return self.utils.safe_get_full_optimizer_state(parameter, kind)
 
 
 class _Flat(_Sharded):
@@ -200,12 +201,10 @@ class _Flat(_Sharded):
         self._link()
 
     def set(self, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         if kind == WEIGHT:
-            safe_set_full_fp32_param(parameter, value)
+            self.utils.safe_set_full_fp32_param(parameter, value)
         else:
-            safe_set_full_optimizer_state(parameter, value, kind)
+            self.utils.safe_set_full_optimizer_state(parameter, value, kind)
 
     def finish(self) -> None:
         self.optimizer.update_lp_params()
@@ -219,16 +218,14 @@ class _Partitioned(_Sharded):
             _start(self.optimizer.optimizer, flat, num_steps)
 
     def set(self, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
         size = parameter.ds_tensor.numel()
         padded = torch.zeros(size * dist.get_world_size(), dtype=value.dtype)
         padded[: value.numel()] = value.flatten()
         mine = padded.narrow(0, size * dist.get_rank(), size)
         if kind == WEIGHT:
-            safe_set_local_fp32_param(parameter, mine)
+            self.utils.safe_set_local_fp32_param(parameter, mine)
         else:
-            safe_set_local_optimizer_state(parameter, mine, kind)
+            self.utils.safe_set_local_optimizer_state(parameter, mine, kind)
 
     def finish(self) -> None:
         # Small parameters are kept whole beside their parts and have to be put together anew.

@@ -49,7 +49,7 @@ def dry_run(
     started = time.monotonic()
     schedule = job.schedule(rows)
     with _stage(job, worker, "loading the model"):
-        engine, _ = start_engine(job, rows, worker)
+        engine, *_ = start_engine(job, rows, worker)
         engine.train()
     heaviest = int(schedule.sums(rows.lengths).argmax())
     with _stage(job, worker, f"taking the step with the most tokens ({heaviest + 1})"):

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,7 @@ def train_rows(
         ResourceError: A checkpoint cannot be written.
     """
     config, schedule = job.config, job.schedule(rows)
-    engine, size = start_engine(job, rows, worker)
+    engine, num_all, num_trained = start_engine(job, rows, worker)
     log = resume(engine, job, worker)
     engine.train()
     started = time.monotonic() - (log[-1]["elapsed_s"] if log else 0.0)
@@ -138,18 +138,11 @@ def train_rows(
     if config.keep == "best" and best is not None and best != len(log):
         read_state(engine, best_folder(job.progress, best), best)
     parity = export(engine, job, rows, worker)
-    return TrainingResult(log, parity, size.num_parameters, size.num_trainable)
+    return TrainingResult(log, parity, num_all, num_trained)
 
 
-class ModelSize(NamedTuple):
-    """The number of all parameters, adapters included, and of those that are trained."""
-
-    num_parameters: int
-    num_trainable: int
-
-
-def start_engine(job: TrainingJob, rows: Rows, worker: Worker) -> tuple[DeepSpeedEngine, ModelSize]:
-    """Load the base model into an engine; return it and the model's size.
+def start_engine(job: TrainingJob, rows: Rows, worker: Worker) -> tuple[DeepSpeedEngine, int, int]:
+    """Load the base model into an engine; return it and the numbers of all and trained parameters.
 
     Raises:
         ModelError: The model mixes packed rows.
@@ -159,12 +152,10 @@ def start_engine(job: TrainingJob, rows: Rows, worker: Worker) -> tuple[DeepSpee
     model = load_model(job.base, job.config, worker.execution, worker.device)
     check_packing(model, rows, worker.device)
     # Counted before ZeRO takes the parameters apart.
-    size = ModelSize(
-        sum(_num_weights(p) for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-    )
+    num_all = sum(_num_weights(p) for p in model.parameters())
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine = make_engine(model, job.config, worker.execution, job.schedule(rows).num_steps)
-    return engine, size
+    return engine, num_all, num_trained
 
 
 def _num_weights(parameter: torch.Tensor) -> int:

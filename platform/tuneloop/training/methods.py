@@ -1,7 +1,7 @@
 """Training methods: what differs between training all weights and training adapters.
 
-To add one, write a class with these members in a module of its own, enter it in `METHODS`, and add
-its name to `training.method` in the configuration.
+To add one, write a class like `Lora` in a module of its own, enter it in `METHODS`, and add its
+name to `training.method` in the configuration.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import warnings
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Method(Protocol):
-    """One way to change a model's weights.
+class Method:
+    """One way to change a model's weights; this one changes all of them.
 
     Attributes:
         has_adapter: The model artifact holds an adapter beside the merged weights.
@@ -32,12 +32,13 @@ class Method(Protocol):
             forward pass: 2 without its gradient, 3 with it.
     """
 
-    has_adapter: bool
-    four_bit: bool
-    num_matmul_passes: int
+    has_adapter = False
+    four_bit = False
+    num_matmul_passes = 3
 
     def load_options(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
         """Return what `from_pretrained` is given besides; with `device_map` nothing is moved."""
+        return {}
 
     def wrap(self, model: PreTrainedModel, config: TrainingConfig) -> PreTrainedModel | PeftModel:
         """Return the model with exactly the parameters trainable that are trained.
@@ -47,9 +48,11 @@ class Method(Protocol):
         Raises:
             ModelError: The model has no layers that the configuration names.
         """
+        return model
 
     def exported(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
         """Return the parameters that have to be whole while the model is saved."""
+        return list(model.parameters())
 
     def matmul_weight_bytes(self, element: int) -> float:
         """Return the bytes that a weight of a linear layer of the base takes.
@@ -57,50 +60,25 @@ class Method(Protocol):
         Args:
             element: Bytes of a number in the precision of the training.
         """
-
-    def problems(self, config: TuneloopConfig) -> list[Problem]:
-        """Return what the settings or the installed packages lack."""
-
-    def refused_by_zero_3(self, config: TrainingConfig) -> list[str]:
-        """Return the settings that compute with a weight outside its layer.
-
-        ZeRO-3 holds only a part of it there.
-        """
-
-    def describe(self, config: TrainingConfig) -> str:
-        """Return what the model card says."""
-
-
-class Full:
-    """All weights are trained."""
-
-    has_adapter = False
-    four_bit = False
-    num_matmul_passes = 3
-
-    def load_options(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-        return {}
-
-    def wrap(self, model: PreTrainedModel, config: TrainingConfig) -> PreTrainedModel:
-        return model
-
-    def exported(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
-        return list(model.parameters())
-
-    def matmul_weight_bytes(self, element: int) -> float:
         return element
 
     def problems(self, config: TuneloopConfig) -> list[Problem]:
+        """Return what the settings or the installed packages lack."""
         return []
 
     def refused_by_zero_3(self, config: TrainingConfig) -> list[str]:
+        """Return the settings under which a weight is used outside its layer.
+
+        ZeRO-3 holds only a part of it there.
+        """
         return []
 
     def describe(self, config: TrainingConfig) -> str:
+        """Return what the model card says."""
         return "all weights"
 
 
-class Lora(Full):
+class Lora(Method):
     """Low-rank adapters are trained, the base stays (Hu et al. 2021, arXiv:2106.09685)."""
 
     has_adapter = True
@@ -185,7 +163,7 @@ class Qlora(Lora):
         return f"{super().describe(config)}, base in 4 bits"
 
 
-METHODS: dict[str, Method] = {"lora": Lora(), "full": Full(), "qlora": Qlora()}
+METHODS: dict[str, Method] = {"lora": Lora(), "full": Method(), "qlora": Qlora()}
 
 
 def _refuse_unknown_layers(model: PreTrainedModel, lora: LoraConfig) -> None:

@@ -1,4 +1,4 @@
-"""The rows of a split as flat arrays: small ones in memory, those of a training in mapped files.
+"""The rows of a split as flat arrays, in memory or in memory-mapped files.
 
 A training reads rows in any order, so a dataset's Parquet files, which are read a row group at a
 time, are copied once into files that hold the tokens end to end. Every worker of a node maps the
@@ -13,9 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import DTypeLike
 
 # Rows of a Parquet file that are in memory at one time.
 _ROWS_AT_A_TIME = 4096
@@ -110,16 +114,14 @@ def make_rows(
 
     Args:
         row_ids: One for each row.
-        input_ids: Of each row.
-        loss_mask: Of each row, as long as its ids.
+        input_ids: Token ids of each row.
+        loss_mask: One for each token id; 1 where the token is a target.
         document_lengths: Tokens of the documents of each row. Default: a row is one document.
 
     Raises:
         ValueError: A row's ids differ in length from its mask or its documents.
     """
-    import pyarrow as pa
-
-    columns: dict[str, Any] = {
+    columns = {
         "row_id": pa.array(row_ids, pa.string()),
         "input_ids": pa.array(input_ids, pa.list_(pa.int32())),
         "loss_mask": pa.array(loss_mask, pa.list_(pa.int8())),
@@ -129,19 +131,8 @@ def make_rows(
     return _flat(pa.record_batch(columns))
 
 
-def read_rows(dataset: Path, split: str = "train") -> Rows:
-    """Return all rows of one split of a dataset artifact, in memory, in the order of its files."""
-    import pyarrow as pa
-
-    columns = _columns(dataset / split)
-    batches = [batch for batch in _batches(dataset / split, columns) if batch.num_rows]
-    if not batches:
-        return make_rows([], [], [])
-    return _flat(pa.Table.from_batches(batches).combine_chunks().to_batches()[0])
-
-
 def store_rows(dataset: Path, split: str, folder: Path) -> Path:
-    """Copy one split of a dataset artifact into files to be mapped; memory use is bounded.
+    """Copy one split of a dataset artifact into files to be memory-mapped, in bounded memory.
 
     Args:
         folder: Directory that holds the splits; one that is there already is left as it is.
@@ -149,8 +140,6 @@ def store_rows(dataset: Path, split: str, folder: Path) -> Path:
     Returns:
         The directory that `open_rows` opens.
     """
-    import pyarrow as pa
-
     target = folder / split
     if target.is_dir():
         return target
@@ -181,13 +170,13 @@ def store_rows(dataset: Path, split: str, folder: Path) -> Path:
 def open_rows(folder: Path) -> Rows:
     """Return stored rows; their tokens stay in the files."""
     arrays = {}
-    for name, kind in _ARRAYS.items():
+    for name, dtype in _ARRAYS.items():
         file = folder / name
         if file.stat().st_size:
             # A plain view: slices of numpy's own class for mapped files are slow to make.
-            arrays[name] = np.memmap(file, kind, mode="r").view(np.ndarray)
+            arrays[name] = np.memmap(file, dtype, mode="r").view(np.ndarray)
         else:
-            arrays[name] = np.zeros(0, kind)
+            arrays[name] = np.zeros(0, dtype)
     return Rows(_RowIds(folder / _ROW_IDS), **arrays)
 
 
@@ -195,23 +184,25 @@ class _RowIds(Sequence[str]):
     """Ids of stored rows, which stay in their file too."""
 
     def __init__(self, file: Path) -> None:
-        import pyarrow as pa
-
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         self.column = table.column("row_id")
 
     def __len__(self) -> int:
         return len(self.column)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return self.column[index].to_pylist()
         return self.column[index].as_py()
 
 
 def _columns(folder: Path) -> list[str]:
-    import pyarrow.parquet as pq
-
     columns = ["row_id", "input_ids", "loss_mask"]
     first = next(iter(sorted(folder.glob("*.parquet"))), None)
     if first is not None and "document_lengths" in pq.read_schema(first).names:
@@ -219,16 +210,14 @@ def _columns(folder: Path) -> list[str]:
     return columns
 
 
-def _batches(folder: Path, columns: list[str]) -> Iterator[Any]:
-    """Yield the rows of a split as Arrow record batches, in the order of its files."""
-    import pyarrow.parquet as pq
-
+def _batches(folder: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a split in the order of its files."""
     for file in sorted(folder.glob("*.parquet")):
         with pq.ParquetFile(file) as opened:
             yield from opened.iter_batches(_ROWS_AT_A_TIME, columns=columns)
 
 
-def _flat(batch: Any) -> Rows:
+def _flat(batch: pa.RecordBatch) -> Rows:
     """Return one record batch in flat arrays.
 
     Raises:
@@ -253,12 +242,10 @@ def _flat(batch: Any) -> Rows:
     return Rows(row_ids.to_pylist(), ids, mask, offsets, documents, num_targets)
 
 
-def _values(batch: Any, name: str, kind: Any) -> tuple[np.ndarray, np.ndarray]:
+def _values(batch: pa.RecordBatch, name: str, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
     """Return a list column's values end to end, and how many each row has."""
-    import pyarrow.compute as pc
-
     column = batch.column(name)
-    values = column.flatten().to_numpy(zero_copy_only=False).astype(kind, copy=False)
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(dtype, copy=False)
     return values, pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
@@ -267,7 +254,7 @@ def _ends(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _refuse_unequal(row_ids: Any, lengths: np.ndarray, others: np.ndarray, what: str) -> None:
+def _refuse_unequal(row_ids: pa.Array, lengths: np.ndarray, others: np.ndarray, what: str) -> None:
     odd = np.flatnonzero(lengths != others)
     if len(odd):
         row = int(odd[0])
