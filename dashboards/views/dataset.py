@@ -25,11 +25,11 @@ def show_rows(folder: str) -> None:
     """Show a split row by row, with its turns."""
     words = st.text_input("Search", key="q", placeholder="words to find")
     rows = load_rows(artifact.location, folder, artifact)
-    found = search_rows(rows, words or "")
-    st.caption(f"{len(found):,} of {len(rows):,} rows")
-    _, num_pages = paginate(found, 1, PAGE_SIZE)
+    matches = search_rows(rows, words or "")
+    st.caption(f"{len(matches):,} of {len(rows):,} rows")
+    _, num_pages = paginate(matches, 1, PAGE_SIZE)
     page = st.pagination(num_pages, key=f"page-{folder}") if num_pages > 1 else 1
-    for row in paginate(found, page, PAGE_SIZE)[0]:
+    for row in paginate(matches, page, PAGE_SIZE)[0]:
         turns = row.get("messages") or [{"role": "text", "content": row.get("text") or ""}]
         body = "".join(
             theme.labelled(turn["role"], theme.text(turn["content"], mono=True)) for turn in turns
@@ -46,10 +46,10 @@ def show_removed() -> None:
     """Show the rows that preparation dropped, with the reason."""
     words = st.text_input("Search", key="q", placeholder="words to find")
     rows = load_rows(artifact.location, "removed", artifact)
-    found = search_rows(rows, words or "")
-    st.caption(f"{len(found):,} of {len(rows):,} removed rows; each is kept with its reason.")
+    matches = search_rows(rows, words or "")
+    st.caption(f"{len(matches):,} of {len(rows):,} removed rows; each is kept with its reason.")
     st.dataframe(
-        found,
+        matches,
         hide_index=True,
         placeholder="",
         column_config={

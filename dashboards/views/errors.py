@@ -172,8 +172,8 @@ else:
 
 st.subheader("Examples")
 chosen = choose_filter(counts, [count.tag for count in tags])
-found = [example for example in examples if chosen.admits(example)]
-_, num_pages = analysis.paginate(found, 1, PAGE_SIZE)
+matches = [example for example in examples if chosen.admits(example)]
+_, num_pages = analysis.paginate(matches, 1, PAGE_SIZE)
 with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
     against = st.segmented_control(
         "Mark differences",
@@ -186,10 +186,10 @@ with st.container(horizontal=True, vertical_alignment="bottom", horizontal_align
     page = st.pagination(num_pages, key="page", bind="query-params") if num_pages > 1 else 1
 missing = "<span class='tl-missing'>missing here</span>" if against == "reference" else ""
 st.html(
-    f"<div class='tl-legend'><span class='tl-quiet'>{len(found):,} of {len(examples):,} examples"
+    f"<div class='tl-legend'><span class='tl-quiet'>{len(matches):,} of {len(examples):,} examples"
     f"</span><span class='tl-extra'>only here</span>{missing}</div>"
 )
-if not found:
+if not matches:
     st.info("No example matches all filters. Clear one of them.")
-for example in analysis.paginate(found, page, PAGE_SIZE)[0]:
+for example in analysis.paginate(matches, page, PAGE_SIZE)[0]:
     show_example(example, evaluation, metric, against or "reference")

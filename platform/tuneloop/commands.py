@@ -24,6 +24,7 @@ from tuneloop.doctor import examine
 from tuneloop.errors import ConfigError, Problem
 from tuneloop.review.dashboard import run_dashboard
 from tuneloop.submission import in_job_directory, refuse_fleeting_workspace, submit
+from tuneloop.text import shorten
 
 
 def _step(arguments: argparse.Namespace, output: IO[str]) -> int:
@@ -224,7 +225,7 @@ def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
     def line(text: str) -> None:
         # Whole digests help nobody who reads; --json has them.
         text = re.sub(r"(sha256:[0-9a-f]{12})[0-9a-f]+", r"\1…", text)
-        print(text if len(text) <= width else text[: width - 1] + "…", file=output)
+        print(shorten(text, width), file=output)
 
     line(f"{artifact.ref}  {manifest['created_at']}")
     print(artifact.location, file=output)

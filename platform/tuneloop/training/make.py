@@ -16,11 +16,11 @@ import ray
 from tuneloop.artifacts import Artifact, Draft
 from tuneloop.config import ResourcesConfig, TuneloopConfig
 from tuneloop.models.bases.source import BaseModel
+from tuneloop.text import format_duration
 from tuneloop.training.card import model_card
 from tuneloop.training.fit.assess import PreparedRows, assess
 from tuneloop.training.fit.estimate import ResourceEstimate, gib, measured_estimate
 from tuneloop.training.launch import result_parts
-from tuneloop.training.progress import duration
 from tuneloop.training.results import DryRunResult, StepRecord, TrainingResult
 from tuneloop.training.rows import Rows, open_rows, store_rows
 from tuneloop.training.validation import best_step
@@ -110,7 +110,7 @@ def _announce_measured(expected: ResourceEstimate, measured: DryRunResult) -> No
 
 
 def _time_and_cost(expected: ResourceEstimate) -> str:
-    time = f", about {duration(expected.training_s)}" if expected.training_s else ""
+    time = f", about {format_duration(expected.training_s)}" if expected.training_s else ""
     return time + (f", cost {expected.cost:.2f}" if expected.cost is not None else "")
 
 

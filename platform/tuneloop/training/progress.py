@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tuneloop.cluster import WaitingNotice
 from tuneloop.progress import Progress
+from tuneloop.text import format_duration
 
 if TYPE_CHECKING:
     from tuneloop.training.trackers import Trackers
@@ -105,18 +106,9 @@ class TrainingProgress:
             loss,
             row["learning_rate"],
             row["tokens_per_s"],
-            duration((num_steps - step) * row["elapsed_s"] / step),
+            format_duration((num_steps - step) * row["elapsed_s"] / step),
             now=final,
         )
         if self.shown.logged != logged:
             self.pending = None
         return self.position
-
-
-def duration(seconds: float) -> str:
-    """Return a time as `2 h 3 min`, `4 min 5 s` or `6 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

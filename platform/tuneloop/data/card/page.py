@@ -7,6 +7,7 @@ from typing import Any
 
 from tuneloop.data.schema import Stage
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
+from tuneloop.text import shorten
 
 _STAGES = {
     "found": "found in the sources",
@@ -219,8 +220,7 @@ def _conflicts_text(found: dict[str, Any]) -> str:
 
 
 def _cut(text: str, length: int = 120) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
+    return shorten(" ".join(text.split()), length)
 
 
 def _contamination_text(found: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from tuneloop.data.hashing.signatures import (
     word_counts,
     word_spans,
 )
+from tuneloop.text import shorten
 
 _LEAST_WORDS = 8
 _FREQUENT_ABOVE = 10
@@ -321,6 +322,4 @@ def matched_text(text: str, other: str, ngram_words: int) -> str:
 
 def quoted(text: str) -> str:
     """Return a text on one line, cut short."""
-    line = " ".join(text.split())
-    short = line if len(line) <= _QUOTED_CHARACTERS else line[: _QUOTED_CHARACTERS - 1] + "…"
-    return f"“{short}”"
+    return f"“{shorten(' '.join(text.split()), _QUOTED_CHARACTERS)}”"

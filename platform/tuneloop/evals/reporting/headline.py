@@ -65,8 +65,8 @@ def write_headline(evaluation: Evaluation) -> Headline:
         tone, words = _ALL_ALIKE[directions[0]]
         return Headline(tone, f"{subject} {words}", detail)
     clauses = []
-    for wanted, words in _CLAUSES.items():
-        others = [p["other"] for p, d in zip(pairs, directions, strict=True) if d == wanted]
+    for kind, words in _CLAUSES.items():
+        others = [p["other"] for p, d in zip(pairs, directions, strict=True) if d == kind]
         if others:
             clauses.append(f"{words} {join_words([describe_arm(other) for other in others])}")
     tone = "mixed" if "better" in directions else "bad"

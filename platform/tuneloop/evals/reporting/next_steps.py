@@ -111,13 +111,13 @@ def _lagging_tasks(evaluation: Evaluation) -> list[NextStep]:
     pairs = {pair["other"]: pair for pair in evaluation.candidate_pairs()}
     if not pairs or evaluation.candidate["name"] != FINETUNED:
         return []
-    best_other: dict[str, tuple[str, Direction]] = {}
+    strongest: dict[str, tuple[str, Direction]] = {}
     for name, task in evaluation.tasks.items():
         key = in_task(name, task["primary"])
         # Each task beside what does best in it without training.
         best = max(evaluation.arms[:-1], key=lambda arm: arm["scores"][key]["value"] or 0.0)["name"]
-        best_other[name] = best, direction(pairs[best]["differences"][key], evaluation.metric(key))
-    if not any(found == "better" for _, found in best_other.values()):
+        strongest[name] = best, direction(pairs[best]["differences"][key], evaluation.metric(key))
+    if not any(change == "better" for _, change in strongest.values()):
         return []
     words = {"worse": "got worse", "unclear": "did not clearly gain"}
     return [
@@ -126,7 +126,7 @@ def _lagging_tasks(evaluation: Evaluation) -> list[NextStep]:
             f"It {words[change]} against {describe_arm(best)}, while other tasks gained.",
             f"task.tasks.{name}.weight",
         )
-        for name, (best, change) in best_other.items()
+        for name, (best, change) in strongest.items()
         if change != "better"
     ]
 

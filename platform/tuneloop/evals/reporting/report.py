@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from importlib import resources
-from typing import TYPE_CHECKING
+
+import jinja2
+from markupsafe import Markup, escape
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
@@ -25,11 +31,6 @@ from tuneloop.evals.scoring.pairing import Change, PairedExample
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.text import shorten
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-    from rich.console import RenderableType
-
-
 _SHOWN_CHANGES: tuple[tuple[Change, str, str], ...] = (
     ("fixed", "got better", "green"),
     ("introduced", "got worse", "red"),
@@ -44,8 +45,6 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
         config: What was run; shown as it was.
         dataset: Reference of the dataset whose test split was answered.
     """
-    import jinja2
-
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -94,11 +93,6 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
         artifact: A published evaluation.
         num_examples: Examples shown that got fixed, and as many that got worse.
     """
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
     evaluation = Evaluation.load(artifact)
     metric, headline = evaluation.metric(evaluation.primary), write_headline(evaluation)
     confidence = f"{evaluation.metrics['confidence']:.0%}"
@@ -160,8 +154,6 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
 
 def _with_code(text: str) -> Markup:
     """Return a text with its `quoted` parts as code elements, everything escaped."""
-    from markupsafe import Markup, escape
-
     pieces = text.split("`")
     return Markup("").join(
         Markup("<code>{}</code>").format(piece) if index % 2 else escape(piece)
@@ -170,9 +162,6 @@ def _with_code(text: str) -> Markup:
 
 
 def _terminal_example(example: PairedExample) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table.grid(padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

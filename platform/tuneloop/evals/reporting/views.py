@@ -237,10 +237,10 @@ def show_examples(evaluation: Evaluation) -> list[dict[str, Any]]:
         examples = evaluation.pair(pair["other"], pair["arm"])
         changes = []
         for change, label in _SHOWN_CHANGES.items():
-            found = [example for example in examples if example.change == change]
-            if found:
-                shown = [_example(evaluation, example) for example in found[:_NUM_EXAMPLES]]
-                changes.append({"label": label, "count": len(found), "examples": shown})
+            changed = [example for example in examples if example.change == change]
+            if changed:
+                shown = [_example(evaluation, example) for example in changed[:_NUM_EXAMPLES]]
+                changes.append({"label": label, "count": len(changed), "examples": shown})
         if changes:
             groups.append({"words": describe_arm(pair["other"]), "changes": changes})
     return groups

@@ -1,4 +1,4 @@
-"""What is wrong with an answer, beyond its score: tags that say what to mend."""
+"""What is wrong with an answer, beyond its score: tags that say what to fix."""
 
 from __future__ import annotations
 
@@ -60,20 +60,17 @@ def tag_errors(
 
 
 def misspelt_words(text: str, prompt: str, reference: str) -> list[str]:
-    """Return the words of a text that nobody knows, in reading order, with repetitions.
+    """Return the misspelt words of a text in reading order, with repetitions.
 
-    A word is known when an English dictionary has it, in American or British spelling, when it
-    is made of two words of the dictionary (`filename`), or when the prompt or the reference uses
-    it. Code between backticks is not looked at. Where the reference is not English, nothing is
-    misspelt.
+    A word is well spelt if an English dictionary has it, in American or British spelling, if it
+    is made of two words of the dictionary (`filename`), or if the prompt or the reference uses
+    it. Code between backticks is skipped. If the reference is not English, nothing is misspelt.
     """
-    known = dictionary()
-    given = [word.lower() for word in _ANY_WORD.findall(f"{_prompt_text(prompt)} {reference}")]
     expected = [word.lower() for word in _ANY_WORD.findall(reference)]
-    foreign = sum(word not in known for word in expected)
-    if foreign > _FOREIGN_RATIO * len(expected):
+    num_foreign = sum(word not in dictionary() for word in expected)
+    if num_foreign > _FOREIGN_RATIO * len(expected):
         return []
-    allowed = set(given)
+    allowed = {word.lower() for word in _ANY_WORD.findall(_prompt_text(prompt))} | set(expected)
     return [word for word in prose_words(text) if word not in allowed and not is_known(word)]
 
 

@@ -158,7 +158,7 @@ class Scorer:
             bad,
             references,
             allowed="a JSON object with at least one field",
-            remedy="mend the row, or choose another `task.type`",
+            remedy="fix the row, or choose another `task.type`",
         )
         return [value for value in parsed.values() if value]
 
@@ -168,7 +168,7 @@ class Scorer:
             bad,
             references,
             allowed=", ".join(self.task.labels),
-            remedy="mend the row, or add the label to `task.labels`",
+            remedy="fix the row, or add the label to `task.labels`",
         )
 
 

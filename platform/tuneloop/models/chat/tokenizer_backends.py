@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuneloop.models.chat.awkward_texts import awkward_texts
+from tuneloop.text import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -319,5 +320,4 @@ def _attempt(work: Callable[[], _Result]) -> tuple[_Result | None, str]:
 def _shown(value: object) -> str:
     if value is None:
         return "no ids"
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "…"
+    return shorten(repr(value), _SHOWN_CHARACTERS)
