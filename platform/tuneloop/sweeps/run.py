@@ -94,12 +94,12 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         existing = workspace.find("sweeps", config.name, identity)
         if existing is not None:
             return [Published(existing, reused=True)]
-        known = {
+        trained = {
             number: Trial(cell, model, "", model.manifest["duration_s"])
             for number, (cell, (model_fingerprint, _)) in enumerate(zip(cells, made, strict=True))
             if (model := workspace.find("models", config.name, model_fingerprint)) is not None
         }
-        trials = _train_missing(cells, datasets, config, workspace, known)
+        trials = _train_missing(cells, datasets, config, workspace, trained)
         if not any(trial.model for trial in trials):
             raise ModelError(*(Problem("no cell could be trained", got=t.problem) for t in trials))
         scored = iter(
@@ -160,16 +160,16 @@ def _train_missing(
     datasets: Sequence[Artifact],
     config: TuneloopConfig,
     workspace: Workspace,
-    known: Mapping[int, Trial],
+    trained: Mapping[int, Trial],
 ) -> list[Trial]:
     """Train each cell without a model in a Ray Tune trial of its own; return how every one ended.
 
     Args:
-        known: The trials whose model is there already, by the cell's number.
+        trained: The trials whose model exists already, by the cell's number.
     """
-    missing = [number for number in range(len(cells)) if number not in known]
+    missing = [number for number in range(len(cells)) if number not in trained]
     if not missing:
-        return [known[number] for number in range(len(cells))]
+        return [trained[number] for number in range(len(cells))]
     from ray import tune
 
     from tuneloop.training.fit.refusals import refuse_small_cluster
@@ -223,7 +223,7 @@ def _train_missing(
     finally:
         # What a trial leaves is its artifact; Tune's own files are of no further use.
         shutil.rmtree(storage, ignore_errors=True)
-    trials = dict(known)
+    trials = dict(trained)
     problems: list[Problem] = []
     for result in grid:
         if result.error is not None:
@@ -253,16 +253,16 @@ def _fit(tuner: tune.Tuner, work: Path, name: str) -> tune.ResultGrid:
 
     shown: dict[Path, TrainingProgress] = {}
 
-    def tell() -> int:
+    def poll() -> int:
         for file in work.glob(f"models-{name}-*/scratch/{PROGRESS_FILE}"):
             if file not in shown:
                 shown[file] = TrainingProgress(file).__enter__()
         for file in [file for file in shown if not file.exists()]:
             shown.pop(file).__exit__()
-        return sum(progress.tell() for progress in shown.values())
+        return sum(progress.poll() for progress in shown.values())
 
     try:
-        return run_in_thread(tuner.fit, tell)
+        return run_in_thread(tuner.fit, poll)
     finally:
         for progress in shown.values():
             progress.__exit__()

@@ -68,7 +68,7 @@ def refuse_save(folder: Path, reason: str) -> ResourceError:
             "a checkpoint cannot be written",
             where=str(folder),
             got=reason,
-            remedy="free space, or set `workspace` to another disk; the same command goes on from "
+            remedy="free space, or set `workspace` to another disk; the same command resumes from "
             "the checkpoint before",
         )
     )

@@ -166,7 +166,7 @@ def learning_rate_factor(step: int, num_steps: int, config: TrainingConfig) -> f
 
 @contextlib.contextmanager
 def gathered(parameters: list[torch.nn.Parameter], execution: Execution) -> Iterator[None]:
-    """Hold whole parameters in every worker for a while; all workers have to enter."""
+    """Gather parameters in every worker for a while; all workers have to enter."""
     if execution.zero_stage < 3:
         yield
         return
@@ -176,7 +176,7 @@ def gathered(parameters: list[torch.nn.Parameter], execution: Execution) -> Iter
 
 @contextlib.contextmanager
 def ready_to_generate(engine: DeepSpeedEngine, execution: Execution) -> Iterator[None]:
-    """Let the model generate for a while; all workers have to enter, and call it together.
+    """Prepare the model to generate; all workers have to enter, and call it together.
 
     ZeRO-3 fetches every layer from the other workers for every token. Where all workers have room
     for the whole model, it is fetched once, and DeepSpeed's hooks that fetch and drop layers are

@@ -118,7 +118,7 @@ def _lost_state(job: TrainingJob, before: StepRecord, after: StepRecord | None) 
 
 
 def _first(rows: Rows, count: int) -> Rows:
-    """Return the first rows, at most so many."""
+    """Return the first rows, at most `count` of them."""
     parts = [rows.row(index) for index in range(min(len(rows), count))]
     documents = [rows.document_lengths(index) for index in range(len(parts))]
     ids, masks = [ids.tolist() for ids, _ in parts], [mask.tolist() for _, mask in parts]

@@ -34,7 +34,7 @@ def train(
 ) -> Published:
     """Return `models/<config.name>`, made or reused. Needs a running Ray.
 
-    An interrupted training goes on from its last checkpoint when it is called again.
+    An interrupted training resumes from its last checkpoint when it is called again.
 
     Args:
         config: `training`, `model.chat_template`, `resources` and `name` are used.

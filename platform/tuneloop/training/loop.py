@@ -220,7 +220,7 @@ def train_step(
                 where=f"step {step + 1} of {schedule.num_steps}, rows "
                 + ", ".join(rows.row_ids[row] for row in batch),
                 got=f"loss {loss_mean}, gradient norm {grad_norm}",
-                remedy="lower training.learning_rate; if it is the first step, look at these rows",
+                remedy="lower training.learning_rate; if it is the first step, check these rows",
             )
         )
     num_tokens = int(rows.lengths[batch].sum())

@@ -177,7 +177,7 @@ def _refuse_unknown_layers(model: PreTrainedModel, lora: LoraConfig) -> None:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    # As PEFT reads them: one string is a pattern of whole names, a list has names or their ends.
+    # As PEFT reads them: a string is a pattern of full names, a list has names or their ends.
     unknown = (
         [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
         if isinstance(targets, list)

@@ -24,16 +24,16 @@ PROGRESS_FILE = "progress.jsonl"
 T = TypeVar("T")
 
 
-def run_in_thread(run: Callable[[], T], tell: Callable[[], int]) -> T:
+def run_in_thread(run: Callable[[], T], poll: Callable[[], int]) -> T:
     """Return what `run` returns; show the progress meanwhile, and log what workers wait for.
 
     In the main thread Ray Train and Ray Tune would take over Ctrl-C: one ends the process with
-    exit code 0, the other goes on. In a thread of its own they leave it to the caller, who shuts
-    Ray down; the checkpoints stay.
+    exit code 0, the other ignores it. In another thread they leave it to the caller, who shuts Ray
+    down; the checkpoints stay.
 
     Args:
         run: Waits for Ray.
-        tell: Shows the progress and returns how far it is, in any unit.
+        poll: Shows the progress and returns how far it is, in any unit.
     """
     value: list[T] = []
     failure: list[BaseException] = []
@@ -49,7 +49,7 @@ def run_in_thread(run: Callable[[], T], tell: Callable[[], int]) -> T:
     notice = WaitingNotice()
     while thread.is_alive():
         thread.join(timeout=0.5)
-        notice.tell(tell())
+        notice.tell(poll())
     if failure:
         raise failure[0]
     return value[0]
@@ -78,10 +78,10 @@ class TrainingProgress:
         return self
 
     def __exit__(self, *reason: object) -> None:
-        self.tell(final=True)
+        self.poll(final=True)
         self.shown.__exit__(*reason)
 
-    def tell(self, final: bool = False) -> int:
+    def poll(self, final: bool = False) -> int:
         """Show the newest line if it is new, and return the bytes read; `final` does not wait."""
         # The directory goes when the model is published.
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:

@@ -62,7 +62,7 @@ class TrainingResult:
         log: One record per optimizer step.
         parity: Live model against reloaded exports.
         num_parameters: Parameters of the whole model, adapters included.
-        num_trainable: Those that were trained.
+        num_trainable: Parameters that were trained.
     """
 
     log: list[StepRecord]

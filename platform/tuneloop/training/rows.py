@@ -162,7 +162,7 @@ def store_rows(dataset: Path, split: str, folder: Path) -> Path:
             for name in ("offsets", "documents"):
                 files[name].write((getattr(part, name)[1:] + start).data)
             start += int(part.offsets[-1])
-    # Renamed when it is whole: a run that was killed here copies again.
+    # Renamed when it is complete: a run that was killed here copies again.
     unfinished.rename(target)
     return target
 

@@ -1,7 +1,7 @@
 """The validation split during training: loss, sample answers, when to stop, which weights to keep.
 
 Everything that is decided here is a function of the training log, so a training that was cut
-off and goes on decides the same.
+off and resumed decides the same.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def dry_run_workers(
     """Do once everything that the training will do, with the same workers, and throw it away.
 
     Raises:
-        UserError: As the training; each problem says during what.
+        UserError: What stops the training; each problem names the stage of the dry run.
     """
     folder = draft.scratch.absolute() / "dry_run"
     shutil.rmtree(folder, ignore_errors=True)
@@ -229,7 +229,7 @@ def _run(
     trainer = _trainer(config, setup, max_failures)
     try:
         with progress:
-            value = run_in_thread(lambda: trainer.fit().return_value, progress.tell)
+            value = run_in_thread(lambda: trainer.fit().return_value, progress.poll)
     except Exception as error:
         refusal = find_user_error(error) or _worker_death(error, max_failures)
         if refusal is not None:
@@ -272,7 +272,7 @@ def _out_of_memory(
             got=got,
             allowed=f"resources.max_failures {max_failures}" if max_failures else "",
             remedy="lower resources.micro_batch_size or data.max_seq_len, use training.method "
-            "lora, or more memory; the same command goes on from the last checkpoint",
+            "lora, or more memory; the same command resumes from the last checkpoint",
         )
     )
 

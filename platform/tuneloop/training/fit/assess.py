@@ -76,9 +76,8 @@ def assess(config: TuneloopConfig, base: BaseModel, rows: RowTotals | PreparedRo
     """Return whether a training fits.
 
     Args:
-        config: The whole configuration.
         base: The model to train; its weights are not loaded.
-        rows: What is known of the rows: nothing, totals, or all of them. With all of them the
+        rows: The rows themselves, their totals, or None. With the rows themselves the
             disk and the running Ray are judged as well.
 
     Raises:
