@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 GIB = 1 << 30
 
 
@@ -57,8 +59,6 @@ def _cpus() -> Finding:
 
 
 def _memory() -> Finding:
-    import psutil
-
     memory = psutil.virtual_memory()
     good = memory.available > 4 * GIB
     found = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f} GiB"

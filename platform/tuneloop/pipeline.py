@@ -21,7 +21,9 @@ from tuneloop.errors import ModelError, Problem
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.layout import ADAPTER
+from tuneloop.models.export.parity import check_served
 from tuneloop.records import BASE, FEW_SHOT, FINETUNED, Arm, Endpoint, Parity
+from tuneloop.serving import app
 from tuneloop.serving.replica import ServedModel
 
 logger = logging.getLogger("tuneloop.pipeline")
@@ -110,8 +112,6 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
         ArtifactError: `serving.models` names an artifact that is not there.
         ResourceError: The port is taken, or there is no room for the models.
     """
-    from tuneloop.serving import app
-
     app.free_port(config.serving)  # a taken one is an error before Ray starts
     models = served_models(config, workspace)
     with connect(config.resources), app.serve(models, config.serving) as url:
@@ -201,10 +201,7 @@ def _check_served(url: str, models: dict[str, ServedModel]) -> dict[str, Parity]
     Raises:
         ModelError: One of them answers differently.
     """
-    from tuneloop.models.export.parity import check_served
-    from tuneloop.serving.app import API_KEY_VARIABLE
-
-    key = os.environ.get(API_KEY_VARIABLE, "")
+    key = os.environ.get(app.API_KEY_VARIABLE, "")
     outcomes = {}
     for name, model in models.items():
         outcome = check_served(Endpoint(url, name, key), model.folder)
@@ -241,8 +238,6 @@ def evaluate_each(trained: Sequence[Trained], workspace: Workspace) -> list[Publ
 
     They are served one after the other at one address.
     """
-    from tuneloop.serving import app
-
     with ExitStack() as stack:
 
         @cache
@@ -320,7 +315,6 @@ def _evaluate(
         address: Starts to listen and returns the URL, if several evaluations share it.
     """
     from tuneloop.evals.runner import evaluate, find_evaluation
-    from tuneloop.serving import app
 
     dataset, arms, models = contest
     existing = find_evaluation(config, workspace, dataset, arms, name)
