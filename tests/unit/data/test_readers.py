@@ -377,7 +377,7 @@ def test_text_files_are_documents(tmp_path: Path) -> None:
 
 def test_rows_that_this_process_cannot_hold_are_refused_before_the_work() -> None:
     refuse_too_many_rows(1000)
-    with pytest.raises(ResourceError, match="too many for the memory") as caught:
+    with pytest.raises(ResourceError, match="too many rows for the memory") as caught:
         refuse_too_many_rows(10**12)
     problem = caught.value.problems[0]
     assert problem.got.startswith("1,000,000,000,000 rows")

@@ -52,17 +52,17 @@ def refuse_mismatched_formats(config: TuneloopConfig) -> None:
 
 
 def refuse_too_many_rows(total: int) -> None:
-    """Raise ResourceError if the driver cannot hold what is decided from all rows at once."""
+    """Raise ResourceError if the driver cannot hold the keys of all rows, which it compares."""
     needed, free = total * _BYTES_PER_ROW, psutil.virtual_memory().available
     if needed > free:
         raise ResourceError(
             Problem(
-                "the rows are too many for the memory of the process that compares them all",
+                "too many rows for the memory of the driver, which compares the keys of all rows",
                 where="data.sources",
-                got=f"{total:,} rows, about {needed / 1e9:,.1f} GB of small numbers about them",
-                allowed=f"{free // _BYTES_PER_ROW:,} rows with the {free / 1e9:,.1f} GB free here",
+                got=f"{total:,} rows, whose keys take about {needed / 2**30:,.1f} GiB",
+                allowed=f"{free // _BYTES_PER_ROW:,} rows in the {free / 2**30:,.1f} GiB free",
                 remedy="start the command on a node with more memory, or prepare the sources in "
-                "parts; texts do not count, they stay with the workers",
+                "parts; the length of the texts does not matter, they stay with the workers",
             )
         )
 
