@@ -1,10 +1,11 @@
 """What `tuneloop prepare` takes as a whole: time by workers, and memory of its own process by rows.
 
-    python benchmarks/preparing.py [--rows 20000 100000] [--words 16 400] [--workers 1 2]
+    python benchmarks/preparing.py [--rows 20000 100000] [--words 16 400] [--columns 0 20]
+        [--workers 1 2]
 
 The rows are made up of frequent English words, every twentieth a copy of the one before, in eight
 JSONL files. Each run is a process of its own, Ray's start included. `main_mb` is the peak of the
-process that decides, without what it shares with others (Ray's object store); what it grows by from
+driver, without what it shares with others (Ray's object store); what it grows by from
 the fewest rows to the most, for each row, is printed below the table. CPU seconds are those of all
 processes until shortly before they end.
 """
@@ -30,7 +31,7 @@ from tuneloop.spelling import words_by_frequency
 
 _FILES = 8
 _STAGES = ["read", "tokenize", "dedup", "decontaminate", "write"]
-_COLUMNS = ["kind", "words", "rows", "workers", "wall_s", "cpu_s", *_STAGES, "main_mb"]
+_COLUMNS = ["kind", "words", "columns", "rows", "workers", "wall_s", "cpu_s", *_STAGES, "main_mb"]
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 100_000])
     parser.add_argument("--words", type=int, nargs="+", default=[16], help="of a row")
+    parser.add_argument("--columns", type=int, nargs="+", default=[0], help="of the user's own")
     parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument("--kinds", nargs="+", choices=["text", "pairs"], default=["text", "pairs"])
     parser.add_argument("--rounds", type=int, default=1, help="all combinations in turn")
@@ -49,10 +51,11 @@ def main() -> None:
         return
     found = []
     for _ in range(options.rounds):
-        for kind, words, workers, rows in itertools.product(
-            options.kinds, options.words, options.workers, options.rows
+        for kind, words, columns, workers, rows in itertools.product(
+            options.kinds, options.words, options.columns, options.workers, options.rows
         ):
-            told = {"kind": kind, "words": words, "rows": rows, "workers": workers}
+            told = {"kind": kind, "words": words, "columns": columns}
+            told |= {"rows": rows, "workers": workers}
             found.append({**told, **measured(told, options.base)})
             print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     print_table(found)
@@ -114,13 +117,13 @@ def run(path: Path) -> None:
 
 def write_files(folder: Path, told: dict[str, Any], is_text: bool) -> None:
     """Write the rows in equal parts."""
-    lines = made_up_rows(told["rows"], told["words"], is_text)
+    lines = made_up_rows(told["rows"], told["words"], told["columns"], is_text)
     for number in range(_FILES):
         part = itertools.islice(lines, -(-told["rows"] // _FILES))
         (folder / f"{number}.jsonl").write_text("".join(part))
 
 
-def made_up_rows(num_rows: int, words: int, is_text: bool) -> Iterator[str]:
+def made_up_rows(num_rows: int, words: int, columns: int, is_text: bool) -> Iterator[str]:
     """Yield rows as lines of JSON, every twentieth a copy of the one before."""
     chooser, vocabulary = random.Random(0), words_by_frequency()[:20_000]
     line = ""
@@ -131,6 +134,15 @@ def made_up_rows(num_rows: int, words: int, is_text: bool) -> Iterator[str]:
             if not is_text:
                 half = words // 2
                 row = {"prompt": " ".join(said[:half]), "completion": " ".join(said[half:])}
+            values = (
+                number,
+                number / 7,
+                f"value {number}",
+                number % 2 == 0,
+                [number],
+                {"n": number},
+            )
+            row |= {f"column{place}": values[place % len(values)] for place in range(columns)}
             line = json.dumps(row) + "\n"
         yield line
 
@@ -146,15 +158,16 @@ def print_table(found: list[dict[str, Any]]) -> None:
                 for cell in cells
             )
         )
-    series: dict[tuple[str, int, int], list[tuple[int, float]]] = {}
+    series: dict[tuple[str, int, int, int], list[tuple[int, float]]] = {}
     for row in found:
-        name = row["kind"], row["words"], row["workers"]
+        name = row["kind"], row["words"], row["columns"], row["workers"]
         series.setdefault(name, []).append((row["rows"], row["main_mb"]))
-    for (kind, words, workers), points in series.items():
+    for (kind, words, columns, workers), points in series.items():
         (few, small), (many, large) = min(points), max(points)
         if many > few:
             growth = (large - small) * 1e6 / (many - few)
-            print(f"{kind}, {words} words, {workers} workers: {growth:,.0f} bytes for each row")
+            what = f"{kind}, {words} words, {columns} columns, {workers} workers"
+            print(f"{what}: {growth:,.0f} bytes for each row")
     print(f"load at the end {os.getloadavg()[0]:.1f}")
 
 
