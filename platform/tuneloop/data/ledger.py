@@ -79,6 +79,11 @@ class Ledger:
         self.side[index] = Side.REMOVED
         self.removals[index] = removal
 
+    def forget_bands(self) -> None:
+        """Drop the bands, the largest columns, once no rows are compared any more."""
+        names = self.table.column_names
+        self.table = self.table.select([name for name in names if not name.endswith("bands")])
+
     def removed_by(self, stage: Stage) -> Indices:
         """Return the indices of the rows that a stage removed, ascending."""
         found = (index for index, removal in self.removals.items() if removal.stage is stage)

@@ -9,16 +9,22 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.data import Dataset
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import ray_rows
+from tuneloop.data.hashing.columns import Indices
 from tuneloop.data.hashing.content import Content, texts_of_rows
 from tuneloop.data.ledger import Ledger
-from tuneloop.data.schema import Side
+from tuneloop.data.schema import Side, Stage
 from tuneloop.spelling import words_by_frequency
 
 # Rows whose wording is looked at: the first of the shuffled train split.
 _MOST_ROWS = 5_000
+# Of dropped rows, for each reason.
+_NUM_EXAMPLES, _CHARACTERS_SHOWN = 3, 500
 _SHOWN = 20
 _NUM_STOP_WORDS = 300
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
@@ -50,7 +56,9 @@ def describe_tasks(ledger: Ledger, config: TuneloopConfig) -> list[dict[str, Any
     return _describe_parts(ledger, ledger.task_ids, told)
 
 
-def _describe_parts(ledger: Ledger, part: Any, told: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _describe_parts(
+    ledger: Ledger, part: Indices, told: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Return what is told of each part of the rows, and how many of its rows went where.
 
     Args:
@@ -79,7 +87,31 @@ def _describe_parts(ledger: Ledger, part: Any, told: list[dict[str, Any]]) -> li
     return described
 
 
-def describe_wording(ledger: Ledger, rows: Any, content: Content) -> dict[str, Any]:
+def describe_filters(ledger: Ledger, rows: Dataset, content: Content) -> dict[str, Any]:
+    """Return what filters changed, and the first few rows that they dropped for each reason."""
+    changed = ledger.table["changes"].filter(pc.not_equal(ledger.table["changes"], ""))
+    changes = Counter(name for names in changed.to_pylist() for name in names.split(", "))
+    by_reason: dict[str, list[int]] = {}
+    for index in ledger.removed_by(Stage.FILTER).tolist():
+        by_reason.setdefault(ledger.removals[index].reason.summary, []).append(index)
+    chosen = [index for indices in by_reason.values() for index in indices[:_NUM_EXAMPLES]]
+    keys = ledger.table["key"].to_numpy()
+    texts = ray_rows.fetch_texts(rows, keys[chosen], content) if chosen else {}
+    return {
+        "changes": dict(changes.most_common()),
+        "num_dropped": {reason: len(indices) for reason, indices in by_reason.items()},
+        "examples": [
+            {
+                "source": ledger.table["source"][index].as_py(),
+                "reason": ledger.removals[index].reason.text,
+                "text": texts[int(keys[index])].text[:_CHARACTERS_SHOWN],
+            }
+            for index in chosen
+        ],
+    }
+
+
+def describe_wording(ledger: Ledger, rows: Dataset, content: Content) -> dict[str, Any]:
     """Return how varied the train rows are, told by the first 5,000 of the shuffled split.
 
     Args:
@@ -115,17 +147,15 @@ def describe_wording(ledger: Ledger, rows: Any, content: Content) -> dict[str, A
     }
 
 
-def _wording(table: Any, keys: Any, content: Content) -> Any:
+def _wording(table: pa.Table, keys: Indices, content: Content) -> pa.Table:
     """Return the `lead` word and the distinct `words` of the rows whose key is wanted."""
-    import pyarrow as pa
-
     said = texts_of_rows(table, keys, content)
     words = [sorted(long_words(text)) for text in said["text"].to_pylist()]
     leads = [lead_word(prompt) for prompt in said["prompt"].to_pylist()]
     return pa.table({"lead": leads, "words": pa.array(words, pa.list_(pa.string()))})
 
 
-def cluster_sizes(cluster: Any) -> dict[str, int]:
+def cluster_sizes(cluster: Indices) -> dict[str, int]:
     """Return how many clusters there are of each size, in classes: `1`, `2`, `3 to 5`, …
 
     Args:
@@ -176,5 +206,5 @@ def _most_common(counts: Counter[str]) -> dict[str, int]:
     return dict(ranked[:_SHOWN])
 
 
-def _share(part: Any, whole: Any) -> float:
+def _share(part: float, whole: float) -> float:
     return round(float(part) / max(1, float(whole)), 4)
