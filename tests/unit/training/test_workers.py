@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tuneloop.training.checkpoint import newest_complete
-from tuneloop.training.progress import TrainingProgress, duration, run_in_thread
+from tuneloop.training.progress import TrainingProgress, run_in_thread
 from tuneloop.training.workers import _keep_newest_checkpoint
 
 
@@ -78,7 +78,3 @@ def test_the_last_step_is_logged_however_soon_it_comes(
     assert [record.getMessage() for record in caplog.records] == [
         "step 3/8  loss 1.5000  learning rate 1.00e-03  100 tokens/s  ETA 50 s"
     ]
-
-
-def test_durations_are_short() -> None:
-    assert [duration(s) for s in (6.4, 245, 7380)] == ["6 s", "4 min 5 s", "2 h 3 min"]
