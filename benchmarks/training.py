@@ -234,7 +234,7 @@ def bare_step(model: Any, rows: Any, schedule: Any, all_logits: bool) -> Any:
     """Return a step of plain PyTorch on packed rows."""
     import torch
 
-    from tuneloop.training.packed import can_share, loss_sum, pack
+    from tuneloop.training.packed import can_share, loss_sum, pack_rows
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -242,7 +242,7 @@ def bare_step(model: Any, rows: Any, schedule: Any, all_logits: bool) -> Any:
     share = can_share(model)
 
     def step(number: int) -> float:
-        batch = pack(rows, schedule.batch(number).tolist(), share_prefix=share)
+        batch = pack_rows(rows, schedule.batch(number).tolist(), share_prefix=share)
         if all_logits:
             logits = model(
                 input_ids=batch.input_ids,

@@ -38,7 +38,7 @@ from tuneloop.training.batches import Schedule
 from tuneloop.training.deepspeed_engine import Execution, learning_rate_factor, load_model
 from tuneloop.training.launch import train
 from tuneloop.training.loop import TrainingJob, Worker, train_rows
-from tuneloop.training.packed import loss_sum, pack
+from tuneloop.training.packed import loss_sum, pack_rows
 from tuneloop.training.rows import Rows, make_rows, open_rows, store_rows
 
 pytestmark = pytest.mark.skipif(
@@ -100,7 +100,7 @@ def losses_on_the_cpu(base: Path, config: TrainingConfig, rows: Rows) -> list[fl
         factor = learning_rate_factor(step, schedule.num_steps, config)
         optimizer.param_groups[0]["lr"] = config.learning_rate * factor
         batch = schedule.batch(step)
-        loss = loss_sum(model, pack(rows, batch.tolist())) / int(
+        loss = loss_sum(model, pack_rows(rows, batch.tolist())) / int(
             rows.num_target_tokens[batch].sum()
         )
         loss.backward()
@@ -222,14 +222,14 @@ def test_packed_rows_have_the_loss_and_gradient_of_rows_alone(
         tiny_model, dtype=dtype, attn_implementation=IMPLEMENTATION
     ).to("cuda")
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    packed = loss_sum(model, pack(rows, range(len(rows)), "cuda"))
+    packed = loss_sum(model, pack_rows(rows, range(len(rows)), "cuda"))
     packed.backward()
     together = model.model.layers[0].self_attn.q_proj.weight.grad.float()
     model.zero_grad()
     model.set_attn_implementation("sdpa")
     alone = 0.0
     for index in range(len(rows)):
-        batch = pack(rows, [index], "cuda")
+        batch = pack_rows(rows, [index], "cuda")
         logits = model(input_ids=batch.input_ids, use_cache=False).logits[0, batch.predict_at]
         loss = torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
         loss.backward()

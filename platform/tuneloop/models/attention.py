@@ -64,7 +64,6 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     segments: Sequence[Segment] = (),
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -81,6 +80,7 @@ def attend(
             raise NotImplementedError(f"attention with `{name}`")
     if not segments:
         raise RuntimeError("the model was called without `segments`, or does not pass them on")
+    scaling = options.get("scaling")
     rule = Rule(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         options.get("sliding_window"),

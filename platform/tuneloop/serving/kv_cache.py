@@ -29,7 +29,7 @@ Owner = TypeVar("Owner")
 
 
 class CachedSegment(Segment, Protocol):
-    """A segment with what the model has to be told about its tokens."""
+    """A segment in front of which a KV cache stands, and what the model needs of its tokens."""
 
     @property
     def token_ids(self) -> list[int]: ...
@@ -236,8 +236,8 @@ class DecodeBatch(Generic[Owner]):
         keys, values = keys[:, :, :longest], values[:, :, :longest]
 
         heads = query.unflatten(0, (num_heads, -1)) * rule.scaling  # (H, G, B, D)
-        own = heads.permute(2, 0, 1, 3)  # (B, H, G, D)
-        scores = own @ keys.transpose(-1, -2)
+        queries = heads.permute(2, 0, 1, 3)  # (B, H, G, D)
+        scores = queries @ keys.transpose(-1, -2)
         if self.prefix is not None:
             flat = heads.flatten(1, 2)  # (H, G*B, D)
             shared = flat @ self.prefix.layers[layer][0].transpose(-1, -2)

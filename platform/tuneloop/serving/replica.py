@@ -122,11 +122,11 @@ class ModelServer:
             loop = asyncio.get_running_loop()
             tokens: asyncio.Queue[int | None] = asyncio.Queue()
 
-            def tell(token: int | None) -> None:
+            def send(token: int | None) -> None:
                 loop.call_soon_threadsafe(tokens.put_nowait, token)
 
-            future = model.submit(replace(asked, on_token=tell))
-            future.add_done_callback(lambda _: tell(None))
+            future = model.submit(replace(asked, on_token=send))
+            future.add_done_callback(lambda _: send(None))
             started = True
             yield 200, {}
             chunks = protocol.Chunks(request)
@@ -237,7 +237,7 @@ async def _decode(model: _Loaded, requests: Sequence[DecodeRequest]) -> list[Dec
 
 
 def _failure(error: Exception, route: Route) -> ProtocolError:
-    """Return what the client is told."""
+    """Return the error that the client gets."""
     field = "messages" if route == "chat" else "prompt"
     if isinstance(error, ProtocolError):
         return error

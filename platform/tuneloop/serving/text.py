@@ -18,23 +18,23 @@ class Detokenizer:
         self._decode = renderer.decode
         self._ids: list[int] = []
         self._start = 0  # a few tokens back, because text may depend on its neighbour
-        self._told = 0
+        self._num_sent = 0
 
     def push(self, token_id: int) -> str:
         """Return the text that this token completes."""
         self._ids.append(token_id)
-        before = self._decode(self._ids[self._start : self._told])
+        before = self._decode(self._ids[self._start : self._num_sent])
         now = self._decode(self._ids[self._start :])
         if len(now) <= len(before) or now.endswith("\ufffd"):
             return ""
-        self._start, self._told = self._told, len(self._ids)
+        self._start, self._num_sent = self._num_sent, len(self._ids)
         return now[len(before) :]
 
 
 class StreamedText:
     """The text that may be sent while an answer is being written.
 
-    Held back is what may turn out to be the beginning of a stop string.
+    Text that may turn out to begin a stop string is held back.
     """
 
     def __init__(self, renderer: Renderer, stop: Sequence[str]) -> None:

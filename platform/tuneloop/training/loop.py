@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from tuneloop.config import TrainingConfig
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.models.export.exporter import Exporter, parity_prompts
+from tuneloop.models.export.exporter import Exporter, parity_prompt
 from tuneloop.records import Parity
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
 from tuneloop.training.checkpoint import load_engine, newest_complete, refuse_save, save_engine
@@ -33,7 +33,7 @@ from tuneloop.training.deepspeed_engine import (
     ready_to_generate,
 )
 from tuneloop.training.methods import METHODS
-from tuneloop.training.packed import can_share, check_packing, loss_and_hits, pack
+from tuneloop.training.packed import can_share, check_packing, loss_and_hits, pack_rows
 from tuneloop.training.progress import PROGRESS_FILE
 from tuneloop.training.results import StepRecord, TrainingResult
 from tuneloop.training.rows import Rows
@@ -196,7 +196,7 @@ def train_step(
     num_padding = 0
     share_prefix = can_share(engine.module)
     for index, share in enumerate(micro_batches(bins, worker.rank, execution.world_size)):
-        packed = pack(rows, share, worker.device, share_prefix)
+        packed = pack_rows(rows, share, worker.device, share_prefix)
         taken += packed.rows
         num_padding += 0 if packed.rows else packed.input_ids.numel()
         loss, hits = loss_and_hits(engine, packed)
@@ -332,7 +332,7 @@ def export(engine: DeepSpeedEngine, job: TrainingJob, rows: Rows, worker: Worker
     writer, model = exporter(job, worker), engine.module
     engine.eval()
     # Under ZeRO-3 every worker has a part of each layer, so all of them answer together.
-    prompts = parity_prompts([rows.row(row) for row in range(min(len(rows), 4))])
+    prompts = [parity_prompt(*rows.row(row)) for row in range(min(len(rows), 4))]
     with ready_to_generate(engine, worker.execution):
         live = writer.answer(model, prompts)
     with gathered(METHODS[job.config.method].exported(model), worker.execution):

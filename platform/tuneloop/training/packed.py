@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +48,7 @@ class PackedBatch:
     rows: tuple[int, ...]
 
 
-def pack(
+def pack_rows(
     rows: Rows,
     indices: Sequence[int],
     device: torch.device | str = "cpu",
@@ -92,7 +91,7 @@ def pack(
     )
 
 
-def can_share(model: Any) -> bool:
+def can_share(model: torch.nn.Module) -> bool:
     """Return whether rows may share their prefix, without any effect on the result.
 
     With dropout, or noise on a router, every row draws random numbers of its own. On a GPU the
@@ -104,18 +103,18 @@ def can_share(model: Any) -> bool:
 @functools.lru_cache(maxsize=1)
 def _draws_numbers(model: torch.nn.Module) -> bool:
     """Return whether a forward pass in training draws random numbers: one is run to see."""
-    batch = pack(make_rows(["a"], [[0, 0]], [[0, 1]]), [0], model.device)
+    batch = pack_rows(make_rows(["a"], [[0, 0]], [[0, 1]]), [0], model.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), RandomOperations() as operations:
         loss_sum(model, batch)
     return operations.seen
 
 
-def loss_sum(model: Any, batch: PackedBatch) -> torch.Tensor:
+def loss_sum(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
     """Return the cross-entropy summed over the batch's targets, a scalar in float32."""
     return loss_and_hits(model, batch)[0]
 
 
-def loss_and_hits(model: Any, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_and_hits(model: torch.nn.Module, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed cross-entropy and the number of targets that are the likeliest token.
 
     Logits are computed at target positions only. Shape (1, N, V).
@@ -138,7 +137,7 @@ def loss_and_hits(model: Any, batch: PackedBatch) -> tuple[torch.Tensor, torch.T
     return loss, (logits.detach().argmax(-1) == batch.targets).sum()
 
 
-def check_packing(model: Any, rows: Rows, device: torch.device) -> None:
+def check_packing(model: torch.nn.Module, rows: Rows, device: torch.device) -> None:
     """Compare packed rows with the same rows one by one in the model's own attention.
 
     A model whose layers carry state from one row to the next, or that ignores positions, would
@@ -154,10 +153,10 @@ def check_packing(model: Any, rows: Rows, device: torch.device) -> None:
     model.eval()
     alone = 0.0
     with torch.no_grad():
-        packed = float(loss_sum(model, pack(rows, chosen, device, can_share(model))))
+        packed = float(loss_sum(model, pack_rows(rows, chosen, device, can_share(model))))
     with torch.no_grad(), standard_attention(model):
         for row in chosen:
-            batch = pack(rows, [row], device)
+            batch = pack_rows(rows, [row], device)
             documents = batch.input_ids.split(batch.documents.lengths, dim=1)
             logits = torch.cat(
                 [model(input_ids=document, use_cache=False).logits[0] for document in documents]

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from tuneloop.config import TrainingConfig
-from tuneloop.models.export.exporter import Exporter, parity_prompts
+from tuneloop.models.export.exporter import Exporter, parity_prompt
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
 from tuneloop.training.deepspeed_engine import Execution, ready_to_generate
-from tuneloop.training.packed import can_share, loss_and_hits, pack
+from tuneloop.training.packed import can_share, loss_and_hits, pack_rows
 from tuneloop.training.results import StepRecord
 from tuneloop.training.rows import Rows
 
@@ -72,7 +72,7 @@ def measure(
     with torch.no_grad():
         # The same number of passes in every worker: under ZeRO-3 each of them is collective.
         for share in micro_batches(bins, dist.get_rank(), workers):
-            loss, hits = loss_and_hits(engine, pack(rows, share, device, share_prefix))
+            loss, hits = loss_and_hits(engine, pack_rows(rows, share, device, share_prefix))
             total += torch.stack([loss.double(), hits.double()])
     engine.train()
     dist.all_reduce(total)
@@ -90,7 +90,7 @@ def sample_answers(
         `row_id`, `prompt`, `reference` and `completion` as text.
     """
     shown = [rows.row(index) for index in range(min(len(rows), _NUM_SAMPLES))]
-    prompts = parity_prompts(shown)
+    prompts = [parity_prompt(ids, mask) for ids, mask in shown]
     engine.eval()
     with ready_to_generate(engine, execution):
         answers = exporter.answer(engine.module, prompts, _SAMPLE_TOKENS)

@@ -37,7 +37,7 @@ from tuneloop.training.fit.refusals import (
 from tuneloop.training.fit.shape import ModelShape, model_shape
 from tuneloop.training.make import wants_dry_run
 from tuneloop.training.methods import METHODS
-from tuneloop.training.packed import loss_sum, pack
+from tuneloop.training.packed import loss_sum, pack_rows
 from tuneloop.training.rows import Rows, make_rows
 
 
@@ -101,7 +101,7 @@ def test_estimated_activations_are_what_autograd_keeps(method: str, base: BaseMo
 
     rows = make_rows(["a"], [list(range(5, 405))], [[0] * 399 + [1]])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = loss_sum(model, pack(rows, [0]))
+        loss = loss_sum(model, pack_rows(rows, [0]))
     loss.backward()
     shape = model_shape(base, config.training)
     work = workload_of_rows(config, shape, rows)
@@ -164,7 +164,7 @@ def test_what_rows_share_is_estimated_once(
 
     rows = make_rows([str(i) for i in range(64)], ids, masks)
     work, early, late = both(rows)
-    packed = [pack(rows, range(i, i + 8), share_prefix=True) for i in range(0, 64, 8)]
+    packed = [pack_rows(rows, range(i, i + 8), share_prefix=True) for i in range(0, 64, 8)]
     assert packed[0].documents.num_prefix == 59
     assert work.num_computed == pytest.approx(sum(p.input_ids.numel() for p in packed), rel=1e-3)
     assert early.training_s == pytest.approx(late.training_s, rel=0.05)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tuneloop.models.attention import IMPLEMENTATION, Documents, Rule
-from tuneloop.training.packed import can_share, check_packing, loss_sum, pack
+from tuneloop.training.packed import can_share, check_packing, loss_sum, pack_rows
 from tuneloop.training.rows import MIN_SHARED_TOKENS, Rows, make_rows
 
 _SMALL: dict[str, Any] = {
@@ -87,7 +87,7 @@ def test_loss_and_gradient_equal_those_of_the_rows_one_by_one(
 ) -> None:
     model, plain = _model(family, IMPLEMENTATION), _model(family, "eager")
     rows = rows if prefix == "own" else instructed
-    batch = pack(rows, range(len(rows)), share_prefix=True)
+    batch = pack_rows(rows, range(len(rows)), share_prefix=True)
     assert batch.documents.num_prefix == (0 if prefix == "own" else 20)
     packed = loss_sum(model, batch)
     packed.backward()
@@ -105,7 +105,7 @@ def test_loss_and_gradient_equal_those_of_the_rows_one_by_one(
 
 
 def test_a_shared_prefix_is_computed_once(instructed: Rows) -> None:
-    batch, whole = (pack(instructed, range(6), share_prefix=share) for share in (True, False))
+    batch, whole = (pack_rows(instructed, range(6), share_prefix=share) for share in (True, False))
     assert batch.input_ids.shape[1] == whole.input_ids.shape[1] - 5 * 20
     own, all_lengths = batch.documents.lengths, whole.documents.lengths
     assert own == tuple(length - 20 for length in all_lengths)
@@ -119,7 +119,7 @@ def test_a_shared_prefix_is_computed_once(instructed: Rows) -> None:
         # Every target has the token before it in its place.
         before = packed.input_ids[0, packed.predict_at]
         torch.testing.assert_close(before, whole.input_ids[0, whole.predict_at])
-    assert pack(instructed, [2], share_prefix=True).documents.num_prefix == 0
+    assert pack_rows(instructed, [2], share_prefix=True).documents.num_prefix == 0
 
 
 def test_what_is_learned_or_too_short_is_not_shared() -> None:
@@ -175,8 +175,8 @@ def test_documents_of_one_row_are_trained_on_as_rows_of_their_own(rows: Rows) ->
     merged = make_rows(["p", "q"], ids, masks, [[2, 17, 5], [23, 11]])
     assert merged.num_target_tokens.sum() == rows.num_target_tokens.sum()
     model = _model("llama", IMPLEMENTATION)
-    together = loss_sum(model, pack(merged, [0, 1])).item()
-    assert together == pytest.approx(loss_sum(model, pack(rows, range(5))).item(), rel=1e-5)
+    together = loss_sum(model, pack_rows(merged, [0, 1])).item()
+    assert together == pytest.approx(loss_sum(model, pack_rows(rows, range(5))).item(), rel=1e-5)
     check_packing(model, merged, torch.device("cpu"))
     with pytest.raises(ValueError, match="row p: 24 ids but documents of 23"):
         make_rows(["p"], ids[:1], masks[:1], [[2, 17, 4]])
@@ -190,7 +190,7 @@ def test_a_row_does_not_see_the_row_before_it(family: str, rows: Rows) -> None:
         [[99] * 17, *(rows.row(i)[0].tolist() for i in range(1, 5))],
         [rows.row(i)[1].tolist() for i in range(5)],
     )
-    both = [pack(r, [0, 2]) for r in (rows, changed)]
+    both = [pack_rows(r, [0, 2]) for r in (rows, changed)]
     logits = [
         model(input_ids=b.input_ids, position_ids=b.position_ids, segments=[b.documents]).logits[
             0, 17:
@@ -204,14 +204,14 @@ def test_logits_are_computed_at_targets_only(rows: Rows) -> None:
     model = _model("llama", IMPLEMENTATION)
     shapes = []
     model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
-    batch = pack(rows, range(5))
+    batch = pack_rows(rows, range(5))
     loss_sum(model, batch)
     assert shapes == [(1, int(rows.num_target_tokens.sum()), 120)]
 
 
 def test_an_empty_micro_batch_adds_nothing_and_still_has_gradients(rows: Rows) -> None:
     model = _model("llama", IMPLEMENTATION)
-    loss = loss_sum(model, pack(rows, []))
+    loss = loss_sum(model, pack_rows(rows, []))
     loss.backward()
     assert loss.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -172,8 +173,8 @@ class Renderer:
         """Return the ids of plain texts, each with BOS where the tokenizer adds one.
 
         Args:
-            texts: Whole documents, or the beginnings of some.
-            closed: They end here: EOS follows, if there is one and it does not stand there yet.
+            texts: Whole documents, or the first parts of documents.
+            closed: The texts are whole: each ends with EOS, where the tokenizer has one.
         """
         bos = self.tokenizer.bos_token_id if self._adds_bos else None
         eos = self.tokenizer.eos_token_id if closed else None
@@ -248,9 +249,9 @@ class Renderer:
     ) -> list[tuple[str, bool]]:
         """Cut the rendered conversation into (text, is an answer) pieces."""
         for message in messages:
-            found = self._control.search(message.content)
-            if found:
-                raise RenderError(f"the text contains the control token {found.group()!r}")
+            control = self._control.search(message.content)
+            if control:
+                raise RenderError(f"the text contains the control token {control.group()!r}")
         segments: list[tuple[str, bool]] = []
         rendered = ""
         for index, message in enumerate(messages):
@@ -270,8 +271,6 @@ class Renderer:
         return segments
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -281,7 +280,7 @@ class Renderer:
                     add_generation_prompt=generation_prompt,
                 )
             )
-        except TemplateError as error:
+        except jinja2.TemplateError as error:
             raise RenderError(f"the chat template refuses the messages: {error}") from error
 
     def _encode(self, text: str) -> list[int]:

@@ -230,8 +230,8 @@ class Client:
 
         Args:
             context: Text, or token ids. Empty: the continuation's first token is not scored.
-            continuation: Of the same kind. In text, a token that straddles the boundary counts
-                as continuation.
+            continuation: Text or token ids, like the context. In text, a token that straddles
+                the boundary counts as continuation.
 
         Raises:
             EndpointError: The endpoint is unusable.
@@ -330,9 +330,9 @@ class Client:
         code = response.status_code
         got = f"HTTP {code}: {_reason(response)}"
         if code in (401, 403):
-            given = "the key that was sent" if self.endpoint.api_key else "a request without key"
+            key = "the key that was sent" if self.endpoint.api_key else "a request without key"
             raise self._unusable(
-                f"the model server refuses {given}", got, "give the endpoint's api_key"
+                f"the model server refuses {key}", got, "give the endpoint's api_key"
             )
         if code == 404 and path != "/models":
             with contextlib.suppress(RequestError):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
@@ -35,18 +36,16 @@ _MAX_PROMPT_TOKENS = 256
 _TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
-def parity_prompts(rows: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> list[list[int]]:
-    """Return prompts to compare models on: the tokens before each row's first target.
+def parity_prompt(ids: NDArray[np.int32], loss_mask: NDArray[np.int8]) -> list[int]:
+    """Return a prompt to compare models on: the tokens before a row's first target.
 
     Args:
-        rows: Ids and loss mask of each row. Shapes (T,), (T,).
+        ids: Shape (T,).
+        loss_mask: Shape (T,).
     """
-    prompts = []
-    for ids, mask in rows:
-        first = next((index for index, bit in enumerate(mask) if bit), len(ids))
-        cut = first if first > 1 else max(1, len(ids) // 2)
-        prompts.append([int(token) for token in ids[:cut]][-_MAX_PROMPT_TOKENS:])
-    return prompts
+    first = next((index for index, bit in enumerate(loss_mask) if bit), len(ids))
+    cut = first if first > 1 else max(1, len(ids) // 2)
+    return [int(token) for token in ids[:cut]][-_MAX_PROMPT_TOKENS:]
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,9 @@ class Exporter:
         base_name: As the user wrote it; goes into the adapter's configuration.
         renderer: Tokenizer and template that the rows were rendered with.
         output: Directory that becomes the model artifact.
-        dtype: Of the training; the exports have the same.
-        four_bit: The base was held in 4 bits; adapters are merged into what those 4 bits mean,
-            as that is what was trained.
+        dtype: The training's; the exports have the same.
+        four_bit: The base was held in 4 bits; adapters are merged into the values of those 4 bits,
+            because the adapters were trained on them.
     """
 
     base: Path

@@ -17,7 +17,7 @@ from tuneloop.config import TrainingConfig
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.training.methods import METHODS
-from tuneloop.training.packed import can_share, loss_sum, pack
+from tuneloop.training.packed import can_share, loss_sum, pack_rows
 from tuneloop.training.rows import make_rows
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def kept_bytes(model: PreTrainedModel | PeftModel) -> int:
         # One target, so that the logits' share is the same in both lengths.
         rows = make_rows(["a"], [[0] * length], [[0] * (length - 1) + [1]])
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss_sum(model, pack(rows, [0], "meta"))
+            loss_sum(model, pack_rows(rows, [0], "meta"))
         return sum(storage.nbytes() for storage in storages - weights)
 
     model.train()
