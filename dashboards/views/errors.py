@@ -67,7 +67,9 @@ def choose() -> Comparison:
     if len(names) < 2:
         st.info("This evaluation has one arm: there is nothing to compare it with.")
         st.stop()
-    before = left.selectbox("Before", names, key="before", bind="query-params")
+    # As in the report: first against the arm that is hardest to beat.
+    strongest = names.index(evaluation.strongest_other() or names[0])
+    before = left.selectbox("Before", names, strongest, key="before", bind="query-params")
     after = middle.selectbox("After", names, len(names) - 1, key="after", bind="query-params")
     metric = right.selectbox(
         "Right or wrong by",

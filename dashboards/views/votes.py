@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import combinations
 
 import streamlit as st
@@ -16,6 +17,7 @@ from tuneloop.review import agreement
 from tuneloop.review.ratings import rate_arms
 from tuneloop.review.verdicts import (
     Choice,
+    Sides,
     Verdict,
     VerdictStore,
     blind_order,
@@ -31,7 +33,7 @@ BUTTONS: dict[Choice, tuple[str, str]] = {
 }
 
 
-def vote(example_id: str, sides: tuple[str, str], reviewer: str, choice: Choice) -> None:
+def vote(example_id: str, sides: Sides, reviewer: str, choice: Choice) -> None:
     """Store a verdict; called before the page is drawn again."""
     comment = st.session_state.get(f"comment-{example_id}", "")
     try:
@@ -49,7 +51,7 @@ def put_off(example_id: str) -> None:
     st.session_state.pop("again", None)
 
 
-def show_ballot(examples: list[PairedExample], arms: tuple[str, str]) -> None:
+def show_ballot(examples: list[PairedExample], arms: Collection[str]) -> None:
     """Ask for a verdict on the next open example."""
     reviewer = st.text_input(
         "Your name", key="reviewer", placeholder="stored with each vote", bind="query-params",
@@ -80,7 +82,7 @@ def show_ballot(examples: list[PairedExample], arms: tuple[str, str]) -> None:
         st.rerun()
 
 
-def show_pair(example: PairedExample, sides: tuple[str, str], reviewer: str) -> None:
+def show_pair(example: PairedExample, sides: Sides, reviewer: str) -> None:
     """Show one question with two nameless answers and the four buttons."""
     answers = {p.arm: p.completion for p in (example.before, example.after)}
     with st.container(border=True):

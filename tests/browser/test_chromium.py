@@ -92,7 +92,7 @@ def test_pages_open_from_the_sidebar_and_ask_nobody_else(visit, served):
 
 def test_filter_vote_reload_and_the_vote_is_there(visit, served, filled):
     page = visit.page
-    page.goto(f"{served}/errors")
+    page.goto(f"{served}/errors?before=base")
     page.get_by_text("30 of 30 examples").wait_for()
     choice(page, "Introduced 1").click()
     page.get_by_text("1 of 30 examples").wait_for()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sqlite3
 import sys
@@ -135,6 +136,8 @@ def test_sweep_page_shows_curve_best_and_failed_trials(open_page, filled):
 
 def test_error_page_filters_examples(open_page, filled):
     app = open_page(filled, "errors")
+    assert "From base+few-shot to finetuned" in app.markdown[0].value
+    app.selectbox(key="before").set_value("base").run()
     assert "From base to finetuned" in app.markdown[0].value
     assert "Fixed <b>23</b>" in page_html(app)
     assert "Introduced <b>1</b>" in page_html(app)
@@ -162,8 +165,10 @@ def test_what_models_and_users_wrote_is_never_markup(open_page, filled):
 
 def test_error_page_compares_any_two_arms_by_any_metric(open_page, filled):
     app = open_page(filled, "errors")
-    app.selectbox(key="before").set_value("base+few-shot").run()
     assert "Fixed <b>13</b>" in page_html(app)
+    app.selectbox(key="before").set_value("base").run()
+    assert "Fixed <b>23</b>" in page_html(app)
+    app.selectbox(key="before").set_value("base+few-shot").run()
     app.selectbox(key="metric").set_value("valid_json").run()
     assert "Fixed" not in page_html(app)
     assert "Right in both <b>30</b>" in page_html(app)
@@ -295,3 +300,12 @@ def test_error_page_of_a_mixture_shows_one_task(open_page, mixed):
     app.selectbox(key="metric").set_value("title/token_f1").run()
     assert "2 of 2 examples" in page_html(app)
     assert "Not scored" not in page_html(app)
+
+
+def test_the_error_page_begins_with_the_examples_of_the_report(open_page, filled):
+    report = (filled / "evaluations/demo/v1/report.html").read_text()
+    in_report = re.findall(r"question <code>(\w+)</code>", report.partition("Got better")[2])[:5]
+    app = open_page(filled, "errors")
+    app.button_group(key="outcome").set_value("fixed").run()
+    assert re.findall(r"<b>(r\d+)</b>", page_html(app)) == in_report
+    assert len(in_report) == 5

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from tuneloop.errors import ArtifactError, Problem
 
@@ -63,6 +63,13 @@ class Verdict:
     def winner(self) -> str | None:
         """The preferred arm; None for a tie or when both are bad."""
         return {"left": self.arm_left, "right": self.arm_right}.get(self.choice)
+
+
+class Sides(NamedTuple):
+    """The arm whose answer stands left, and the one whose answer stands right."""
+
+    left: str
+    right: str
 
 
 class VerdictStore:
@@ -158,11 +165,11 @@ class VerdictStore:
             ) from error
 
 
-def blind_order(example_id: str, reviewer: str, arms: Collection[str]) -> tuple[str, str]:
-    """Return two arms as (left, right), decided by a hash."""
+def blind_order(example_id: str, reviewer: str, arms: Collection[str]) -> Sides:
+    """Return on which side each of two arms stands, decided by a hash."""
     first, second = sorted(arms)
     digest = hashlib.sha256(f"{reviewer}\0{example_id}\0{first}\0{second}".encode()).digest()
-    return (first, second) if digest[0] % 2 == 0 else (second, first)
+    return Sides(first, second) if digest[0] % 2 == 0 else Sides(second, first)
 
 
 def open_examples(

@@ -14,7 +14,7 @@ ERROR_TAGS: dict[str, str] = {
     "cut_off": "stopped by the token limit, not by the model",
     "empty": "no text at all",
     "wrong_format": "not the form the task asks for",
-    "repetitive": "says the same thing again and again",
+    "repetitive": "repeats phrases it has used before",
     "too_long": "more than twice the reference's words",
     "misspelt": "words in no dictionary, question or reference",
 }

@@ -215,7 +215,7 @@ def _not_json(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def same_value(expected: Any, got: Any) -> bool:
+def same_value(expected: object, got: object) -> bool:
     """Return whether two JSON values are equal.
 
     Strings are compared in Unicode NFC with runs of white space as one space and none at the

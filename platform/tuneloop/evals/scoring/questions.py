@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
@@ -160,15 +160,18 @@ def messages_json(messages: Sequence[Message]) -> str:
     )
 
 
-def _words_by_side(conversation: Conversation) -> tuple[frozenset[str], frozenset[str]]:
+class _Words(NamedTuple):
+    question: frozenset[str]
+    answer: frozenset[str]
+
+
+def _words_by_side(conversation: Conversation) -> _Words:
     *question, answer = conversation.messages
     asked = " ".join(m.content for m in question if m.role != "system")
-    return frozenset(asked.split()), frozenset(answer.content.split())
+    return _Words(frozenset(asked.split()), frozenset(answer.content.split()))
 
 
-def _distance(
-    left: tuple[frozenset[str], frozenset[str]], right: tuple[frozenset[str], frozenset[str]]
-) -> float:
+def _distance(left: _Words, right: _Words) -> float:
     """Return 2 minus the Jaccard similarities of questions and of answers."""
     return sum(
         1 - len(ours & theirs) / max(1, len(ours | theirs))
