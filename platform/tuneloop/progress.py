@@ -95,7 +95,7 @@ class _Bars(rich_progress.Progress):
             note = Column(no_wrap=True, overflow="ellipsis", ratio=1)
             cls.only = cls(
                 rich_progress.TextColumn("{task.description}"),
-                rich_progress.BarColumn(bar_width=16),
+                rich_progress.BarColumn(bar_width=10),
                 _Counts(),
                 rich_progress.TextColumn("{task.fields[note]}", table_column=note),
                 console=Console(stderr=True),

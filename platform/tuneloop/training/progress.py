@@ -96,7 +96,7 @@ class TrainingProgress:
         if row is None:
             return self.position
         loss, step, num_steps = f"loss {row['loss']:.4f}", row["step"], row["num_steps"]
-        self.shown.update(step, loss, num_steps)
+        self.shown.update(step, f"{loss}, {row['tokens_per_s']:.0f} tokens/s", num_steps)
         logged = self.shown.logged
         self.shown.log(
             logger,
