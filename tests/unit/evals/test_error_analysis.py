@@ -76,12 +76,12 @@ def test_largest_changes_come_first_and_unscored_ones_last(evaluation: Evaluatio
 
 def test_tags_are_counted_as_fixed_introduced_and_both(evaluation: Evaluation) -> None:
     examples = evaluation.pair("base", "tuned", "right")
-    counts = {count.tag: count for count in analysis.count_tags(examples)}
+    rows = analysis.tag_rows(analysis.count_tags(examples), "base", "tuned")
+    columns = ("base", "tuned", "fixed", "introduced", "in both")
     # r4 is not scored in one arm: its error is nobody's.
-    changes = {tag: (c.before, c.after, c.fixed, c.introduced, c.both) for tag, c in counts.items()}
-    assert changes == {
-        "cut_off": (2, 0, 2, 0, 0),
-        "too_long": (2, 1, 1, 0, 1),
+    assert {row["error"]: tuple(row[name] for name in columns) for row in rows} == {
+        "cut off": (2, 0, 2, 0, 0),
+        "too long": (2, 1, 1, 0, 1),
         "misspelt": (0, 1, 0, 1, 0),
     }
 

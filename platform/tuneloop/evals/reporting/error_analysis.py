@@ -46,12 +46,13 @@ class TagCount:
     """How often an error occurs, over the examples that both arms answered."""
 
     tag: str
-    meaning: str
-    before: int
-    after: int
     fixed: int
     introduced: int
     both: int
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.introduced + self.both
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,8 @@ class Filter:
 def count_tags(examples: Sequence[PairedExample]) -> list[TagCount]:
     """Return the errors that either arm makes, most frequent first."""
     answered = [example for example in examples if example.is_answered]
-    counts = []
-    for tag, meaning in ERROR_TAGS.items():
-        changes = count_tag_changes(answered, tag)
-        fixed, introduced, both = (changes[change] for change in TAG_CHANGE_LABELS)
-        if fixed + introduced + both:
-            counts.append(
-                TagCount(tag, meaning, fixed + both, introduced + both, fixed, introduced, both)
-            )
-    return sorted(counts, key=lambda count: -(count.fixed + count.introduced + count.both))
+    counts = [TagCount(tag, **count_tag_changes(answered, tag)) for tag in ERROR_TAGS]
+    return sorted((count for count in counts if count.total), key=lambda count: -count.total)
 
 
 def mark_differences(example: PairedExample, against: Against) -> tuple[list[Piece], list[Piece]]:
@@ -224,12 +218,12 @@ def tag_rows(counts: Sequence[TagCount], before: str, after: str) -> list[dict[s
     return [
         {
             "error": tag_label(count.tag),
-            before: count.before,
-            after: count.after,
+            before: count.fixed + count.both,
+            after: count.introduced + count.both,
             "fixed": count.fixed,
             "introduced": count.introduced,
             "in both": count.both,
-            "meaning": count.meaning,
+            "meaning": ERROR_TAGS[count.tag],
         }
         for count in counts
     ]

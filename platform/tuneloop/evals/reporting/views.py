@@ -62,11 +62,8 @@ def show_arms(evaluation: Evaluation, secondary: Sequence[str]) -> list[dict[str
             {
                 "name": arm["name"],
                 "candidate": arm["name"] == evaluation.candidate["name"],
-                "value": format_value(score["value"], metric),
                 "interval": format_estimate(score, metric).partition(" ")[2].strip("()"),
-                "bar": _per_cent(score["value"], top),
-                "low": _per_cent(score["low"], top),
-                "high": _per_cent(score["high"], top),
+                **_bar(score, metric, top),
                 "method": score["method"],
                 "num_scored": arm["num_scored"],
                 "num_unscored": arm["num_unscored"],
@@ -90,13 +87,9 @@ def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
     outcomes = pair["outcomes"]
     low, high = difference["low"], difference["high"]
     reach = max(
-        abs(end or 0.0)
+        abs(p["differences"][evaluation.primary][end] or 0.0)
         for p in evaluation.comparison["pairs"]
-        for end in (
-            p["differences"][evaluation.primary]["low"],
-            p["differences"][evaluation.primary]["high"],
-            p["differences"][evaluation.primary]["value"],
-        )
+        for end in ("low", "high", "value")
     )
     # The axis runs from -span to +span, with zero in the middle.
     span = max(reach * 1.05, 1e-9)
@@ -140,22 +133,11 @@ def show_parts(evaluation: Evaluation) -> list[dict[str, Any]]:
             field = in_task(task, metric.removeprefix(FIELD_PREFIX)).lstrip("/")
             groups.append({"name": field, "bars": _bars(evaluation, name)})
     for label in evaluation.candidate.get("label_f1", {}):
-        values = [(arm["name"], arm["label_f1"].get(label)) for arm in evaluation.arms]
-        groups.append(
-            {
-                "name": label,
-                "bars": [
-                    {
-                        "arm": arm,
-                        "value": format_value(value, Metric("F1")),
-                        "bar": _per_cent(value, 1.0),
-                        "low": None,
-                        "high": None,
-                    }
-                    for arm, value in values
-                ],
-            }
-        )
+        bars = []
+        for arm in evaluation.arms:
+            score = {"value": arm["label_f1"].get(label), "low": None, "high": None}
+            bars.append({"arm": arm["name"], **_bar(score, Metric("F1"))})
+        groups.append({"name": label, "bars": bars})
     return groups
 
 
@@ -191,16 +173,15 @@ def show_tasks(evaluation: Evaluation) -> list[dict[str, Any]]:
 def _bars(evaluation: Evaluation, name: str) -> list[dict[str, Any]]:
     """Return a metric of every arm as text and bar positions."""
     metric = evaluation.metric(name)
-    return [
-        {
-            "arm": arm["name"],
-            "value": format_value(arm["scores"][name]["value"], metric),
-            "bar": _per_cent(arm["scores"][name]["value"], 1.0),
-            "low": _per_cent(arm["scores"][name]["low"], 1.0),
-            "high": _per_cent(arm["scores"][name]["high"], 1.0),
-        }
-        for arm in evaluation.arms
-    ]
+    return [{"arm": arm["name"], **_bar(arm["scores"][name], metric)} for arm in evaluation.arms]
+
+
+def _bar(score: dict[str, Any], metric: Metric, top: float = 1.0) -> dict[str, Any]:
+    """Return a score as text, and as positions in per cent of the width that `top` has."""
+    ends = {"bar": score["value"], "low": score["low"], "high": score["high"]}
+    return {"value": format_value(score["value"], metric)} | {
+        name: None if end is None else round(100 * end / top, 2) for name, end in ends.items()
+    }
 
 
 def show_tags(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -314,10 +295,6 @@ def show_setting(config: TuneloopConfig, key: str) -> str:
     for part in key.split(".") if key else ():
         value = value[part] if isinstance(value, dict) else getattr(value, part)
     return "" if not key else "not set" if value is None else str(value)
-
-
-def _per_cent(value: float | None, top: float) -> float | None:
-    return None if value is None else round(100 * value / top, 2)
 
 
 def _position(value: float | None, span: float) -> float | None:
