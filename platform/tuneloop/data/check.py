@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, TypeVar
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.decontamination.held_out import read_evaluations
@@ -26,11 +26,12 @@ from tuneloop.data.tokenize.batch import percentiles
 from tuneloop.data.tokenize.rendering import NUM_VERIFIED, Rendering, sample_of
 from tuneloop.errors import DataError, Problem
 from tuneloop.models.bases.source import BaseModel
-from tuneloop.models.chat.renderer import RenderError
+from tuneloop.models.chat.renderer import Renderer, RenderError
 from tuneloop.records import Sample
 
 # Usable rows that stand for all where they are compared with one another.
 _SPREAD = 64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     dropped: list[str] = []
     lengths: list[int] = []
     targets: list[int] = []
-    shown, spread = _EvenlySpread(num_samples), _EvenlySpread(_SPREAD)
+    shown: _EvenlySpread[tuple[str, Sample]] = _EvenlySpread(num_samples)
+    spread: _EvenlySpread[Sample] = _EvenlySpread(_SPREAD)
     total = 0
     rows = (row for place, file in enumerate(files) for row in read_source(file, place, config))
     first = list(itertools.islice(rows, NUM_VERIFIED))
@@ -163,28 +165,28 @@ def _findings(
     return findings, notices
 
 
-class _EvenlySpread:
+class _EvenlySpread(Generic[T]):
     """A few items spread evenly over a stream of unknown length."""
 
     def __init__(self, count: int) -> None:
         self.count, self.step, self.seen = count, 1, 0
-        self.items: list[Any] = []
+        self.items: list[T] = []
 
-    def offer(self, item: Any) -> None:
+    def offer(self, item: T) -> None:
         if self.seen % self.step == 0:
             self.items.append(item)
             if len(self.items) >= 2 * max(1, self.count):
                 self.items, self.step = self.items[::2], self.step * 2
         self.seen += 1
 
-    def chosen(self) -> list[Any]:
+    def chosen(self) -> list[T]:
         if not self.items or not self.count:
             return []
         stride = max(1, len(self.items) // self.count)
         return self.items[::stride][: self.count]
 
 
-def _token_sample(source: str, sample: Sample, renderer: Any) -> TokenSample:
+def _token_sample(source: str, sample: Sample, renderer: Renderer) -> TokenSample:
     texts = [
         renderer.tokenizer.decode([token], clean_up_tokenization_spaces=False)
         for token in sample.input_ids

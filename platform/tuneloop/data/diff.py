@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from tuneloop.artifacts import Artifact
+from tuneloop.data.schema import SPLITS, Side
 from tuneloop.errors import ArtifactError, Problem
 
-_SPLITS = ("train", "validation", "test")
 _NUM_EXAMPLES = 5
+T = TypeVar("T")
+
+
+class _Place(NamedTuple):
+    """Where a row is in the dataset, and where it was in the sources."""
+
+    side: str
+    source: str
 
 
 def diff_datasets(new: Artifact, old: Artifact) -> dict[str, Any]:
@@ -38,28 +47,34 @@ def diff_datasets(new: Artifact, old: Artifact) -> dict[str, Any]:
                     allowed="two references such as datasets/faq@v2 and datasets/faq@v1",
                 )
             )
-    cards = [json.loads((a.path / "card.json").read_text(encoding="utf-8")) for a in (new, old)]
-    here, there = (dict(_places(artifact)) for artifact in (new, old))
-    added = [row for row in here if row not in there]
-    gone = [row for row in there if row not in here]
-    moved = [row for row in here if row in there and here[row][0] != there[row][0]]
-    moves = Counter(f"{there[row][0]} → {here[row][0]}" for row in moved)
+    new_card, old_card = (
+        json.loads((a.path / "card.json").read_text(encoding="utf-8")) for a in (new, old)
+    )
+    new_rows, old_rows = (dict(_places(artifact)) for artifact in (new, old))
+    added = [row for row in new_rows if row not in old_rows]
+    gone = [row for row in old_rows if row not in new_rows]
+    moved = {
+        row: f"{old_rows[row].side} → {place.side}"
+        for row, place in new_rows.items()
+        if row in old_rows and old_rows[row].side != place.side
+    }
     return {
         "new": new.ref,
         "old": old.ref,
-        "rows": _both(*(_rows_by_split(card) for card in cards)),
-        "funnel": _both(*(_funnel(card) for card in cards)),
+        "rows": _both(_rows_by_split(new_card), _rows_by_split(old_card), 0),
+        "funnel": _both(_funnel(new_card), _funnel(old_card), 0),
         "settings": _changed_settings(new.manifest["config"], old.manifest["config"]),
         "num_added": len(added),
         "num_gone": len(gone),
-        "added_to": dict(Counter(here[row][0] for row in added).most_common()),
-        "gone_from": dict(Counter(there[row][0] for row in gone).most_common()),
-        "moves": dict(moves.most_common()),
+        "added_to": dict(Counter(new_rows[row].side for row in added).most_common()),
+        "gone_from": dict(Counter(old_rows[row].side for row in gone).most_common()),
+        "moves": dict(Counter(moved.values()).most_common()),
         "examples": {
-            "added": [here[row][1] for row in added[:_NUM_EXAMPLES]],
-            "gone": [there[row][1] for row in gone[:_NUM_EXAMPLES]],
+            "added": [new_rows[row].source for row in added[:_NUM_EXAMPLES]],
+            "gone": [old_rows[row].source for row in gone[:_NUM_EXAMPLES]],
             "moved": [
-                f"{here[row][1]}: {there[row][0]} → {here[row][0]}" for row in moved[:_NUM_EXAMPLES]
+                f"{new_rows[row].source}: {move}"
+                for row, move in itertools.islice(moved.items(), _NUM_EXAMPLES)
             ],
         },
     }
@@ -88,19 +103,19 @@ def diff_text(diff: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _places(artifact: Artifact) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield (row id, (where it went, its place in the source)); a document's pieces are one."""
+def _places(artifact: Artifact) -> Iterator[tuple[str, _Place]]:
+    """Yield each row's id and its place; the pieces of a document are one row."""
     from pyarrow import parquet
 
-    for split in (*_SPLITS, "removed"):
-        for file in sorted((artifact.path / split).glob("*.parquet")):
+    for side in (*SPLITS, Side.REMOVED):
+        for file in sorted((artifact.path / side.folder).glob("*.parquet")):
             names = parquet.read_schema(file).names
-            wanted = ["row_id", "source", "stage", "document_ids"]
-            table = parquet.read_table(file, columns=[name for name in wanted if name in names])
+            columns = ["row_id", "source", "stage", "document_ids"]
+            table = parquet.read_table(file, columns=[name for name in columns if name in names])
             for row in table.to_pylist():
-                place = f"removed ({row['stage']})" if split == "removed" else split
+                where = f"removed ({row['stage']})" if side is Side.REMOVED else side.folder
                 for row_id in row.get("document_ids") or [row["row_id"]]:
-                    yield row_id.partition(".")[0], (place, row["source"])
+                    yield row_id.partition(".")[0], _Place(where, row["source"])
 
 
 def _rows_by_split(card: Mapping[str, Any]) -> dict[str, int]:
@@ -114,15 +129,16 @@ def _funnel(card: Mapping[str, Any]) -> dict[str, int]:
     return {step["stage"]: step["rows"] for step in card["funnel"]}
 
 
-def _both(new: Mapping[str, int], old: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+def _both(new: Mapping[str, T], old: Mapping[str, T], absent: T) -> dict[str, tuple[T, T]]:
     """Return (old, new) for each key of either."""
-    return {key: (old.get(key, 0), new.get(key, 0)) for key in dict.fromkeys([*new, *old])}
+    return {
+        key: (old.get(key, absent), new.get(key, absent)) for key in dict.fromkeys([*new, *old])
+    }
 
 
 def _changed_settings(new: Any, old: Any) -> dict[str, tuple[Any, Any]]:
-    here, there = dict(_flat(new)), dict(_flat(old))
-    keys = sorted({*here, *there})
-    return {key: (there.get(key), here.get(key)) for key in keys if here.get(key) != there.get(key)}
+    values = _both(dict(_flat(new)), dict(_flat(old)), None)
+    return {key: pair for key, pair in sorted(values.items()) if pair[0] != pair[1]}
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

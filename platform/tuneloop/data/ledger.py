@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from tuneloop.data.split.split import Split
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
 
 if TYPE_CHECKING:
+    from tuneloop.data.card.composition import FilterEffects, Wording
     from tuneloop.data.decontamination.decontaminate import Contamination
     from tuneloop.data.dedup.conflicts import Conflicts
 
@@ -52,7 +53,7 @@ class Ledger:
         contamination: Train rows that repeated what is held out.
         conflicts: Rows with the same prompt and different answers; None for documents.
         wording: Of `describe_wording`, over the train rows.
-        filtered: `changes`, in how many rows which, and `examples` of dropped rows.
+        filtered: Of `describe_filters`.
         seconds: Time of each step.
         backend: What encoded the rows.
     """
@@ -69,8 +70,8 @@ class Ledger:
     split: Split | None = None
     contamination: Contamination | None = None
     conflicts: Conflicts | None = None
-    wording: dict[str, Any] = field(default_factory=dict)
-    filtered: dict[str, Any] = field(default_factory=dict)
+    wording: Wording | None = None
+    filtered: FilterEffects | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     backend: BackendChoice | None = None
 

@@ -37,6 +37,8 @@ def write_card(
 
 def _card(config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written]) -> dict[str, Any]:
     assert ledger.backend is not None
+    assert ledger.wording is not None
+    assert ledger.filtered is not None
     splits = {}
     for side in SPLITS:
         if side not in written:
@@ -62,13 +64,13 @@ def _card(config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written]) 
             for source in describe_sources(ledger, config)
         ],
         "tasks": describe_tasks(ledger, config),
-        "wording": ledger.wording,
+        "wording": asdict(ledger.wording),
         "funnel": _funnel(ledger),
         "reasons": _reasons(ledger),
         "splits": splits,
         "split": _split_summary(config, ledger),
         "dedup": _dedup_summary(config, ledger),
-        "filters": {**config.data.filters.model_dump(), **ledger.filtered},
+        "filters": {**config.data.filters.model_dump(), **asdict(ledger.filtered)},
         "conflicts": asdict(ledger.conflicts) if ledger.conflicts else {},
         "decontamination": {
             **config.data.decontamination.model_dump(),

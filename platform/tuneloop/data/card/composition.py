@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -87,7 +88,44 @@ def _describe_parts(
     return described
 
 
-def describe_filters(ledger: Ledger, rows: Dataset, content: Content) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FilterEffects:
+    """What the filters did.
+
+    Args:
+        changes: What was mended, and in how many rows.
+        num_dropped: Rows dropped for each reason.
+        examples: `source`, `reason` and `text` of the first few for each.
+    """
+
+    changes: dict[str, int]
+    num_dropped: dict[str, int]
+    examples: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How varied train rows are.
+
+    Args:
+        num_rows: Rows that were looked at.
+        lead_words: The most frequent first words of prompts, and in how many rows.
+        num_lead_words: How many different ones there are.
+        effective_lead_words: How many equally frequent ones would be as spread.
+        terms: Words that are not among the 300 most frequent of English, the most frequent ones,
+            and in which share of the rows each is.
+        num_terms: How many different ones there are.
+    """
+
+    num_rows: int
+    lead_words: dict[str, int]
+    num_lead_words: int
+    effective_lead_words: float
+    terms: dict[str, float]
+    num_terms: int
+
+
+def describe_filters(ledger: Ledger, rows: Dataset, content: Content) -> FilterEffects:
     """Return what filters changed, and the first few rows that they dropped for each reason."""
     changed = ledger.table["changes"].filter(pc.not_equal(ledger.table["changes"], ""))
     changes = Counter(name for names in changed.to_pylist() for name in names.split(", "))
@@ -97,10 +135,10 @@ def describe_filters(ledger: Ledger, rows: Dataset, content: Content) -> dict[st
     chosen = [index for indices in by_reason.values() for index in indices[:_NUM_EXAMPLES]]
     keys = ledger.table["key"].to_numpy()
     texts = ray_rows.fetch_texts(rows, keys[chosen], content) if chosen else {}
-    return {
-        "changes": dict(changes.most_common()),
-        "num_dropped": {reason: len(indices) for reason, indices in by_reason.items()},
-        "examples": [
+    return FilterEffects(
+        changes=dict(changes.most_common()),
+        num_dropped={reason: len(indices) for reason, indices in by_reason.items()},
+        examples=[
             {
                 "source": ledger.table["source"][index].as_py(),
                 "reason": ledger.removals[index].reason.text,
@@ -108,43 +146,37 @@ def describe_filters(ledger: Ledger, rows: Dataset, content: Content) -> dict[st
             }
             for index in chosen
         ],
-    }
+    )
 
 
-def describe_wording(ledger: Ledger, rows: Dataset, content: Content) -> dict[str, Any]:
+def describe_wording(ledger: Ledger, rows: Dataset, content: Content) -> Wording:
     """Return how varied the train rows are, told by the first 5,000 of the shuffled split.
 
     Args:
         ledger: With the final sides.
         rows: The Ray dataset of tokenized rows.
         content: How to read what they say.
-
-    Returns:
-        `num_rows` that were looked at; `lead_words` (of prompts, and in how many rows), how many
-        there are, and `effective_lead_words` (as many equally frequent ones would be as spread);
-        `terms` (words that are not among the 300 most frequent of English) likewise, and in which
-        share of the rows each one is.
     """
     train = np.flatnonzero(ledger.is_on(Side.TRAIN))
     train = train[np.argsort(ledger.rank[train], kind="stable")][:_MOST_ROWS]
     keys = np.sort(ledger.table["key"].to_numpy()[train])
     leads: Counter[str] = Counter()
-    found: Counter[str] = Counter()
-    # The texts stay where they are: 5,000 long ones are more than this process should hold.
+    terms: Counter[str] = Counter()
+    # The texts stay where they are: 5,000 long ones are more than the driver should hold.
     for batch in ray_rows.map_contents(rows, partial(_wording, keys=keys, content=content)):
         leads.update(filter(None, batch["lead"].to_pylist()))
         for words in batch["words"].to_pylist():
-            found.update(words)
+            terms.update(words)
     for word in _stop_words():
-        del found[word]
-    return {
-        "num_rows": len(keys),
-        "lead_words": _most_common(leads),
-        "num_lead_words": len(leads),
-        "effective_lead_words": round(effective_number(list(leads.values())), 1),
-        "terms": {term: _share(n, len(keys)) for term, n in _most_common(found).items()},
-        "num_terms": len(found),
-    }
+        del terms[word]
+    return Wording(
+        num_rows=len(keys),
+        lead_words=_most_common(leads),
+        num_lead_words=len(leads),
+        effective_lead_words=round(effective_number(list(leads.values())), 1),
+        terms={term: _share(n, len(keys)) for term, n in _most_common(terms).items()},
+        num_terms=len(terms),
+    )
 
 
 def _wording(table: pa.Table, keys: Indices, content: Content) -> pa.Table:

@@ -299,7 +299,7 @@ def _sample_text(name: str, row: dict[str, Any]) -> str:
         text = "\n".join(f"[{m['role']}]\n{m['content']}" for m in row["messages"])
     else:
         text = row["text"]
-    text = text if len(text) <= 2000 else text[:2000] + "…"
+    text = shorten(text, 2001)
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     return f"{name}, `{row['source']}`:\n\n{fence}text\n{text}\n{fence}"
 

@@ -10,7 +10,8 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import pyarrow as pa
 
 # Fewer rows are done sooner than they are written and read again.
 KEPT_FROM_ROWS = 20_000
@@ -25,7 +26,7 @@ def kept_blocks(folder: Path) -> int:
     return sum(1 for _ in folder.glob("*.arrow"))
 
 
-def make_or_read(table: Any, make: Callable[[Any], Any], folder: Path) -> Any:
+def make_or_read(table: pa.Table, make: Callable[[pa.Table], pa.Table], folder: Path) -> pa.Table:
     """Return `make(table)`, read from `folder` if it is there, else made and kept there.
 
     Args:
@@ -33,8 +34,6 @@ def make_or_read(table: Any, make: Callable[[Any], Any], folder: Path) -> Any:
         make: Of a table, always the same for the same keys.
         folder: Of this step alone, on a file system that all nodes share.
     """
-    import pyarrow as pa
-
     if not table.num_rows:
         return make(table)
     name = hashlib.blake2b(table["key"].to_numpy().tobytes(), digest_size=16).hexdigest()
