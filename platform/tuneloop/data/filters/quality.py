@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,9 +94,13 @@ def apply_filters(texts: Sequence[str], is_conversation: bool, config: FiltersCo
     """
     texts = list(texts)
     changes = []
-    for name, repair in _repairs(config):
-        repaired = [repair(text) for text in texts]
-        if repaired != texts:
+    for is_on, name, repair in (
+        (config.repair_text, "text repaired", repair_text),
+        (config.template_markers == "strip", "template markers stripped", _strip_markers),
+        (config.boilerplate == "strip", "boilerplate stripped", strip_notices),
+        (config.personal_data == "mask", "personal data masked", mask_personal_data),
+    ):
+        if is_on and (repaired := [repair(text) for text in texts]) != texts:
             changes.append(name)
             texts = repaired
     dropped = (
@@ -105,17 +109,6 @@ def apply_filters(texts: Sequence[str], is_conversation: bool, config: FiltersCo
         else _dropped(ReasonCode.EMPTY_AFTER_REPAIR, "nothing is left of a text after mending it")
     )
     return Filtered(texts, dropped, tuple(changes))
-
-
-def _repairs(config: FiltersConfig) -> list[tuple[str, Callable[[str], str]]]:
-    """Return the name and the function of each repair that is on, in their order."""
-    repairs = [
-        (config.repair_text, "text repaired", repair_text),
-        (config.template_markers == "strip", "template markers stripped", _strip_markers),
-        (config.boilerplate == "strip", "boilerplate stripped", strip_notices),
-        (config.personal_data == "mask", "personal data masked", mask_personal_data),
-    ]
-    return [(name, repair) for is_on, name, repair in repairs if is_on]
 
 
 def _dropped(code: ReasonCode, what: str, got: str = "") -> Rejection:

@@ -60,24 +60,27 @@ def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iter
         config: Layout of the source, task and split.
     """
     source = config.data.sources[file.source]
+    used = {*used_columns(source), "synthetic"}
     for number, (line, record) in enumerate(_records(file)):
-        row = SourceRow(
-            key=row_key(position, number),
-            source=f"{file.name}:{line}",
-            rejection=None,
-            changes="",
-            task=source.task or "",
-            messages=[],
-            text="",
-            group="",
-            stratum=source.task or "",
-            synthetic=False,
-            extra="{}",
-        )
+        row: SourceRow = {
+            "key": row_key(position, number),
+            "source": f"{file.name}:{line}",
+            "rejection": None,
+            "changes": "",
+            "task": source.task or "",
+            "messages": [],
+            "text": "",
+            "group": "",
+            "stratum": source.task or "",
+            "synthetic": False,
+            "extra": "{}",
+        }
         try:
             if isinstance(record, RowError):
                 raise record
             _fill(row, record, source, config)
+            row["extra"] = _json(_kept_columns(record, used, source.task))
+            _refuse_lone_surrogates(row)
         except RowError as error:
             row["messages"], row["extra"], row["rejection"] = [], "{}", error.rejection()
             row["group"], row["stratum"] = "", source.task or ""
@@ -111,24 +114,19 @@ def _fill(
         # No name of a task has a comma, so no two strata are called the same.
         row["stratum"] = f"{row['task']}, {label}" if row["task"] else label
     row["synthetic"] = record.get("synthetic") is True
-    row["extra"] = _json(_kept_columns(record, source))
-    _refuse_lone_surrogates(row)
 
 
-def _kept_columns(record: dict[str, Any], source: MixedSourceConfig) -> dict[str, Any]:
+def _kept_columns(record: dict[str, Any], used: Set[str], task: str | None) -> dict[str, Any]:
     """Return the user's own columns under the names that the dataset artifact gives them."""
-    used = {*used_columns(source), "synthetic"}
-    if record.keys() >= _MADE_BY_US:
-        # A row of a dataset artifact is made anew: its ids belong to another preparation.
-        used |= RESERVED
-    reserved = RESERVED | {"task"} if source.task else RESERVED
-    kept = {_kept_name(name, reserved): record[name] for name in record if name not in used}
-    return kept | {"task": source.task} if source.task else kept
-
-
-def _kept_name(column: str, reserved: Set[str]) -> str:
-    is_taken = column in reserved or column.startswith("#")
-    return f"original_{column.removeprefix('#')}" if is_taken else column
+    # A row of a dataset artifact is made anew: its ids belong to another preparation.
+    is_ours = record.keys() >= _MADE_BY_US
+    kept = {}
+    for name, value in record.items():
+        if name in used or (is_ours and name in RESERVED):
+            continue
+        is_taken = name in RESERVED or name.startswith("#") or (task and name == "task")
+        kept[f"original_{name.removeprefix('#')}" if is_taken else name] = value
+    return kept | {"task": task} if task else kept
 
 
 def with_instruction(messages: list[Message], task: OneTaskConfig) -> list[Message]:
