@@ -687,6 +687,21 @@ def test_train_rows_that_quote_the_test_split_are_found_however_rows_are_cut(
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_tasks_get_the_blocks_in_the_order_of_the_rows() -> None:
+    import ray.data
+
+    rows = ray.data.range(100, override_num_blocks=9).map_batches(
+        lambda table: table, batch_format="pyarrow"
+    )
+    rows = rows.materialize()
+    blocks = ray.get(rows.to_arrow_refs())
+    assert len(blocks) == 9
+    ids = [number for block in blocks for number in block["id"].to_pylist()]
+    assert ids == [row["id"] for row in rows.iter_rows()]
+    assert sorted(ids) == list(range(100))
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_planted_duplicates_are_found_across_blocks(
     tmp_path: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
