@@ -212,7 +212,6 @@ def submitted_job(
 # Looks for more room every few seconds, so that a test need not wait a minute for it.
 IMPATIENT = """
 import sys
-import tuneloop.cluster
 import tuneloop.training.workers as workers
 from tuneloop.cli import main
 workers._RESIZE_EVERY_S = 5.0

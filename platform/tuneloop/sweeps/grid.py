@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig, with_value
 from tuneloop.errors import ConfigError, Problem
 
@@ -28,6 +29,22 @@ class Cell:
     def label(self) -> str:
         """Its values in one line."""
         return ", ".join(f"{key}={value}" for key, value in self.values.items())
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell of the grid when its training has ended.
+
+    Args:
+        model: The trained model; None where the settings themselves made training fail.
+        problem: Why there is no model.
+        wall_s: Seconds the training took in the run that did it.
+    """
+
+    cell: Cell
+    model: Artifact | None
+    problem: str
+    wall_s: float
 
 
 def expand(config: TuneloopConfig) -> list[Cell]:

@@ -7,13 +7,13 @@ on with the cells that are missing, and a cell that a `run` has trained already 
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tuneloop import pipeline
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
@@ -22,41 +22,15 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.errors import (
     ModelError,
     Problem,
-    TuneloopError,
     UserError,
-    find_user_error,
 )
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.models.export.layout import ADAPTER
 from tuneloop.records import FINETUNED
 from tuneloop.sweeps.curve import learning_curves
-from tuneloop.sweeps.grid import Cell, expand
-
-if TYPE_CHECKING:
-    from ray import tune
-    from ray.tune.experiment import Trial as TuneTrial
-
-logger = logging.getLogger("tuneloop.sweeps")
+from tuneloop.sweeps.grid import Cell, Trial, expand
 
 CODE_VERSION = 3
-# A trial only launches workers and waits; what it reserves must leave room for them.
-_TRIAL_CPUS = 0.1
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One cell of the grid when its training has ended.
-
-    Args:
-        model: The trained model; None where the settings themselves made training fail.
-        problem: Why there is no model.
-        wall_s: Seconds the training took in the run that did it.
-    """
-
-    cell: Cell
-    model: Artifact | None
-    problem: str
-    wall_s: float
 
 
 def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
@@ -99,7 +73,12 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             for number, (cell, (model_fingerprint, _)) in enumerate(zip(cells, made, strict=True))
             if (model := workspace.find("models", config.name, model_fingerprint)) is not None
         }
-        trials = _train_missing(cells, datasets, config, workspace, trained)
+        if len(trained) < len(cells):
+            # From here on PyTorch and Ray Tune are needed.
+            from tuneloop.sweeps.trials import train_missing
+
+            trained |= train_missing(cells, datasets, config, workspace, trained)
+        trials = [trained[number] for number in range(len(cells))]
         if not any(trial.model for trial in trials):
             raise ModelError(*(Problem("no cell could be trained", got=t.problem) for t in trials))
         scored = iter(
@@ -155,145 +134,6 @@ def _prepare_all(cells: Sequence[Cell], workspace: Workspace) -> list[Artifact]:
     ]
 
 
-def _train_missing(
-    cells: Sequence[Cell],
-    datasets: Sequence[Artifact],
-    config: TuneloopConfig,
-    workspace: Workspace,
-    trained: Mapping[int, Trial],
-) -> list[Trial]:
-    """Train each cell without a model in a Ray Tune trial of its own; return how every one ended.
-
-    Args:
-        trained: The trials whose model exists already, by the cell's number.
-    """
-    missing = [number for number in range(len(cells)) if number not in trained]
-    if not missing:
-        return [trained[number] for number in range(len(cells))]
-    from ray import tune
-
-    from tuneloop.training.fit.refusals import refuse_small_cluster
-
-    def trial(params: dict[str, Any]) -> None:
-        number = params["cell"]
-        logging.basicConfig(level=logging.WARNING, force=True)
-        started = time.monotonic()
-        cell = cells[number]
-        try:
-            base = resolve_base(cell.config.model.base)
-            model = pipeline.train_model(cell.config, workspace, base, datasets[number])
-        except Exception as error:
-            # A user's mistake travels back as a result: Tune would only keep its traceback.
-            mistake = find_user_error(error)
-            if mistake is None:
-                raise
-            tune.report(
-                {
-                    "cell": number,
-                    "problems": [vars(problem) for problem in mistake.problems],
-                    "by_its_settings": isinstance(mistake, ModelError),
-                    "wall_s": time.monotonic() - started,
-                }
-            )
-            return
-        wall_s = time.monotonic() - started
-        tune.report({"cell": number, "model": model.artifact.ref, "wall_s": wall_s})
-
-    refuse_small_cluster(config.resources, cpus_per_trial=_TRIAL_CPUS)
-    storage = workspace.root / ".work" / f"sweep-{config.name}"
-    tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": _TRIAL_CPUS}),
-        param_space={"cell": tune.grid_search(missing)},
-        tune_config=tune.TuneConfig(max_concurrent_trials=config.resources.num_concurrent_trials),
-        run_config=tune.RunConfig(
-            name=f"{time.time_ns()}",
-            storage_path=str(storage),
-            verbose=0,
-            callbacks=[_trial_log(cells, len(missing))],
-        ),
-    )
-    logger.info(
-        "sweep of %d cells, %d of them to train: %s",
-        len(cells),
-        len(missing),
-        ", ".join(cells[0].values),
-    )
-    try:
-        grid = _fit(tuner, workspace.root / ".work", config.name)
-    finally:
-        # What a trial leaves is its artifact; Tune's own files are of no further use.
-        shutil.rmtree(storage, ignore_errors=True)
-    trials = dict(trained)
-    problems: list[Problem] = []
-    for result in grid:
-        if result.error is not None:
-            raise TuneloopError(f"a trial failed: {result.error}")
-        metrics = result.metrics or {}
-        cell = cells[metrics["cell"]]
-        of_cell = [Problem(**problem) for problem in metrics.get("problems", [])]
-        if of_cell and not metrics["by_its_settings"]:
-            problems += [replace(p, where=f"{cell.label}: {p.where}") for p in of_cell]
-            continue
-        if of_cell:
-            logger.warning("%s cannot be trained: %s", cell.label, of_cell[0])
-        model = workspace.open(metrics["model"]) if not of_cell else None
-        problem = "\n".join(map(str, of_cell))
-        trials[metrics["cell"]] = Trial(cell, model, problem, metrics["wall_s"])
-    if problems:
-        raise UserError(*problems)
-    return [trials[number] for number in range(len(cells))]
-
-
-def _fit(tuner: tune.Tuner, work: Path, name: str) -> tune.ResultGrid:
-    """Run the tuner, and show meanwhile how far each training is.
-
-    After Ctrl-C the trainings go on from their checkpoints the next time.
-    """
-    from tuneloop.training.progress import PROGRESS_FILE, TrainingProgress, run_in_thread
-
-    shown: dict[Path, TrainingProgress] = {}
-
-    def poll() -> int:
-        for file in work.glob(f"models-{name}-*/scratch/{PROGRESS_FILE}"):
-            if file not in shown:
-                shown[file] = TrainingProgress(file).__enter__()
-        for file in [file for file in shown if not file.exists()]:
-            shown.pop(file).__exit__()
-        return sum(progress.poll() for progress in shown.values())
-
-    try:
-        return run_in_thread(tuner.fit, poll)
-    finally:
-        for progress in shown.values():
-            progress.__exit__()
-
-
-def _trial_log(cells: Sequence[Cell], num_missing: int) -> tune.Callback:
-    """Return a Tune callback that logs each trial's start and end in one line."""
-    from ray.tune import Callback
-
-    class TrialLog(Callback):
-        num_ended = 0
-
-        def on_trial_start(
-            self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
-        ) -> None:
-            logger.info("training %s", cells[trial.config["cell"]].label)
-
-        def on_trial_complete(
-            self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
-        ) -> None:
-            self.num_ended += 1
-            logger.info(
-                "%d of %d trainings ended: %s",
-                self.num_ended,
-                num_missing,
-                cells[trial.config["cell"]].label,
-            )
-
-    return TrialLog()
-
-
 def _trial_row(trial: Trial, dataset: Artifact, evaluation: Artifact | None) -> dict[str, Any]:
     """Return one row of `trials.parquet`; what a failed trial lacks is None."""
     row: dict[str, Any] = {
@@ -341,9 +181,6 @@ def _write(
     folder: Path, trials: list[dict[str, Any]], keys: list[str], evaluation: Artifact
 ) -> dict[str, Any]:
     """Write `trials.parquet` and `curve.json`; return the best trial's row."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     metrics = json.loads((evaluation.path / "metrics.json").read_text(encoding="utf-8"))
     higher = metrics["metrics"][metrics["primary"]]["better"] == "higher"
     scored = [trial for trial in trials if trial["score"] is not None]
