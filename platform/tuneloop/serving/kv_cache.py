@@ -17,35 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from tuneloop.models.attention import Masks, Rule, Segment, attend_causally
+from tuneloop.models.attention import Masks, Rule, attend_causally
 
 Layers = list[tuple[Tensor, Tensor]]
 Owner = TypeVar("Owner")
-
-
-class CachedSegment(Segment, Protocol):
-    """A segment in front of which a KV cache stands, and what the model needs of its tokens."""
-
-    @property
-    def token_ids(self) -> list[int]: ...
-
-    @property
-    def positions(self) -> list[int]: ...
-
-    @property
-    def kept(self) -> Sequence[int]:
-        """Which of the tokens the model shall score successors for."""
-        ...
-
-    @property
-    def adapter(self) -> str:
-        """The adapter these tokens go through; empty: the base weights alone."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +47,7 @@ class Prompt:
     Args:
         suffix: The token ids behind the prefix.
         keep_all: Score the successor of every token, not only of the last.
-        adapter: What the tokens go through beside the base weights.
+        adapter: Name of the adapter of these tokens; empty: the base weights alone.
         start: Tokens of the suffix that earlier chunks have prefilled.
         stop: Where the current chunk ends.
         layers: Pairs of shape (H, len(suffix), D).
@@ -96,6 +76,7 @@ class Prompt:
 
     @property
     def kept(self) -> Sequence[int]:
+        """Which of the chunk's tokens the model shall score successors for."""
         if self.keep_all:
             return range(len(self))
         return [len(self) - 1] if self.stop == len(self.suffix) else []
@@ -148,7 +129,7 @@ class DecodeBatch(Generic[Owner]):
 
     Args:
         capacity: Tokens behind the prefix that each slot has room for.
-        adapter: What the tokens go through beside the base weights.
+        adapter: Name of the adapter of these tokens; empty: the base weights alone.
     """
 
     def __init__(self, prefix: Prefix | None, capacity: int, adapter: str = "") -> None:
@@ -284,3 +265,6 @@ class DecodeBatch(Generic[Owner]):
                 blocks.append(block)
             grown.append((blocks[0], blocks[1]))
         self.layers = grown
+
+
+CachedSegment = Prompt | DecodeBatch[Any]
