@@ -22,8 +22,7 @@ from tuneloop.data.sources.bad_rows import (
 )
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
-from tuneloop.data.tokenize.batch import percentiles
-from tuneloop.data.tokenize.rendering import NUM_VERIFIED, Rendering, sample_of
+from tuneloop.data.tokenize.rendering import NUM_VERIFIED, Rendering, percentiles, sample_of
 from tuneloop.errors import DataError, Problem
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer, RenderError

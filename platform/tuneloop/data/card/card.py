@@ -21,7 +21,7 @@ from tuneloop.data.ledger import Ledger
 from tuneloop.data.schema import SPLITS, Side, Stage
 from tuneloop.data.sources.files import DOCSTRINGS
 from tuneloop.data.split.split import is_stratified
-from tuneloop.data.tokenize.batch import percentiles
+from tuneloop.data.tokenize.rendering import percentiles
 from tuneloop.data.write.parquet import Written
 
 

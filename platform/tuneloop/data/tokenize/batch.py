@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -107,16 +106,3 @@ def _conversations(table: pa.Table, renderer: Renderer) -> _Rendered:
     num_targets = np.array([sum(sample.loss_mask) for sample in samples], np.int64)
     ids = TokenLists.of([sample.input_ids for sample in samples])
     return _Rendered(ids, mask, num_targets, problems)
-
-
-def percentiles(
-    values: Sequence[int] | Indices, points: tuple[int, ...] = (50, 90, 95, 99, 100)
-) -> dict[str, int]:
-    """Return whole-number percentiles by name, such as `p95`; `max` for 100. Empty for none."""
-    if not len(values):
-        return {}
-    values_at = np.percentile(np.asarray(values), points, method="higher")
-    return {
-        "max" if point == 100 else f"p{point}": int(value)
-        for point, value in zip(points, values_at, strict=True)
-    }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
+from tuneloop.data.hashing.columns import Indices
 from tuneloop.models.chat.renderer import Renderer, RenderError
 from tuneloop.models.chat.tokenizer_backends import (
     BackendChoice,
@@ -95,3 +98,16 @@ def sample_of(row: Mapping[str, Any], renderer: Renderer) -> Sample:
     if not sample.loss_mask[-1] or sample.input_ids[-1] not in renderer.stop_ids:
         raise RenderError("the answer's stop token is outside the loss mask")
     return sample
+
+
+def percentiles(
+    values: Sequence[int] | Indices, points: tuple[int, ...] = (50, 90, 95, 99, 100)
+) -> dict[str, int]:
+    """Return whole-number percentiles by name, such as `p95`; `max` for 100. Empty for none."""
+    if not len(values):
+        return {}
+    values_at = np.percentile(np.asarray(values), points, method="higher")
+    return {
+        "max" if point == 100 else f"p{point}": int(value)
+        for point, value in zip(points, values_at, strict=True)
+    }
