@@ -77,7 +77,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     """Return what is wrong with the data and what it looks like; reads every row, without Ray.
 
     Args:
-        config: Of the run.
+        config: Configuration of the run.
         base: Whose tokenizer and chat template render the rows.
         num_samples: Usable rows to show, spread evenly over the data.
     """

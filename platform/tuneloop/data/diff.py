@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from pyarrow import parquet
+
 from tuneloop.artifacts import Artifact
 from tuneloop.data.schema import SPLITS, Side
 from tuneloop.errors import ArtifactError, Problem
@@ -94,10 +96,10 @@ def diff_text(diff: Mapping[str, Any]) -> str:
             lines.append(f"  {key}: {json.dumps(old)} → {json.dumps(new)}")
         lines.append("")
     for name, places in (("added", "added_to"), ("gone", "gone_from")):
-        told = ", ".join(f"{place} {count:,}" for place, count in diff[places].items())
-        lines.append(f"{name:<8} {diff[f'num_{name}']:>8,}   {told}")
-    told = ", ".join(f"{move} {count:,}" for move, count in diff["moves"].items())
-    lines.append(f"{'moved':<8} {sum(diff['moves'].values()):>8,}   {told}")
+        counts = ", ".join(f"{place} {count:,}" for place, count in diff[places].items())
+        lines.append(f"{name:<8} {diff[f'num_{name}']:>8,}   {counts}")
+    counts = ", ".join(f"{move} {count:,}" for move, count in diff["moves"].items())
+    lines.append(f"{'moved':<8} {sum(diff['moves'].values()):>8,}   {counts}")
     for name, examples in diff["examples"].items():
         lines += [f"  {name}: {example}" for example in examples]
     return "\n".join(lines)
@@ -105,8 +107,6 @@ def diff_text(diff: Mapping[str, Any]) -> str:
 
 def _places(artifact: Artifact) -> Iterator[tuple[str, _Place]]:
     """Yield each row's id and its place; the pieces of a document are one row."""
-    from pyarrow import parquet
-
     for side in (*SPLITS, Side.REMOVED):
         for file in sorted((artifact.path / side.folder).glob("*.parquet")):
             names = parquet.read_schema(file).names

@@ -52,8 +52,8 @@ class Ledger:
         split: Over all rows; those on no side have been removed.
         contamination: Train rows that repeated what is held out.
         conflicts: Rows with the same prompt and different answers; None for documents.
-        wording: Of `describe_wording`, over the train rows.
-        filtered: Of `describe_filters`.
+        wording: How varied the train rows are.
+        filtered: What the filters changed and dropped.
         seconds: Time of each step.
         backend: What encoded the rows.
     """

@@ -68,7 +68,7 @@ def render_rows(
 
     Args:
         render: Makes the tokenized rows of a batch.
-        warm: Of `warm_up`.
+        warm: What `warm_up` returned.
         scratch: Where the blocks of a large corpus are kept for a run that has to go on.
         progress: Shows how many rows of a large corpus are done.
     """

@@ -44,23 +44,25 @@ def describe_sources(ledger: Ledger, config: TuneloopConfig) -> list[dict[str, A
     Shares are of the train rows, and of their tokens; `synthetic_ratio` is that of its train rows.
     """
     sources = config.data.sources
-    told = [
+    descriptions = [
         {"path": source.path, "task": source.task, "weight": source.weight} for source in sources
     ]
-    return _describe_parts(ledger, ledger.source, told)
+    return _describe_parts(ledger, ledger.source, descriptions)
 
 
 def describe_tasks(ledger: Ledger, config: TuneloopConfig) -> list[dict[str, Any]]:
     """Return the same for each task of a mixture; nothing where there is none."""
     tasks = config.task.tasks.items()
-    told = [{"name": name, "type": task.type, "weight": task.weight} for name, task in tasks]
-    return _describe_parts(ledger, ledger.task_ids, told)
+    descriptions = [
+        {"name": name, "type": task.type, "weight": task.weight} for name, task in tasks
+    ]
+    return _describe_parts(ledger, ledger.task_ids, descriptions)
 
 
 def _describe_parts(
-    ledger: Ledger, part: Indices, told: list[dict[str, Any]]
+    ledger: Ledger, part: Indices, descriptions: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return what is told of each part of the rows, and how many of its rows went where.
+    """Return the description of each part of the rows, and how many of its rows went where.
 
     Args:
         part: Number of each row's part. Shape (N,).
@@ -69,7 +71,7 @@ def _describe_parts(
     synthetic = ledger.table["synthetic"].to_numpy(zero_copy_only=False)
     is_train = ledger.is_on(Side.TRAIN)
     described = []
-    for number, first in enumerate(told):
+    for number, first in enumerate(descriptions):
         own = part == number
         train = own & is_train
         described.append(
@@ -150,7 +152,7 @@ def describe_filters(ledger: Ledger, rows: Dataset, content: Content) -> FilterE
 
 
 def describe_wording(ledger: Ledger, rows: Dataset, content: Content) -> Wording:
-    """Return how varied the train rows are, told by the first 5,000 of the shuffled split.
+    """Return how varied the train rows are, judged by the first 5,000 of the shuffled split.
 
     Args:
         ledger: With the final sides.
@@ -181,9 +183,9 @@ def describe_wording(ledger: Ledger, rows: Dataset, content: Content) -> Wording
 
 def _wording(table: pa.Table, keys: Indices, content: Content) -> pa.Table:
     """Return the `lead` word and the distinct `words` of the rows whose key is wanted."""
-    said = texts_of_rows(table, keys, content)
-    words = [sorted(long_words(text)) for text in said["text"].to_pylist()]
-    leads = [lead_word(prompt) for prompt in said["prompt"].to_pylist()]
+    texts = texts_of_rows(table, keys, content)
+    words = [sorted(long_words(text)) for text in texts["text"].to_pylist()]
+    leads = [lead_word(prompt) for prompt in texts["prompt"].to_pylist()]
     return pa.table({"lead": leads, "words": pa.array(words, pa.list_(pa.string()))})
 
 

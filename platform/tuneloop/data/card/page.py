@@ -127,21 +127,21 @@ def _parts_table(what: str, parts: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def _synthetic_text(ratios: dict[str, float]) -> str:
-    told = ", ".join(f"{name} {1 - ratio:.1%} and {ratio:.1%}" for name, ratio in ratios.items())
-    return f"People's rows and synthetic ones (rows with `synthetic: true`): {told}."
+    listed = ", ".join(f"{name} {1 - ratio:.1%} and {ratio:.1%}" for name, ratio in ratios.items())
+    return f"People's rows and synthetic ones (rows with `synthetic: true`): {listed}."
 
 
 def _wording(found: dict[str, Any]) -> list[str]:
     """Return the section on how varied the train rows are."""
     parts = ["## Variety", f"Of the first {found['num_rows']:,} train rows."]
     if found["lead_words"]:
-        told = ", ".join(f"{word} {count:,}" for word, count in found["lead_words"].items())
+        listed = ", ".join(f"{word} {count:,}" for word, count in found["lead_words"].items())
         parts.append(
             f"Prompts lead with {found['num_lead_words']:,} different words, as spread as "
-            f"{found['effective_lead_words']:g} equally frequent ones: {told}."
+            f"{found['effective_lead_words']:g} equally frequent ones: {listed}."
         )
-    told = ", ".join(f"{term} {share:.0%}" for term, share in found["terms"].items())
-    parts.append(f"{found['num_terms']:,} different terms; in most rows: {told or 'none'}.")
+    listed = ", ".join(f"{term} {share:.0%}" for term, share in found["terms"].items())
+    parts.append(f"{found['num_terms']:,} different terms; in most rows: {listed or 'none'}.")
     return parts
 
 
@@ -157,11 +157,11 @@ def _dedup_text(dedup: dict[str, Any], is_text: bool) -> str:
         f"{dedup['num_clusters']:,}; the largest has {dedup['largest_cluster']:,}. Candidates come "
         f"from MinHash with {dedup['bands']} bands of {dedup['rows_per_band']} and are verified."
     )
-    told = ", ".join(
+    listed = ", ".join(
         f"{size} row{'s' * (size != '1')}: {count:,}"
         for size, count in dedup["cluster_sizes"].items()
     )
-    text += f" Clusters by size: {told or 'none'}."
+    text += f" Clusters by size: {listed or 'none'}."
     if dedup["least_similar_removed"]:
         rows = [
             [f"{pair['similarity']:.3f}", f"`{pair['removed']}`", f"`{pair['kept']}`"]

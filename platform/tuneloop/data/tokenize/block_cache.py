@@ -1,7 +1,7 @@
 """Finished blocks of a large corpus, kept beside the draft so that a killed run goes on from them.
 
-A block is known by the keys of its rows. The draft's directory belongs to one fingerprint, so rows
-with these keys say what they said before; blocks that are cut otherwise are made anew.
+A block is identified by the keys of its rows. The draft's directory belongs to one fingerprint, so
+rows with these keys have the same content as before; blocks that are cut differently are made anew.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def make_or_read(table: pa.Table, make: Callable[[pa.Table], pa.Table], folder: 
 
     Args:
         table: Arrow table with a column `key`.
-        make: Of a table, always the same for the same keys.
-        folder: Of this step alone, on a file system that all nodes share.
+        make: Makes a block from a table, always the same one for the same keys.
+        folder: Used by this step alone, on a file system that all nodes share.
     """
     if not table.num_rows:
         return make(table)

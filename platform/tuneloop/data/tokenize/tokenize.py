@@ -63,7 +63,7 @@ def tokenize_rows(
 
     Args:
         rendering: By the tokenizer itself.
-        warm: Of `ray_rows.warm_up`.
+        warm: What `ray_rows.warm_up` returned.
         config: Its `task` and `data.dedup` say which keys the rows get.
         scratch: Where the blocks of a large corpus are kept for a run that has to go on.
         progress: Shows how many rows of a large corpus are done.

@@ -73,7 +73,7 @@ class Partitions(NamedTuple):
 
     Args:
         cuts: Where each partition but the first begins, ascending.
-        sides: Of the partitions; none has rows of two.
+        sides: Side of each partition; none has rows of two sides.
         blocks_per_task: Blocks that a task finishes.
     """
 
@@ -145,8 +145,8 @@ def assemble(
     Args:
         rows: The materialized dataset of tokenized rows.
         ledger: With the final sides and ranks of these rows.
-        columns: The user's own, of `ray_rows.column_schema`.
-        rendering: Of the rows.
+        columns: The user's own columns, from `ray_rows.column_schema`.
+        rendering: How the rows were rendered.
         max_seq_len: Tokens of a row of plain text; None for conversations.
     """
     blocks = rows.to_arrow_refs()
@@ -182,7 +182,7 @@ def _partitions(
     """Return how to cut the order of all rows, into parts that are neither many nor large.
 
     Args:
-        num_bytes: Of all tokenized rows.
+        num_bytes: Size of all tokenized rows.
     """
     order = assignments.order
     size = ledger.table["num_characters"].to_numpy().astype(np.int64)
@@ -251,10 +251,10 @@ def _removed(block: pa.Table, assignments: Assignments) -> pa.Table:
     block, index = block.filter(is_removed), index[is_removed]
     messages = one_array(block["messages"])
     contents = pa.ListArray.from_arrays(messages.offsets, messages.values.field("content"))
-    said = pc.binary_join(contents, "\n\n")
+    texts = pc.binary_join(contents, "\n\n")
     columns = {
         "row_id": assignments.row_ids.take(index),
-        "text": pc.if_else(pc.equal(said, ""), one_array(block["text"]), said),
+        "text": pc.if_else(pc.equal(texts, ""), one_array(block["text"]), texts),
         "source": block["source"],
     }
     removals = assignments.removals.take(assignments.removal[index])
@@ -288,7 +288,7 @@ def _pieces(table: pa.Table, index: Indices, job: _Job) -> pa.Table:
 
     Args:
         table: Documents.
-        index: Of these in the assignments.
+        index: Their positions in the assignments.
     """
     assert job.max_seq_len is not None
     assignments = job.assignments

@@ -109,7 +109,7 @@ def place_documents(num_tokens: Indices, max_seq_len: int) -> Places:
     """Return where the last pieces of documents go; all other pieces fill a row of their own.
 
     Args:
-        num_tokens: Of each document, in the order of the split. Shape (N,).
+        num_tokens: Tokens of each document, in the order of the split. Shape (N,).
         max_seq_len: Tokens that fit a row.
     """
     rows = pack(rest_lengths(num_tokens, max_seq_len), max_seq_len)
@@ -128,7 +128,7 @@ def merged_pieces(table: pa.Table) -> pa.Table:
     """Return one row for each run of equal `#order`, in which pieces of documents share a row.
 
     Args:
-        table: Of finished rows (`assemble`), sorted by `#order` and `#position`.
+        table: Finished rows (`assemble`), sorted by `#order` and `#position`.
     """
     orders = table["#order"].to_numpy()
     starts = np.flatnonzero(np.concatenate([[True], orders[1:] != orders[:-1]])[: len(orders)])

@@ -54,7 +54,7 @@ def write_rows(
     Args:
         rows: The materialized dataset of tokenized rows.
         ledger: With the final sides and ranks of these rows.
-        rendering: Of the rows.
+        rendering: How the rows were rendered.
         config: `task.type` and `data.max_seq_len` are used.
     """
     columns = column_schema(rows)
