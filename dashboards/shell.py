@@ -1,4 +1,4 @@
-"""What every page begins with: the workspace, the artifact it shows, and one clear message."""
+"""What every page begins with: the workspace, the selected artifact, and error messages."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
 
 
 def load_evaluation(artifact: Artifact) -> Evaluation:
-    """Return an evaluation, kept in memory: published artifacts do not change."""
+    """Return an evaluation, cached: published artifacts do not change."""
     return _load(artifact.location, artifact.fingerprint, artifact)
 
 

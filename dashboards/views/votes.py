@@ -46,7 +46,7 @@ def vote(example_id: str, sides: Sides, reviewer: str, choice: Choice) -> None:
 
 
 def put_off(example_id: str) -> None:
-    """Leave an example for later in this session."""
+    """Ask for an example later in this session."""
     st.session_state.setdefault("skipped", []).append(example_id)
     st.session_state.pop("again", None)
 
@@ -127,14 +127,15 @@ def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
     st.table(rows, border="horizontal", hide_index=True)
     st.caption(
         "Elo from Bradley–Terry over the votes of all pairs of arms: 1000 is the average, 400 "
-        "more means ten times the odds to win. Overlapping intervals: not told apart yet."
+        "more means ten times the odds to win. Arms whose intervals overlap cannot be told "
+        "apart yet."
     )
     st.subheader("Do reviewers agree?")
     between = agreement.reviewer_rows(verdicts)
     if between:
         st.table(between, border="horizontal", hide_index=True)
     else:
-        st.caption("Two people must judge the same examples before this can be told.")
+        st.caption("This needs two people who have judged the same examples.")
     st.subheader("Do people agree with the metric?")
     judges = {
         evaluation.metric(name).label.replace("`", ""): analysis.metric_preferences(
@@ -147,8 +148,8 @@ def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
     if against:
         st.table(against, border="horizontal", hide_index=True)
         st.caption(
-            "Share of the votes with a winner whose winner the judge prefers too; no preference "
-            "counts one half. A metric that does not beat the baseline adds nothing to length."
+            "How often the metric prefers the answer that people voted for; no preference counts "
+            "as half. A metric that does not beat the baseline says no more than the length does."
         )
     else:
         st.caption("No vote on this pair has a winner yet.")
@@ -173,7 +174,7 @@ if evaluation.metrics["task_type"] == "language_modeling":
 pairs = sorted(combinations(names, 2), key=lambda pair: pair[1] != names[-1])
 arms = right.selectbox(
     "Arms", pairs, format_func=" vs ".join, key="pair", bind="query-params",
-    help="Which answer stands left is drawn anew for every example and reviewer.",
+    help="Which answer is on the left differs by example and reviewer.",
 )  # fmt: skip
 examples = analysis.examples_to_judge(evaluation, arms)
 view = st.segmented_control(

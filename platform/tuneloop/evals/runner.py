@@ -31,7 +31,7 @@ from tuneloop.records import Arm, SamplingParams
 
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
-# Raised when a change here, in metrics, error tags, intervals or report makes other results.
+# Raised when a change here or in metrics, error tags, intervals or report changes the results.
 CODE_VERSION = 6
 
 
@@ -49,8 +49,8 @@ def find_evaluation(
 ) -> Artifact | None:
     """Return the published evaluation of these arms, or None.
 
-    Arms with a `model_fingerprint` are found before their endpoints exist, so nothing has to be
-    served to learn that there is nothing to do.
+    Arms with a `model_fingerprint` need no endpoint for this: nothing has to be served to find
+    out that there is nothing to do.
     """
     return workspace.find("evaluations", name, identity(config, dataset, arms))
 
@@ -77,17 +77,17 @@ def evaluate(
         arms: At least one. Each is compared with all before it; the last one is the candidate
             that the report's headline is about.
         name: Name of the artifact.
-        earlier: An evaluation whose answers are taken over where model, shots, sampling and
-            prompt are the same.
+        earlier: An evaluation whose answers are reused where model, shots, sampling and prompt
+            are the same.
 
     Returns:
-        The artifact; reused when it was there already.
+        The artifact; reused if it exists already.
 
     Raises:
         ConfigError: No arm, or two of one name.
         DataError: Nothing to score, or references that cannot be scored against.
         EndpointError: An endpoint is unusable, or an arm got no answer at all. Nothing is
-            published; what was answered is kept, and the same call goes on from there.
+            published. Answers are kept, and the same call resumes from there.
     """
     names = [arm.name for arm in arms]
     if not arms or len(set(names)) < len(names):
@@ -112,7 +112,7 @@ def evaluate(
     with workspace.draft("evaluations", name, identity(config, dataset, arms)) as draft:
         answered = PartialAnswers(draft.scratch / "answers.jsonl")
         if earlier is not None:
-            _take_over(answered, earlier)
+            _reuse_answers(answered, earlier)
         answers = ask_all(
             requests,
             answered,
@@ -162,7 +162,7 @@ def _model(arm: Arm) -> str:
     return arm.model_fingerprint or f"{arm.endpoint.model} at {arm.endpoint.url}"
 
 
-def _take_over(answered: PartialAnswers, earlier: Artifact) -> None:
+def _reuse_answers(answered: PartialAnswers, earlier: Artifact) -> None:
     """Add the answers of an earlier evaluation."""
     identities = {arm["name"]: arm["identity"] for arm in earlier.manifest["config"]["arms"]}
     for prediction in read_predictions(earlier.path, ["bits_per_byte"]):
@@ -252,7 +252,7 @@ def _write_reports(
 
 
 def _write_parity(folder: Path, arms: Sequence[Arm]) -> None:
-    """Keep how served models answered beside the trained ones: `parity.json`, by arm."""
+    """Store how served models answered compared with the trained ones: `parity.json`, by arm."""
     outcomes = {arm.name: dataclasses.asdict(arm.parity) for arm in arms if arm.parity is not None}
     if outcomes:
         (folder / "parity.json").write_text(json.dumps(outcomes, indent=2), encoding="utf-8")

@@ -36,9 +36,9 @@ class JudgeAgreement:
     """An automatic judge against the verdicts with a winner.
 
     Args:
-        agreed_ratio: Share of the verdicts whose winner the judge prefers too; an example where
-            it has no preference counts one half.
-        num_undecided: Examples where it has none.
+        agreed_ratio: Share of the verdicts whose winner the judge also prefers; an example
+            without a preference counts as half.
+        num_undecided: Examples without a preference.
     """
 
     judge: str
@@ -64,7 +64,7 @@ def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
 def reviewer_agreement(verdicts: Sequence[Verdict]) -> list[ReviewerAgreement]:
     """Return one row for each two reviewers who judged the same pair of answers.
 
-    What is compared is the preferred arm, a tie or both bad; the side it stood on does not count.
+    The preferred arm, a tie or two bad answers are compared; the side does not matter.
     """
     labels: dict[str, dict[tuple[str, frozenset[str]], str]] = {}
     for verdict in verdicts:
@@ -115,7 +115,7 @@ def describe_kappa(kappa: float | None) -> str:
 def preferences(verdicts: Sequence[Verdict]) -> list[Preference]:
     """Return verdicts as comparisons for a rating.
 
-    A tie and two bad answers prefer neither: one half.
+    A tie and two bad answers count as half a win for each.
     """
     scores = {"left": 1.0, "right": 0.0, "tie": 0.5, "both_bad": 0.5}
     return [Preference(v.arm_left, v.arm_right, scores[v.choice]) for v in verdicts]

@@ -23,7 +23,7 @@ def run_dashboard(workspace: str, port: int = PORT) -> int:
         port: On 127.0.0.1.
 
     Raises:
-        ResourceError: Streamlit is not installed, or the port is taken.
+        ResourceError: Streamlit is not installed, or the port is in use.
     """
     if importlib.util.find_spec("streamlit") is None:
         raise ResourceError(
@@ -36,9 +36,9 @@ def run_dashboard(workspace: str, port: int = PORT) -> int:
         except OSError as error:
             raise ResourceError(
                 Problem(
-                    "the dashboard's port is taken",
+                    "the dashboard's port is in use",
                     where=f"{HOST}:{port}",
-                    remedy="stop what listens there, or give another one: --port 8502",
+                    remedy="stop the program that uses it, or choose another port: --port 8502",
                 )
             ) from error
     command = [sys.executable, "-m", "streamlit", "run", str(_app()), "--server.port", str(port)]

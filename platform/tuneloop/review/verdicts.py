@@ -1,7 +1,7 @@
 """Human verdicts in SQLite, append-only: a changed mind is a newer row.
 
-Blind pairs: which arm stands left is decided by a hash of reviewer and example, so it does not
-depend on the arms' names, differs between reviewers and stays the same when a page is reloaded.
+Pairs are blind: a hash of reviewer and example decides which arm is on the left. So the side does
+not depend on the arms' names, differs between reviewers and survives a reload.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Verdict:
 
 
 class Sides(NamedTuple):
-    """The arm whose answer stands left, and the one whose answer stands right."""
+    """The arm whose answer is on the left, and the one whose answer is on the right."""
 
     left: str
     right: str
@@ -149,7 +149,7 @@ class VerdictStore:
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Return what `work` does in one transaction."""
         try:
-            # Looking at verdicts makes no file; the first one does.
+            # Reading creates no file; the first verdict does.
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
                 return work(connection)
@@ -166,7 +166,7 @@ class VerdictStore:
 
 
 def blind_order(example_id: str, reviewer: str, arms: Collection[str]) -> Sides:
-    """Return on which side each of two arms stands, decided by a hash."""
+    """Return the side of each of two arms, decided by a hash."""
     first, second = sorted(arms)
     digest = hashlib.sha256(f"{reviewer}\0{example_id}\0{first}\0{second}".encode()).digest()
     return Sides(first, second) if digest[0] % 2 == 0 else Sides(second, first)
@@ -181,7 +181,7 @@ def open_examples(
 
 
 def next_example(still_open: Sequence[str], skipped: Sequence[str]) -> str | None:
-    """Return the example to ask for next: those skipped come last, the longest ago first."""
+    """Return the example to ask for next; skipped ones come last, the earliest skipped first."""
     fresh = [example_id for example_id in still_open if example_id not in skipped]
     latest_first = dict.fromkeys(reversed(skipped))
     again = [example_id for example_id in reversed(latest_first) if example_id in still_open]

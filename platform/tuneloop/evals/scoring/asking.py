@@ -1,4 +1,4 @@
-"""Putting every question of every arm to its endpoint, and keeping each answer at once."""
+"""Sends every question of every arm to its endpoint and stores each answer at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tuneloop.records import Arm, Endpoint, FinishReason, SamplingParams
 from tuneloop.text import format_duration
 
 _log = logging.getLogger("tuneloop.evals")
-# Raised when a change here makes the same arm give other answers to the same questions.
+# Raised when a change here changes the answers of the same arm to the same questions.
 _REQUEST_VERSION = 1
 
 
@@ -149,7 +149,7 @@ def ask_all(
     """
     todo = [request for request in requests if answered.get(request) is None]
     if len(todo) < len(requests):
-        _log.info("%d of %d answers are already there", len(requests) - len(todo), len(requests))
+        _log.info("%d of %d answers exist already", len(requests) - len(todo), len(requests))
     failed: dict[tuple[str, str], ModelAnswer] = {}
     if todo:
         with (
@@ -278,7 +278,7 @@ class _RunningScores:
         num_scored = self.num_scored[name]
         mean = f"{self.score_sums[name] / num_scored:.3f}" if num_scored else "unknown"
         progress.update(self.done, f"{name} {mean}")
-        # The first answers come late and then all together: they tell no rate.
+        # The first answers come late and all together: they say nothing about the rate.
         left = format_duration(elapsed / self.done * (self.total - self.done))
         progress.log(
             _log,
