@@ -1,5 +1,5 @@
-"""What rows are compared by: word shingles, MinHash bands, Bloom filters.
+"""What rows are compared by: their contents, word shingles, MinHash bands, Bloom filters.
 
-The other rooms call `columns` (text columns, without numba) and `signatures`; nothing but
-`signatures` calls the compiled `kernels`.
+The other rooms call `content` (what a row says, and its keys), `columns` (text columns, without
+numba) and `signatures`; only `signatures` and `dedup.minhash` call the compiled `kernels`.
 """
