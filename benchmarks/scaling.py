@@ -69,8 +69,8 @@ def predict(size: float, cluster: Cluster, costs: Costs) -> dict[str, Any]:
     driver_bytes, prepare_bytes = rows * costs.driver_bytes, rows * costs.prepare_bytes
     sent = size * costs.compared_ratio
     limits = {
-        "memory of the process that decides (prepare)": prepare_bytes / cluster.memory_bytes,
-        "memory of the process that decides (dedup)": driver_bytes / cluster.memory_bytes,
+        "memory of the driver (prepare)": prepare_bytes / cluster.memory_bytes,
+        "memory of the driver (dedup)": driver_bytes / cluster.memory_bytes,
         "memory of all nodes for the texts": size / (cluster.nodes * cluster.memory_bytes * 0.3),
     }
     first, excess = max(limits.items(), key=lambda item: item[1])
