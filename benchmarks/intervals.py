@@ -1,6 +1,6 @@
 """Intervals and tests for clustered rows on simulated data whose truth is known.
 
-    python benchmarks/intervals.py            # about three minutes on one core
+    python benchmarks/intervals.py            # about four minutes on one core
     python benchmarks/intervals.py --quick    # a fifth of the replicates
     python benchmarks/intervals.py --cells    # also every cell of the first two tables
 
