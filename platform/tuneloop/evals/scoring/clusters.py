@@ -327,8 +327,6 @@ def sign_flip_p(totals: Floats) -> float:
         reach += unit
         flipped = chances[: reach + 1].copy()
         flipped[unit:] += chances[: reach + 1 - unit]
-        if unit == 0:
-            flipped = 2 * chances[: reach + 1]
         chances[: reach + 1] = flipped / 2
     excess = np.abs(2 * np.arange(reach + 1) - reach)
     observed = abs(2 * int(units[moved > 0].sum()) - reach)
