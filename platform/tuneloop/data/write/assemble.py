@@ -215,24 +215,21 @@ def _partitions(
 
 def _finish_blocks(job: _Job, *blocks: pa.Table) -> pa.Table | list[pa.Table]:
     """Return the finished rows of some blocks, a table for each partition."""
-    kept = [_finished(block, job) for block in blocks]
-    removed = [_removed(block, job.assignments) for block in blocks]
-    found: dict[bool, list[pa.Table]] = {}
-    for is_removed, tables in ((False, kept), (True, removed)):
-        table = pa.concat_tables(tables)
-        order = table["#order"].to_numpy()
-        partition = np.searchsorted(job.partitions.cuts, order, side="right")
-        by_partition = np.argsort(partition, kind="stable")
-        bounds = np.searchsorted(partition[by_partition], np.arange(len(job.partitions.sides) + 1))
-        # A copy of its own for each, as a slice would be sent with all of the table.
-        found[is_removed] = [
-            table.take(by_partition[start:stop])
-            for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-        ]
-    parts = [
-        found[side is Side.REMOVED][number] for number, side in enumerate(job.partitions.sides)
-    ]
-    return parts[0] if len(parts) == 1 else parts
+    sides = job.partitions.sides
+    parts: list[list[pa.Table]] = [[] for _ in sides]
+    for block in blocks:
+        for table, is_removed in ((_finished(block, job), False), (_removed(block, job), True)):
+            order = table["#order"].to_numpy()
+            partition = np.searchsorted(job.partitions.cuts, order, side="right")
+            by_partition = np.argsort(partition, kind="stable")
+            bounds = np.searchsorted(partition[by_partition], np.arange(len(sides) + 1)).tolist()
+            for number, side in enumerate(sides):
+                if (side is Side.REMOVED) == is_removed:
+                    # Copied, as a slice would be sent with all of the table.
+                    rows = by_partition[bounds[number] : bounds[number + 1]]
+                    parts[number].append(table.take(rows))
+    tables = [pa.concat_tables(of_blocks) for of_blocks in parts]
+    return tables[0] if len(tables) == 1 else tables
 
 
 def _joined(is_text: bool, *parts: pa.Table) -> pa.Table:
@@ -244,8 +241,9 @@ def _joined(is_text: bool, *parts: pa.Table) -> pa.Table:
     return table.drop_columns([name for name, _ in _PLACE])
 
 
-def _removed(block: pa.Table, assignments: Assignments) -> pa.Table:
+def _removed(block: pa.Table, job: _Job) -> pa.Table:
     """Return the removed rows of a block."""
+    assignments = job.assignments
     index = np.searchsorted(assignments.keys, block["key"].to_numpy())
     is_removed = assignments.removal[index] >= 0
     block, index = block.filter(is_removed), index[is_removed]
