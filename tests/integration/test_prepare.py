@@ -265,7 +265,7 @@ def test_documents_are_packed_with_every_token_kept_once(
 
     # Training takes the documents of a row apart again.
     stored = open_rows(store_rows(artifact.path, "train", tmp_path / "rows"))
-    assert stored.row_ids == [row["row_id"] for row in train]
+    assert list(stored.row_ids) == [row["row_id"] for row in train]
     for index, row in enumerate(train):
         assert stored.document_lengths(index) == row["document_lengths"]
         assert stored.num_target_tokens[index] == row["num_tokens"] - len(row["document_ids"])
