@@ -22,7 +22,7 @@ from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.layout import ADAPTER
 from tuneloop.models.export.parity import check_served
-from tuneloop.records import BASE, FEW_SHOT, FINETUNED, Arm, Endpoint, Parity
+from tuneloop.records import BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, Parity
 from tuneloop.serving import app
 from tuneloop.serving.replica import ServedModel
 
@@ -285,8 +285,9 @@ def _finetuned_model(model: Artifact) -> ServedModel:
 
 
 def _base_arms(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> list[Arm]:
-    """Return the arms that need no training: the plain prompt, and solved examples before it."""
+    """Return the arms that train no model: plain prompt, solved examples before it, simple arm."""
     from tuneloop.evals.scoring.questions import choose_shots
+    from tuneloop.evals.scoring.simple import simple_arm
 
     endpoint = Endpoint("", BASE)
     renderer = Renderer.load(base.path, config.model.chat_template)
@@ -296,6 +297,8 @@ def _base_arms(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> li
         e = config.evaluation
         shots = choose_shots(dataset, e.num_shots, e.seed, list(config.task.tasks))
         arms.append(Arm(FEW_SHOT, endpoint, shots, identity))
+    if config.task.type != "language_modeling":
+        arms.append(simple_arm(SIMPLE, dataset))
     return arms
 
 
@@ -332,6 +335,8 @@ def _evaluate(
                 endpoint=Endpoint(url, arm.endpoint.model, key),
                 parity=outcomes.get(arm.endpoint.model),
             )
+            if arm.endpoint.model in models
+            else arm
             for arm in arms
         ]
         return _log_published(evaluate(config, workspace, dataset, arms, name, earlier))

@@ -5,15 +5,16 @@ Shape legend used in docstrings: B batch, T tokens, N target tokens, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
 Status = Literal["scored", "unscored"]
 
 # The arms that every run compares, and the names of the first and the last on the server.
-BASE, FEW_SHOT, FINETUNED = "base", "base+few-shot", "finetuned"
+BASE, FEW_SHOT, SIMPLE, FINETUNED = "base", "base+few-shot", "simple", "finetuned"
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,13 @@ class Endpoint:
     api_key: str = ""
 
 
+class Price(NamedTuple):
+    """What a model charges, in one currency for a million tokens."""
+
+    input: float
+    output: float
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of answering the test set, for example `base`, `base+few-shot`, `finetuned`.
@@ -143,6 +151,10 @@ class Arm:
             only between arms whose fingerprints are equal; without one, the endpoint's URL and
             model name stand for it.
         parity: How closely the served model matches the trained one; None if not recorded.
+        answers_from: `endpoint` asks a model; `simple` is a classifier or the nearest training
+            row; `file` takes the answers of the file that `endpoint.url` names.
+        own_shots: Solved examples chosen for each question, by example id, in place of `shots`.
+        price: What an endpoint charges; None if nothing or unknown.
     """
 
     name: str
@@ -150,3 +162,6 @@ class Arm:
     shots: tuple[Conversation, ...] = ()
     model_fingerprint: str = ""
     parity: Parity | None = None
+    answers_from: Literal["endpoint", "simple", "file"] = "endpoint"
+    own_shots: Mapping[str, tuple[Conversation, ...]] = field(default_factory=dict)
+    price: Price | None = None

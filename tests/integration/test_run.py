@@ -91,7 +91,7 @@ def test_the_whole_loop_then_everything_is_reused(
         "evaluations/tiny@v1",
     ]
     assert not any(item["reused"] for item in first)
-    assert set(first[-1]["metrics"]["scores"]) == {"base", "base+few-shot", "finetuned"}
+    assert set(first[-1]["metrics"]["scores"]) == {"base", "base+few-shot", "simple", "finetuned"}
     assert first[-1]["metrics"]["num_unscored"] == 0
     assert first[2]["metrics"]["final_loss"] < first[2]["metrics"]["first_loss"]
 

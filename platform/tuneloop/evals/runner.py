@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from tuneloop.evals.scoring.error_tags import tag_errors
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.predictions import Prediction, read_predictions, write_predictions
-from tuneloop.evals.scoring.questions import read_questions
+from tuneloop.evals.scoring.questions import read_questions, read_solved
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.evals.scoring.simple import answer_simply
 from tuneloop.records import Arm, SamplingParams
 
 _log = logging.getLogger("tuneloop.evals")
@@ -113,6 +115,7 @@ def evaluate(
         answered = PartialAnswers(draft.scratch / "answers.jsonl")
         if earlier is not None:
             _reuse_answers(answered, earlier)
+        _answer_simply(answered, requests, config, dataset)
         answers = ask_all(
             requests,
             answered,
@@ -131,7 +134,7 @@ def evaluate(
             config=_parts(config, dataset, arms),
             resources={
                 "concurrency": config.evaluation.concurrency,
-                "endpoints": {arm.name: arm.endpoint.url for arm in arms},
+                "endpoints": {arm.name: arm.endpoint.url for arm in arms if arm.endpoint.url},
             },
             inputs=[dataset.ref, *dict.fromkeys(_model(arm) for arm in arms)],
             metrics=evaluation.headline_numbers(),
@@ -178,6 +181,37 @@ def _reuse_answers(answered: PartialAnswers, earlier: Artifact) -> None:
                     completion_tokens=prediction.completion_tokens,
                     latency_s=prediction.latency_s,
                     bits_per_byte=prediction.scores.get("bits_per_byte"),
+                ),
+            )
+
+
+def _answer_simply(
+    answered: PartialAnswers,
+    requests: Sequence[EvaluationRequest],
+    config: TuneloopConfig,
+    dataset: Artifact,
+) -> None:
+    """Add the answers of simple arms, which are learned from the train split, not asked for."""
+    todo = [r for r in requests if r.arm.answers_from == "simple" and answered.get(r) is None]
+    if not todo:
+        return
+    train = read_solved(dataset, list(config.task.tasks))
+    if not train:
+        return  # plain text
+    started = time.perf_counter()
+    answers = answer_simply(train, [request.question for request in todo], config.task)
+    latency_s = (time.perf_counter() - started) / len(todo)
+    for request in todo:
+        example_id = request.question.example_id
+        if example_id in answers:
+            answered.put(
+                request.identity,
+                ModelAnswer(
+                    example_id,
+                    request.prompt,
+                    text=answers[example_id],
+                    finish_reason="stop",
+                    latency_s=latency_s,
                 ),
             )
 

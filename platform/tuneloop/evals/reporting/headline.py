@@ -13,13 +13,14 @@ from tuneloop.evals.reporting.formatting import (
 )
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.records import BASE, FEW_SHOT, FINETUNED
+from tuneloop.records import BASE, FEW_SHOT, FINETUNED, SIMPLE
 
 Tone = Literal["good", "mixed", "bad", "unclear"]
 Direction = Literal["better", "worse", "unclear"]
 _ARM_WORDS = {
     BASE: "the base model",
     FEW_SHOT: "few-shot prompting",
+    SIMPLE: "the simple arm",
     FINETUNED: "the finetuned model",
 }
 _ALL_ALIKE: dict[Direction, tuple[Tone, str]] = {
@@ -61,6 +62,7 @@ def write_headline(evaluation: Evaluation) -> Headline:
         return Headline("unclear", f"{subject}: {score}", "One arm alone: nothing to compare.")
     directions = [direction(pair["differences"][primary], metric) for pair in pairs]
     detail = "; ".join(_difference_in_words(evaluation, pair) for pair in pairs) + "."
+    detail += _simple_is_enough(evaluation, pairs)
     if len(set(directions)) == 1:
         tone, words = _ALL_ALIKE[directions[0]]
         return Headline(tone, f"{subject} {words}", detail)
@@ -71,6 +73,20 @@ def write_headline(evaluation: Evaluation) -> Headline:
             clauses.append(f"{words} {join_words([describe_arm(other) for other in others])}")
     tone = "mixed" if "better" in directions else "bad"
     return Headline(tone, f"{subject} {join_words(clauses, 'but')}", detail)
+
+
+def _simple_is_enough(evaluation: Evaluation, pairs: list[dict[str, Any]]) -> str:
+    """Return a sentence where the candidate does not beat the simple arm; empty otherwise."""
+    metric, kinds = evaluation.metric(evaluation.primary), evaluation.task_types()
+    what = "a classifier" if kinds == {"classification"} else "the nearest training row's answer"
+    for pair in pairs:
+        if pair["other"] == SIMPLE:
+            kind = direction(pair["differences"][evaluation.primary], metric)
+            if kind == "worse":
+                return f" The simple arm needs no model: {what} is enough."
+            if kind == "unclear":
+                return f" The simple arm needs no model: {what} may be enough."
+    return ""
 
 
 def _difference_in_words(evaluation: Evaluation, pair: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from tuneloop.errors import EndpointError, Problem
 from tuneloop.evals.scoring.questions import Question, messages_json
 from tuneloop.models.client.client import Client, RequestError, ask_each
 from tuneloop.progress import Progress
-from tuneloop.records import Arm, Endpoint, FinishReason, SamplingParams
+from tuneloop.records import Arm, Endpoint, FinishReason, Message, SamplingParams
 from tuneloop.text import format_duration
 
 _log = logging.getLogger("tuneloop.evals")
@@ -66,7 +66,13 @@ class EvaluationRequest:
     def prompt(self) -> str:
         if self.question.text:
             return self.question.text
-        return messages_json(self.question.prompt(self.arm.shots))
+        return messages_json(self.messages)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """What is sent."""
+        shots = self.arm.own_shots.get(self.question.example_id, self.arm.shots)
+        return self.question.prompt(shots)
 
 
 def arm_identity(arm: Arm, params: SamplingParams) -> str:
@@ -207,8 +213,7 @@ async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
                 latency_s=time.perf_counter() - started,
                 bits_per_byte=-likelihood.logprob / math.log(2) / likelihood.num_bytes,
             )
-        messages = request.question.prompt(request.arm.shots)
-        completion = await client.generate(messages, request.params)
+        completion = await client.generate(request.messages, request.params)
     except RequestError as error:
         _log.warning("%s, example %s is unscored: %s", request.arm.name, example_id, error)
         return ModelAnswer(example_id, prompt, error=str(error))

@@ -102,6 +102,25 @@ def read_questions(dataset: Artifact, tasks: Collection[str] = ()) -> list[Quest
     return questions
 
 
+def read_solved(dataset: Artifact, tasks: Collection[str] = ()) -> list[Conversation]:
+    """Return the conversations of the train split, ordered by row id; none of plain text.
+
+    Args:
+        tasks: Names of a mixture's tasks; each row then names its own.
+    """
+    rows = [row for row in _read_split(dataset, "train") if row.get("messages")]
+    rows.sort(key=lambda row: str(row["row_id"]))
+    return [
+        Conversation(
+            _messages(row),
+            str(row["row_id"]),
+            str(row.get("source", "")),
+            str(row["task"]) if tasks else "",
+        )
+        for row in rows
+    ]
+
+
 def choose_shots(
     dataset: Artifact, num_shots: int, seed: int, tasks: Collection[str] = ()
 ) -> tuple[Conversation, ...]:
