@@ -84,13 +84,15 @@ class Completion:
         text: Decoded without special tokens.
         token_ids: Shape (T,), the generated ids without the stop token.
         finish_reason: `stop` when the model ended by itself, `length` when it was cut off.
+        prompt_tokens: None where the server does not count them.
+        completion_tokens: None where the server does not count them.
         logprobs: Shape (T,), natural log, when asked for.
     """
 
     text: str
     finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
     latency_s: float = 0.0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None

@@ -37,7 +37,8 @@ class ModelServer:
     """An OpenAI-compatible server whose answers a test chooses.
 
     `failures` holds statuses that the next requests get instead of an answer; `requests` every
-    body that arrived; `most_in_flight` the largest number of requests at one time.
+    body that arrived; `most_in_flight` the largest number of requests at one time. Without
+    `counts_tokens` no answer has `usage`; with `newest` the limit is `max_completion_tokens`.
     """
 
     url: str = ""
@@ -46,6 +47,8 @@ class ModelServer:
     api_key: str = ""
     failures: list[int] = field(default_factory=list)
     retry_after: str = ""
+    counts_tokens: bool = True
+    newest: bool = False
     delay_s: float = 0.0
     requests: list[dict[str, Any]] = field(default_factory=list)
     in_flight: int = 0
@@ -85,6 +88,8 @@ class ModelServer:
             body = await request.json()
             if (refusal := await refuse(request, body)) is not None:
                 return refusal
+            if self.newest and "max_tokens" in body:
+                return error(400, "Unsupported parameter: use 'max_completion_tokens' instead")
             try:
                 text, reason = self.reply(body["messages"])
             except ValueError as problem:
@@ -95,6 +100,8 @@ class ModelServer:
                 usage = {"prompt_tokens": num_prompt, "completion_tokens": len(tokens)}
                 return StreamingResponse(chunks(text, reason, usage), media_type=EVENTS)
             logprobs = {"content": [{"token": t, "logprob": -0.5} for t in tokens]}
+            num_prompt = sum(len(m["content"].split()) for m in body["messages"])
+            usage = {"prompt_tokens": num_prompt, "completion_tokens": len(tokens)}
             return {
                 "choices": [
                     {
@@ -103,11 +110,7 @@ class ModelServer:
                         "logprobs": logprobs if body.get("logprobs") else None,
                     }
                 ],
-                "usage": {
-                    "prompt_tokens": sum(len(m["content"].split()) for m in body["messages"]),
-                    "completion_tokens": len(tokens),
-                },
-            }
+            } | ({"usage": usage} if self.counts_tokens else {})
 
         @app.post("/v1/completions")
         async def completions(request: Request) -> Any:

@@ -297,8 +297,8 @@ def envelope(kind: str, model: str) -> dict[str, Any]:
 
 def usage(answers: Sequence[DecodeResult]) -> dict[str, int]:
     """Return the tokens of some answers; a stop token counts as completion token."""
-    prompt = sum(answer.prompt_tokens for answer in answers)
-    completion = sum(answer.completion_tokens for answer in answers)
+    prompt = sum(answer.prompt_tokens or 0 for answer in answers)
+    completion = sum(answer.completion_tokens or 0 for answer in answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -12,7 +12,7 @@ import pytest
 
 from tuneloop.errors import EndpointError
 from tuneloop.models.client import client as client_module
-from tuneloop.models.client.client import Client, RequestError
+from tuneloop.models.client.client import Client, RequestError, retry_after_s
 from tuneloop.records import Endpoint, Message, SamplingParams
 
 HELLO = [Message("system", "be kind"), Message("user", "hello there")]
@@ -65,7 +65,7 @@ def test_no_stop_strings_are_sent_as_null(model_server):
     assert model_server.requests[0]["stop"] is None
 
 
-@pytest.mark.parametrize("status", [408, 429, 500, 503])
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 503, 520, 529])
 def test_failures_that_may_pass_are_retried(model_server, status):
     model_server.failures = [status, status]
     completion = ask(
@@ -95,6 +95,74 @@ def test_a_server_that_asks_for_patience_gets_it(model_server):
         lambda client: client.generate(HELLO, SamplingParams()),
     )
     assert time.monotonic() - started >= 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["Sun, 06 Nov 1994 08:49:47 GMT", "Sunday, 06-Nov-94 08:49:47 GMT", "Sun Nov  6 08:49:47 1994"],
+)
+def test_a_date_to_come_back_at_is_read_in_every_form_of_the_standard(value):
+    clock = {"date": "Sun, 06 Nov 1994 08:49:37 GMT"}
+    assert retry_after_s(clock | {"retry-after": value}) == 10
+    assert retry_after_s({"retry-after": value}) == 0, "the date is long past"
+
+
+def test_seconds_to_wait_are_read_and_nonsense_is_not_obeyed():
+    assert retry_after_s({"retry-after": " 120 "}) == 120
+    for nonsense in ("", "-5", "soon", "1e9", "nan"):
+        assert retry_after_s({"retry-after": nonsense}) == 0
+
+
+def test_a_server_that_asks_for_a_longer_pause_than_one_waits_is_one_failure(model_server):
+    model_server.failures, model_server.retry_after = [429], "86400"
+    with pytest.raises(RequestError, match="come back in 86400 s"):
+        ask(
+            Endpoint(model_server.url, "parrot"),
+            lambda client: client.generate(HELLO, SamplingParams()),
+        )
+    assert len(model_server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [501, 505])
+def test_what_a_server_does_not_do_is_not_asked_again(model_server, status):
+    model_server.failures = [status]
+    with pytest.raises(RequestError, match=f"HTTP {status}"):
+        ask(
+            Endpoint(model_server.url, "parrot"),
+            lambda client: client.generate(HELLO, SamplingParams()),
+        )
+    assert len(model_server.requests) == 1
+
+
+def test_an_account_without_money_ends_the_run(model_server):
+    model_server.failures = [402]
+    with pytest.raises(EndpointError, match="no money left"):
+        ask(
+            Endpoint(model_server.url, "parrot"),
+            lambda client: client.generate(HELLO, SamplingParams()),
+        )
+    assert len(model_server.requests) == 1
+
+
+def test_an_answer_without_counted_tokens_is_an_answer(model_server):
+    model_server.counts_tokens = False
+    completion = ask(
+        Endpoint(model_server.url, "parrot"),
+        lambda client: client.generate(HELLO, SamplingParams()),
+    )
+    assert completion.text == "HELLO THERE"
+    assert (completion.prompt_tokens, completion.completion_tokens) == (None, None)
+
+
+def test_a_model_that_knows_the_limit_by_its_newer_name_only_gets_it(model_server):
+    model_server.newest = True
+
+    async def twice(client: Client) -> list[str]:
+        return [(await client.generate(HELLO, SamplingParams(9))).text for _ in range(2)]
+
+    assert ask(Endpoint(model_server.url, "parrot"), twice) == ["HELLO THERE"] * 2
+    limits = [body.get("max_completion_tokens") for body in model_server.requests]
+    assert limits == [None, 9, 9]
 
 
 def test_a_bad_request_is_not_retried_and_keeps_the_servers_words(model_server):

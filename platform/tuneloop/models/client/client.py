@@ -15,11 +15,14 @@ import asyncio
 import contextlib
 import logging
 import random
+import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -31,9 +34,13 @@ from tuneloop.records import Completion, Endpoint, Message, SamplingParams
 __all__ = ["Client", "Delta", "Likelihood", "RequestError", "ask_each", "chat_request"]
 _log = logging.getLogger("tuneloop.models")
 T = TypeVar("T")
-_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+# Besides these, every 5xx but "not implemented": gateways answer with codes of their own.
+_RETRIED = frozenset({408, 425, 429})
+_NEVER_RETRIED = frozenset({501, 505})
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 30.0
+# A server that asks for a longer pause than this is not waited for.
+_LONGEST_RETRY_AFTER_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,13 @@ class Client:
     Args:
         endpoint: Where to ask, and for which model.
         timeout_s: Longest wait for one answer, in seconds.
-        retries: Further tries after a failure that may pass (timeouts, 408, 429, 5xx).
+        retries: Further tries after a failure that may pass (timeouts, 408, 425, 429, 5xx).
     """
 
     def __init__(self, endpoint: Endpoint, timeout_s: float = 1200.0, retries: int = 3) -> None:
         self.endpoint = endpoint
         self.retries = retries
+        self._counts_completion_tokens = False
         headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
         host = urlsplit(endpoint.url).hostname or ""
         self._http = httpx.AsyncClient(
@@ -131,15 +139,23 @@ class Client:
             RequestError: This request got no usable answer.
         """
         body = chat_request(self.endpoint.model, messages, params) | {"stream": False}
+        if self._counts_completion_tokens:
+            body["max_completion_tokens"] = body.pop("max_tokens")
         started = time.perf_counter()
-        answer = await self._send("POST", "/chat/completions", body, self.retries)
+        try:
+            answer = await self._send("POST", "/chat/completions", body, self.retries)
+        except RequestError as error:
+            # Some models know the limit by its newer name only, and say so.
+            if "max_tokens" not in body or "max_completion_tokens" not in str(error):
+                raise
+            self._counts_completion_tokens = True
+            body["max_completion_tokens"] = body.pop("max_tokens")
+            answer = await self._send("POST", "/chat/completions", body, self.retries)
         latency_s = time.perf_counter() - started
         try:
-            choice, usage = answer["choices"][0], answer["usage"]
+            choice, usage = answer["choices"][0], _Usage.of(answer)
             reason = choice["finish_reason"]
             text = choice["message"]["content"]
-            prompt_tokens = int(usage["prompt_tokens"])
-            completion_tokens = int(usage["completion_tokens"])
             logprobs = (
                 [float(item["logprob"]) for item in choice["logprobs"]["content"]]
                 if params.logprobs
@@ -152,8 +168,8 @@ class Client:
         return Completion(
             text=text or "",
             finish_reason=FINISH_REASONS[reason],
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
             latency_s=latency_s,
             # An extension some servers offer; absent elsewhere.
             token_ids=[int(token) for token in choice.get("token_ids") or ()],
@@ -298,9 +314,12 @@ class Client:
                     return self._json(response)
                 await self._raise_if_unusable(response, path)
                 failure = f"HTTP {response.status_code}: {_reason(response)}"
-                if response.status_code not in _RETRIED:
+                if not _may_pass(response.status_code):
                     raise RequestError(failure)
-                wait_s = max(wait_s, _retry_after_s(response))
+                asked_s = retry_after_s(response.headers)
+                if asked_s > _LONGEST_RETRY_AFTER_S:
+                    raise RequestError(f"{failure}; it asks to come back in {asked_s:.0f} s")
+                wait_s = max(wait_s, asked_s)
             if attempt < retries:
                 _log.debug("%s %s: %s; again in %.1f s", method, path, failure, wait_s)
                 await asyncio.sleep(wait_s)
@@ -329,6 +348,8 @@ class Client:
         """Raise `EndpointError` for answers that every further request would get as well."""
         code = response.status_code
         got = f"HTTP {code}: {_reason(response)}"
+        if code == 402 or (code == 429 and "insufficient_quota" in response.text):
+            raise self._unusable("the account has no money left", got, "pay, or use another key")
         if code in (401, 403):
             key = "the key that was sent" if self.endpoint.api_key else "a request without key"
             raise self._unusable(
@@ -426,6 +447,47 @@ def _reason(response: httpx.Response) -> str:
     return " ".join(str(message).split())[:300] or response.reason_phrase
 
 
-def _retry_after_s(response: httpx.Response) -> float:
-    value = response.headers.get("retry-after", "")
-    return min(float(value), _LONGEST_WAIT_S) if value.isdigit() else 0.0
+def _may_pass(status: int) -> bool:
+    """Return whether the same request may be answered later."""
+    return status in _RETRIED or (500 <= status < 600 and status not in _NEVER_RETRIED)
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float:
+    """Return the pause that `Retry-After` asks for, in seconds: 0 if there is none to keep.
+
+    It is a number of seconds, or a date in one of three forms, which is compared with the
+    server's own clock where it tells it.
+    Source: RFC 9110, sections 10.2.3 and 5.6.7.
+    """
+    value = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    until, now = _moment(value), _moment(headers.get("date", ""))
+    if until is None:
+        return 0.0
+    return max(0.0, (until - (now or datetime.now(UTC))).total_seconds())
+
+
+def _moment(value: str) -> datetime | None:
+    """Return the time an HTTP date names, or None."""
+    try:
+        moment = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    # The oldest form names no zone; all HTTP dates are in UTC.
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+class _Usage(NamedTuple):
+    """The tokens that an answer says it took; None where it does not say."""
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+    @staticmethod
+    def of(answer: Mapping[str, Any]) -> _Usage:
+        usage = answer.get("usage")
+        if not isinstance(usage, dict):
+            return _Usage(None, None)
+        counts = [usage.get(name) for name in _Usage._fields]
+        return _Usage(*(c if isinstance(c, int) and c >= 0 else None for c in counts))
