@@ -466,6 +466,25 @@ class EvaluationConfig(Section):
         0.95, gt=0.5, lt=1, description="Confidence level of the intervals and comparisons."
     )
     num_resamples: int = Field(10_000, ge=100, description="Bootstrap resamples.")
+    group_by: str | None = Field(
+        None,
+        description="The column of the rows that belong together: they are right and wrong "
+        "together, and intervals and tests know it. Default: the column of `data.split.group_by`, "
+        "else rows with the same question.",
+    )
+    margin: float | None = Field(
+        None,
+        gt=0,
+        description="The loss in the primary metric that does not matter, in its unit (0.02 is 2 "
+        "points of a score shown in per cent). The headline then says `not worse` as well.",
+    )
+    max_unscored_ratio: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="The largest share of an arm's questions that may stay without an answer. With "
+        "more nothing is published; the next run asks for what is missing.",
+    )
     seed: int = Field(0, description="Seed of the few-shot examples, sampling and bootstrap.")
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
 from tuneloop.config import EvaluationConfig, TuneloopConfig
-from tuneloop.errors import ConfigError, Problem
+from tuneloop.errors import ArtifactError, ConfigError, EndpointError, Problem
 from tuneloop.evals.reporting.report import render_report
 from tuneloop.evals.scoring.asking import (
     EvaluationRequest,
@@ -28,13 +30,15 @@ from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.predictions import Prediction, read_predictions, write_predictions
 from tuneloop.evals.scoring.questions import read_questions, read_solved
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.evals.scoring.row_clusters import RowClusters, read_clusters
 from tuneloop.evals.scoring.simple import answer_simply
 from tuneloop.records import Arm, SamplingParams
 
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 6
+CODE_VERSION = 8
+_REFUSED = re.compile(r"HTTP 4(?!08|25|29)\d\d:|the text is a single token")
 
 
 def sampling(evaluation: EvaluationConfig) -> SamplingParams:
@@ -51,10 +55,24 @@ def find_evaluation(
 ) -> Artifact | None:
     """Return the published evaluation of these arms, or None.
 
-    Arms with a `model_fingerprint` need no endpoint for this: nothing has to be served to find
-    out that there is nothing to do.
+    One in which answers are missing that another try may bring is not taken: it is asked for
+    what is missing. Arms with a `model_fingerprint` need no endpoint for this: nothing has to be
+    served to find out that there is nothing to do.
     """
-    return workspace.find("evaluations", name, identity(config, dataset, arms))
+    published = workspace.find("evaluations", name, identity(config, dataset, arms))
+    return None if published is None or _may_be_completed(published) else published
+
+
+def _may_be_completed(evaluation: Artifact) -> bool:
+    """Return whether an answer is missing for a reason that may pass: a rate limit, not a refusal.
+
+    The endpoint refused a prompt for good with a status from 400 to 499, but for a few.
+    """
+    if not evaluation.manifest["metrics"].get("num_unscored"):
+        return False
+    metrics = json.loads((evaluation.path / "metrics.json").read_text(encoding="utf-8"))
+    reasons = [reason for arm in metrics["arms"] for reason in arm["unscored_reasons"]]
+    return any(not _REFUSED.match(reason) for reason in reasons)
 
 
 def identity(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> str:
@@ -100,6 +118,7 @@ def evaluate(
     if published is not None:
         return Published(published, reused=True)
     questions = read_questions(dataset, config.task.tasks)
+    clusters = read_clusters(dataset, config.evaluation.group_by)
     scorer = Scorer(
         config.task,
         {q.example_id: q.reference for q in questions},
@@ -113,8 +132,10 @@ def evaluate(
     ]
     with workspace.draft("evaluations", name, identity(config, dataset, arms)) as draft:
         answered = PartialAnswers(draft.scratch / "answers.jsonl")
-        if earlier is not None:
-            _reuse_answers(answered, earlier)
+        # What an earlier version of the same name was answered is not asked again either.
+        for one in (_newest(workspace, name), earlier):
+            if one is not None:
+                _reuse_answers(answered, one)
         _answer_simply(answered, requests, config, dataset)
         answers = ask_all(
             requests,
@@ -122,11 +143,17 @@ def evaluate(
             config.evaluation.concurrency,
             lambda request, answer: _scores(scorer, request, answer)[scorer.primary],
         )
+        _refuse_many_unscored(requests, answers, config.evaluation.max_unscored_ratio)
+        incomplete = workspace.find("evaluations", name, identity(config, dataset, arms))
+        num_missing = sum(answer.finish_reason is None for answer in answers)
+        if incomplete is not None and num_missing >= incomplete.manifest["metrics"]["num_unscored"]:
+            _log.warning("%d answers are still missing from %s", num_missing, incomplete.ref)
+            return Published(incomplete, reused=True)
         predictions = [
-            _prediction(scorer, request, answer)
+            _prediction(scorer, request, answer, clusters)
             for request, answer in zip(requests, answers, strict=True)
         ]
-        evaluation = _build(config, predictions, scorer, name)
+        evaluation = _build(config, predictions, scorer, name, clusters.by)
         write_predictions(predictions, list(scorer.metrics), draft.path)
         _write_reports(draft.path, evaluation, config, dataset)
         _write_parity(draft.path, arms)
@@ -145,10 +172,11 @@ def evaluate(
 def _parts(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> dict[str, Any]:
     """Return all that changes the result, as the manifest keeps it."""
     params = sampling(config.evaluation)
+    no_results = {"concurrency", "max_unscored_ratio"}
     return {
         "dataset": dataset.fingerprint,
         "task": config.task.model_dump(mode="json"),
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"concurrency"}),
+        "evaluation": config.evaluation.model_dump(mode="json", exclude=no_results),
         "arms": [
             {
                 "name": arm.name,
@@ -165,11 +193,46 @@ def _model(arm: Arm) -> str:
     return arm.model_fingerprint or f"{arm.endpoint.model} at {arm.endpoint.url}"
 
 
+def _newest(workspace: Workspace, name: str) -> Artifact | None:
+    try:
+        return workspace.open(f"evaluations/{name}")
+    except ArtifactError:
+        return None
+
+
+def _refuse_many_unscored(
+    requests: Sequence[EvaluationRequest], answers: Sequence[ModelAnswer], max_ratio: float
+) -> None:
+    """Raise if so many answers of an arm are missing that its score is another test's."""
+    problems = []
+    for arm in dict.fromkeys(request.arm.name for request in requests):
+        of_arm = [a for r, a in zip(requests, answers, strict=True) if r.arm.name == arm]
+        errors = Counter(answer.error for answer in of_arm if answer.finish_reason is None)
+        missing = errors.total()
+        if missing > max_ratio * len(of_arm):
+            reason, count = errors.most_common(1)[0]
+            problems.append(
+                Problem(
+                    f"too many questions of `{arm}` have no answer",
+                    got=f"{missing} of {len(of_arm)}; {count} times: {reason}",
+                    allowed=f"at most {max_ratio:.0%} (evaluation.max_unscored_ratio)",
+                    remedy="run it again: the answers that came are kept, and only the others are "
+                    "asked for",
+                )
+            )
+    if problems:
+        raise EndpointError(*problems)
+
+
 def _reuse_answers(answered: PartialAnswers, earlier: Artifact) -> None:
     """Add the answers of an earlier evaluation."""
-    identities = {arm["name"]: arm["identity"] for arm in earlier.manifest["config"]["arms"]}
+    identities = {
+        arm["name"]: arm["identity"]
+        for arm in earlier.manifest["config"].get("arms", [])
+        if "identity" in arm
+    }
     for prediction in read_predictions(earlier.path, ["bits_per_byte"]):
-        if prediction.status == "scored":
+        if prediction.status == "scored" and prediction.arm in identities:
             answered.put(
                 identities[prediction.arm],
                 ModelAnswer(
@@ -224,7 +287,9 @@ def _scores(
     return scorer.score(request.question.reference, answer.text, request.question.task)
 
 
-def _prediction(scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer) -> Prediction:
+def _prediction(
+    scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer, clusters: RowClusters
+) -> Prediction:
     reference, finish_reason = request.question.reference, answer.finish_reason
     scored = finish_reason is not None
     return Prediction(
@@ -252,11 +317,16 @@ def _prediction(scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer)
         ),
         scores=dict(_scores(scorer, request, answer)) if scored else {},
         task=request.question.task,
+        cluster=clusters.names.get(answer.example_id, answer.example_id),
     )
 
 
 def _build(
-    config: TuneloopConfig, predictions: list[Prediction], scorer: Scorer, name: str
+    config: TuneloopConfig,
+    predictions: list[Prediction],
+    scorer: Scorer,
+    name: str,
+    cluster_by: str,
 ) -> Evaluation:
     resampling = Resampling(
         config.evaluation.confidence, config.evaluation.num_resamples, config.evaluation.seed
@@ -265,8 +335,8 @@ def _build(
     return Evaluation(
         name=name,
         predictions=predictions,
-        metrics=summarise(predictions, scorer, resampling),
-        comparison=compare(predictions, scorer, resampling),
+        metrics=summarise(predictions, scorer, resampling, cluster_by),
+        comparison=compare(predictions, scorer, resampling, config.evaluation.margin),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -133,7 +135,9 @@ def test_intervals_of_paired_differences_cover_the_truth(binary):
             first = easy + generator.exponential(0.3, n)
             second = easy + generator.normal(0, 0.1, n)
             truth = 0.3
-        estimate = estimate_difference(first, second, binary, Resampling(num_resamples=500))
+        estimate = estimate_difference(
+            first, second, "binary" if binary else "unbounded", Resampling(num_resamples=500)
+        )
         hits += estimate.low <= truth <= estimate.high
     # 95% nominal; three standard errors of 400 trials are 3.3 points.
     assert 0.915 <= hits / trials <= 0.985
@@ -141,12 +145,12 @@ def test_intervals_of_paired_differences_cover_the_truth(binary):
 
 def test_edges_do_not_claim_certainty():
     ones, zeros = np.ones(5), np.zeros(5)
-    estimate = estimate_difference(ones, zeros, True, FAST)
+    estimate = estimate_difference(ones, zeros, "binary", FAST)
     assert estimate.value == 1.0
     assert estimate.low < 0.6
     assert estimate.p_value == pytest.approx(2 / 32)
-    assert estimate_mean(np.array([]), False, FAST).value is None
-    one = estimate_mean(np.array([0.4]), False, FAST)
+    assert estimate_mean(np.array([]), "unit", FAST).value is None
+    one = estimate_mean(np.array([0.4]), "unit", FAST)
     assert (one.value, one.low, one.high) == (0.4, None, None)
 
 
@@ -237,3 +241,99 @@ def test_every_pair_of_three_arms_is_compared_with_the_strongest_last_arm_first(
         ("shots", "base"), ("tuned", "shots"), ("tuned", "base"),
     }  # fmt: skip
     assert all(p["differences"]["accuracy"]["low"] > -1e-9 for p in pairs if p["arm"] == "tuned")
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
+def test_equal_scores_have_an_interval_with_a_width(value):
+    scores = np.full(10, value)
+    one = estimate_mean(scores, "unit", FAST)
+    assert one.low <= value <= one.high
+    # As wide as a rate of 0 of 10 leaves possible.
+    assert one.high - one.low == pytest.approx(0.2775, abs=1e-3)
+    same = estimate_difference(scores, scores, "unit", FAST)
+    assert (same.low, same.high) == pytest.approx((-0.2775, 0.2775), abs=1e-3)
+    free = estimate_mean(scores, "unbounded", FAST)
+    assert (free.value, free.low, free.high) == (value, None, None)
+
+
+def labelled(right: list[bool], truth: list[str], clusters: list[str] | None = None):
+    scorer = Scorer(TaskConfig(type="classification", labels=["a", "b"]), {})
+    other = {"a": "b", "b": "a"}
+    answers = [t if good else other[t] for good, t in zip(right, truth, strict=True)]
+    rows = predictions("base", answers, truth, scorer)
+    if clusters:
+        rows = [replace(row, cluster=c) for row, c in zip(rows, clusters, strict=True)]
+    return rows, scorer
+
+
+@pytest.mark.parametrize("good", [True, False])
+@pytest.mark.parametrize("by_cluster", [True, False])
+def test_macro_f1_of_zero_and_one_is_not_certain(good, by_cluster):
+    truth = ["a", "b"] * 6
+    clusters = [f"c{index // 3}" for index in range(12)] if by_cluster else None
+    rows, scorer = labelled([good] * 12, truth, clusters)
+    score = summarise(rows, scorer, FAST)["arms"][0]["scores"]["macro_f1"]
+    assert score["value"] == float(good)
+    assert score["low"] <= score["value"] <= score["high"]
+    assert 0.1 < score["high"] - score["low"] < 0.6
+    # Twelve rows of one label and one of another say less about the other label.
+    uneven, scorer = labelled([good] * 12, ["a"] * 11 + ["b"])
+    wider = summarise(uneven, scorer, FAST)["arms"][0]["scores"]["macro_f1"]
+    assert wider["high"] - wider["low"] > 0.4
+
+
+def test_rows_of_a_cluster_make_the_interval_wider_and_are_counted():
+    right, truth = [True] * 12 + [False] * 12, ["a"] * 24
+    alone, scorer = labelled(right, truth)
+    together, _ = labelled(right, truth, [f"c{index // 4}" for index in range(24)])
+    narrow = summarise(alone, scorer, FAST)["arms"][0]["scores"]["accuracy"]
+    wide = summarise(together, scorer, FAST, "module")["arms"][0]["scores"]["accuracy"]
+    assert (narrow["value"], narrow["n"], narrow["num_clusters"]) == (0.5, 24, 24)
+    assert (wide["value"], wide["n"], wide["num_clusters"]) == (0.5, 24, 6)
+    assert wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"])
+    one, _ = labelled(right, truth, ["c"] * 24)
+    score = summarise(one, scorer, FAST)["arms"][0]["scores"]["accuracy"]
+    assert (score["value"], score["low"], score["num_clusters"]) == (0.5, None, 1)
+
+
+def test_missing_answers_are_shown_at_their_worst_and_best():
+    truth = ["a"] * 10
+    scorer = Scorer(TaskConfig(type="classification", labels=["a", "b"]), {})
+    rows = predictions("base", ["a"] * 4 + ["b"] * 6, truth, scorer)
+    rows += predictions("tuned", ["a"] * 6 + ["b"] * 2 + [None] * 2, truth, scorer)
+    base, tuned = summarise(rows, scorer, FAST)["arms"]
+    assert "worst_case" not in base
+    assert tuned["worst_case"] == pytest.approx({"low": 0.6, "high": 0.8})
+    pair = compare(rows, scorer, FAST)["pairs"][0]
+    assert pair["worst_case"] == pytest.approx({"low": 0.2, "high": 0.4})
+
+
+def test_p_values_read_together_are_adjusted():
+    truth = ["a"] * 12
+    scorer = Scorer(TaskConfig(type="classification", labels=["a", "b"]), {})
+    rows = [
+        row
+        for arm, right in (("base", 0), ("shots", 1), ("tuned", 7))
+        for row in predictions(arm, ["a"] * right + ["b"] * (12 - right), truth, scorer)
+    ]
+    pairs = {
+        (p["arm"], p["other"]): p["differences"]["accuracy"]
+        for p in compare(rows, scorer, FAST)["pairs"]
+    }
+    strong, weak = pairs["tuned", "base"], pairs["tuned", "shots"]
+    assert strong["p_value"] == pytest.approx(2 / 2**7)
+    assert strong["p_adjusted"] == pytest.approx(2 * strong["p_value"])
+    assert weak["p_adjusted"] == pytest.approx(max(weak["p_value"], strong["p_adjusted"]))
+    assert pairs["shots", "base"]["p_adjusted"] == pairs["shots", "base"]["p_value"]
+
+
+def test_a_comparison_says_what_it_can_show():
+    scorer = Scorer(TaskConfig(type="classification", labels=["a", "b"]), {})
+    n = 100
+    rows = predictions("base", ["a"] * 50 + ["b"] * 50, ["a"] * n, scorer)
+    rows += predictions("tuned", ["b"] * 5 + ["a"] * 53 + ["b"] * 42, ["a"] * n, scorer)
+    difference = compare(rows, scorer, FAST)["pairs"][0]["differences"]["accuracy"]
+    assert difference["value"] == pytest.approx(0.03)
+    # 13 of 100 rows differ: the normal approximation gives 2.8 * sqrt(0.13 / 100) = 0.101.
+    assert difference["detectable"] == pytest.approx(0.10, abs=0.005)
+    assert 1000 < difference["rows_needed"] < 1300

@@ -12,7 +12,7 @@ import pytest
 from tuneloop.config import TuneloopConfig
 from tuneloop.evals.reporting.error_analysis import Filter
 from tuneloop.evals.reporting.formatting import word_diff
-from tuneloop.evals.reporting.headline import write_headline
+from tuneloop.evals.reporting.headline import describe_rows, write_headline
 from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.overview import describe_metrics, tabulate
 from tuneloop.evals.reporting.report import render_report
@@ -83,12 +83,15 @@ def make_evaluation(
     [
         ({"base": 5, "base+few-shot": 30, "finetuned": 90}, "good", "Finetuning helped"),
         ({"base": 60, "finetuned": 20}, "bad", "Finetuning made it worse"),
-        ({"base": 50, "finetuned": 51}, "unclear", "Finetuning made no clear difference"),
+        (
+            {"base": 50, "finetuned": 51},
+            "unclear",
+            "Finetuning made no difference of 5 points or more",
+        ),
         (
             {"base": 5, "base+few-shot": 62, "finetuned": 61},
             "mixed",
-            "Finetuning is better than the base model but is not clearly different from few-shot "
-            "prompting",
+            "Finetuning is better than the base model but is within 5 points of few-shot prompting",
         ),
         (
             {"base": 5, "base+few-shot": 90, "finetuned": 60},
@@ -102,6 +105,96 @@ def make_evaluation(
 def test_the_headline_says_only_what_the_intervals_allow(right, tone, title):
     headline = write_headline(make_evaluation(right))
     assert (headline.tone, headline.title) == (tone, title)
+
+
+@pytest.mark.parametrize("n", range(1, 6))
+def test_a_handful_of_rows_decides_nothing(n):
+    # All of them fixed: McNemar's exact test gives p = 2 / 2**n, above 0.05 up to five rows.
+    evaluation = make_evaluation({"base": 0, "finetuned": n}, n)
+    headline = write_headline(evaluation)
+    assert (headline.tone, headline.title) == (
+        "unclear",
+        "Finetuning made no clear difference: too few test rows to tell",
+    )
+    assert evaluation.comparison["pairs"][0]["differences"]["exact_match"]["p_value"] > 0.05
+    if n > 1:
+        assert f"{n} answers show a difference of" in headline.detail
+        assert "in four of five cases" in headline.detail
+    certain = write_headline(make_evaluation({"base": 0, "finetuned": 6}, 6))
+    assert certain.title == "Finetuning helped"
+
+
+def test_a_margin_tells_not_worse_apart_from_unclear():
+    evaluation = make_evaluation({"base": 80, "finetuned": 80}, wrong_answer='{"a": 3}')
+    moved = evaluation.predictions
+    # The arms are right in other rows: 10 fixed, 10 introduced.
+    swapped = [
+        replace(p, scores={**p.scores, "exact_match": float(10 <= int(p.example_id[1:]) < 90)})
+        if p.arm == "finetuned"
+        else p
+        for p in moved
+    ]
+    scorer = Scorer(make_config(TASKS["extraction"][0]).task, {})
+    fast = Resampling(num_resamples=300)
+
+    def title(margin):
+        compared = compare(swapped, scorer, fast, margin)
+        return write_headline(replace(evaluation, predictions=swapped, comparison=compared)).title
+
+    assert title(None) == "Finetuning made no clear difference: too few test rows to tell"
+    assert title(0.02) == "Finetuning made no clear difference: too few test rows to tell"
+    assert title(0.2) == "Finetuning made no difference of 20 points or more"
+
+
+def test_better_must_hold_if_the_missing_answers_are_wrong():
+    evaluation = make_evaluation({"base": 40, "finetuned": 60})
+    assert write_headline(evaluation).title == "Finetuning helped"
+    scorer = Scorer(make_config(TASKS["extraction"][0]).task, {})
+    fast = Resampling(num_resamples=300)
+    lost = [
+        replace(p, status="unscored", finish_reason=None, scores={}, error="HTTP 503: busy")
+        if p.arm == "finetuned" and p.example_id < "r025"
+        else p
+        for p in evaluation.predictions
+    ]
+    evaluation = replace(
+        evaluation,
+        predictions=lost,
+        metrics=summarise(lost, scorer, fast),
+        comparison=compare(lost, scorer, fast),
+    )
+    headline = write_headline(evaluation)
+    assert headline.title == "Finetuning made no clear difference: too few test rows to tell"
+    assert "the finetuned model between 35.0% and 60.0%" in headline.detail
+
+
+def test_answers_are_counted_in_their_clusters():
+    evaluation = make_evaluation({"base": 5, "finetuned": 60})
+    scorer = Scorer(make_config(TASKS["extraction"][0]).task, {})
+    fast = Resampling(num_resamples=300)
+
+    def clustered(num_clusters, by):
+        rows = [
+            replace(p, cluster=f"c{int(p.example_id[1:]) % num_clusters}")
+            for p in evaluation.predictions
+        ]
+        metrics, compared = summarise(rows, scorer, fast, by), compare(rows, scorer, fast)
+        return replace(evaluation, predictions=rows, metrics=metrics, comparison=compared)
+
+    def counted(num_clusters, by):
+        one = clustered(num_clusters, by)
+        return describe_rows(one, one.candidate["scores"]["exact_match"])
+
+    assert counted(24, "module") == "100 answers in 24 modules"
+    assert counted(24, "query") == "100 answers in 24 queries"
+    assert counted(24, "doc_id") == "100 answers in 24 values of `doc_id`"
+    assert counted(100, "module") == "100 answers"
+    alone = clustered(1, "module")
+    assert "no interval: 100 answers in one module" in write_headline(alone).detail
+    assert write_headline(alone).tone == "unclear"
+    page = render_report(clustered(24, "module"), make_config({"type": "extraction"}), "d")
+    assert "100 answers in 24 modules" in page
+    assert tabulate(clustered(24, "module")).arms[0]["scored"] == "100 answers in 24 modules"
 
 
 def test_the_headline_gives_difference_and_interval_against_every_other_arm():

@@ -25,6 +25,7 @@ from tuneloop.evals.runner import evaluate, find_evaluation
 from tuneloop.evals.scoring.asking import ModelAnswer, PartialAnswers
 from tuneloop.evals.scoring.questions import choose_shots, read_questions
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.evals.scoring.row_clusters import read_clusters
 from tuneloop.models.client import client as client_module
 from tuneloop.records import Arm, Endpoint
 
@@ -250,6 +251,92 @@ def test_failed_requests_are_unscored_counted_and_asked_again_next_time(
     assert "too hard" in (artifact.path / "report.html").read_text()
 
 
+def test_a_published_evaluation_is_asked_for_what_is_missing(
+    model_server, config, workspace, dataset
+):
+    def reply(messages):
+        if is_down and messages[-1]["content"] in ("spell kiwi", "spell plum"):
+            return "", "overloaded"
+        return spell(messages)
+
+    is_down = True
+    model_server.reply = reply
+    base = arms(model_server, dataset)[:1]
+    first = evaluate(config, workspace, dataset, base, "words").artifact
+    assert first.manifest["metrics"]["num_unscored"] == 2
+    # Still down: nothing new is published, and nobody is told that all is well.
+    again = evaluate(config, workspace, dataset, base, "words")
+    assert (again.artifact.ref, again.reused) == (first.ref, True)
+    is_down = False
+    model_server.requests.clear()
+    second = evaluate(config, workspace, dataset, base, "words")
+    assert len(model_server.requests) == 2
+    assert second.artifact.manifest["metrics"]["num_unscored"] == 0
+    assert not second.reused
+    assert find_evaluation(config, workspace, dataset, base, "words") == second.artifact
+
+
+def test_clusters_come_from_the_column_that_the_dataset_was_split_by(
+    model_server, config, workspace
+):
+    rows = [row(index, word) | {"unit": f"u{index // 3}"} for index, word in enumerate(WORDS)]
+    rows[3]["unit"] = None
+    with workspace.draft("datasets", "words", "e" * 64) as draft:
+        for split in ("train", "test"):
+            (draft.path / split).mkdir()
+            pq.write_table(pa.Table.from_pylist(rows), draft.path / split / "part-0.parquet")
+        split_by = {"data": {"split": {"group_by": "unit"}}}
+        dataset = draft.publish(config=split_by, resources={}, inputs=[], metrics={})
+    clusters = read_clusters(dataset)
+    assert clusters.by == "unit"
+    assert [clusters.names[f"row-{i:03d}"] for i in (0, 2, 3, 4)] == ["u0", "u0", "row-003", "u1"]
+    assert len(set(clusters.names.values())) == 5
+
+    model_server.reply = spell
+    artifact = evaluate(config, workspace, dataset, arms(model_server, dataset), "words").artifact
+    table = pq.read_table(artifact.path / "predictions.parquet").to_pylist()
+    assert {r["example_id"]: r["cluster"] for r in table} == clusters.names
+    score = json.loads((artifact.path / "metrics.json").read_text())["arms"][0]["scores"]
+    assert score["exact_match"]["num_clusters"] == 5
+    assert "10 answers in 5 units" in (artifact.path / "report.html").read_text()
+
+    with pytest.raises(ConfigError) as caught:
+        read_clusters(dataset, "unti")
+    assert "unit" in caught.value.problems[0].allowed
+
+
+def test_rows_with_the_same_question_are_a_cluster(workspace):
+    rows = [row(index, word) for index, word in enumerate(["apple", "pear", "apple"])]
+    rows[2]["messages"] = [*rows[0]["messages"][:-1], {"role": "assistant", "content": "{}"}]
+    clusters = read_clusters(publish_dataset(workspace, rows, []))
+    first, second, third = clusters.names.values()
+    assert first == third != second
+    assert clusters.by == "question"
+
+
+def test_too_many_missing_answers_are_refused(model_server, config, workspace, dataset):
+    def refuse_two(messages):
+        if messages[-1]["content"] in ("spell kiwi", "spell plum"):
+            raise ValueError("too hard")
+        return spell(messages)
+
+    model_server.reply = refuse_two
+    strict = config.model_copy(
+        update={"evaluation": config.evaluation.model_copy(update={"max_unscored_ratio": 0.1})}
+    )
+    base = arms(model_server, dataset)[:1]
+    with pytest.raises(EndpointError) as caught:
+        evaluate(strict, workspace, dataset, base, "words")
+    problem = caught.value.problems[0]
+    assert problem.got == "2 of 10; 2 times: HTTP 400: too hard"
+    assert "10%" in problem.allowed
+    assert workspace.published() == [dataset]
+    # The eight answers that came are kept.
+    model_server.requests.clear()
+    evaluate(config, workspace, dataset, base, "words")
+    assert len(model_server.requests) == 2
+
+
 def test_an_arm_without_any_answer_publishes_nothing(model_server, config, workspace, dataset):
     def refuse_shots(messages):
         if len(messages) > 2:
@@ -413,9 +500,10 @@ def test_a_mixture_is_asked_scored_and_told_task_by_task(model_server, workspace
 
     def reply(messages: list[dict[str, str]]) -> tuple[str, str]:
         asked.append(messages)
-        if messages[-1]["content"].startswith("spell"):
-            return spell(messages)
-        return messages[-1]["content"].removeprefix("echo "), "stop"
+        if not messages[-1]["content"].startswith("spell"):
+            return messages[-1]["content"].removeprefix("echo "), "stop"
+        # Never right without examples: 5 of 10 that were fixed are not enough to say so.
+        return spell(messages) if len(messages) > 2 else ("{}", "stop")
 
     model_server.reply = reply
     endpoint = Endpoint(model_server.url, "parrot")

@@ -39,6 +39,13 @@ def format_difference(value: float | None, metric: Metric, unit: bool = True) ->
     return text + (" points" if unit and metric.kind != "number" else "")
 
 
+def format_size(value: float, metric: Metric) -> str:
+    """Return how large a difference is, as text: in points for 0/1 and ratio scores."""
+    if metric.kind == "number":
+        return f"{value:.3g}"
+    return f"{100 * value:.2g} points" if value < 0.1 else f"{100 * value:.0f} points"
+
+
 def format_number(value: float | None, digits: int = 0) -> str:
     """Return a number with thousands separators; a dash when there is none."""
     return "–" if value is None else f"{value:,.{digits}f}"

@@ -9,6 +9,8 @@ from tuneloop.evals.reporting.formatting import (
     format_difference,
     format_estimate,
     format_interval,
+    format_size,
+    format_value,
     join_words,
 )
 from tuneloop.evals.scoring.metrics import Metric
@@ -16,24 +18,22 @@ from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.records import BASE, FEW_SHOT, FINETUNED, SIMPLE
 
 Tone = Literal["good", "mixed", "bad", "unclear"]
-Direction = Literal["better", "worse", "unclear"]
+Direction = Literal["better", "not_worse", "equal", "unclear", "worse"]
 _ARM_WORDS = {
     BASE: "the base model",
     FEW_SHOT: "few-shot prompting",
     SIMPLE: "the simple arm",
     FINETUNED: "the finetuned model",
 }
-_ALL_ALIKE: dict[Direction, tuple[Tone, str]] = {
-    "better": ("good", "helped"),
-    "worse": ("bad", "made it worse"),
-    "unclear": ("unclear", "made no clear difference"),
+_TONES: dict[Direction, Tone] = {
+    "better": "good",
+    "not_worse": "mixed",
+    "equal": "unclear",
+    "unclear": "unclear",
+    "worse": "bad",
 }
-_CLAUSES: dict[Direction, str] = {
-    "better": "is better than",
-    "unclear": "is not clearly different from",
-    "worse": "is worse than",
-}
-_SIGNIFICANT_P = 0.05
+# Without `evaluation.margin` a difference of less than this many per cent is no difference of note.
+_NO_DIFFERENCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -60,33 +60,156 @@ def write_headline(evaluation: Evaluation) -> Headline:
     if not pairs:
         score = format_estimate(evaluation.candidate["scores"][primary], metric)
         return Headline("unclear", f"{subject}: {score}", "One arm alone: nothing to compare.")
-    directions = [direction(pair["differences"][primary], metric) for pair in pairs]
+    directions = [direction(evaluation, pair, primary) for pair in pairs]
     detail = "; ".join(_difference_in_words(evaluation, pair) for pair in pairs) + "."
     detail += _simple_is_enough(evaluation, pairs)
+    detail += _what_it_can_show(evaluation, pairs, directions)
+    detail += _worst_case_in_words(evaluation)
     if len(set(directions)) == 1:
-        tone, words = _ALL_ALIKE[directions[0]]
-        return Headline(tone, f"{subject} {words}", detail)
+        words = _all_alike(directions[0], _margin(evaluation), metric)
+        return Headline(_TONES[directions[0]], f"{subject} {words}", detail)
     clauses = []
-    for kind, words in _CLAUSES.items():
+    for kind, words in _clauses(_margin(evaluation), metric).items():
         others = [p["other"] for p, d in zip(pairs, directions, strict=True) if d == kind]
         if others:
             clauses.append(f"{words} {join_words([describe_arm(other) for other in others])}")
-    tone = "mixed" if "better" in directions else "bad"
+    tone: Tone = (
+        "mixed" if "better" in directions else "bad" if "worse" in directions else "unclear"
+    )
     return Headline(tone, f"{subject} {join_words(clauses, 'but')}", detail)
 
 
 def _simple_is_enough(evaluation: Evaluation, pairs: list[dict[str, Any]]) -> str:
     """Return a sentence where the candidate does not beat the simple arm; empty otherwise."""
-    metric, kinds = evaluation.metric(evaluation.primary), evaluation.task_types()
+    kinds = evaluation.task_types()
     what = "a classifier" if kinds == {"classification"} else "the nearest training row's answer"
     for pair in pairs:
         if pair["other"] == SIMPLE:
-            kind = direction(pair["differences"][evaluation.primary], metric)
-            if kind == "worse":
+            kind = direction(evaluation, pair, evaluation.primary)
+            if kind in ("worse", "equal"):
                 return f" The simple arm needs no model: {what} is enough."
-            if kind == "unclear":
+            if kind != "better":
                 return f" The simple arm needs no model: {what} may be enough."
     return ""
+
+
+def direction(evaluation: Evaluation, pair: dict[str, Any], name: str) -> Direction:
+    """Return what the difference of two arms in a metric allows to say.
+
+    `better` and `worse` need both the interval and the printed test (Holm's p-value where several
+    are read together), and must hold if every missing answer spoke against them. `equal` means
+    that all of the interval is below the margin, `not_worse` that a loss of `evaluation.margin` is
+    excluded; `unclear` that there are too few rows to tell.
+    """
+    difference, metric = pair["differences"][name], evaluation.metric(name)
+    low, high = difference["low"], difference["high"]
+    if low is None or high is None:
+        return "unclear"
+    worst = pair.get("worst_case") if name == evaluation.primary else None
+    if metric.better == "lower":
+        low, high = -high, -low
+    # An evaluation of an earlier version has no adjusted p-values.
+    p_value = difference.get("p_adjusted", difference.get("p_value", 0))
+    if p_value is None or p_value <= 1 - evaluation.metrics["confidence"]:
+        if low > 0 and (worst is None or worst["low"] > 0):
+            return "better"
+        if high < 0 and (worst is None or worst["high"] < 0):
+            return "worse"
+    margin = _margin(evaluation)
+    is_safe = worst is None or worst["low"] > -margin
+    if metric.kind == "number" and evaluation.comparison.get("margin") is None:
+        return "unclear"
+    if -margin < low and high < margin and is_safe:
+        return "equal"
+    if evaluation.comparison.get("margin") is not None and low > -margin and is_safe:
+        return "not_worse"
+    return "unclear"
+
+
+def _margin(evaluation: Evaluation) -> float:
+    """Return the difference that does not matter."""
+    margin = evaluation.comparison.get("margin")
+    return _NO_DIFFERENCE if margin is None else float(margin)
+
+
+def _all_alike(kind: Direction, margin: float, metric: Metric) -> str:
+    size = format_size(margin, metric)
+    return {
+        "better": "helped",
+        "worse": "made it worse",
+        "equal": f"made no difference of {size} or more",
+        "not_worse": f"did no harm of {size} or more",
+        "unclear": "made no clear difference: too few test rows to tell",
+    }[kind]
+
+
+def _clauses(margin: float, metric: Metric) -> dict[Direction, str]:
+    size = format_size(margin, metric)
+    return {
+        "better": "is better than",
+        "not_worse": f"is less than {size} worse than",
+        "equal": f"is within {size} of",
+        "unclear": "is not clearly different from",
+        "worse": "is worse than",
+    }
+
+
+def _what_it_can_show(
+    evaluation: Evaluation, pairs: list[dict[str, Any]], directions: list[Direction]
+) -> str:
+    """Return what the test can show, where it was too small for a difference; else nothing."""
+    unclear = [p for p, d in zip(pairs, directions, strict=True) if d == "unclear"]
+    if not unclear:
+        return ""
+    difference = unclear[0]["differences"][evaluation.primary]
+    metric = evaluation.metric(evaluation.primary)
+    # An evaluation of an earlier version does not say.
+    if difference.get("detectable") is None:
+        return ""
+    rows = describe_rows(evaluation, difference)
+    words = (
+        f" {rows} show a difference of {format_size(difference['detectable'], metric)} in four of "
+        "five cases"
+    )
+    if needed := difference.get("rows_needed"):
+        size = format_size(abs(difference["value"]), metric)
+        if needed > difference["n"]:
+            words += f"; one of {size} takes about {_rounded(needed):,} rows"
+    return words + "."
+
+
+def _worst_case_in_words(evaluation: Evaluation) -> str:
+    """Return what missing answers could change; nothing where none is missing."""
+    metric = evaluation.metric(evaluation.primary)
+    parts = [
+        f"{describe_arm(arm['name'])} between {format_value(ends['low'], metric)} and "
+        f"{format_value(ends['high'], metric)}"
+        for arm in evaluation.arms
+        if (ends := arm.get("worst_case"))
+    ]
+    if not parts:
+        return ""
+    return f" With its missing answers all wrong or all right, {join_words(parts)}."
+
+
+def describe_rows(evaluation: Evaluation, estimate: dict[str, Any]) -> str:
+    """Return how many answers an estimate rests on: `112 answers in 24 modules`."""
+    n, num_clusters = estimate["n"], estimate.get("num_clusters")
+    answers = "1 answer" if n == 1 else f"{n:,} answers"
+    if num_clusters is None or num_clusters == n:
+        return answers
+    by = evaluation.metrics.get("cluster_by") or "group"
+    # A plain word can be counted, another name of a column not.
+    is_plain = by.isascii() and by.isalpha() and by.islower() and not by.endswith("s")
+    if num_clusters == 1:
+        return f"{answers} in one {by}" if is_plain else f"{answers} with one `{by}`"
+    many = (by[:-1] + "ies" if by.endswith("y") else by + "s") if is_plain else f"values of `{by}`"
+    return f"{answers} in {num_clusters:,} {many}"
+
+
+def _rounded(count: int) -> int:
+    """Return a count with two significant digits."""
+    return int(float(f"{count:.2g}"))
 
 
 def _difference_in_words(evaluation: Evaluation, pair: dict[str, Any]) -> str:
@@ -95,18 +218,9 @@ def _difference_in_words(evaluation: Evaluation, pair: dict[str, Any]) -> str:
     words = format_difference(difference["value"], metric)
     if interval := format_interval(difference, metric):
         words += f" ({evaluation.metrics['confidence']:.0%} interval {interval})"
+    elif difference["n"] and difference.get("num_clusters") == 1:
+        words += f" (no interval: {describe_rows(evaluation, difference)})"
     return f"{words} over {describe_arm(pair['other'])}"
-
-
-def direction(difference: dict[str, Any], metric: Metric) -> Direction:
-    """Return what a difference's interval allows to say."""
-    low, high = difference["low"], difference["high"]
-    if low is None or low <= 0 <= high:
-        return "unclear"
-    # Equal differences have an interval without width, which says nothing about so few examples.
-    if difference["method"] == "all equal" and difference["p_value"] >= _SIGNIFICANT_P:
-        return "unclear"
-    return "better" if (low > 0) != (metric.better == "lower") else "worse"
 
 
 def describe_arm(name: str, capital: bool = False) -> str:

@@ -67,7 +67,7 @@ def next_steps(evaluation: Evaluation) -> list[NextStep]:
     behind = [
         pair["other"]
         for pair in evaluation.candidate_pairs()
-        if direction(pair["differences"][evaluation.primary], metric) != "better"
+        if direction(evaluation, pair, evaluation.primary) != "better"
     ]
     if behind and arm["name"] == FINETUNED:
         add(
@@ -116,14 +116,14 @@ def _lagging_tasks(evaluation: Evaluation) -> list[NextStep]:
         key = in_task(name, task["primary"])
         # Each task beside what does best in it without training.
         best = max(evaluation.arms[:-1], key=lambda arm: arm["scores"][key]["value"] or 0.0)["name"]
-        strongest[name] = best, direction(pairs[best]["differences"][key], evaluation.metric(key))
+        strongest[name] = best, direction(evaluation, pairs[best], key)
     if not any(change == "better" for _, change in strongest.values()):
         return []
-    words = {"worse": "got worse", "unclear": "did not clearly gain"}
     return [
         NextStep(
             f"Give `{name}` a larger share of the mixture, or a model of its own",
-            f"It {words[change]} against {describe_arm(best)}, while other tasks gained.",
+            f"It {'got worse' if change == 'worse' else 'did not clearly gain'} against "
+            f"{describe_arm(best)}, while other tasks gained.",
             f"task.tasks.{name}.weight",
         )
         for name, (best, change) in strongest.items()

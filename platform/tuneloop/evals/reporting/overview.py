@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Artifact
 from tuneloop.evals.reporting.formatting import format_estimate, format_number
-from tuneloop.evals.reporting.headline import Headline, write_headline
+from tuneloop.evals.reporting.headline import Headline, describe_rows, write_headline
 from tuneloop.evals.reporting.views import show_pair
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.text import shorten
@@ -78,7 +78,7 @@ def tabulate(evaluation: Evaluation) -> EvaluationTables:
         {
             "arm": arm["name"],
             evaluation.primary: format_estimate(arm["scores"][evaluation.primary], metric),
-            "scored": arm["num_scored"],
+            "scored": describe_rows(evaluation, arm["scores"][evaluation.primary]),
             "unscored": arm["num_unscored"],
             "prompt tokens, mean": format_number(arm["mean_prompt_tokens"]),
             "answer tokens, median": format_number(arm["median_completion_tokens"]),

@@ -14,7 +14,7 @@ from rich.text import Text
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
 from tuneloop.evals.reporting.formatting import format_estimate, format_number
-from tuneloop.evals.reporting.headline import write_headline
+from tuneloop.evals.reporting.headline import describe_rows, write_headline
 from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.views import (
     list_facts,
@@ -107,7 +107,7 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
             arm["name"],
             Text(value, style="bold"),
             interval.strip("()"),
-            str(arm["num_scored"]),
+            describe_rows(evaluation, score).replace(" answers", ""),
             str(arm["num_unscored"]),
             format_number(arm["median_completion_tokens"]),
         )

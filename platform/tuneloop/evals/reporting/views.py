@@ -22,7 +22,7 @@ from tuneloop.evals.reporting.formatting import (
     format_value,
     word_diff,
 )
-from tuneloop.evals.reporting.headline import describe_arm, direction
+from tuneloop.evals.reporting.headline import describe_arm, describe_rows, direction
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric, in_task
 from tuneloop.evals.scoring.pairing import Change, PairedExample
@@ -65,6 +65,10 @@ def show_arms(evaluation: Evaluation, secondary: Sequence[str]) -> list[dict[str
                 "interval": format_estimate(score, metric).partition(" ")[2].strip("()"),
                 **_bar(score, metric, top),
                 "method": score["method"],
+                "rows": describe_rows(evaluation, score),
+                "worst_case": " to ".join(
+                    format_value(end, metric) for end in arm.get("worst_case", {}).values()
+                ),
                 "num_scored": arm["num_scored"],
                 "num_unscored": arm["num_unscored"],
                 "reasons": arm["unscored_reasons"],
@@ -86,6 +90,8 @@ def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
     difference = pair["differences"][evaluation.primary]
     outcomes = pair["outcomes"]
     low, high = difference["low"], difference["high"]
+    # An evaluation of an earlier version has no adjusted p-values.
+    p_value = difference.get("p_adjusted", difference["p_value"])
     reach = max(
         abs(p["differences"][evaluation.primary][end] or 0.0)
         for p in evaluation.comparison["pairs"]
@@ -102,10 +108,12 @@ def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
         "n": pair["num_both_scored"],
         "difference": format_difference(difference["value"], metric),
         "interval": format_interval(difference, metric),
-        "p": format_p_value(difference["p_value"]),
+        "p": format_p_value(p_value),
+        "is_adjusted": p_value != difference["p_value"],
         "test": difference["test"],
         "method": difference["method"],
-        "direction": direction(difference, metric),
+        "direction": direction(evaluation, pair, evaluation.primary),
+        "rows": describe_rows(evaluation, difference),
         "at": _position(difference["value"], span),
         "from": _position(low, span),
         "to": _position(high, span),
@@ -160,7 +168,7 @@ def show_tasks(evaluation: Evaluation) -> list[dict[str, Any]]:
                         "other": pair["other"],
                         "value": format_difference(difference["value"], metric),
                         "interval": format_interval(difference, metric),
-                        "direction": direction(difference, metric),
+                        "direction": direction(evaluation, pair, name),
                     }
                     for pair in evaluation.candidate_pairs()
                     for difference in [pair["differences"][name]]

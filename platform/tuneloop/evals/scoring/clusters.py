@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
-Floats = NDArray[np.float64]
-Scale = Literal["binary", "unit", "unbounded"]
+from tuneloop.evals.scoring.intervals import Floats, Scale
+
 Verdict = Literal["better", "not worse", "worse", "cannot tell"]
 
 # The prior of the intraclass correlation: 30% that rows are as good as independent, the rest
@@ -389,6 +389,7 @@ class PairedDesign:
         icc: Intraclass correlation of the differences, 0 to 1.
         confidence: Level of the test.
         power: Chance of finding the difference.
+        binary: Scores are 0 or 1.
     """
 
     num_clusters: float
@@ -397,6 +398,7 @@ class PairedDesign:
     icc: float = 0.0
     confidence: float = 0.95
     power: float = 0.8
+    binary: bool = True
 
     @classmethod
     def of(cls, clusters: Clusters, discordance: float, icc: float) -> PairedDesign:
@@ -411,15 +413,18 @@ class PairedDesign:
 
 
 def detectable_difference(design: PairedDesign) -> float:
-    """Return the smallest true difference of 0/1 scores that the test finds with its power.
+    """Return the smallest true difference that the test finds with its power.
 
-    The variance of a row's difference is the discordance less the squared difference. Where the
-    difference would be larger than the discordance, the rows that differ all differ one way.
+    For 0/1 scores the variance of a row's difference is the discordance less the squared
+    difference. Where the difference would be larger than the discordance, the rows that differ all
+    differ one way.
     """
     df = max(1.0, design.num_clusters - 1)
     quantiles = stats.t.ppf([0.5 + design.confidence / 2, design.power], df)
     rows = design.num_clusters * design.mean_size
     ratio = float(quantiles.sum()) ** 2 * design.design_effect / rows
+    if not design.binary:
+        return math.sqrt(ratio * design.discordance)
     difference = math.sqrt(ratio * design.discordance / (1 + ratio))
     return difference if difference <= design.discordance else ratio / (1 + ratio)
 

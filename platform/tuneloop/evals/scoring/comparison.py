@@ -6,22 +6,22 @@ and a paired comparison uses the examples scored in both arms.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
-from tuneloop.evals.scoring.intervals import (
-    Floats,
-    IntervalEstimate,
-    Resampling,
-    estimate_difference,
-    estimate_mean,
-    estimate_statistic,
+from tuneloop.evals.scoring.estimates import (
+    adjust_p_values,
+    describe_difference,
+    describe_mean,
+    describe_statistic,
 )
-from tuneloop.evals.scoring.metrics import MACRO_F1, Metric, Scorer
+from tuneloop.evals.scoring.intervals import Floats, Resampling
+from tuneloop.evals.scoring.metrics import MACRO_F1, Metric, Scorer, in_task
 from tuneloop.evals.scoring.pairing import (
     PairedExample,
     count_changes,
@@ -34,9 +34,19 @@ SCHEMA_VERSION = 1
 
 
 def summarise(
-    predictions: Sequence[Prediction], scorer: Scorer, resampling: Resampling
+    predictions: Sequence[Prediction],
+    scorer: Scorer,
+    resampling: Resampling,
+    cluster_by: str = "",
 ) -> dict[str, Any]:
-    """Return the content of `metrics.json`: what was measured, and every arm by itself."""
+    """Return the content of `metrics.json`: what was measured, and every arm by itself.
+
+    Args:
+        predictions: All answers of all arms.
+        scorer: Knows the metrics.
+        resampling: Level, resamples and seed.
+        cluster_by: What the rows of a cluster have in common.
+    """
     arms = list(dict.fromkeys(prediction.arm for prediction in predictions))
     metrics = dict(scorer.metrics)
     if scorer.task.type == "classification":
@@ -51,6 +61,8 @@ def summarise(
         "primary": scorer.primary,
         "confidence": resampling.confidence,
         "num_examples": len({prediction.example_id for prediction in predictions}),
+        "num_clusters": len({p.cluster or p.example_id for p in predictions}),
+        "cluster_by": cluster_by,
         "metrics": {name: metric.meaning() for name, metric in metrics.items()},
         "arms": [
             _summarise_arm([p for p in predictions if p.arm == arm], scorer, resampling)
@@ -60,9 +72,19 @@ def summarise(
 
 
 def compare(
-    predictions: Sequence[Prediction], scorer: Scorer, resampling: Resampling
+    predictions: Sequence[Prediction],
+    scorer: Scorer,
+    resampling: Resampling,
+    margin: float | None = None,
 ) -> dict[str, Any]:
-    """Return the content of `comparison.json`: each arm against each that comes before it."""
+    """Return the content of `comparison.json`: each arm against each that comes before it.
+
+    Args:
+        predictions: All answers of all arms.
+        scorer: Knows the metrics.
+        resampling: Level, resamples and seed.
+        margin: Loss in the primary metric that does not matter; None where none was set.
+    """
     arms = list(dict.fromkeys(prediction.arm for prediction in predictions))
     primary = scorer.metrics[scorer.primary]
     pairs = []
@@ -70,14 +92,18 @@ def compare(
         for other in reversed(arms[:index]):
             examples = pair_arms(predictions, other, arm, scorer.primary, primary)
             answered = [example for example in examples if example.is_answered]
-            pairs.append(
-                {"arm": arm, "other": other, "num_both_scored": len(answered)}
-                | _compare_pair(answered, scorer, resampling)
-            )
+            pair = {"arm": arm, "other": other, "num_both_scored": len(answered)}
+            pair |= _compare_pair(answered, scorer, resampling)
+            if len(answered) < len(examples) and primary.kind != "number":
+                pair["worst_case"] = _worst_case(examples, scorer.primary)
+            pairs.append(pair)
+    tasks = {in_task(name, part.primary) for name, part in scorer.parts.items()}
+    _adjust_pairs(pairs, scorer.primary, tasks, arms[-1])
     return {
         "schema_version": SCHEMA_VERSION,
         "primary": scorer.primary,
         "confidence": resampling.confidence,
+        "margin": margin,
         "pairs": pairs,
     }
 
@@ -86,22 +112,31 @@ def _summarise_arm(
     predictions: Sequence[Prediction], scorer: Scorer, resampling: Resampling
 ) -> dict[str, Any]:
     scored = [p for p in predictions if p.status == "scored"]
-    scores = {
-        name: estimate_mean(_values(scored, name), metric.kind == "binary", resampling)
-        for name, metric in scorer.metrics.items()
-    }
+    ids = _cluster_ids(scored)
+    scores = {}
+    for name, metric in scorer.metrics.items():
+        values = _raw_values(scored, name)
+        known = ~np.isnan(values)
+        scores[name] = describe_mean(values[known], Clusters.of(ids[known]), metric, resampling)
     extra: dict[str, Any] = {}
     if scorer.task.type == "classification":
         counts = LabelCounts(scored, scorer)
-        scores["macro_f1"] = estimate_statistic(len(scored), counts.macro_f1, resampling)
+        scores["macro_f1"] = describe_statistic(
+            counts.macro_f1, Clusters.of(ids), counts.num_effective, "unit", resampling
+        )
         extra["label_f1"] = counts.f1_by_label()
     reasons = [p.error for p in predictions if p.status == "unscored"]
+    if reasons and scorer.metrics[scorer.primary].kind != "number":
+        # As if every missing answer were wrong, and as if every one were right.
+        right = float(np.nansum(_raw_values(scored, scorer.primary)))
+        ends = right / len(predictions), (right + len(reasons)) / len(predictions)
+        extra["worst_case"] = {"low": ends[0], "high": ends[1]}
     return {
         "name": predictions[0].arm,
         "num_scored": len(scored),
         "num_unscored": len(reasons),
         "unscored_reasons": {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
-        "scores": {name: dataclasses.asdict(value) for name, value in scores.items()},
+        "scores": scores,
         **extra,
         "error_tags": {tag: sum(tag in p.error_tags for p in scored) for tag in ERROR_TAGS},
         "mean_prompt_tokens": _mean([p.prompt_tokens for p in scored]),
@@ -114,16 +149,22 @@ def _compare_pair(
     examples: Sequence[PairedExample], scorer: Scorer, resampling: Resampling
 ) -> dict[str, Any]:
     first, second = [e.after for e in examples], [e.before for e in examples]
+    ids = _cluster_ids(first)
     differences: dict[str, Any] = {}
     for name, metric in scorer.metrics.items():
         ours, theirs = _raw_values(first, name), _raw_values(second, name)
         both = ~(np.isnan(ours) | np.isnan(theirs))
-        differences[name] = dataclasses.asdict(
-            estimate_difference(ours[both], theirs[both], metric.kind == "binary", resampling)
+        differences[name] = describe_difference(
+            ours[both], theirs[both], Clusters.of(ids[both]), metric, resampling
         )
     if scorer.task.type == "classification":
-        differences["macro_f1"] = dataclasses.asdict(
-            _macro_f1_difference(first, second, scorer, resampling)
+        counts, others = LabelCounts(first, scorer), LabelCounts(second, scorer)
+        differences["macro_f1"] = describe_statistic(
+            lambda weights: counts.macro_f1(weights) - others.macro_f1(weights),
+            Clusters.of(ids),
+            counts.num_effective,
+            "unbounded",
+            resampling,
         )
     return {
         "differences": differences,
@@ -156,6 +197,12 @@ class LabelCounts:
         self._truth = np.array([[t == label for label in self.labels] for t in truth], float)
         self._answers = np.array([[a == label for label in self.labels] for a in answers], float)
 
+    @property
+    def num_effective(self) -> float:
+        """As many rows of even labels as leave the macro average the same variance."""
+        rows = self._truth.sum(axis=0) if self.labels else np.zeros(0)
+        return float(len(rows) ** 2 / (1 / rows).sum()) if len(rows) else 1.0
+
     def macro_f1(self, weights: Floats) -> Floats:
         """Return the mean F1 over the labels for each row of weights, shape (R, n) to (R,)."""
         right = weights @ (self._truth * self._answers)
@@ -176,26 +223,43 @@ class LabelCounts:
         }
 
 
-def _macro_f1_difference(
-    first: Sequence[Prediction],
-    second: Sequence[Prediction],
-    scorer: Scorer,
-    resampling: Resampling,
-) -> IntervalEstimate:
-    ours, theirs = LabelCounts(first, scorer), LabelCounts(second, scorer)
-    return estimate_statistic(
-        len(first), lambda weights: ours.macro_f1(weights) - theirs.macro_f1(weights), resampling
-    )
+def _worst_case(examples: Sequence[PairedExample], name: str) -> dict[str, float]:
+    """Return the mean difference if every missing answer spoke against, or for, the later arm."""
+
+    def mean(ours_missing: float, theirs_missing: float) -> float:
+        ours = [e.after.scores.get(name, ours_missing) or 0.0 for e in examples]
+        theirs = [e.before.scores.get(name, theirs_missing) or 0.0 for e in examples]
+        return float(np.mean(np.array(ours) - np.array(theirs)))
+
+    return {"low": mean(0.0, 1.0), "high": mean(1.0, 0.0)}
+
+
+def _adjust_pairs(
+    pairs: Sequence[dict[str, Any]], primary: str, tasks: Collection[str], candidate: str
+) -> None:
+    """Adjust p-values where several are read together, each family by itself.
+
+    The headline reads the primary metric of the candidate's pairs, the table of a mixture's tasks
+    the primary metric of each. All other metrics are one family. The pairs without the candidate
+    have such families of their own.
+    """
+    families: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+    for pair in pairs:
+        for name, difference in pair["differences"].items():
+            kind = "primary" if name == primary else "task" if name in tasks else "other"
+            families.setdefault((pair["arm"] == candidate, kind), []).append(difference)
+    for family in families.values():
+        adjust_p_values(family)
+
+
+def _cluster_ids(predictions: Sequence[Prediction]) -> NDArray[np.str_]:
+    """Return the cluster of each answer, shape (n,); a row without one is its own."""
+    return np.array([p.cluster or p.example_id for p in predictions], dtype=np.str_)
 
 
 def _raw_values(predictions: Sequence[Prediction], name: str) -> Floats:
     """Return scores of shape (n,); NaN where the metric does not apply to the row."""
     return np.array([p.scores.get(name) for p in predictions], dtype=np.float64)
-
-
-def _values(predictions: Sequence[Prediction], name: str) -> Floats:
-    values = _raw_values(predictions, name)
-    return values[~np.isnan(values)]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -12,13 +12,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 Floats = NDArray[np.float64]
+# `binary` is 0 or 1, `unit` lies in [0, 1].
+Scale = Literal["binary", "unit", "unbounded"]
 _CHUNK_CELLS = 4_000_000
 _MAX_ENUMERATED_FLIPS = 14
 
@@ -79,13 +81,22 @@ class PairedCounts(NamedTuple):
     neither: int
 
 
-def wilson(num_right: int, n: int, confidence: float) -> tuple[float, float]:
+def wilson(num_right: float, n: float, confidence: float) -> tuple[float, float]:
     """Return the score interval of a proportion.
+
+    Args:
+        num_right: Need not be whole: a sum of scores in [0, 1].
+        n: Above 0; need not be whole: as many independent rows as say the same.
+        confidence: For example 0.95.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
-    ends = stats.binomtest(num_right, n).proportion_ci(confidence, method="wilson")
-    return float(ends.low), float(ends.high)
+    z = _quantile(0.5 + confidence / 2)
+    rate = num_right / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    low = 0.0 if num_right == 0 else max(0.0, centre - half)
+    return low, 1.0 if num_right == n else min(1.0, centre + half)
 
 
 def newcombe_paired(counts: PairedCounts, confidence: float) -> tuple[float, float]:
@@ -150,27 +161,31 @@ def bca(values: Floats, resampling: Resampling) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def estimate_mean(values: Floats, binary: bool, resampling: Resampling) -> IntervalEstimate:
-    """Return a mean with its interval: Wilson for 0/1 scores, BCa bootstrap otherwise."""
+def estimate_mean(values: Floats, scale: Scale, resampling: Resampling) -> IntervalEstimate:
+    """Return a mean with its interval: Wilson for 0/1 scores, BCa bootstrap otherwise.
+
+    Scores in [0, 1] that are all equal get the interval that a rate of zero leaves possible:
+    equal scores of so many rows do not say that the next one is equal too.
+    """
     n = len(values)
     if n == 0:
         return IntervalEstimate(None, None, None, 0, "no examples")
     mean = float(values.mean())
-    if binary:
+    if scale == "binary":
         ends = wilson(int(values.sum()), n, resampling.confidence)
         return IntervalEstimate(mean, *ends, n, "Wilson")
-    return IntervalEstimate(mean, *_bootstrap(values, resampling))
+    return IntervalEstimate(mean, *_bootstrap(values, resampling, _floor(scale, 0.0)))
 
 
 def estimate_difference(
-    first: Floats, second: Floats, binary: bool, resampling: Resampling
+    first: Floats, second: Floats, scale: Scale, resampling: Resampling
 ) -> DifferenceEstimate:
     """Return the mean of first minus second over the same examples.
 
     Args:
         first: Shape (n,), scores of one arm.
         second: Shape (n,), scores of the other arm for the same examples.
-        binary: Scores are 0 or 1.
+        scale: Of the scores.
         resampling: Level, resamples and seed.
     """
     n = len(first)
@@ -178,7 +193,7 @@ def estimate_difference(
         return DifferenceEstimate(None, None, None, 0, "no examples", None, "none")
     differences = first - second
     mean = float(differences.mean())
-    if binary:
+    if scale == "binary":
         fixed, introduced = int((differences > 0).sum()), int((differences < 0).sum())
         both = int(((first == 1) & (second == 1)).sum())
         counts = PairedCounts(both, fixed, introduced, n - both - fixed - introduced)
@@ -187,18 +202,28 @@ def estimate_difference(
         return DifferenceEstimate(mean, *ends, n, "Newcombe, paired", p_value, "McNemar, exact")
     p_value = sign_flip_p(differences, resampling)
     return DifferenceEstimate(
-        mean, *_bootstrap(differences, resampling), p_value, "sign-flip permutation"
+        mean,
+        *_bootstrap(differences, resampling, _floor(scale, -1.0)),
+        p_value,
+        "sign-flip permutation",
     )
 
 
 def estimate_statistic(
-    n: int, statistic: Callable[[Floats], Floats], resampling: Resampling
+    n: int,
+    statistic: Callable[[Floats], Floats],
+    num_effective: float,
+    scale: Scale,
+    resampling: Resampling,
 ) -> IntervalEstimate:
     """Return a statistic of weighted examples with its percentile bootstrap interval.
 
     Args:
         n: Number of examples.
         statistic: From weights of shape (R, n), how often each example is drawn, to shape (R,).
+        num_effective: As many independent rows as say the same, for the interval where no
+            resample differs.
+        scale: `unit` for a statistic in [0, 1], else that of a difference of two of them.
         resampling: Level, resamples and seed.
     """
     if n == 0:
@@ -211,7 +236,12 @@ def estimate_statistic(
         np.add.at(weights, (rows, chunk), 1.0)
         draws.append(statistic(weights))
     tail = (1 - resampling.confidence) / 2
-    low, high = np.quantile(np.concatenate(draws), (tail, 1 - tail))
+    drawn = np.concatenate(draws)
+    if np.ptp(drawn) == 0:
+        least = 0.0 if scale == "unit" else -1.0
+        ends = _ends_of_equal(value, least, num_effective, resampling.confidence)
+        return IntervalEstimate(value, *ends, n, "all equal: Wilson")
+    low, high = np.quantile(drawn, (tail, 1 - tail))
     return IntervalEstimate(value, float(low), float(high), n, "percentile bootstrap")
 
 
@@ -248,16 +278,33 @@ def sign_flip_p(differences: Floats, resampling: Resampling) -> float:
 
 
 def _bootstrap(
-    values: Floats, resampling: Resampling
+    values: Floats, resampling: Resampling, least: float | None
 ) -> tuple[float | None, float | None, int, str]:
-    """Return the ends of the interval of a mean, the number of values and the method."""
+    """Return the ends of the interval of a mean, the number of values and the method.
+
+    Args:
+        least: Lowest value there can be, the largest being 1; None without such bounds.
+    """
     n = len(values)
     if n < 2:
         return None, None, n, "one example"
     if np.ptp(values) == 0:
-        mean = float(values.mean())
-        return mean, mean, n, "all equal"
+        if least is None:
+            return None, None, n, "all equal: no interval"
+        ends = _ends_of_equal(float(values[0]), least, n, resampling.confidence)
+        return *ends, n, "all equal: Wilson"
     return *bca(values, resampling), n, "BCa bootstrap"
+
+
+def _floor(scale: Scale, least: float) -> float | None:
+    return None if scale == "unbounded" else least
+
+
+def _ends_of_equal(value: float, least: float, n: float, confidence: float) -> tuple[float, float]:
+    """Return the interval of a mean of equal values: as many may deviate as a rate of zero
+    leaves possible, as far as they can."""
+    share = wilson(0, n, confidence)[1]
+    return value - share * (value - least), value + share * (1 - value)
 
 
 def _resamples(n: int, resampling: Resampling) -> Iterator[NDArray[np.int64]]:

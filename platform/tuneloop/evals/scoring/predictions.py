@@ -26,6 +26,7 @@ _COLUMNS = [
     ("status", pa.string()),
     ("error", pa.string()),
     ("error_tags", pa.list_(pa.string())),
+    ("cluster", pa.string()),
 ]
 
 
@@ -40,6 +41,8 @@ class Prediction:
         error: Why the row is unscored, empty otherwise.
         scores: Metric by name; empty when unscored.
         task: The row's task in a mixture; empty otherwise.
+        cluster: Rows of one cluster are right and wrong together. Empty where the row is one of
+            its own.
     """
 
     example_id: str
@@ -56,6 +59,7 @@ class Prediction:
     error_tags: list[str] = field(default_factory=list)
     scores: dict[str, float | None] = field(default_factory=dict)
     task: str = ""
+    cluster: str = ""
 
 
 def write_predictions(
