@@ -234,7 +234,8 @@ def bare_step(model: Any, rows: Any, schedule: Any, all_logits: bool) -> Any:
     """Return a step of plain PyTorch on packed rows."""
     import torch
 
-    from tuneloop.training.packed import can_share, loss_sum, pack_rows
+    from tuneloop.training.loss import loss_sum
+    from tuneloop.training.packed import can_share, pack_rows
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)

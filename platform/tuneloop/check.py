@@ -27,13 +27,16 @@ class CheckResult:
 
     Args:
         data: The rows, their lengths, and some samples.
-        estimate: Memory and time of the training; None when the data cannot be used.
+        estimate: Memory and time of the training; None when the data cannot be used, or when the
+            model allows no estimate.
+        no_estimate: Why the model allows none; empty otherwise.
         problems: Everything that would stop the run; empty when it can start.
     """
 
     data: DataCheck
     estimate: ResourceEstimate | None
     problems: list[Problem] = field(default_factory=list)
+    no_estimate: str = ""
 
     def summary(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -45,6 +48,7 @@ class CheckResult:
             "problems": [asdict(problem) for problem in self.problems],
             "data": data,
             "estimate": None if self.estimate is None else asdict(self.estimate),
+            "no_estimate": self.no_estimate,
         }
 
 
@@ -72,7 +76,8 @@ def check(config: TuneloopConfig) -> CheckResult:
         totals = RowTotals(num_rows, num_tokens, longest, data.target_ratio, sample)
     fit = assess(config, base, totals)
     expected = None if fit.prediction is None else fit.prediction.estimate
-    return CheckResult(data, expected, [*data.findings, *fit.problems])
+    unknown = "" if fit.prediction is None else fit.prediction.unknown
+    return CheckResult(data, expected, [*data.findings, *fit.problems], unknown)
 
 
 def report(result: CheckResult, output: IO[str]) -> None:
@@ -95,6 +100,9 @@ def report(result: CheckResult, output: IO[str]) -> None:
         time = "" if expected.training_s is None else f", {expected.training_s / 60:.1f} minutes"
         cost = "" if expected.cost is None else f", cost {expected.cost:.2f}"
         console.print(f"training   {memory}{time}{cost}")
+    if result.no_estimate:
+        why = f"memory and time cannot be estimated for this model: {result.no_estimate}"
+        console.print(f"training   {why}", markup=False)
     for notice in data.notices:
         console.print(f"notice     {notice}", markup=False)
     for sample in data.samples:

@@ -565,7 +565,8 @@ class ResourcesConfig(Section):
     preflight: bool | None = Field(
         None,
         description="Dry run before a long training: take two steps, save a checkpoint, resume "
-        "from it and export, in a temporary place. Default: on a cluster only.",
+        "from it and export, in a temporary place. Default: on a cluster, and where the training "
+        "is expected to take more than ten minutes, or 200 steps where that is not known.",
     )
     micro_batch_size: int | None = Field(
         None,

@@ -38,7 +38,8 @@ from tuneloop.training.batches import Schedule
 from tuneloop.training.deepspeed_engine import Execution, learning_rate_factor, load_model
 from tuneloop.training.launch import train
 from tuneloop.training.loop import TrainingJob, Worker, train_rows
-from tuneloop.training.packed import loss_sum, pack_rows
+from tuneloop.training.loss import loss_sum
+from tuneloop.training.packed import pack_rows
 from tuneloop.training.rows import Rows, make_rows, open_rows, store_rows
 
 pytestmark = pytest.mark.skipif(

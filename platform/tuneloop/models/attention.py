@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from tuneloop.compat.transformers import attention_implementation
+
 IMPLEMENTATION = "tuneloop"
 # What some families add to attention and nothing here computes.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
@@ -210,9 +212,24 @@ def _has_kernel(query: Tensor, rule: Rule) -> bool:
     )
 
 
+def attends_packed(model: PreTrainedModel) -> bool:
+    """Return whether a model attends with `attend`; otherwise it has its own attention."""
+    return attention_implementation(model) == IMPLEMENTATION
+
+
+def keeps_logits(model: torch.nn.Module) -> bool:
+    """Return whether a model computes logits at chosen positions only; wrappers are looked into."""
+    plain = getattr(model, "module", model)
+    plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+    return "logits_to_keep" in inspect.signature(plain.forward).parameters
+
+
 @contextlib.contextmanager
 def standard_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend as it does for anyone who loads it, afterwards with `attend` again."""
+    """Let a model attend as it does for anyone who loads it, afterwards as it did before."""
+    if not attends_packed(model):
+        yield
+        return
     model.set_attn_implementation(model.get_correct_attn_implementation(None))
     try:
         yield

@@ -9,10 +9,11 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError, Problem, UserError
 from tuneloop.models.attention import IMPLEMENTATION
+from tuneloop.models.bases.weights import load_whole
 from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Prompt
 from tuneloop.serving.linear import speed_up_linear
 
@@ -37,7 +38,9 @@ def load_decoder(path: str | Path, max_batch_size: int) -> PreTrainedModel:
     try:
         # bf16 is emulated, and slow, on most CPUs.
         dtype = "auto" if cuda else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)
+        model = load_whole(Path(path), dtype=dtype)
+    except UserError:
+        raise
     except Exception as error:
         raise ModelError(
             Problem(

@@ -35,6 +35,7 @@ def model_card(
         ("learning rate", f"{training.learning_rate:g}, {training.lr_scheduler}"),
         ("loss", f"{result.log[0]['loss']:.4f} at the first step, {last['loss']:.4f} at the last"),
         *_validation(config, result),
+        *_rows(result),
         (
             "time",
             f"{last['elapsed_s']:,.0f} s, {tokens / max(1e-9, last['elapsed_s']):,.0f} tokens/s",
@@ -94,6 +95,14 @@ def _validation(config: TuneloopConfig, result: TrainingResult) -> list[tuple[st
         ),
         ("weights of step", f"{kept:,}"),
     ]
+
+
+def _rows(result: TrainingResult) -> list[tuple[str, str]]:
+    """Return why rows were not packed, where they were not."""
+    if not result.packing_fault:
+        return []
+    why = result.packing_fault.replace("|", "\\|")
+    return [("rows", f"one by one in the model's own attention, as they cannot be packed: {why}")]
 
 
 def _curve(log: list[StepRecord]) -> str:

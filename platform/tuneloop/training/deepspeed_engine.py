@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM
 
 from tuneloop.compat.deepspeed import (
     forget_step_at_start,
@@ -26,12 +25,17 @@ from tuneloop.compat.deepspeed import (
 )
 from tuneloop.config import TrainingConfig
 from tuneloop.models.attention import IMPLEMENTATION
+from tuneloop.models.bases.weights import load_whole
 from tuneloop.training.methods import METHODS
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+
+class AttentionError(Exception):
+    """A model's class takes no other attention than its own."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Execution:
         zero_stage: DeepSpeed ZeRO stage, 0 to 3.
         use_gpu: bf16 on CUDA, otherwise float32 on the CPU.
         gradient_checkpointing: Compute activations again instead of keeping them.
+        rows_alone: Rows that are not packed are not padded either.
     """
 
     world_size: int
@@ -53,6 +58,7 @@ class Execution:
     zero_stage: int = 0
     use_gpu: bool = False
     gradient_checkpointing: bool = False
+    rows_alone: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,18 +71,29 @@ def load_model(
     config: TrainingConfig,
     execution: Execution,
     device: torch.device | str = "cpu",
+    own_attention: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Return the base model as `training.method` trains it, on a device.
 
     Args:
         path: The base model's directory.
+        own_attention: The model keeps its own attention, for padded rows.
+
+    Raises:
+        AttentionError: The model's class takes no other attention than its own.
+        ModelError: The base cannot be loaded, or its files are not whole.
     """
     method = METHODS[config.method]
     options = method.load_options(execution.dtype, device)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=execution.dtype, attn_implementation=IMPLEMENTATION, **options
-    )
-    model.config.use_cache = False
+    if not own_attention:
+        options["attn_implementation"] = IMPLEMENTATION
+    try:
+        model = load_whole(path, dtype=execution.dtype, **options)
+    except (KeyError, ValueError) as error:
+        if own_attention or IMPLEMENTATION not in str(error):
+            raise
+        raise AttentionError(f"the model has no other attention than its own: {error}") from error
+    model.config.get_text_config().use_cache = False
     model = method.wrap(model, config)
     if execution.gradient_checkpointing:
         # Without reentrance gradients reach adapters although the embeddings are frozen.

@@ -25,7 +25,7 @@ from tuneloop.training.loop import (
     start_engine,
     train_step,
 )
-from tuneloop.training.packed import LOSS_TOLERANCE
+from tuneloop.training.loss import LOSS_TOLERANCE
 from tuneloop.training.results import DryRunResult, StepRecord
 from tuneloop.training.rows import Rows, make_rows
 from tuneloop.training.validation import measure, sample_answers
@@ -49,7 +49,8 @@ def dry_run(
     started = time.monotonic()
     schedule = job.schedule(rows)
     with _stage(job, worker, "loading the model"):
-        engine, *_ = start_engine(job, rows, worker)
+        started_engine = start_engine(job, rows, worker)
+        engine, worker = started_engine.engine, started_engine.worker
         engine.train()
     heaviest = int(schedule.sums(rows.lengths).argmax())
     with _stage(job, worker, f"taking the step with the most tokens ({heaviest + 1})"):

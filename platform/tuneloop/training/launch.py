@@ -11,7 +11,7 @@ from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
 from tuneloop.config import TuneloopConfig
 from tuneloop.models.bases.source import BaseModel
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 
 
 def identity(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> str:

@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,15 +26,18 @@ from tuneloop.records import Parity
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
 from tuneloop.training.checkpoint import load_engine, newest_complete, refuse_save, save_engine
 from tuneloop.training.deepspeed_engine import (
+    AttentionError,
     Execution,
     gathered,
     load_model,
     make_engine,
     ready_to_generate,
 )
+from tuneloop.training.loss import loss_and_hits, row_layout
 from tuneloop.training.methods import METHODS
-from tuneloop.training.packed import can_share, check_packing, loss_and_hits, pack_rows
-from tuneloop.training.progress import PROGRESS_FILE
+from tuneloop.training.packed import forget_draws
+from tuneloop.training.progress import NOTE_FILE, PROGRESS_FILE
+from tuneloop.training.proof import packing_fault, padding_fault
 from tuneloop.training.results import StepRecord, TrainingResult
 from tuneloop.training.rows import Rows
 from tuneloop.training.state import read_state
@@ -50,6 +53,8 @@ from tuneloop.training.validation import (
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 _UNFINISHED = "checkpoint-"
 T = TypeVar("T")
@@ -114,12 +119,13 @@ def train_rows(
         validation: Rows of the validation split; None where the dataset has none.
 
     Raises:
-        ModelError: The loss is not finite, the model mixes packed rows, an export differs from
+        ModelError: The loss is not finite, the model mixes rows, an export differs from
             the live model, or the checkpoint is of another model.
         ResourceError: A checkpoint cannot be written.
     """
     config, schedule = job.config, job.schedule(rows)
-    engine, num_all, num_trained = start_engine(job, rows, worker)
+    started_engine = start_engine(job, rows, worker)
+    engine, worker = started_engine.engine, started_engine.worker
     log = resume(engine, job, worker)
     engine.train()
     started = time.monotonic() - (log[-1]["elapsed_s"] if log else 0.0)
@@ -138,24 +144,76 @@ def train_rows(
     if config.keep == "best" and best is not None and best != len(log):
         read_state(engine, best_folder(job.progress, best), best)
     parity = export(engine, job, rows, worker)
-    return TrainingResult(log, parity, num_all, num_trained)
+    return TrainingResult(
+        log,
+        parity,
+        started_engine.num_parameters,
+        started_engine.num_trainable,
+        started_engine.packing_fault,
+    )
 
 
-def start_engine(job: TrainingJob, rows: Rows, worker: Worker) -> tuple[DeepSpeedEngine, int, int]:
-    """Load the base model into an engine; return it and the numbers of all and trained parameters.
+@dataclass(frozen=True)
+class StartedEngine:
+    """An engine at the first step.
+
+    Args:
+        worker: The worker, with what was found out about the model.
+        num_parameters: All parameters of the model, adapters included.
+        num_trainable: Parameters that are trained.
+        packing_fault: Why rows are padded; empty where they are packed.
+    """
+
+    engine: DeepSpeedEngine
+    worker: Worker
+    num_parameters: int
+    num_trainable: int
+    packing_fault: str
+
+
+def start_engine(job: TrainingJob, rows: Rows, worker: Worker) -> StartedEngine:
+    """Load the base model into an engine, for packed rows where it keeps them apart.
 
     Raises:
-        ModelError: The model mixes packed rows.
+        ModelError: The base cannot be loaded or run.
     """
     torch.set_num_threads(worker.num_threads)
     _silence_libraries()
-    model = load_model(job.base, job.config, worker.execution, worker.device)
-    check_packing(model, rows, worker.device)
+    model, worker, fault = _load_for_rows(job, rows, worker)
     # Counted before ZeRO takes the parameters apart.
     num_all = sum(_num_weights(p) for p in model.parameters())
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine = make_engine(model, job.config, worker.execution, job.schedule(rows).num_steps)
-    return engine, num_all, num_trained
+    return StartedEngine(engine, worker, num_all, num_trained, fault)
+
+
+def _load_for_rows(
+    job: TrainingJob, rows: Rows, worker: Worker
+) -> tuple[PreTrainedModel | PeftModel, Worker, str]:
+    """Return the model, the worker, and why rows are not packed; empty where they are."""
+    execution, device = worker.execution, worker.device
+    try:
+        model = load_model(job.base, job.config, execution, device)
+    except AttentionError as error:
+        fault = str(error)
+    else:
+        fault = packing_fault(model, rows, device)
+    fault = _first_workers(fault)
+    if not fault:
+        return model, worker, ""
+    forget_draws()
+    model = load_model(job.base, job.config, execution, device, own_attention=True)
+    rows_alone = bool(_first_workers(padding_fault(model, rows, device)))
+    if worker.rank == 0:
+        (job.progress / NOTE_FILE).write_text(fault, encoding="utf-8")
+    return model, replace(worker, execution=replace(execution, rows_alone=rows_alone)), fault
+
+
+def _first_workers(text: str) -> str:
+    """Return the first worker's text: every worker lays rows out as that one does."""
+    texts = [text]
+    dist.broadcast_object_list(texts, src=0)
+    return texts[0]
 
 
 def _num_weights(parameter: torch.Tensor) -> int:
@@ -194,12 +252,12 @@ def train_step(
     learning_rate = engine.get_lr()[0]
     taken: list[int] = []
     num_padding = 0
-    share_prefix = can_share(engine.module)
+    lay_out = row_layout(engine.module, execution.rows_alone)
     for index, share in enumerate(micro_batches(bins, worker.rank, execution.world_size)):
-        packed = pack_rows(rows, share, worker.device, share_prefix)
-        taken += packed.rows
-        num_padding += 0 if packed.rows else packed.input_ids.numel()
-        loss, hits = loss_and_hits(engine, packed)
+        laid_out = lay_out(rows, share, worker.device)
+        taken += laid_out.rows
+        num_padding += laid_out.num_padding
+        loss, hits = loss_and_hits(engine, laid_out)
         total += torch.stack([loss.detach().double(), hits.double()])
         # DeepSpeed averages gradients over workers; the loss is divided by all targets already.
         engine.backward(loss * (execution.world_size / max(1, num_targets)), scale_wrt_gas=False)

@@ -21,6 +21,7 @@ from tuneloop.training.card import model_card
 from tuneloop.training.fit.assess import PreparedRows, assess
 from tuneloop.training.fit.estimate import ResourceEstimate, gib, measured_estimate
 from tuneloop.training.launch import result_parts
+from tuneloop.training.progress import PADDED_NOTICE
 from tuneloop.training.results import DryRunResult, StepRecord, TrainingResult
 from tuneloop.training.rows import Rows, open_rows, store_rows
 from tuneloop.training.validation import best_step
@@ -29,6 +30,9 @@ from tuneloop.training.workers import StoredRows, can_resume, dry_run_workers, r
 logger = logging.getLogger("tuneloop.training")
 
 _SAMPLES = "samples.jsonl"
+# A training that takes longer, or more steps where the time is not known, has a dry run first.
+_LONG_S = 600
+_MANY_STEPS = 200
 
 
 def make_model(
@@ -47,25 +51,29 @@ def make_model(
     fit = assess(config, base, PreparedRows(dataset, rows, validation, draft.scratch))
     if fit.prediction is None:
         shutil.rmtree(draft.scratch / "rows")
-    workload, expected = fit.require()
+    workload, expected, unknown = fit.require()
     _mention_idle_gpus(config.resources)
-    _announce(rows, expected)
+    _announce(rows, expected, unknown)
     stored = StoredRows(folders[0], folders[1] if len(validation) else None)
     measured = None
-    if wants_dry_run(config.resources) and not can_resume(draft):
+    seconds = None if expected is None else expected.training_s
+    if wants_dry_run(config.resources, seconds, workload.num_steps) and not can_resume(draft):
         measured = dry_run_workers(config, base, stored, draft)
-        expected = measured_estimate(config, expected, workload, measured)
+        if expected is not None:
+            expected = measured_estimate(config, expected, workload, measured)
         _announce_measured(expected, measured)
     result = run_workers(config, base, stored, draft)
     _write_log(result, draft.path)
     card = model_card(config, base, dataset, result)
     (draft.path / "README.md").write_text(card, encoding="utf-8")
+    if result.packing_fault:
+        logger.warning(PADDED_NOTICE, result.packing_fault)
     return draft.publish(
         config=result_parts(config, base, dataset)
         | {"base": base.name, "base_fingerprint": base.fingerprint},
         resources=config.resources.model_dump()
         | {
-            "estimate": asdict(expected),
+            "estimate": None if expected is None else asdict(expected),
             "measured": None if measured is None else asdict(measured),
         },
         inputs=[dataset.ref, f"{base.name} sha256:{base.fingerprint}"],
@@ -73,10 +81,19 @@ def make_model(
     )
 
 
-def wants_dry_run(resources: ResourcesConfig) -> bool:
-    """Return whether a dry run comes before the training."""
-    wanted = resources.preflight
-    return resources.cluster_address is not None if wanted is None else wanted
+def wants_dry_run(
+    resources: ResourcesConfig, training_s: float | None = 0.0, num_steps: int = 0
+) -> bool:
+    """Return whether a dry run comes before the training.
+
+    Args:
+        training_s: Seconds that the training is expected to take; None: not known, so that the
+            number of steps decides.
+    """
+    if resources.preflight is not None:
+        return resources.preflight
+    long = num_steps >= _MANY_STEPS if training_s is None else training_s >= _LONG_S
+    return long or resources.cluster_address is not None
 
 
 def _mention_idle_gpus(resources: ResourcesConfig) -> None:
@@ -88,7 +105,16 @@ def _mention_idle_gpus(resources: ResourcesConfig) -> None:
         )
 
 
-def _announce(rows: Rows, expected: ResourceEstimate) -> None:
+def _announce(rows: Rows, expected: ResourceEstimate | None, unknown: str) -> None:
+    if expected is None:
+        logger.warning(
+            "training on %s rows, %s tokens; memory and time cannot be estimated for this model: "
+            "%s",
+            f"{len(rows):,}",
+            f"{int(rows.lengths.sum()):,}",
+            unknown,
+        )
+        return
     logger.info(
         "training on %s rows, %s tokens; about %s per worker%s",
         f"{len(rows):,}",
@@ -98,14 +124,14 @@ def _announce(rows: Rows, expected: ResourceEstimate) -> None:
     )
 
 
-def _announce_measured(expected: ResourceEstimate, measured: DryRunResult) -> None:
+def _announce_measured(expected: ResourceEstimate | None, measured: DryRunResult) -> None:
     logger.info(
         "dry run passed in %.0f s: %.0f tokens/s, %s per worker, checkpoint %.1f s%s",
         measured.wall_s,
         measured.tokens_per_s,
         gib(measured.peak_memory_bytes),
         measured.checkpoint_s,
-        _time_and_cost(expected),
+        "" if expected is None else _time_and_cost(expected),
     )
 
 

@@ -104,7 +104,17 @@ class Lora(Method):
         with warnings.catch_warnings():
             # It asks transformers by a name that is being replaced; nothing a user can act on.
             warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(model, settings)
+            try:
+                return get_peft_model(model, settings)
+            except ValueError as error:
+                raise ModelError(
+                    Problem(
+                        "adapters cannot be put on this model",
+                        where="training.lora.target_modules",
+                        got=f"{lora.target_modules}: {str(error).splitlines()[0]}",
+                        remedy="name other layers, or use training.method full",
+                    )
+                ) from error
 
     def exported(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,5 +1,7 @@
 """Rows without padding: one packed sequence per micro-batch, no row attending to another one.
 
+A model has to be proved to keep packed rows apart (`proof.py`); the others get padded rows.
+
 The shared prefix of a micro-batch's rows, such as an instruction, is computed once for all of them:
 with causal attention its hidden states are the same in every row, and its gradient is the sum.
 
@@ -15,16 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from tuneloop.compat.torch import RandomOperations
-from tuneloop.errors import ModelError, Problem
-from tuneloop.models.attention import Documents, standard_attention
+from tuneloop.models.attention import Documents
 from tuneloop.training.rows import Rows, make_rows
-
-# Relative difference of a loss that rounding explains.
-LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
-_CHECK_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,26 @@ class PackedBatch:
     predict_at: torch.Tensor
     targets: torch.Tensor
     rows: tuple[int, ...]
+
+    @property
+    def num_padding(self) -> int:
+        """Computed tokens that belong to no row."""
+        return 0 if self.rows else self.input_ids.numel()
+
+    def logits(self, model: torch.nn.Module) -> torch.Tensor:
+        """Return the logits at target positions; one row of them where there is no target.
+
+        Shape (N, V).
+        """
+        empty = self.predict_at.numel() == 0
+        logits: torch.Tensor = model(
+            input_ids=self.input_ids,
+            position_ids=self.position_ids,
+            segments=[self.documents],
+            logits_to_keep=self.predict_at.new_zeros(1) if empty else self.predict_at,
+            use_cache=False,
+        ).logits[0]
+        return logits
 
 
 def pack_rows(
@@ -105,70 +121,10 @@ def _draws_numbers(model: torch.nn.Module) -> bool:
     """Return whether a forward pass in training draws random numbers: one is run to see."""
     batch = pack_rows(make_rows(["a"], [[0, 0]], [[0, 1]]), [0], model.device)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), RandomOperations() as operations:
-        loss_sum(model, batch)
+        batch.logits(model)
     return operations.seen
 
 
-def loss_sum(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """Return the cross-entropy summed over the batch's targets, a scalar in float32."""
-    return loss_and_hits(model, batch)[0]
-
-
-def loss_and_hits(model: torch.nn.Module, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed cross-entropy and the number of targets that are the likeliest token.
-
-    Logits are computed at target positions only. Shape (1, N, V).
-
-    Returns:
-        Two scalars: the loss in float32, and a count without gradient.
-    """
-    empty = batch.predict_at.numel() == 0
-    keep = batch.predict_at.new_zeros(1) if empty else batch.predict_at
-    logits = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        segments=[batch.documents],
-        logits_to_keep=keep,
-        use_cache=False,
-    ).logits[0]
-    if empty:
-        return logits.float().sum() * 0.0, torch.zeros((), device=logits.device)
-    loss = functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
-    return loss, (logits.detach().argmax(-1) == batch.targets).sum()
-
-
-def check_packing(model: torch.nn.Module, rows: Rows, device: torch.device) -> None:
-    """Compare packed rows with the same rows one by one in the model's own attention.
-
-    A model whose layers carry state from one row to the next, or that ignores positions, would
-    be trained on mixed rows without any other sign of it.
-
-    Raises:
-        ModelError: The losses differ.
-    """
-    learned = np.flatnonzero(rows.num_target_tokens)
-    shortest = np.argsort(rows.lengths[learned], kind="stable")[:_CHECK_ROWS]
-    chosen = learned[shortest].tolist()
-    can_share(model.train())  # remembered; ZeRO takes the layers apart afterwards
-    model.eval()
-    alone = 0.0
-    with torch.no_grad():
-        packed = float(loss_sum(model, pack_rows(rows, chosen, device, can_share(model))))
-    with torch.no_grad(), standard_attention(model):
-        for row in chosen:
-            batch = pack_rows(rows, [row], device)
-            documents = batch.input_ids.split(batch.documents.lengths, dim=1)
-            logits = torch.cat(
-                [model(input_ids=document, use_cache=False).logits[0] for document in documents]
-            )[batch.predict_at]
-            alone += float(functional.cross_entropy(logits.float(), batch.targets, reduction="sum"))
-    tolerance = LOSS_TOLERANCE[model.dtype]
-    if abs(packed - alone) > tolerance * max(1.0, abs(alone)):
-        raise ModelError(
-            Problem(
-                "the model does not keep packed rows apart",
-                where=f"rows {', '.join(rows.row_ids[row] for row in chosen)}",
-                got=f"loss {packed:.5f} packed, {alone:.5f} one by one",
-                remedy="use a model with plain attention layers (Llama, Qwen, Gemma, GPT-NeoX)",
-            )
-        )
+def forget_draws() -> None:
+    """Let go of the model that `can_share` was asked about last."""
+    _draws_numbers.cache_clear()

@@ -21,6 +21,12 @@ logger = logging.getLogger("tuneloop.training")
 
 # One JSON line for each finished step.
 PROGRESS_FILE = "progress.jsonl"
+# Why rows are padded, where they are not packed.
+NOTE_FILE = "packing_fault.txt"
+PADDED_NOTICE = (
+    "rows of this model cannot be packed (%s): each is computed by itself, padded, in the model's "
+    "own attention; the result is right, the training slower"
+)
 T = TypeVar("T")
 
 
@@ -71,6 +77,7 @@ class TrainingProgress:
         self.trackers = trackers
         self.position = path.stat().st_size if path.exists() else 0
         self.pending: dict[str, Any] | None = None
+        self.told = False
         self.shown = Progress(label, unit="steps")
 
     def __enter__(self) -> Self:
@@ -83,6 +90,10 @@ class TrainingProgress:
 
     def poll(self, final: bool = False) -> int:
         """Show the newest line if it is new, and return the bytes read; `final` does not wait."""
+        note = self.path.with_name(NOTE_FILE)
+        if not self.told and note.exists():
+            self.told = True
+            logger.warning(PADDED_NOTICE, note.read_text(encoding="utf-8"))
         # The directory goes when the model is published.
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             file.seek(self.position)

@@ -63,12 +63,14 @@ class TrainingResult:
         parity: Live model against reloaded exports.
         num_parameters: Parameters of the whole model, adapters included.
         num_trainable: Parameters that were trained.
+        packing_fault: Why rows were padded instead of packed; empty where they were packed.
     """
 
     log: list[StepRecord]
     parity: Parity
     num_parameters: int
     num_trainable: int
+    packing_fault: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tuneloop.config import TrainingConfig
 from tuneloop.models.export.exporter import Exporter, parity_prompt
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
 from tuneloop.training.deepspeed_engine import Execution, ready_to_generate
-from tuneloop.training.packed import can_share, loss_and_hits, pack_rows
+from tuneloop.training.loss import loss_and_hits, row_layout
 from tuneloop.training.results import StepRecord
 from tuneloop.training.rows import Rows
 
@@ -68,11 +68,11 @@ def measure(
     bins = split_batch(np.arange(len(rows)), rows.lengths, num_bins, size)
     total = torch.zeros(2, dtype=torch.float64, device=device)
     engine.eval()
-    share_prefix = can_share(engine.module)
+    lay_out = row_layout(engine.module, execution.rows_alone)
     with torch.no_grad():
         # The same number of passes in every worker: under ZeRO-3 each of them is collective.
         for share in micro_batches(bins, dist.get_rank(), workers):
-            loss, hits = loss_and_hits(engine, pack_rows(rows, share, device, share_prefix))
+            loss, hits = loss_and_hits(engine, lay_out(rows, share, device))
             total += torch.stack([loss.double(), hits.double()])
     engine.train()
     dist.all_reduce(total)

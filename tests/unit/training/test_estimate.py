@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen3MoeConfig
 
 from tuneloop.artifacts import Artifact
-from tuneloop.check import check
+from tuneloop.check import check, report
 from tuneloop.config import TrainingConfig, TuneloopConfig
 from tuneloop.errors import DataError, ModelError, ResourceError
 from tuneloop.models.bases.source import BaseModel
@@ -35,9 +38,10 @@ from tuneloop.training.fit.refusals import (
     refuse_untrainable_rows,
 )
 from tuneloop.training.fit.shape import ModelShape, model_shape
+from tuneloop.training.loss import loss_sum
 from tuneloop.training.make import wants_dry_run
 from tuneloop.training.methods import METHODS
-from tuneloop.training.packed import loss_sum, pack_rows
+from tuneloop.training.packed import pack_rows
 from tuneloop.training.rows import Rows, make_rows
 
 
@@ -182,18 +186,70 @@ def test_what_rows_share_is_estimated_once(
     assert early.training_s == pytest.approx(late.training_s, rel=0.15)
 
 
-def test_a_dry_run_is_for_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_is_for_clusters_and_for_what_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     def wanted(**resources: Any) -> bool:
         return wants_dry_run(make_config(resources=resources).resources)
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert not wanted()
+    alone = make_config().resources
+    assert wants_dry_run(alone, training_s=3600.0)
+    assert not wants_dry_run(alone, training_s=60.0, num_steps=10_000)
+    assert wants_dry_run(alone, training_s=None, num_steps=10_000)
+    assert not wants_dry_run(make_config(resources={"preflight": False}).resources, 3600.0)
     assert wanted(preflight=True)
     assert wanted(ray_address="10.0.0.1:6379")
     assert not wanted(ray_address="10.0.0.1:6379", preflight=False)
     assert not wanted(ray_address="local")
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert wanted()
+
+
+def _save(config: Any, tiny_model: Path, folder: Path) -> BaseModel:
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return BaseModel("tiny", folder, "0" * 64)
+
+
+def test_the_chosen_experts_alone_are_counted(tiny_model: Path, tmp_path: Path) -> None:
+    small: dict[str, Any] = {
+        "vocab_size": 429, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 8,
+    }  # fmt: skip
+    shapes = [
+        model_shape(
+            _save(Qwen3MoeConfig(**small, num_experts_per_tok=k), tiny_model, tmp_path / str(k)),
+            TrainingConfig(method="full"),
+        )
+        for k in (1, 3)
+    ]
+    # Attention and router of two layers, and three matrices for each chosen expert.
+    assert [shape.num_active for shape in shapes] == [
+        2 * (4 * 32 * 32 + 8 * 32 + k * 3 * 16 * 32) for k in (1, 3)
+    ]
+    assert shapes[0].num_parameters == shapes[1].num_parameters
+    assert shapes[0].kept_bytes < shapes[1].kept_bytes
+    assert not shapes[0].unknown
+
+
+def test_an_estimate_that_cannot_be_made_is_a_sentence(
+    tiny_model: Path, tmp_path: Path, base: BaseModel
+) -> None:
+    odd = _save(GPT2Config(vocab_size=429, n_embd=32, n_layer=2, n_head=4), tiny_model, tmp_path)
+    file = tmp_path / "rows.jsonl"
+    pairs = [{"prompt": f"item {i}", "completion": f"list {i}"} for i in range(20)]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    source = {"sources": [{"path": str(file), "format": "prompt_completion"}]}
+    result = check(make_config(model={"base": str(tmp_path)}, data=source))
+    shape = model_shape(odd, make_config().training)
+    assert result.problems == []
+    assert bool(shape.unknown) == (result.estimate is None)
+    assert result.no_estimate == shape.unknown
+    assert shape.num_trainable > 0
+    assert shape.vocab_size == 429
+    output = io.StringIO()
+    report(replace(result, estimate=None, no_estimate="no such operation"), output)
+    assert "memory and time cannot be estimated" in output.getvalue()
 
 
 def test_only_the_layers_that_get_adapters_count(base: BaseModel) -> None:

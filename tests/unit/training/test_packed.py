@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from tuneloop.models.attention import IMPLEMENTATION, Documents, Rule
-from tuneloop.training.packed import can_share, check_packing, loss_sum, pack_rows
+from tuneloop.training.loss import loss_sum
+from tuneloop.training.packed import can_share, pack_rows
+from tuneloop.training.proof import packing_fault
 from tuneloop.training.rows import MIN_SHARED_TOKENS, Rows, make_rows
 
 _SMALL: dict[str, Any] = {
@@ -177,7 +179,7 @@ def test_documents_of_one_row_are_trained_on_as_rows_of_their_own(rows: Rows) ->
     model = _model("llama", IMPLEMENTATION)
     together = loss_sum(model, pack_rows(merged, [0, 1])).item()
     assert together == pytest.approx(loss_sum(model, pack_rows(rows, range(5))).item(), rel=1e-5)
-    check_packing(model, merged, torch.device("cpu"))
+    assert packing_fault(model, merged, torch.device("cpu")) == ""
     with pytest.raises(ValueError, match="row p: 24 ids but documents of 23"):
         make_rows(["p"], ids[:1], masks[:1], [[2, 17, 4]])
 

@@ -34,6 +34,7 @@ logger = logging.getLogger("tuneloop.models")
 
 CODE_VERSION = 1
 _MARKER = "tuneloop_source.json"
+_INDEX = "model.safetensors.index.json"
 _WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -115,6 +116,7 @@ def _from_directory(base: str, path: Path) -> BaseModel:
             )
         )
     _refuse_broken_weights(path)
+    _refuse_broken_index(path)
     files = sorted({file for pattern in _WEIGHT_FILES for file in path.glob(pattern)})
     digest = hashlib.sha256()
     for file in files:
@@ -138,6 +140,40 @@ def _refuse_broken_weights(path: Path) -> None:
                     remedy="fetch the file again",
                 )
             ) from error
+
+
+def _refuse_broken_index(path: Path) -> None:
+    """Raise ModelError if the index of a model in several files is not what their headers say."""
+    index = path / _INDEX
+    if not index.is_file():
+        return
+    try:
+        listed: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _odd_index(index, f"it cannot be read: {error}") from error
+    stored: dict[str, set[str]] = {}
+    for name in sorted(set(listed.values())):
+        if not (path / name).is_file():
+            raise _odd_index(index, f"there is no file {name}")
+        with safe_open(path / name, framework="numpy") as file:
+            stored[name] = set(file.keys())
+    lost = [name for name, file in listed.items() if name not in stored[file]]
+    unlisted = [f"{name} in {file}" for file in stored for name in stored[file] - set(listed)]
+    if lost:
+        raise _odd_index(index, f"{len(lost)} tensors are not in their file: {lost[0]}, …")
+    if unlisted:
+        raise _odd_index(index, f"{len(unlisted)} tensors are not in it: {unlisted[0]}, …")
+
+
+def _odd_index(index: Path, got: str) -> ModelError:
+    return ModelError(
+        Problem(
+            "the model's files are not those of its index",
+            where=str(index),
+            got=got,
+            remedy="fetch the model again",
+        )
+    )
 
 
 def _from_hub(base: str) -> BaseModel:

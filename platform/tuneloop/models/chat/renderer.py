@@ -349,7 +349,7 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             return PreTrainedTokenizerFast.from_pretrained(str(path))
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(path))
+    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
 
 
 def _template(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> str:

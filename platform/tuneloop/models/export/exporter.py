@@ -16,15 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from tuneloop.errors import ModelError, Problem
-from tuneloop.models.attention import standard_attention
+from tuneloop.models.attention import attends_packed, keeps_logits, standard_attention
+from tuneloop.models.bases.weights import load_whole
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.layout import ADAPTER, RENDER_FILE
 from tuneloop.models.export.parity import LiveAnswer, write_parity
@@ -81,22 +77,27 @@ class Exporter:
             num_tokens: Longest answer; shorter where the model's positions end.
         """
         plain = _plain(model)
+        packed = attends_packed(plain)
         pad = self._pad_id()
         width = max(len(prompt) for prompt in prompts)
         positions = getattr(plain.config.get_text_config(), "max_position_embeddings", None)
         count = num_tokens if positions is None else max(1, min(num_tokens, positions - width))
         with standard_attention(plain), self._greedy(plain), torch.no_grad():
             device = next(plain.parameters()).device
-            ids = torch.full((len(prompts), width), pad, device=device)
-            mask = torch.zeros_like(ids)
-            for row, prompt in enumerate(prompts):
-                ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-                mask[row, width - len(prompt) :] = 1
-            output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count)
-            answers = [
-                _score(model, prompt, self._until_stop(output[row, width:].tolist()))[0]
-                for row, prompt in enumerate(prompts)
-            ]
+            answers = []
+            # Not every family computes the same behind padding.
+            for batch in [prompts] if packed else [[prompt] for prompt in prompts]:
+                width = max(len(prompt) for prompt in batch)
+                ids = torch.full((len(batch), width), pad, device=device)
+                mask = torch.zeros_like(ids)
+                for row, prompt in enumerate(batch):
+                    ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+                    mask[row, width - len(prompt) :] = 1
+                output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count)
+                answers += [
+                    _score(model, prompt, self._until_stop(output[row, width:].tolist()))[0]
+                    for row, prompt in enumerate(batch)
+                ]
         stop_ids = self.renderer.stop_ids
         return [replace(answer, stopped=answer.ids[-1] in stop_ids) for answer in answers]
 
@@ -199,7 +200,7 @@ class Exporter:
         options: dict[str, Any] = {"dtype": self.dtype}
         if four_bit:
             options["quantization_config"] = four_bits(self.dtype)
-        return AutoModelForCausalLM.from_pretrained(str(path), **options).eval()
+        return load_whole(path, **options).eval()
 
     def _name_base(self) -> None:
         """Write the base's name instead of a path in this machine's cache."""
@@ -241,11 +242,12 @@ class Exporter:
         """Replace the base's own settings, which `generate` merges into what it is given."""
         before = plain.generation_config
         plain.generation_config = GenerationConfig(**self._generation_settings())
-        use_cache, plain.config.use_cache = plain.config.use_cache, True
+        text = plain.config.get_text_config()
+        use_cache, text.use_cache = getattr(text, "use_cache", True), True
         try:
             yield
         finally:
-            plain.generation_config, plain.config.use_cache = before, use_cache
+            plain.generation_config, text.use_cache = before, use_cache
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -270,8 +272,9 @@ def _score(
     """
     device = next(model.parameters()).device
     sequence = torch.tensor([prompt + ids[:-1]], device=device)
-    logits = model(input_ids=sequence, use_cache=False, logits_to_keep=len(ids)).logits
-    logprobs = logits[0].float().log_softmax(-1)  # (G, V)
+    options = {"logits_to_keep": len(ids)} if keeps_logits(model) else {}
+    logits = model(input_ids=sequence, use_cache=False, **options).logits[0, -len(ids) :]
+    logprobs = logits.float().log_softmax(-1)  # (G, V)
     best = logprobs.topk(2, dim=-1)
     chosen = logprobs.gather(1, torch.tensor(ids, device=device)[:, None])[:, 0]
     margins = (best.values[:, 0] - best.values[:, 1]).tolist()
@@ -286,12 +289,12 @@ def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 @contextlib.contextmanager
 def _portable_config(model: PreTrainedModel) -> Iterator[None]:
     """Save a configuration that names nothing of ours and lets the cache be used."""
-    before = model.config.use_cache
-    model.config.use_cache = True
+    text = model.config.get_text_config()
+    before, text.use_cache = getattr(text, "use_cache", True), True
     # `save_pretrained` refuses a base's inconsistent settings; ours are written afterwards.
     generation, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        model.config.use_cache = before
+        text.use_cache = before
         model.generation_config = generation

@@ -20,7 +20,7 @@ from tuneloop.training.fit.estimate import (
     workload_of_rows,
     workload_of_totals,
 )
-from tuneloop.training.fit.shape import model_shape
+from tuneloop.training.fit.shape import ModelShape, model_shape
 from tuneloop.training.rows import Rows
 
 
@@ -41,10 +41,16 @@ class PreparedRows:
 
 
 class Prediction(NamedTuple):
-    """How much a training computes, and what it needs for that."""
+    """How much a training computes, and what it needs for that.
+
+    Attributes:
+        estimate: None where it cannot be made.
+        unknown: Why it cannot; empty where it can.
+    """
 
     workload: Workload
-    estimate: ResourceEstimate
+    estimate: ResourceEstimate | None
+    unknown: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,14 +93,13 @@ def assess(config: TuneloopConfig, base: BaseModel, rows: RowTotals | PreparedRo
         return Fit(None, _errors(lambda: refusals.refuse_unsupported(config)))
     shape = model_shape(base, config.training, config.resources.gpus_per_worker > 0)
     if isinstance(rows, RowTotals):
-        work = workload_of_totals(config, shape, rows)
-        expected = estimate(config, shape, work)
+        predicted = _predict(config, shape, workload_of_totals(config, shape, rows))
         errors = _errors(
             lambda: refusals.refuse_unsupported(config),
             lambda: refusals.refuse_long_totals(rows, shape),
-            lambda: refusals.refuse_small_memory(expected),
+            lambda: refusals.refuse_small_memory(predicted.estimate),
         )
-        return Fit(Prediction(work, expected), errors)
+        return Fit(predicted, errors)
     dataset = rows.dataset
     errors = _errors(
         lambda: refusals.refuse_other_renderer(config, base, dataset),
@@ -108,14 +113,19 @@ def assess(config: TuneloopConfig, base: BaseModel, rows: RowTotals | PreparedRo
     )
     if errors:
         return Fit(None, errors)
-    work = workload_of_rows(config, shape, rows.train)
-    expected = estimate(config, shape, work)
+    predicted = _predict(config, shape, workload_of_rows(config, shape, rows.train))
     errors = _errors(
         lambda: refusals.refuse_small_cluster(config.resources),
-        lambda: refusals.refuse_small_disk(expected, rows.scratch),
-        lambda: refusals.refuse_small_memory(expected),
+        lambda: refusals.refuse_small_disk(predicted.estimate, rows.scratch),
+        lambda: refusals.refuse_small_memory(predicted.estimate),
     )
-    return Fit(Prediction(work, expected), errors)
+    return Fit(predicted, errors)
+
+
+def _predict(config: TuneloopConfig, shape: ModelShape, work: Workload) -> Prediction:
+    if shape.unknown:
+        return Prediction(work, None, shape.unknown)
+    return Prediction(work, estimate(config, shape, work))
 
 
 def _errors(*checks: Callable[[], None]) -> list[UserError]:

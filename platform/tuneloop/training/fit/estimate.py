@@ -278,7 +278,7 @@ def _flops(shape: ModelShape, work: Workload, passes: int, checkpointing: bool) 
         passes: 2 where only adapters are trained, 3 for all weights.
         checkpointing: The layers' forward pass is computed twice.
     """
-    body = 2 * shape.num_matmul * (passes + checkpointing) + 6 * shape.num_adapter
+    body = 2 * shape.num_active * (passes + checkpointing) + 6 * shape.num_adapter
     head = 2 * shape.hidden_size * shape.vocab_size * passes
     # Two products forward, five backward, whatever is trained.
     attention = 2 * shape.query_size * (7 + 2 * checkpointing)

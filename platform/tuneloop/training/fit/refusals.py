@@ -147,10 +147,10 @@ def _too_long(where: str, longest: int, limit: int) -> Problem:
     )
 
 
-def refuse_small_memory(expected: ResourceEstimate) -> None:
+def refuse_small_memory(expected: ResourceEstimate | None) -> None:
     """Raise ResourceError if this machine's memory is clearly too small."""
     available = psutil.virtual_memory().available
-    if expected.machine_memory_bytes <= available:
+    if expected is None or expected.machine_memory_bytes <= available:
         return
     state = expected.optimizer_bytes + expected.gradients_bytes
     raise ResourceError(
@@ -167,10 +167,10 @@ def refuse_small_memory(expected: ResourceEstimate) -> None:
     )
 
 
-def refuse_small_disk(expected: ResourceEstimate, scratch: Path) -> None:
+def refuse_small_disk(expected: ResourceEstimate | None, scratch: Path) -> None:
     """Raise ResourceError if checkpoints and the model do not fit on the disk."""
     free = shutil.disk_usage(scratch).free
-    if expected.disk_bytes > free:
+    if expected is not None and expected.disk_bytes > free:
         raise ResourceError(
             Problem(
                 "the disk is too full for checkpoints and the model",
