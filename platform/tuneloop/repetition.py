@@ -6,8 +6,10 @@ import json
 import re
 from collections.abc import Sequence
 
+from tuneloop.words import CHARACTERS_PER_WORD, is_unspaced, split_words
+
 # Raised when the definition changes. Datasets that were filtered by it are then prepared again.
-REPETITION_VERSION = 1
+REPETITION_VERSION = 2
 
 _PHRASE_WORDS = 4
 # Of 1,400 reference answers (lamini_docs) this flags 1, of 112 answers of a small base model, most
@@ -26,7 +28,8 @@ def is_repetitive(text: str) -> bool:
 def repeated_ratio(text: str) -> float:
     """Return the share of a text's characters that lie in a phrase it has used before, 0 to 1.
 
-    A phrase is four words in a row; its first use does not count. The items of a list and the
+    A phrase is four words in a row, or eight characters of a script that puts no spaces between
+    words; its first use does not count. The items of a list and the
     rows of a table may be built alike: a phrase of one item is not looked for in another, but an
     item that is there twice is a repetition. JSON repeats its keys by design: in an object or an
     array each string value is judged by itself.
@@ -42,7 +45,7 @@ def _count(text: str) -> tuple[int, int]:
     items: set[str] = set()
     total = repeated = 0
     for line in text.splitlines():
-        words = [word for word in line.split() if any(map(str.isalnum, word))]
+        words = [word for word in split_words(line) if any(map(str.isalnum, word))]
         total += _length(words)
         if not _ITEM.match(line):
             prose += words
@@ -77,10 +80,13 @@ def _json_strings(text: str) -> list[str] | None:
 def _repeated_characters(words: Sequence[str]) -> int:
     seen: set[tuple[str, ...]] = set()
     is_repeated = [False] * len(words)
-    for start in range(len(words) - _PHRASE_WORDS + 1):
-        phrase = tuple(words[start : start + _PHRASE_WORDS])
+    length = _PHRASE_WORDS
+    if 2 * sum(map(is_unspaced, words)) > len(words):
+        length *= CHARACTERS_PER_WORD
+    for start in range(len(words) - length + 1):
+        phrase = tuple(words[start : start + length])
         if phrase in seen:
-            is_repeated[start : start + _PHRASE_WORDS] = [True] * _PHRASE_WORDS
+            is_repeated[start : start + length] = [True] * length
         seen.add(phrase)
     return _length([word for word, repeats in zip(words, is_repeated, strict=True) if repeats])
 

@@ -240,7 +240,7 @@ def test_results_show_ratings_agreement_and_the_baseline(open_page, own):
     assert set(ratings["arm"]) == {"base", "finetuned"}
     assert list(between["shared examples"]) == [3]
     assert list(judges["judge"])[-1] == "longest wins (baseline)"
-    assert next(iter(judges["judge"])) == "all fields right"
+    assert next(iter(judges["judge"])) == "all fields right, none invented"
 
 
 def test_a_remote_workspace_takes_no_votes(open_page, filled, monkeypatch):

@@ -16,6 +16,8 @@ LOOPS = {
     "inside an item": "1. Read the file.\n2. " + "Close the file at once. " * 6,
     "JSON that never ends": '{"types": [' + '"int", ' * 20,
     "a string in JSON": json.dumps({"summary": "Sun raster file: " * 9}),
+    "Chinese without spaces": "客服時間為上午九點至下午六點。" * 5,
+    "Thai without spaces": "กรุณารีสตาร์ทอุปกรณ์แล้วเข้าสู่ระบบอีกครั้ง" * 5,
     "code": "def f(x):\n    return g(x, 1)\n\n" * 3,
 }
 FINE = {
@@ -26,6 +28,7 @@ FINE = {
     + "\n".join(f"| {w} | 2 million people or more |" for w in ("Rome", "Madrid", "Vienna")),
     "JSON": json.dumps([{"name": f"p{i}", "type": "string", "optional": True} for i in range(9)]),
     "JSON in a fence": f"```json\n{json.dumps([{'kind': 'int', 'of': 'x'}] * 6, indent=2)}\n```",
+    "Chinese that uses a term again": "使用者可以登入系統。登入系統之後，使用者可以看到訂單。",
     "JSON of numbers": json.dumps([1] * 50),
     "a refrain": "Row, row, row your boat,\nGently down the stream.\nMerrily, merrily, merrily, "
     "merrily,\nLife is but a dream.",

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
 from tuneloop.config import EvaluationConfig, TuneloopConfig
@@ -24,7 +24,7 @@ from tuneloop.evals.scoring.asking import (
     ask_all,
 )
 from tuneloop.evals.scoring.comparison import compare, summarise
-from tuneloop.evals.scoring.error_tags import tag_errors
+from tuneloop.evals.scoring.error_tags import tag_errors, terms_of
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.predictions import Prediction, read_predictions, write_predictions
@@ -37,8 +37,15 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 8
+CODE_VERSION = 9
 _REFUSED = re.compile(r"HTTP 4(?!08|25|29)\d\d:|the text is a single token")
+
+
+class _Context(NamedTuple):
+    """What the dataset says about its rows: their clusters, and the words that it often uses."""
+
+    clusters: RowClusters
+    terms: frozenset[str]
 
 
 def sampling(evaluation: EvaluationConfig) -> SamplingParams:
@@ -118,7 +125,9 @@ def evaluate(
     if published is not None:
         return Published(published, reused=True)
     questions = read_questions(dataset, config.task.tasks)
-    clusters = read_clusters(dataset, config.evaluation.group_by)
+    context = _Context(
+        read_clusters(dataset, config.evaluation.group_by), terms_of(read_solved(dataset))
+    )
     scorer = Scorer(
         config.task,
         {q.example_id: q.reference for q in questions},
@@ -150,10 +159,10 @@ def evaluate(
             _log.warning("%d answers are still missing from %s", num_missing, incomplete.ref)
             return Published(incomplete, reused=True)
         predictions = [
-            _prediction(scorer, request, answer, clusters)
+            _prediction(scorer, request, answer, context)
             for request, answer in zip(requests, answers, strict=True)
         ]
-        evaluation = _build(config, predictions, scorer, name, clusters.by)
+        evaluation = _build(config, predictions, scorer, name, context.clusters.by)
         write_predictions(predictions, list(scorer.metrics), draft.path)
         _write_reports(draft.path, evaluation, config, dataset)
         _write_parity(draft.path, arms)
@@ -288,7 +297,7 @@ def _scores(
 
 
 def _prediction(
-    scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer, clusters: RowClusters
+    scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer, context: _Context
 ) -> Prediction:
     reference, finish_reason = request.question.reference, answer.finish_reason
     scored = finish_reason is not None
@@ -311,13 +320,14 @@ def _prediction(
                 answer.text,
                 finish_reason,
                 answer.prompt,
+                context.terms,
             )
             if finish_reason is not None and not request.question.text
             else []
         ),
         scores=dict(_scores(scorer, request, answer)) if scored else {},
         task=request.question.task,
-        cluster=clusters.names.get(answer.example_id, answer.example_id),
+        cluster=context.clusters.names.get(answer.example_id, answer.example_id),
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from tuneloop.config import TaskConfig
 from tuneloop.errors import DataError
 from tuneloop.evals.scoring.comparison import summarise
-from tuneloop.evals.scoring.error_tags import tag_errors
+from tuneloop.evals.scoring.error_tags import misspelt_words, tag_errors, terms_of
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import (
     TASK_METRICS,
@@ -22,6 +25,7 @@ from tuneloop.evals.scoring.metrics import (
     same_value,
 )
 from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.records import Conversation, Message
 
 REFERENCE = '{"function": "read", "parameters": ["path", "mode"], "summary": "Read a file."}'
 
@@ -82,18 +86,53 @@ def test_values_are_equal_after_white_space_only(expected, got, same):
 def test_extraction_scores_each_field_and_all_together():
     scorer = extraction()
     assert list(scorer.metrics) == [
-        "exact_match", "valid_json", "field_function", "field_parameters", "field_summary",
+        "exact_match", "valid_json", "fields_precision", "fields_recall", "fields_f1",
+        "field_function", "field_parameters", "field_summary",
+        "precision_function", "precision_parameters", "precision_summary",
     ]  # fmt: skip
     assert set(scorer.score(REFERENCE, REFERENCE).values()) == {1.0}
     partly = '{"function": "read", "parameters": ["path"], "summary": "Read  a file. "}'
     assert scorer.score(REFERENCE, partly) == {
         "exact_match": 0.0,
         "valid_json": 1.0,
+        "fields_precision": 2 / 3,
+        "fields_recall": 2 / 3,
+        "fields_f1": 2 / 3,
         "field_function": 1.0,
         "field_parameters": 0.0,
         "field_summary": 1.0,
+        "precision_function": 1.0,
+        "precision_parameters": 0.0,
+        "precision_summary": 1.0,
     }
-    assert set(scorer.score(REFERENCE, "I do not know").values()) == {0.0}
+    # An answer without fields has no precision.
+    assert set(scorer.score(REFERENCE, "I do not know").values()) == {0.0, None}
+
+
+def test_invented_fields_are_wrong():
+    references = {
+        f"r{i}": json.dumps({"name": f"n{i}"} | ({"phone": str(i)} if i % 2 else {}))
+        for i in range(10)
+    }
+    scorer = Scorer(TaskConfig(type="extraction"), references)
+    invented = [
+        scorer.score(text, json.dumps({"phone": "555-0100"} | json.loads(text)))
+        for text in references.values()
+    ]
+    mean = {
+        name: float(np.mean([s[name] for s in invented if s[name] is not None]))
+        for name in scorer.metrics
+    }
+    assert mean["exact_match"] == 0.5
+    assert mean["fields_recall"] == 1.0
+    assert mean["fields_precision"] == pytest.approx((5 * 0.5 + 5) / 10)
+    assert (mean["field_phone"], mean["precision_phone"]) == (1.0, 0.5)
+    # Null says that there is none: that is no invention, and no answer either.
+    assert scorer.score('{"name": "n"}', '{"name": "n", "phone": null}')["exact_match"] == 1.0
+    # Of configured fields others do not count, if the reference has them too.
+    only = Scorer(TaskConfig(type="extraction", fields=["name"]), references)
+    assert only.score('{"name": "n", "age": 3}', '{"name": "n", "age": 4}')["exact_match"] == 1.0
+    assert only.score('{"name": "n"}', '{"name": "n", "age": 4}')["exact_match"] == 0.0
 
 
 def test_configured_fields_are_the_ones_scored():
@@ -101,22 +140,23 @@ def test_configured_fields_are_the_ones_scored():
     assert scorer.score(REFERENCE, '{"function": "read"}') == {
         "exact_match": 1.0,
         "valid_json": 1.0,
+        "fields_precision": 1.0,
+        "fields_recall": 1.0,
+        "fields_f1": 1.0,
         "field_function": 1.0,
+        "precision_function": 1.0,
     }
-    # A missing field is wrong even where null would be right.
+    # A field that neither has is right, whether it is left out or null.
     scorer = extraction(["raises"])
-    assert scorer.score(REFERENCE, "{}")["exact_match"] == 0.0
+    assert scorer.score(REFERENCE, "{}")["exact_match"] == 1.0
+    assert scorer.score(REFERENCE, '{"raises": "OSError"}')["exact_match"] == 0.0
     assert scorer.score(REFERENCE, '{"raises": null}')["exact_match"] == 1.0
 
 
 def test_fields_a_reference_lacks_have_no_score_in_that_row():
     scorer = Scorer(TaskConfig(type="extraction"), {"a": '{"x": 1}', "b": '{"y": 2}'})
-    assert scorer.score('{"x": 1}', '{"x": 1}') == {
-        "exact_match": 1.0,
-        "valid_json": 1.0,
-        "field_x": 1.0,
-        "field_y": None,
-    }
+    scores = scorer.score('{"x": 1}', '{"x": 1}')
+    assert (scores["field_x"], scores["field_y"], scores["precision_y"]) == (1.0, None, None)
 
 
 def test_references_that_cannot_be_scored_against_are_refused_together():
@@ -153,6 +193,55 @@ def test_token_f1_follows_the_squad_script():
     assert score_text("The cat.", "cat")["exact_match"] == 1.0
     assert score_text("cat", "")["token_f1"] == 0.0
     assert score_text("cat cat dog", "cat cat cat")["token_f1"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("reference", "right", "wrong"),
+    [
+        ("退貨期限為購買後三十天內。", "退貨期限為購買後三十天內", "我不知道"),
+        ("まず再起動してください。", "まず再起動してください", "わかりません"),
+        ("กรุณารีสตาร์ทอุปกรณ์", "กรุณารีสตาร์ทอุปกรณ์ ", "ไม่ทราบ"),
+        ("पहले डिवाइस को बंद करें।", "पहले डिवाइस को बंद करें", "मुझे नहीं पता"),
+        ("Don’t press “Stop”.", 'don\'t press "stop"', "press start"),
+        ("Café", "Cafe\u0301", "tea"),
+    ],
+    ids=["Chinese", "Japanese", "Thai", "Hindi", "quotes", "NFC"],
+)
+def test_a_right_answer_is_right_in_any_script(reference, right, wrong):
+    scores = score_text(reference, right)
+    assert (scores["token_f1"], scores["rouge_l"], scores["exact_match"]) == (1.0, 1.0, 1.0)
+    scores = score_text(reference, wrong)
+    assert scores["exact_match"] == 0.0
+    assert scores["token_f1"] < 0.7
+
+
+def test_a_part_of_a_chinese_answer_is_a_part_of_the_score():
+    scores = score_text("運費由買家承擔。", "運費由買家支付。")
+    assert scores["token_f1"] == scores["rouge_l"] == pytest.approx(5 / 7)
+    assert scores["length_ratio"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reference", "other", "same"),
+    [
+        ("-5", "5", False),
+        ("−5", "-5", True),
+        ("It is -5 degrees.", "it is -5 degrees", True),
+        ("3.14", "314", False),
+        ("1,000", "1000", True),
+        ("1,5", "15", False),
+        ("5%", "5", False),
+        ("C++", "C#", False),
+        ("C++.", "c++", True),
+        ("x < y", "x > y", False),
+        ("$5", "€5", False),
+        ("3-5 days", "3–5 days", True),
+        ("The answer is 4.", "answer is 4", True),
+        ("(see above)", "see above", True),
+    ],
+)
+def test_exact_match_keeps_numbers_and_signs(reference, other, same):
+    assert score_text(reference, other)["exact_match"] == float(same)
 
 
 def test_rouge_l_sees_order_in_any_script():
@@ -235,6 +324,51 @@ def test_tags_say_what_is_wrong():
     text = Scorer(TaskConfig(type="generation"), {})
     assert tag_errors(text, "one two", "one two three four", "stop") == []
     assert tag_errors(text, "one two", "one two three four five", "stop") == ["too_long"]
+
+
+def test_tags_see_words_without_spaces():
+    text = Scorer(TEXT, {})
+    reference = "客服時間為週一至週五上午九點至下午六點。"
+    assert tag_errors(text, reference, reference, "stop") == []
+    assert tag_errors(text, reference, reference * 20, "stop") == ["repetitive", "too_long"]
+
+
+def test_the_layout_of_json_does_not_make_it_long():
+    scorer = extraction()
+    spread = json.dumps(json.loads(REFERENCE), indent=4).replace(":", " : ").replace(",", " ,")
+    assert (
+        tag_errors(scorer, '{"a":1,"b":2,"c":3}', '{ "a" : 1 , "b" : 2 , "c" : 3 }', "stop") == []
+    )
+    assert tag_errors(scorer, REFERENCE.replace(" ", ""), spread, "stop") == []
+
+
+def test_a_numbered_list_is_no_repetition():
+    steps = "\n".join(f"{i}. Click the {w} button to open it." for i, w in enumerate("ABCDE", 1))
+    assert tag_errors(Scorer(TEXT, {}), steps, steps, "stop") == []
+    longer = "Click the buttons A, B, C, D and E one after the other to open all of them at once."
+    assert "repetitive" not in tag_errors(Scorer(TEXT, {}), longer, steps, "stop")
+
+
+def test_slips_are_seen_with_a_capital_too_and_names_are_not():
+    reference = "Receive the file and separate its lines."
+    assert misspelt_words("Recieve the file. Seperate its lines.", "[]", reference) == [
+        "Recieve", "Seperate",
+    ]  # fmt: skip
+    named = "Kubernetes and Prometheus run on Debian, says Torvalds."
+    assert misspelt_words(named, "[]", reference) == []
+
+
+def test_terms_of_the_data_are_well_spelt():
+    rows = [
+        Conversation((Message("user", "Where is the qubit?"), Message("assistant", text)))
+        for text in ("Call transmon first.", "A transmon is cold.", "No transmon, no qubti.")
+    ]
+    terms = terms_of(rows)
+    assert "transmon" in terms
+    assert "qubti" not in terms
+    answer = "Cool the transmon."
+    assert misspelt_words(answer, "[]", "Do it slowly.") == ["transmon"]
+    assert misspelt_words(answer, "[]", "Do it slowly.", terms) == []
 
 
 def test_a_reference_that_repeats_itself_excuses_the_answer():

@@ -540,7 +540,7 @@ def test_a_mixture_is_asked_scored_and_told_task_by_task(model_server, workspace
     Console(width=100, file=output).print(terminal_table(artifact))
     printed = output.getvalue()
     assert "task by task" in printed
-    assert "spell (all fields right)" in printed
+    assert "spell (all fields right, none invented)" in printed
     first = read_questions(dataset, ["spell", "echo"])[0]
     assert first.task == "spell"
     with pytest.raises(ArtifactError, match="does not have"):

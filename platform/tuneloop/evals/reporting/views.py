@@ -24,7 +24,7 @@ from tuneloop.evals.reporting.formatting import (
 )
 from tuneloop.evals.reporting.headline import describe_arm, describe_rows, direction
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
-from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric, in_task
+from tuneloop.evals.scoring.metrics import FIELD_PREFIX, PRECISION_PREFIX, Metric, in_task
 from tuneloop.evals.scoring.pairing import Change, PairedExample
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.text import shorten
@@ -139,7 +139,14 @@ def show_parts(evaluation: Evaluation) -> list[dict[str, Any]]:
         task, _, metric = name.rpartition("/")
         if metric.startswith(FIELD_PREFIX):
             field = in_task(task, metric.removeprefix(FIELD_PREFIX)).lstrip("/")
-            groups.append({"name": field, "bars": _bars(evaluation, name)})
+            bars = _bars(evaluation, name)
+            groups.append({"name": field, "bars": bars})
+            # What is right of the fields that an answer gives differs where it invents some.
+            given = in_task(task, PRECISION_PREFIX + metric.removeprefix(FIELD_PREFIX)).lstrip("/")
+            if given in evaluation.metrics["metrics"]:
+                precision = _bars(evaluation, given)
+                if [bar["value"] for bar in precision] != [bar["value"] for bar in bars]:
+                    groups.append({"name": f"{field}, where given", "bars": precision})
     for label in evaluation.candidate.get("label_f1", {}):
         bars = []
         for arm in evaluation.arms:

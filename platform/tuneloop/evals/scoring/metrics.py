@@ -15,10 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import regex
 
 from tuneloop.config import OneTaskConfig, TaskConfig, TaskType
 from tuneloop.errors import DataError, Problem
+from tuneloop.words import WORD_PATTERN, find_words, split_words
 
 Better = Literal["higher", "lower", "neither"]
 FIELD_PREFIX = "field_"
@@ -54,6 +57,21 @@ class Metric:
 
 
 MACRO_F1 = Metric("mean F1 over the labels")
+PRECISION_PREFIX = "precision_"
+
+# SQuAD removes these and so joins what they part (`don't`); other punctuation parts words.
+_WITHOUT_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’ʼ"))
+_PUNCTUATION = regex.compile(r"\p{P}")
+_ONE_SPELLING = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "−": "-"})
+_ARTICLES = frozenset({"a", "an", "the"})
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# A number with its sign, a word (`don't`, `c++`, `c#`), or a symbol.
+_TOKEN = regex.compile(
+    r"(?<![\p{L}\p{N}])-?\d+(?:[.,]\d+)*(?![\p{L}\p{M}\p{N}_])"
+    rf"|{WORD_PATTERN}(?:'\p{{L}}+)*(?:\+\+|\#)?"
+    r"|[\p{Sm}\p{Sc}\p{So}%‰\#&@]",
+    regex.V1,
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,14 @@ class Scorer:
             self.metrics |= {
                 FIELD_PREFIX + name: Metric(
                     f"`{name}` right", kind="binary", score=partial(_field_score, name)
+                )
+                for name in fields
+            }
+            self.metrics |= {
+                PRECISION_PREFIX + name: Metric(
+                    f"`{name}` right where it is given",
+                    kind="binary",
+                    score=partial(_field_precision, name),
                 )
                 for name in fields
             }
@@ -264,9 +290,60 @@ def accuracy(reference: str, completion: str, task: OneTaskConfig) -> float:
 
 
 def all_fields_right(reference: str, completion: str, task: OneTaskConfig) -> float:
-    """Return 1 where every field of the reference is right, or every configured one, else 0."""
-    names = task.fields or parse_object(reference) or {}
-    return float(all(_field_score(name, reference, completion, task) for name in names))
+    """Return 1 where every field of the reference, or every configured one, is right, else 0.
+
+    A field that the answer invents makes it wrong: one with a value that neither the reference nor
+    the configuration has.
+    """
+    expected, answer = parse_object(reference) or {}, parse_object(completion)
+    if answer is None:
+        return 0.0
+    known = {*expected, *task.fields}
+    is_invented = any(value is not None and name not in known for name, value in answer.items())
+    return float(
+        not is_invented
+        and all(_is_right(name, expected, answer) for name in task.fields or expected)
+    )
+
+
+def fields_precision(reference: str, completion: str, task: OneTaskConfig) -> float | None:
+    """Return the share of an answer's fields that are right; None where it has none."""
+    counts = _count_fields(reference, completion, task)
+    return counts.right / counts.answered if counts.answered else None
+
+
+def fields_recall(reference: str, completion: str, task: OneTaskConfig) -> float | None:
+    """Return the share of the reference's fields that are right; None where it has none."""
+    counts = _count_fields(reference, completion, task)
+    return counts.right / counts.expected if counts.expected else None
+
+
+def fields_f1(reference: str, completion: str, task: OneTaskConfig) -> float:
+    """Return the F1 of the fields that are right."""
+    counts = _count_fields(reference, completion, task)
+    return _f1(counts.right, counts.expected, counts.answered)
+
+
+class _FieldCounts(NamedTuple):
+    """Fields with a value: those that are right, those of the reference, those of the answer."""
+
+    right: int
+    expected: int
+    answered: int
+
+
+def _count_fields(reference: str, completion: str, task: OneTaskConfig) -> _FieldCounts:
+    expected, answer = parse_object(reference) or {}, parse_object(completion) or {}
+    scored = task.fields or {*expected, *answer}
+    names = [name for name in scored if expected.get(name) is not None]
+    given = [name for name in scored if answer.get(name) is not None]
+    right = sum(_is_right(name, expected, answer) for name in given)
+    return _FieldCounts(right, len(names), len(given))
+
+
+def _is_right(name: str, expected: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    """Return whether a field is right; a field that is left out is the same as null."""
+    return same_value(expected.get(name), answer.get(name))
 
 
 def valid_json(reference: str, completion: str, task: OneTaskConfig) -> float:
@@ -275,13 +352,19 @@ def valid_json(reference: str, completion: str, task: OneTaskConfig) -> float:
 
 
 def _field_score(name: str, reference: str, completion: str, task: OneTaskConfig) -> float | None:
+    """Return whether a field of the reference is right: its recall over the rows."""
     expected, answer = parse_object(reference) or {}, parse_object(completion)
     if name not in (task.fields or expected):
         return None
-    # A configured field that the reference lacks is scored as null.
-    return float(
-        answer is not None and name in answer and same_value(expected.get(name), answer[name])
-    )
+    return float(answer is not None and _is_right(name, expected, answer))
+
+
+def _field_precision(
+    name: str, reference: str, completion: str, task: OneTaskConfig
+) -> float | None:
+    """Return whether a field of the answer is right: its precision over the rows."""
+    expected, answer = parse_object(reference) or {}, parse_object(completion) or {}
+    return None if answer.get(name) is None else float(_is_right(name, expected, answer))
 
 
 def token_f1(reference: str, completion: str, task: OneTaskConfig) -> float:
@@ -292,33 +375,46 @@ def token_f1(reference: str, completion: str, task: OneTaskConfig) -> float:
 
 
 def same_words(reference: str, completion: str, task: OneTaskConfig) -> float:
-    """Return 1 where both have the same words in the same order, else 0."""
-    return float(reference_words(reference) == reference_words(completion))
+    """Return 1 where both have the same words, numbers and signs in the same order, else 0."""
+    return float(words_and_signs(reference) == words_and_signs(completion))
 
 
 def length_ratio(reference: str, completion: str, task: OneTaskConfig) -> float:
     """Return the words of an answer over those of the reference."""
-    return len(completion.split()) / max(1, len(reference.split()))
+    return len(split_words(completion)) / max(1, len(split_words(reference)))
 
 
 def rouge_l(reference: str, completion: str, task: OneTaskConfig) -> float:
     """Return ROUGE-L F1: the longest common subsequence of words, over both lengths.
 
-    Words are runs of letters and digits in any script, without case and stemming.
+    Words are runs of letters and digits in any script, without case and stemming; in scripts
+    without spaces characters.
     Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", section 3.1.
     """
-    expected = re.findall(r"\w+", reference.lower())
-    answer = re.findall(r"\w+", completion.lower())
+    expected, answer = find_words(reference.lower()), find_words(completion.lower())
     return _f1(_longest_common_subsequence(expected, answer), len(expected), len(answer))
 
 
 def reference_words(text: str) -> list[str]:
     """Return the words of a text as the SQuAD score sees them: no case, punctuation, articles.
 
+    Beyond its script: Unicode NFC, typographic quotes and the punctuation of other scripts are
+    punctuation too, and characters of scripts without spaces are words.
+
     Source: Rajpurkar et al. 2016 (arXiv:1606.05250), section 6.1 and its evaluation script.
     """
-    lowered = "".join(char for char in text.lower() if char not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", lowered).split()
+    lowered = unicodedata.normalize("NFC", text).lower().translate(_WITHOUT_PUNCTUATION)
+    return split_words(re.sub(r"\b(a|an|the)\b", " ", _PUNCTUATION.sub(" ", lowered)))
+
+
+def words_and_signs(text: str) -> list[str]:
+    """Return the words of a text with what makes another value of them: signs, decimals, symbols.
+
+    Case, articles, quotes and other punctuation do not count. `-5` is not `5`, `3.14` not `314`,
+    `5%` not `5` and `C++` not `C#`; `1,000` is `1000`.
+    """
+    plain = unicodedata.normalize("NFC", text).casefold().translate(_ONE_SPELLING)
+    return [word for word in _TOKEN.findall(_THOUSANDS.sub("", plain)) if word not in _ARTICLES]
 
 
 def _f1(common: int, num_expected: int, num_answered: int) -> float:
@@ -348,8 +444,13 @@ TASK_METRICS: dict[TaskType, TaskMetrics] = {
     "extraction": TaskMetrics(
         "exact_match",
         {
-            "exact_match": Metric("all fields right", kind="binary", score=all_fields_right),
+            "exact_match": Metric(
+                "all fields right, none invented", kind="binary", score=all_fields_right
+            ),
             "valid_json": Metric("valid JSON", kind="binary", score=valid_json),
+            "fields_precision": Metric("fields given that are right", score=fields_precision),
+            "fields_recall": Metric("fields of the reference that are right", score=fields_recall),
+            "fields_f1": Metric("F1 of the fields", score=fields_f1),
         },
     ),
     "classification": TaskMetrics(
@@ -360,7 +461,9 @@ TASK_METRICS: dict[TaskType, TaskMetrics] = {
         {
             "token_f1": Metric("words in common with the reference (F1)", score=token_f1),
             "rouge_l": Metric("longest common word sequence (ROUGE-L)", score=rouge_l),
-            "exact_match": Metric("same words as the reference", kind="binary", score=same_words),
+            "exact_match": Metric(
+                "same words, numbers and signs as the reference", kind="binary", score=same_words
+            ),
             "length_ratio": Metric(
                 "length over the reference's", "neither", "number", score=length_ratio
             ),

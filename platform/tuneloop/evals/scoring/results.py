@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuneloop.artifacts import Artifact
-from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric, in_task
+from tuneloop.evals.scoring.metrics import FIELD_PREFIX, PRECISION_PREFIX, Metric, in_task
 from tuneloop.evals.scoring.pairing import PairedExample, by_change, pair_arms
 from tuneloop.evals.scoring.predictions import Prediction, read_predictions
 
@@ -69,7 +69,7 @@ class Evaluation:
         return [
             name
             for name in self.metrics["metrics"]
-            if name != self.primary and not name.startswith(FIELD_PREFIX)
+            if name != self.primary and not name.startswith((FIELD_PREFIX, PRECISION_PREFIX))
         ]
 
     def pair(
