@@ -118,7 +118,7 @@ def preferences(verdicts: Sequence[Verdict]) -> list[Preference]:
     A tie and two bad answers count as half a win for each.
     """
     scores = {"left": 1.0, "right": 0.0, "tie": 0.5, "both_bad": 0.5}
-    return [Preference(v.arm_left, v.arm_right, scores[v.choice]) for v in verdicts]
+    return [Preference(v.arm_left, v.arm_right, scores[v.choice], v.example_id) for v in verdicts]
 
 
 def reviewer_rows(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
