@@ -20,9 +20,17 @@ from tuneloop.data.sources.bad_rows import (
     refuse_mismatched_formats,
     too_long_problem,
 )
+from tuneloop.data.sources.dialect import file_notices
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
 from tuneloop.data.tokenize.rendering import NUM_VERIFIED, Rendering, percentiles, sample_of
+from tuneloop.data.write.own_columns import (
+    Shape,
+    json_text_notice,
+    merged_shapes,
+    schema_of,
+    shapes_of,
+)
 from tuneloop.errors import DataError, Problem
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer, RenderError
@@ -30,6 +38,7 @@ from tuneloop.records import Sample
 
 # Usable rows that stand for all where they are compared with one another.
 _SPREAD = 64
+_ROWS_AT_ONCE = 1000
 T = TypeVar("T")
 
 
@@ -96,6 +105,8 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     dropped: list[str] = []
     lengths: list[int] = []
     targets: list[int] = []
+    columns: dict[str, Shape] = {}
+    extras: list[str] = []
     shown: _EvenlySpread[tuple[str, Sample]] = _EvenlySpread(num_samples)
     spread: _EvenlySpread[Sample] = _EvenlySpread(_SPREAD)
     total = 0
@@ -113,6 +124,10 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
             else:
                 bad.append(BadRow(row["source"], rejection))
             continue
+        extras.append(row["extra"])
+        if len(extras) == _ROWS_AT_ONCE:
+            columns = merged_shapes([columns, shapes_of(extras)])
+            extras.clear()
         try:
             sample = sample_of(row, renderer)
         except RenderError as error:
@@ -128,6 +143,9 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         if limit is not None:
             spread.offer(sample)
     findings, notices = _findings(config, bad, too_long, total)
+    notices += file_notices(files, config.data.sources)
+    columns = merged_shapes([columns, shapes_of(extras)])
+    notices += json_text_notice(schema_of(columns))
     if dropped and len(dropped) + len(bad) + len(too_long) == total:
         findings.append(nothing_left_problem(dropped))
     elif dropped:

@@ -13,6 +13,7 @@ from tuneloop.data.dedup.minhash import Duplicates
 from tuneloop.data.hashing.columns import Indices
 from tuneloop.data.schema import Reason, Side, Stage
 from tuneloop.data.split.split import Split
+from tuneloop.errors import Problem
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Ledger:
         conflicts: Rows with the same prompt and different answers; None for documents.
         wording: How varied the train rows are.
         filtered: What the filters changed and dropped.
+        notices: What is unusual in the files and the user's own columns.
         seconds: Time of each step.
         backend: What encoded the rows.
     """
@@ -72,6 +74,7 @@ class Ledger:
     conflicts: Conflicts | None = None
     wording: Wording | None = None
     filtered: FilterEffects | None = None
+    notices: list[Problem] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     backend: BackendChoice | None = None
 

@@ -20,7 +20,7 @@ from tuneloop.cluster import await_cpu
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import ray_rows
 from tuneloop.data.card.card import write_card
-from tuneloop.data.card.composition import describe_filters, describe_wording
+from tuneloop.data.card.composition import describe_filters, describe_sources, describe_wording
 from tuneloop.data.decontamination.decontaminate import decontaminate
 from tuneloop.data.decontamination.held_out import EvaluationRows, read_evaluations
 from tuneloop.data.dedup.conflicts import find_conflicts
@@ -29,7 +29,8 @@ from tuneloop.data.filters.languages import refuse_unknown_languages
 from tuneloop.data.hashing.content import Content
 from tuneloop.data.schema import Side, Stage
 from tuneloop.data.sources.bad_rows import refuse_mismatched_formats
-from tuneloop.data.sources.files import SourceFile, find_files
+from tuneloop.data.sources.dialect import file_notices
+from tuneloop.data.sources.files import SourceFile, find_files, identities
 from tuneloop.data.sources.read import read_sources
 from tuneloop.data.split.assign import assign_sides, split_ledger
 from tuneloop.data.tokenize.rendering import Rendering
@@ -41,7 +42,7 @@ from tuneloop.repetition import REPETITION_VERSION
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 8
+CODE_VERSION = 9
 
 
 def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:
@@ -63,12 +64,19 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
     held_out = config.data.decontamination.sources
     evaluation_files = find_files(held_out, "data.decontamination.sources")
     rendering = Rendering(str(base.path), config.model.chat_template)
-    contents = {file.name: file.sha256() for file in [*files, *evaluation_files]}
+    contents, evaluation_contents = identities(files), identities(evaluation_files)
     parts: dict[str, Any] = {
         "task": config.task.model_dump(),
-        "data": config.data.model_dump(),
+        # Files count by what is in them: the same ones lie elsewhere on a cluster.
+        "data": config.data.model_dump(
+            exclude={
+                "sources": {"__all__": {"path"}},
+                "decontamination": {"sources": {"__all__": {"path"}}},
+            }
+        ),
         "renderer": rendering.renderer().hash,
         "files": contents,
+        "evaluation_files": evaluation_contents,
     }
     if config.data.filters.repetition:
         parts["repetition"] = REPETITION_VERSION
@@ -81,9 +89,19 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
         evaluations = read_evaluations(evaluation_files, config)
         metrics = _build(config, files, evaluations, rendering, draft)
         artifact = draft.publish(
-            config={**parts, "chat_template": config.model.chat_template, "files": len(files)},
+            config={
+                **parts,
+                "data": config.data.model_dump(),
+                "chat_template": config.model.chat_template,
+                "files": len(files),
+            },
             resources=config.resources.model_dump(),
-            inputs=[f"{path} sha256:{digest}" for path, digest in contents.items()]
+            inputs=[
+                f"{file.name} sha256:{digest}"
+                for file, (*_, digest) in zip(
+                    [*files, *evaluation_files], [*contents, *evaluation_contents], strict=True
+                )
+            ]
             + [f"{base.name} sha256:{base.fingerprint}"],
             metrics=metrics,
         )
@@ -114,6 +132,7 @@ def _build(
         )
         ledger = open_ledger(rows, files, config)
         ledger.backend, ledger.seconds = backend, seconds
+        ledger.notices += file_notices(files, config.data.sources)
         ledger.filtered = describe_filters(ledger, rows, content)
     num_tokens = int(np.sum(ledger.table["num_tokens"].to_numpy()))
     rate = num_tokens / max(seconds["tokenize"], 1e-9)
@@ -139,6 +158,13 @@ def _build(
         f"wrote {counts['train']:,} train, {counts['test']:,} test and "
         f"{counts['removed']:,} removed rows"
     )
+    for notice in ledger.notices:
+        logger.info("%s: %s", notice.what, notice.where)
+    for source in describe_sources(ledger, config):
+        logger.info(
+            f"{source['path']}: {source['num_found']:,} rows read, "
+            f"{source['num_unreadable']:,} of them unusable, {source['num_removed']:,} removed"
+        )
     write_card(config, ledger, written, draft.path)
     return {
         **{f"num_{split}_rows": n for split, n in counts.items() if split != "removed"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from tuneloop.data.sources.files import SourceFile
 from tuneloop.data.sources.readers import read_source
 from tuneloop.data.tokenize.block_cache import KEPT_FROM_ROWS, kept_blocks, make_or_read
 from tuneloop.data.tokenize.rendering import Rendering
+from tuneloop.data.write.own_columns import Shape, merged_shapes, schema_of, shapes_of
 from tuneloop.progress import Progress
 
 logger = logging.getLogger("tuneloop.data")
@@ -159,30 +159,19 @@ def map_contents(rows: Dataset, select: Callable[[pa.Table], pa.Table]) -> Itera
 
 
 def column_schema(rows: Dataset) -> pa.Schema:
-    """Return the Arrow schema of the user's own columns, over all rows.
-
-    A column whose values have types that do not go together becomes a string of JSON.
-    """
-    found: list[pa.Schema] = []
-    batches = rows.select_columns(["extra"]).map_batches(_column_types, batch_format="pyarrow")
-    for batch in batches.iter_batches(batch_size=None, batch_format="pyarrow"):
-        found += [pa.ipc.read_schema(pa.py_buffer(data)) for data in batch["schema"].to_pylist()]
-    fields: dict[str, pa.Field] = {}
-    for field in itertools.chain.from_iterable(found):
-        known = fields.get(field.name, field)
-        try:
-            merged = pa.unify_schemas(
-                [pa.schema([known]), pa.schema([field])], promote_options="permissive"
-            ).field(0)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            merged = pa.field(field.name, pa.string(), metadata={"encoding": "json"})
-        fields[field.name] = merged
-    return pa.schema(
-        [
-            field if field.type != pa.null() else field.with_type(pa.string())
-            for _, field in sorted(fields.items())
-        ]
-    )
+    """Return the Arrow schema of the user's own columns, over all rows."""
+    extras = rows.select_columns(["key", "extra"])
+    blocks = extras.map_batches(_column_shapes, batch_format="pyarrow")
+    found = [
+        row
+        for block in blocks.iter_batches(batch_size=None, batch_format="pyarrow")
+        for row in block.to_pylist()
+    ]
+    # Blocks come in any order; the first row says in which one the fields of an object stand.
+    found.sort(key=lambda row: row["key"])
+    parsed = (json.loads(row["shapes"]) for row in found)
+    named = ({name: Shape.from_json(own) for name, own in shapes.items()} for shapes in parsed)
+    return schema_of(merged_shapes(named))
 
 
 def _load_renderer(rendering: Rendering) -> None:
@@ -223,15 +212,7 @@ def batch_size(rows: Dataset) -> int:
     return int(min(_ROWS_PER_BLOCK, max(1, _BYTES_PER_BLOCK // max(1, mean))))
 
 
-def _column_types(table: pa.Table) -> pa.Table:
-    values: dict[str, list[Any]] = {}
-    for text in table["extra"].to_pylist():
-        for name, value in json.loads(text).items():
-            values.setdefault(name, []).append(value)
-    fields = []
-    for name, items in values.items():
-        try:
-            fields.append(pa.field(name, pa.array(items).type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            fields.append(pa.field(name, pa.string(), metadata={"encoding": "json"}))
-    return pa.table({"schema": [pa.schema(fields).serialize().to_pybytes()]})
+def _column_shapes(table: pa.Table) -> pa.Table:
+    shapes = json.dumps(shapes_of(table["extra"].to_pylist())) if table.num_rows else "{}"
+    keys = table["key"].slice(0, 1).to_pylist() or [0]
+    return pa.table({"key": keys, "shapes": [shapes]})

@@ -13,6 +13,7 @@ import pytest
 from tuneloop.data.schema import Side, row_schema
 from tuneloop.data.tokenize.rendering import Rendering
 from tuneloop.data.write import assemble
+from tuneloop.data.write.own_columns import own_columns
 
 
 def blocks_of(count: int, size: int) -> list[pa.Table]:
@@ -121,7 +122,7 @@ def test_own_columns_are_what_json_holds(names: list[str]) -> None:
     ]
     as_json = pa.field("mixed", pa.string(), metadata={"encoding": "json"})
     schema = pa.schema([*[(name, kind) for name, kind, _ in chosen], as_json])
-    found = assemble._own_columns(pa.chunked_array([lines]), schema)
+    found = own_columns(pa.chunked_array([lines]), schema)
     for name, kind, values in chosen:
         assert pa.chunked_array([pa.array(values, kind)]).equals(
             found[name]

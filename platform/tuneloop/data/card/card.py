@@ -65,6 +65,7 @@ def _card(config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written]) 
         ],
         "tasks": describe_tasks(ledger, config),
         "wording": asdict(ledger.wording),
+        "notices": [asdict(notice) for notice in ledger.notices],
         "funnel": _funnel(ledger),
         "reasons": _reasons(ledger),
         "splits": splits,

@@ -70,6 +70,7 @@ def _describe_parts(
     tokens = ledger.table["num_tokens"].to_numpy()
     synthetic = ledger.table["synthetic"].to_numpy(zero_copy_only=False)
     is_train = ledger.is_on(Side.TRAIN)
+    unreadable = ledger.removed_by(Stage.READ)
     described = []
     for number, first in enumerate(descriptions):
         own = part == number
@@ -78,6 +79,7 @@ def _describe_parts(
             {
                 **first,
                 "num_found": int(own.sum()),
+                "num_unreadable": int(own[unreadable].sum()),
                 "num_removed": int((own & ledger.is_on(Side.REMOVED)).sum()),
                 "num_train": int(train.sum()),
                 "num_validation": int((own & ledger.is_on(Side.VALIDATION)).sum()),

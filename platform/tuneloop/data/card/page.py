@@ -33,6 +33,7 @@ def readme(card: dict[str, Any]) -> str:
         "## Sources",
         "\n".join(f"- `{s['path']}`. Licence: {s['licence']}." for s in card["sources"]),
         _parts_table("source", [(f"`{s['path']}`", s) for s in card["sources"]]),
+        *_notices(card["notices"]),
         *_tasks(card["tasks"]),
         _synthetic_text(card["synthetic_ratios"]),
         "## What happened to the rows",
@@ -110,8 +111,14 @@ def _tasks(tasks: list[dict[str, Any]]) -> list[str]:
     return [_parts_table("task", parts)] if parts else []
 
 
+def _notices(notices: list[dict[str, str]]) -> list[str]:
+    """Return a list of what is unusual in the files, if anything is."""
+    lines = [f"- {notice['what']}: {notice['where']}" for notice in notices]
+    return ["\n".join(lines)] if lines else []
+
+
 def _parts_table(what: str, parts: list[tuple[str, dict[str, Any]]]) -> str:
-    header = [what, "weight", "found", "removed", "train", "validation", "test"]
+    header = [what, "weight", "found", "unreadable", "removed", "train", "validation", "test"]
     rows = [
         [
             name,

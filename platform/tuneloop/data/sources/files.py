@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
+from typing import NamedTuple
 
 import pyarrow as pa
 from pyarrow import fs
 
 from tuneloop.config import SourceConfig
 from tuneloop.data.sources.docstrings import read_docstrings
+from tuneloop.data.sources.formats import used_columns
 from tuneloop.data.sources.splits import choose_splits, files_of_split, repository_of
 from tuneloop.errors import DataError, Problem
 
@@ -25,6 +27,7 @@ DOCSTRINGS = "docstrings:stdlib"
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 DOCUMENTS = (".txt", ".md", ".rst")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".lz4")
+_LONGEST_DESCRIPTION = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,12 @@ class SourceFile:
     """One file of rows.
 
     Args:
-        path: Local path, URI, or the name of a built-in source.
+        path: Local path, URI, or the name of a built-in source. A local path is kept from the
+            root: workers run in other directories.
         source: Index in `data.sources`.
         content: The bytes themselves, where there is no file.
-        name: What people know it by: its path, unless that is in a cache or holds a secret.
+        name: What people know it by: its path as it was given, unless that is in a cache or holds
+            a secret.
     """
 
     path: str
@@ -45,6 +50,8 @@ class SourceFile:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.path)
+        if self.content is None and "://" not in self.path:
+            object.__setattr__(self, "path", str(Path(self.path).expanduser().absolute()))
 
     @property
     def suffix(self) -> str:
@@ -61,6 +68,9 @@ class SourceFile:
             yield pa.BufferReader(self.content)
             return
         filesystem, path = _filesystem(self.path)
+        if "://" not in self.path and not Path(path).exists() and Path(self.name).exists():
+            # The worker of a job on another node has the job's files in a directory of its own.
+            path = str(Path(self.name).absolute())
         with filesystem.open_input_stream(path, compression="detect") as stream:
             yield stream
 
@@ -74,6 +84,15 @@ class SourceFile:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
         return digest.hexdigest()
+
+
+def identities(files: Sequence[SourceFile]) -> list[tuple[int, str, str]]:
+    """Return what identifies some files wherever they lie: source, last part of the name, digest.
+
+    Raises:
+        OSError: One cannot be read.
+    """
+    return [(file.source, PurePosixPath(file.name).name, file.sha256()) for file in files]
 
 
 def find_files(sources: Sequence[SourceConfig], key: str = "data.sources") -> list[SourceFile]:
@@ -100,7 +119,7 @@ def find_files(sources: Sequence[SourceConfig], key: str = "data.sources") -> li
                 Problem(
                     "a file is read twice",
                     where=f"{key}.{seen[file.path]} and {key}.{file.source}",
-                    got=file.path,
+                    got=file.name,
                     remedy="name it in one source",
                 )
             )
@@ -150,7 +169,7 @@ def _usable(files: list[SourceFile], source: SourceConfig, where: str) -> list[S
     usable = TABLES + (DOCUMENTS if source.format == "text" else ())
     # In a directory other files (a README, a manifest) are passed over; a file that is named
     # has to be readable.
-    if len(files) > 1 or files[0].path != source.path:
+    if len(files) > 1 or files[0].name != _public_name(source.path):
         files = [file for file in files if file.suffix in usable] or files
     unusable = next((file for file in files if file.suffix not in usable), None)
     if unusable is not None:
@@ -158,7 +177,7 @@ def _usable(files: list[SourceFile], source: SourceConfig, where: str) -> list[S
             Problem(
                 "unknown file format",
                 where=where,
-                got=unusable.path,
+                got=unusable.name,
                 allowed=", ".join(usable) + ", each also with " + ", ".join(COMPRESSIONS),
                 remedy="plain text documents need format: text"
                 if unusable.suffix in DOCUMENTS
@@ -207,9 +226,55 @@ def _local_paths(source: SourceConfig, where: str) -> list[str]:
         if source.split is not None:
             choose_splits(source, [], where)
         return saved
-    entries = [entry for entry in expanded.rglob("*") if entry.is_file()]
-    paths = sorted(str(entry) for entry in entries if not entry.name.startswith((".", "_")))
-    return files_of_split(paths, source, where, DOCUMENTS)
+    return files_of_split(_of_folder(expanded, source).kept, source, where, DOCUMENTS)
+
+
+class _Folder(NamedTuple):
+    """Paths of the files in a folder, sorted, and of those that are passed over."""
+
+    kept: list[str]
+    passed_over: list[str]
+
+
+def _of_folder(folder: Path, source: SourceConfig) -> _Folder:
+    found = _Folder([], [])
+    for entry in sorted(folder.rglob("*"), key=str):
+        if entry.is_file():
+            is_data = not _is_hidden(entry.relative_to(folder)) and not _describes(entry, source)
+            (found.kept if is_data else found.passed_over).append(str(entry))
+    return found
+
+
+def passed_over(sources: Sequence[SourceConfig]) -> list[str]:
+    """Return the files in the sources' local folders that could hold rows and are not read."""
+    folders = [(Path(source.path).expanduser(), source) for source in sources]
+    return [
+        path
+        for folder, source in folders
+        if folder.is_dir() and repository_of(source, TABLES) is None and not _saved_files(folder)
+        for path in _of_folder(folder, source).passed_over
+        if SourceFile(path, 0).suffix in TABLES
+    ]
+
+
+def _is_hidden(path: PurePath) -> bool:
+    """Return whether programs keep such a file for themselves, as `.ipynb_checkpoints` or `_logs`.
+
+    Args:
+        path: From the folder that is read.
+    """
+    return any(part.startswith((".", "_")) for part in path.parts)
+
+
+def _describes(entry: Path, source: SourceConfig) -> bool:
+    """Return whether a file describes the data beside it: JSON of one object that is no row."""
+    if entry.suffix.lower() != ".json" or entry.stat().st_size > _LONGEST_DESCRIPTION:
+        return False
+    try:
+        content = json.loads(entry.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and not set(used_columns(source)) & content.keys()
 
 
 def _saved_files(folder: Path) -> list[str]:
@@ -235,7 +300,12 @@ def _remote_paths(uri: str) -> list[str]:
     if info.type != fs.FileType.Directory:
         return []
     entries = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    paths = [f"{scheme}://{entry.path.lstrip('/')}" for entry in entries if entry.is_file]
+    paths = [
+        f"{scheme}://{entry.path.lstrip('/')}"
+        for entry in entries
+        if entry.is_file
+        and not _is_hidden(PurePosixPath(entry.path.removeprefix(root).lstrip("/")))
+    ]
     if scheme == "file":
         paths = [f"file:///{path.removeprefix('file://')}" for path in paths]
     found = sorted(path for path in paths if fixed == uri or fnmatchcase(path, uri))

@@ -123,6 +123,8 @@ def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> 
     reference = row.get(answer)
     if task.type == "extraction" and isinstance(reference, dict):
         completion = json.dumps(reference, ensure_ascii=False)
+    elif isinstance(reference, int) and not isinstance(reference, bool):
+        completion = str(reference)  # a label 0 or 1, a count
     else:
         completion = _text(row, answer)
     messages = [Message("system", system.strip())] if system else []
@@ -208,7 +210,7 @@ def check_answer(answer: str, task: OneTaskConfig) -> None:
         )
     if task.type == "extraction":
         try:
-            record = json.loads(answer)
+            record = json.loads(answer, parse_constant=_refuse_constant)
         except ValueError as error:
             raise AnswerError(
                 "the answer is not valid JSON", got=_short(answer), allowed="a JSON object"
@@ -224,6 +226,11 @@ def check_answer(answer: str, task: OneTaskConfig) -> None:
                 got=", ".join(record),
                 allowed="all of task.fields: " + ", ".join(task.fields),
             )
+
+
+def _refuse_constant(name: str) -> float:
+    """Raise ValueError for NaN and Infinity, which Python reads and no other parser of JSON."""
+    raise ValueError(name)
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

@@ -7,19 +7,24 @@ To add a file format: a function that yields its records, and its suffix in `_FO
 
 from __future__ import annotations
 
+import base64
 import csv
 import functools
 import io
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
 from tuneloop.config import MixedSourceConfig, OneTaskConfig, TuneloopConfig
 from tuneloop.data.filters.quality import apply_filters
 from tuneloop.data.schema import SourceRow, row_key
+from tuneloop.data.sources.dialect import BYTE_ORDER_MARK, SAMPLE_BYTES, encoding_of, separator_of
 from tuneloop.data.sources.files import DOCUMENTS, SourceFile
 from tuneloop.data.sources.formats import (
     FileError,
@@ -42,6 +47,9 @@ RESERVED = frozenset(
 )
 _MADE_BY_US = {"row_id", "input_ids", "loss_mask"}
 _KEPT_OF_BAD_ROW = 10_000
+# Of lists and objects in one another: what follows recurses.
+_MOST_LEVELS = 100
+_YES, _NO = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no", "", "none")
 
 
 class _Record(NamedTuple):
@@ -60,7 +68,7 @@ def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iter
         config: Layout of the source, task and split.
     """
     source = config.data.sources[file.source]
-    used = {*used_columns(source), "synthetic"}
+    used = set(used_columns(source))
     for number, (line, record) in enumerate(_records(file)):
         row: SourceRow = {
             "key": row_key(position, number),
@@ -78,6 +86,7 @@ def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iter
         try:
             if isinstance(record, RowError):
                 raise record
+            record = _without_marks(record, used)
             _fill(row, record, source, config)
             row["extra"] = _json(_kept_columns(record, used, source.task))
             _refuse_lone_surrogates(row)
@@ -99,12 +108,13 @@ def _fill(
         row["text"] = filtered.texts[0]
     else:
         messages = to_messages(record, source, task)
-        filtered = apply_filters([message.content for message in messages], True, filters)
+        texts = [message.content.removeprefix(BYTE_ORDER_MARK) for message in messages]
+        filtered = apply_filters(texts, True, filters)
         if filtered.changes and not filtered.dropped:
             # A number that was masked leaves no valid JSON, for example.
             check_answer(filtered.texts[-1], task)
-        texts = zip(messages, filtered.texts, strict=True)
-        messages = [Message(message.role, text) for message, text in texts]
+        repaired = zip(messages, filtered.texts, strict=True)
+        messages = [Message(message.role, text) for message, text in repaired]
         row["messages"] = [vars(message) for message in with_instruction(messages, task)]
     row["rejection"], row["changes"] = filtered.dropped, ", ".join(filtered.changes)
     if split.group_by is not None:
@@ -113,7 +123,24 @@ def _fill(
         label = _label(record, split.stratify_by, "stratify_by")
         # No name of a task has a comma, so no two strata are called the same.
         row["stratum"] = f"{row['task']}, {label}" if row["task"] else label
-    row["synthetic"] = record.get("synthetic") is True
+    row["synthetic"] = bool(_truth(record.get("synthetic")))
+
+
+def _without_marks(record: dict[str, Any], used: Set[str]) -> dict[str, Any]:
+    """Return a record without the byte-order marks that other programs leave in names and texts."""
+    if any(name.startswith(BYTE_ORDER_MARK) for name in record):
+        record = {name.removeprefix(BYTE_ORDER_MARK): value for name, value in record.items()}
+    for name in used & record.keys():
+        value = record[name]
+        if isinstance(value, str) and value.startswith(BYTE_ORDER_MARK):
+            record[name] = value.removeprefix(BYTE_ORDER_MARK)
+    return record
+
+
+def _truth(value: Any) -> bool | None:
+    """Return what a value says as yes or no; None if it says something else."""
+    word = str(value).strip().lower()
+    return True if word in _YES else False if word in _NO else None
 
 
 def _kept_columns(record: dict[str, Any], used: Set[str], task: str | None) -> dict[str, Any]:
@@ -124,8 +151,13 @@ def _kept_columns(record: dict[str, Any], used: Set[str], task: str | None) -> d
     for name, value in record.items():
         if name in used or (is_ours and name in RESERVED):
             continue
+        if name == "synthetic" and _truth(value) is not None:
+            continue
         is_taken = name in RESERVED or name.startswith("#") or (task and name == "task")
-        kept[f"original_{name.removeprefix('#')}" if is_taken else name] = value
+        kept_as = f"original_{name.removeprefix('#')}" if is_taken else name or "unnamed"
+        while kept_as != name and (kept_as in record or kept_as in kept):
+            kept_as = f"original_{kept_as}"
+        kept[kept_as] = value
     return kept | {"task": task} if task else kept
 
 
@@ -146,17 +178,34 @@ def _records(file: SourceFile) -> Iterator[_Record]:
             yield from _FORMATS[file.suffix](stream)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        yield _Record(1, FileError("the file is not UTF-8", got=f"byte {byte:#04x}"))
+        remedy = "save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
+        yield _Record(1, FileError("the file is not UTF-8", got=f"byte {byte:#04x}", remedy=remedy))
     except OSError as error:
         yield _Record(1, FileError("the file cannot be read", got=str(error)))
 
 
+def _text_of(stream: pa.NativeFile) -> io.TextIOWrapper:
+    """Return a stream as text, by its byte-order mark or as UTF-8, with line ends as they are."""
+    buffered = io.BufferedReader(stream, 1 << 20)
+    return io.TextIOWrapper(buffered, encoding_of(buffered.peek(8)), newline="")
+
+
 def _document(stream: pa.NativeFile) -> Iterator[_Record]:
-    yield _Record(1, {"text": stream.read().decode()})
+    yield _Record(1, {"text": _text_of(stream).read()})
 
 
 def _json_lines(stream: pa.NativeFile) -> Iterator[_Record]:
-    for line, data in enumerate(io.BufferedReader(stream, 1 << 20), 1):
+    buffered = io.BufferedReader(stream, 1 << 20)
+    encoding = encoding_of(buffered.peek(8))
+    if encoding == "utf-8-sig":
+        yield from _parsed_lines(buffered)
+    else:
+        text = io.TextIOWrapper(buffered, encoding, newline="\n")
+        yield from _parsed_lines(line.encode() for line in text)
+
+
+def _parsed_lines(lines: Iterable[bytes]) -> Iterator[_Record]:
+    for line, data in enumerate(lines, 1):
         if not data.strip():
             continue
         try:
@@ -164,9 +213,11 @@ def _json_lines(stream: pa.NativeFile) -> Iterator[_Record]:
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             yield _Record(line, ParseError("the line is not UTF-8", got=f"byte {byte:#04x}"))
+        except RecursionError:
+            yield _Record(line, _too_deep(data[:_SHOWN].decode(errors="replace")))
         except ValueError as error:
             text = data.decode(errors="replace").rstrip("\n")
-            got = f"{error}: {text if len(text) <= 80 else text[:77] + '…'}"
+            got = f"{error}: {_shortened(text)}"
             problem = ParseError("the line is not valid JSON", got=got, allowed="one JSON object")
             yield _Record(line, problem)
         else:
@@ -175,11 +226,18 @@ def _json_lines(stream: pa.NativeFile) -> Iterator[_Record]:
 
 def _json_array(stream: pa.NativeFile) -> Iterator[_Record]:
     remedy = "one object per line is `.jsonl`"
+    data = _text_of(stream).read()
     try:
-        records = json.loads(stream.read())
-    except UnicodeDecodeError:
-        raise
+        records = json.loads(data)
+    except RecursionError:
+        yield _Record(1, FileError(_TOO_DEEP, data[:_SHOWN], f"at most {_MOST_LEVELS} levels"))
+        return
     except ValueError as error:
+        lines = data.encode("utf-8", "replace").split(b"\n")
+        if isinstance(_json_or_none(next((line for line in lines if line.strip()), b"")), dict):
+            # As others write it: objects one after the other, called `.json`.
+            yield from _parsed_lines(lines)
+            return
         problem = FileError("the file is not valid JSON", got=str(error), remedy=remedy)
         yield _Record(getattr(error, "lineno", 1), problem)
         return
@@ -191,32 +249,84 @@ def _json_array(stream: pa.NativeFile) -> Iterator[_Record]:
         yield _Record(number, _object(record))
 
 
+def _json_or_none(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _separated(stream: pa.NativeFile, delimiter: str) -> Iterator[_Record]:
     csv.field_size_limit(1 << 30)
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    buffered = io.BufferedReader(stream, SAMPLE_BYTES)
+    first = buffered.peek(SAMPLE_BYTES)[:SAMPLE_BYTES]
+    encoding = encoding_of(first)
+    dialect = separator_of(first.decode(encoding, "ignore"), delimiter)
+    text = io.TextIOWrapper(buffered, encoding, newline="")
+    lines = _Lines(itertools.islice(text, int(dialect.is_line), None))
+    reader = csv.reader(lines, delimiter=dialect.separator, strict=True)
     header: list[str] = []
     while True:
-        line = reader.line_num + 1
+        line = reader.line_num + 1 + dialect.is_line
+        lines.taken.clear()
         try:
             values = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield _Record(line, ParseError("the line is not valid CSV", got=str(error)))
+            yield from _swallowed(line, lines.taken, "the line is not valid CSV", str(error))
             continue
         if not header:
             header = [name.strip() for name in values]
+            if len(twice := [name for name, n in Counter(header).items() if name and n > 1]):
+                got, remedy = ", ".join(twice), "rename one of them, or leave it out"
+                yield _Record(line, FileError("two columns have one name", got, remedy=remedy))
+                return
+            header = _named(header)
         elif len(values) == len(header):
             yield _Record(line, dict(zip(header, values, strict=True)))
         elif values:
-            problem = ParseError(
-                "the row has another number of columns than the header",
-                got=str(len(values)),
-                allowed=str(len(header)),
-                remedy="put values with separators or line breaks in double quotes",
-            )
-            yield _Record(line, problem)
+            what = "the row has another number of columns than the header"
+            got = f"{len(values)}, the header {len(header)}"
+            yield from _swallowed(line, lines.taken, what, got)
+
+
+class _Lines:
+    """Lines of a text, which remembers those of the record at hand."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.lines = iter(lines)
+        self.taken: list[str] = []
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        self.taken.append(next(self.lines))
+        return self.taken[-1]
+
+
+def _swallowed(line: int, lines: Sequence[str], what: str, got: str) -> Iterator[_Record]:
+    """Yield an error for each line of a bad record: a quote left open takes rows with it."""
+    remedy = "put values with separators or line breaks in double quotes, and double each quote"
+    if len(lines) > 1:
+        last = line + len(lines) - 1
+        what = f"{what}, and a quote in it takes further lines along"
+        remedy = f"close the quote that is opened in line {line:,}; it reaches to line {last:,}"
+    for number, text in enumerate(lines):
+        shown = _shortened(text.rstrip("\r\n"))
+        yield _Record(line + number, ParseError(what, got=f"{got}: {shown}", remedy=remedy))
+
+
+def _named(header: Sequence[str]) -> list[str]:
+    """Return the header with a name for each column that has none, as of an index of pandas."""
+    names = []
+    for number, name in enumerate(header, 1):
+        own = name or f"column_{number}"
+        while not name and own in header:
+            own += "_"
+        names.append(own)
+    return names
 
 
 def _parquet(stream: pa.NativeFile) -> Iterator[_Record]:
@@ -228,23 +338,42 @@ def _parquet(stream: pa.NativeFile) -> Iterator[_Record]:
         for record in _batch_rows(file.schema_arrow, file.iter_batches(1024)):
             number += 1
             yield _Record(number, record)
-    except pa.ArrowInvalid as error:
+    except FileError as error:
+        yield _Record(1, error)
+    except pa.ArrowException as error:
         yield _Record(number + 1, FileError("the file is not valid Parquet", got=str(error)))
 
 
 def _arrow(stream: pa.NativeFile) -> Iterator[_Record]:
     number = 0
     try:
-        reader = pa.ipc.open_stream(stream)
-        for record in _batch_rows(reader.schema, reader):
+        buffered = io.BufferedReader(stream, 1 << 20)
+        if buffered.peek(6)[:6] == b"ARROW1":
+            # With its index at the end, as Feather: read as a whole.
+            file = pa.ipc.open_file(pa.BufferReader(buffered.read()))
+            batches: Iterable[pa.RecordBatch] = map(file.get_batch, range(file.num_record_batches))
+            schema = file.schema
+        else:
+            batches = pa.ipc.open_stream(buffered)
+            schema = batches.schema
+        for record in _batch_rows(schema, batches):
             number += 1
             yield _Record(number, record)
-    except pa.ArrowInvalid as error:
-        yield _Record(number + 1, FileError("the file is not a valid Arrow stream", got=str(error)))
+    except FileError as error:
+        yield _Record(1, error)
+    except pa.ArrowException as error:
+        yield _Record(number + 1, FileError("the file is not valid Arrow", got=str(error)))
 
 
 def _batch_rows(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of batches, with the names of the classes that `datasets` keeps as numbers."""
+    """Yield the rows of batches, with the names of the classes that `datasets` keeps as numbers.
+
+    Raises:
+        FileError: Two columns have one name.
+    """
+    if twice := [name for name, number in Counter(schema.names).items() if number > 1]:
+        remedy = "rename one of them, or leave it out"
+        raise FileError("two columns have one name", got=", ".join(twice), remedy=remedy)
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = described.get("info", {}).get("features", {})
     classes = {
@@ -253,7 +382,9 @@ def _batch_rows(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterato
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
     }
     for batch in batches:
-        for record in batch.to_pylist():
+        columns = [_python_values(column) for column in batch.columns]
+        for values in zip(*columns, strict=True):
+            record = dict(zip(schema.names, values, strict=True))
             for column, names in classes.items():
                 number = record.get(column)
                 # -1 is a label that is missing.
@@ -262,6 +393,33 @@ def _batch_rows(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterato
             yield record
 
 
+def _python_values(column: pa.Array) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        raise
+    except (OverflowError, ValueError, LookupError):
+        return [_python_value(scalar) for scalar in column]
+
+
+def _python_value(scalar: pa.Scalar) -> Any:
+    """Return a value as Python has it; a time that Python cannot hold as text."""
+    try:
+        return scalar.as_py()
+    except (OverflowError, ValueError, LookupError):
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _python_value(part) for name, part in scalar.items()}
+        if isinstance(scalar, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
+            return [_python_value(part) for part in scalar.values]
+        if isinstance(scalar, pa.TimestampScalar):
+            return str(np.datetime64(scalar.value, scalar.type.unit)).replace("T", " ")
+        if isinstance(scalar, pa.DurationScalar):
+            return f"{scalar.value} {scalar.type.unit}"
+        return str(scalar.cast(pa.string()))
+
+
+_SHOWN = 80
+_TOO_DEEP = "lists and objects are nested too deep"
 _FORMATS: dict[str, Callable[[pa.NativeFile], Iterator[_Record]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
@@ -276,9 +434,29 @@ _FORMATS: dict[str, Callable[[pa.NativeFile], Iterator[_Record]]] = {
 
 def _object(record: Any) -> dict[str, Any] | RowError:
     if isinstance(record, dict):
-        return record
+        return _too_deep(str(next(iter(record)))) if _is_too_deep(record) else record
     got = type(record).__name__
     return ParseError("the row is not an object", got=got, allowed="a JSON object")
+
+
+def _is_too_deep(record: dict[str, Any]) -> bool:
+    level: list[Any] = [record]
+    for _ in range(_MOST_LEVELS):
+        inner = [
+            part for item in level for part in (item.values() if isinstance(item, dict) else item)
+        ]
+        level = [part for part in inner if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _too_deep(got: str) -> ParseError:
+    return ParseError(_TOO_DEEP, got=_shortened(got), allowed=f"at most {_MOST_LEVELS} levels")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "…"
 
 
 def _label(record: Mapping[str, Any], column: str, key: str) -> str:
@@ -306,4 +484,14 @@ def _refuse_lone_surrogates(row: SourceRow) -> None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(value, ensure_ascii=False, default=_as_text)
+
+
+def _as_text(value: Any) -> str:
+    """Return what JSON has no type for as text: a date, a decimal, bytes."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return base64.b64encode(value).decode()
+    return str(value)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,13 @@ class Rendering:
     path: str
     chat_template: str
     backend: str = ""
+
+    def __post_init__(self) -> None:
+        # Workers run in other directories.
+        object.__setattr__(self, "path", self.path and str(Path(self.path).absolute()))
+        if Path(self.chat_template).is_file():
+            template = str(Path(self.chat_template).absolute())
+            object.__setattr__(self, "chat_template", template)
 
     def renderer(self) -> Renderer:
         """Return the renderer, loaded once per process."""

@@ -8,16 +8,13 @@ a time. Rows stay in Arrow: none becomes a Python object on the way.
 
 from __future__ import annotations
 
-import io
-import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.json
 import ray
 import ray.data
 
@@ -25,6 +22,7 @@ from tuneloop.data.hashing.columns import Indices, one_array
 from tuneloop.data.ledger import Ledger
 from tuneloop.data.schema import Side, dataset_schema, removed_schema
 from tuneloop.data.tokenize.rendering import Rendering
+from tuneloop.data.write.own_columns import own_columns
 from tuneloop.data.write.packing import (
     merged_pieces,
     num_pieces,
@@ -271,7 +269,7 @@ def _finished(block: pa.Table, job: _Job) -> pa.Table:
     names = ("source", "synthetic", "num_tokens", "input_ids", "loss_mask")
     columns = {name: block[name] for name in names}
     columns |= {"row_id": assignments.row_ids.take(index), "#order": assignments.order[index]}
-    columns |= _own_columns(block["extra"], job.columns)
+    columns |= own_columns(block["extra"], job.columns)
     if job.max_seq_len is None:
         columns |= {"messages": block["messages"], "#position": np.zeros(len(index), np.int64)}
     else:
@@ -340,40 +338,6 @@ def _texts_of_cut(
         own = sizes[ends[document] - count[document] : ends[document]]
         pieces = np.split(ids, np.cumsum(own)[:-1])
         yield from rendering.renderer().piece_texts(table["text"][document].as_py(), pieces)
-
-
-def _own_columns(extra: pa.ChunkedArray, columns: pa.Schema) -> dict[str, pa.Array]:
-    """Return the user's own columns of rows from their JSON."""
-    lines = extra.to_pylist()
-    found = _parsed(lines, pa.schema([field for field in columns if not field.metadata]))
-    left = [field for field in columns if field.name not in found]
-    if left:
-        rows = [json.loads(line) for line in lines]
-        for field in left:
-            values = [row.get(field.name) for row in rows]
-            if field.metadata:
-                values = [
-                    None if value is None else json.dumps(value, ensure_ascii=False)
-                    for value in values
-                ]
-            found[field.name] = pa.array(values, field.type)
-    return found
-
-
-def _parsed(lines: Sequence[str], schema: pa.Schema) -> dict[str, pa.Array]:
-    """Return columns of JSON by Arrow's own parser; none if it does not know what is in them."""
-    if not lines or not len(schema):
-        return {}
-    data = "\n".join(lines).encode()
-    try:
-        table = pyarrow.json.read_json(
-            io.BytesIO(data),
-            pyarrow.json.ReadOptions(use_threads=False, block_size=len(data) + 1),
-            pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
-        )
-    except pa.ArrowException:  # a number that is not finite, for example
-        return {}
-    return {name: table[name] for name in schema.names}
 
 
 def _with_place(schema: pa.Schema) -> pa.Schema:

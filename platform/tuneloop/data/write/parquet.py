@@ -19,6 +19,7 @@ from tuneloop.data.ray_rows import column_schema
 from tuneloop.data.schema import Side, dataset_schema, removed_schema
 from tuneloop.data.tokenize.rendering import Rendering
 from tuneloop.data.write.assemble import assemble
+from tuneloop.data.write.own_columns import json_text_notice
 
 _ROWS_PER_FILE = 100_000
 _NUM_FIRST = 3
@@ -53,11 +54,13 @@ def write_rows(
 
     Args:
         rows: The materialized dataset of tokenized rows.
-        ledger: With the final sides and ranks of these rows.
+        ledger: With the final sides and ranks of these rows; it gets a notice of columns that are
+            kept as JSON text.
         rendering: How the rows were rendered.
         config: `task.type` and `data.max_seq_len` are used.
     """
     columns = column_schema(rows)
+    ledger.notices += json_text_notice(columns)
     is_text = config.task.type == "language_modeling"
     schemas = dict.fromkeys(Side, dataset_schema(columns, is_text))
     schemas[Side.REMOVED] = removed_schema()

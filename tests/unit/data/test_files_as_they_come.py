@@ -1,0 +1,489 @@
+"""Files as people and programs write them: what is read is also written, and told beforehand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from tuneloop.config import TuneloopConfig
+from tuneloop.data.schema import SourceRow
+from tuneloop.data.sources.bad_rows import BadRow, bad_row_problems, refuse_bad_rows
+from tuneloop.data.sources.dialect import file_notices
+from tuneloop.data.sources.files import SourceFile, find_files, identities
+from tuneloop.data.sources.readers import read_source
+from tuneloop.data.write.own_columns import (
+    json_text_notice,
+    merged_shapes,
+    own_columns,
+    schema_of,
+    shapes_of,
+)
+from tuneloop.errors import DataError
+
+
+def config_for(path: Path | str, **more: Any) -> TuneloopConfig:
+    data = {"sources": [{"path": str(path), "format": more.pop("format", "question_answer")}]}
+    task = more.pop("task", {"type": "generation"})
+    return TuneloopConfig.model_validate(
+        {"name": "t", "task": task, "model": {"base": "x"}, "data": data | more}
+    )
+
+
+def read(path: Path | str, **more: Any) -> list[SourceRow]:
+    config = config_for(path, **more)
+    files = find_files(config.data.sources)
+    return [row for at, file in enumerate(files) for row in read_source(file, at, config)]
+
+
+def notices(path: Path) -> list[str]:
+    sources = config_for(path).data.sources
+    return [notice.what for notice in file_notices(find_files(sources), sources)]
+
+
+def texts(rows: list[SourceRow]) -> list[tuple[str, ...]]:
+    assert all(row["rejection"] is None for row in rows), [row["rejection"] for row in rows]
+    return [tuple(message["content"] for message in row["messages"]) for row in rows]
+
+
+def complaints(rows: list[SourceRow]) -> list[tuple[str, str]]:
+    return [(row["source"], row["rejection"].what) for row in rows if row["rejection"]]
+
+
+def written(rows: list[SourceRow], path: Path, block: int = 3) -> pa.Table:
+    """Return the own columns as they come back from Parquet, found and made block by block."""
+    extras = [row["extra"] for row in rows]
+    blocks = [extras[at : at + block] for at in range(0, len(extras), block)]
+    schema = schema_of(merged_shapes(map(shapes_of, blocks)))
+    with parquet.ParquetWriter(path, schema) as writer:
+        for lines in blocks:
+            columns = own_columns(pa.chunked_array([lines], pa.string()), schema)
+            table = pa.table([columns[name] for name in schema.names], schema=schema)
+            writer.write_table(table)
+    return parquet.read_table(path)
+
+
+def pairs(*more: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"question": f"q{at}", "answer": f"a{at}", **row} for at, row in enumerate(more)]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# --- the user's own columns ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "expected"),
+    [
+        ([{"u": None, "l": "en"}] * 2, "struct<u: string, l: string>", None),
+        ([{}, {}], "string", ["{}", "{}"]),
+        ([{"a": {}}, {"a": {"b": 1}}], "struct<a: struct<b: int64>>", None),
+        ([[], [None]], "list<element: string>", None),
+        ([1, "one"], "string", ["1", '"one"']),
+        ([True, 1], "string", ["true", "1"]),
+        ([1, 0.5], "double", [1.0, 0.5]),
+        ([2**60 + 1, 0.5], "string", [str(2**60 + 1), "0.5"]),
+        ([2**63, 1], "string", [str(2**63), "1"]),
+        ([[1], ["x"]], "string", ["[1]", '["x"]']),
+        ([{"a": 1}, {"a": "x"}], "string", ['{"a": 1}', '{"a": "x"}']),
+        ([[[1]], None], "list<element: list<element: int64>>", None),
+        ([math.inf, -1.5], "double", [math.inf, -1.5]),
+        ([None, None], "string", [None, None]),
+        ([{str(at): at for at in range(1001)}], "string", None),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 5])
+def test_an_own_column_is_carried_by_a_type_that_holds_all_its_values(
+    tmp_path: Path, values: list[Any], kind: str, expected: list[Any] | None, block: int
+) -> None:
+    """Whichever rows are in a block: the types of two blocks are brought together."""
+    path = write_lines(tmp_path / "a.jsonl", pairs(*({"own": value} for value in values)))
+    table = written(read(path), tmp_path / "own.parquet", block)
+    assert str(table.schema.field("own").type) == kind
+    if expected is not None:
+        assert table["own"].to_pylist() == expected
+    is_json = bool(json_text_notice(schema_of(shapes_of(row["extra"] for row in read(path)))))
+    assert is_json == (kind == "string" and values != [None, None])
+
+
+def test_two_columns_never_get_one_name(tmp_path: Path) -> None:
+    row = {"row_id": 1, "original_row_id": 2, "#row_id": 3, "": 4}
+    (found,) = read(write_lines(tmp_path / "a.jsonl", pairs(row)))
+    kept = json.loads(found["extra"])
+    assert sorted(kept.values()) == [1, 2, 3, 4]
+    assert kept["original_row_id"] == 2
+    assert kept["unnamed"] == 4
+
+
+def test_a_synthetic_column_of_text_is_the_users_own(tmp_path: Path) -> None:
+    values = [True, "True", 1, "yes", "false", "", None, "by hand"]
+    rows = read(write_lines(tmp_path / "a.jsonl", pairs(*({"synthetic": v} for v in values))))
+    assert [row["synthetic"] for row in rows] == [True] * 4 + [False] * 4
+    assert [row["extra"] for row in rows[:-1]] == ["{}"] * 7
+    assert json.loads(rows[-1]["extra"]) == {"original_synthetic": "by hand"}
+
+
+# --- CSV ----------------------------------------------------------------------------------------
+
+
+def test_columns_of_a_csv_without_a_name_get_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(",question,answer,,column_4\n0,q,a,x,y\n")
+    (row,) = read(path)
+    assert json.loads(row["extra"]) == {"column_1": "0", "column_4_": "x", "column_4": "y"}
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer,answer\nq,a,b\n")
+    table = pa.Table.from_arrays([pa.array(["q"])] * 3, names=["question", "answer", "answer"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.csv", "a.parquet", "a.arrow"):
+        (row,) = read(tmp_path / name)
+        assert row["rejection"] is not None
+        assert row["rejection"].what == "two columns have one name"
+        assert row["rejection"].got == "answer"
+        assert row["rejection"].is_fatal
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.csv", "question;answer\nWhat, when?;This\n", "the separator is a semicolon"),
+        ("a.csv", "question\tanswer\nWhat, when?\tThis\n", "the separator is a tab"),
+        ("a.tsv", "question,answer\n'What, when?',This\n".replace("'", '"'), "is a comma"),
+        ("a.csv", 'sep=;\nquestion;answer\n"What, when?";This\n', "the separator is a semicolon"),
+        ("a.csv", '"question","answer"\n"What, when?",This\n', ""),
+    ],
+)
+def test_the_separator_is_found_and_told(tmp_path: Path, name: str, text: str, told: str) -> None:
+    (tmp_path / name).write_text(text)
+    rows = read(tmp_path / name)
+    assert texts(rows) == [("What, when?", "This")]
+    assert rows[0]["source"].endswith(f":{text.count(chr(10))}")
+    assert [told in what for what in notices(tmp_path / name)] == [True] * bool(told)
+
+
+def test_rows_that_an_open_quote_takes_along_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    lines = ["question,answer", *(f"q{at},a{at}" for at in range(10)), '"broken,a']
+    path.write_text("\n".join([*lines, *(f"r{at},b{at}" for at in range(100))]) + "\n")
+    rows = read(path)
+    bad = complaints(rows)
+    assert len(rows) == 111
+    assert [place for place, _ in bad] == [f"{path}:{line}" for line in range(12, 113)]
+    config = config_for(path, max_bad_rows_ratio=0.5)
+    found = [BadRow(row["source"], row["rejection"]) for row in rows if row["rejection"]]
+    with pytest.raises(DataError, match="close the quote that is opened in line 12"):
+        refuse_bad_rows(found, len(rows), config.data)
+    # Another quote ends it: rows in between count all the same, and those after it are read.
+    path.write_text("\n".join([*lines, "r,b", 'x,"hello"', "last,one"]) + "\n")
+    rows = read(path)
+    assert [row["source"].rpartition(":")[2] for row in rows if row["rejection"]] == [
+        "12",
+        "13",
+        "14",
+    ]
+    assert texts(rows[-1:]) == [("last", "one")]
+
+
+# --- encodings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv"])
+def test_text_in_other_encodings_is_read(tmp_path: Path, name: str, encoding: str) -> None:
+    rows = [{"question": "Où\u2028est-il\u0085?", "answer": "là 🙂"}] * 2
+    mark = {".csv": ",", ".tsv": "\t"}.get(Path(name).suffix)
+    if mark is not None:
+        text = "".join(mark.join(row) + "\n" for row in (rows[0], *(r.values() for r in rows)))
+    elif name == "a.json":
+        text = json.dumps(rows, ensure_ascii=False)
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    found = read(tmp_path / name)
+    assert texts(found) == [("Où\u2028est-il\u0085?", "là 🙂")] * 2
+    assert bool(notices(tmp_path / name)) == encoding.startswith("utf-16")
+
+
+def test_marks_in_names_and_texts_go(tmp_path: Path) -> None:
+    row = {"\ufeffquestion": "\ufeffq", "answer": "\ufeff1"}
+    rows = read(
+        write_lines(tmp_path / "a.jsonl", [row]),
+        task={"type": "classification", "labels": ["1", "2"]},
+    )
+    assert texts(rows) == [("q", "1")]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfA document.\n")
+    (row,) = read(tmp_path / "a.txt", format="text", task={"type": "language_modeling"})
+    assert row["text"] == "A document."
+
+
+def test_another_encoding_is_named_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("question,answer\nSüß?,ja\n".encode("cp1252"))
+    (row,) = read(tmp_path / "a.csv")
+    assert row["rejection"] is not None
+    assert row["rejection"].is_fatal
+    assert "iconv" in row["rejection"].remedy
+
+
+# --- JSON, Parquet, Arrow -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [99, 101, 5000])
+def test_a_row_that_is_nested_too_deep_is_a_bad_row(tmp_path: Path, levels: int) -> None:
+    deep = '{"question": "r", "answer": "b", "x": ' + "[" * levels + "]" * levels + "}"
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "a"}\n' + deep + "\n")
+    rows = read(tmp_path / "a.jsonl")
+    told = [] if levels == 99 else [(f"{tmp_path}/a.jsonl:2", "nested too deep")]
+    assert [(place, what[-15:]) for place, what in complaints(rows)] == told
+    if levels == 99:
+        (column,) = written(rows, tmp_path / "own.parquet").to_pydict().values()
+        assert column == [None, "[" * 99 + "]" * 99]
+
+
+def test_json_lines_that_are_called_json_are_read(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.json", pairs({}, {}))
+    assert texts(read(path)) == [("q0", "a0"), ("q1", "a1")]
+
+
+def test_whole_numbers_are_answers_and_nan_is_no_json(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": value} for value in (0, 1, 2, True)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    found = read(path, task={"type": "classification", "labels": ["0", "1"]})
+    assert texts(found[:2]) == [("q", "0"), ("q", "1")]
+    assert [row["rejection"] is None for row in found] == [True, True, False, False]
+    rows = [{"question": "q", "answer": {"x": value}} for value in (1, math.nan, math.inf)]
+    found = read(write_lines(path, rows), task={"type": "extraction", "fields": ["x"]})
+    assert [row["rejection"] is None for row in found] == [True, False, False]
+
+
+def test_times_that_python_cannot_hold_are_text(tmp_path: Path) -> None:
+    far = pa.array([2**60, 0, None]).cast(pa.timestamp("us"))
+    columns = {
+        "question": pa.array(["a", "b", "c"]),
+        "answer": pa.array(["x", "y", "z"]),
+        "until": far,
+        "zone": far.cast(pa.timestamp("us", "Europe/Berlin")),
+        "inside": pa.StructArray.from_arrays([far], ["t"]),
+        "many": pa.ListArray.from_arrays([0, 2, 3, 3], far),
+        "lasts": pa.array([2**60, 1, None]).cast(pa.duration("s")),
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows = read(tmp_path / "a.parquet")
+    table = written(rows, tmp_path / "own.parquet").to_pydict()
+    assert table["until"] == ["38504-08-17 21:30:06.846976", "1970-01-01 00:00:00", None]
+    assert table["inside"][0] == {"t": "38504-08-17 21:30:06.846976"}
+    assert table["many"] == [["38504-08-17 21:30:06.846976", "1970-01-01 00:00:00"], [None], []]
+    assert table["lasts"][0] == f"{2**60} s"
+    assert table["zone"][0].startswith("38504")
+
+
+def test_an_arrow_file_is_read_like_a_stream(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(pairs({}, {}))
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert texts(read(tmp_path / "a.arrow")) == [("q0", "a0"), ("q1", "a1")]
+
+
+# --- folders and places -------------------------------------------------------------------------
+
+
+def test_hidden_folders_and_descriptions_are_passed_over_and_told(tmp_path: Path) -> None:
+    for name in (".ipynb_checkpoints/a-checkpoint.jsonl", "_old/a.jsonl", "deep/.git/a.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_lines(tmp_path / name, pairs({}))
+    write_lines(tmp_path / "deep" / "a.jsonl", pairs({}))
+    (tmp_path / "dataset_info.json").write_text('{"description": "x", "splits": {}}')
+    (tmp_path / "one.json").write_text('{"question": "q", "answer": "a"}')
+    found = find_files(config_for(tmp_path).data.sources)
+    assert [Path(file.name).name for file in found] == ["a.jsonl", "one.json"]
+    assert notices(tmp_path) == ["4 files are passed over"]
+
+
+def test_workers_in_another_directory_open_relative_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    write_lines(tmp_path / "here" / "a.jsonl", pairs({}))
+    monkeypatch.chdir(tmp_path / "here")
+    config = config_for("a.jsonl")
+    (file,) = find_files(config.data.sources)
+    monkeypatch.chdir(tmp_path / "there")
+    (row,) = read_source(file, 0, config)
+    assert (row["rejection"], row["source"]) == (None, "a.jsonl:1")
+    # A job's files, unpacked on another node.
+    monkeypatch.chdir(tmp_path / "here")
+    elsewhere = SourceFile(str(tmp_path / "gone" / "a.jsonl"), 0, name="a.jsonl")
+    (row,) = read_source(elsewhere, 0, config)
+    assert row["rejection"] is None
+
+
+def test_files_are_identified_by_content_wherever_they_lie(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_lines(tmp_path / folder / "a.jsonl", pairs({}))
+    first, second = (
+        identities(find_files(config_for(tmp_path / folder / name).data.sources))
+        for folder, name in (("one", "a.jsonl"), ("two", "*.jsonl"))
+    )
+    assert first == second
+    write_lines(tmp_path / "two" / "a.jsonl", pairs({"x": 1}))
+    assert identities(find_files(config_for(tmp_path / "two").data.sources)) != first
+
+
+# --- any table in any kind of file --------------------------------------------------------------
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_lines(path, rows)
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows), encoding="utf-16")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=";" if path.suffix == ".csv" else "\t")
+        writer.writerow(names)
+        writer.writerows([row.get(name) for name in names] for row in rows)
+
+
+WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
+    ".jsonl": write_jsonl,
+    ".json": write_json,
+    ".csv": write_csv,
+    ".tsv": write_csv,
+}
+TYPES: list[tuple[pa.DataType, st.SearchStrategy[Any]]] = [
+    (pa.int64(), st.integers(-(2**63), 2**63 - 1)),
+    (pa.uint64(), st.integers(0, 2**64 - 1)),
+    (pa.float64(), st.floats()),
+    (pa.float16(), st.floats(width=16)),
+    (pa.decimal128(20, 3), st.decimals("-99999", "99999", places=3)),
+    (pa.string(), st.text(max_size=8)),
+    (pa.binary(), st.binary(max_size=8)),
+    (pa.bool_(), st.booleans()),
+    (pa.date32(), st.integers(-(2**31), 2**31 - 1)),
+    (pa.timestamp("s"), st.integers(-(2**63) + 1, 2**63 - 1)),
+    (pa.timestamp("us", "UTC"), st.integers(-(2**63) + 1, 2**63 - 1)),
+    (pa.timestamp("ns", "Europe/Berlin"), st.integers(-(2**62), 2**62)),
+    (pa.duration("ms"), st.integers(-(2**62), 2**62)),
+    (pa.time64("us"), st.integers(0, 86_399_999_999)),
+    (pa.null(), st.none()),
+]
+
+
+@st.composite
+def arrow_columns(draw: st.DrawFn, count: int) -> pa.Array:
+    """Return a column of any type, its values also within objects, lists and dictionaries."""
+    kind, values = draw(st.sampled_from(TYPES))
+    items = draw(st.lists(values | st.none(), min_size=count, max_size=count))
+    if pa.types.is_temporal(kind):
+        width = pa.int32() if kind == pa.date32() else pa.int64()
+        column = pa.array(items, width).view(kind)
+    elif pa.types.is_decimal(kind):
+        column = pa.array([None if v is None else Decimal(v) for v in items], kind)
+    else:
+        column = pa.array(items, kind)
+    wrapping = draw(st.sampled_from(["none", "object", "list", "map", "dictionary"]))
+    if wrapping == "object":
+        return pa.StructArray.from_arrays([column, pa.nulls(count)], ["x", "y"])
+    if wrapping == "list":
+        return pa.ListArray.from_arrays([*range(count), count], column)
+    if wrapping == "map":
+        keys = pa.array([str(at) for at in range(count)])
+        return pa.MapArray.from_arrays([*range(count), count], keys, column)
+    if wrapping == "dictionary" and kind == pa.string():
+        return column.dictionary_encode()
+    return column
+
+
+def hold(path: Path, count: int) -> None:
+    """Assert that rows which are read can be written, all of them, and that none is lost."""
+    rows = read(path)
+    config = config_for(path, max_bad_rows_ratio=1)
+    bad = [BadRow(row["source"], row["rejection"]) for row in rows if row["rejection"]]
+    assert bad_row_problems(bad, len(rows), config.data) if bad else True
+    if any(item.rejection.is_fatal for item in bad):
+        return
+    assert len(rows) == count
+    usable = [row for row in rows if row["rejection"] is None]
+    table = written(usable, path.with_suffix(".out"), 2)
+    assert table.num_rows == len(usable) or not table.num_columns
+    for row, found in zip(usable, table.to_pylist(), strict=False):
+        for name, value in json.loads(row["extra"]).items():
+            is_json = bool(table.schema.field(name).metadata) and found[name] is not None
+            assert same(value, json.loads(found[name]) if is_json else found[name])
+
+
+def same(value: Any, found: Any) -> bool:
+    """Return whether a value came back; a field that a row lacks comes back as null."""
+    if isinstance(value, dict) and isinstance(found, dict):
+        return all(same(value.get(name), found[name]) for name in value.keys() | found.keys())
+    if isinstance(value, list) and isinstance(found, list):
+        return len(value) == len(found) and all(map(same, value, found))
+    if isinstance(value, float) and math.isnan(value):
+        return isinstance(found, float) and math.isnan(found)
+    return bool(value == found)
+
+
+SETTINGS = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@SETTINGS
+@given(extras=st.lists(st.dictionaries(NAMES, JSON_VALUES, max_size=4), min_size=1, max_size=7))
+def test_any_table_that_is_read_can_be_written(
+    tmp_path: Path, suffix: str, extras: list[dict[str, Any]]
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    rows = [row | {"question": f"q{at}", "answer": f"a{at}"} for at, row in enumerate(extras)]
+    WRITERS[suffix](path, rows)
+    hold(path, len(rows))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@SETTINGS
+@given(data=st.data())
+def test_any_arrow_table_that_is_read_can_be_written(
+    tmp_path: Path, suffix: str, data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(1, 5))
+    names = data.draw(st.lists(NAMES, max_size=3, unique=True))
+    columns = {name: data.draw(arrow_columns(count)) for name in names}
+    columns |= {name: pa.array([name[0] * 3] * count) for name in ("question", "answer")}
+    table, path = pa.table(columns), tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        try:
+            parquet.write_table(table, path)
+        except pa.ArrowException:
+            return  # a type that Parquet has not
+    else:
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    hold(path, count)
