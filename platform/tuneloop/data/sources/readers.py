@@ -352,11 +352,9 @@ def _arrow(stream: pa.NativeFile) -> Iterator[_Record]:
             # With its index at the end, as Feather: read as a whole.
             file = pa.ipc.open_file(pa.BufferReader(buffered.read()))
             batches: Iterable[pa.RecordBatch] = map(file.get_batch, range(file.num_record_batches))
-            schema = file.schema
         else:
-            batches = pa.ipc.open_stream(buffered)
-            schema = batches.schema
-        for record in _batch_rows(schema, batches):
+            batches = file = pa.ipc.open_stream(buffered)
+        for record in _batch_rows(file.schema, batches):
             number += 1
             yield _Record(number, record)
     except FileError as error:

@@ -70,8 +70,9 @@ class Shape(NamedTuple):
     @staticmethod
     def from_json(value: Sequence[Any]) -> Shape:
         """Return a shape from what `json` makes of it."""
-        *scalars, parts = value
-        return Shape(*scalars, {name: Shape.from_json(part) for name, part in parts.items()})
+        kind, has_fraction, lowest, highest, parts = value
+        own = {name: Shape.from_json(part) for name, part in parts.items()}
+        return Shape(kind, has_fraction, lowest, highest, own)
 
     def merged(self, other: Shape) -> Shape:
         """Return the shape of the values of both."""
