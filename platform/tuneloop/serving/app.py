@@ -270,7 +270,7 @@ def _await_models(models: Mapping[str, ServedModel]) -> None:
         response = handle.ready.remote()
         while True:
             try:
-                response.result(timeout_s=PROGRESS_EVERY_S)
+                notice = response.result(timeout_s=PROGRESS_EVERY_S)
                 break
             except TimeoutError:
                 log.info("loading %s from %s, %.0f s", names, path, time.monotonic() - started)
@@ -280,6 +280,8 @@ def _await_models(models: Mapping[str, ServedModel]) -> None:
                     raise user_error from error
                 raise
         log.info("loaded %s, %.0f s", names, time.monotonic() - started)
+        if notice:
+            log.warning("%s: %s", names, notice)
 
 
 def _model_options(num_models: int) -> dict[str, Any]:

@@ -34,7 +34,13 @@ from tuneloop.errors import TuneloopError
 from tuneloop.records import FinishReason
 from tuneloop.serving.adapters import Adapters
 from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Layers, Prefix, Prompt
-from tuneloop.serving.model import forward, load_decoder, num_threads, switch_attention
+from tuneloop.serving.model import (
+    AttentionMismatch,
+    forward,
+    load_decoder,
+    num_threads,
+    switch_attention,
+)
 from tuneloop.serving.requests import (
     DecodeRequest,
     DecodeResult,
@@ -85,9 +91,14 @@ class Engine:
         adapters: Directories of LoRA adapters, by the name requests use.
 
     Raises:
-        ModelError: The model's attention cannot be reproduced, see `switch_attention`, or an
-            adapter does not fit.
+        AttentionMismatch: The model cannot be reproduced, see `switch_attention`.
+        ModelError: An adapter does not fit.
+
+    Attributes:
+        notice: What whoever asked for the model should know of how it is served; mostly empty.
     """
+
+    notice = ""
 
     def __init__(
         self,
@@ -114,7 +125,7 @@ class Engine:
         self._recent: deque[DecodeRequest] = deque(maxlen=4 * max_batch_size)
         self._closed = False
         with torch.inference_mode():
-            bytes_per_token = switch_attention(model)
+            bytes_per_token = self._prepare()
         self.adapters = Adapters(model, adapters)
         # Tokens whose keys and values fit into memory, and the longest prompt plus answer.
         self._token_budget = int(MEMORY_SHARE * _free_bytes(model.device) / bytes_per_token)
@@ -127,15 +138,35 @@ class Engine:
     def load(cls, path: str | Path, **options: Any) -> Engine:
         """Load a Hugging Face directory and start an engine on all cores, or the GPU.
 
+        A model whose attention cannot be reproduced gets a `PlainEngine`.
+
         Args:
             options: Keyword arguments of the constructor.
 
         Raises:
-            ModelError: The model cannot be loaded, its attention cannot be reproduced, or an
-                adapter does not fit.
+            ModelError: The model cannot be loaded, or an adapter does not fit.
         """
         batch = options.get("max_batch_size", DEFAULT_BATCH_SIZE)
-        return cls(load_decoder(path, batch), **options)
+        try:
+            return cls(load_decoder(path, batch), **options)
+        except AttentionMismatch as error:
+            reason = error.problems[0].got
+        from tuneloop.serving.plain import PlainEngine  # it is built on this one
+
+        engine = PlainEngine(load_decoder(path, batch), **options)
+        engine.notice = (
+            "served by transformers' own generation, one request after the other, as the decode "
+            f"engine does not reproduce this model: {reason}"
+        )
+        return engine
+
+    def _prepare(self) -> int:
+        """Make the model ready, and return the bytes of keys and values of one token.
+
+        Raises:
+            AttentionMismatch: The engine does not compute what the model does.
+        """
+        return switch_attention(self.model)
 
     def submit(self, request: DecodeRequest) -> Future[DecodeResult]:
         """Queue a request and return its future; cancelling the future drops the request.

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tuneloop.errors import ModelError, Problem, UserError
-from tuneloop.models.attention import IMPLEMENTATION
+from tuneloop.models.attention import IMPLEMENTATION, Rule
 from tuneloop.models.bases.weights import load_whole
 from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Prompt
 from tuneloop.serving.linear import speed_up_linear
+
+# What a model raises that does not know our attention or our arguments.
+_FOREIGN = (
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+)
+
+
+class AttentionMismatch(ModelError):
+    """The decode engine does not compute what a model's own attention does."""
 
 
 def num_threads() -> int:
@@ -76,6 +93,38 @@ def forward(model: PreTrainedModel, segments: Sequence[CachedSegment]) -> Tensor
     return logits
 
 
+@dataclass(eq=False)
+class _Watched(Prompt):
+    """A prompt that notes the window of each of its attentions."""
+
+    windows: set[int | None] = field(default_factory=set)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        """Return attention of the current chunk, as `Prompt` does."""
+        self.windows.add(rule.window)
+        return super().attend(layer, query, key, value, rule)
+
+
+def _long_rule(text: PretrainedConfig, windows: set[int | None]) -> str:
+    """Return what a model does in sequences longer than the tried one and the engine does not."""
+    settings = text.to_dict()
+    kinds = set(settings.get("layer_types") or ())
+    window = settings.get("sliding_window")
+    slides = not kinds or "sliding_attention" in kinds
+    if settings.get("use_sliding_window") is False:
+        window = None
+    if window and slides and window not in windows:
+        return f"sliding_window {window} is in the mask alone"
+    positions = settings.get("max_position_embeddings") or math.inf
+    chunk = settings.get("attention_chunk_size")
+    if chunk and chunk < positions:
+        return f"attention in chunks of {chunk}"
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    scaled = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    odd = {"longrope", "dynamic"}.intersection(kind for kind in scaled if kind)
+    return f"positions scaled by the longest sequence ({', '.join(sorted(odd))})" if odd else ""
+
+
 def switch_attention(model: PreTrainedModel) -> int:
     """Give a model the engine's attention, and check that it computes what it did before.
 
@@ -86,7 +135,8 @@ def switch_attention(model: PreTrainedModel) -> int:
         Bytes of keys and values per token.
 
     Raises:
-        ModelError: The logits differ, or the model does not let its attention be replaced.
+        AttentionMismatch: The logits differ, the model does not let its attention be replaced, or
+            it has rules for longer sequences that the engine is not told of.
     """
     size = min(24, getattr(model.config.get_text_config(), "max_position_embeddings", 24))
     part = size // 3
@@ -96,10 +146,10 @@ def switch_attention(model: PreTrainedModel) -> int:
         expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
         expected = expected.logits[0].float()
         model.set_attn_implementation(IMPLEMENTATION)
-        prompt = Prompt(None, ids[:part], keep_all=True)
-        logits = [forward(model, [prompt.next_chunk(size)])]
-        prompt.advance()
-        prompt = Prompt(prompt.freeze(), ids[part : 2 * part], keep_all=True)
+        first = _Watched(None, ids[:part], keep_all=True)
+        logits = [forward(model, [first.next_chunk(size)])]
+        first.advance()
+        prompt: Prompt = Prompt(first.freeze(), ids[part : 2 * part], keep_all=True)
         logits.append(forward(model, [prompt.next_chunk(size)]))
         batch: DecodeBatch[None] = DecodeBatch(prompt.prefix, size)
         batch.add(None, prompt.layers, part, ids[2 * part])
@@ -109,12 +159,17 @@ def switch_attention(model: PreTrainedModel) -> int:
             batch.advance([0])
         error = (torch.cat(logits).float() - expected).abs().max() / expected.abs().max()
         tolerance = 1e-3 if expected.dtype == model.dtype else 5e-2
+        reason = _long_rule(model.config.get_text_config(), first.windows)
         if not error < tolerance:
             reason = f"logits differ by {error:.1e} of the largest, {tolerance:.0e} is allowed"
-    except (NotImplementedError, TypeError, ValueError, IndexError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except IndexError as error:
+        reason = f"layers without attention between others ({error})"
+    except _FOREIGN as error:
         reason = f"{type(error).__name__}: {error}"
     if reason:
-        raise ModelError(
+        raise AttentionMismatch(
             Problem(
                 "the decode engine does not reproduce this model's attention",
                 where=type(model).__name__,

@@ -77,13 +77,14 @@ class ModelServer:
             _load, models, max_batch_size
         )
 
-    async def ready(self) -> None:
-        """Return when the models are loaded.
+    async def ready(self) -> str:
+        """Return when the models are loaded, with what is to be told of them; mostly nothing.
 
         Raises:
             ModelError: One of them cannot be loaded.
         """
-        await asyncio.wrap_future(self._loading)
+        loaded = await asyncio.wrap_future(self._loading)
+        return next(model.engine.notice for model in loaded.values())
 
     async def answer(self, route: Route, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Return status and JSON for one request."""
