@@ -9,9 +9,12 @@ from typing import IO, Any
 from rich.console import Console
 from rich.text import Text
 
+from tuneloop.artifacts import Workspace
 from tuneloop.config import TuneloopConfig
+from tuneloop.contest import arm_problems
 from tuneloop.data.check import DataCheck
 from tuneloop.data.check import check as check_data
+from tuneloop.data.sources.files import find_files
 from tuneloop.errors import DataError, Problem
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.training.fit.assess import assess
@@ -77,7 +80,19 @@ def check(config: TuneloopConfig) -> CheckResult:
     fit = assess(config, base, totals)
     expected = None if fit.prediction is None else fit.prediction.estimate
     unknown = "" if fit.prediction is None else fit.prediction.unknown
-    return CheckResult(data, expected, [*data.findings, *fit.problems], unknown)
+    problems = [*data.findings, *fit.problems, *_evaluation_problems(config)]
+    return CheckResult(data, expected, problems, unknown)
+
+
+def _evaluation_problems(config: TuneloopConfig) -> list[Problem]:
+    """Return what `tuneloop evaluate` would stop at: its arms, and rows of the user's own."""
+    problems = arm_problems(config, Workspace(config.workspace))
+    try:
+        if config.evaluation.sources:
+            find_files(config.evaluation.sources, "evaluation.sources")
+    except DataError as error:
+        problems += error.problems
+    return problems
 
 
 def report(result: CheckResult, output: IO[str]) -> None:

@@ -35,7 +35,7 @@ def _step(arguments: argparse.Namespace, output: IO[str]) -> int:
         "prepare": pipeline.prepare,
         "generate": pipeline.generate,
         "train": pipeline.train,
-        "evaluate": pipeline.run,
+        "evaluate": pipeline.evaluate,
         "run": pipeline.run,
     }
     published = steps[arguments.command](config, Workspace(config.workspace))

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from tuneloop.errors import ConfigError, Problem
-from tuneloop.records import BASE, FINETUNED
+from tuneloop.records import ARMS, BASE, FINETUNED
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
 # No full stop, which stands between the parts of a dotted key.
@@ -450,8 +450,117 @@ class ServingConfig(Section):
         return models
 
 
+class PriceConfig(Section):
+    """What an endpoint charges."""
+
+    input: float = Field(ge=0, description="Price of a million tokens of prompts.")
+    output: float = Field(ge=0, description="Price of a million tokens of answers.")
+
+
+class ArmConfig(Section):
+    """What answers: a model with a way of asking, an endpoint, a file, or the simple arm.
+
+    Without any key, the arms `base`, `base+few-shot`, `finetuned` and `simple` are those that `run`
+    compares.
+    """
+
+    model: str | None = Field(
+        None,
+        description="`base`, `finetuned`, an artifact such as `models/faq@v2`, or what "
+        "`model.base` takes; with `endpoint`, the model's name there.",
+    )
+    shots: int | None = Field(
+        None,
+        ge=0,
+        description="Solved examples from the train split in the prompt. Default: none, or "
+        "`evaluation.num_shots` where `choose` is given.",
+    )
+    choose: Literal["fixed", "nearest"] | None = Field(
+        None,
+        description="`fixed`: the same examples in every prompt; `nearest`: those most alike the "
+        "question. Default: `fixed`.",
+    )
+    endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Base URL of an OpenAI-compatible server, ending in `/v1`.",
+    )
+    api_key_env: str | None = Field(
+        None, description="The environment variable that holds the endpoint's API key."
+    )
+    price: PriceConfig | None = Field(
+        None, description="What the endpoint charges, in any one currency."
+    )
+    timeout_s: float = Field(
+        300.0, gt=0, description="Longest wait for one answer of the endpoint, in seconds."
+    )
+    answers: str | None = Field(
+        None,
+        description="A JSONL file with answers made elsewhere: `example_id` or `prompt`, and "
+        "`completion`.",
+    )
+    simple: bool = Field(
+        False,
+        description="True: a classifier on TF-IDF for `classification`, else the answer of the "
+        "nearest train row.",
+    )
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> Self:
+        given = self.model_fields_set - {"simple"} | ({"simple"} if self.simple else set())
+        kinds = [kind for kind in ("endpoint", "answers", "simple") if kind in given]
+        if len(kinds) > 1 or ("model" in given and kinds and kinds != ["endpoint"]):
+            both = [*kinds, *(["model"] if "model" in given else [])]
+            raise ValueError(f"an arm is of one kind, not {' and '.join(both)}")
+        kind = kinds[0] if kinds else "model"
+        allowed = {
+            "endpoint": {
+                *("endpoint", "model", "shots", "choose", "api_key_env", "price", "timeout_s")
+            },
+            "answers": {"answers"},
+            "simple": {"simple"},
+            "model": {"model", "shots", "choose"},
+        }[kind]
+        if strange := sorted(given - allowed):
+            raise ValueError(f"`{strange[0]}` does not belong to an arm with `{kind}`")
+        if kind == "endpoint" and not self.model:
+            raise ValueError("an endpoint needs `model`, the model's name there")
+        if kind == "model" and given and not self.model:
+            raise ValueError(f"an arm with `{min(given)}` needs a `model`")
+        if self.choose and self.shots == 0:
+            raise ValueError("`choose` belongs to an arm with `shots`")
+        return self
+
+
+class BudgetConfig(Section):
+    """What the endpoints of an evaluation may cost, all tries together."""
+
+    money: float | None = Field(
+        None, gt=0, description="Most money, in the currency of the arms' `price`. Default: any."
+    )
+    tokens: int | None = Field(
+        None, ge=1, description="Most tokens of prompts and answers. Default: any number."
+    )
+
+
+ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}$")]
+
+
 class EvaluationConfig(Section):
     """How answers are scored."""
+
+    arms: dict[ArmName, ArmConfig] = Field(
+        default_factory=dict,
+        description="For `tuneloop evaluate`: what answers, by name; the last one is the one that "
+        "the headline is about. Default: the arms that `run` compares, and no `finetuned` before "
+        "there is one.",
+    )
+    sources: list[MixedSourceConfig] = Field(
+        default_factory=list,
+        description="For `tuneloop evaluate`: rows to answer in place of the test split; written "
+        "like `data.sources`.",
+    )
+    budget: BudgetConfig = BudgetConfig()
 
     num_shots: int = Field(
         3,
@@ -486,6 +595,27 @@ class EvaluationConfig(Section):
         "more nothing is published; the next run asks for what is missing.",
     )
     seed: int = Field(0, description="Seed of the few-shot examples, sampling and bootstrap.")
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _an_empty_arm_is_known_by_its_name(cls, arms: Any) -> Any:
+        if not isinstance(arms, dict):
+            return arms
+        arms = {name: {} if spec is None else spec for name, spec in arms.items()}
+        empty = [name for name, spec in arms.items() if spec == {} and name not in ARMS]
+        if empty:
+            raise ValueError(
+                f"evaluation.arms.{empty[0]} does not say what answers: give it `model`, "
+                f"`endpoint`, `answers` or `simple`; only {', '.join(ARMS)} need nothing"
+            )
+        return arms
+
+    @model_validator(mode="after")
+    def _money_needs_prices(self) -> Self:
+        unpriced = [n for n, arm in self.arms.items() if arm.endpoint and arm.price is None]
+        if self.budget.money is not None and unpriced:
+            raise ValueError(f"evaluation.budget.money needs evaluation.arms.{unpriced[0]}.price")
+        return self
 
 
 class SweepConfig(Section):
@@ -642,9 +772,13 @@ class TuneloopConfig(Section):
         names = list(self.task.tasks)
         used = [source.task for source in self.data.sources]
         wrong = [
-            f"data.sources.{number}.task is {name or 'missing'}"
-            for number, name in enumerate(used)
-            if (name not in names if names else name is not None)
+            f"{key}.{number}.task is {source.task or 'missing'}"
+            for key, sources in (
+                ("data.sources", self.data.sources),
+                ("evaluation.sources", self.evaluation.sources),
+            )
+            for number, source in enumerate(sources)
+            if (source.task not in names if names else source.task is not None)
         ]
         wrong += [f"no source has rows for task.tasks.{name}" for name in names if name not in used]
         if any(s.weight for s in self.data.sources) and any(

@@ -11,30 +11,22 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
+from tuneloop import contest
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect, refuse_unshared
 from tuneloop.config import ServingConfig, TuneloopConfig
-from tuneloop.errors import ModelError, Problem
+from tuneloop.contest import Contest
+from tuneloop.errors import ConfigError
 from tuneloop.models.bases.source import BaseModel, resolve_base
-from tuneloop.models.chat.renderer import Renderer
-from tuneloop.models.export.layout import ADAPTER
 from tuneloop.models.export.parity import check_served
-from tuneloop.records import BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, Parity
+from tuneloop.records import BASE, FINETUNED, Endpoint, Parity
 from tuneloop.serving import app
 from tuneloop.serving.replica import ServedModel
 
 logger = logging.getLogger("tuneloop.pipeline")
-
-
-class Contest(NamedTuple):
-    """What is evaluated: a dataset's test split, the arms, and the models that answer for them."""
-
-    dataset: Artifact
-    arms: list[Arm]
-    models: dict[str, ServedModel]
 
 
 class Trained(NamedTuple):
@@ -75,28 +67,74 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     with connect(config.resources):
         base = resolve_base(config.model.base)
         dataset = prepare_dataset(config, workspace, base)
-        models = {BASE: _base_model(config, base)}
-        arms = _base_arms(config, base, dataset.artifact)
-        contest = Contest(dataset.artifact, arms, models)
-        baseline = _evaluate(config, workspace, contest, f"{config.name}-baseline")
+        models = {BASE: contest.base_model(config, base)}
+        arms = contest.base_arms(config, base, dataset.artifact)
+        entered = Contest(dataset.artifact, arms, models)
+        baseline = _evaluate(config, workspace, entered, f"{config.name}-baseline")
         model = train_model(config, workspace, base, dataset.artifact)
         if not baseline.artifact.manifest["metrics"]["num_unscored"]:
             models = {}  # all answers of the base model are there and are reused
-        contest = Contest(
+        entered = Contest(
             dataset.artifact,
-            [*arms, _finetuned_arm(model.artifact.fingerprint)],
-            {**models, FINETUNED: _finetuned_model(model.artifact)},
+            [*arms, contest.finetuned_arm(model.artifact.fingerprint, dataset.artifact)],
+            {**models, FINETUNED: contest.finetuned_model(model.artifact)},
         )
-        evaluation = _evaluate(config, workspace, contest, config.name, baseline.artifact)
+        evaluation = _evaluate(config, workspace, entered, config.name, [baseline.artifact])
         return [dataset, baseline, model, evaluation]
 
 
 def evaluate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
-    """Return the evaluation of base, few-shot and finetuned model, in a list, made or reused.
+    """Return the evaluation of what the configuration names, in a list; trains nothing.
 
-    What it needs is made first, as by `run`.
+    Without `evaluation.arms` these are the arms of `run`, `finetuned` only if there is one. The
+    dataset is prepared if an arm or the rows come from it.
+
+    Raises:
+        ConfigError: An arm of `evaluation.arms` cannot be built.
+        ModelError: An arm is the model of this configuration, and there is none.
     """
-    return run(config, workspace)[-1:]
+    from tuneloop.data.scored_rows import prepare_scored_rows
+
+    if problems := contest.arm_problems(config, workspace):
+        raise ConfigError(*problems)
+    base = cache(partial(resolve_base, config.model.base))
+    with ExitStack() as stack:
+        if contest.needs_ray(config):
+            stack.enter_context(connect(config.resources))
+        prepared = scored = None
+        if contest.needs_dataset(config):
+            prepared = prepare_dataset(config, workspace, base()).artifact
+        if config.evaluation.sources:
+            scored = _log_published(prepare_scored_rows(config, workspace)).artifact
+        dataset = scored or prepared
+        assert dataset is not None, "without `evaluation.sources` the dataset is needed"
+
+        def finetuned() -> Artifact:
+            model = prepared and _trained(config, workspace, base(), prepared)
+            if not model:
+                raise contest.missing_model(config, workspace)
+            return model
+
+        named = contest.NamedArms(config, workspace, base, prepared, finetuned)
+        arms = named.build()
+        is_baseline = not config.evaluation.arms and arms[-1].name != FINETUNED
+        name = f"{config.name}-baseline" if is_baseline else config.name
+        earlier = [
+            a
+            for a in workspace.published()
+            if a.kind == "evaluations" and a.name in (config.name, f"{config.name}-baseline")
+        ]
+        entered = Contest(dataset, arms, named.models)
+        return [_evaluate(config, workspace, entered, name, earlier)]
+
+
+def _trained(
+    config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
+) -> Artifact | None:
+    """Return the model that exactly this configuration trains, or None."""
+    from tuneloop.training import launch
+
+    return workspace.find("models", config.name, launch.identity(config, base, dataset))
 
 
 @contextmanager
@@ -122,13 +160,15 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
 def served_models(config: TuneloopConfig, workspace: Workspace) -> dict[str, ServedModel]:
     """Return what `serve` serves, by name."""
     base = resolve_base(config.model.base)
-    models = {BASE: _base_model(config, base)}
+    models = {BASE: contest.base_model(config, base)}
     finetuned = _newest_finetuned(config, workspace, base)
     if finetuned is not None:
-        models[FINETUNED] = _finetuned_model(finetuned)
+        models[FINETUNED] = contest.finetuned_model(finetuned)
         logger.info("%s is %s", FINETUNED, finetuned.ref)
     for name, reference in config.serving.models.items():
-        models[name] = _referenced_model(workspace, base, f"serving.models.{name}", reference)
+        models[name] = contest.referenced_model(
+            workspace, base, f"serving.models.{name}", reference
+        )
     return models
 
 
@@ -159,40 +199,6 @@ def _newest_finetuned(
     if trained and not same:
         logger.warning("no model was trained with exactly this configuration: serving the newest")
     return workspace.open((same or trained)[-1].ref) if trained else None
-
-
-def _referenced_model(
-    workspace: Workspace, base: BaseModel, where: str, reference: str
-) -> ServedModel:
-    """Return the model a value of `serving.models` names."""
-    if not reference.startswith("models/"):
-        return ServedModel(resolve_base(reference).path)
-    artifact = workspace.open(reference.removesuffix(f"/{ADAPTER}"))
-    if not reference.endswith(f"/{ADAPTER}"):
-        return _finetuned_model(artifact)
-    merged = f"serve the merged weights: {artifact.ref}"
-    if not (artifact.path / ADAPTER).is_dir():
-        raise ModelError(
-            Problem(
-                "the model has no adapter",
-                where=where,
-                got=f"{reference}, trained with method full",
-                remedy=merged,
-            )
-        )
-    trained_on = artifact.manifest["config"]
-    if trained_on["base_fingerprint"] != base.fingerprint:
-        raise ModelError(
-            Problem(
-                "the adapter belongs to another base model",
-                where=where,
-                got=f"{reference}, trained on {trained_on['base']} "
-                f"({trained_on['base_fingerprint'][:12]})",
-                allowed=f"adapters on {base.name} ({base.fingerprint[:12]})",
-                remedy=f"{merged}; or set model.base to {trained_on['base']}",
-            )
-        )
-    return ServedModel(base.path, adapter=artifact.path)
 
 
 def _check_served(url: str, models: dict[str, ServedModel]) -> dict[str, Parity]:
@@ -250,8 +256,8 @@ def evaluate_each(trained: Sequence[Trained], workspace: Workspace) -> list[Publ
                 workspace,
                 Contest(
                     dataset,
-                    [_finetuned_arm(model.fingerprint)],
-                    {FINETUNED: _finetuned_model(model)},
+                    [contest.finetuned_arm(model.fingerprint, dataset)],
+                    {FINETUNED: contest.finetuned_model(model)},
                 ),
                 f"{config.name}-sweep",
                 address=url,
@@ -268,61 +274,32 @@ def finetuned_identities(
     from tuneloop.training import launch
 
     model = launch.identity(config, base, dataset)
-    return model, runner.identity(config, dataset, [_finetuned_arm(model)])
-
-
-def _finetuned_arm(model_fingerprint: str) -> Arm:
-    return Arm(FINETUNED, Endpoint("", FINETUNED), (), model_fingerprint)
-
-
-def _base_model(config: TuneloopConfig, base: BaseModel) -> ServedModel:
-    return ServedModel(base.path, config.model.chat_template)
-
-
-def _finetuned_model(model: Artifact) -> ServedModel:
-    # Its directory carries the tokenizer and the template it was trained with.
-    return ServedModel(model.path)
-
-
-def _base_arms(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> list[Arm]:
-    """Return the arms that train no model: plain prompt, solved examples before it, simple arm."""
-    from tuneloop.evals.scoring.questions import choose_shots
-    from tuneloop.evals.scoring.simple import simple_arm
-
-    endpoint = Endpoint("", BASE)
-    renderer = Renderer.load(base.path, config.model.chat_template)
-    identity = f"{base.fingerprint}/{renderer.hash}"
-    arms = [Arm(BASE, endpoint, (), identity)]
-    if config.evaluation.num_shots and config.task.type != "language_modeling":
-        e = config.evaluation
-        shots = choose_shots(dataset, e.num_shots, e.seed, list(config.task.tasks))
-        arms.append(Arm(FEW_SHOT, endpoint, shots, identity))
-    if config.task.type != "language_modeling":
-        arms.append(simple_arm(SIMPLE, dataset))
-    return arms
+    return model, runner.identity(config, dataset, [contest.finetuned_arm(model, dataset)])
 
 
 def _evaluate(
     config: TuneloopConfig,
     workspace: Workspace,
-    contest: Contest,
+    entered: Contest,
     name: str,
-    earlier: Artifact | None = None,
+    earlier: Sequence[Artifact] = (),
     address: Callable[[], str] | None = None,
 ) -> Published:
     """Serve the models and score the arms; serve nothing if the result is there already.
 
     Args:
         name: Name of the evaluation artifact.
-        earlier: An evaluation whose answers are reused.
+        earlier: Evaluations whose answers are reused.
         address: Starts to listen and returns the URL, if several evaluations share it.
     """
     from tuneloop.evals.runner import evaluate, find_evaluation
 
-    dataset, arms, models = contest
+    dataset, arms, models = entered
     existing = find_evaluation(config, workspace, dataset, arms, name)
     if existing is not None:
         return _log_published(Published(existing, reused=True))
+    if not models:
+        return _log_published(evaluate(config, workspace, dataset, arms, name, earlier))
     with ExitStack() as stack:
         serving = _any_port(config)
         url = address() if address else stack.enter_context(app.listen(serving))
@@ -335,7 +312,7 @@ def _evaluate(
                 endpoint=Endpoint(url, arm.endpoint.model, key),
                 parity=outcomes.get(arm.endpoint.model),
             )
-            if arm.endpoint.model in models
+            if not arm.endpoint.url and arm.endpoint.model in models
             else arm
             for arm in arms
         ]

@@ -5,9 +5,9 @@ Shape legend used in docstrings: B batch, T tokens, N target tokens, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
@@ -15,6 +15,7 @@ Status = Literal["scored", "unscored"]
 
 # The arms that every run compares, and the names of the first and the last on the server.
 BASE, FEW_SHOT, SIMPLE, FINETUNED = "base", "base+few-shot", "simple", "finetuned"
+ARMS = (BASE, FEW_SHOT, SIMPLE, FINETUNED)
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,13 @@ class Arm:
             only between arms whose fingerprints are equal; without one, the endpoint's URL and
             model name stand for it.
         parity: How closely the served model matches the trained one; None if not recorded.
-        answers_from: `endpoint` asks a model; `simple` is a classifier or the nearest training
-            row; `file` takes the answers of the file that `endpoint.url` names.
-        own_shots: Solved examples chosen for each question, by example id, in place of `shots`.
-        price: What an endpoint charges; None if nothing or unknown.
+        answer: Makes all answers itself, by example id, from the questions; the endpoint is not
+            asked.
+        choose: Chooses solved examples for each question, by example id, in place of `shots`.
+        chosen_by: Identity of what `choose` does.
+        trained_on: Fingerprint of the dataset the answers were learned from; empty if unknown.
+        price: What the endpoint charges; None if nothing or unknown.
+        timeout_s: Longest wait for one answer, in seconds.
     """
 
     name: str
@@ -164,6 +168,9 @@ class Arm:
     shots: tuple[Conversation, ...] = ()
     model_fingerprint: str = ""
     parity: Parity | None = None
-    answers_from: Literal["endpoint", "simple", "file"] = "endpoint"
-    own_shots: Mapping[str, tuple[Conversation, ...]] = field(default_factory=dict)
+    answer: Callable[[Sequence[Any]], Mapping[str, str]] | None = None
+    choose: Callable[[Sequence[Any]], Mapping[str, tuple[Conversation, ...]]] | None = None
+    chosen_by: str = ""
+    trained_on: str = ""
     price: Price | None = None
+    timeout_s: float = 1200.0

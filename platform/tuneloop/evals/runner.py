@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,17 +27,18 @@ from tuneloop.evals.scoring.error_tags import tag_errors, terms_of
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.predictions import Prediction, read_predictions, write_predictions
-from tuneloop.evals.scoring.questions import read_questions, read_solved
+from tuneloop.evals.scoring.questions import Question, read_questions, read_solved
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.row_clusters import RowClusters, read_clusters
-from tuneloop.evals.scoring.simple import answer_simply
 from tuneloop.records import Arm, SamplingParams
 
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
 CODE_VERSION = 9
-_REFUSED = re.compile(r"HTTP 4(?!08|25|29)\d\d:|the text is a single token")
+_REFUSED = re.compile(
+    r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
+)
 
 
 class _Context(NamedTuple):
@@ -93,7 +93,7 @@ def evaluate(
     dataset: Artifact,
     arms: Sequence[Arm],
     name: str,
-    earlier: Artifact | None = None,
+    earlier: Sequence[Artifact] = (),
 ) -> Published:
     """Score every arm on the test split and publish `evaluations/<name>`.
 
@@ -104,8 +104,8 @@ def evaluate(
         arms: At least one. Each is compared with all before it; the last one is the candidate
             that the report's headline is about.
         name: Name of the artifact.
-        earlier: An evaluation whose answers are reused where model, shots, sampling and prompt
-            are the same.
+        earlier: Evaluations whose answers are reused where model, shots, sampling and prompt are
+            the same.
 
     Returns:
         The artifact; reused if it exists already.
@@ -134,22 +134,22 @@ def evaluate(
         {q.example_id: q.task for q in questions},
     )
     params = sampling(config.evaluation)
-    requests = [
-        EvaluationRequest(arm, arm_identity(arm, params), question, params)
-        for arm in arms
-        for question in questions
-    ]
+    requests = [request for arm in arms for request in _requests(arm, questions, params)]
     with workspace.draft("evaluations", name, identity(config, dataset, arms)) as draft:
         answered = PartialAnswers(draft.scratch / "answers.jsonl")
         # What an earlier version of the same name was answered is not asked again either.
-        for one in (_newest(workspace, name), earlier):
+        for one in (_newest(workspace, name), *earlier):
             if one is not None:
                 _reuse_answers(answered, one)
-        _answer_simply(answered, requests, config, dataset)
+        # Nor what a run with other arms was answered before it was cut short.
+        for other in draft.scratch.parent.parent.glob(f"evaluations-{name}-*/scratch"):
+            if other != draft.scratch:
+                answered.read(other / "answers.jsonl")
         answers = ask_all(
             requests,
             answered,
             config.evaluation.concurrency,
+            config.evaluation.budget,
             lambda request, answer: _scores(scorer, request, answer)[scorer.primary],
         )
         _refuse_many_unscored(requests, answers, config.evaluation.max_unscored_ratio)
@@ -181,7 +181,7 @@ def evaluate(
 def _parts(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> dict[str, Any]:
     """Return all that changes the result, as the manifest keeps it."""
     params = sampling(config.evaluation)
-    no_results = {"concurrency", "max_unscored_ratio"}
+    no_results = {"concurrency", "max_unscored_ratio", "arms", "sources", "budget"}
     return {
         "dataset": dataset.fingerprint,
         "task": config.task.model_dump(mode="json"),
@@ -257,35 +257,15 @@ def _reuse_answers(answered: PartialAnswers, earlier: Artifact) -> None:
             )
 
 
-def _answer_simply(
-    answered: PartialAnswers,
-    requests: Sequence[EvaluationRequest],
-    config: TuneloopConfig,
-    dataset: Artifact,
-) -> None:
-    """Add the answers of simple arms, which are learned from the train split, not asked for."""
-    todo = [r for r in requests if r.arm.answers_from == "simple" and answered.get(r) is None]
-    if not todo:
-        return
-    train = read_solved(dataset, list(config.task.tasks))
-    if not train:
-        return  # plain text
-    started = time.perf_counter()
-    answers = answer_simply(train, [request.question for request in todo], config.task)
-    latency_s = (time.perf_counter() - started) / len(todo)
-    for request in todo:
-        example_id = request.question.example_id
-        if example_id in answers:
-            answered.put(
-                request.identity,
-                ModelAnswer(
-                    example_id,
-                    request.prompt,
-                    text=answers[example_id],
-                    finish_reason="stop",
-                    latency_s=latency_s,
-                ),
-            )
+def _requests(
+    arm: Arm, questions: Sequence[Question], params: SamplingParams
+) -> list[EvaluationRequest]:
+    """Return every question to one arm, with the solved examples before it."""
+    own = arm.choose(questions) if arm.choose else {}
+    name = arm_identity(arm, params)
+    return [
+        EvaluationRequest(arm, name, q, params, own.get(q.example_id, arm.shots)) for q in questions
+    ]
 
 
 def _scores(

@@ -121,7 +121,7 @@ def test_it_stands_beside_the_models_and_the_headline_names_it(
     )
     model_server.reply = lambda messages: ("lights", "stop")
     arms = [
-        simple_arm("simple", dataset),
+        simple_arm("simple", dataset, config.task),
         Arm("finetuned", Endpoint(model_server.url, "parrot"), (), "weights"),
     ]
     artifact = evaluate(config, workspace, dataset, arms, "home").artifact

@@ -15,17 +15,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from tuneloop.config import BudgetConfig
 from tuneloop.errors import EndpointError, Problem
+from tuneloop.evals.scoring.budget import Budget, Cost, cost_of, most
 from tuneloop.evals.scoring.questions import Question, messages_json
 from tuneloop.models.client.client import Client, RequestError, ask_each
 from tuneloop.progress import Progress
-from tuneloop.records import Arm, Endpoint, FinishReason, Message, SamplingParams
+from tuneloop.records import Arm, Conversation, Endpoint, FinishReason, Message, SamplingParams
 from tuneloop.text import format_duration
 
 _log = logging.getLogger("tuneloop.evals")
 # Raised when a change here changes the answers of the same arm to the same questions.
 _REQUEST_VERSION = 1
+# With pauses that double, a rate limit may last a minute before a question is given up.
+_RETRIES = 7
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class ModelAnswer:
         prompt: What was sent, as predictions keep it.
         bits_per_byte: The score of a plain text; None for questions.
         error: Why there is no answer; empty when there is one.
+        refused: There is no answer, and it is certain that nothing was computed for it.
     """
 
     example_id: str
@@ -47,16 +53,22 @@ class ModelAnswer:
     latency_s: float | None = None
     bits_per_byte: float | None = None
     error: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """One question to one arm."""
+    """One question to one arm.
+
+    Args:
+        shots: Solved examples before it.
+    """
 
     arm: Arm
     identity: str
     question: Question
     params: SamplingParams
+    shots: tuple[Conversation, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -71,19 +83,20 @@ class EvaluationRequest:
     @property
     def messages(self) -> tuple[Message, ...]:
         """What is sent."""
-        shots = self.arm.own_shots.get(self.question.example_id, self.arm.shots)
-        return self.question.prompt(shots)
+        return self.question.prompt(self.shots)
 
 
 def arm_identity(arm: Arm, params: SamplingParams) -> str:
     """Return what an arm's answers depend on besides the question, as hexadecimal digits."""
     model = arm.model_fingerprint or f"{arm.endpoint.url} {arm.endpoint.model}"
-    parts = {
+    parts: dict[str, Any] = {
         "version": _REQUEST_VERSION,
         "model": model,
         "shots": [messages_json(shot.messages) for shot in arm.shots],
         "sampling": dataclasses.asdict(params),
     }
+    if arm.chosen_by:
+        parts["choose"] = arm.chosen_by
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -99,6 +112,11 @@ class PartialAnswers:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._answers: dict[tuple[str, str], ModelAnswer] = {}
+        self.read(path)
+        self.own = frozenset(self._answers)
+
+    def read(self, path: Path) -> None:
+        """Keep in memory what such a file holds; nothing if it is not there."""
         if path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
@@ -139,6 +157,7 @@ def ask_all(
     requests: Sequence[EvaluationRequest],
     answered: PartialAnswers,
     concurrency: int,
+    limits: BudgetConfig,
     score: Callable[[EvaluationRequest, ModelAnswer], float | None],
 ) -> list[ModelAnswer]:
     """Return an answer for every request; those already answered are not asked again.
@@ -147,16 +166,20 @@ def ask_all(
         requests: All questions of all arms.
         answered: Answers of an interrupted run or an earlier evaluation; new ones are added.
         concurrency: Requests in flight.
+        limits: What endpoints may cost, with what an interrupted run has spent.
         score: The primary metric of an answer, for the progress lines.
 
     Raises:
-        EndpointError: An endpoint is unusable, or every request of an arm failed. Answers
-            that did come are kept in `answered`.
+        EndpointError: An endpoint is unusable, the budget is used up, or every request of an arm
+            failed. Answers that did come are kept in `answered`.
     """
     todo = [request for request in requests if answered.get(request) is None]
     if len(todo) < len(requests):
         _log.info("%d of %d answers exist already", len(requests) - len(todo), len(requests))
     failed: dict[tuple[str, str], ModelAnswer] = {}
+    for arm in {r.arm.name: r.arm for r in todo if r.arm.answer}.values():
+        _answer_itself(arm, [r for r in todo if r.arm.name == arm.name], answered, failed)
+    todo = [request for request in todo if not request.arm.answer]
     if todo:
         with (
             answered.appending() as append,
@@ -171,29 +194,92 @@ def ask_all(
                     append(request.identity, answer)
                 running.report(request, answer, progress)
 
-            asyncio.run(_ask(todo, concurrency, keep))
+            budget = Budget(limits, _spent(requests, answered))
+            asyncio.run(_ask(todo, concurrency, budget, keep))
     _refuse_dead_arms(requests, failed)
     return [answered.get(request) or failed[request.key] for request in requests]
+
+
+def _answer_itself(
+    arm: Arm,
+    requests: Sequence[EvaluationRequest],
+    answered: PartialAnswers,
+    failed: dict[tuple[str, str], ModelAnswer],
+) -> None:
+    """Add the answers of an arm that makes them itself; those it does not have are failures."""
+    assert arm.answer is not None
+    started = time.perf_counter()
+    texts = arm.answer([request.question for request in requests])
+    latency_s = (time.perf_counter() - started) / len(requests)
+    for request in requests:
+        answer = ModelAnswer(request.question.example_id, request.prompt)
+        text = texts.get(answer.example_id)
+        if text is None:
+            failed[request.key] = dataclasses.replace(answer, error="there is no answer to it")
+        else:
+            answer = dataclasses.replace(answer, text=text, finish_reason="stop")
+            # How long an answer took that was made elsewhere is not known.
+            latency = None if arm.endpoint.url else latency_s
+            answered.put(request.identity, dataclasses.replace(answer, latency_s=latency))
 
 
 async def _ask(
     todo: Sequence[EvaluationRequest],
     concurrency: int,
+    budget: Budget,
     keep: Callable[[EvaluationRequest, ModelAnswer], None],
 ) -> None:
     """Ask in the given order with at most `concurrency` requests in flight."""
     async with AsyncExitStack() as stack:
-        clients: dict[Endpoint, Client] = {}
-        for request in todo:
-            endpoint = request.arm.endpoint
-            if endpoint not in clients:
-                clients[endpoint] = await stack.enter_async_context(Client(endpoint))
-                await clients[endpoint].check()
+        clients: dict[str, Client] = {}
+        checked: set[Endpoint] = set()
+        for arm in {request.arm.name: request.arm for request in todo}.values():
+            client = Client(arm.endpoint, arm.timeout_s, _RETRIES)
+            clients[arm.name] = await stack.enter_async_context(client)
+            if arm.endpoint not in checked:
+                await client.check()
+                checked.add(arm.endpoint)
 
         async def ask(request: EvaluationRequest) -> None:
-            keep(request, await _answer(clients[request.arm.endpoint], request))
+            client = clients[request.arm.name]
+            if request.arm.model_fingerprint:  # a model of our own
+                keep(request, await _answer(client, request))
+                return
+            reserved = _most(request)
+            await budget.reserve(reserved)
+            cost = reserved
+            try:
+                answer = await _answer(client, request)
+                cost = Cost() if answer.refused else _cost(request, answer)
+                keep(request, answer)
+            finally:
+                await budget.settle(reserved, cost)
 
         await ask_each(todo, concurrency, ask)
+
+
+def _spent(requests: Sequence[EvaluationRequest], answered: PartialAnswers) -> Cost:
+    """Return what an interrupted run has paid for."""
+    total = Cost()
+    for request in requests:
+        if request.key in answered.own and not request.arm.model_fingerprint:
+            answer = answered.get(request)
+            total += _cost(request, answer) if answer else Cost()
+    return total
+
+
+def _most(request: EvaluationRequest) -> Cost:
+    if request.question.text:
+        return most(request.arm.price, [request.question.text], 1)
+    texts = [message.content for message in request.messages]
+    return most(request.arm.price, texts, request.params.max_tokens)
+
+
+def _cost(request: EvaluationRequest, answer: ModelAnswer) -> Cost:
+    """Return what an answer has cost; the most it can have where its tokens were not counted."""
+    if answer.prompt_tokens is None or answer.completion_tokens is None:
+        return _most(request)
+    return cost_of(request.arm.price, answer.prompt_tokens, answer.completion_tokens)
 
 
 async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
@@ -216,7 +302,7 @@ async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
         completion = await client.generate(request.messages, request.params)
     except RequestError as error:
         _log.warning("%s, example %s is unscored: %s", request.arm.name, example_id, error)
-        return ModelAnswer(example_id, prompt, error=str(error))
+        return ModelAnswer(example_id, prompt, error=str(error), refused=error.refused)
     return ModelAnswer(
         example_id,
         prompt,
@@ -239,12 +325,14 @@ def _refuse_dead_arms(
         if len(errors) == len(asked):
             reason, count = Counter(errors).most_common(1)[0]
             shots = "; fewer or shorter shots (evaluation.num_shots) make the prompt shorter"
+            place = f"{arm.endpoint.url}, model {arm.endpoint.model}"
+            remedy = f"look at the server's log{shots if arm.shots or arm.choose else ''}"
             problems.append(
                 Problem(
                     f"no question of `{arm.name}` was answered",
-                    where=f"{arm.endpoint.url}, model {arm.endpoint.model}",
+                    where=arm.endpoint.url if arm.answer else place,
                     got=f"{count} of {len(errors)} times: {reason}",
-                    remedy=f"look at the server's log{shots if arm.shots else ''}",
+                    remedy="give answers to the rows that are scored" if arm.answer else remedy,
                 )
             )
     if problems:

@@ -102,6 +102,11 @@ def read_questions(dataset: Artifact, tasks: Collection[str] = ()) -> list[Quest
     return questions
 
 
+def normalised_prompt(question: Question) -> str:
+    """Return the question's last turn with runs of white space as one space."""
+    return " ".join(question.messages[-1].content.split()) if question.messages else ""
+
+
 def read_solved(dataset: Artifact, tasks: Collection[str] = ()) -> list[Conversation]:
     """Return the conversations of the train split, ordered by row id; none of plain text.
 

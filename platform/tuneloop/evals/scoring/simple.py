@@ -7,17 +7,19 @@ train split alone and takes seconds on a CPU.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.multiclass import OneVsRestClassifier
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TaskConfig
-from tuneloop.evals.scoring.questions import Question
+from tuneloop.evals.scoring.questions import Question, read_solved
 from tuneloop.records import Arm, Conversation, Endpoint, Message
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 _log = logging.getLogger("tuneloop.evals")
 # Raised when a change here changes an answer.
@@ -30,15 +32,30 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\u
 _WORD = rf"[^\W{_UNSPACED}]+|[{_UNSPACED}]|[^\w\s]"
 
 
-def simple_arm(name: str, dataset: Artifact) -> Arm:
+def simple_arm(name: str, dataset: Artifact, task: TaskConfig) -> Arm:
     """Return the arm whose answers `answer_simply` learns from a dataset's train split."""
+
+    def answer(questions: Sequence[Question]) -> Mapping[str, str]:
+        return answer_simply(read_solved(dataset, list(task.tasks)), questions, task)
+
     return Arm(
         name,
         Endpoint("", ""),
         (),
         f"simple/{VERSION}/{dataset.fingerprint}",
-        answers_from="simple",
+        answer=answer,
+        trained_on=dataset.fingerprint,
     )
+
+
+def with_nearest_shots(arm: Arm, dataset: Artifact, num_shots: int, tasks: Collection[str]) -> Arm:
+    """Return the arm with the train rows nearest to each question as its solved examples."""
+
+    def choose(questions: Sequence[Question]) -> Mapping[str, tuple[Conversation, ...]]:
+        return nearest_shots(read_solved(dataset, tasks), questions, num_shots)
+
+    identity = f"nearest/{VERSION}/{num_shots}/{dataset.fingerprint}"
+    return replace(arm, choose=choose, chosen_by=identity)
 
 
 def answer_simply(
@@ -107,6 +124,9 @@ def nearest_rows(
 def _classify(
     rows: Sequence[Conversation], labels: Sequence[str], questions: Sequence[Question]
 ) -> list[str]:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+
     if len(set(labels)) == 1:
         return [labels[0]] * len(questions)
     texts, asked = _texts(rows, questions)
@@ -118,6 +138,9 @@ def _classify(
 
 
 def _vectorizer() -> TfidfVectorizer:
+    # Loading it takes a second, and only an evaluation that is not there yet needs it.
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_WORD)
 
 

@@ -315,10 +315,10 @@ class Client:
                 await self._raise_if_unusable(response, path)
                 failure = f"HTTP {response.status_code}: {_reason(response)}"
                 if not _may_pass(response.status_code):
-                    raise RequestError(failure)
+                    raise RequestError(failure, refused=True)
                 asked_s = retry_after_s(response.headers)
                 if asked_s > _LONGEST_RETRY_AFTER_S:
-                    raise RequestError(f"{failure}; it asks to come back in {asked_s:.0f} s")
+                    raise RequestError(f"{failure}; it asks to come back in {asked_s:.0f} s", True)
                 wait_s = max(wait_s, asked_s)
             if attempt < retries:
                 _log.debug("%s %s: %s; again in %.1f s", method, path, failure, wait_s)
@@ -330,7 +330,7 @@ class Client:
                     "start it, or correct the URL",
                 ) from refused
         tries = f" ({retries + 1} tries)" if retries else ""
-        raise RequestError(f"{failure}{tries}")
+        raise RequestError(f"{failure}{tries}", refused=failure.startswith("HTTP "))
 
     def _url(self, path: str) -> str:
         return self.endpoint.url.rstrip("/") + path

@@ -13,7 +13,16 @@ FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class RequestError(TuneloopError):
-    """One request got no usable answer; the endpoint itself may be fine."""
+    """One request got no usable answer; the endpoint itself may be fine.
+
+    Args:
+        message: Why.
+        refused: The server said no, so nothing was computed and nothing is charged.
+    """
+
+    def __init__(self, message: str, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 @dataclass(frozen=True)

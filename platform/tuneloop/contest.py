@@ -1,0 +1,294 @@
+"""What an evaluation compares: the arms that `run` has, or those that the configuration names."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.config import ArmConfig, TuneloopConfig
+from tuneloop.errors import ConfigError, ModelError, Problem, UserError
+from tuneloop.evals.scoring.given import given_arm
+from tuneloop.evals.scoring.questions import choose_shots
+from tuneloop.evals.scoring.simple import simple_arm, with_nearest_shots
+from tuneloop.models.bases.source import BaseModel, resolve_base
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.export.layout import ADAPTER
+from tuneloop.records import BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, Price
+from tuneloop.serving.replica import ServedModel
+
+logger = logging.getLogger("tuneloop.pipeline")
+
+
+class Contest(NamedTuple):
+    """What is evaluated: a dataset's test split, the arms, and the models that answer for them."""
+
+    dataset: Artifact
+    arms: list[Arm]
+    models: dict[str, ServedModel]
+
+
+def finetuned_arm(model_fingerprint: str, dataset: Artifact) -> Arm:
+    """Return the arm of the model that this configuration trains on a dataset."""
+    return Arm(
+        FINETUNED,
+        Endpoint("", FINETUNED),
+        (),
+        model_fingerprint,
+        trained_on=dataset.fingerprint,
+    )
+
+
+def base_model(config: TuneloopConfig, base: BaseModel) -> ServedModel:
+    """Return the base model as it is served."""
+    return ServedModel(base.path, config.model.chat_template)
+
+
+def finetuned_model(model: Artifact) -> ServedModel:
+    """Return a model artifact as it is served."""
+    # Its directory carries the tokenizer and the template it was trained with.
+    return ServedModel(model.path)
+
+
+def base_identity(config: TuneloopConfig, base: BaseModel) -> str:
+    """Return what the answers of the base model depend on."""
+    return f"{base.fingerprint}/{Renderer.load(base.path, config.model.chat_template).hash}"
+
+
+def base_arms(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> list[Arm]:
+    """Return the arms that train no model: plain prompt, solved examples before it, simple arm."""
+    endpoint, identity = Endpoint("", BASE), base_identity(config, base)
+    arms = [Arm(BASE, endpoint, (), identity)]
+    if config.task.type == "language_modeling":
+        return arms
+    if config.evaluation.num_shots:
+        e = config.evaluation
+        shots = choose_shots(dataset, e.num_shots, e.seed, list(config.task.tasks))
+        arms.append(Arm(FEW_SHOT, endpoint, shots, identity))
+    arms.append(simple_arm(SIMPLE, dataset, config.task))
+    return arms
+
+
+def referenced_model(
+    workspace: Workspace, base: BaseModel, where: str, reference: str
+) -> ServedModel:
+    """Return the model that a value of `serving.models` or an arm's `model` names.
+
+    Args:
+        base: The base model of the configuration, to which an adapter has to belong.
+        where: Dotted key of the value.
+        reference: `models/NAME[@vN][/adapter]`, or what `model.base` takes.
+
+    Raises:
+        ArtifactError: No such artifact.
+        ModelError: No such base model; or no adapter, or one of another base model.
+    """
+    if not reference.startswith("models/"):
+        return ServedModel(resolve_base(reference).path)
+    artifact = workspace.open(reference.removesuffix(f"/{ADAPTER}"))
+    if not reference.endswith(f"/{ADAPTER}"):
+        return finetuned_model(artifact)
+    merged = f"serve the merged weights: {artifact.ref}"
+    if not (artifact.path / ADAPTER).is_dir():
+        raise ModelError(
+            Problem(
+                "the model has no adapter",
+                where=where,
+                got=f"{reference}, trained with method full",
+                remedy=merged,
+            )
+        )
+    trained_on = artifact.manifest["config"]
+    if trained_on["base_fingerprint"] != base.fingerprint:
+        raise ModelError(
+            Problem(
+                "the adapter belongs to another base model",
+                where=where,
+                got=f"{reference}, trained on {trained_on['base']} "
+                f"({trained_on['base_fingerprint'][:12]})",
+                allowed=f"adapters on {base.name} ({base.fingerprint[:12]})",
+                remedy=f"{merged}; or set model.base to {trained_on['base']}",
+            )
+        )
+    return ServedModel(base.path, adapter=artifact.path)
+
+
+def needs_dataset(config: TuneloopConfig) -> bool:
+    """Return whether the arms of `tuneloop evaluate` or its rows come from a prepared dataset."""
+    e = config.evaluation
+    learned = any(
+        arm.simple or arm.shots or arm.choose or (not arm.model_fields_set and name != BASE)
+        or arm.model == FINETUNED
+        for name, arm in e.arms.items()
+    )  # fmt: skip
+    return not e.arms or not e.sources or learned
+
+
+def needs_ray(config: TuneloopConfig) -> bool:
+    """Return whether `tuneloop evaluate` prepares a dataset or serves a model of our own."""
+    elsewhere = all(arm.endpoint or arm.answers for arm in config.evaluation.arms.values())
+    return needs_dataset(config) or not elsewhere
+
+
+def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
+    """Return what is wrong with `evaluation.arms` that can be known before anything runs."""
+    problems: list[Problem] = []
+    for name, spec in config.evaluation.arms.items():
+        where = f"evaluation.arms.{name}"
+        try:
+            if spec.endpoint:
+                _api_key(spec, where)
+            elif spec.answers:
+                given_arm(name, spec.answers)
+            elif spec.model and spec.model.startswith("models/"):
+                workspace.open(spec.model.removesuffix(f"/{ADAPTER}"))
+        except UserError as error:
+            problems += [
+                replace(problem, where=_place(where, problem)) for problem in error.problems
+            ]
+        if config.task.type == "language_modeling" and (
+            spec.simple or spec.answers or spec.shots or spec.choose
+        ):
+            problems.append(
+                Problem(
+                    "plain text is not answered: only its likelihood is scored",
+                    where=where,
+                    allowed="`model` or `endpoint`, without shots",
+                )
+            )
+    return problems
+
+
+def _place(key: str, problem: Problem) -> str:
+    return problem.where if problem.where.startswith(key) else f"{key} ({problem.where})"
+
+
+def _api_key(spec: ArmConfig, where: str) -> str:
+    if spec.api_key_env is None:
+        return ""
+    key = os.environ.get(spec.api_key_env, "")
+    if not key:
+        raise ConfigError(
+            Problem(
+                "the endpoint's API key is missing",
+                where=f"{where}.api_key_env",
+                got=f"the environment variable {spec.api_key_env} is not set",
+                remedy=f"export {spec.api_key_env}=…, or leave api_key_env out",
+            )
+        )
+    return key
+
+
+@dataclass
+class NamedArms:
+    """Builds the arms of `evaluation.arms`, and collects the models that have to be served.
+
+    Args:
+        base: Returns the base model; called only where an arm needs it.
+        dataset: Whose train split gives solved examples and trains the simple arm; None where no
+            arm needs it.
+        finetuned: Returns the model of this configuration; raises ModelError where there is none.
+    """
+
+    config: TuneloopConfig
+    workspace: Workspace
+    base: Callable[[], BaseModel]
+    dataset: Artifact | None
+    finetuned: Callable[[], Artifact]
+    models: dict[str, ServedModel] = field(default_factory=dict)
+
+    def build(self) -> list[Arm]:
+        """Return the arms in the order of the configuration; without any, those of `run`.
+
+        Raises:
+            ConfigError: The key of an endpoint is missing.
+            ModelError: A named arm is the model of this configuration, and there is none.
+        """
+        if named := self.config.evaluation.arms:
+            return [self._arm(name, spec) for name, spec in named.items()]
+        arms = base_arms(self.config, self.base(), self._train())
+        self.models[BASE] = base_model(self.config, self.base())
+        try:
+            arms.append(self._finetuned(self.finetuned(), FINETUNED))
+        except ModelError as error:
+            logger.warning("scored without `%s`: %s", FINETUNED, error.problems[0])
+        return arms
+
+    def _arm(self, name: str, spec: ArmConfig) -> Arm:
+        e = self.config.evaluation
+        known = name if not spec.model_fields_set else ""
+        if spec.simple or known == SIMPLE:
+            return simple_arm(name, self._train(), self.config.task)
+        if spec.answers:
+            return given_arm(name, spec.answers)
+        num_shots = e.num_shots if spec.choose or known == FEW_SHOT else 0
+        num_shots = num_shots if spec.shots is None else spec.shots
+        if spec.endpoint:
+            where = f"evaluation.arms.{name}"
+            arm = Arm(
+                name,
+                Endpoint(spec.endpoint, spec.model or "", _api_key(spec, where)),
+                price=Price(spec.price.input, spec.price.output) if spec.price else None,
+                timeout_s=spec.timeout_s,
+            )
+        else:
+            reference = spec.model or (FINETUNED if known == FINETUNED else BASE)
+            arm = replace(self._served(name, reference), name=name)
+        if not num_shots:
+            return arm
+        tasks = list(self.config.task.tasks)
+        if spec.choose == "nearest":
+            return with_nearest_shots(arm, self._train(), num_shots, tasks)
+        return replace(arm, shots=choose_shots(self._train(), num_shots, e.seed, tasks))
+
+    def _train(self) -> Artifact:
+        assert self.dataset is not None, "`needs_dataset` said so"
+        return self.dataset
+
+    def _served(self, name: str, reference: str) -> Arm:
+        """Return the arm of a model that is served for this; one model is served once."""
+        if reference == BASE or reference == self.config.model.base:
+            self.models[BASE] = base_model(self.config, self.base())
+            return Arm(name, Endpoint("", BASE), (), base_identity(self.config, self.base()))
+        if reference == FINETUNED:
+            return self._finetuned(self.finetuned(), FINETUNED)
+        where = f"evaluation.arms.{name}.model"
+        model = referenced_model(self.workspace, self.base(), where, reference)
+        if reference.startswith("models/"):
+            artifact = self.workspace.open(reference.removesuffix(f"/{ADAPTER}"))
+            arm = self._finetuned(artifact, reference)
+            self.models[reference] = model
+            if reference.endswith(f"/{ADAPTER}"):
+                arm = replace(arm, model_fingerprint=f"{arm.model_fingerprint}/{ADAPTER}")
+            return arm
+        self.models[reference] = model
+        other = resolve_base(reference)
+        identity = f"{other.fingerprint}/{Renderer.load(other.path, 'auto').hash}"
+        return Arm(name, Endpoint("", reference), (), identity)
+
+    def _finetuned(self, artifact: Artifact, served_as: str) -> Arm:
+        self.models[served_as] = finetuned_model(artifact)
+        return Arm(
+            served_as,
+            Endpoint("", served_as),
+            (),
+            artifact.fingerprint,
+            trained_on=str(artifact.manifest["config"].get("dataset", "")),
+        )
+
+
+def missing_model(config: TuneloopConfig, workspace: Workspace) -> ModelError:
+    """Return the error that no model was trained with this configuration."""
+    others = [a.ref for a in workspace.published() if (a.kind, a.name) == ("models", config.name)]
+    other = f"; {others[-1]} was trained with other settings: name it as `model`" if others else ""
+    return ModelError(
+        Problem(
+            "no model was trained with this configuration",
+            where=f"workspace {workspace.location}",
+            allowed="`evaluate` scores what is there, and trains nothing",
+            remedy=f"`tuneloop train` or `tuneloop run` makes it{other}",
+        )
+    )

@@ -1,0 +1,90 @@
+"""Rows of the user's own to score models on, in place of a test split."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tuneloop.artifacts import Published, Workspace, fingerprint
+from tuneloop.config import FiltersConfig, SplitConfig, TuneloopConfig
+from tuneloop.data.hashing.content import Content, content_id
+from tuneloop.data.sources.bad_rows import BadRow, refuse_bad_rows, refuse_mismatched_formats
+from tuneloop.data.sources.files import find_files
+from tuneloop.data.sources.readers import read_source
+
+CODE_VERSION = 1
+
+
+def prepare_scored_rows(config: TuneloopConfig, workspace: Workspace) -> Published:
+    """Return `datasets/<config.name>-scored`, whose test split is the rows, made or reused.
+
+    The rows are neither filtered nor deduplicated, and keep their order. Needs no Ray.
+
+    Args:
+        config: `task`, `evaluation.sources` and `data.max_bad_rows_ratio` are used.
+
+    Raises:
+        DataError: A source leads nowhere, or too many rows are unusable.
+    """
+    update = {
+        "sources": config.evaluation.sources,
+        "split": SplitConfig(),
+        "filters": FiltersConfig(),
+    }
+    reading = config.model_copy(update={"data": config.data.model_copy(update=update)})
+    refuse_mismatched_formats(reading)
+    files = find_files(config.evaluation.sources, "evaluation.sources")
+    contents = {file.name: file.sha256() for file in files}
+    parts: dict[str, Any] = {
+        "task": config.task.model_dump(),
+        "sources": [source.model_dump() for source in config.evaluation.sources],
+        "files": contents,
+    }
+    name = f"{config.name}-scored"
+    identity = fingerprint("scored_rows", CODE_VERSION, **parts)
+    existing = workspace.find("datasets", name, identity)
+    if existing is not None:
+        return Published(existing, reused=True)
+    content, seen = Content.of(config.task), Counter[str]()
+    rows: list[dict[str, Any]] = []
+    bad: list[BadRow] = []
+    for position, file in enumerate(files):
+        for row in read_source(file, position, reading):
+            if row["rejection"]:
+                bad.append(BadRow(row["source"], row["rejection"]))
+                continue
+            row_id = content_id(*content.own(row), row["task"])
+            # The same question twice is two rows here: what users ask is scored as it is asked.
+            seen[row_id] += 1
+            own = {
+                column: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                for column, value in json.loads(row["extra"]).items()
+                if value is not None
+            }
+            rows.append(
+                own
+                | {
+                    "row_id": row_id if seen[row_id] == 1 else f"{row_id}-{seen[row_id]}",
+                    "source": row["source"],
+                    "synthetic": row["synthetic"],
+                    **({"text": row["text"]} if content.is_text else {"messages": row["messages"]}),
+                    "num_tokens": 0,
+                }
+            )
+    refuse_bad_rows(bad, len(bad) + len(rows), reading.data)
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.table({column: [row.get(column) for row in rows] for column in names})
+    with workspace.draft("datasets", name, identity) as draft:
+        (draft.path / "test").mkdir()
+        pq.write_table(table, draft.path / "test" / "part-00000.parquet", compression="zstd")
+        artifact = draft.publish(
+            config=parts,
+            resources={},
+            inputs=[f"{path} sha256:{digest}" for path, digest in contents.items()],
+            metrics={"num_train_rows": 0, "num_test_rows": len(rows), "num_removed": len(bad)},
+        )
+    return Published(artifact, reused=False)
