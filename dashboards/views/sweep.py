@@ -64,6 +64,7 @@ _, artifact = choose_artifact("sweeps", "Sweep")
 sweep = read_sweep(artifact)
 if sweep.best:
     st.success(f"**Best: {sweep.best_words}**  \nReady to serve as `{sweep.best}`.")
+    st.markdown("\n".join(f"- {sentence}" for sentence in sweep.choice))
 if sweep.points:
     st.subheader("Learning curve")
     st.vega_lite_chart(chart(sweep))

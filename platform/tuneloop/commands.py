@@ -101,6 +101,13 @@ def _check(arguments: argparse.Namespace, output: IO[str]) -> int:
     from tuneloop.check import check, report
 
     result = check(config)
+    if config.sweep is not None:
+        from tuneloop.sweeps.grid import expand
+
+        try:
+            expand(config)
+        except ConfigError as error:
+            result.problems.extend(error.problems)
     if arguments.json:
         print(json.dumps(result.summary(), ensure_ascii=False), file=output)
         return 2 if result.problems else 0

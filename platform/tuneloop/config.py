@@ -575,6 +575,11 @@ class EvaluationConfig(Section):
         0.95, gt=0.5, lt=1, description="Confidence level of the intervals and comparisons."
     )
     num_resamples: int = Field(10_000, ge=100, description="Bootstrap resamples.")
+    split: Literal["test", "validation"] = Field(
+        "test",
+        description="The split that is answered. Choose settings on `validation`, and look at "
+        "`test` once.",
+    )
     group_by: str | None = Field(
         None,
         description="The column of the rows that belong together: they are right and wrong "
@@ -618,14 +623,62 @@ class EvaluationConfig(Section):
         return self
 
 
-class SweepConfig(Section):
-    """A grid of settings, each trained and scored."""
+class DistributionConfig(Section):
+    """Where random values of a swept key come from: one of these, named as in Ray Tune."""
 
-    parameters: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+    choice: list[Any] | None = Field(None, description="Any of these values.")
+    uniform: tuple[float, float] | None = Field(None, description="A number between two ends.")
+    loguniform: tuple[float, float] | None = Field(
+        None, description="A number between two ends above 0; every order of magnitude as likely."
+    )
+    randint: tuple[int, int] | None = Field(
+        None, description="A whole number from the first up to, not including, the second."
+    )
+
+
+class SweepConfig(Section):
+    """Settings to try: each combination is trained, and the best on the validation split tested."""
+
+    parameters: dict[str, list[Any] | DistributionConfig] = Field(
         min_length=1,
         description="The values to try for each dotted key, for example "
-        "`data.num_train_examples: [100, 300]`.",
+        "`data.num_train_examples: [100, 300]`, or where to draw them from, for example "
+        "`training.learning_rate: {loguniform: [1.0e-4, 3.0e-3]}`.",
     )
+    num_trials: int | None = Field(
+        None,
+        ge=1,
+        description="Combinations to draw at random. Default: all; needed with `uniform`, "
+        "`loguniform` and `randint`.",
+    )
+    num_seeds: int = Field(
+        1,
+        ge=1,
+        description="Trainings of each combination, with `training.seed` and the numbers after "
+        "it. Intervals then say what other seeds would give as well.",
+    )
+    seed: int = Field(0, description="Seed of the combinations that are drawn.")
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _lists_or_distributions(cls, parameters: Any) -> Any:
+        if not isinstance(parameters, dict):
+            return parameters
+        wrong = [
+            f"{key} is neither a list of values nor one of "
+            f"{', '.join(DistributionConfig.model_fields)}"
+            for key, values in parameters.items()
+            if not isinstance(values, list | DistributionConfig)
+            and not (
+                isinstance(values, dict) and set(values) <= set(DistributionConfig.model_fields)
+            )
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return {
+            key: DistributionConfig.model_validate(values) if isinstance(values, dict) else values
+            for key, values in parameters.items()
+        }
 
 
 class GenerationConfig(Section):
@@ -788,6 +841,15 @@ class TuneloopConfig(Section):
         if wrong:
             allowed = f"tasks are {', '.join(names)}" if names else "task.type is not mixture"
             raise ValueError(f"{'; '.join(wrong)} ({allowed})")
+        return self
+
+    @model_validator(mode="after")
+    def _the_evaluated_split_is_made(self) -> TuneloopConfig:
+        if self.evaluation.split == "validation" and not self.data.split.validates:
+            raise ValueError(
+                "evaluation.split is validation, and there is no validation split: set "
+                "data.split.num_validation_examples or data.split.validation_ratio"
+            )
         return self
 
     @model_validator(mode="after")

@@ -242,7 +242,8 @@ def train_model(
 def evaluate_each(trained: Sequence[Trained], workspace: Workspace) -> list[Published]:
     """Return the evaluation of each finetuned model alone, made or reused. Needs a running Ray.
 
-    They are served one after the other at one address.
+    They are served one after the other at one address. Those on the validation split are named
+    apart.
     """
     with ExitStack() as stack:
 
@@ -259,7 +260,7 @@ def evaluate_each(trained: Sequence[Trained], workspace: Workspace) -> list[Publ
                     [contest.finetuned_arm(model.fingerprint, dataset)],
                     {FINETUNED: contest.finetuned_model(model)},
                 ),
-                f"{config.name}-sweep",
+                f"{config.name}-sweep{'-validation' * (config.evaluation.split == 'validation')}",
                 address=url,
             )
             for config, dataset, model in trained

@@ -1,4 +1,4 @@
-"""Evaluation: every arm answers the test split over HTTP; the result is a published artifact."""
+"""Evaluation: every arm answers a held-out split over HTTP; the result is a published artifact."""
 
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ def evaluate(
     name: str,
     earlier: Sequence[Artifact] = (),
 ) -> Published:
-    """Score every arm on the test split and publish `evaluations/<name>`.
+    """Score every arm on `evaluation.split` and publish `evaluations/<name>`.
 
     Args:
         config: `task` and `evaluation` say what is asked and how it is scored.
         workspace: Where the artifact goes.
-        dataset: Its test split is answered.
+        dataset: Its `evaluation.split` is answered.
         arms: At least one. Each is compared with all before it; the last one is the candidate
             that the report's headline is about.
         name: Name of the artifact.
@@ -124,10 +124,9 @@ def evaluate(
     published = find_evaluation(config, workspace, dataset, arms, name)
     if published is not None:
         return Published(published, reused=True)
-    questions = read_questions(dataset, config.task.tasks)
-    context = _Context(
-        read_clusters(dataset, config.evaluation.group_by), terms_of(read_solved(dataset))
-    )
+    e = config.evaluation
+    questions = read_questions(dataset, config.task.tasks, e.split)
+    context = _Context(read_clusters(dataset, e.group_by, e.split), terms_of(read_solved(dataset)))
     scorer = Scorer(
         config.task,
         {q.example_id: q.reference for q in questions},
@@ -182,6 +181,8 @@ def _parts(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> di
     """Return all that changes the result, as the manifest keeps it."""
     params = sampling(config.evaluation)
     no_results = {"concurrency", "max_unscored_ratio", "arms", "sources", "budget"}
+    if config.evaluation.split == "test":
+        no_results.add("split")  # evaluations from before there was a choice
     return {
         "dataset": dataset.fingerprint,
         "task": config.task.model_dump(mode="json"),

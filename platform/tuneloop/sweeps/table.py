@@ -34,6 +34,7 @@ class SweepView:
         problems: Trials without a score, and why.
         best: Reference of the best trial's model; empty when no trial finished.
         best_words: The best trial's score and settings.
+        choice: How it was chosen, and what the choice makes of its score, in sentences.
         percent: Scores are shares.
     """
 
@@ -46,6 +47,7 @@ class SweepView:
     problems: list[tuple[str, str]]
     best: str
     best_words: str
+    choice: list[str]
     percent: bool
 
 
@@ -62,8 +64,12 @@ def read_sweep(sweep: Artifact) -> SweepView:
     rows: list[dict[str, str]] = []
     problems: list[tuple[str, str]] = []
     any_failed = any(trial["status"] != "done" for trial in trials)
+    # Sweeps of an earlier version chose on the test split.
+    is_tested = "test" in best
+    has_seeds = len({trial.get("seed") for trial in trials}) > 1
     for number, trial in enumerate(trials):
         name = ", ".join(f"{key}={trial[key]}" for key in keys)
+        name += f", seed {trial['seed']}" if has_seeds else ""
         is_best = number == best.get("trial")
         if trial["score"] is None:
             problems.append((name, str(trial.get("problem") or trial.get("status"))))
@@ -84,18 +90,20 @@ def read_sweep(sweep: Artifact) -> SweepView:
             {
                 "": "best" if is_best else "",
                 **{key: str(trial[key]) for key in keys},
+                **({"seed": str(trial["seed"])} if has_seeds else {}),
                 **(
                     {}
                     if ROWS_KEY in keys
                     else {"train rows": format_number(trial["num_train_examples"])}
                 ),
                 "parameters": _millions(trial["num_parameters"]),
-                curve["metric"]: _score(trial["score"], percent),
+                "validation" if is_tested else curve["metric"]: _score(trial["score"], percent),
                 "95% interval": (
                     "–"
                     if trial["low"] is None
                     else f"{_score(trial['low'], percent)} to {_score(trial['high'], percent)}"
                 ),
+                **({"test": _score(trial["test_score"], percent)} if is_tested else {}),
                 "loss": format_number(trial["loss"], 3),
                 "time": "–" if trial["wall_s"] is None else format_duration(trial["wall_s"]),
                 **({"status": trial["status"]} if any_failed else {}),
@@ -113,10 +121,61 @@ def read_sweep(sweep: Artifact) -> SweepView:
         problems=problems,
         best=str(best.get("model") or ""),
         best_words=next(
-            (f"{_score(p['score'], percent)} with {p['trial']}" for p in points if p["best"]), ""
+            (
+                f"{_score(best['test']['value'] if is_tested else p['score'], percent)} "
+                f"{'on the test ' * is_tested}with {p['trial']}"
+                for p in points
+                if p["best"]
+            ),
+            "",
         ),
+        choice=_choice_in_words(curve, len(points), percent),
         percent=percent,
     )
+
+
+def _choice_in_words(curve: dict[str, Any], num_scored: int, percent: bool) -> list[str]:
+    """Return how the best trial was chosen, and the price of choosing it."""
+    best = curve.get("best") or {}
+    if not best:
+        return []
+    if "test" not in best:
+        return [
+            "Chosen on the test split by an earlier version: the best score is too high, for part "
+            "of it is luck. Run the sweep again for a score that is not."
+        ]
+    confidence = f"{curve['confidence']:.0%}"
+    sentences = [
+        f"Chosen among {num_scored} by {curve['metric']} on {curve['num_validation_examples']:,} "
+        f"validation rows. The test split of {curve['num_test_examples']:,} rows was answered by "
+        "the winner alone."
+    ]
+    words = f"The winner has {_with_interval(best['test'], percent)} on the test"
+    words += (
+        f" ({confidence} interval); on validation {_score(best['validation']['value'], percent)}"
+    )
+    gap = best["optimism"]
+    if gap["value"] is None:
+        return [*sentences, words + "."]
+    size = _difference(gap["value"], percent)
+    ends = (
+        ""
+        if gap["low"] is None
+        else f" ({_difference(gap['low'], percent)} to {_difference(gap['high'], percent)})"
+    )
+    words += f". Reporting the score it was chosen by would have added {size}{ends}."
+    return [*sentences, words]
+
+
+def _with_interval(score: dict[str, Any], percent: bool) -> str:
+    if score["low"] is None:
+        return _score(score["value"], percent)
+    ends = f"{_score(score['low'], percent)} to {_score(score['high'], percent)}"
+    return f"{_score(score['value'], percent)}, {ends},"
+
+
+def _difference(value: float, percent: bool) -> str:
+    return (f"{100 * value:+.1f} points" if percent else f"{value:+.3f}").replace("-", "−")
 
 
 def _spread_out(points: list[dict[str, Any]]) -> None:
@@ -177,7 +236,7 @@ def sweep_table(sweep: Artifact) -> RenderableType:
     for trial in view.trials:
         table.add_row(*(trial[name] for name in columns), style="bold" if trial[""] else None)
     best = f"best: {view.best}" if view.best else "no trial has a score"
-    return Group(table, "", *view.sentences, best, "")
+    return Group(table, "", *view.sentences, *view.choice, best, "")
 
 
 def _short_key(key: str, keys: Sequence[str]) -> str:

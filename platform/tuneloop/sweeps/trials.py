@@ -6,7 +6,6 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from tuneloop import pipeline
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig
-from tuneloop.errors import ModelError, Problem, TuneloopError, UserError, find_user_error
+from tuneloop.errors import ModelError, Problem, find_user_error
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.sweeps.grid import Cell, Trial
 from tuneloop.training.fit.refusals import refuse_small_cluster
@@ -37,11 +36,10 @@ def train_missing(
 ) -> dict[int, Trial]:
     """Train each cell without a model in a Ray Tune trial of its own; return how they ended.
 
+    A trial that fails without telling why is tried once more. None of them ends the others.
+
     Args:
         trained: The trials whose model exists already, by the cell's number.
-
-    Raises:
-        UserError: A training lacks something that another run could mend.
     """
     missing = [number for number in range(len(cells)) if number not in trained]
 
@@ -81,6 +79,7 @@ def train_missing(
             storage_path=str(storage),
             verbose=0,
             callbacks=[TrialLog(cells, len(missing))],
+            failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
     logger.info(
@@ -95,23 +94,19 @@ def train_missing(
         # What a trial leaves is its artifact; Tune's own files are of no further use.
         shutil.rmtree(storage, ignore_errors=True)
     trials: dict[int, Trial] = {}
-    problems: list[Problem] = []
     for result in grid:
-        if result.error is not None:
-            raise TuneloopError(f"a trial failed: {result.error}")
-        metrics = result.metrics or {}
-        cell = cells[metrics["cell"]]
-        of_cell = [Problem(**problem) for problem in metrics.get("problems", [])]
-        if of_cell and not metrics["by_its_settings"]:
-            problems += [replace(p, where=f"{cell.label}: {p.where}") for p in of_cell]
+        number = (result.config or {})["cell"]
+        cell, metrics = cells[number], result.metrics or {}
+        wall_s = float(metrics.get("wall_s") or metrics.get("time_total_s") or 0.0)
+        if result.error is None and "model" in metrics:
+            trials[number] = Trial(cell, workspace.open(metrics["model"]), "", wall_s)
             continue
-        if of_cell:
-            logger.warning("%s cannot be trained: %s", cell.label, of_cell[0])
-        model = workspace.open(metrics["model"]) if not of_cell else None
-        problem = "\n".join(map(str, of_cell))
-        trials[metrics["cell"]] = Trial(cell, model, problem, metrics["wall_s"])
-    if problems:
-        raise UserError(*problems)
+        problems = [str(Problem(**problem)) for problem in metrics.get("problems", [])]
+        if result.error is not None:
+            problems = [f"it failed twice: {str(result.error).strip().splitlines()[-1]}"]
+        logger.warning("%s cannot be trained: %s", cell.label, problems[0])
+        may_pass = result.error is not None or not metrics["by_its_settings"]
+        trials[number] = Trial(cell, None, "\n".join(problems), wall_s, may_pass)
     return trials
 
 

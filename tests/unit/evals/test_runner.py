@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 
 from tuneloop.artifacts import Artifact, Workspace
@@ -157,6 +158,30 @@ def test_prompts_are_the_row_without_its_answer_and_shots_follow_the_system_mess
     answers = {q.reference for q in read_questions(dataset)}
     sent = {m["content"] for r in model_server.requests for m in r["messages"]}
     assert not answers & sent, "no test answer is ever shown"
+
+
+def test_the_validation_split_is_answered_in_place_of_the_test(
+    model_server, config, workspace, dataset
+):
+    model_server.reply = spell
+    first = evaluate(config, workspace, dataset, arms(model_server, dataset), "words")
+    validated = evaluate_on_validation(config)
+    folder = dataset.path / "validation"
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pq.read_table(dataset.path / "test").slice(0, 3), folder / "part-0.parquet")
+    other = evaluate(validated, workspace, dataset, arms(model_server, dataset), "words")
+    assert other.artifact.fingerprint != first.artifact.fingerprint
+    assert other.artifact.manifest["metrics"]["num_examples"] == 3
+    assert "validation split" in (other.artifact.path / "report.html").read_text()
+
+
+def evaluate_on_validation(config: TuneloopConfig) -> TuneloopConfig:
+    raw = config.model_dump()
+    raw["evaluation"]["split"] = "validation"
+    with pytest.raises(ValidationError, match="there is no validation split"):
+        TuneloopConfig.model_validate(raw)
+    raw["data"]["split"]["num_validation_examples"] = 3
+    return TuneloopConfig.model_validate(raw)
 
 
 def test_the_same_evaluation_is_reused_without_asking_or_serving(

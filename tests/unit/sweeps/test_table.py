@@ -17,7 +17,10 @@ from tuneloop.sweeps.table import read_sweep, sweep_table
 
 
 def publish_sweep(
-    tmp_path: Path, trials: list[dict[str, Any]], best: dict[str, Any] | None
+    tmp_path: Path,
+    trials: list[dict[str, Any]],
+    best: dict[str, Any] | None,
+    more: dict[str, Any] | None = None,
 ) -> Artifact:
     keys = ["data.num_train_examples", "model.base"]
     workspace = Workspace(tmp_path)
@@ -30,6 +33,7 @@ def publish_sweep(
                     "keys": keys,
                     "curves": learning_curves(trials, keys),
                     "best": best,
+                    **(more or {}),
                 }
             )
         )
@@ -67,6 +71,48 @@ def test_a_sweep_without_any_score_is_shown_all_the_same(tmp_path: Path) -> None
     )
     assert (view.points, view.lines, view.best) == ([], [], "")
     assert len(view.problems) == 2
+
+
+def test_the_winner_is_shown_with_its_test_and_what_choosing_would_have_added(
+    tmp_path: Path,
+) -> None:
+    trials = [
+        trial(size, score) | {"seed": seed, "test_score": 0.5 if seed else None}
+        for size, score, seed in ((100, 0.2, 0), (100, 0.58, 1))
+    ]
+    best = {
+        "trial": 1, "model": "models/s-100@v1",
+        "validation": {"value": 0.58, "low": 0.5, "high": 0.66},
+        "test": {"value": 0.5, "low": 0.42, "high": 0.58},
+        "optimism": {"value": 0.08, "low": -0.033, "high": 0.193},
+    }  # fmt: skip
+    sizes = {"confidence": 0.95, "num_validation_examples": 150, "num_test_examples": 140}
+    sweep = publish_sweep(tmp_path, trials, best, sizes)
+    view = read_sweep(sweep)
+    assert (
+        view.best_words
+        == "50.0% on the test with data.num_train_examples=100, model.base=m, seed 1"
+    )
+    assert [(row["validation"], row["test"]) for row in view.trials] == [
+        ("20.0%", "–"), ("58.0%", "50.0%"),
+    ]  # fmt: skip
+    assert view.choice == [
+        "Chosen among 2 by exact_match on 150 validation rows. The test split of 140 rows was "
+        "answered by the winner alone.",
+        "The winner has 50.0%, 42.0% to 58.0%, on the test (95% interval); on validation 58.0%. "
+        "Reporting the score it was chosen by would have added +8.0 points (−3.3 points to +19.3 "
+        "points).",
+    ]
+    output = io.StringIO()
+    Console(width=80, file=output).print(sweep_table(sweep))
+    assert "…" not in output.getvalue()
+    assert "would have added" in output.getvalue()
+
+
+def test_a_sweep_of_an_earlier_version_says_that_it_chose_on_the_test(tmp_path: Path) -> None:
+    best = {"trial": 0, "model": "models/s-100@v1"}
+    (sentence,) = read_sweep(publish_sweep(tmp_path, [trial(100, 0.2)], best)).choice
+    assert "too high" in sentence
 
 
 def test_the_table_in_the_terminal_fits_80_columns(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
     Args:
         evaluation: What to show.
         config: What was run; shown as it was.
-        dataset: Reference of the dataset whose test split was answered.
+        dataset: Reference of the dataset whose rows were answered.
     """
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined

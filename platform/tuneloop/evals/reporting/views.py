@@ -285,7 +285,7 @@ def list_facts(
     return [
         ("Task", f"{config.task.describe()}, scored by {evaluation.primary}"),
         ("Base model", config.model.base),
-        ("Dataset", f"{dataset}, test split, {evaluation.metrics['num_examples']} examples"),
+        ("Dataset", f"{dataset}, {e.split} split, {evaluation.metrics['num_examples']} examples"),
         ("Sampling", f"{greedy}, at most {e.max_tokens} tokens, seed {e.seed}"),
         (
             "Few-shot prompt",

@@ -1,4 +1,4 @@
-"""The questions of a test split, and the solved examples put before them."""
+"""The questions of a held-out split, and the solved examples put before them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLUMNS = ("row_id", "source", "messages", "text", "num_tokens", "task")
 
 @dataclass(frozen=True)
 class Question:
-    """One test row.
+    """One row that is answered.
 
     Args:
         messages: The row without its last answer; empty for plain text.
@@ -44,19 +44,22 @@ class Question:
         return system + solved + turns
 
 
-def read_questions(dataset: Artifact, tasks: Collection[str] = ()) -> list[Question]:
-    """Return the test split in the order it is stored.
+def read_questions(
+    dataset: Artifact, tasks: Collection[str] = (), split: str = "test"
+) -> list[Question]:
+    """Return a held-out split in the order it is stored.
 
     Args:
-        dataset: Artifact with a test split.
+        dataset: Artifact with this split.
         tasks: Names of a mixture's tasks; each row then names its own.
+        split: `test` or `validation`.
 
     Raises:
         DataError: The split is empty.
         ArtifactError: A row does not end with an answer, or an id occurs twice.
     """
     questions = []
-    for row in _read_split(dataset, "test"):
+    for row in _read_split(dataset, split):
         if row.get("text") is not None:
             questions.append(Question(str(row["row_id"]), text=row["text"]))
             continue
@@ -64,7 +67,7 @@ def read_questions(dataset: Artifact, tasks: Collection[str] = ()) -> list[Quest
         if len(messages) < 2 or messages[-1].role != "assistant":
             raise ArtifactError(
                 Problem(
-                    "a test row does not end with an answer",
+                    f"a {split} row does not end with an answer",
                     where=f"{dataset.ref}, row {row['row_id']}",
                     got=", ".join(m.role for m in messages) or "no messages",
                     allowed="at least one question and a last turn by the assistant",
@@ -74,7 +77,7 @@ def read_questions(dataset: Artifact, tasks: Collection[str] = ()) -> list[Quest
         if tasks and task not in tasks:
             raise ArtifactError(
                 Problem(
-                    "a test row is of a task that the configuration does not have",
+                    f"a {split} row is of a task that the configuration does not have",
                     where=f"{dataset.ref}, row {row['row_id']}",
                     got=task,
                     allowed=", ".join(tasks),
@@ -86,15 +89,15 @@ def read_questions(dataset: Artifact, tasks: Collection[str] = ()) -> list[Quest
     if not questions:
         raise DataError(
             Problem(
-                "there is nothing to score: the test split is empty",
+                f"there is nothing to score: the {split} split is empty",
                 where=dataset.ref,
-                remedy="raise data.split.num_test_examples or data.split.test_ratio",
+                remedy=f"raise data.split.num_{split}_examples or data.split.{split}_ratio",
             )
         )
     if len({question.example_id for question in questions}) < len(questions):
         raise ArtifactError(
             Problem(
-                "a row id occurs twice in the test split",
+                f"a row id occurs twice in the {split} split",
                 where=dataset.ref,
                 remedy="prepare the dataset again with data.dedup.exact=true",
             )

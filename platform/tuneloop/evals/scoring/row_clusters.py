@@ -1,4 +1,4 @@
-"""Which rows of a test split belong together: they are right and wrong together."""
+"""Which rows of a held-out split belong together: they are right and wrong together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BY_QUESTION = "question"
 
 
 class RowClusters(NamedTuple):
-    """The cluster of every test row.
+    """The cluster of every row that is answered.
 
     Args:
         by: The column that names them; `question` for rows that ask the same.
@@ -27,24 +27,27 @@ class RowClusters(NamedTuple):
     names: dict[str, str]
 
 
-def read_clusters(dataset: Artifact, group_by: str | None = None) -> RowClusters:
-    """Return the clusters of the test split.
+def read_clusters(
+    dataset: Artifact, group_by: str | None = None, split: str = "test"
+) -> RowClusters:
+    """Return the clusters of a held-out split.
 
     Args:
-        dataset: Artifact with a test split.
+        dataset: Artifact with this split.
         group_by: The column that names the clusters. Default: the one by which the dataset was
             split; without one, or if the dataset does not carry it, rows with the same question
             are a cluster.
+        split: `test` or `validation`.
 
     Raises:
         ConfigError: The dataset has no column `group_by`.
     """
     config = dataset.manifest.get("config") or {}
-    split = (config.get("data") or {}).get("split") or {}
-    wanted = group_by or split.get("group_by")
+    sides = (config.get("data") or {}).get("split") or {}
+    wanted = group_by or sides.get("group_by")
     clusters: dict[str, str] = {}
     found = ""
-    for file in sorted((dataset.path / "test").glob("*.parquet")):
+    for file in sorted((dataset.path / split).glob("*.parquet")):
         stored = pq.read_schema(file).names
         # A column of the user's whose name the dataset needs for itself is carried under this one.
         choices = [name for name in (f"original_{wanted}", wanted) if wanted and name in stored]

@@ -1,0 +1,121 @@
+"""Which trial wins: chosen on validation rows, then scored once on the test.
+
+The best of several scores is partly luck, so the score that a choice was made by promises too
+much. The test split has no part in the choice, and its score of the winner is not biased by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tuneloop.evals.scoring.clusters import Clusters, estimate_over_seeds
+from tuneloop.evals.scoring.estimates import describe_mean, scale_of
+from tuneloop.evals.scoring.intervals import Floats, Resampling
+from tuneloop.evals.scoring.results import Evaluation
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score with its interval; None where there is none."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, estimate: dict[str, Any]) -> Score:
+        """Return it from what `metrics.json` keeps of a score."""
+        return cls(estimate["value"], estimate["low"], estimate["high"])
+
+
+def score_trial(evaluation: Evaluation, rows: Collection[str] | None = None) -> Score:
+    """Return the primary score of a model that was evaluated alone.
+
+    Args:
+        rows: Ids of the only rows that count; None: all.
+    """
+    (arm,) = evaluation.arms
+    if rows is None:
+        return Score.of(arm["scores"][evaluation.primary])
+    values, clusters = _row_scores([evaluation], rows)
+    confidence = float(evaluation.metrics["confidence"])
+    metric = evaluation.metric(evaluation.primary)
+    return Score.of(describe_mean(values[0], clusters, metric, Resampling(confidence)))
+
+
+def score_seeds(evaluations: Sequence[Evaluation], rows: Collection[str] | None = None) -> Score:
+    """Return the mean of one cell's seeds, with an interval for other seeds and other rows.
+
+    Args:
+        evaluations: Of the same rows, one for each seed.
+        rows: Ids of the only rows that count; None: all.
+    """
+    first = evaluations[0]
+    if len(evaluations) == 1:
+        return score_trial(first, rows)
+    values, clusters = _row_scores(evaluations, rows)
+    if not values.size:  # a score of all answers together, such as macro-F1
+        scores = [score_trial(evaluation).value for evaluation in evaluations]
+        known = [score for score in scores if score is not None]
+        return Score(sum(known) / len(known) if known else None)
+    estimate = estimate_over_seeds(
+        values, clusters, scale_of(first.metric(first.primary)), float(first.metrics["confidence"])
+    )
+    return Score(estimate.value, estimate.low, estimate.high)
+
+
+def choose(scores: Sequence[float | None], higher_is_better: bool) -> int | None:
+    """Return the number of the best score, the first of equal ones; None where there is none."""
+    sign = 1 if higher_is_better else -1
+    known = [(sign * score, -number) for number, score in enumerate(scores) if score is not None]
+    return -max(known)[1] if known else None
+
+
+def optimism(chosen_by: Score, test: Score, higher_is_better: bool) -> Score:
+    """Return how much better the score that decided looks than the test: luck, mostly.
+
+    Its interval takes the two as independent: they are of different rows.
+
+    Source: Zou and Donner 2008, "Construction of confidence limits about effect measures: a
+    general approach", doi:10.1002/sim.3095, equation 8.
+    """
+    first, second = (chosen_by, test) if higher_is_better else (test, chosen_by)
+    if first.value is None or second.value is None:
+        return Score(None)
+    value = first.value - second.value
+    ends = (first.low, first.high, second.low, second.high)
+    if any(end is None for end in ends):
+        return Score(value)
+    assert first.low is not None
+    assert first.high is not None
+    assert second.low is not None
+    assert second.high is not None
+    below = math.hypot(first.value - first.low, second.high - second.value)
+    above = math.hypot(first.high - first.value, second.value - second.low)
+    return Score(value, value - below, value + above)
+
+
+def _row_scores(
+    evaluations: Sequence[Evaluation], rows: Collection[str] | None
+) -> tuple[Floats, Clusters]:
+    """Return the rows' primary scores, shape (S, n), of rows that all have one; and their clusters.
+
+    Without any such row the shape is (S, 0).
+    """
+    of_rows = []
+    for evaluation in evaluations:
+        scores = {p.example_id: p.scores.get(evaluation.primary) for p in evaluation.predictions}
+        of_rows.append({key: score for key, score in scores.items() if score is not None})
+    common = [
+        p
+        for p in evaluations[0].predictions
+        if (rows is None or p.example_id in rows)
+        and all(p.example_id in scores for scores in of_rows)
+    ]
+    values = np.array([[scores[p.example_id] for p in common] for scores in of_rows], np.float64)
+    return values, Clusters.of([p.cluster or p.example_id for p in common])

@@ -1,0 +1,91 @@
+"""The winner is chosen on validation rows, and its test score is not biased by the choice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.sweeps.choice import Score, choose, optimism, score_seeds, score_trial
+
+
+def evaluation(scores: list[float | None], clusters: list[str] | None = None) -> Evaluation:
+    predictions = [
+        Prediction(
+            f"r{number}", "finetuned", "", "", "", "stop", 1, 1, 0.1, "scored",
+            scores={"exact_match": score}, cluster=clusters[number] if clusters else "",
+        )
+        for number, score in enumerate(scores)
+    ]  # fmt: skip
+    metrics = {
+        "primary": "exact_match",
+        "confidence": 0.95,
+        "metrics": {"exact_match": {"label": "", "better": "higher", "kind": "binary"}},
+        "arms": [{"scores": {"exact_match": {"value": 0.5, "low": 0.4, "high": 0.6}}}],
+    }
+    return Evaluation("s", predictions, metrics, {})
+
+
+def test_equally_good_trials_give_a_test_score_without_bias() -> None:
+    generator = np.random.default_rng(0)
+    rate, num_rows, num_trials, num_sweeps = 0.6, 100, 12, 4000
+    shape = (num_sweeps, num_trials)
+    validation = generator.binomial(num_rows, rate, shape) / num_rows
+    test = generator.binomial(num_rows, rate, shape) / num_rows
+    winners = [choose(scores, higher_is_better=True) for scores in validation.tolist()]
+    rows = np.arange(num_sweeps)
+    reported, chosen_by = test[rows, winners], validation[rows, winners]
+    # 0.0031 is four standard errors of the mean; choosing on the test itself adds 0.08.
+    assert abs(reported.mean() - rate) < 0.0031
+    assert chosen_by.mean() - rate > 0.05
+    gaps = [
+        optimism(wilson(v), wilson(t), higher_is_better=True)
+        for v, t in zip(chosen_by[:500], reported[:500], strict=True)
+    ]
+    assert np.mean([gap.value for gap in gaps]) == pytest.approx(0.08, abs=0.02)
+
+
+def wilson(share: float, n: int = 100, z: float = 1.96) -> Score:
+    centre = (share + z * z / 2 / n) / (1 + z * z / n)
+    half = z * np.sqrt(share * (1 - share) / n + z * z / 4 / n / n) / (1 + z * z / n)
+    return Score(share, centre - half, centre + half)
+
+
+def test_the_first_of_equal_scores_wins_and_a_missing_one_never_does() -> None:
+    assert choose([None, 0.2, 0.5, 0.5], higher_is_better=True) == 2
+    assert choose([None, 0.2, 0.5, 0.5], higher_is_better=False) == 1
+    assert choose([None, None], higher_is_better=True) is None
+
+
+def test_optimism_has_an_interval_and_the_sign_of_the_metric() -> None:
+    better, worse = Score(0.7, 0.6, 0.8), Score(0.6, 0.5, 0.7)
+    gap = optimism(better, worse, higher_is_better=True)
+    assert gap.value == pytest.approx(0.1)
+    # Two intervals of half width 0.1 give one of 0.1 times the root of two.
+    assert gap.low == pytest.approx(0.1 - 0.1 * 2**0.5)
+    assert gap.high == pytest.approx(0.1 + 0.1 * 2**0.5)
+    # Of bits per byte the lower is the better one.
+    assert optimism(worse, better, higher_is_better=False).value == pytest.approx(0.1)
+    assert optimism(Score(0.7), worse, higher_is_better=True) == Score(pytest.approx(0.1))
+
+
+def test_a_trial_is_scored_on_the_rows_that_count() -> None:
+    one = evaluation([1.0, 1.0, 0.0, 0.0])
+    assert score_trial(one).value == 0.5
+    assert score_trial(one, {"r0", "r1", "r2"}).value == pytest.approx(2 / 3)
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    calm = [evaluation([1.0] * 50 + [0.0] * 50) for _ in range(3)]
+    wild = [evaluation([1.0] * ones + [0.0] * (100 - ones)) for ones in (20, 50, 80)]
+    narrow, wide = score_seeds(calm), score_seeds(wild)
+    assert narrow.value == pytest.approx(0.5)
+    assert wide.value == pytest.approx(0.5)
+    assert narrow.low is not None
+    assert wide.low is not None
+    assert wide.low < narrow.low - 0.1
+
+
+def test_a_score_of_all_answers_together_has_a_mean_over_seeds_alone() -> None:
+    assert score_seeds([evaluation([None] * 4)] * 2) == Score(0.5)
