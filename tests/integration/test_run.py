@@ -212,15 +212,15 @@ def test_malformed_line_is_named(
 def test_a_sweep_trains_scores_and_compares_every_cell(
     ray_cluster: None, config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Cells of 32 and of all rows, and of layers that are not there. One is the model that the run
-    # before has trained, and the same command again only looks things up.
+    # Cells of 32 and of all rows that neither test nor validate, and of layers that are not there.
+    # The same command again only looks things up.
     targets = "training.lora.target_modules: [all-linear, no_such]"
     values = f"{{data.num_train_examples: [32, null], {targets}}}"
     command = ["sweep", str(config), "--json", f"sweep.parameters={values}"]
     code, out, err = call(*command, capfd=capfd)
     assert code == 0, err
-    assert "sweep of 4 cells, 3 of them to train" in err
-    assert "3 of 3 trainings ended" in err
+    assert "sweep of 4 trials, 4 of them to train" in err
+    assert "4 of 4 trainings ended" in err
     result = json.loads(out)
     assert result["artifact"] == "sweeps/tiny@v1"
     assert result["metrics"]["num_trials"] == 4
@@ -229,22 +229,38 @@ def test_a_sweep_trains_scores_and_compares_every_cell(
     sweep = workspace.open("sweeps/tiny")
     trials = pq.read_table(sweep.path / "trials.parquet").to_pylist()
     assert [trial["status"] for trial in trials] == ["done", "failed"] * 2
-    assert [trial["num_train_examples"] for trial in trials] == [32, 32, 144, 144]
-    assert [trial["model"] for trial in trials[::2]] == ["models/tiny@v3", "models/tiny@v1"]
+    assert [trial["num_train_examples"] for trial in trials] == [32, 32, 128, 128]
     assert all("no_such" in trial["problem"] for trial in trials if trial["status"] == "failed")
     for trial in trials[::2]:
         assert workspace.open(trial["model"]).manifest["metrics"]["num_steps"] == (
             trial["num_train_examples"] // 8
         )
-        scores = workspace.open(trial["evaluation"]).manifest["metrics"]["scores"]
-        assert trial["exact_match"] == trial["score"] == scores["finetuned"]
-    assert result["metrics"]["best_model"] in {trials[0]["model"], trials[2]["model"]}
-    # Subsets are nested: the rows of the smaller one are among those of the larger one.
-    large, small = (
-        pq.read_table(workspace.open(f"datasets/tiny@v{version}").path / "train")["row_id"]
-        for version in (1, 2)
+        validation = workspace.open(trial["evaluation"])
+        assert validation.manifest["config"]["evaluation"]["split"] == "validation"
+        scores = validation.manifest["metrics"]["scores"]
+        assert trial["exact_match"] == trial["validation_score"] == scores["finetuned"]
+    # The test split is answered once, by the winner.
+    tested = [one for one in workspace.published() if one.name == "tiny-sweep"]
+    (winner,) = [trial for trial in trials if trial["test_score"] is not None]
+    assert [one.ref for one in tested] == [winner["test_evaluation"]]
+    assert winner["test_score"] == tested[0].manifest["metrics"]["scores"]["finetuned"]
+    assert winner["validation_score"] == max(trial["validation_score"] for trial in trials[::2])
+    assert result["metrics"]["best_model"] == winner["model"]
+    assert result["metrics"]["best_score"] == winner["test_score"]
+    # Subsets are nested: the rows of the smaller one are among those of the larger one. What
+    # validates and tests is the same, and nobody's train rows.
+    datasets = [one for one in workspace.published() if one.kind == "datasets"][-2:]
+    small, large = (
+        {
+            side: set(pq.read_table(dataset.path / side)["row_id"].to_pylist())
+            for side in ("train", "validation", "test")
+        }
+        for dataset in datasets
     )
-    assert set(small.to_pylist()) < set(large.to_pylist())
+    assert small["train"] < large["train"]
+    assert small["validation"] == large["validation"]
+    assert small["test"] == large["test"]
+    assert not (small["validation"] | small["test"]) & large["train"]
     curve = json.loads((sweep.path / "curve.json").read_text())
     assert [len(line["points"]) for line in curve["curves"]] == [2]
     # The dashboard's page is drawn from the same files.

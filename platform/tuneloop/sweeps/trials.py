@@ -83,7 +83,7 @@ def train_missing(
         ),
     )
     logger.info(
-        "sweep of %d cells, %d of them to train: %s",
+        "sweep of %d trials, %d of them to train: %s",
         len(cells),
         len(missing),
         ", ".join(cells[0].values),
