@@ -227,7 +227,9 @@ def _score(value: float | None, percent: bool) -> str:
 def sweep_table(sweep: Artifact) -> RenderableType:
     """Return the trials, the fitted lines and the best model of a sweep for the terminal."""
     view = read_sweep(sweep)
-    columns = [name for name in view.trials[0] if name not in _NOT_PRINTED]
+    is_one_size = len({trial["parameters"] for trial in view.trials} - {"–"}) < 2
+    hidden = (*_NOT_PRINTED, "parameters") if is_one_size else _NOT_PRINTED
+    columns = [name for name in view.trials[0] if name not in hidden]
     table = Table(box=None, pad_edge=False)
     for name in columns:
         table.add_column(
