@@ -850,6 +850,10 @@ class TuneloopConfig(Section):
                 "evaluation.split is validation, and there is no validation split: set "
                 "data.split.num_validation_examples or data.split.validation_ratio"
             )
+        if self.evaluation.split == "validation" and self.evaluation.sources:
+            raise ValueError(
+                "evaluation.sources are answered in place of a split: leave evaluation.split out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -126,7 +126,7 @@ def evaluated_on(config: TuneloopConfig, split: str) -> TuneloopConfig:
     """Return the configuration with a validation split, evaluated on this split.
 
     Where none is configured the validation split is made as large as the test split, out of the
-    rows that would else be trained on.
+    rows that would else be trained on. `evaluation.sources` are for `tuneloop evaluate`.
     """
     sides = config.data.split
     if not sides.validates:
@@ -139,7 +139,7 @@ def evaluated_on(config: TuneloopConfig, split: str) -> TuneloopConfig:
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"split": sides}),
-            "evaluation": config.evaluation.model_copy(update={"split": split}),
+            "evaluation": config.evaluation.model_copy(update={"split": split, "sources": []}),
         }
     )
 
