@@ -24,7 +24,7 @@ logger = logging.getLogger("tuneloop.pipeline")
 
 
 class Contest(NamedTuple):
-    """What is evaluated: a dataset's held-out rows, the arms, and the models that answer for them."""
+    """What is evaluated: a dataset's held-out rows, the arms, and the models that answer."""
 
     dataset: Artifact
     arms: list[Arm]
