@@ -39,6 +39,7 @@ from tuneloop.records import Sample
 # Usable rows that stand for all where they are compared with one another.
 _SPREAD = 64
 _ROWS_AT_ONCE = 1000
+_MOST_TOKENS_OF_A_CHARACTER = 4
 T = TypeVar("T")
 
 
@@ -204,10 +205,16 @@ class _EvenlySpread(Generic[T]):
 
 
 def _token_sample(source: str, sample: Sample, renderer: Renderer) -> TokenSample:
-    texts = [
-        renderer.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        for token in sample.input_ids
-    ]
-    return TokenSample(
-        source, [(text, bool(bit)) for text, bit in zip(texts, sample.loss_mask, strict=True)]
-    )
+    tokens: list[tuple[str, bool]] = []
+    waiting: list[int] = []
+    for token, bit in zip(sample.input_ids, sample.loss_mask, strict=True):
+        waiting.append(token)
+        text = renderer.tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
+        # A character may take up to four tokens; it is shown with the last of them.
+        if not text.endswith("\ufffd") or len(waiting) == _MOST_TOKENS_OF_A_CHARACTER:
+            tokens.append((text, bool(bit)))
+            waiting = []
+    if waiting:
+        text = renderer.tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
+        tokens.append((text, bool(sample.loss_mask[-1])))
+    return TokenSample(source, tokens)

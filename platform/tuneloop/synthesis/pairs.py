@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from pyarrow import parquet
 
-from tuneloop.artifacts import Published, Workspace, fingerprint
+from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
 from tuneloop.config import (
     DataConfig,
     GenerationConfig,
@@ -99,7 +99,8 @@ class GeneratedRows(NamedTuple):
 def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:
     """Return `datasets/<config.name>-generated`, made or reused. Starts no Ray: it only asks.
 
-    Replies are kept as they come; the same call after a crash asks for the missing ones only.
+    Replies are kept as they come; the same call asks for the missing ones only, after a crash and
+    where a published dataset lacks some.
 
     Args:
         config: `generation` says what is asked, whom and about which documents.
@@ -134,10 +135,15 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
     name = f"{config.name}-generated"
     identity = fingerprint("generate", CODE_VERSION, **parts)
     existing = workspace.find("datasets", name, identity)
-    if existing is not None:
+    if existing is not None and not existing.manifest["metrics"]["num_unanswered"]:
         return Published(existing, reused=True)
+    known = {} if existing is None else _published_replies(existing)
     with workspace.draft("datasets", name, identity) as draft:
-        replies = _replies(passages, generation, draft.scratch / "replies.jsonl")
+        replies = _replies(passages, generation, draft.scratch / "replies.jsonl", known)
+        num_missing = sum(bool(reply.error) for reply in replies.values())
+        if existing is not None and num_missing >= existing.manifest["metrics"]["num_unanswered"]:
+            logger.warning("%d replies are still missing from %s", num_missing, existing.ref)
+            return Published(existing, reused=True)
         rows = _rows(passages, replies, renderer)
         if not rows.train:
             reasons = _reasons(rows.removed)
@@ -211,9 +217,31 @@ def cut(text: str, max_characters: int) -> list[str]:
     return [passage for passage in [*passages, rest] if passage]
 
 
-def _replies(passages: list[Passage], generation: GenerationConfig, path: Path) -> dict[str, Reply]:
-    """Return the reply to each passage, asking for those that the file does not have yet."""
-    replies: dict[str, Reply] = {}
+def _published_replies(dataset: Artifact) -> dict[str, Reply]:
+    """Return the replies that a published dataset was made of, by passage, as far as it tells."""
+    pairs: dict[str, list[dict[str, str]]] = {}
+    for row in parquet.read_table(
+        dataset.path / "train", columns=["messages", "passage"]
+    ).to_pylist():
+        question, answer = (turn["content"] for turn in row["messages"])
+        items = pairs.setdefault(content_id([], row["passage"]), [])
+        items.append({"question": question, "answer": answer})
+    replies = {name: Reply(json.dumps(items), "stop") for name, items in pairs.items()}
+    columns = ["row_id", "reason_code", "text"]
+    for row in parquet.read_table(dataset.path / "removed", columns=columns).to_pylist():
+        # What a reply holds beside its pairs is kept with all of its text.
+        if row["reason_code"] in (ReasonCode.UNREADABLE, ReasonCode.WRONG_LAYOUT):
+            replies[row["row_id"]] = Reply(row["text"], "stop")
+        elif row["reason_code"] == ReasonCode.CUT_OFF:
+            replies[row["row_id"]] = Reply(row["text"], "length")
+    return replies
+
+
+def _replies(
+    passages: list[Passage], generation: GenerationConfig, path: Path, known: Mapping[str, Reply]
+) -> dict[str, Reply]:
+    """Return the reply to each passage, asking for those that neither the file nor `known` has."""
+    replies = dict(known)
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:

@@ -126,6 +126,21 @@ def test_what_was_answered_is_not_asked_again(
     assert json.loads(captured.out)["metrics"]["num_unanswered"] == 1
     assert "made to fail" in captured.err
 
+    # The published data lacks a reply: only that one is asked for, and nothing else is lost.
+    model_server.failures = [400]
+    assert main(one) == 0
+    again = json.loads(capfd.readouterr().out)
+    assert (again["artifact"], again["reused"]) == ("datasets/faq-generated@v1", True)
+    model_server.requests.clear()
+    assert main(one) == 0
+    whole = json.loads(capfd.readouterr().out)
+    assert whole["artifact"] == "datasets/faq-generated@v2"
+    assert len(model_server.requests) == 1
+    assert (whole["metrics"]["num_unanswered"], whole["metrics"]["num_train_rows"]) == (0, 5)
+    assert main(one) == 0
+    assert json.loads(capfd.readouterr().out)["reused"] is True
+    assert len(model_server.requests) == 1
+
     # The server's key changes after two replies: nothing is published and they are not lost.
     replies = iter([teacher])
 
@@ -139,7 +154,7 @@ def test_what_was_answered_is_not_asked_again(
     assert main(other) == 2
     told = json.loads(capfd.readouterr().out)["error"]["problems"][0]
     assert "refuses a request without key" in told["what"]
-    assert len(Workspace(config.parent / "workspace").published()) == 1
+    assert len(Workspace(config.parent / "workspace").published()) == 2
 
     model_server.requests.clear()
     monkeypatch.setenv("TUNELOOP_GENERATION_API_KEY", "changed")
