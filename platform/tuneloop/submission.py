@@ -19,11 +19,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from tuneloop.config import TuneloopConfig, load_config
+from tuneloop.data.sources.files import COMPRESSIONS, DOCUMENTS, TABLES
+from tuneloop.data.sources.splits import repository_of
 from tuneloop.errors import ConfigError, Problem, ResourceError
 
 if TYPE_CHECKING:
@@ -132,7 +134,8 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
         Number of files and bytes.
 
     Raises:
-        ConfigError: Together they are larger than `MAX_BUNDLE_BYTES`; nothing was copied.
+        ConfigError: A relative path leads nowhere, or together the files are larger than
+            `MAX_BUNDLE_BYTES`; nothing was copied.
     """
     raw = config.model_dump(mode="json", exclude_none=True)
     # The job runs on the cluster it was submitted to; its address from here means nothing there.
@@ -140,7 +143,10 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
     plan: list[tuple[Path, Path]] = []
     evaluations = raw["data"]["decontamination"]["sources"]
     documents = raw.get("generation", {}).get("sources", [])
-    for number, source in enumerate([*raw["data"]["sources"], *evaluations, *documents]):
+    sources = [*raw["data"]["sources"], *evaluations, *documents]
+    _refuse_missing(config)
+    for number, source in enumerate(sources):
+        source["path"] = _expanded(source["path"])
         files = [Path(name) for name in sorted(glob.glob(source["path"], recursive=True))]
         if not files or _is_shared(source["path"]):
             continue
@@ -158,7 +164,7 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
     if base.exists():
         plan.append((base, Path("model") / base.name))
         raw["model"]["base"] = str(Path("model") / base.name)
-    template = Path(raw["model"]["chat_template"])
+    template = Path(raw["model"]["chat_template"]).expanduser()
     if template.is_file():
         plan.append((template, Path("model") / template.name))
         raw["model"]["chat_template"] = str(Path("model") / template.name)
@@ -184,6 +190,37 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
     (folder / _CONFIG).write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     files = [file for file in folder.rglob("*") if file.is_file()]
     return len(files), sum(file.stat().st_size for file in files)
+
+
+def _refuse_missing(config: TuneloopConfig) -> None:
+    """Raise ConfigError for relative paths that lead nowhere here: they will not there either.
+
+    One from the root may be on storage that only the cluster has.
+    """
+    keys: dict[str, list[Any]] = {
+        "data.sources": list(config.data.sources),
+        "data.decontamination.sources": config.data.decontamination.sources,
+        "generation.sources": config.generation.sources if config.generation else [],
+    }
+    here = f"relative paths start from {Path.cwd()}; a path of the cluster's begins with /"
+    missing = [
+        Problem("no such file to send", f"{key}.{number}.path", source.path, remedy=here)
+        for key, sources in keys.items()
+        for number, source in enumerate(sources)
+        if not _is_shared(source.path)
+        and not Path(source.path).expanduser().is_absolute()
+        and not glob.glob(source.path, recursive=True)
+        and repository_of(source, (*TABLES, *DOCUMENTS, *COMPRESSIONS)) is None
+    ]
+    base = config.model.base
+    if base.startswith(".") and not Path(base).exists():
+        missing.append(Problem("no such model to send", "model.base", base, remedy=here))
+    if missing:
+        raise ConfigError(*missing)
+
+
+def _expanded(path: str) -> str:
+    return path if _is_shared(path) else str(Path(path).expanduser())
 
 
 def _is_shared(path: str) -> bool:

@@ -13,6 +13,7 @@ import pytest
 
 from tuneloop.cli import main
 from tuneloop.config import load_config
+from tuneloop.data.sources.files import find_files, identities
 from tuneloop.errors import ConfigError
 from tuneloop.submission import COMMANDS, MAX_BUNDLE_BYTES, write_bundle
 
@@ -87,6 +88,45 @@ def test_a_bundle_over_the_limit_is_refused_and_names_the_largest_file(
         write_bundle(load_config(config), folder)
     assert caught.value.problems[0].where == str(large)
     assert list(folder.iterdir()) == []
+
+
+def test_a_relative_path_that_leads_nowhere_is_told_before_anything_is_sent(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "here")
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    places = {
+        "data.sources.0.path": "rows/gone.jsonl",
+        "data.decontamination.sources.0.path": "bench/*.csv",
+        "model.base": "./gone",
+    }
+    with pytest.raises(ConfigError) as caught:
+        write_bundle(load_config(config, [f"{k}={v}" for k, v in places.items()]), folder)
+    assert {problem.where: problem.got for problem in caught.value.problems} == places
+    assert list(folder.iterdir()) == []
+    # A Hub id, the cluster's own storage, and this user's home are something else.
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    paths = ["org/questions", "/shared/rows.jsonl", "~/rows/one/a.jsonl"]
+    found = load_config(config, [f"data.sources.{n}.path={path}" for n, path in enumerate(paths)])
+    write_bundle(found, folder)
+    sent = load_config(folder / "config.yaml")
+    assert [source.path for source in sent.data.sources] == [*paths[:2], "data/2/a.jsonl"]
+
+
+def test_what_is_sent_has_the_identity_of_what_is_here(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / "here" / "rows" / "o*" / "*.jsonl", tmp_path / "here" / "rows" / "two"]
+    places = [f"data.sources.{number}.path={path}" for number, path in enumerate(paths)]
+    here = load_config(config, [*places, "data.sources.2.path=docstrings:stdlib"])
+    (tmp_path / "job").mkdir()
+    write_bundle(here, tmp_path / "job")
+    found = find_files(here.data.sources)
+    monkeypatch.chdir(tmp_path / "job")
+    sent = find_files(load_config("config.yaml").data.sources)
+    assert len(sent) == 3
+    assert identities(sent) == identities(found)
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ It is light: PyTorch, Ray Train and DeepSpeed are loaded when a model has to be 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
+from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint, sha256_file
 from tuneloop.config import TuneloopConfig
 from tuneloop.models.bases.source import BaseModel
 
@@ -25,8 +26,14 @@ def result_parts(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> 
         "dataset": dataset.fingerprint,
         "base": base.fingerprint,
         "training": config.training.model_dump(),
-        "chat_template": config.model.chat_template,
+        "chat_template": _template_identity(config.model.chat_template),
     }
+
+
+def _template_identity(chat_template: str) -> str:
+    """Return a template's name, or what is in its file: a job has it at another place."""
+    file = Path(chat_template)
+    return f"sha256:{sha256_file(file)}" if file.is_file() else chat_template
 
 
 def train(

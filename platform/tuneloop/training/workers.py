@@ -20,6 +20,7 @@ from tuneloop.artifacts import Draft
 from tuneloop.config import TuneloopConfig, grad_accum_steps, micro_batch_size
 from tuneloop.errors import Problem, ResourceError, UserError, find_user_error
 from tuneloop.models.bases.source import BaseModel
+from tuneloop.models.chat.renderer import template_from_root
 from tuneloop.training.checkpoint import newest_complete
 from tuneloop.training.deepspeed_engine import Execution
 from tuneloop.training.dry_run import dry_run, stage_of
@@ -130,7 +131,7 @@ def _job(
     return TrainingJob(
         base=base.path.absolute(),
         base_name=base.name,
-        chat_template=config.model.chat_template,
+        chat_template=template_from_root(config.model.chat_template),
         config=config.training,
         output=output,
         checkpoints=scratch / _CHECKPOINTS,

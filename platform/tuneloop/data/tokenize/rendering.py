@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tuneloop.data.hashing.columns import Indices
-from tuneloop.models.chat.renderer import Renderer, RenderError
+from tuneloop.models.chat.renderer import Renderer, RenderError, template_from_root
 from tuneloop.models.chat.tokenizer_backends import (
     BackendChoice,
     FastTokenizer,
@@ -46,9 +46,7 @@ class Rendering:
     def __post_init__(self) -> None:
         # Workers run in other directories.
         object.__setattr__(self, "path", self.path and str(Path(self.path).absolute()))
-        if Path(self.chat_template).is_file():
-            template = str(Path(self.chat_template).absolute())
-            object.__setattr__(self, "chat_template", template)
+        object.__setattr__(self, "chat_template", template_from_root(self.chat_template))
 
     def renderer(self) -> Renderer:
         """Return the renderer, loaded once per process."""

@@ -374,3 +374,9 @@ def _template(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> str:
                 allowed="auto, " + ", ".join(TEMPLATES) + ", or the path of a Jinja file",
             )
         ) from error
+
+
+def template_from_root(chat_template: str) -> str:
+    """Return `model.chat_template`; a file's path from the root, as workers run elsewhere."""
+    is_file = chat_template not in TEMPLATES and Path(chat_template).is_file()
+    return str(Path(chat_template).absolute()) if is_file else chat_template
