@@ -115,6 +115,44 @@ def test_the_whole_loop_then_everything_is_reused(
     assert recorded["estimate"]["cost"] == pytest.approx(recorded["estimate"]["training_s"] / 100)
 
 
+def test_evaluate_scores_what_is_named_and_trains_nothing(
+    ray_cluster: None, config: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    workspace = Workspace(config.parent / "workspace")
+    models = [a.ref for a in workspace.published() if a.kind == "models"]
+    code, out, err = call("evaluate", str(config), "--json", capfd=capfd)
+    assert code == 0, err
+    assert (json.loads(out)["artifact"], json.loads(out)["reused"]) == ("evaluations/tiny@v1", True)
+    # Without a model of this configuration what is there is scored, and told.
+    code, out, err = call("evaluate", str(config), "--json", "training.max_steps=9", capfd=capfd)
+    assert code == 0, err
+    assert json.loads(out)["artifact"] == "evaluations/tiny-baseline@v1"
+    assert "no model was trained with this configuration" in err
+    arms = {
+        "nearest": {"model": "base", "shots": 1, "choose": "nearest"},
+        "simple": {},
+        "second": {"model": "models/tiny@v2"},
+        "first": {"model": "models/tiny@v1/adapter"},
+    }
+    rows = (config.parent / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "own.jsonl").write_text("\n".join(rows[:6]))
+    sources = [{"path": str(tmp_path / "own.jsonl"), "format": "question_answer"}]
+    named = [f"evaluation.arms={json.dumps(arms)}", f"evaluation.sources={json.dumps(sources)}"]
+    code, out, err = call("evaluate", str(config), "--json", *named, capfd=capfd)
+    assert code == 0, err
+    made = json.loads(out)
+    assert list(made["metrics"]["scores"]) == list(arms)
+    assert (made["metrics"]["num_examples"], made["metrics"]["num_unscored"]) == (6, 0)
+    predictions = pq.read_table(Path(made["path"]) / "predictions.parquet").to_pylist()
+    sent = [json.loads(row["prompt"]) for row in predictions if row["arm"] == "nearest"]
+    assert all(len(messages) == 4 for messages in sent), "system, a solved example, the question"
+    missing = "evaluation.arms={mine: {model: finetuned}}"
+    code, out, err = call("evaluate", str(config), missing, "training.max_steps=9", capfd=capfd)
+    assert code == 2
+    assert "tuneloop train" in err
+    assert models == [a.ref for a in workspace.published() if a.kind == "models"]
+
+
 def test_what_was_trained_is_what_is_published(ray_cluster: None, config: Path) -> None:
     workspace = Workspace(config.parent / "workspace")
     model = workspace.open("models/tiny@v1")
