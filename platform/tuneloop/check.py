@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.contest import arm_problems
 from tuneloop.data.check import DataCheck
 from tuneloop.data.check import check as check_data
+from tuneloop.data.labels import resolve_labels
 from tuneloop.data.sources.files import find_files
 from tuneloop.errors import DataError, Problem
 from tuneloop.models.bases.source import resolve_base
@@ -62,7 +63,13 @@ def check(config: TuneloopConfig) -> CheckResult:
         ModelError: The base model cannot be used, so nothing else can be checked.
     """
     base = resolve_base(config.model.base)
+    try:
+        labelled = resolve_labels(config)
+    except DataError as error:
+        return CheckResult(DataCheck(findings=list(error.problems)), None, list(error.problems))
+    config = labelled.config
     data = check_data(config, base)
+    data = replace(data, notices=[*labelled.notices, *data.notices])
     totals = None
     if data.num_usable:
         num_rows = min(data.num_usable, config.data.num_train_examples or data.num_usable)

@@ -60,13 +60,15 @@ class OneTaskConfig(Section):
         "reference.",
     )
     labels: list[str] = Field(
-        default_factory=list, description="For `classification`: the allowed answers."
+        default_factory=list,
+        description="For `classification`: the allowed answers. Default: those in the data. The "
+        "instruction is completed by them where it does not name them and they fit.",
     )
 
     @model_validator(mode="after")
     def _labels_belong_to_classification(self) -> Self:
-        if self.type == "classification" and len(self.labels) < 2:
-            raise ValueError("task.type classification needs at least two `labels`")
+        if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
+            raise ValueError("`labels` are at least two, all of them different")
         if self.labels and self.type != "classification":
             raise ValueError("`labels` belong to task.type classification")
         if self.fields and self.type != "extraction":
@@ -505,9 +507,16 @@ class ArmConfig(Section):
         "nearest train row.",
     )
 
+    @property
+    def given(self) -> set[str]:
+        """The keys that say something; none where the arm's name says it all."""
+        return {
+            n for n, field in type(self).model_fields.items() if getattr(self, n) != field.default
+        }
+
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> Self:
-        given = self.model_fields_set - {"simple"} | ({"simple"} if self.simple else set())
+        given = self.given
         kinds = [kind for kind in ("endpoint", "answers", "simple") if kind in given]
         if len(kinds) > 1 or ("model" in given and kinds and kinds != ["endpoint"]):
             both = [*kinds, *(["model"] if "model" in given else [])]

@@ -120,7 +120,7 @@ def needs_dataset(config: TuneloopConfig) -> bool:
     """Return whether the arms of `tuneloop evaluate` or its rows come from a prepared dataset."""
     e = config.evaluation
     learned = any(
-        arm.simple or arm.shots or arm.choose or (not arm.model_fields_set and name != BASE)
+        arm.simple or arm.shots or arm.choose or (not arm.given and name != BASE)
         or arm.model == FINETUNED
         for name, arm in e.arms.items()
     )  # fmt: skip
@@ -219,7 +219,7 @@ class NamedArms:
 
     def _arm(self, name: str, spec: ArmConfig) -> Arm:
         e = self.config.evaluation
-        known = name if not spec.model_fields_set else ""
+        known = name if not spec.given else ""
         if spec.simple or known == SIMPLE:
             return simple_arm(name, self._train(), self.config.task)
         if spec.answers:

@@ -37,8 +37,19 @@ class Trained(NamedTuple):
     model: Artifact
 
 
+def with_labels(config: TuneloopConfig) -> TuneloopConfig:
+    """Return the configuration with the labels of its classifications: see `resolve_labels`."""
+    from tuneloop.data.labels import resolve_labels
+
+    labelled = resolve_labels(config)
+    for notice in labelled.notices:
+        logger.info("%s: %s", notice.what, notice.got)
+    return labelled.config
+
+
 def prepare(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """Return the dataset artifact in a list, made or reused."""
+    config = with_labels(config)
     with connect(config.resources):
         return [prepare_dataset(config, workspace, resolve_base(config.model.base))]
 
@@ -52,6 +63,7 @@ def generate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
 
 def train(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """Return dataset and model artifact, made or reused."""
+    config = with_labels(config)
     with connect(config.resources):
         base = resolve_base(config.model.base)
         dataset = prepare_dataset(config, workspace, base)
@@ -64,6 +76,7 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     The base model is measured before anything is trained: what prompting alone reaches is the
     bar that finetuning has to clear.
     """
+    config = with_labels(config)
     with connect(config.resources):
         base = resolve_base(config.model.base)
         dataset = prepare_dataset(config, workspace, base)
@@ -97,6 +110,7 @@ def evaluate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
 
     if problems := contest.arm_problems(config, workspace):
         raise ConfigError(*problems)
+    config = with_labels(config)
     base = cache(partial(resolve_base, config.model.base))
     with ExitStack() as stack:
         if contest.needs_ray(config):
@@ -159,6 +173,7 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
 
 def served_models(config: TuneloopConfig, workspace: Workspace) -> dict[str, ServedModel]:
     """Return what `serve` serves, by name."""
+    config = with_labels(config)
     base = resolve_base(config.model.base)
     models = {BASE: contest.base_model(config, base)}
     finetuned = _newest_finetuned(config, workspace, base)

@@ -164,7 +164,7 @@ def test_a_mixture_has_tasks_and_each_source_has_one_of_them(tmp_path: Path) -> 
         ("task.tasks.title.weight=null", "`weight` is given for 1 of 2 tasks"),
         ("task.tasks.title.type=language_modeling", "is not allowed"),
         ("task.tasks.title.wieght=2", "did you mean `weight`?"),
-        ("task.tasks.label.labels=[]", "at least two `labels`"),
+        ("task.tasks.label.labels=[a]", "`labels` are at least two"),
         ("task.tasks={}", "at least two `tasks`"),
         ("task.instruction=Do it.", "belongs to each of the `tasks`"),
     ],

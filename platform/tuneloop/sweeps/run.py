@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         ModelError: No trial could be trained.
     """
     started = time.time()
-    cells = expand(config)
+    cells = [replace(cell, config=pipeline.with_labels(cell.config)) for cell in expand(config)]
     keys = list(cells[0].values)
     with connect(config.resources):
         datasets = _prepare_all(cells, workspace)

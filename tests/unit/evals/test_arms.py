@@ -39,7 +39,11 @@ def home(tmp_path: Path, model_server: Any) -> dict[str, Any]:
     return {
         "name": "home",
         "workspace": str(tmp_path / "workspace"),
-        "task": {"type": "classification", "labels": ["lights", "heating"]},
+        "task": {
+            "type": "classification",
+            "labels": ["lights", "heating"],
+            "instruction": "lights or heating?",
+        },
         "model": {"base": str(tmp_path / "no-model-is-needed")},
         "data": {"sources": [source]},
         "evaluation": {
@@ -132,9 +136,9 @@ def test_the_budget_stops_before_it_is_passed_and_goes_on_when_it_is_raised(
     model_server, home, tmp_path, capfd, limit
 ):
     model_server.reply = right
-    # A question has up to 15 bytes and 64 tokens of template, an answer 8 tokens; what they really
-    # take is 3 or 4 and 1.
-    budget = {"tokens": 95, "money": 250e-6}[limit]
+    # At the most a question takes 37 bytes and 96 tokens of template, its answer 8 tokens; what they
+    # really take is 7 and 1.
+    budget = {"tokens": 145, "money": 370e-6}[limit]
     home["evaluation"]["budget"] = {limit: budget}
     told = problem(home, tmp_path, capfd)
     assert f"evaluation.budget.{limit}" in told
@@ -154,7 +158,7 @@ def test_answers_without_counted_tokens_are_charged_at_the_most(
     model_server, home, tmp_path, capfd
 ):
     model_server.reply, model_server.counts_tokens = right, False
-    home["evaluation"]["budget"] = {"tokens": 200}
+    home["evaluation"]["budget"] = {"tokens": 270}
     assert "tokens spent" in problem(home, tmp_path, capfd)
     assert len(model_server.requests) == 2
 
@@ -166,7 +170,7 @@ def test_refusals_are_free_and_unscored_and_shown(model_server, home, tmp_path, 
         return right(messages)
 
     model_server.reply = reply
-    home["evaluation"]["budget"] = {"tokens": 115}
+    home["evaluation"]["budget"] = {"tokens": 175}
     assert run(home, tmp_path) == 0
     artifact = json.loads(capfd.readouterr().out)
     assert artifact["metrics"]["num_unscored"] == 1
