@@ -629,6 +629,8 @@ class EvaluationConfig(Section):
         unpriced = [n for n, arm in self.arms.items() if arm.endpoint and arm.price is None]
         if self.budget.money is not None and unpriced:
             raise ValueError(f"evaluation.budget.money needs evaluation.arms.{unpriced[0]}.price")
+        if self.sources and self.split != "test":
+            raise ValueError("evaluation.sources take the place of evaluation.split test only")
         return self
 
 

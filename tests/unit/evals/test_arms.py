@@ -136,8 +136,8 @@ def test_the_budget_stops_before_it_is_passed_and_goes_on_when_it_is_raised(
     model_server, home, tmp_path, capfd, limit
 ):
     model_server.reply = right
-    # At the most a question takes 37 bytes and 96 tokens of template, its answer 8 tokens; what they
-    # really take is 7 and 1.
+    # At the most a question takes 37 bytes and 96 tokens of template, its answer 8 tokens; what
+    # they really take is 7 and 1.
     budget = {"tokens": 145, "money": 370e-6}[limit]
     home["evaluation"]["budget"] = {limit: budget}
     told = problem(home, tmp_path, capfd)
