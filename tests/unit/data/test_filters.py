@@ -95,12 +95,26 @@ def test_personal_data_is_found_by_kind_and_masked() -> None:
         "order 4111 1111 1111 1112 and 0000000000000000",
         "@decorator, user@localhost, a @ b",
         "3.14159265358979 and 1,234,567 and 100-200",
-        "sk-learn and AKIA",
+        "sk-learn and AKIA, class sk-fading-circle-animation-wrapper",
+        "Update to version 1.2.3.4 or v8.8.4.4, release: 1.2.3.4, section 1.2.3.4 and § 2.3.4.5",
+        "pip install engine==1.2.3.4 and engine>=1.2.3.5, tool-1.2.3.4 and build 123.456.7890",
+        "ISBN 978-3-16-148410-0, 9783161484100 at 1700000000003, EAN 4006381333931",
+        "a change of +0.123456789, +1.234567890, +1 500 000 or +1500000, id AB-123-456-7890",
+        "git clone git@github.com:org/repo.git; y = a@b.transpose()",
+        "A key file begins with -----BEGIN RSA PRIVATE KEY----- and ends with another line.",
+        "-----BEGIN PRIVATE KEY-----\n...\n-----END PRIVATE KEY-----",
     ],
 )
 def test_what_only_looks_like_personal_data_stays(text: str) -> None:
     assert find_personal_data(text) == []
     assert mask_personal_data(text) == text
+
+
+def test_a_private_key_goes_and_what_follows_stays() -> None:
+    body = "\n".join(["MIIEpAIBAAKCAQEA75xEZvjj8OyZ2bEjcP7sQ3xw"] * 3)
+    key = f"-----BEGIN RSA PRIVATE KEY-----\n{body}\nAb==\n-----END RSA PRIVATE KEY-----"
+    assert mask_personal_data(f"Use\n{key}\nand go on.") == "Use\n[KEY]\nand go on."
+    assert mask_personal_data(f"Use\n{key[:120]}") == "Use\n[KEY]"
 
 
 def test_luhn() -> None:
@@ -117,6 +131,24 @@ def test_cut_off_answers() -> None:
     assert cut_off(PROSE + " See https://example.org/guide") == ""
     assert "code block" in cut_off("Use this:\n```python\nprint(1)")
     assert cut_off("Use this:\n```python\nprint(1)\n```") == ""
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "\n\nBest regards,\nAnna",
+        "\n\nYours sincerely\n\nJohn F. Smith\nHead of the archive",
+        "\n\n– The Support Team",
+        "\n\nMit freundlichen Grüßen\nAnja Kowalczyk",
+        "\n\ndef total(values):\n    result = sum(values)\n    return result",
+        "\n\nSELECT name FROM readers\nWHERE boxes > 6",
+        " Write ``` before and after it to set code.",
+    ],
+)
+def test_letters_and_code_end_without_a_full_stop(end: str) -> None:
+    assert cut_off(PROSE + end) == ""
+    assert cut_off(f"Dear reader,\n\n{PROSE} And for example the") != ""
+    assert cut_off(f"{PROSE}\n\nFor example") != ""
 
 
 def test_filters_are_off_by_default_and_each_can_be_switched_on() -> None:
@@ -190,6 +222,8 @@ def test_boilerplate_lines_are_stripped_or_drop_the_row() -> None:
         "How do I accept cookies in this app? Open the settings and choose Privacy.",
         "Share your screen with the button below.",
         "My resolutions:\n- Read more\n- Sleep eight hours",
+        "Share",
+        "like",
         "Copyright law protects authors for seventy years after their death.",
         PROSE,
     ],
@@ -206,11 +240,19 @@ def test_answers_that_speak_of_being_an_ai_are_dropped() -> None:
         "As an AI language model, I do not have opinions.",
         "I'm just an AI assistant, so it depends.",
         "Up to my knowledge cutoff it was this one.",
+        "I am an AI created to help, and I cannot browse the internet.",
+        "As an AI I have none.",
     ):
         dropped = reason_of([asked, answer], True, config)
         assert dropped.startswith("the answer speaks of being an AI: ")
     # A question may name one, and so may an answer about them.
-    for texts in (["As an AI, what would you do?", "Wait."], [asked, "An AI model is a program."]):
+    for texts in (
+        ["As an AI, what would you do?", "Wait."],
+        [asked, "An AI model is a program."],
+        [asked, "I'm an AI researcher, and as an AI company we test them."],
+        [asked, "I am a language model engineer; my training data is on the server."],
+        [asked, "I can't access the internet from my room."],
+    ):
         assert reason_of(texts, True, config) == ""
 
 
@@ -231,6 +273,13 @@ def test_misspelt_texts_are_dropped_by_their_share_of_unknown_words() -> None:
     terms = f"{PROSE} Anja Kowalczyk saved it as `dtaa_fiel.txt`, a filename in use."
     unknown, share = misspelling(terms)
     assert (unknown, share) == ([], 0.0)
+
+
+def test_a_text_in_another_language_is_not_misspelt() -> None:
+    text = (
+        "Das Archiv bewahrt Briefe aus vier Jahrhunderten auf, und Leser dürfen sie bestellen. " * 3
+    )
+    assert reason_of(["q", text], True, FiltersConfig(max_misspelt_ratio=0.1)) == ""
 
 
 TEXTS = {

@@ -24,21 +24,28 @@ _NOTICE = re.compile(
     r".{0,120}\ball rights reserved[.]?|"
     r"lorem ipsum\b.*|"
     r"skip to (?:main )?content|"
-    r"(?:share|tweet|pin|like|follow)(?: (?:us|this|it|page|article|post))?"
-    r"(?: (?:on|to|via|with) (?:facebook|twitter|x|linkedin|pinterest|instagram|whatsapp|e-?mail))?"
-    r"[.!]?|"
+    # Not the word alone, which may be a label.
+    r"(?:share|tweet|pin|like|follow)(?: (?:us|this|it|page|article|post)\b)?"
+    r" (?:on|to|via|with) (?:facebook|twitter|x|linkedin|pinterest|instagram|whatsapp|e-?mail)"
+    r"[.!]?|(?:share|tweet|pin|like|follow) (?:us|this)(?: (?:page|article|post))?[.!]?|"
     r"(?:click here|read more|learn more|show more|load more|back to top)[.!…]*(?: ?[»›→>]+)?|"
     r"(?:subscribe to|sign up (?:for|to)) (?:our|the) newsletter\b.{0,120}|"
     rf"{_LINK}(?:[ \t]*[|·•/–-][ \t]*{_LINK})+"
     r")[ \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
+# What may follow: an AI researcher, team or startup is none.
 _ASSISTANT = re.compile(
     r"\b(?:as|i(?:'|’)?m(?: just)?|i am(?: just)?) an? "
     r"(?:ai|artificial intelligence|(?:large |ai )*language model)"
-    r"(?: language model| model| assistant| chatbot)?\b|"
-    r"\bmy (?:knowledge cut-?off|training data)\b|"
-    r"\bi (?:do not|don['’]t|cannot|can['’]t) (?:browse|access) the internet\b",
+    r"(?: language model| model| assistant| chatbot| system)?"
+    r"(?=[,.;:!?)\"”*]|\s*$|\s+(?:and|so|but|i|i['’]m|that|which|who|without|with|trained|created|"
+    r"developed|designed|made|built|programmed|by|not|here|from|my|it)\b)|"
+    r"\bmy knowledge cut-?off\b|"
+    r"\bmy training data (?:only )?(?:goes|go|extends?|ends?|stops?|cuts|runs) |"
+    r"\bi (?:do not|don['’]t|cannot|can['’]t|am (?:not able|unable) to) "
+    r"(?:have (?:the ability|access) to )?(?:browse the (?:internet|web)|"
+    r"access the internet (?:in real[- ]time|directly|or )|real[- ]time)",
     re.IGNORECASE,
 )
 

@@ -34,13 +34,19 @@ _MARKERS = re.compile(
 _DIGITS = re.compile(r"(?<![\w.])\d(?:[ -]?\d){12,18}(?![\w])")
 _PERSONAL: dict[str, re.Pattern[str]] = {
     "key": re.compile(
-        r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)|"
-        r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bsk-[A-Za-z0-9_-]{20,}\b|"
+        # With what a key consists of: a text about such files may name the line.
+        r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:\s|\\n)*(?:[A-Za-z-]+: [^\n]*\n\s*)*"
+        r"[A-Za-z0-9+/=]{20,}(?:(?:\s|\\n)+[A-Za-z0-9+/=]{20,})*(?:\s|\\n)*[A-Za-z0-9+/=]*"
+        r"(?:(?:\s|\\n)*-----END [A-Z ]*PRIVATE KEY-----)?|"
+        r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bsk-(?=(?:[\w-]*\d){3})[\w-]{20,}\b|"
         r"\bgithub_pat_\w{36,}\b|\bhf_[A-Za-z0-9]{30,}\b|\bAIza[A-Za-z0-9_-]{35}\b|"
         r"\b[sr]k_live_[A-Za-z0-9]{16,}\b|"
         r"\bxox[abprs]-[A-Za-z0-9-]{10,}\b|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
     ),
-    "e-mail": re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]+\.)+[A-Za-z]{2,24}(?![\w-])"),
+    "e-mail": re.compile(
+        # Not `git@host:path`, nor `a@b.transpose()`.
+        r"(?<![\w.+-])(?!git@)[\w.+-]{1,64}@(?:[\w-]+\.)+[A-Za-z]{2,24}(?![\w(-])"
+    ),
     "card": _DIGITS,
     "IP address": re.compile(
         r"(?<![\w.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\.?\w)|"
@@ -48,15 +54,40 @@ _PERSONAL: dict[str, re.Pattern[str]] = {
         r"(?<![\w.:])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:])"
     ),
     "phone": re.compile(
-        r"(?<![\w.])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}|"
-        r"\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[.-]\d{3}[.-]\d{4})(?![\w])"
+        r"(?<![\w.])(?:\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){2,4}|"
+        r"\(\d{3}\) ?\d{3}[ .-]\d{4}|(?<![/-])\d{3}([.-])\d{3}\1\d{4})(?![\w]|[.-]\d)"
     ),
 }
+
+# What stands before a number with dots that is a version, a section or part of a file's name.
+_VERSION = re.compile(
+    r"(?:\b(?:v|ver|version|versions|release|releases|build|firmware|revision|rev|update|upgrade|"
+    r"section|sections|chapter|clause|article|paragraph|appendix|figure|table)\b[ .:#]*"
+    r"(?:to |from |is |was |number |no\. )?|§+ ?|[=<>~^]= ?|\w[-_])$",
+    re.IGNORECASE,
+)
+_CARD = re.compile(
+    r"4(?:\d{15}|\d{18})|5[1-5]\d{14}|2(?:2[2-9]|[3-6]\d|7[0-2])\d{13}|3[47]\d{13}|"
+    r"3(?:0[0-5]|[68]\d)\d{11}|35\d{14}|(?:6\d|5[06-8])\d{14,17}"
+)
+# A signed number: decimal, in groups of thousands, or too short to be dialled.
+_SIGNED_NUMBER = re.compile(r"\+\d+\.\d+|\+\d{1,3}(?:[ .]\d{3}){1,2}|\+\d{1,8}")
 
 _FEWEST_WORDS_TO_SPELL = 20
 _SHOWN = 120
 
 _FEWEST_WORDS_TO_BE_CUT = 20
+_MOST_WORDS_OF_A_NAME = 6
+_VALEDICTION = re.compile(
+    r"\b(?:regards|sincerely|yours|cheers|thanks|wishes|faithfully|truly|love|respectfully|warmly|"
+    r"grüße|grüßen|gruß|cordialement|saludos|atentamente)\b",
+    re.IGNORECASE,
+)
+_FENCE = re.compile(r"^[ \t>]*(?:```|~~~)", re.MULTILINE)
+_CODE_LINE = re.compile(
+    r"^\s*(?:def|class|import|from|return|for|while|if|elif|else|end|fi|done|function|const|let|var|"
+    r"public|private|#include|SELECT|FROM|WHERE)\b[^.!?]*[:;({]?$|[;{}]$|^\s+\S.*[=()]|^\$ "
+)
 _SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*\s")
 
 
@@ -159,7 +190,8 @@ def _reason_in_wording(
             return _dropped(ReasonCode.AI_SELF_REFERENCE, what, words)
     if config.max_misspelt_ratio is not None:
         unknown, share = misspelling(subject)
-        if share > config.max_misspelt_ratio:
+        # The dictionary is English: a text in another language is not misspelt.
+        if share > config.max_misspelt_ratio and not foreign_language(subject, ["en"]):
             got = f"{share:.0%} of its words, {', '.join(unknown[:5])}"
             return _dropped(ReasonCode.MISSPELT, f"{name} is misspelt", got)
     if config.languages:
@@ -195,12 +227,24 @@ def find_personal_data(text: str) -> list[PersonalData]:
             start, stop = match.span()
             if any(start < other.stop and stop > other.start for other in found):
                 continue
-            if kind == "card" and not passes_luhn(match.group()):
-                continue
-            if kind == "IP address" and not _is_public(match.group()):
+            if _means_another(kind, match):
                 continue
             found.append(PersonalData(kind, start, stop))
     return sorted(found, key=lambda item: item.start)
+
+
+def _means_another(kind: str, match: re.Match[str]) -> bool:
+    """Return whether what looks like personal data is a number of another meaning."""
+    text = match.group()
+    if kind == "card":
+        return not _CARD.fullmatch(re.sub(r"\D", "", text)) or not passes_luhn(text)
+    if kind in ("IP address", "phone") and not text.startswith(("+", "(")):
+        before = match.string[max(0, match.start() - 30) : match.start()]
+        if "." in text and _VERSION.search(before):
+            return True
+    if kind == "IP address":
+        return not _is_public(text)
+    return kind == "phone" and bool(_SIGNED_NUMBER.fullmatch(text))
 
 
 def mask_personal_data(text: str) -> str:
@@ -245,13 +289,26 @@ def cut_off(answer: str) -> str:
 
     Only prose is judged: an answer of 20 words or more with a sentence that ended before.
     """
-    if answer.count("```") % 2:
+    if len(_FENCE.findall(answer)) % 2:
         return "a code block stays open"
-    last = answer.rstrip().rpartition("\n")[2]
+    lines = [line for line in answer.rstrip().splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
     if len(answer.split()) < _FEWEST_WORDS_TO_BE_CUT or not _SENTENCE_END.search(answer):
         return ""
     if re.search(r"(https?://\S+|`)$", last) or re.match(r"\s*([-*•|#]|\d+[.)])", last):
         return ""
+    if _is_signature(lines) or sum(bool(_CODE_LINE.search(line)) for line in lines[-4:]) > 1:
+        return ""
     if re.search(r"[^\W_]$|[,;(\[{–-]$", last):
         return f"its last words are “{' '.join(last.split()[-4:])}”"
     return ""
+
+
+def _is_signature(lines: Sequence[str]) -> bool:
+    """Return whether a text ends as a letter does: a name, or a closing and who signs."""
+    words = lines[-1].split()
+    if len(lines) < 2 or len(words) > _MOST_WORDS_OF_A_NAME:
+        return False
+    # `Anna Maria`, `The Support Team`, `– J. Smith, CEO`; what is cut off goes on in small letters.
+    is_name = all(not word[0].isalpha() or word[0].isupper() for word in words)
+    return is_name or any(_VALEDICTION.search(line) for line in lines[-4:])
