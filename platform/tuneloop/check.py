@@ -17,7 +17,9 @@ from tuneloop.data.check import check as check_data
 from tuneloop.data.labels import resolve_labels
 from tuneloop.data.sources.files import find_files
 from tuneloop.errors import DataError, Problem
-from tuneloop.models.bases.source import resolve_base
+from tuneloop.evals.scoring.choosable import try_scorers
+from tuneloop.models.bases.source import BaseModel, resolve_base
+from tuneloop.models.chat.renderer import Renderer
 from tuneloop.training.fit.assess import assess
 from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
 from tuneloop.training.rows import make_rows
@@ -88,6 +90,7 @@ def check(config: TuneloopConfig) -> CheckResult:
     expected = None if fit.prediction is None else fit.prediction.estimate
     unknown = "" if fit.prediction is None else fit.prediction.unknown
     problems = [*data.findings, *fit.problems, *_evaluation_problems(config)]
+    problems += _metric_problems(config, base, data)
     return CheckResult(data, expected, problems, unknown)
 
 
@@ -100,6 +103,17 @@ def _evaluation_problems(config: TuneloopConfig) -> list[Problem]:
     except DataError as error:
         problems += error.problems
     return problems
+
+
+def _metric_problems(config: TuneloopConfig, base: BaseModel, data: DataCheck) -> list[Problem]:
+    """Return what is wrong with the chosen metrics, tried on the first row's answer."""
+    if not (config.evaluation.metrics or config.evaluation.primary):
+        return []
+    answer = ""
+    for row in data.spread[:1]:
+        ids = [token for token, bit in zip(row.input_ids, row.loss_mask, strict=True) if bit]
+        answer = Renderer.load(base.path, config.model.chat_template).decode(ids).strip()
+    return try_scorers(config.task, config.evaluation, answer)
 
 
 def report(result: CheckResult, output: IO[str]) -> None:

@@ -555,6 +555,52 @@ class BudgetConfig(Section):
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}$")]
 
 
+class MetricConfig(Section):
+    """A metric by its name, with its options."""
+
+    name: str = Field(
+        min_length=1,
+        description="A metric of the task (`docs/evaluation.md` lists them), `exact_match_strict`, "
+        "`chrf`, `bleu`, `number`, `multi_label_f1`, `json_f1`, `regex`, or the dotted path to a "
+        "function of your own, `my_module.my_scorer(reference, completion)`, that returns a number "
+        "from 0 to 1.",
+    )
+    tolerance: float = Field(
+        0.0,
+        ge=0,
+        description="For `number`: the largest error, as a share of the reference's number.",
+    )
+    after: str = Field(
+        "", description="For `number`: the mark before the answer, for example `####`."
+    )
+    pattern: str = Field(
+        "",
+        description="For `regex`: what an answer has to match; if it has a group, what the group "
+        "finds has to be what it finds in the reference.",
+    )
+    separator: str = Field(
+        ",",
+        min_length=1,
+        description="For `multi_label_f1`: what parts labels, unless they are a JSON list.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_name_alone_is_enough(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_metric(self) -> Self:
+        belongs = {
+            "tolerance": "number", "after": "number",
+            "pattern": "regex", "separator": "multi_label_f1",
+        }  # fmt: skip
+        for option in sorted(self.model_fields_set - {"name"}):
+            if self.name != belongs[option]:
+                raise ValueError(f"`{option}` belongs to the metric `{belongs[option]}`")
+        return self
+
+
 class EvaluationConfig(Section):
     """How answers are scored."""
 
@@ -588,6 +634,16 @@ class EvaluationConfig(Section):
         "test",
         description="The split that is answered. Choose settings on `validation`, and look at "
         "`test` once.",
+    )
+    metrics: list[MetricConfig] = Field(
+        default_factory=list,
+        description="What is measured, as names or as names with options. Default: the metrics of "
+        "the task.",
+    )
+    primary: str | None = Field(
+        None,
+        description="The metric that decides: headline, comparison and sweeps read it. Default: "
+        "the task's own, or the first of `metrics`.",
     )
     group_by: str | None = Field(
         None,

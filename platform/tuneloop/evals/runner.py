@@ -22,6 +22,7 @@ from tuneloop.evals.scoring.asking import (
     arm_identity,
     ask_all,
 )
+from tuneloop.evals.scoring.choosable import chosen_metrics, code_of_own_scorers, primary_of
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors, terms_of
 from tuneloop.evals.scoring.intervals import Resampling
@@ -35,7 +36,7 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 9
+CODE_VERSION = 10
 _REFUSED = re.compile(
     r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
 )
@@ -127,11 +128,7 @@ def evaluate(
     e = config.evaluation
     questions = read_questions(dataset, config.task.tasks, e.split)
     context = _Context(read_clusters(dataset, e.group_by, e.split), terms_of(read_solved(dataset)))
-    scorer = Scorer(
-        config.task,
-        {q.example_id: q.reference for q in questions},
-        {q.example_id: q.task for q in questions},
-    )
+    scorer = make_scorer(config, questions)
     params = sampling(config.evaluation)
     requests = [request for arm in arms for request in _requests(arm, questions, params)]
     with workspace.draft("evaluations", name, identity(config, dataset, arms)) as draft:
@@ -177,9 +174,31 @@ def evaluate(
     return Published(artifact, reused=False)
 
 
+def make_scorer(config: TuneloopConfig, questions: Sequence[Question]) -> Scorer:
+    """Return the scorer of these questions, with the metrics that the configuration chooses.
+
+    Raises:
+        ConfigError: A metric that cannot score this task; a scorer of the user's own that fails.
+        DataError: References that cannot be scored against.
+    """
+    metrics = chosen_metrics(config.task, config.evaluation)
+    scorer = Scorer(
+        config.task,
+        {q.example_id: q.reference for q in questions},
+        {q.example_id: q.task for q in questions},
+        metrics,
+        "" if config.task.tasks else primary_of(config.task, config.evaluation, metrics),
+    )
+    # Whatever is wrong with a scorer is told before anything is asked and paid for.
+    if metrics and not questions[0].text:
+        scorer.score(questions[0].reference, questions[0].reference)
+    return scorer
+
+
 def _parts(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> dict[str, Any]:
     """Return all that changes the result, as the manifest keeps it."""
     params = sampling(config.evaluation)
+    scorers = code_of_own_scorers(config.evaluation)
     no_results = {"concurrency", "max_unscored_ratio", "arms", "sources", "budget"}
     if config.evaluation.split == "test":
         no_results.add("split")  # evaluations from before there was a choice
@@ -187,6 +206,7 @@ def _parts(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> di
         "dataset": dataset.fingerprint,
         "task": config.task.model_dump(mode="json"),
         "evaluation": config.evaluation.model_dump(mode="json", exclude=no_results),
+        **({"scorers": scorers} if scorers else {}),
         "arms": [
             {
                 "name": arm.name,

@@ -19,6 +19,7 @@ from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.views import (
     list_facts,
     show_arms,
+    show_confusion,
     show_examples,
     show_pair,
     show_parts,
@@ -69,6 +70,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
         ],
         tasks=show_tasks(evaluation),
         parts=show_parts(evaluation),
+        confusion=show_confusion(evaluation),
         tags=show_tags(evaluation),
         strongest=evaluation.strongest_other(),
         examples=show_examples(evaluation),

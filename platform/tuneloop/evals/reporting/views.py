@@ -31,6 +31,7 @@ from tuneloop.text import shorten
 
 _NUM_EXAMPLES = 5
 _LONGEST_TEXT = 1500
+_MOST_LABELS = 20
 _OUTCOME_LABELS = {
     "fixed": "fixed",
     "better": "better",
@@ -154,6 +155,23 @@ def show_parts(evaluation: Evaluation) -> list[dict[str, Any]]:
             bars.append({"arm": arm["name"], **_bar(score, Metric("F1"))})
         groups.append({"name": label, "bars": bars})
     return groups
+
+
+def show_confusion(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the candidate's answers by label: `columns` and `rows` of counts; empty without."""
+    # An evaluation of an earlier version has none.
+    confusion = evaluation.candidate.get("confusion", {})
+    if not 0 < len(confusion) <= _MOST_LABELS:
+        return {}
+    answered = {answer for row in confusion.values() for answer in row if answer}
+    columns = [*confusion, *sorted(answered - set(confusion))]
+    return {
+        "columns": [*columns, "no label"],
+        "rows": [
+            {"label": label, "counts": [row.get(name, 0) for name in [*columns, ""]]}
+            for label, row in confusion.items()
+        ],
+    }
 
 
 def show_tasks(evaluation: Evaluation) -> list[dict[str, Any]]:

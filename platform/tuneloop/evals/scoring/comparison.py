@@ -6,6 +6,7 @@ and a paired comparison uses the examples scored in both arms.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -125,6 +126,7 @@ def _summarise_arm(
             counts.macro_f1, Clusters.of(ids), counts.num_effective, "unit", resampling
         )
         extra["label_f1"] = counts.f1_by_label()
+        extra["confusion"] = counts.confusion()
     reasons = [p.error for p in predictions if p.status == "unscored"]
     if reasons and scorer.metrics[scorer.primary].kind != "number":
         # As if every missing answer were wrong, and as if every one were right.
@@ -192,6 +194,8 @@ class LabelCounts:
     def __init__(self, predictions: Sequence[Prediction], scorer: Scorer) -> None:
         truth = [scorer.label(p.reference) for p in predictions]
         answers = [scorer.label(p.completion) for p in predictions]
+        self._known = list(scorer.task.labels)
+        self._pairs = Counter(zip(truth, answers, strict=True))
         self.labels = [label for label in scorer.task.labels if label in truth]
         # Both of shape (n, L), L labels.
         self._truth = np.array([[t == label for label in self.labels] for t in truth], float)
@@ -211,6 +215,18 @@ class LabelCounts:
         # A rare label may be missing from a resample; it has no F1 there.
         present = weights @ self._truth > 0
         return np.asarray((f1 * present).sum(axis=1) / present.sum(axis=1))
+
+    def confusion(self) -> dict[str, dict[str, int]]:
+        """Return how often each reference's label was answered with which; an empty name is an
+        answer that names none."""
+        return {
+            label: {
+                answer or "": self._pairs[label, answer]
+                for answer in [*self._known, None]
+                if self._pairs[label, answer]
+            }
+            for label in self.labels
+        }
 
     def f1_by_label(self) -> dict[str, float]:
         """Return F1 of each label."""

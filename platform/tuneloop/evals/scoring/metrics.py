@@ -92,6 +92,8 @@ class Scorer:
         task: The task, as configured.
         references: The reference of every test row by its id; checked at once.
         task_of: In a mixture, the task of every test row by its id.
+        metrics: What is measured in place of the task's own metrics.
+        primary: The metric that decides in place of the task's own.
 
     Raises:
         DataError: References that cannot be scored against, for example one that is not JSON.
@@ -102,6 +104,8 @@ class Scorer:
         task: OneTaskConfig,
         references: Mapping[str, str],
         task_of: Mapping[str, str] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        primary: str = "",
     ) -> None:
         self.task = task
         self.parts: dict[str, Scorer] = {}
@@ -109,8 +113,8 @@ class Scorer:
             self._mix(task, references, task_of or {})
             return
         definition = TASK_METRICS[task.type]
-        self.primary = definition.primary
-        self.metrics = dict(definition.metrics)
+        self.primary = primary or definition.primary
+        self.metrics = dict(metrics or definition.metrics)
         if task.type == "extraction":
             parsed = self._parse_references(references)
             fields = task.fields or dict.fromkeys(name for value in parsed for name in value)
@@ -222,19 +226,24 @@ def _refuse(bad: Sequence[str], references: Mapping[str, str], allowed: str, rem
 
 
 def parse_object(text: str) -> dict[str, Any] | None:
-    """Return the JSON object a text is, or None.
+    """Return the JSON object a text is, or None; as strict as `parse_json`."""
+    value = parse_json(text)
+    return value if isinstance(value, dict) else None
 
-    Strict: the whole text must be one object. White space around it is ignored, and so is one
+
+def parse_json(text: str) -> Any:
+    """Return the JSON value a text is, or None.
+
+    Strict: the whole text must be one value. White space around it is ignored, and so is one
     Markdown code fence around all of it, because models trained on chats add it and every
     consumer strips it. Text before or after, NaN and Infinity make it invalid.
     """
     stripped = text.strip()
     fenced = re.fullmatch(r"```[A-Za-z]*[ \t]*\n(.*?)\n?[ \t]*```", stripped, re.DOTALL)
     try:
-        value = json.loads(fenced[1] if fenced else stripped, parse_constant=_not_json)
+        return json.loads(fenced[1] if fenced else stripped, parse_constant=_not_json)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _not_json(name: str) -> None:

@@ -1,0 +1,380 @@
+"""The metrics that `evaluation.metrics` may name beside those of a kind of task, and users' own."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from tuneloop.config import EvaluationConfig, MetricConfig, OneTaskConfig, TaskConfig
+from tuneloop.errors import ConfigError, Problem
+from tuneloop.evals.scoring.metrics import (
+    TASK_METRICS,
+    Metric,
+    parse_json,
+    words_and_signs,
+)
+from tuneloop.words import is_unspaced, split_words
+
+# Scores one answer of a user: reference and completion to a number from 0 to 1, None where it does
+# not apply.
+OwnScorer = Callable[[str, str], float | None]
+_NUMBER = re.compile(
+    r"(?<![\w.])-?(?:\d+(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+)
+_LONGEST_MATCH_S = 2.0
+# Of the whole corpus, not of one answer: always there for a classification.
+_OF_ALL_ROWS = "macro_f1"
+
+
+def chosen_metrics(task: OneTaskConfig, evaluation: EvaluationConfig) -> dict[str, Metric] | None:
+    """Return the metrics that `evaluation.metrics` names, in its order; None where it names none.
+
+    Args:
+        task: One task; the tasks of a mixture keep their own metrics.
+        evaluation: `metrics` and `primary`.
+
+    Raises:
+        ConfigError: A metric that does not exist or cannot score this task, an option that is
+            missing, a scorer that cannot be loaded, or a primary metric that is not among them.
+    """
+    problems: list[Problem] = []
+    if isinstance(task, TaskConfig) and task.tasks:
+        if evaluation.metrics or evaluation.primary:
+            raise ConfigError(
+                Problem(
+                    "a mixture is scored by the metrics of its tasks",
+                    where="evaluation.metrics" if evaluation.metrics else "evaluation.primary",
+                    remedy="leave the setting out, or evaluate one task at a time",
+                )
+            )
+        return None
+    known = TASK_METRICS[task.type].metrics
+    if not evaluation.metrics:
+        _refuse_primary(evaluation.primary, known, problems)
+        if problems:
+            raise ConfigError(*problems)
+        return None
+    chosen: dict[str, Metric] = {}
+    for index, option in enumerate(evaluation.metrics):
+        where = f"evaluation.metrics.{index}"
+        try:
+            name, metric = _resolve(task, option, where)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if name in chosen:
+            problems.append(Problem("a metric is named twice", where=where, got=name))
+        if metric is not None:
+            chosen[name] = metric
+    if not problems:
+        if not chosen:
+            problems.append(
+                Problem(
+                    "no metric scores single answers",
+                    where="evaluation.metrics",
+                    got=_OF_ALL_ROWS,
+                    remedy="add `accuracy`",
+                )
+            )
+        _refuse_primary(evaluation.primary, chosen, problems)
+    if problems:
+        raise ConfigError(*problems)
+    return chosen
+
+
+def try_scorers(task: OneTaskConfig, evaluation: EvaluationConfig, text: str) -> list[Problem]:
+    """Return what is wrong with the chosen metrics.
+
+    Args:
+        task: One task, or a mixture.
+        evaluation: `metrics` and `primary`.
+        text: A reference, on which they are tried as its own answer; empty: they are not tried.
+    """
+    try:
+        for metric in (chosen_metrics(task, evaluation) or {}).values():
+            if metric.score is not None and text:
+                metric.score(text, text, task)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def code_of_own_scorers(evaluation: EvaluationConfig) -> dict[str, str]:
+    """Return a hash of the code of each of the user's own scorers, by dotted path."""
+    codes = {}
+    for index, option in enumerate(evaluation.metrics):
+        if "." in option.name:
+            own = _load(option.name, f"evaluation.metrics.{index}")
+            file = inspect.getsourcefile(own)
+            code = Path(file).read_bytes() if file else option.name.encode()
+            codes[option.name] = hashlib.sha256(code).hexdigest()
+    return codes
+
+
+def primary_of(
+    task: OneTaskConfig, evaluation: EvaluationConfig, metrics: Mapping[str, Metric] | None
+) -> str:
+    """Return the metric that decides: `evaluation.primary`, else the task's, else the first."""
+    usual = TASK_METRICS[task.type].primary
+    if evaluation.primary or metrics is None or usual in metrics:
+        return evaluation.primary or usual
+    return next((n for n, m in metrics.items() if m.better != "neither"), next(iter(metrics)))
+
+
+def _refuse_primary(
+    primary: str | None, metrics: Mapping[str, Metric], problems: list[Problem]
+) -> None:
+    deciding = [name for name, metric in metrics.items() if metric.better != "neither"]
+    if primary is not None and primary not in deciding:
+        problems.append(
+            Problem(
+                "this metric cannot decide",
+                where="evaluation.primary",
+                got=primary,
+                allowed=", ".join(deciding),
+                remedy="name one of the metrics of single answers; evaluation.metrics adds others",
+            )
+        )
+
+
+def _resolve(task: OneTaskConfig, option: MetricConfig, where: str) -> tuple[str, Metric | None]:
+    """Return a metric by the name of its column; None for one that is always there."""
+    name, own_metrics = option.name, TASK_METRICS[task.type].metrics
+    if name == _OF_ALL_ROWS and task.type == "classification":
+        return name, None
+    if name in own_metrics:
+        return name, own_metrics[name]
+    if task.type != "language_modeling":
+        if "." in name:
+            own = partial(_score_own, _load(name, where), where, name)
+            return name.rpartition(".")[2], Metric(f"`{name}`", score=own)
+        if name in _MORE:
+            return name, _with_options(name, option, where)
+    allowed = [*own_metrics, *([] if task.type == "language_modeling" else _MORE)]
+    elsewhere = [
+        kind for kind, definition in TASK_METRICS.items() if name in definition.metrics
+    ] + ["classification"] * (name == _OF_ALL_ROWS)
+    raise ConfigError(
+        Problem(
+            f"this metric does not score {task.type}" if elsewhere else "no such metric",
+            where=where,
+            got=name,
+            allowed=", ".join(allowed) + ", or a dotted path to a function of your own",
+            remedy=f"it scores {', '.join(elsewhere)}" if elsewhere else _closest(name, allowed),
+        )
+    )
+
+
+def _closest(name: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f"did you mean `{close[0]}`?" if close else ""
+
+
+def _with_options(name: str, option: MetricConfig, where: str) -> Metric:
+    metric = _MORE[name]
+    if name == "regex":
+        try:
+            pattern = regex.compile(option.pattern)
+        except regex.error as error:
+            raise ConfigError(
+                Problem("not a regular expression", f"{where}.pattern", option.pattern, str(error))
+            ) from error
+        if not option.pattern:
+            raise ConfigError(
+                Problem("the metric `regex` needs a pattern", where=f"{where}.pattern")
+            )
+        return replace(metric, score=partial(_regex_match, pattern))
+    if name == "number":
+        return replace(metric, score=partial(_same_number, option.tolerance, option.after))
+    if name == "multi_label_f1":
+        return replace(metric, score=partial(_multi_label_f1, option.separator))
+    return metric
+
+
+def _load(path: str, where: str) -> OwnScorer:
+    """Return the function that a dotted path names; modules of this directory come first."""
+    module, _, name = path.rpartition(".")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        own = getattr(importlib.import_module(module), name)
+        inspect.signature(own).bind("reference", "completion")
+    except Exception as error:
+        # Whatever a user's module does when it is imported.
+        raise ConfigError(
+            Problem(
+                "the scorer cannot be loaded",
+                where=where,
+                got=f"{path}: {type(error).__name__}: {error}",
+                allowed="a function of two texts, reference and completion",
+                remedy=f"put the module into {here}, or install it",
+            )
+        ) from error
+    finally:
+        sys.path.remove(here)
+    return own
+
+
+def _score_own(
+    own: OwnScorer, where: str, path: str, reference: str, completion: str, task: OneTaskConfig
+) -> float | None:
+    try:
+        score = own(reference, completion)
+        if score is None:
+            return None
+        score = float(score)
+    except Exception as error:
+        # Whatever a user's function raises or returns.
+        raise _bad_scorer(
+            where, path, f"{type(error).__name__}: {error}", reference, completion
+        ) from error
+    if not 0 <= score <= 1:
+        raise _bad_scorer(where, path, f"{score}", reference, completion)
+    return score
+
+
+def _bad_scorer(where: str, path: str, what: str, reference: str, completion: str) -> ConfigError:
+    return ConfigError(
+        Problem(
+            f"the scorer `{path}` failed",
+            where=where,
+            got=f"{what}; reference {reference[:100]!r}, completion {completion[:100]!r}",
+            allowed="a number from 0 to 1, or None where it does not apply",
+            remedy="mend the function; answers that came are kept",
+        )
+    )
+
+
+def _exact(reference: str, completion: str, task: OneTaskConfig) -> float:
+    return float(reference.strip() == completion.strip())
+
+
+def _chrf(reference: str, completion: str, task: OneTaskConfig) -> float:
+    from sacrebleu.metrics.chrf import CHRF
+
+    return float(CHRF().sentence_score(completion, [reference]).score) / 100
+
+
+def _bleu(reference: str, completion: str, task: OneTaskConfig) -> float:
+    from sacrebleu.metrics.bleu import BLEU
+
+    # The tokenizer for all scripts: `13a` sees no words in those without spaces.
+    scorer = BLEU(effective_order=True, tokenize="intl" if _is_spaced(reference) else "char")
+    return float(scorer.sentence_score(completion, [reference]).score) / 100
+
+
+def _is_spaced(text: str) -> bool:
+    words = split_words(text)
+    return 2 * sum(map(is_unspaced, words)) <= len(words)
+
+
+def _numbers(text: str, after: str) -> list[float]:
+    part = text.rpartition(after)[2] if after else text
+    return [float(number.replace(",", "")) for number in _NUMBER.findall(part.replace("−", "-"))]
+
+
+def _same_number(
+    tolerance: float, after: str, reference: str, completion: str, task: OneTaskConfig
+) -> float | None:
+    """Return whether the last number is right; with a mark, what stands after its last use."""
+    if after and after not in completion:
+        return 0.0
+    expected, answer = _numbers(reference, after), _numbers(completion, after)
+    if not expected:
+        if not after:
+            return None
+        ours, theirs = (text.rpartition(after)[2] for text in (reference, completion))
+        return float(words_and_signs(ours) == words_and_signs(theirs))
+    return float(
+        bool(answer)
+        and math.isclose(answer[-1], expected[-1], rel_tol=0, abs_tol=tolerance * abs(expected[-1]))
+    )
+
+
+def _multi_label_f1(separator: str, reference: str, completion: str, task: OneTaskConfig) -> float:
+    expected, answer = _labels(reference, separator), _labels(completion, separator)
+    if not expected and not answer:
+        return 1.0
+    return 2 * len(expected & answer) / (len(expected) + len(answer))
+
+
+def _labels(text: str, separator: str) -> set[str]:
+    value = parse_json(text)
+    parts = [str(v) for v in value] if isinstance(value, list) else text.split(separator)
+    return {label for part in parts if (label := " ".join(part.split()).casefold())}
+
+
+def _json_f1(reference: str, completion: str, task: OneTaskConfig) -> float | None:
+    """Return the F1 of the values at the same place; the order in a list does not count."""
+    expected = parse_json(reference)
+    if not isinstance(expected, (dict, list)):
+        return None
+    answer = parse_json(completion)
+    if not isinstance(answer, (dict, list)):
+        return 0.0
+    ours, theirs = Counter(_leaves(expected, "")), Counter(_leaves(answer, ""))
+    total = ours.total() + theirs.total()
+    return 2 * (ours & theirs).total() / total if total else float(expected == answer)
+
+
+def _leaves(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Yield place and value of everything in a JSON value; null is as good as left out."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{place}.{json.dumps(name)}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, f"{place}[]")
+    elif value is not None:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        yield place, " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
+
+
+def _regex_match(
+    pattern: regex.Pattern[str], reference: str, completion: str, task: OneTaskConfig
+) -> float | None:
+    """Return whether the pattern is found; if it has a group, whether that says the same."""
+    try:
+        got = pattern.search(completion, timeout=_LONGEST_MATCH_S)
+        if not pattern.groups:
+            return float(got is not None)
+        expected = pattern.search(reference, timeout=_LONGEST_MATCH_S)
+    except TimeoutError as error:
+        raise ConfigError(
+            Problem(
+                "the regular expression takes too long",
+                where="evaluation.metrics",
+                got=pattern.pattern,
+                allowed=f"{_LONGEST_MATCH_S:.0f} s for an answer",
+                remedy="write it without nested repetitions",
+            )
+        ) from error
+    if expected is None:
+        return None
+    return float(got is not None and got[1] == expected[1])
+
+
+_MORE = {
+    "exact_match_strict": Metric("the very text of the reference", kind="binary", score=_exact),
+    "chrf": Metric("chrF: character n-grams in common, of each answer", score=_chrf),
+    "bleu": Metric("BLEU of each answer", score=_bleu),
+    "number": Metric("right number", kind="binary", score=partial(_same_number, 0.0, "")),
+    "multi_label_f1": Metric("F1 of the labels", score=partial(_multi_label_f1, ",")),
+    "json_f1": Metric("F1 of the values in JSON", score=_json_f1),
+    "regex": Metric("the pattern is found", kind="binary"),
+}
