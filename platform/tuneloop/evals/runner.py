@@ -22,10 +22,16 @@ from tuneloop.evals.scoring.asking import (
     arm_identity,
     ask_all,
 )
+from tuneloop.evals.scoring.budget import cost_per_1000, mean_count
 from tuneloop.evals.scoring.choosable import chosen_metrics, code_of_own_scorers, primary_of
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors, terms_of
 from tuneloop.evals.scoring.intervals import Resampling
+from tuneloop.evals.scoring.lineage import (
+    count_looks,
+    describe_contamination,
+    find_contaminated,
+)
 from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.predictions import Prediction, read_predictions, write_predictions
 from tuneloop.evals.scoring.questions import Question, read_questions, read_solved
@@ -36,17 +42,18 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 10
+CODE_VERSION = 11
 _REFUSED = re.compile(
     r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
 )
 
 
 class _Context(NamedTuple):
-    """What the dataset says about its rows: their clusters, and the words that it often uses."""
+    """What is known about the rows: clusters, words often used, and which a dataset trains on."""
 
     clusters: RowClusters
     terms: frozenset[str]
+    contaminated: Mapping[str, frozenset[str]]
 
 
 def sampling(evaluation: EvaluationConfig) -> SamplingParams:
@@ -127,7 +134,11 @@ def evaluate(
         return Published(published, reused=True)
     e = config.evaluation
     questions = read_questions(dataset, config.task.tasks, e.split)
-    context = _Context(read_clusters(dataset, e.group_by, e.split), terms_of(read_solved(dataset)))
+    context = _Context(
+        read_clusters(dataset, e.group_by, e.split),
+        terms_of(read_solved(dataset)),
+        find_contaminated(workspace, [a.trained_on for a in arms if a.trained_on], questions),
+    )
     scorer = make_scorer(config, questions)
     params = sampling(config.evaluation)
     requests = [request for arm in arms for request in _requests(arm, questions, params)]
@@ -159,6 +170,9 @@ def evaluate(
             for request, answer in zip(requests, answers, strict=True)
         ]
         evaluation = _build(config, predictions, scorer, name, context.clusters.by)
+        looks = 1 + count_looks(workspace, dataset, e.split)
+        evaluation.metrics["num_looks"] = looks
+        _account(evaluation, arms)
         write_predictions(predictions, list(scorer.metrics), draft.path)
         _write_reports(draft.path, evaluation, config, dataset)
         _write_parity(draft.path, arms)
@@ -166,6 +180,7 @@ def evaluate(
             config=_parts(config, dataset, arms),
             resources={
                 "concurrency": config.evaluation.concurrency,
+                "num_looks": looks,
                 "endpoints": {arm.name: arm.endpoint.url for arm in arms if arm.endpoint.url},
             },
             inputs=[dataset.ref, *dict.fromkeys(_model(arm) for arm in arms)],
@@ -214,6 +229,7 @@ def _parts(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> di
                 "model": _model(arm),
                 "shots": [shot.row_id for shot in arm.shots],
             }
+            | ({"price": arm.price._asdict()} if arm.price else {})
             for arm in arms
         ],
     }
@@ -301,6 +317,7 @@ def _prediction(
     scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer, context: _Context
 ) -> Prediction:
     reference, finish_reason = request.question.reference, answer.finish_reason
+    seen = context.contaminated.get(request.arm.trained_on)
     scored = finish_reason is not None
     return Prediction(
         example_id=answer.example_id,
@@ -329,6 +346,7 @@ def _prediction(
         scores=dict(_scores(scorer, request, answer)) if scored else {},
         task=request.question.task,
         cluster=context.clusters.names.get(answer.example_id, answer.example_id),
+        contaminated=None if seen is None else answer.example_id in seen,
     )
 
 
@@ -349,6 +367,17 @@ def _build(
         metrics=summarise(predictions, scorer, resampling, cluster_by),
         comparison=compare(predictions, scorer, resampling, config.evaluation.margin),
     )
+
+
+def _account(evaluation: Evaluation, arms: Sequence[Arm]) -> None:
+    """Add to the metrics of each arm what its answers cost, and its score on rows it has seen."""
+    for arm, about in zip(arms, evaluation.metrics["arms"], strict=True):
+        rows = [p for p in evaluation.predictions if p.arm == arm.name]
+        about |= {
+            "mean_completion_tokens": mean_count([p.completion_tokens for p in rows]),
+            "cost_per_1000_requests": cost_per_1000(arm, rows),
+            "contamination": describe_contamination(rows, evaluation.primary),
+        }
 
 
 def _write_reports(

@@ -83,6 +83,7 @@ def tabulate(evaluation: Evaluation) -> EvaluationTables:
             "prompt tokens, mean": format_number(arm["mean_prompt_tokens"]),
             "answer tokens, median": format_number(arm["median_completion_tokens"]),
             "latency, median s": format_number(arm["median_latency_s"], 2),
+            "cost per 1,000": format_number(arm.get("cost_per_1000_requests"), 2),
         }
         for arm in evaluation.arms
     ]

@@ -80,9 +80,23 @@ def show_arms(evaluation: Evaluation, secondary: Sequence[str]) -> list[dict[str
                 "completion_tokens": format_number(arm["median_completion_tokens"]),
                 "prompt_tokens": format_number(arm["mean_prompt_tokens"]),
                 "latency": format_number(arm["median_latency_s"], 2),
+                # An evaluation of an earlier version has neither.
+                "cost": format_number(arm.get("cost_per_1000_requests"), 2),
+                "contamination": _contamination(arm.get("contamination"), metric),
             }
         )
     return shown
+
+
+def _contamination(parts: dict[str, Any] | None, metric: Metric) -> str:
+    """Return how many rows an arm was trained on, with the scores on these and on the others."""
+    if parts is None:
+        return "unknown"
+    flagged, clean = parts["flagged"], parts["clean"]
+    if not flagged["n"]:
+        return "none"
+    seen, others = (format_value(part["value"], metric) for part in (flagged, clean))
+    return f"{flagged['n']} of {parts['all']['n']}: {seen}; the others {others}"
 
 
 def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
@@ -304,6 +318,11 @@ def list_facts(
         ("Task", f"{config.task.describe()}, scored by {evaluation.primary}"),
         ("Base model", config.model.base),
         ("Dataset", f"{dataset}, {e.split} split, {evaluation.metrics['num_examples']} examples"),
+        (
+            "Looks at these rows",
+            f"{evaluation.metrics.get('num_looks', 'not counted')} evaluations in this workspace, "
+            "this one included: what was chosen by their scores flatters the next",
+        ),
         ("Sampling", f"{greedy}, at most {e.max_tokens} tokens, seed {e.seed}"),
         (
             "Few-shot prompt",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from tuneloop.config import BudgetConfig
 from tuneloop.errors import EndpointError, Problem
-from tuneloop.records import Price
+from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.records import Arm, Price
 
 # What a chat template may add to a message, in tokens; no template we know adds as many.
 _TOKENS_PER_MESSAGE = 32
@@ -44,6 +45,28 @@ def most(price: Price | None, texts: Sequence[str], max_tokens: int) -> Cost:
     """
     most_prompt = len("".join(texts).encode()) + _TOKENS_PER_MESSAGE * (len(texts) + 1)
     return cost_of(price, most_prompt, max_tokens)
+
+
+def mean_count(counts: Sequence[int | None]) -> float | None:
+    """Return the mean of those counts that are known; None where none is."""
+    known = [count for count in counts if count is not None]
+    return sum(known) / len(known) if known else None
+
+
+def cost_per_1000(arm: Arm, predictions: Sequence[Prediction]) -> float | None:
+    """Return what 1,000 such requests cost at the arm's price.
+
+    Returns:
+        None where there is no price, or where the endpoint did not count its tokens. The simple
+        arm costs nothing.
+    """
+    if arm.answer is not None and not arm.endpoint.url:
+        return 0.0
+    prompt = mean_count([p.prompt_tokens for p in predictions])
+    completion = mean_count([p.completion_tokens for p in predictions])
+    if arm.price is None or prompt is None or completion is None:
+        return None
+    return 1000 * (prompt * arm.price.input + completion * arm.price.output) / 1e6
 
 
 class Budget:

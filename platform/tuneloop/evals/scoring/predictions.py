@@ -27,6 +27,7 @@ _COLUMNS = [
     ("error", pa.string()),
     ("error_tags", pa.list_(pa.string())),
     ("cluster", pa.string()),
+    ("contaminated", pa.bool_()),
 ]
 
 
@@ -43,6 +44,8 @@ class Prediction:
         task: The row's task in a mixture; empty otherwise.
         cluster: Rows of one cluster are right and wrong together. Empty where the row is one of
             its own.
+        contaminated: Whether the row is among those that the arm was trained on; None where that
+            is not known.
     """
 
     example_id: str
@@ -60,6 +63,7 @@ class Prediction:
     scores: dict[str, float | None] = field(default_factory=dict)
     task: str = ""
     cluster: str = ""
+    contaminated: bool | None = None
 
 
 def write_predictions(
