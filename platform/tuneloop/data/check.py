@@ -6,10 +6,10 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from tuneloop.config import TuneloopConfig
+from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.decontamination.held_out import read_evaluations
 from tuneloop.data.filters.languages import refuse_unknown_languages
-from tuneloop.data.schema import ReasonCode, Rejection, Stage
+from tuneloop.data.schema import ReasonCode, Rejection, SourceRow, Stage
 from tuneloop.data.sources.bad_rows import (
     BadRow,
     LongRow,
@@ -39,6 +39,8 @@ from tuneloop.records import Sample
 # Usable rows that stand for all where they are compared with one another.
 _SPREAD = 64
 _ROWS_AT_ONCE = 1000
+# For both sides of the split.
+_FEWEST_UNITS = 2
 _MOST_TOKENS_OF_A_CHARACTER = 4
 T = TypeVar("T")
 
@@ -106,6 +108,8 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     dropped: list[str] = []
     lengths: list[int] = []
     targets: list[int] = []
+    prompts: set[str] = set()
+    groups: set[str] = set()
     columns: dict[str, Shape] = {}
     extras: list[str] = []
     shown: _EvenlySpread[tuple[str, Sample]] = _EvenlySpread(num_samples)
@@ -138,6 +142,10 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         if limit is not None and len(sample.input_ids) > limit:
             too_long.append(LongRow(row["source"], len(sample.input_ids)))
             continue
+        if len(prompts) < _FEWEST_UNITS:
+            prompts.add(_plain_prompt(row))
+        if len(groups) < _FEWEST_UNITS:
+            groups.add(row["group"])
         lengths.append(len(sample.input_ids))
         targets.append(sum(sample.loss_mask))
         shown.offer((row["source"], sample))
@@ -149,7 +157,11 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     notices += json_text_notice(schema_of(columns))
     if dropped and len(dropped) + len(bad) + len(too_long) == total:
         findings.append(nothing_left_problem(dropped))
-    elif dropped:
+    elif not findings:
+        is_grouped = config.data.split.group_by is not None
+        num_units = min(len(prompts), len(groups)) if is_grouped else len(prompts)
+        findings += _split_findings(len(lengths), num_units, config.data)
+    if dropped and len(dropped) + len(bad) + len(too_long) < total:
         notices.append(dropped_problem(dropped, total))
     return DataCheck(
         findings,
@@ -181,6 +193,47 @@ def _findings(
         allowed = config.data.too_long == "drop" and len(bad) + len(too_long) < total
         (notices if allowed else findings).append(problem)
     return findings, notices
+
+
+def _plain_prompt(row: SourceRow) -> str:
+    """Return what keeps rows on one side of the split: the prompt, or all of a document."""
+    texts = [message["content"] for message in row["messages"][:-1]] or [row["text"]]
+    return " ".join(" ".join(texts).lower().split())
+
+
+def _split_findings(num_rows: int, num_units: int, data: DataConfig) -> list[Problem]:
+    """Return why rows cannot be split even if none is removed as a duplicate.
+
+    Args:
+        num_rows: Usable ones.
+        num_units: Prompts, or groups of `split.group_by`, that differ; more than two need not be
+            counted.
+    """
+    split, limit = data.split, data.num_train_examples
+    tested = split.num_test_examples or 1
+    held_out = tested + (split.num_validation_examples or int(split.validates))
+    if num_units < _FEWEST_UNITS:
+        return [
+            Problem(
+                "the rows cannot be split",
+                where="data.split.group_by" if num_rows > 1 and split.group_by else "data.split",
+                got=f"{num_rows:,} row{'s' * (num_rows != 1)} that stay together",
+                allowed="at least two prompts that differ, and two groups with split.group_by",
+                remedy="add rows, or group by another column",
+            )
+        ]
+    if held_out >= num_rows or (limit is not None and limit + held_out > num_rows):
+        return [
+            Problem(
+                "not enough rows for the splits",
+                where="data.split, data.num_train_examples",
+                got=f"{num_rows:,} usable rows",
+                allowed=f"at least {held_out + (limit or 1):,}: {tested:,} to test, "
+                f"{held_out - tested:,} to validate, {limit or 1:,} to train on",
+                remedy="lower the numbers, or add data",
+            )
+        ]
+    return []
 
 
 class _EvenlySpread(Generic[T]):
