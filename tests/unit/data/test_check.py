@@ -1,12 +1,16 @@
-"""What `check` shows of a row."""
+"""What `check` shows of a row, and what it knows of the split."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tuneloop.data.check import _token_sample
+from tuneloop.config import TuneloopConfig
+from tuneloop.data.check import _token_sample, check
+from tuneloop.models.bases.source import resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Sample
 
@@ -21,3 +25,35 @@ def test_a_character_of_several_tokens_is_shown_whole(tiny_model: Path, text: st
     # A text that ends within a character is shown as far as it goes.
     cut = _token_sample("rows.jsonl:1", Sample(ids[:-1], [1] * (len(ids) - 1)), renderer).tokens
     assert len(cut) <= len(ids)
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "told"),
+    [
+        ([("q", "a")], {}, "the rows cannot be split"),
+        ([("q", "a"), ("Q ", "b")], {}, "the rows cannot be split"),
+        ([("q", "a"), ("r", "b")], {"split": {"group_by": "same"}}, "the rows cannot be split"),
+        ([("q", "a"), ("r", "b")], {"split": {"num_test_examples": 2}}, "not enough rows"),
+        ([("q", "a"), ("r", "b")], {"num_train_examples": 2}, "not enough rows"),
+        ([("q", "a"), ("r", "b")], {"split": {"validation_ratio": 0.1}}, "not enough rows"),
+        ([("q", "a"), ("r", "b")], {"split": {"group_by": "answer"}}, ""),
+        ([("q", "a"), ("r", "a"), ("s", "a")], {"split": {"validation_ratio": 0.1}}, ""),
+    ],
+)
+def test_rows_that_cannot_be_split_are_told(
+    tmp_path: Path, tiny_model: Path, rows: list[tuple[str, str]], data: dict[str, Any], told: str
+) -> None:
+    lines = [{"question": q, "answer": a, "same": 1} for q, a in rows]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sources = [{"path": str(path), "format": "question_answer"}]
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "t",
+            "task": {"type": "generation"},
+            "model": {"base": str(tiny_model)},
+            "data": {"sources": sources, "max_seq_len": 128, **data},
+        }
+    )
+    found = check(config, resolve_base(str(tiny_model)))
+    assert [told in problem.what for problem in found.findings] == [True] * bool(told)
