@@ -141,7 +141,8 @@ class ModelConfig(Section):
     chat_template: str = Field(
         "auto",
         description="`auto` uses the model's own template, or `alpaca` if it has none; `alpaca`, "
-        "`chatml` and `plain` are built in; anything else is the path of a Jinja file.",
+        "`chatml`, `chatml_tools` (with tools and their calls) and `plain` are built in; anything "
+        "else is the path of a Jinja file.",
     )
 
 

@@ -5,11 +5,12 @@ Shape legend used in docstrings: B batch, T tokens, N target tokens, V vocabular
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 FinishReason = Literal["stop", "length"]
 Status = Literal["scored", "unscored"]
 
@@ -20,10 +21,70 @@ ARMS = (BASE, FEW_SHOT, SIMPLE, FINETUNED)
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation, in OpenAI's layout.
+
+    Args:
+        content: Its text; may be empty beside `tool_calls`, and as a tool's result.
+        tool_calls: JSON of the calls: a list of `{"id", "type", "function": {"name", "arguments"}}`
+            with `arguments` as JSON text. Empty: none.
+        tool_call_id: The call that a tool's message answers.
+        name: Of the participant or tool.
+        reasoning_content: What the assistant thought before it answered.
+        weight: 0 for an answer that is context only, 1 for one to learn.
+    """
 
     role: Role
     content: str
+    tool_calls: str = ""
+    tool_call_id: str = ""
+    name: str = ""
+    reasoning_content: str = ""
+    weight: int = 1
+
+    @staticmethod
+    def of(turn: Mapping[str, Any]) -> Message:
+        """Return the message that a dataset's row or `as_dict` holds."""
+        calls = turn.get("tool_calls")
+        texts = {name: turn.get(name) or "" for name in _MORE_TEXTS}
+        return Message(
+            turn["role"],
+            turn["content"] or "",
+            tool_calls=json.dumps(calls, ensure_ascii=False) if calls else "",
+            weight=0 if turn.get("weight") == 0 else 1,
+            **texts,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the message in OpenAI's layout, without fields that say nothing."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            turn["tool_calls"] = self.calls
+        turn |= {name: value for name in _MORE_TEXTS if (value := getattr(self, name))}
+        return turn if self.weight else turn | {"weight": 0}
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The tool calls."""
+        found: list[dict[str, Any]] = json.loads(self.tool_calls) if self.tool_calls else []
+        return found
+
+    @property
+    def text(self) -> str:
+        """What the message says: its content, then its calls as JSON, one on each line."""
+        return "\n".join(part for part in [self.content, *map(call_text, self.calls)] if part)
+
+
+_MORE_TEXTS = ("tool_call_id", "name", "reasoning_content")
+
+
+def call_text(call: Mapping[str, Any]) -> str:
+    """Return a tool call as `{"name": …, "arguments": {…}}`, the form most templates write."""
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except ValueError:
+        arguments = function["arguments"]
+    return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -35,12 +96,14 @@ class Conversation:
         row_id: Stable hash of source and content.
         source: Where the row came from, `path:line`.
         task: Name of its task in a mixture; empty otherwise.
+        tools: JSON of the tools that may be called, a list in OpenAI's layout; empty for none.
     """
 
     messages: tuple[Message, ...]
     row_id: str = ""
     source: str = ""
     task: str = ""
+    tools: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.decontamination.held_out import read_evaluations
 from tuneloop.data.filters.languages import refuse_unknown_languages
-from tuneloop.data.schema import ReasonCode, Rejection, SourceRow, Stage
+from tuneloop.data.schema import SourceRow, Stage
 from tuneloop.data.sources.bad_rows import (
     BadRow,
     LongRow,
@@ -23,7 +23,13 @@ from tuneloop.data.sources.bad_rows import (
 from tuneloop.data.sources.dialect import file_notices
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
-from tuneloop.data.tokenize.rendering import NUM_VERIFIED, Rendering, percentiles, sample_of
+from tuneloop.data.tokenize.rendering import (
+    NUM_VERIFIED,
+    Rendering,
+    percentiles,
+    sample_of,
+    unrenderable,
+)
 from tuneloop.data.write.own_columns import (
     Shape,
     json_text_notice,
@@ -33,7 +39,8 @@ from tuneloop.data.write.own_columns import (
 )
 from tuneloop.errors import DataError, Problem
 from tuneloop.models.bases.source import BaseModel
-from tuneloop.models.chat.renderer import Renderer, RenderError
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.chat.template import RenderError
 from tuneloop.records import Sample
 
 # Usable rows that stand for all where they are compared with one another.
@@ -136,8 +143,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         try:
             sample = sample_of(row, renderer)
         except RenderError as error:
-            rejection = Rejection(Stage.TOKENIZE, ReasonCode.UNRENDERABLE, str(error))
-            bad.append(BadRow(row["source"], rejection))
+            bad.append(BadRow(row["source"], unrenderable(error)))
             continue
         if limit is not None and len(sample.input_ids) > limit:
             too_long.append(LongRow(row["source"], len(sample.input_ids)))

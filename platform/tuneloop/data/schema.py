@@ -17,7 +17,20 @@ _REJECTION = pa.struct(
         ("is_fatal", pa.bool_()),
     ]
 )
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_PLAIN_TURN = [("role", pa.string()), ("content", pa.string())]
+_FUNCTION = pa.struct([("name", pa.string()), ("arguments", pa.string())])
+_CALL = pa.struct([("id", pa.string()), ("type", pa.string()), ("function", _FUNCTION)])
+_MESSAGES = pa.list_(
+    pa.struct(
+        [
+            *_PLAIN_TURN,
+            ("tool_calls", pa.list_(_CALL)),
+            *[(name, pa.string()) for name in ("tool_call_id", "name", "reasoning_content")],
+            ("weight", pa.int8()),
+        ]
+    )
+)
+_PLAIN_MESSAGES = pa.list_(pa.struct(_PLAIN_TURN))
 
 
 class Side(IntEnum):
@@ -139,8 +152,9 @@ class SourceRow(TypedDict):
     """A row between reading and tokenizing, by `row_schema`.
 
     `rejection` is None for a usable row. `changes` is what filters repaired in it; `task` a name of
-    `task.tasks`, if there are any; `stratum` its task and value of `split.stratify_by`; `extra` the
-    JSON of the user's own columns, whose types need not agree between files.
+    `task.tasks`, if there are any; `stratum` its task and value of `split.stratify_by`; `tools`
+    the JSON of what may be called; `extra` the JSON of the user's own columns, whose types need not
+    agree between files.
     """
 
     key: int
@@ -148,7 +162,8 @@ class SourceRow(TypedDict):
     rejection: Rejection | None
     changes: str
     task: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    tools: str
     text: str
     group: str
     stratum: str
@@ -176,6 +191,7 @@ def row_schema() -> pa.Schema:
             ("changes", pa.string()),
             ("task", pa.string()),
             ("messages", _MESSAGES),
+            ("tools", pa.string()),
             ("text", pa.string()),
             ("group", pa.string()),
             ("stratum", pa.string()),
@@ -188,13 +204,15 @@ def row_schema() -> pa.Schema:
 def rendered_schema(num_bands: int, num_prompt_bands: int) -> pa.Schema:
     """Return the Arrow schema of tokenized rows.
 
-    To the columns of `row_schema` come `content_id` (hash of the row's own content), the tokens,
-    and the keys by which rows are compared.
+    To the columns of `row_schema` come `content_id` (hash of the row's own content), `is_plain`
+    (it has no tools, and no turn has more than role and content), the tokens, and the keys by which
+    rows are compared.
     """
     return pa.schema(
         [
             *row_schema(),
             ("content_id", pa.string()),
+            ("is_plain", pa.bool_()),
             ("input_ids", pa.list_(pa.int32())),
             ("loss_mask", pa.list_(pa.int8())),
             ("num_tokens", pa.int32()),
@@ -209,19 +227,22 @@ def rendered_schema(num_bands: int, num_prompt_bands: int) -> pa.Schema:
     )
 
 
-def dataset_schema(columns: pa.Schema, is_text: bool = False) -> pa.Schema:
+def dataset_schema(columns: pa.Schema, is_text: bool = False, is_plain: bool = True) -> pa.Schema:
     """Return the Arrow schema of train, validation and test files.
 
     Args:
         columns: The user's own.
         is_text: Rows have `text` in place of `messages`, and say which documents are in them.
+        is_plain: Every turn has a role and a content only, and no row has tools.
     """
+    messages = _PLAIN_MESSAGES if is_plain else _MESSAGES
     return pa.schema(
         [
             ("row_id", pa.string()),
             ("source", pa.string()),
             ("synthetic", pa.bool_()),
-            ("text", pa.string()) if is_text else ("messages", _MESSAGES),
+            ("text", pa.string()) if is_text else ("messages", messages),
+            *([] if is_plain or is_text else [("tools", pa.string())]),
             ("input_ids", pa.list_(pa.int32())),
             ("loss_mask", pa.list_(pa.int8())),
             ("num_tokens", pa.int32()),
@@ -229,6 +250,14 @@ def dataset_schema(columns: pa.Schema, is_text: bool = False) -> pa.Schema:
             *[(field.name, field.type) for field in columns],
         ]
     )
+
+
+def plain_messages(messages: pa.ListArray) -> pa.ListArray:
+    """Return the roles and contents of conversations alone."""
+    turns = messages.values
+    fields = [turns.field(name) for name, _ in _PLAIN_TURN]
+    plain = pa.StructArray.from_arrays(fields, [name for name, _ in _PLAIN_TURN])
+    return pa.ListArray.from_arrays(messages.offsets, plain)
 
 
 def document_columns() -> list[pa.Field]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuneloop.errors import ModelError, Problem, UserError
-from tuneloop.models.chat.renderer import Renderer, RenderError
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.chat.template import RenderError
 from tuneloop.models.export.layout import ADAPTER, recorded_renderer
 from tuneloop.serving import protocol
 from tuneloop.serving.protocol import ChatRequest, CompletionRequest, ProtocolError

@@ -38,7 +38,8 @@ from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
 from tuneloop.errors import ConfigError, DataError, EndpointError, Problem
 from tuneloop.models.bases.source import BaseModel
-from tuneloop.models.chat.renderer import Renderer, RenderError
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.chat.template import RenderError
 from tuneloop.models.client.client import Client, RequestError, ask_each
 from tuneloop.progress import Progress
 from tuneloop.records import Endpoint, Message, SamplingParams

@@ -73,7 +73,7 @@ def test_rows_are_dealt_out_to_partitions_and_come_back_in_order(size: int, num_
     starts = np.unique([*by_order[is_first], *generator.choice(by_order, num_cuts)])
     partitions = assemble.Partitions(starts[1:], [Side(start >> 61) for start in starts], 1)
     columns = pa.schema([("n", pa.int64())])
-    job = assemble._Job(assignments, partitions, columns, Rendering("", ""), None)
+    job = assemble._Job(assignments, partitions, columns, Rendering("", ""), None, True)
     blocks = blocks_of(10, size)
     parts = [assemble._finish_blocks(job, *blocks[at : at + 2]) for at in range(0, len(blocks), 2)]
     tables = [assemble._joined(False, *(part[n] for part in parts)) for n in range(len(starts))]

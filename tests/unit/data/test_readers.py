@@ -157,7 +157,8 @@ def test_conversations_of_several_turns_keep_them_all(layout: str, tmp_path: Pat
         (["user", "assistant", "user"], "do not alternate"),
         (["assistant", "user", "assistant"], "do not alternate"),
         (["user", "system", "assistant"], "not the first"),
-        (["user", "tool", "assistant"], "a role that is not supported"),
+        (["user", "tool", "assistant"], "do not alternate"),
+        (["user", "critic", "assistant"], "a role that is not supported"),
         (["system"], "do not alternate"),
     ],
 )
@@ -209,7 +210,7 @@ def test_malformed_line_has_file_and_line_and_spares_the_others(tmp_path: Path) 
         ([1], "question_answer", "the row is not an object"),
         ({"messages": []}, "messages", "`messages` is not a list of turns"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages", "do not alternate"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "role that is not"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "messages", "role that is not"),
         ({"messages": [{"role": "user"}]}, "messages", "no `role` and `content`"),
     ],
 )

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuneloop.errors import ModelError
-from tuneloop.models.chat.renderer import TEMPLATES, Renderer, RenderError
+from tuneloop.models.chat.renderer import TEMPLATES, Renderer
+from tuneloop.models.chat.template import RenderError
 from tuneloop.records import Message
 
 SYSTEM = Message("system", "Answer in one word.")
@@ -74,9 +75,12 @@ def test_saving_keeps_the_hash_and_another_template_changes_it(
     assert Renderer.load(tiny_model, "plain").hash != alpaca.hash
 
 
-def test_control_tokens_in_the_text_are_refused(renderer: Renderer) -> None:
-    with pytest.raises(RenderError, match="im_end"):
-        renderer.sample([Message("user", "ignore <|im_end|> this"), Message("assistant", "no")])
+def test_control_tokens_in_the_text_are_text(renderer: Renderer) -> None:
+    turns = [Message("user", "ignore <|im_end|> this"), Message("assistant", "no")]
+    sample, plain = renderer.sample(turns), renderer.sample([Message("user", "a"), turns[1]])
+    stop = renderer.stop_ids[0]
+    assert sample.input_ids.count(stop) == plain.input_ids.count(stop)
+    assert "ignore <|im_end|> this" in renderer.tokenizer.decode(sample.input_ids)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +135,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
         "{{ messages | length }}{% for m in messages %}{{ m.content }}"
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(RenderError, match="earlier turns"):
+    with pytest.raises(ModelError, match="earlier turns"):
         Renderer.load(tiny_model, str(template))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tuneloop.data.schema import Stage
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
+from tuneloop.records import Message
 from tuneloop.text import shorten
 
 _STAGES = {
@@ -303,7 +304,7 @@ def _strata(strata: dict[str, dict[str, int]]) -> str:
 
 def _sample_text(name: str, row: dict[str, Any]) -> str:
     if "messages" in row:
-        text = "\n".join(f"[{m['role']}]\n{m['content']}" for m in row["messages"])
+        text = "\n".join(f"[{m['role']}]\n{Message.of(m).text}" for m in row["messages"])
     else:
         text = row["text"]
     text = shorten(text, 2001)

@@ -13,6 +13,7 @@ from tuneloop.config import (
     TuneloopConfig,
 )
 from tuneloop.data.hashing.columns import compared_text
+from tuneloop.data.hashing.content import spoken
 from tuneloop.data.sources.bad_rows import BadRow, refuse_bad_rows
 from tuneloop.data.sources.files import SourceFile
 from tuneloop.data.sources.readers import read_source
@@ -66,7 +67,7 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
             if row["rejection"]:
                 bad.append(BadRow(row["source"], row["rejection"]))
                 continue
-            messages, text = row["messages"], row["text"]
+            messages, text = spoken(row["messages"], row["tools"]), row["text"]
             rows.labels.append(row["source"])
             rows.texts.append(compared_text(messages, text, "both"))
             rows.prompts.append("" if is_text else compared_text(messages, text, "prompt"))

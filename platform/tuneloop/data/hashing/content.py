@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,11 +17,12 @@ from numpy.typing import NDArray
 from tuneloop.config import DedupConfig, TaskConfig
 from tuneloop.data.hashing.columns import ComparedSide, Hashes, Indices, Texts, compared_text
 from tuneloop.data.hashing.signatures import band_hashes, normalised_hashes, shingles
+from tuneloop.records import Message
 
 # Jaccard similarity of their sets of words from which two prompts ask nearly the same.
 ALIKE_PROMPTS = 0.9
 # The columns that hold what a row says.
-CONTENT_COLUMNS = ["task", "messages", "text"]
+CONTENT_COLUMNS = ["task", "messages", "tools", "text"]
 
 
 class OwnContent(NamedTuple):
@@ -60,7 +62,7 @@ class Content:
         if messages and instruction:
             system = messages[0]["content"][len(instruction) :].strip()
             messages = [{"role": "system", "content": system}] * bool(system) + messages[1:]
-        return OwnContent(messages, row["text"])
+        return OwnContent(spoken(messages, row["tools"]), row["text"])
 
     def own_of(self, table: pa.Table) -> list[OwnContent]:
         """Return what each row of a table itself says."""
@@ -72,6 +74,27 @@ class Content:
             return table["text"].cast(pa.large_string())
         texts = [compared_text(*own, on) for own in self.own_of(table)]
         return pa.array(texts, pa.large_string())
+
+
+def spoken(messages: list[dict[str, Any]], tools: str) -> list[dict[str, str]]:
+    """Return what is compared of a conversation: thoughts and calls are content, and tools' names.
+
+    Args:
+        tools: JSON of the row's tools; empty for none.
+    """
+    own = []
+    for turn in messages:
+        if not turn.get("tool_calls") and not turn.get("reasoning_content"):
+            own.append({"role": turn["role"], "content": turn["content"]})
+            continue
+        message = Message.of(turn)
+        text = f"{message.reasoning_content}\n{message.text}".lstrip("\n")
+        own.append({"role": turn["role"], "content": text})
+    if tools:
+        # The same question with other tools has another answer.
+        names = " ".join(tool["function"]["name"] for tool in json.loads(tools))
+        own.insert(0, {"role": "tools", "content": names})
+    return own
 
 
 def dedup_keys(table: pa.Table, content: Content, dedup: DedupConfig) -> dict[str, pa.Array]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tuneloop.config import OneTaskConfig, SourceConfig
@@ -13,12 +14,24 @@ from tuneloop.records import Message, Role
 
 _ROLES: dict[str, Role] = {
     "system": "system",
+    "developer": "developer",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
 }
+# Keys of a turn beside its role and content.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_WEIGHTS = ("weight", "train", "loss")
+_TURN_KEYS = frozenset(
+    {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name"}
+).union(_THOUGHTS, _WEIGHTS)
+_CUT = "turns after the last answer to learn left out"
 _PAIRS = {
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
@@ -68,13 +81,29 @@ def used_columns(source: SourceConfig) -> tuple[str, ...]:
     """Return the columns that a format reads; all others are the user's and are kept."""
     if source.format == "columns":
         return tuple(source.columns.values())
-    if source.format == "alpaca":
-        return ("instruction", "input", "output")
     if source.format in _PAIRS:
         return _PAIRS[source.format]
-    return {"messages": ("messages",), "sharegpt": ("conversations",), "text": ("text",)}[
-        source.format
-    ]
+    return {
+        "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
+        "messages": ("messages", "tools", "functions"),
+        "sharegpt": ("conversations", "system", "tools"),
+        "text": ("text",),
+    }[source.format]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A row's conversation.
+
+    Args:
+        messages: Turns; the last is an answer to learn.
+        tools: JSON of the tools that may be called, a list in OpenAI's layout; empty for none.
+        change: What was left out, if anything.
+    """
+
+    messages: list[Message]
+    tools: str = ""
+    change: str = ""
 
 
 def to_document(row: Mapping[str, Any]) -> str:
@@ -82,22 +111,36 @@ def to_document(row: Mapping[str, Any]) -> str:
     return _text(row, "text").strip("\n")
 
 
-def to_messages(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> list[Message]:
+def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> Chat:
     """Return a row's conversation, checked against the task, without `task.instruction`.
 
     White space after a prompt, blank lines before it, and white space around an answer are
-    dropped: the chat template supplies what stands between them.
+    dropped: the chat template supplies what stands between them. Turns after the last answer to
+    learn teach nothing, and are left out.
 
     Raises:
-        RowError: A column is missing, empty or of the wrong type, the turns are not a
-            conversation, or the answer is none that the task allows.
+        RowError: A column is missing, empty or of the wrong type, a turn has a key that is not
+            understood, the turns are not a conversation, or the answer is none that the task
+            allows.
     """
+    tools = ""
     if source.format in ("messages", "sharegpt"):
         messages = _turns(row, source.format)
+        tools = _tools(row)
     else:
         messages = _pair(row, source, task)
-    check_answer(messages[-1].content, task)
-    return messages
+        if source.format == "alpaca":
+            messages = [*_alpaca_before(row), *messages]
+            tools = _tools(row)
+    last = max((i for i, m in enumerate(messages) if m.role == "assistant" and m.weight), default=0)
+    if not last:
+        raise RowError(
+            "no answer of the row is to be learned",
+            got="weight 0 (or train or loss false) in all turns of the assistant",
+            remedy="give one of them weight 1, or leave the row out",
+        )
+    check_answer(messages[last].content, task)
+    return Chat(messages[: last + 1], tools, _CUT if last + 1 < len(messages) else "")
 
 
 def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> list[Message]:
@@ -135,55 +178,263 @@ def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> 
     ]
 
 
-def _turns(row: Mapping[str, Any], layout: str) -> list[Message]:
-    column, role_key, text_key = (
-        ("messages", "role", "content")
-        if layout == "messages"
-        else ("conversations", "from", "value")
+def _alpaca_before(row: Mapping[str, Any]) -> list[Message]:
+    """Return what stands before the instruction: `system`, and the turns of `history`."""
+    messages = _system_beside(row)
+    history = _decoded(row.get("history"), "history") or []
+    is_pairs = isinstance(history, list) and all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in history
     )
+    if not is_pairs:
+        raise RowError(
+            "`history` is not a list of questions and answers",
+            got=_short(history),
+            allowed='[["question", "answer"], …]',
+        )
+    for question, answer in history:
+        if not question.strip() or not answer.strip():
+            raise RowError("a turn of `history` is empty", got=_short([question, answer]))
+        messages.append(Message("user", question.rstrip().lstrip("\r\n")))
+        messages.append(Message("assistant", answer.strip()))
+    return messages
+
+
+def _system_beside(row: Mapping[str, Any]) -> list[Message]:
+    """Return the system message that a column `system` holds, if any."""
+    value = row.get("system")
+    if value is not None and not isinstance(value, str):
+        raise _wrong_type("system", value)
+    return [Message("system", value.strip())] if value and value.strip() else []
+
+
+def _turns(row: Mapping[str, Any], layout: str) -> list[Message]:
+    column = "messages" if layout == "messages" else "conversations"
     if column not in row:
+        if "preferred_output" in row:
+            raise RowError(
+                "the row holds a preferred and a rejected answer",
+                got="columns " + ", ".join(row),
+                allowed="one answer",
+                remedy="preferences are not learned here; to learn the preferred answers, write "
+                "rows with `messages`: those of `input`, then `preferred_output`",
+            )
+        other = "sharegpt" if layout == "messages" else "messages"
+        if {"messages", "conversations"} & row.keys():
+            raise missing_column(column, row, f"set `format: {other}`")
         raise _missing(column, row)
-    turns = row[column]
-    if isinstance(turns, str):  # CSV has no lists
-        try:
-            turns = json.loads(turns)
-        except ValueError as error:
-            raise RowError(f"`{column}` is not valid JSON", got=_short(turns)) from error
+    turns = _decoded(row[column], column)
     if not isinstance(turns, list) or not turns:
         raise RowError(
             f"`{column}` is not a list of turns", got=_short(turns), allowed="at least two turns"
         )
-    messages: list[Message] = []
-    for turn in turns:
-        if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-            raise RowError(
-                f"a turn has no `{role_key}` and `{text_key}`",
-                got=_short(turn),
-                allowed=f'{{"{role_key}": …, "{text_key}": …}}',
-            )
-        role = _ROLES.get(str(turn[role_key]).lower())
-        if role is None:
-            raise RowError(
-                "a turn has a role that is not supported",
-                got=_short(turn[role_key]),
-                allowed=", ".join(_ROLES),
-            )
-        content = _content(turn[text_key])
-        content = content.strip() if role == "assistant" else content.rstrip().lstrip("\r\n")
-        if not content and role != "system":
-            raise RowError(f"a turn of the {role} is empty")
-        if content:
-            messages.append(Message(role, content))
-    spoken = [message.role for message in messages if message.role != "system"]
-    if any(message.role == "system" for message in messages[1:]):
-        raise RowError("a system message is not the first one")
-    if len(spoken) < 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise RowError(
-            "the turns do not alternate from user to assistant",
-            got=_short(" ".join(spoken)),
-            allowed="user assistant, once or more, after an optional system message",
-        )
+    messages = [message for turn in turns if (message := _turn(turn, layout))]
+    if layout == "sharegpt" and (system := _system_beside(row)):
+        if messages and messages[0].role == "system":
+            raise RowError("the row has a column `system` and a system message in its turns")
+        messages = [*system, *messages]
+    _check_order(messages)
     return messages
+
+
+def _turn(turn: Any, layout: str) -> Message | None:
+    """Return a turn as a message; None for a system message that says nothing."""
+    keys = ("role", "content")
+    if layout == "sharegpt" and isinstance(turn, dict) and "from" in turn:
+        keys = ("from", "value")
+    if not isinstance(turn, dict) or keys[0] not in turn:
+        wanted = ("from", "value") if layout == "sharegpt" else keys
+        raise RowError(
+            f"a turn has no `{wanted[0]}` and `{wanted[1]}`",
+            got=_short(turn),
+            allowed=f'{{"{wanted[0]}": …, "{wanted[1]}": …}}',
+        )
+    said = {key: value for key, value in turn.items() if value not in (None, "", [], {})}
+    unknown = [key for key in said if key not in _TURN_KEYS]
+    if unknown:
+        raise RowError(
+            f"a turn has a key that is not understood: `{unknown[0]}`",
+            got=_short(said[unknown[0]]),
+            allowed=", ".join(sorted(_TURN_KEYS - {"from", "value"})),
+            remedy="remove it, or write what it says in one of the allowed keys",
+        )
+    spoken = str(turn[keys[0]]).lower()
+    role = _ROLES.get(spoken)
+    if role is None:
+        raise RowError(
+            "a turn has a role that is not supported",
+            got=_short(turn[keys[0]]),
+            allowed=", ".join(_ROLES),
+        )
+    calls = said.get("tool_calls") or []
+    if "function_call" in said:  # OpenAI's layout before there were tools
+        calls = [{"function": said["function_call"]}]
+    content = turn.get(keys[1])
+    if spoken == "function_call":
+        written = _decoded(content, "function_call")
+        calls, content = [written] if isinstance(written, dict) else written, ""
+    text = "" if content is None else _content(content)
+    text = text.strip() if role == "assistant" else text.rstrip().lstrip("\r\n")
+    if calls and role != "assistant":
+        raise RowError(f"a turn of the {role} has tool calls", got=_short(calls))
+    if not text and not calls and role in ("user", "assistant"):
+        if keys[1] not in turn:
+            raise RowError(
+                f"a turn has no `{keys[0]}` and `{keys[1]}`",
+                got=_short(turn),
+                allowed=f'{{"{keys[0]}": …, "{keys[1]}": …}}',
+            )
+        raise RowError(f"a turn of the {role} is empty")
+    if not text and role in ("system", "developer"):
+        return None
+    thoughts = [said[key] for key in _THOUGHTS if key in said]
+    fields = {name: said.get(name, "") for name in ("tool_call_id", "name")}
+    for name, value in [*fields.items(), *(("reasoning_content", t) for t in thoughts)]:
+        if not isinstance(value, str):
+            raise _wrong_type(name, value)
+    return Message(
+        role,
+        text,
+        tool_calls=_calls(calls) if calls else "",
+        reasoning_content=thoughts[0].strip() if thoughts else "",
+        weight=_weight(turn, role),
+        **fields,
+    )
+
+
+def _weight(turn: Mapping[str, Any], role: Role) -> int:
+    """Return 0 for a turn marked as not to be learned, else 1."""
+    for key in _WEIGHTS:
+        value = turn.get(key)
+        if value is None:
+            continue
+        if value not in (0, 1):  # also False, True, 0.0 and 1.0
+            raise RowError(
+                f"`{key}` of a turn is neither 0 nor 1",
+                got=_short(value),
+                allowed="0 or false: context only; 1 or true: learned",
+            )
+        if value and role != "assistant":
+            raise RowError(
+                f"a turn of the {role} is marked to be learned",
+                got=f"{key}: {_short(value)}",
+                allowed="turns of the assistant",
+            )
+        if not value and role == "assistant":
+            return 0
+    return 1
+
+
+def _calls(calls: Any) -> str:
+    """Return the JSON of tool calls in OpenAI's layout, with arguments as JSON text."""
+    allowed = '[{"function": {"name": …, "arguments": "{…}"}}]'
+    if not isinstance(calls, list):
+        raise RowError("`tool_calls` is not a list", got=_short(calls), allowed=allowed)
+    found = []
+    for number, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(
+                "a tool call has no `function` with a `name`", got=_short(call), allowed=allowed
+            )
+        arguments = function.get("arguments", function.get("parameters"))
+        found.append(
+            {
+                "id": str(call.get("id") or f"call_{number}"),
+                "type": "function",
+                "function": {"name": function["name"], "arguments": _arguments(arguments)},
+            }
+        )
+    return json.dumps(found, ensure_ascii=False)
+
+
+def _arguments(value: Any) -> str:
+    """Return a call's arguments as the JSON text of an object."""
+    if value is None or value == "":
+        return "{}"
+    decoded = value
+    if isinstance(value, str):
+        try:
+            decoded = json.loads(value)
+        except ValueError as error:
+            raise RowError(
+                "the arguments of a tool call are not valid JSON", got=_short(value)
+            ) from error
+        if isinstance(decoded, str):
+            raise RowError(
+                "the arguments of a tool call are JSON within JSON",
+                got=_short(value),
+                allowed="the JSON text of an object, written once",
+                remedy="decode them once: arguments = json.loads(arguments)",
+            )
+    if not isinstance(decoded, dict):
+        raise RowError(
+            "the arguments of a tool call are not an object",
+            got=_short(decoded),
+            allowed="a JSON object",
+        )
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _tools(row: Mapping[str, Any]) -> str:
+    """Return the JSON of a row's tools in OpenAI's layout; empty for none."""
+    column = "tools" if row.get("tools") or not row.get("functions") else "functions"
+    tools = _decoded(row.get(column), column) or []
+    if isinstance(tools, str):
+        raise RowError(f"`{column}` is JSON within JSON", got=_short(tools), allowed="a list")
+    found = []
+    for tool in tools if isinstance(tools, list) else [tools]:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(
+                f"one of `{column}` has no `function` with a `name`",
+                got=_short(tool),
+                allowed='[{"type": "function", "function": {"name": …, "parameters": {…}}}]',
+            )
+        found.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return json.dumps(found, ensure_ascii=False) if found else ""
+
+
+def _check_order(messages: Sequence[Message]) -> None:
+    """Raise RowError if turns do not follow one another as in a conversation."""
+    is_system = [message.role in ("system", "developer") for message in messages]
+    if any(is_system[1:]):
+        raise RowError("a system message is not the first one")
+    spoken = [message for message in messages if message.role not in ("system", "developer")]
+    before = "start"
+    for message in spoken:
+        if message.role not in _FOLLOWS[before]:
+            break
+        before = "call" if message.tool_calls else message.role
+    else:
+        if len(spoken) >= 2 and before in ("assistant", "call"):
+            return
+    raise RowError(
+        "the turns do not alternate from user to assistant",
+        got=_short(" ".join(message.role for message in spoken)),
+        allowed="user assistant, once or more, after an optional system message; results of tools "
+        "after the assistant's calls",
+    )
+
+
+_FOLLOWS: dict[str, tuple[str, ...]] = {
+    "start": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    # A call whose result is not in the row may be followed by the next question.
+    "call": ("tool", "user"),
+    "tool": ("tool", "assistant"),
+}
+
+
+def _decoded(value: Any, column: str) -> Any:
+    """Return a value, or what its JSON holds: CSV has no lists."""
+    if not isinstance(value, str) or not value.strip():
+        return value if not isinstance(value, str) else None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise RowError(f"`{column}` is not valid JSON", got=_short(value)) from error
 
 
 def _content(value: Any) -> str:

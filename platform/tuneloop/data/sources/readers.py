@@ -15,6 +15,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +33,8 @@ from tuneloop.data.sources.formats import (
     RowError,
     check_answer,
     missing_column,
+    to_chat,
     to_document,
-    to_messages,
     used_columns,
 )
 from tuneloop.records import Message
@@ -42,7 +43,7 @@ from tuneloop.records import Message
 RESERVED = frozenset(
     {
         *("row_id", "source", "synthetic", "messages", "text", "input_ids", "loss_mask"),
-        *("num_tokens", "document_ids", "document_lengths"),
+        *("num_tokens", "document_ids", "document_lengths", "tools"),
     }
 )
 _MADE_BY_US = {"row_id", "input_ids", "loss_mask"}
@@ -77,6 +78,7 @@ def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iter
             "changes": "",
             "task": source.task or "",
             "messages": [],
+            "tools": "",
             "text": "",
             "group": "",
             "stratum": source.task or "",
@@ -92,6 +94,7 @@ def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iter
             _refuse_lone_surrogates(row)
         except RowError as error:
             row["messages"], row["extra"], row["rejection"] = [], "{}", error.rejection()
+            row["tools"] = ""
             row["group"], row["stratum"] = "", source.task or ""
             raw = error.got if isinstance(record, RowError) else _json(record)
             row["text"] = raw[:_KEPT_OF_BAD_ROW].encode("utf-8", "replace").decode()
@@ -107,16 +110,19 @@ def _fill(
         filtered = apply_filters([to_document(record)], False, filters)
         row["text"] = filtered.texts[0]
     else:
-        messages = to_messages(record, source, task)
-        texts = [message.content.removeprefix(BYTE_ORDER_MARK) for message in messages]
-        filtered = apply_filters(texts, True, filters)
+        chat = to_chat(record, source, task)
+        row["tools"] = chat.tools
+        parts = [part for index, m in enumerate(chat.messages) for part in _parts(index, m)]
+        filtered = apply_filters([part.text for part in parts], True, filters)
+        messages = _with_texts(chat.messages, parts, filtered.texts)
         if filtered.changes and not filtered.dropped:
             # A number that was masked leaves no valid JSON, for example.
-            check_answer(filtered.texts[-1], task)
-        repaired = zip(messages, filtered.texts, strict=True)
-        messages = [Message(message.role, text) for message, text in repaired]
-        row["messages"] = [vars(message) for message in with_instruction(messages, task)]
-    row["rejection"], row["changes"] = filtered.dropped, ", ".join(filtered.changes)
+            check_answer(messages[-1].content, task)
+        row["messages"] = [message.as_dict() for message in with_instruction(messages, task)]
+        if chat.change:
+            row["changes"] = chat.change
+    changes = [row["changes"]] if row["changes"] else []
+    row["rejection"], row["changes"] = filtered.dropped, ", ".join([*filtered.changes, *changes])
     if split.group_by is not None:
         row["group"] = _label(record, split.group_by, "group_by")
     if split.stratify_by is not None:
@@ -143,6 +149,50 @@ def _truth(value: Any) -> bool | None:
     return True if word in _YES else False if word in _NO else None
 
 
+class _Part(NamedTuple):
+    """A text of a conversation that filters read.
+
+    Args:
+        turn: Index of its message.
+        field: Of the message.
+    """
+
+    turn: int
+    field: str
+    text: str
+
+
+def _parts(turn: int, message: Message) -> Iterator[_Part]:
+    """Yield the texts of a message that are not empty, what it says last."""
+    for name in ("reasoning_content", "content", "tool_calls"):
+        if text := getattr(message, name):
+            yield _Part(turn, name, text.removeprefix(BYTE_ORDER_MARK))
+
+
+def _with_text(message: Message, field: str, text: str) -> Message:
+    if field == "content":
+        return replace(message, content=text)
+    if field == "tool_calls":
+        return replace(message, tool_calls=text)
+    return replace(message, reasoning_content=text)
+
+
+def _with_texts(
+    messages: Sequence[Message], parts: Sequence[_Part], texts: Sequence[str]
+) -> list[Message]:
+    """Return messages with their texts as filters repaired them."""
+    repaired = list(messages)
+    for (turn, name, _), text in zip(parts, texts, strict=True):
+        if name == "tool_calls":
+            try:
+                for call in json.loads(text):
+                    json.loads(call["function"]["arguments"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise RowError("a tool call is no valid JSON after the filters") from error
+        repaired[turn] = _with_text(repaired[turn], name, text)
+    return repaired
+
+
 def _kept_columns(record: dict[str, Any], used: Set[str], task: str | None) -> dict[str, Any]:
     """Return the user's own columns under the names that the dataset artifact gives them."""
     # A row of a dataset artifact is made anew: its ids belong to another preparation.
@@ -166,9 +216,9 @@ def with_instruction(messages: list[Message], task: OneTaskConfig) -> list[Messa
     instruction = task.instruction.strip()
     if not instruction:
         return messages
-    if messages[0].role == "system":
+    if messages[0].role in ("system", "developer"):
         text = f"{instruction}\n\n{messages[0].content}"
-        return [Message("system", text), *messages[1:]]
+        return [replace(messages[0], content=text), *messages[1:]]
     return [Message("system", instruction), *messages]
 
 
@@ -469,7 +519,8 @@ def _label(record: Mapping[str, Any], column: str, key: str) -> str:
 
 def _refuse_lone_surrogates(row: SourceRow) -> None:
     """Raise ParseError for half of a surrogate pair: JSON can escape one, but it is no text."""
-    texts = [row["text"], row["group"], row["extra"], *(m["content"] for m in row["messages"])]
+    turns = json.dumps(row["messages"], ensure_ascii=False)
+    texts = [row["text"], row["group"], row["extra"], row["tools"], turns]
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:

@@ -7,15 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tuneloop.config import DedupConfig
-from tuneloop.data.hashing.columns import Indices
+from tuneloop.data.hashing.columns import Indices, one_array
 from tuneloop.data.hashing.content import ALIKE_PROMPTS, Content, dedup_keys, prompt_keys
 from tuneloop.data.hashing.signatures import band_shape
-from tuneloop.data.schema import ReasonCode, Rejection, Stage, rendered_schema
-from tuneloop.data.tokenize.rendering import LONE_TOKEN, Rendering, sample_of
-from tuneloop.models.chat.renderer import Renderer, RenderError
+from tuneloop.data.schema import rendered_schema
+from tuneloop.data.tokenize.rendering import LONE_TOKEN, Rendering, sample_of, unrenderable
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.chat.template import RenderError
 from tuneloop.models.chat.tokenizer_backends import TokenLists
 from tuneloop.records import Sample
 
@@ -30,6 +32,7 @@ def render_batch(
     keys |= prompt_keys(table, content, keys["exact_key"])
     table = tokenize(table, rendering.renderer(), content.is_text)
     columns = {name: table[name] for name in table.column_names}
+    columns["is_plain"] = _is_plain(table)
     return pa.table(columns | keys, schema=rendered_schema(bands, prompt_bands))
 
 
@@ -50,7 +53,7 @@ def tokenize(table: pa.Table, renderer: Renderer, is_text: bool) -> pa.Table:
     ids, mask, targets, problems = of_rows(chosen, renderer)
     for index, problem in zip(usable, problems, strict=True):
         if problem:
-            rejection = Rejection(Stage.TOKENIZE, ReasonCode.UNRENDERABLE, problem)
+            rejection = unrenderable(problem)
             rejections[index] = rejection._asdict()
     lengths, num_targets = np.zeros(table.num_rows, np.int64), np.zeros(table.num_rows, np.int64)
     lengths[usable], num_targets[usable] = np.diff(ids.offsets), targets
@@ -65,6 +68,20 @@ def tokenize(table: pa.Table, renderer: Renderer, is_text: bool) -> pa.Table:
     return pa.table({name: table[name] for name in table.column_names} | columns)
 
 
+def _is_plain(table: pa.Table) -> pa.Array:
+    """Return which rows have no tools, and no turn with more than role and content."""
+    messages = one_array(table["messages"])
+    turns = messages.values
+    is_plain = pc.equal(one_array(table["tools"]), "")
+    more = [f.name for f in turns.type if f.name not in ("role", "content")]
+    if all(turns.field(name).null_count == len(turns) for name in more):
+        return is_plain
+    has_more = [
+        any(turn[name] is not None for turn in row for name in more) for row in messages.to_pylist()
+    ]
+    return pc.and_(is_plain, pc.invert(pa.array(has_more, pa.bool_())))
+
+
 class _Rendered(NamedTuple):
     """B rendered rows of T tokens.
 
@@ -72,13 +89,13 @@ class _Rendered(NamedTuple):
         ids: Their ids.
         mask: Which tokens are targets. Shape (T,).
         num_targets: How many are. Shape (B,).
-        problems: Why a row has no ids; empty for the others. Shape (B,).
+        problems: Why a row has no ids; None for the others. Shape (B,).
     """
 
     ids: TokenLists
     mask: NDArray[np.int8]
     num_targets: Indices
-    problems: list[str]
+    problems: list[RenderError | None]
 
 
 def _documents(table: pa.Table, renderer: Renderer) -> _Rendered:
@@ -89,19 +106,20 @@ def _documents(table: pa.Table, renderer: Renderer) -> _Rendered:
     if is_lone.any():
         values = ids.values[np.repeat(~is_lone, lengths)]
         ids = TokenLists(values, np.concatenate([[0], np.cumsum(np.where(is_lone, 0, lengths))]))
-    problems = [LONE_TOKEN if lone else "" for lone in is_lone.tolist()]
+    problems = [RenderError(LONE_TOKEN) if lone else None for lone in is_lone.tolist()]
     return _Rendered(ids, np.ones(len(ids.values), np.int8), np.diff(ids.offsets), problems)
 
 
 def _conversations(table: pa.Table, renderer: Renderer) -> _Rendered:
-    samples, problems = [], []
-    for row in table.select(["messages", "text"]).to_pylist():
+    samples: list[Sample] = []
+    problems: list[RenderError | None] = []
+    for row in table.select(["messages", "tools", "text"]).to_pylist():
         try:
             samples.append(sample_of(row, renderer))
-            problems.append("")
+            problems.append(None)
         except RenderError as error:
             samples.append(Sample([], []))
-            problems.append(str(error))
+            problems.append(error)
     mask = np.fromiter(chain.from_iterable(sample.loss_mask for sample in samples), np.int8)
     num_targets = np.array([sum(sample.loss_mask) for sample in samples], np.int64)
     ids = TokenLists.of([sample.input_ids for sample in samples])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from tuneloop.data.hashing.columns import Indices
-from tuneloop.models.chat.renderer import Renderer, RenderError, template_from_root
+from tuneloop.data.schema import ReasonCode, Rejection, Stage
+from tuneloop.models.chat.renderer import Renderer, template_from_root
+from tuneloop.models.chat.template import RenderError
 from tuneloop.models.chat.tokenizer_backends import (
     BackendChoice,
     FastTokenizer,
@@ -79,9 +82,20 @@ def _texts_of(row: Mapping[str, Any], renderer: Renderer) -> list[str]:
     if not row["messages"]:
         return [row["text"]]
     try:
-        return renderer.texts([Message(m["role"], m["content"]) for m in row["messages"]])
+        return renderer.texts(*_conversation(row))
     except RenderError:
         return []
+
+
+def _conversation(row: Mapping[str, Any]) -> tuple[list[Message], list[dict[str, Any]]]:
+    """Return a row's messages and tools."""
+    tools = row.get("tools")
+    return [Message.of(turn) for turn in row["messages"]], json.loads(tools) if tools else []
+
+
+def unrenderable(error: RenderError) -> Rejection:
+    """Return why a row that cannot be rendered is removed."""
+    return Rejection(Stage.TOKENIZE, ReasonCode.UNRENDERABLE, str(error), remedy=error.remedy)
 
 
 def sample_of(row: Mapping[str, Any], renderer: Renderer) -> Sample:
@@ -95,7 +109,7 @@ def sample_of(row: Mapping[str, Any], renderer: Renderer) -> Sample:
         if len(ids) < 2:
             raise RenderError(LONE_TOKEN)
         return Sample(ids, [1] * len(ids))
-    sample = renderer.sample([Message(m["role"], m["content"]) for m in row["messages"]])
+    sample = renderer.sample(*_conversation(row))
     targets = sum(sample.loss_mask)
     if not targets:
         raise RenderError("no token of the row is a target (loss mask 0%)")

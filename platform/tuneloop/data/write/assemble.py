@@ -20,7 +20,7 @@ import ray.data
 
 from tuneloop.data.hashing.columns import Indices, one_array
 from tuneloop.data.ledger import Ledger
-from tuneloop.data.schema import Side, dataset_schema, removed_schema
+from tuneloop.data.schema import Side, dataset_schema, plain_messages, removed_schema
 from tuneloop.data.tokenize.rendering import Rendering
 from tuneloop.data.write.own_columns import own_columns
 from tuneloop.data.write.packing import (
@@ -30,6 +30,7 @@ from tuneloop.data.write.packing import (
     place_documents,
     rest_lengths,
 )
+from tuneloop.records import Message
 
 # What a row takes beside its text counts as well: ids, names and hashes.
 _CHARACTERS_PER_TABLE, _CHARACTERS_PER_ROW = 4 << 20, 500
@@ -88,6 +89,7 @@ class _Job(NamedTuple):
     columns: pa.Schema
     rendering: Rendering
     max_seq_len: int | None
+    is_plain: bool
 
 
 class OutputTable(NamedTuple):
@@ -135,6 +137,7 @@ def assemble(
     columns: pa.Schema,
     rendering: Rendering,
     max_seq_len: int | None,
+    is_plain: bool,
 ) -> Iterator[OutputTable]:
     """Yield the finished rows in the order to write: train, test, removed, validation.
 
@@ -146,12 +149,13 @@ def assemble(
         columns: The user's own columns, from `ray_rows.column_schema`.
         rendering: How the rows were rendered.
         max_seq_len: Tokens of a row of plain text; None for conversations.
+        is_plain: As in `dataset_schema`.
     """
     blocks = rows.to_arrow_refs()
     assignments = assign(ledger, max_seq_len)
     partitions = _partitions(ledger, assignments, len(blocks), rows.size_bytes(), max_seq_len)
     number, step = len(partitions.sides), partitions.blocks_per_task
-    job = ray.put(_Job(assignments, partitions, columns, rendering, max_seq_len))
+    job = ray.put(_Job(assignments, partitions, columns, rendering, max_seq_len, is_plain))
     finish = ray.remote(num_cpus=1, num_returns=number)(_finish_blocks)
     parts = [
         finish.remote(job, *blocks[start : start + step]) for start in range(0, len(blocks), step)
@@ -246,7 +250,10 @@ def _removed(block: pa.Table, job: _Job) -> pa.Table:
     is_removed = assignments.removal[index] >= 0
     block, index = block.filter(is_removed), index[is_removed]
     messages = one_array(block["messages"])
-    contents = pa.ListArray.from_arrays(messages.offsets, messages.values.field("content"))
+    contents = messages.values.field("content")
+    if messages.values.field("tool_calls").null_count < len(contents):
+        contents = pa.array([Message.of(turn).text for turn in messages.values.to_pylist()])
+    contents = pa.ListArray.from_arrays(messages.offsets, contents)
     texts = pc.binary_join(contents, "\n\n")
     columns = {
         "row_id": assignments.row_ids.take(index),
@@ -271,12 +278,16 @@ def _finished(block: pa.Table, job: _Job) -> pa.Table:
     columns |= {"row_id": assignments.row_ids.take(index), "#order": assignments.order[index]}
     columns |= own_columns(block["extra"], job.columns)
     if job.max_seq_len is None:
-        columns |= {"messages": block["messages"], "#position": np.zeros(len(index), np.int64)}
+        messages = one_array(block["messages"])
+        columns["messages"] = plain_messages(messages) if job.is_plain else messages
+        columns["tools"] = pc.if_else(pc.equal(block["tools"], ""), None, block["tools"])
+        columns["#position"] = np.zeros(len(index), np.int64)
     else:
         columns["text"] = block["text"]
         pieces = _pieces(pa.table(columns), index, job)
         columns = {name: pieces[name] for name in pieces.column_names}
-    return pa.table(columns, _with_place(dataset_schema(job.columns, job.max_seq_len is not None)))
+    schema = _with_place(dataset_schema(job.columns, job.max_seq_len is not None, job.is_plain))
+    return pa.table({name: columns[name] for name in schema.names}, schema)
 
 
 def _pieces(table: pa.Table, index: Indices, job: _Job) -> pa.Table:

@@ -62,7 +62,9 @@ def write_rows(
     columns = column_schema(rows)
     ledger.notices += json_text_notice(columns)
     is_text = config.task.type == "language_modeling"
-    schemas = dict.fromkeys(Side, dataset_schema(columns, is_text))
+    stays = ~ledger.is_on(Side.REMOVED)
+    is_plain = is_text or bool(ledger.table["is_plain"].to_numpy()[stays].all())
+    schemas = dict.fromkeys(Side, dataset_schema(columns, is_text, is_plain))
     schemas[Side.REMOVED] = removed_schema()
     writers = {
         side: _SideWriter(path / side.folder, schemas[side])
@@ -70,7 +72,7 @@ def write_rows(
     }
     max_seq_len = config.data.max_seq_len if is_text else None
     try:
-        for side, table in assemble(rows, ledger, columns, rendering, max_seq_len):
+        for side, table in assemble(rows, ledger, columns, rendering, max_seq_len, is_plain):
             if side not in writers:
                 writers[side] = _SideWriter(path / side.folder, schemas[side])
             writers[side].write(table)

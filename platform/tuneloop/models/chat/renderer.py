@@ -1,8 +1,9 @@
 """The one function that turns messages into token ids, for training, serving and evaluation.
 
-Every assistant turn is tokenized apart from what stands before it. So the ids of a prompt are
-exactly the beginning of the ids the model was trained on, whatever a tokenizer would merge across
-that border, and the loss mask follows from positions instead of from searching for markers.
+The rendered conversation is cut before every assistant turn, and no token reaches over a cut. So
+the ids of a prompt are exactly the beginning of the ids the model was trained on, and the loss mask
+follows from positions instead of from searching for markers. Elsewhere the ids are those of the
+rendered text as a whole.
 """
 
 from __future__ import annotations
@@ -11,21 +12,29 @@ import copy
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneloop.errors import ModelError, Problem
+from tuneloop.models.chat.template import (
+    FROZEN_DATE,
+    ChatTemplate,
+    Escapes,
+    RenderError,
+    closed_thinking,
+)
 from tuneloop.models.chat.tokenizer_backends import ReferenceTokenizer, TokenizerBackend, TokenLists
 from tuneloop.records import Message, Sample
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 CODE_VERSION = 2
@@ -64,11 +73,50 @@ _PLAIN = """\
 {% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}\
 {% endfor %}"""
 
-TEMPLATES = {"alpaca": _ALPACA, "chatml": _CHATML, "plain": _PLAIN}
+# As Hermes and Qwen 2.5 write tools, in words of our own.
+_CHATML_TOOLS = """\
+{% set ns = namespace(system='') %}\
+{% for m in messages if m.role == 'system' %}{% set ns.system = m.content %}{% endfor %}\
+{% if tools %}{% set ns.system = ns.system + ('\\n\\n' if ns.system else '') + \
+'You may call these functions, described in JSON:\\n<tools>\\n' %}\
+{% for tool in tools %}{% set ns.system = ns.system + (tool | tojson) + '\\n' %}{% endfor %}\
+{% set ns.system = ns.system + '</tools>\\nTo call one, answer with its name and arguments:\\n\
+<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>' %}{% endif %}\
+{% if ns.system %}<|im_start|>system
+{{ ns.system }}<|im_end|>
+{% endif %}\
+{% for m in messages if m.role != 'system' %}\
+<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}
+{% if m.role == 'tool' %}<tool_response>
+{{ m.content }}
+</tool_response>{% else %}{{ m.content or '' }}{% endif %}\
+{% for call in m.tool_calls or [] %}{{ '\\n' if m.content or not loop.first }}<tool_call>
+{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}\
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+TEMPLATES = {
+    "alpaca": _ALPACA,
+    "chatml": _CHATML,
+    "chatml_tools": _CHATML_TOOLS,
+    "plain": _PLAIN,
+}
 
 
-class RenderError(ValueError):
-    """One row cannot be rendered; the message is the reason kept with the removed row."""
+_log = logging.getLogger("tuneloop.models")
+
+
+class _Piece(NamedTuple):
+    """Part of a rendered conversation, encoded on its own.
+
+    Args:
+        is_target: It begins with an answer to learn, up to the stop token.
+    """
+
+    text: str
+    is_target: bool
 
 
 class Renderer:
@@ -79,17 +127,33 @@ class Renderer:
         template: The Jinja chat template.
 
     Raises:
-        ModelError: The template does not end an answer with a token that stops generation.
+        ModelError: The template does not end an answer with a token that stops generation, or
+            renders no question with its answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str) -> None:
         self.tokenizer = tokenizer
-        self.template = template
+        self._chat_template = ChatTemplate(tokenizer, template)
+        self.template = self._chat_template.source
         self.backend: TokenizerBackend = ReferenceTokenizer(tokenizer)
         self._control = re.compile(r"(?!)")
         self.stop_ids: tuple[int, ...] = ()
-        self.stop_ids = self._find_stop_ids()
-        self._control = self._find_control_tokens()
+        try:
+            self.stop_ids = self._find_stop_ids()
+            self._control = self._find_control_tokens()
+        except RenderError as error:
+            raise ModelError(
+                Problem(
+                    "the chat template cannot render a question and its answer",
+                    where="model.chat_template",
+                    got=str(error),
+                    remedy="set model.chat_template to another one: "
+                    + ", ".join(TEMPLATES)
+                    + ", or the path of a Jinja file",
+                )
+            ) from error
+        if self.template != template:
+            _log.info("the chat template writes today's date: frozen at %s", FROZEN_DATE)
 
     @classmethod
     def load(cls, path: str | Path, chat_template: str = "auto") -> Renderer:
@@ -121,46 +185,54 @@ class Renderer:
         renderer.backend = backend
         return renderer
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """Return the ids of a prompt, ready for the model to answer. Shape (T,).
+
+        Args:
+            tools: That may be called, in OpenAI's layout.
 
         Raises:
             RenderError: The messages cannot be rendered.
         """
-        ids: list[int] = []
-        for text, _ in self._segments(messages, generation_prompt=True):
-            ids += self._encode(text)
+        pieces, escapes = self._pieces(messages, tools, is_prompt=True)
+        ids = list(itertools.chain.from_iterable(self._encode_pieces(pieces, escapes)))
         self._refuse_double_bos(ids)
         return ids
 
-    def sample(self, messages: Sequence[Message]) -> Sample:
+    def sample(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> Sample:
         """Return ids and loss mask of a conversation: answers and their stop tokens are targets.
 
-        Nothing follows the stop token of the last answer, as nothing would when it is generated.
+        Answers of weight 0 are context. Nothing follows the stop token of the last answer, as
+        nothing would when it is generated.
+
+        Args:
+            tools: That may be called, in OpenAI's layout.
 
         Raises:
-            RenderError: The messages cannot be rendered or do not end with an answer.
+            RenderError: The messages cannot be rendered or do not end with an answer to learn.
         """
         if not messages or messages[-1].role != "assistant":
             raise RenderError("the last message is not the assistant's")
-        if not messages[-1].content.strip():
+        if not messages[-1].text.strip():
             raise RenderError("the answer is empty")
+        if not messages[-1].weight:
+            raise RenderError("the last answer has weight 0: nothing is learned from it")
         ids: list[int] = []
         mask: list[int] = []
-        segments = self._segments(messages, generation_prompt=False)
-        for position, (text, is_answer) in enumerate(segments):
-            piece = self._encode(text)
-            if not is_answer:
-                ids += piece
-                mask += [0] * len(piece)
+        pieces, escapes = self._pieces(messages, tools, is_prompt=False)
+        encoded = self._encode_pieces(pieces, escapes)
+        for position, (piece, own) in enumerate(zip(pieces, encoded, strict=True)):
+            if not piece.is_target:
+                ids += own
+                mask += [0] * len(own)
                 continue
-            stop = next((i for i, token in enumerate(piece) if token in self.stop_ids), None)
+            stop = next((i for i, token in enumerate(own) if token in self.stop_ids), None)
             if stop is None:
                 raise RenderError("the rendered answer has no stop token")
-            if position == len(segments) - 1:
-                piece = piece[: stop + 1]
-            ids += piece
-            mask += [1] * (stop + 1) + [0] * (len(piece) - stop - 1)
+            if position == len(pieces) - 1:
+                own = own[: stop + 1]
+            ids += own
+            mask += [1] * (stop + 1) + [0] * (len(own) - stop - 1)
         self._refuse_double_bos(ids)
         return Sample(ids, mask)
 
@@ -180,13 +252,14 @@ class Renderer:
         eos = self.tokenizer.eos_token_id if closed else None
         return self.backend.encode_batch(texts, bos, eos)
 
-    def texts(self, messages: Sequence[Message]) -> list[str]:
+    def texts(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[str]:
         """Return the pieces of a rendered conversation, each of which is encoded on its own.
 
         Raises:
             RenderError: The messages cannot be rendered.
         """
-        return [text for text, _ in self._segments(messages, generation_prompt=False)]
+        pieces, escapes = self._pieces(messages, tools, is_prompt=False)
+        return [escapes.restore(piece.text) for piece in pieces]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens."""
@@ -237,6 +310,9 @@ class Renderer:
         backend.pop("padding", None)
         backend.pop("truncation", None)
         parts = [backend, self.template, list(self.stop_ids), self._adds_bos, CODE_VERSION]
+        if not self._is_additive:
+            # Their answers begin as within the whole since this version.
+            parts.append("whole")
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
@@ -244,47 +320,124 @@ class Renderer:
         self.tokenizer.chat_template = self.template
         self.tokenizer.save_pretrained(str(path))
 
-    def _segments(
-        self, messages: Sequence[Message], generation_prompt: bool
-    ) -> list[tuple[str, bool]]:
-        """Cut the rendered conversation into (text, is an answer) pieces."""
-        for message in messages:
-            control = self._control.search(message.content)
-            if control:
-                raise RenderError(f"the text contains the control token {control.group()!r}")
-        segments: list[tuple[str, bool]] = []
-        rendered = ""
+    def _pieces(
+        self, messages: Sequence[Message], tools: Sequence[Any], is_prompt: bool
+    ) -> tuple[list[_Piece], Escapes]:
+        """Cut the rendered conversation before each answer, and return how it is escaped.
+
+        In a prompt, an answer that the template has changed since it was given is not cut off.
+        """
+        template = self._chat_template
+        turns = template.turns(messages, tools)
+        found = self._control.findall(json.dumps([turns, list(tools)], ensure_ascii=False))
+        escapes = Escapes(())
+        if found:
+            escapes = Escapes.of(tuple(sorted(set(found))), str(turns) + str(tools))
+            turns, tools = escapes.escape(turns), escapes.escape(list(tools))
+        whole = template.render(turns, tools, is_prompt)
+        template.refuse_losses(whole, turns, tools)
+        cuts: list[int] = []
+        learned = {}
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before = self._render(messages[:index], True)
-            after = self._render(messages[: index + 1], False)
-            if not before.startswith(rendered) or not after.startswith(before):
-                raise RenderError("the chat template changes earlier turns when a turn is added")
-            segments += [(before[len(rendered) :], False), (after[len(before) :], True)]
-            rendered = after
-        if generation_prompt:
-            whole = self._render(messages, True)
-            if not whole.startswith(rendered):
-                raise RenderError("the chat template changes earlier turns when a turn is added")
-            segments.append((whole[len(rendered) :], False))
-        return segments
+            is_last = index == len(messages) - 1 and not is_prompt
+            before = template.render(turns[:index], tools, True)
+            if whole.startswith(before):
+                start = len(before)
+            elif is_last:
+                whole = before + closed_thinking(before, whole, turns[index])
+                start = len(before)
+            else:
+                try:
+                    start = template.answer_start(turns, tools, index, whole, is_prompt)
+                except RenderError:
+                    if is_prompt or not message.weight:
+                        continue
+                    raise
+            if cuts and start < cuts[-1]:
+                raise RenderError("the chat template changes the order of the turns")
+            cuts.append(start)
+            learned[start] = bool(message.weight) and not is_prompt
+        borders = itertools.pairwise([0, *cuts, len(whole)])
+        return [_Piece(whole[a:b], learned.get(a, False)) for a, b in borders], escapes
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [{"role": m.role, "content": m.content} for m in messages],
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                )
-            )
-        except jinja2.TemplateError as error:
-            raise RenderError(f"the chat template refuses the messages: {error}") from error
+    def _encode_pieces(self, pieces: Sequence[_Piece], escapes: Escapes) -> list[list[int]]:
+        """Return the ids of each piece.
 
-    def _encode(self, text: str) -> list[int]:
-        return self.backend.encode(text)
+        Where a tokenizer writes a word otherwise at the beginning of a text, a piece has the ids it
+        has within the whole, unless a token would reach over the border.
+        """
+        if self._is_additive:
+            return [self._encode(piece.text, escapes) for piece in pieces]
+        lists: list[list[int]] = []
+        done: list[int] = []
+        text = ""
+        for piece in pieces:
+            text += piece.text
+            ids = self._encode(text, escapes)
+            if ids[: len(done)] == done:
+                own = ids[len(done) :]
+            else:
+                line, anchored = (self._encode(t, escapes) for t in ("\n", "\n" + piece.text))
+                is_apart = anchored[: len(line)] == line
+                own = anchored[len(line) :] if is_apart else self._encode(piece.text, escapes)
+            lists.append(own)
+            done = done + own
+        return lists
+
+    def _encode(self, text: str, escapes: Escapes) -> list[int]:
+        if not escapes.tokens or not escapes.pattern.search(text):
+            return self.backend.encode(text)
+        added = self.tokenizer.added_tokens_decoder
+        flags = {token.content: (index, token) for index, token in added.items() if token.special}
+        names = sorted(flags, key=len, reverse=True)
+        parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+        ids: list[int] = []
+        for number, part in enumerate(parts):
+            if number % 2:
+                ids.append(flags[part][0])
+                continue
+            if number and flags[parts[number - 1]][1].rstrip:
+                part = part.lstrip()
+            if number < len(parts) - 1 and flags[parts[number + 1]][1].lstrip:
+                part = part.rstrip()
+            ids += self._encode_plain(escapes.restore(part), is_first=not number)
+        return ids
+
+    def _encode_plain(self, text: str, is_first: bool) -> list[int]:
+        """Return the ids of a text in which control tokens are text."""
+        ids: list[int] = self._plain_backend.encode(text, add_special_tokens=False).ids
+        if is_first or self._is_additive:
+            return ids
+        # Only the first text of all begins as a text does, if a special token shows that.
+        stop = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
+        if self.backend.encode(stop + "a")[1:] == self.backend.encode("a"):
+            return ids
+        line, anchored = (
+            self._plain_backend.encode(t, add_special_tokens=False).ids for t in ("\n", "\n" + text)
+        )
+        return list(anchored[len(line) :]) if anchored[: len(line)] == line else ids
+
+    @cached_property
+    def _plain_backend(self) -> Tokenizer:
+        """The tokenizer, taking special tokens for text."""
+        from tokenizers import Tokenizer
+
+        plain = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
+    @cached_property
+    def _is_additive(self) -> bool:
+        """Whether a text that is cut before an answer has the ids of its parts.
+
+        So it is where tokens are made of bytes: the header before an answer ends a word. Tokenizers
+        of the SentencePiece kind put a space before the first word of a text.
+        """
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        splitter = json.dumps(backend["pre_tokenizer"])
+        return '"ByteLevel"' in splitter and '"add_prefix_space": true' not in splitter
 
     def _refuse_double_bos(self, ids: Sequence[int]) -> None:
         bos = self.tokenizer.bos_token_id
@@ -298,29 +451,32 @@ class Renderer:
         return bos is not None and self.tokenizer.encode("a")[:1] == [bos]
 
     def _find_control_tokens(self) -> re.Pattern[str]:
-        """Return what may not stand in a message: tokens that open, close or end something.
+        """Return what is text where it stands in a message: tokens that open or close something.
 
         Other special tokens, such as a code model's `<filename>`, are harmless words in a text.
         """
         turns = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
+        template = self._chat_template
         try:
-            skeleton = self._render(turns, True)
+            skeleton = template.render(template.turns(turns, ()), (), True)
         except RenderError:
-            skeleton = self._render(turns[1:], True)
-        names = {
+            skeleton = template.render(template.turns(turns[1:], ()), (), True)
+        found = {
             token.content
             for token in self.tokenizer.added_tokens_decoder.values()
             if token.special and token.content in skeleton
         } | set(self.tokenizer.all_special_tokens)
-        return re.compile("|".join(re.escape(name) for name in sorted(names)) or r"(?!)")
+        names = sorted(found, key=lambda name: (-len(name), name))
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     def _find_stop_ids(self) -> tuple[int, ...]:
         """Return the token the template ends an answer with, and EOS."""
-        answer = self._segments([Message("user", "a"), Message("assistant", "b")], False)[-1][0]
+        pieces, _ = self._pieces([Message("user", "a"), Message("assistant", "b")], (), False)
+        answer = pieces[-1].text
         special = set(self.tokenizer.all_special_ids) | {
             index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
-        stop = next((token for token in self._encode(answer) if token in special), None)
+        stop = next((token for token in self.backend.encode(answer) if token in special), None)
         if stop is None:
             raise ModelError(
                 Problem(

@@ -1,0 +1,204 @@
+"""Conversations in the dialects in which people write them: read whole, or refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tuneloop.config import DedupConfig, OneTaskConfig, SourceConfig
+from tuneloop.data.hashing.content import Content, dedup_keys
+from tuneloop.data.schema import dataset_schema, plain_messages, row_schema
+from tuneloop.data.sources.formats import Chat, RowError, to_chat
+from tuneloop.records import Message
+
+TASK = OneTaskConfig(type="generation")
+TOOL = {"type": "function", "function": {"name": "temperature", "parameters": {}}}
+
+
+def chat(layout: str, **row: Any) -> Chat:
+    return to_chat(row, SourceConfig(path="a.jsonl", format=layout), TASK)
+
+
+def said(found: Chat) -> list[tuple[str, str, int]]:
+    return [(m.role, m.content, m.weight) for m in found.messages]
+
+
+def user(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text, **more}
+
+
+def assistant(text: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def called(arguments: Any, name: str = "temperature") -> list[dict[str, Any]]:
+    return [{"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}]
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss"])
+@pytest.mark.parametrize("off", [0, False])
+def test_a_turn_that_is_marked_is_not_learned(key: str, off: Any) -> None:
+    turns = [user("a", **{key: off}), assistant("b", **{key: off}), user("c"), assistant("d")]
+    found = chat("messages", messages=turns)
+    assert said(found) == [
+        ("user", "a", 1),
+        ("assistant", "b", 0),
+        ("user", "c", 1),
+        ("assistant", "d", 1),
+    ]
+    turns[3][key] = off
+    with pytest.raises(RowError, match="no answer of the row is to be learned"):
+        chat("messages", messages=turns)
+    turns[1][key] = True
+    found = chat("messages", messages=turns)
+    assert said(found) == [("user", "a", 1), ("assistant", "b", 1)]
+    assert "left out" in found.change
+    turns[0][key] = 1
+    with pytest.raises(RowError, match="the user is marked to be learned"):
+        chat("messages", messages=turns)
+    with pytest.raises(RowError, match="neither 0 nor 1"):
+        chat("messages", messages=[user("a"), assistant("b", **{key: 0.5})])
+
+
+def test_the_openai_layout_whole() -> None:
+    found = chat(
+        "messages",
+        messages=[
+            {"role": "developer", "content": "Be brief."},
+            user([{"type": "text", "text": "How warm "}, {"type": "text", "text": "is it?"}]),
+            assistant(None, tool_calls=called('{"city": "Oslo"}'), refusal=None),
+            {"role": "tool", "content": "-3", "tool_call_id": "1", "name": "temperature"},
+            assistant("Cold.", reasoning_content="Below zero."),
+        ],
+        tools=[TOOL],
+    )
+    assert json.loads(found.tools) == [TOOL]
+    assert [m.role for m in found.messages] == [
+        "developer",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert found.messages[1].content == "How warm is it?"
+    assert found.messages[2].calls == called('{"city": "Oslo"}')
+    assert found.messages[3] == Message("tool", "-3", tool_call_id="1", name="temperature")
+    assert found.messages[4].reasoning_content == "Below zero."
+    assert [Message.of(m.as_dict()) for m in found.messages] == found.messages
+    older = chat(
+        "messages",
+        messages=[user("a"), assistant(None, function_call={"name": "f", "arguments": "{}"})],
+        functions=[{"name": "f"}],
+    )
+    assert older.messages[-1].calls[0]["function"] == {"name": "f", "arguments": "{}"}
+    assert json.loads(older.tools) == [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        ({"mood": "happy"}, "not understood: `mood`"),
+        ({"audio": {"id": "x"}}, "not understood: `audio`"),
+        ({"tool_calls": called("{")}, "arguments of a tool call are not valid JSON"),
+        ({"tool_calls": called(json.dumps('{"a": 1}'))}, "JSON within JSON"),
+        ({"tool_calls": called("[1]")}, "not an object"),
+        ({"tool_calls": [{"type": "function"}]}, "no `function` with a `name`"),
+        ({"content": [{"type": "image_url", "image_url": "x"}]}, "content is not text"),
+        ({"content": None}, "assistant is empty"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(turn: dict[str, Any], expected: str) -> None:
+    with pytest.raises(RowError, match=expected):
+        chat("messages", messages=[user("a"), assistant("b") | turn])
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+def test_a_key_that_says_nothing_is_no_mistake(empty: Any) -> None:
+    found = chat("messages", messages=[user("a"), assistant("b", annotations=empty)], tools=empty)
+    assert said(found) == [("user", "a", 1), ("assistant", "b", 1)]
+    assert not found.tools
+
+
+def test_preferences_are_refused_with_a_remedy() -> None:
+    with pytest.raises(RowError, match="preferred and a rejected") as caught:
+        chat(
+            "messages",
+            input={"messages": [user("a")]},
+            preferred_output=[assistant("b")],
+            non_preferred_output=[assistant("c")],
+        )
+    assert "preferred_output" in caught.value.remedy
+
+
+def test_the_dialects_of_sharegpt() -> None:
+    found = chat(
+        "sharegpt",
+        conversations=[
+            {"from": "human", "value": "Warm?"},
+            {"from": "function_call", "value": '{"name": "temperature", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "-3"},
+            {"from": "gpt", "value": "No.", "loss": True},
+        ],
+        system="You are a pirate.",
+        tools=json.dumps([TOOL["function"]]),
+    )
+    assert [m.role for m in found.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert found.messages[0].content == "You are a pirate."
+    assert json.loads(found.messages[2].calls[0]["function"]["arguments"]) == {"a": 1}
+    assert json.loads(found.tools) == [TOOL]
+    found = chat("sharegpt", conversations=[user("hi"), assistant("hello")], system="", tools="[]")
+    assert said(found) == [("user", "hi", 1), ("assistant", "hello", 1)]
+    assert not found.tools
+    with pytest.raises(RowError, match="no `from` and `value`"):
+        chat("sharegpt", conversations=[{"speaker": "human", "value": "hi"}])
+    with pytest.raises(RowError, match="no column `messages`") as caught:
+        chat("messages", conversations=[user("hi"), assistant("hello")])
+    assert "sharegpt" in caught.value.remedy
+
+
+@pytest.mark.parametrize("history", [[["q", "a"]], '[["q", "a"]]'])
+def test_alpaca_with_system_and_history(history: Any) -> None:
+    row = {"instruction": "And Spain?", "input": "", "output": "Madrid", "system": "One word."}
+    found = chat("alpaca", **row, history=history)
+    assert [m.content for m in found.messages] == ["One word.", "q", "a", "And Spain?", "Madrid"]
+    assert len(chat("alpaca", **row, history=[]).messages) == 3
+    with pytest.raises(RowError, match="`history` is not a list"):
+        chat("alpaca", **row, history=["q", "a"])
+
+
+@pytest.mark.parametrize(
+    "roles", [["tool", "assistant"], ["user", "tool", "assistant"], ["user", "assistant", "tool"]]
+)
+def test_results_of_tools_follow_calls(roles: list[str]) -> None:
+    with pytest.raises(RowError, match="do not alternate"):
+        chat("messages", messages=[{"role": role, "content": "x"} for role in roles])
+
+
+def test_calls_and_tools_are_content_when_rows_are_compared() -> None:
+    def row(city: str, tool: str) -> dict[str, Any]:
+        turns = [user("How warm?"), assistant("", tool_calls=called(json.dumps({"city": city})))]
+        tools = json.dumps([{"function": {"name": tool}}])
+        return {"task": "", "messages": turns, "tools": tools, "text": ""}
+
+    rows = [row("Oslo", "f"), row("Rome", "f"), row("Oslo", "g"), row("Oslo", "f")]
+    table = pa.Table.from_pylist(rows, schema=row_schema())
+    content = Content(False, {"": ""})
+    keys = dedup_keys(table, content, DedupConfig())
+    ids = keys["content_id"].to_pylist()
+    assert ids[0] == ids[3]
+    assert len(set(ids)) == 3
+    assert len(set(keys["exact_key"].to_pylist())) == 3
+
+
+def test_plain_rows_keep_the_layout_of_two_fields() -> None:
+    rows = [{"messages": [user("a"), assistant("b")]}, {"messages": []}]
+    messages = pa.Table.from_pylist(rows, schema=row_schema()).slice(0, 1)["messages"].chunk(0)
+    plain = dataset_schema(pa.schema([]))
+    assert plain_messages(messages).type == plain.field("messages").type
+    assert plain_messages(messages).to_pylist() == [[user("a"), assistant("b")]]
+    whole = dataset_schema(pa.schema([]), is_plain=False)
+    assert whole.field("tools").type == pa.string()
+    assert {f.name for f in whole.field("messages").type.value_type} >= {"tool_calls", "weight"}
