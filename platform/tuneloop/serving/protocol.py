@@ -32,8 +32,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none",),
     "response_format": ({"type": "text"},),
@@ -81,9 +80,30 @@ class _TextPart(_Body):
     text: str
 
 
+class _Function(_Body):
+    name: str
+    arguments: str
+
+
+class _ToolCall(_Body):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: _Function
+
+
 class _ChatMessage(_Body):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[_TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[_TextPart] | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+
+    def message(self) -> Message:
+        """Return the turn, with text parts joined."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(p.text for p in parts)
+        return Message.of(self.model_dump() | {"content": text})
 
 
 class _StreamOptions(_Body):
@@ -122,21 +142,14 @@ class ChatRequest(_Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[_ChatMessage] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     def conversation(self) -> list[Message]:
         """Return the messages with text parts joined."""
-        return [
-            Message(
-                message.role,
-                message.content
-                if isinstance(message.content, str)
-                else "".join(part.text for part in message.content),
-            )
-            for message in self.messages
-        ]
+        return [message.message() for message in self.messages]
 
 
 class CompletionRequest(_Sampling):
@@ -175,6 +188,9 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
         raise ProtocolError(400, "`top_logprobs` needs `logprobs: true`", "top_logprobs")
     if request.max_tokens == 0:
         raise ProtocolError(400, "`max_tokens` must be at least 1", "max_tokens")
+    for index, message in enumerate(request.messages):
+        if message.content is None and not message.tool_calls:
+            raise ProtocolError(400, f"`messages.{index}.content` is missing", "messages")
     return request
 
 

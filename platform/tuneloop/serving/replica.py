@@ -197,7 +197,7 @@ def _load_renderer(model: ServedModel) -> Renderer:
 
 
 def _chat(request: ChatRequest, model: _Loaded) -> DecodeRequest:
-    ids = model.renderer.prompt_ids(request.conversation())
+    ids = model.renderer.prompt_ids(request.conversation(), request.tools or ())
     max_tokens = request.max_completion_tokens or request.max_tokens
     if max_tokens is None:
         # OpenAI's default is no bound; the model's positions are one.

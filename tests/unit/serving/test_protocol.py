@@ -73,7 +73,8 @@ def test_fields_that_ask_for_nothing_are_accepted(more: dict[str, Any]) -> None:
     ("more", "param"),
     [
         ({"n": 2}, "n"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": {"type": "function"}}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"temperature": "0"}, "temperature"),
@@ -81,7 +82,8 @@ def test_fields_that_ask_for_nothing_are_accepted(more: dict[str, Any]) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"top_k": 5}, "top_k"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "logprobs": True}, "stream"),
     ],
@@ -217,3 +219,22 @@ def test_every_replica_finds_a_gpu_with_room_for_its_share(
     on_each = [int(min(1.0, num_gpus) / share)] * max(1, int(num_gpus))
     assert 0 < share <= 1
     assert sum(on_each) >= num_models
+
+
+def test_a_conversation_with_calls_and_their_results_is_read_whole() -> None:
+    function = {"name": "temperature", "arguments": '{"city": "Oslo"}'}
+    asked = [
+        {"role": "user", "content": "How warm is it?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "content": "-3", "tool_call_id": "1"},
+    ]
+    request = parse_chat({"model": "m", "messages": asked, "tools": [{"function": function}]})
+    user, call, result = request.conversation()
+    assert (user.role, user.content, user.tool_calls) == ("user", "How warm is it?", "")
+    assert call.calls[0]["function"] == function
+    assert (result.role, result.content, result.tool_call_id) == ("tool", "-3", "1")
+    assert request.tools == [{"function": function}]

@@ -299,7 +299,7 @@ async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
                 latency_s=time.perf_counter() - started,
                 bits_per_byte=-likelihood.logprob / math.log(2) / likelihood.num_bytes,
             )
-        completion = await client.generate(request.messages, request.params)
+        completion = await client.generate(request.messages, request.params, request.question.tools)
     except RequestError as error:
         _log.warning("%s, example %s is unscored: %s", request.arm.name, example_id, error)
         return ModelAnswer(example_id, prompt, error=str(error), refused=error.refused)

@@ -21,12 +21,14 @@ import regex
 
 from tuneloop.config import OneTaskConfig, TaskConfig, TaskType
 from tuneloop.errors import DataError, Problem
+from tuneloop.evals.scoring.function_calls import accepted_calls, function_call
 from tuneloop.words import WORD_PATTERN, find_words, split_words
 
 Better = Literal["higher", "lower", "neither"]
 FIELD_PREFIX = "field_"
 MIXTURE_SCORE = "score"
 _SHOWN_PROBLEMS = 5
+_THOUGHT = re.compile(r"\A.*</(?:think|thinking|thought|reasoning)>\s*", re.DOTALL)
 
 
 # From the reference, the completion and the task's configuration; None: it does not apply here.
@@ -56,6 +58,7 @@ class Metric:
         return {"label": self.label, "better": self.better, "kind": self.kind}
 
 
+FUNCTION_CALL = Metric("calls with accepted arguments", kind="binary", score=function_call)
 MACRO_F1 = Metric("mean F1 over the labels")
 PRECISION_PREFIX = "precision_"
 
@@ -134,6 +137,13 @@ class Scorer:
             }
         elif task.type == "classification":
             self._check_labels(references)
+        elif task.type == "generation":
+            is_call = [accepted_calls(text) is not None for text in references.values()]
+            if any(is_call):
+                self.metrics |= {"function_call": FUNCTION_CALL}
+            if any(is_call) and all(is_call):
+                # Words in common say nothing of a call.
+                self.primary, self.metrics = "function_call", {"function_call": FUNCTION_CALL}
 
     def of(self, task: str) -> Scorer:
         """Return the scorer of one of a mixture's tasks; this one where there is no mixture."""
@@ -165,6 +175,7 @@ class Scorer:
         Args:
             task: The row's task in a mixture.
         """
+        reference, completion = without_thought(reference), without_thought(completion)
         if self.parts:
             part = self.parts[task]
             scores = part.score(reference, completion)
@@ -200,6 +211,11 @@ class Scorer:
             allowed=", ".join(self.task.labels),
             remedy="fix the row, or add the label to `task.labels`",
         )
+
+
+def without_thought(text: str) -> str:
+    """Return an answer without what a model that thinks wrote before it, up to the closing tag."""
+    return _THOUGHT.sub("", text, count=1)
 
 
 def in_task(task: str, metric: str) -> str:

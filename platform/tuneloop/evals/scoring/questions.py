@@ -12,10 +12,15 @@ import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Artifact
 from tuneloop.errors import ArtifactError, DataError, Problem
+from tuneloop.evals.scoring.function_calls import with_accepted
 from tuneloop.records import Conversation, Message
 
 _CANDIDATES = 64
-_COLUMNS = ("row_id", "source", "messages", "text", "num_tokens", "task")
+_COLUMNS = (
+    *("row_id", "source", "messages", "text", "num_tokens", "task"),
+    *("tools", "accepted"),
+)
+_SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,10 @@ class Question:
 
     Args:
         messages: The row without its last answer; empty for plain text.
-        reference: The row's last answer; empty for plain text.
+        reference: The row's last answer; empty for plain text. Calls as `function_calls` has them.
         text: The row's text where it is plain text.
         task: The row's task in a mixture; empty otherwise.
+        tools: JSON of the tools that may be called; empty for none.
     """
 
     example_id: str
@@ -34,13 +40,14 @@ class Question:
     reference: str = ""
     text: str = ""
     task: str = ""
+    tools: str = ""
 
     def prompt(self, shots: Sequence[Conversation] = ()) -> tuple[Message, ...]:
         """Return the messages to send: system, the shots of its task, then the row's own turns."""
-        system = tuple(m for m in self.messages if m.role == "system")
-        turns = tuple(m for m in self.messages if m.role != "system")
+        system = tuple(m for m in self.messages if m.role in _SYSTEM)
+        turns = tuple(m for m in self.messages if m.role not in _SYSTEM)
         fitting = [shot for shot in shots if shot.task == self.task]
-        solved = tuple(m for shot in fitting for m in shot.messages if m.role != "system")
+        solved = tuple(m for shot in fitting for m in shot.messages if m.role not in _SYSTEM)
         return system + solved + turns
 
 
@@ -84,8 +91,13 @@ def read_questions(
                     remedy="prepare the dataset again",
                 )
             )
-        reference = messages[-1].content
-        questions.append(Question(str(row["row_id"]), messages[:-1], reference, task=task))
+        reference = messages[-1].text
+        if messages[-1].tool_calls:
+            reference = with_accepted(reference, row.get("accepted"))
+        tools = row.get("tools") or ""
+        questions.append(
+            Question(str(row["row_id"]), messages[:-1], reference, task=task, tools=tools)
+        )
     if not questions:
         raise DataError(
             Problem(
@@ -182,9 +194,7 @@ def _choose(rows: list[dict[str, Any]], num_shots: int, seed: int) -> tuple[Conv
 
 def messages_json(messages: Sequence[Message]) -> str:
     """Return messages as the JSON that predictions keep."""
-    return json.dumps(
-        [{"role": m.role, "content": m.content} for m in messages], ensure_ascii=False
-    )
+    return json.dumps([replace(m, weight=1).as_dict() for m in messages], ensure_ascii=False)
 
 
 class _Words(NamedTuple):
@@ -194,8 +204,8 @@ class _Words(NamedTuple):
 
 def _words_by_side(conversation: Conversation) -> _Words:
     *question, answer = conversation.messages
-    asked = " ".join(m.content for m in question if m.role != "system")
-    return _Words(frozenset(asked.split()), frozenset(answer.content.split()))
+    asked = " ".join(m.text for m in question if m.role not in _SYSTEM)
+    return _Words(frozenset(asked.split()), frozenset(answer.text.split()))
 
 
 def _distance(left: _Words, right: _Words) -> float:
@@ -207,7 +217,7 @@ def _distance(left: _Words, right: _Words) -> float:
 
 
 def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
-    return tuple(Message(turn["role"], turn["content"]) for turn in row["messages"] or ())
+    return tuple(map(Message.of, row["messages"] or ()))
 
 
 def _read_split(dataset: Artifact, split: str) -> list[dict[str, Any]]:

@@ -168,8 +168,10 @@ class ChatTemplate:
     ) -> None:
         """Raise RenderError if the name of a tool or the result of a call is not in a rendering."""
         for tool in tools:
-            function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
-            if str(function.get("name", "")) not in rendered:
+            function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise RenderError("one of `tools` has no `function` with a `name`")
+            if function["name"] not in rendered:
                 raise RenderError("the chat template leaves out some of the `tools`")
         for turn in turns:
             for call in turn.get("tool_calls", ()):
@@ -263,9 +265,13 @@ class ChatTemplate:
         calls = message.calls
         if self._takes_objects:
             for call in calls:
-                call["function"] = call["function"] | {
-                    "arguments": json.loads(call["function"]["arguments"] or "{}")
-                }
+                text = call["function"]["arguments"]
+                try:
+                    arguments = json.loads(text or "{}")
+                except ValueError as error:
+                    problem = f"the arguments of a tool call are not valid JSON: {error}"
+                    raise RenderError(problem) from error
+                call["function"] = call["function"] | {"arguments": arguments}
         return [{key: value for key, value in c.items() if value is not None} for c in calls]
 
     def _probe(self, content: str | None, arguments: Any) -> str:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import random
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -29,7 +30,7 @@ import httpx
 
 from tuneloop.errors import EndpointError, Problem
 from tuneloop.models.client.streaming import FINISH_REASONS, Delta, RequestError, read_deltas
-from tuneloop.records import Completion, Endpoint, Message, SamplingParams
+from tuneloop.records import Completion, Endpoint, Message, SamplingParams, call_text
 
 __all__ = ["Client", "Delta", "Likelihood", "RequestError", "ask_each", "chat_request"]
 _log = logging.getLogger("tuneloop.models")
@@ -131,14 +132,23 @@ class Client:
         if self.endpoint.model not in served:
             raise self._unknown_model(served)
 
-    async def generate(self, messages: Sequence[Message], params: SamplingParams) -> Completion:
+    async def generate(
+        self, messages: Sequence[Message], params: SamplingParams, tools: str = ""
+    ) -> Completion:
         """Return the model's answer to a conversation; every sampling field is sent.
+
+        Calls that the endpoint tells apart from the text follow it, one on each line.
+
+        Args:
+            tools: JSON of the tools that may be called, in OpenAI's layout; empty for none.
 
         Raises:
             EndpointError: The endpoint is unusable.
             RequestError: This request got no usable answer.
         """
         body = chat_request(self.endpoint.model, messages, params) | {"stream": False}
+        if tools:
+            body["tools"] = json.loads(tools)
         if self._counts_completion_tokens:
             body["max_completion_tokens"] = body.pop("max_tokens")
         started = time.perf_counter()
@@ -155,7 +165,8 @@ class Client:
         try:
             choice, usage = answer["choices"][0], _Usage.of(answer)
             reason = choice["finish_reason"]
-            text = choice["message"]["content"]
+            calls = map(call_text, choice["message"].get("tool_calls") or ())
+            text = "\n".join(filter(None, [choice["message"]["content"], *calls]))
             logprobs = (
                 [float(item["logprob"]) for item in choice["logprobs"]["content"]]
                 if params.logprobs
@@ -166,7 +177,7 @@ class Client:
         if reason not in FINISH_REASONS:
             raise RequestError(f"the answer ended with finish_reason {reason!r}")
         return Completion(
-            text=text or "",
+            text=text,
             finish_reason=FINISH_REASONS[reason],
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
@@ -407,7 +418,7 @@ def chat_request(model: str, messages: Sequence[Message], params: SamplingParams
     """Return what is sent to ask for an answer; every sampling field is in it."""
     return {
         "model": model,
-        "messages": [{"role": m.role, "content": m.content} for m in messages],
+        "messages": [replace(m, weight=1).as_dict() for m in messages],
         "max_tokens": params.max_tokens,
         "temperature": params.temperature,
         "top_p": params.top_p,

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from tuneloop.errors import TuneloopError
 from tuneloop.records import FinishReason
 
-FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+FINISH_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "stop",
+}
 
 
 class RequestError(TuneloopError):

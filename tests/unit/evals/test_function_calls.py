@@ -1,0 +1,77 @@
+"""Calls are right when every argument has one of its accepted values, however they are written."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tuneloop.config import OneTaskConfig
+from tuneloop.evals.scoring.function_calls import find_calls, function_call, with_accepted
+from tuneloop.evals.scoring.metrics import Scorer
+
+TASK = OneTaskConfig(type="generation")
+ACCEPTED = [{"area": {"base": [10, 12], "unit": ["units", ""], "where": [{"city": ["Rome"]}, ""]}}]
+
+
+def call(name: str = "area", **arguments: Any) -> str:
+    return json.dumps({"name": name, "arguments": arguments})
+
+
+REFERENCE = with_accepted(call(base=10), ACCEPTED)
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        (call(base=10), 1),
+        (call(base=12.0, unit="Units."), 1),
+        (call(base=10, where={"city": "Rome"}), 1),
+        (call(base=10, where={"city": "Oslo"}), 0),
+        (f"<tool_call>\n{call(base=10)}\n</tool_call>", 1),
+        (f"<think>{call(base=1)}</think>I call {call(base=10)}", 1),
+        (json.dumps([{"name": "area", "parameters": {"base": 10}}]), 1),
+        (json.dumps([{"function": {"name": "area", "arguments": '{"base": 10}'}}]), 1),
+        (call(base=True), 0),
+        (call(base="10"), 0),
+        (call(base=11), 0),
+        (call(unit="units"), 0),
+        (call(base=10, height=3), 0),
+        (call("volume", base=10), 0),
+        (2 * call(base=10), 0),
+        ("The area is 10. {", 0),
+        ("[" * 5000, 0),
+        ("", 0),
+    ],
+)
+def test_a_call_is_right_with_accepted_values_only(completion: str, expected: float) -> None:
+    scorer = Scorer(TASK, {"a": REFERENCE})
+    assert scorer.primary == "function_call"
+    assert scorer.score(REFERENCE, completion, "") == {"function_call": expected}
+
+
+def test_several_calls_in_any_order_and_references_without_a_list() -> None:
+    first, second = call(base=1), call(base=2)
+    reference = f"{first}\n{second}"
+    assert function_call(reference, f"{second} {first}", TASK) == 1
+    assert function_call(reference, f"{second} {second}", TASK) == 0
+    assert function_call("Paris", first, TASK) is None
+    mixed = Scorer(TASK, {"a": reference, "b": "Paris"})
+    assert mixed.primary == "token_f1"
+    assert mixed.score("Paris", "Paris", "")["function_call"] is None
+
+
+def test_accepted_values_from_any_column() -> None:
+    as_struct = [{"area": {"base": [10], "height": None}, "volume": None}]
+    for accepted in (as_struct, json.dumps(as_struct)):
+        reference = with_accepted(call(base=10), accepted)
+        assert function_call(reference, call(base=10), TASK) == 1
+    for other in (None, "yes", 3, ["x"]):
+        assert find_calls(with_accepted(call(base=10), other))[0].arguments == {"base": 10}
+
+
+def test_a_thought_before_an_answer_is_not_scored() -> None:
+    scorer = Scorer(TASK, {"a": "Paris"})
+    scores = scorer.score("Paris", "<think>\n\n</think>\n\nParis", "")
+    assert scores["exact_match"] == scores["token_f1"] == 1
