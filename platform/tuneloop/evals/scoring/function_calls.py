@@ -127,7 +127,7 @@ def _arguments_fit(arguments: Mapping[str, Any], accepted: Mapping[str, Any]) ->
     for name, values in accepted.items():
         choices = values if isinstance(values, list) else [values]
         if name not in arguments:
-            if "" not in choices:
+            if choices and "" not in choices:
                 return False
         elif not any(_same(arguments[name], choice) for choice in choices):
             return False
