@@ -9,7 +9,9 @@ import pytest
 from scipy import stats
 
 from tuneloop.config import TaskConfig
+from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.comparison import compare, summarise
+from tuneloop.evals.scoring.estimates import describe_difference, describe_mean
 from tuneloop.evals.scoring.intervals import (
     PairedCounts,
     Resampling,
@@ -21,7 +23,7 @@ from tuneloop.evals.scoring.intervals import (
     sign_flip_p,
     wilson,
 )
-from tuneloop.evals.scoring.metrics import Scorer
+from tuneloop.evals.scoring.metrics import Metric, Scorer
 from tuneloop.evals.scoring.predictions import Prediction
 
 FAST = Resampling(num_resamples=2000)
@@ -337,3 +339,29 @@ def test_a_comparison_says_what_it_can_show():
     # 13 of 100 rows differ: the normal approximation gives 2.8 * sqrt(0.13 / 100) = 0.101.
     assert difference["detectable"] == pytest.approx(0.10, abs=0.005)
     assert 1000 < difference["rows_needed"] < 1300
+
+
+def test_clusters_of_equal_scores_have_an_interval_with_a_width():
+    scorer = Scorer(TaskConfig(type="generation"), {})
+    rows = [
+        replace(row, cluster=f"c{index // 3}", scores={"token_f1": 0.4, "length_ratio": 1.0})
+        for index, row in enumerate(predictions("base", ["x"] * 12, ["x"] * 12, scorer))
+    ]
+    scores = summarise(rows, scorer, FAST)["arms"][0]["scores"]
+    assert scores["token_f1"]["low"] < 0.3 < 0.5 < scores["token_f1"]["high"]
+    assert (scores["length_ratio"]["low"], scores["length_ratio"]["num_clusters"]) == (None, 4)
+
+
+@pytest.mark.parametrize("n", [6, 12])
+def test_intervals_of_few_scores_cover_the_truth(n):
+    generator = np.random.default_rng(n)
+    hits = trials = 0
+    for _ in range(200):
+        values = generator.beta(2, 3, n)
+        one = Clusters.of(np.arange(n))
+        estimate = describe_mean(values, one, Metric("score"), FAST)
+        other = describe_difference(values, generator.beta(2, 3, n), one, Metric("score"), FAST)
+        hits += (estimate["low"] <= 0.4 <= estimate["high"]) + (other["low"] <= 0 <= other["high"])
+        trials += 2
+    # 95% nominal; three standard errors of 400 intervals are 3.3 points.
+    assert 0.915 <= hits / trials <= 0.985

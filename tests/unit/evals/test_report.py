@@ -120,6 +120,8 @@ def test_a_handful_of_rows_decides_nothing(n):
     if n > 1:
         assert f"{n} answers show a difference of" in headline.detail
         assert "in four of five cases" in headline.detail
+    if n > 3:
+        assert f"but p = {2 / 2**n:.3f}" in headline.detail
     certain = write_headline(make_evaluation({"base": 0, "finetuned": 6}, 6))
     assert certain.title == "Finetuning helped"
 

@@ -9,6 +9,7 @@ from tuneloop.evals.reporting.formatting import (
     format_difference,
     format_estimate,
     format_interval,
+    format_p_value,
     format_size,
     format_value,
     join_words,
@@ -110,7 +111,7 @@ def direction(evaluation: Evaluation, pair: dict[str, Any], name: str) -> Direct
         low, high = -high, -low
     # An evaluation of an earlier version has no adjusted p-values.
     p_value = difference.get("p_adjusted", difference.get("p_value", 0))
-    if p_value is None or p_value <= 1 - evaluation.metrics["confidence"]:
+    if p_value is None or p_value <= _level(evaluation):
         if low > 0 and (worst is None or worst["low"] > 0):
             return "better"
         if high < 0 and (worst is None or worst["high"] < 0):
@@ -124,6 +125,11 @@ def direction(evaluation: Evaluation, pair: dict[str, Any], name: str) -> Direct
     if evaluation.comparison.get("margin") is not None and low > -margin and is_safe:
         return "not_worse"
     return "unclear"
+
+
+def _level(evaluation: Evaluation) -> float:
+    """Return below which p-value a difference counts as shown."""
+    return 1 - float(evaluation.metrics["confidence"])
 
 
 def _margin(evaluation: Evaluation) -> float:
@@ -217,7 +223,12 @@ def _difference_in_words(evaluation: Evaluation, pair: dict[str, Any]) -> str:
     metric = evaluation.metric(evaluation.primary)
     words = format_difference(difference["value"], metric)
     if interval := format_interval(difference, metric):
-        words += f" ({evaluation.metrics['confidence']:.0%} interval {interval})"
+        words += f" ({evaluation.metrics['confidence']:.0%} interval {interval}"
+        p_value = difference.get("p_adjusted", difference.get("p_value"))
+        is_beyond_zero = not difference["low"] <= 0 <= difference["high"]
+        if p_value is not None and is_beyond_zero and p_value > _level(evaluation):
+            words += f", but p = {format_p_value(p_value)}"
+        words += ")"
     elif difference["n"] and difference.get("num_clusters") == 1:
         words += f" (no interval: {describe_rows(evaluation, difference)})"
     return f"{words} over {describe_arm(pair['other'])}"

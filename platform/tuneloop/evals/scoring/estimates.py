@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tuneloop.evals.scoring.clusters import (
+    ClusteredEstimate,
     Clusters,
     PairedDesign,
     detectable_difference,
@@ -25,15 +26,20 @@ from tuneloop.evals.scoring.intervals import (
     Floats,
     Resampling,
     Scale,
+    ends_of_equal,
     estimate_difference,
     estimate_mean,
     estimate_statistic,
+    sign_flip_p,
     wilson,
 )
 from tuneloop.evals.scoring.metrics import Metric
 
 # A test that would need more rows than this is not worth the sentence.
 _MOST_ROWS = 1_000_000
+# With fewer rows the bootstrap covers too little: 87% of scores around 0.4 at 6 rows and 90% at 12,
+# where t (in Wilson's form) covers 94 and 95%. From 60 rows on both are equally wide.
+_FEW_ROWS = 50
 
 
 def scale_of(metric: Metric) -> Scale:
@@ -54,12 +60,13 @@ def describe_mean(
         resampling: Level, resamples and seed.
     """
     scale = scale_of(metric)
-    if clusters.singletons:
+    if _is_plain(values, clusters, scale):
         plain = estimate_mean(values, scale, resampling)
         return dataclasses.asdict(plain) | {"num_clusters": plain.n}
-    return dataclasses.asdict(
-        estimate_clustered_mean(values, clusters, scale, resampling.confidence)
-    )
+    estimate = estimate_clustered_mean(values, clusters, scale, resampling.confidence)
+    if estimate.low is not None and estimate.low == estimate.high:
+        estimate = _widened(estimate, scale, 0.0, resampling.confidence)
+    return dataclasses.asdict(estimate)
 
 
 def describe_difference(
@@ -79,15 +86,20 @@ def describe_difference(
         resampling: Level, resamples and seed.
     """
     scale = scale_of(metric)
-    if clusters.singletons:
+    differences = first - second
+    if _is_plain(differences, clusters, scale):
         plain = estimate_difference(first, second, scale, resampling)
         described = dataclasses.asdict(plain) | {"num_clusters": plain.n}
     else:
         estimate, p_value, test = estimate_clustered_difference(
             first, second, clusters, scale, resampling.confidence
         )
+        if clusters.singletons:
+            p_value, test = sign_flip_p(differences, resampling), "sign-flip permutation"
+        if estimate.low is not None and estimate.low == estimate.high:
+            estimate = _widened(estimate, scale, -1.0, resampling.confidence)
         described = dataclasses.asdict(estimate) | {"p_value": p_value, "test": test}
-    return described | _describe_power(first - second, clusters, scale, resampling.confidence)
+    return described | _describe_power(differences, clusters, scale, resampling.confidence)
 
 
 def describe_statistic(
@@ -125,6 +137,23 @@ def describe_statistic(
     if scale == "unit" and low is not None and high is not None:
         estimate = dataclasses.replace(estimate, low=max(0.0, low), high=min(1.0, high))
     return dataclasses.asdict(estimate)
+
+
+def _is_plain(values: Floats, clusters: Clusters, scale: Scale) -> bool:
+    """Return whether the estimators for independent rows fit."""
+    if not clusters.singletons:
+        return False
+    return scale == "binary" or not 2 <= len(values) < _FEW_ROWS or bool(np.ptp(values) == 0)
+
+
+def _widened(
+    estimate: ClusteredEstimate, scale: Scale, least: float, confidence: float
+) -> ClusteredEstimate:
+    """Return an estimate of equal values with the interval that so many clusters leave possible."""
+    if scale == "unbounded" or estimate.value is None:
+        return dataclasses.replace(estimate, low=None, high=None, method="all equal: no interval")
+    low, high = ends_of_equal(estimate.value, least, estimate.num_clusters, confidence)
+    return dataclasses.replace(estimate, low=low, high=high, method="all equal: Wilson")
 
 
 def adjust_p_values(differences: Sequence[dict[str, Any]]) -> None:

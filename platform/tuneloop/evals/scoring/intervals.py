@@ -239,7 +239,7 @@ def estimate_statistic(
     drawn = np.concatenate(draws)
     if np.ptp(drawn) == 0:
         least = 0.0 if scale == "unit" else -1.0
-        ends = _ends_of_equal(value, least, num_effective, resampling.confidence)
+        ends = ends_of_equal(value, least, num_effective, resampling.confidence)
         return IntervalEstimate(value, *ends, n, "all equal: Wilson")
     low, high = np.quantile(drawn, (tail, 1 - tail))
     return IntervalEstimate(value, float(low), float(high), n, "percentile bootstrap")
@@ -291,7 +291,7 @@ def _bootstrap(
     if np.ptp(values) == 0:
         if least is None:
             return None, None, n, "all equal: no interval"
-        ends = _ends_of_equal(float(values[0]), least, n, resampling.confidence)
+        ends = ends_of_equal(float(values[0]), least, n, resampling.confidence)
         return *ends, n, "all equal: Wilson"
     return *bca(values, resampling), n, "BCa bootstrap"
 
@@ -300,9 +300,17 @@ def _floor(scale: Scale, least: float) -> float | None:
     return None if scale == "unbounded" else least
 
 
-def _ends_of_equal(value: float, least: float, n: float, confidence: float) -> tuple[float, float]:
-    """Return the interval of a mean of equal values: as many may deviate as a rate of zero
-    leaves possible, as far as they can."""
+def ends_of_equal(value: float, least: float, n: float, confidence: float) -> tuple[float, float]:
+    """Return the interval of a mean of equal values.
+
+    As many may deviate as a rate of zero leaves possible, as far as they can.
+
+    Args:
+        value: The mean.
+        least: Lowest value there can be; the largest is 1.
+        n: Independent rows.
+        confidence: For example 0.95.
+    """
     share = wilson(0, n, confidence)[1]
     return value - share * (value - least), value + share * (1 - value)
 
