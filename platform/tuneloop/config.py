@@ -65,6 +65,14 @@ class OneTaskConfig(Section):
         "instruction is completed by them where it does not name them and they fit.",
     )
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _numbers_are_labels(cls, labels: object) -> object:
+        """Take `labels: [0, 1]` as text."""
+        if not isinstance(labels, list):
+            return labels
+        return [str(one) if type(one) is int else one for one in labels]
+
     @model_validator(mode="after")
     def _labels_belong_to_classification(self) -> Self:
         if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from tuneloop.config import OneTaskConfig, TaskConfig, TuneloopConfig
-from tuneloop.data.sources.bad_rows import refuse_mismatched_formats
+from tuneloop.data.sources.bad_rows import BadRow, bad_row_problems, refuse_mismatched_formats
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
 from tuneloop.errors import DataError, Problem
@@ -90,9 +90,12 @@ def _read_labels(config: TuneloopConfig) -> dict[str, Counter[str]]:
     update = {"tasks": tasks} if tasks else free
     reading = config.model_copy(update={"task": config.task.model_copy(update=update)})
     counts: dict[str, Counter[str]] = {}
+    bad: list[BadRow] = []
     for position, file in enumerate(find_files(config.data.sources)):
         for row in read_source(file, position, reading):
-            if row["rejection"] is None and row["messages"]:
+            if row["rejection"] is not None:
+                bad.append(BadRow(row["source"], row["rejection"]))
+            elif row["messages"]:
                 counter = counts.setdefault(row["task"], Counter())
                 counter[row["messages"][-1]["content"]] += 1
                 if (
@@ -100,6 +103,8 @@ def _read_labels(config: TuneloopConfig) -> dict[str, Counter[str]]:
                     and config.task.of(row["task"]).type == "classification"
                 ):
                     return counts
+    if not counts and bad:
+        raise DataError(*bad_row_problems(bad, len(bad), config.data))
     return counts
 
 

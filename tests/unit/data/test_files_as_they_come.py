@@ -261,12 +261,13 @@ def test_json_lines_that_are_called_json_are_read(tmp_path: Path) -> None:
     assert texts(read(path)) == [("q0", "a0"), ("q1", "a1")]
 
 
-def test_whole_numbers_are_answers_and_nan_is_no_json(tmp_path: Path) -> None:
-    rows = [{"question": "q", "answer": value} for value in (0, 1, 2, True)]
+def test_numbers_are_answers_and_nan_is_no_json(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": value} for value in (0, 1.0, "1", 2, True, math.nan)]
     path = write_lines(tmp_path / "a.jsonl", rows)
-    found = read(path, task={"type": "classification", "labels": ["0", "1"]})
-    assert texts(found[:2]) == [("q", "0"), ("q", "1")]
-    assert [row["rejection"] is None for row in found] == [True, True, False, False]
+    found = read(path, task={"type": "classification", "labels": [0, 1]})
+    assert texts(found[:3]) == [("q", "0"), ("q", "1"), ("q", "1")]
+    assert [row["rejection"] is None for row in found] == [True] * 3 + [False] * 3
+    assert [texts([row])[0][1] for row in read(path)[:5]] == ["0", "1", "1", "2", "true"]
     rows = [{"question": "q", "answer": {"x": value}} for value in (1, math.nan, math.inf)]
     found = read(write_lines(path, rows), task={"type": "extraction", "fields": ["x"]})
     assert [row["rejection"] is None for row in found] == [True, False, False]

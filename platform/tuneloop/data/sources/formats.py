@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -166,8 +167,10 @@ def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> 
     reference = row.get(answer)
     if task.type == "extraction" and isinstance(reference, dict):
         completion = json.dumps(reference, ensure_ascii=False)
-    elif isinstance(reference, int) and not isinstance(reference, bool):
-        completion = str(reference)  # a label 0 or 1, a count
+    elif isinstance(reference, bool | int | float) and math.isfinite(reference):
+        # A label 0 or 1, a count; pandas writes whole numbers as 1.0 where some are missing.
+        is_whole = isinstance(reference, float) and reference.is_integer()
+        completion = json.dumps(int(reference) if is_whole else reference)
     else:
         completion = _text(row, answer)
     messages = [Message("system", system.strip())] if system else []
