@@ -134,7 +134,7 @@ def evaluate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         is_baseline = not config.evaluation.arms and arms[-1].name != FINETUNED
         name = f"{config.name}-baseline" if is_baseline else config.name
         earlier = [
-            a
+            workspace.open(a.ref)
             for a in workspace.published()
             if a.kind == "evaluations" and a.name in (config.name, f"{config.name}-baseline")
         ]

@@ -143,7 +143,8 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
     plan: list[tuple[Path, Path]] = []
     evaluations = raw["data"]["decontamination"]["sources"]
     documents = raw.get("generation", {}).get("sources", [])
-    sources = [*raw["data"]["sources"], *evaluations, *documents]
+    scored = raw["evaluation"]["sources"]
+    sources = [*raw["data"]["sources"], *evaluations, *documents, *scored]
     _refuse_missing(config)
     for number, source in enumerate(sources):
         source["path"] = _expanded(source["path"])
@@ -160,6 +161,11 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
             if file.is_dir() and file == Path(source["path"])
         ]
         source["path"] = str(target / Path(source["path"]).relative_to(fixed))
+    for name, arm in raw["evaluation"]["arms"].items():
+        if "answers" in arm:
+            target = Path("answers") / f"{name}.jsonl"
+            plan.append((Path(arm["answers"]).expanduser(), target))
+            arm["answers"] = str(target)
     base = Path(raw["model"]["base"]).expanduser()
     if base.exists():
         plan.append((base, Path("model") / base.name))
@@ -201,6 +207,7 @@ def _refuse_missing(config: TuneloopConfig) -> None:
         "data.sources": list(config.data.sources),
         "data.decontamination.sources": config.data.decontamination.sources,
         "generation.sources": config.generation.sources if config.generation else [],
+        "evaluation.sources": list(config.evaluation.sources),
     }
     here = f"relative paths start from {Path.cwd()}; a path of the cluster's begins with /"
     missing = [
@@ -211,6 +218,11 @@ def _refuse_missing(config: TuneloopConfig) -> None:
         and not Path(source.path).expanduser().is_absolute()
         and not glob.glob(source.path, recursive=True)
         and repository_of(source, (*TABLES, *DOCUMENTS, *COMPRESSIONS)) is None
+    ]
+    missing += [
+        Problem("no such file to send", f"evaluation.arms.{name}.answers", arm.answers, remedy=here)
+        for name, arm in config.evaluation.arms.items()
+        if arm.answers and not Path(arm.answers).expanduser().is_file()
     ]
     base = config.model.base
     if base.startswith(".") and not Path(base).exists():

@@ -76,6 +76,27 @@ def test_the_bundle_holds_what_the_configuration_names_and_nothing_else(
     assert sent.model.base == "model/model"
 
 
+def test_rows_and_answers_to_score_are_sent_with_the_arms(config: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given.jsonl"
+    given.write_text('{"prompt": "a", "completion": "b"}')
+    arms = {"base": {}, "made": {"answers": str(given)}, "near": {"model": "base", "shots": 2}}
+    rows = [{"path": f"{tmp_path}/here/bench/c.jsonl", "format": "question_answer"}]
+    overrides = [f"evaluation.arms={json.dumps(arms)}", f"evaluation.sources={json.dumps(rows)}"]
+    (tmp_path / "bundle").mkdir()
+    named = load_config(config, overrides)
+    write_bundle(named, tmp_path / "bundle")
+    sent = load_config(tmp_path / "bundle" / "config.yaml").evaluation
+    assert (tmp_path / "bundle" / str(sent.arms["made"].answers)).read_text() == given.read_text()
+    assert (tmp_path / "bundle" / sent.sources[0].path).is_file()
+    assert (sent.arms["base"], sent.arms["near"]) == (
+        named.evaluation.arms["base"],
+        named.evaluation.arms["near"],
+    )
+    given.unlink()
+    with pytest.raises(ConfigError, match=r"evaluation\.arms\.made\.answers"):
+        write_bundle(named, tmp_path / "bundle")
+
+
 def test_a_bundle_over_the_limit_is_refused_and_names_the_largest_file(
     config: Path, tmp_path: Path
 ) -> None:
