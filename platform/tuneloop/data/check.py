@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -161,6 +162,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     notices += file_notices(files, config.data.sources)
     columns = merged_shapes([columns, shapes_of(extras)])
     notices += json_text_notice(schema_of(columns))
+    findings += _cluster_findings(config, columns)
     if dropped and len(dropped) + len(bad) + len(too_long) == total:
         findings.append(nothing_left_problem(dropped))
     elif not findings:
@@ -261,6 +263,27 @@ class _EvenlySpread(Generic[T]):
             return []
         stride = max(1, len(self.items) // self.count)
         return self.items[::stride][: self.count]
+
+
+def _cluster_findings(config: TuneloopConfig, columns: Mapping[str, Shape]) -> list[Problem]:
+    """Return that the rows lack the column of `evaluation.group_by`, if they do."""
+    name = config.evaluation.group_by
+    # Rows of `evaluation.sources` have columns of their own.
+    if (
+        name is None
+        or config.evaluation.sources
+        or not {name, f"original_{name}"}.isdisjoint(columns)
+    ):
+        return []
+    return [
+        Problem(
+            "the rows have no such column to group them by",
+            where="evaluation.group_by",
+            got=name,
+            allowed=", ".join(columns) or "no column is carried along",
+            remedy="name a column of the rows, or leave the setting out",
+        )
+    ]
 
 
 def _token_sample(source: str, sample: Sample, renderer: Renderer) -> TokenSample:

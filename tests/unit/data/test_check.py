@@ -57,3 +57,25 @@ def test_rows_that_cannot_be_split_are_told(
     )
     found = check(config, resolve_base(str(tiny_model)))
     assert [told in problem.what for problem in found.findings] == [True] * bool(told)
+
+
+@pytest.mark.parametrize(("column", "num_findings"), [("unit", 0), ("unti", 1)])
+def test_a_column_to_group_by_has_to_be_there(
+    tmp_path: Path, tiny_model: Path, column: str, num_findings: int
+) -> None:
+    rows = [{"question": f"q {i}", "answer": f"a {i}", "unit": f"u{i // 2}"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "grouped",
+            "task": {"type": "generation"},
+            "model": {"base": str(tiny_model)},
+            "data": {
+                "sources": [{"path": str(tmp_path / "rows.jsonl"), "format": "question_answer"}]
+            },
+            "evaluation": {"group_by": column},
+        }
+    )
+    findings = check(config, resolve_base(config.model.base)).findings
+    assert [f.where for f in findings] == ["evaluation.group_by"] * num_findings
+    assert all("unit" in f.allowed for f in findings)
