@@ -206,7 +206,13 @@ class SplitConfig(Section):
     num_test_examples: int | None = Field(
         None, ge=1, description="Rows in the test split; overrides `test_ratio`."
     )
-    test_ratio: float = Field(0.1, gt=0, lt=1, description="Share of rows in the test split.")
+    test_ratio: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of rows in the test split, met as closely as rows that stay together "
+        "allow.",
+    )
     num_validation_examples: int | None = Field(
         None, ge=1, description="Rows in the validation split. Default: no validation split."
     )

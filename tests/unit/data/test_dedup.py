@@ -166,13 +166,13 @@ def test_no_duplicate_straddles_the_split_whatever_the_blocks(
             "split": {"num_test_examples": 20, "validation_ratio": 0.2},
         }
     )
-    split = split_rows(texts, [""] * 90, [cluster], data)
+    split = split_rows(texts, [""] * 90, {"": cluster}, data)
     sides = [set(cluster[s].tolist()) for s in (split.train, split.test, split.validation)]
     assert sum(map(len, sides)) == len(set.union(*sides))
     tested = {texts[i] for i in split.test}
     in_order = sorted(texts)
     reference = split_rows(
-        in_order, [""] * 90, [np.array([of_text[text] for text in in_order])], data
+        in_order, [""] * 90, {"": np.array([of_text[text] for text in in_order])}, data
     )
     assert tested == {in_order[i] for i in reference.test}
 

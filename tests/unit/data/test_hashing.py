@@ -21,11 +21,19 @@ from tuneloop.data.hashing.signatures import (
     word_spans,
 )
 
-ALPHABET = "abAB1_ ,.\n\u00a0éÉжЖ日本“🙂"
+ALPHABET = "abAB1_ ,.\n\u00a0éÉжЖ日本“🙂+-<="
 
 
 def python_words(text: str) -> list[str]:
-    return re.findall(r"[日本]|(?:[^\W日本]|🙂)+", text.lower())
+    found = re.findall(r"[日本]|(?:[^\W日本]|🙂)+|[-+<=]", text.lower())
+    words, operators = [], ""
+    for part in found:
+        if part in "-+<=":
+            operators += part
+        else:
+            words.append(operators + part)
+            operators = ""
+    return [*words, operators] if operators else words
 
 
 def python_shingles(text: str, n: int) -> set[tuple[str, ...]]:
@@ -54,7 +62,9 @@ def test_compiled_shingles_equal_plain_python(texts: list[str], n: int) -> None:
 def test_words_and_keys_equal_plain_python(one: str, other: str) -> None:
     data = one.encode()
     words = [data[start:stop].decode().lower() for start, stop in word_spans(one)]
-    assert words == python_words(one)
+    assert [re.sub(r"(?<=[-+<=])[^\w🙂]+|[^\w🙂]+$", "", word) for word in words] == [
+        re.sub(r"(?<=[-+<=])[-+<=]+|[^\w🙂]+$", "", word) for word in python_words(one)
+    ]
     same = " ".join(one.lower().split()) == " ".join(other.lower().split())
     keys = normalised_hashes(Texts.of([one, other, f"  {one.upper()}\n"])).tolist()
     assert (keys[0] == keys[1]) == same
@@ -108,3 +118,42 @@ def test_band_shape_reaches_its_recall(threshold: float) -> None:
     bands, rows = band_shape(threshold)
     assert bands * rows <= 128
     assert 1 - (1 - threshold**rows) ** bands >= 0.98
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("caf\u00e9 \u1ec7", "cafe\u0301 e\u0302\u0323"),  # composed, and marks in any order
+        ("Total 12 + 5", "Ｔｏｔａｌ\u3000１２ ＋ ５"),
+        ("ガギグ", "ｶﾞｷﾞｸﾞ"),
+        ("password", "pass\u200bword\ufeff"),
+        ("한국어", "\u1112\u1161\u11ab\u1100\u116e\u11a8\u110b\u1165"),
+        ("-5 °C", "\u22125 °C"),
+    ],
+)
+def test_spellings_of_one_text_are_one_text(one: str, other: str) -> None:
+    for texts in (Texts.of([one, other]), Texts.of_column(pa.array([one, other]))):
+        keys = normalised_hashes(texts)
+        assert keys[0] == keys[1]
+        assert jaccard(*shingles(texts, 1).sets()) == 1.0
+    padded = Texts.of_column(pa.chunked_array([["x", one], [other, "y", None]])[1:])
+    assert len(np.unique(normalised_hashes(padded))) == 3
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("return a + b", "return a - b"),
+        ("a < b", "a <= b"),
+        ("x == y", "x != y"),
+        ("it is -5 today", "it is 5 today"),
+        ("I like C++", "I like C#"),
+        ("$5", "€5"),
+        ("x ** 2", "x * 2"),
+    ],
+)
+def test_operators_and_signs_are_content(one: str, other: str) -> None:
+    sets = shingles([one, other], 1).sets()
+    assert jaccard(*sets) < 1.0
+    # A sign is no word of its own, except behind the last one.
+    assert len(python_words(one)) == len(word_spans(one))

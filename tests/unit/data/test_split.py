@@ -9,7 +9,15 @@ import pytest
 
 from tuneloop.config import DataConfig
 from tuneloop.data.split.mixture import Mixture
-from tuneloop.data.split.split import Split, limit_train, quotas, split_rows, strata_of_units
+from tuneloop.data.split.split import (
+    NEAR_DUPLICATES,
+    SAME_PROMPT,
+    Split,
+    limit_train,
+    quotas,
+    split_rows,
+    strata_of_units,
+)
 from tuneloop.errors import DataError
 
 
@@ -24,7 +32,8 @@ def split(
         {"sources": [{"path": "x", "format": "question_answer"}], **data}
     )
     labels = np.array(clusters if clusters is not None else range(len(ids)))
-    found = split_rows(ids, groups or [""] * len(ids), [labels], config, strata)
+    links = {NEAR_DUPLICATES: labels}
+    found = split_rows(ids, groups or [""] * len(ids), links, config, strata)
     return limit_train(found, np.array([], dtype=np.int64), config)
 
 
@@ -37,15 +46,42 @@ def names(ids: list[str], indices: Any) -> list[str]:
 
 def test_ratio_is_met_and_every_row_has_one_side() -> None:
     found = split(IDS)
-    assert 70 <= len(found.test) <= 130
+    assert len(found.test) == 100
     assert sorted([*found.train, *found.test]) == list(range(1000))
 
 
-def test_adding_rows_moves_none_of_the_others() -> None:
+@pytest.mark.parametrize(("count", "ratio", "expected"), [(50, 0.1, 5), (7, 0.1, 1), (30, 0.5, 15)])
+def test_a_share_of_few_rows_is_met_for_every_seed(
+    count: int, ratio: float, expected: int
+) -> None:
+    for seed in range(20):
+        assert len(split(IDS[:count], seed=seed, split={"test_ratio": ratio}).test) == expected
+
+
+def test_a_share_is_met_as_closely_as_groups_allow() -> None:
+    # One group of a third of the rows, others of 1 to 7.
+    groups = ["big"] * 100 + [f"g{i}" for i in range(50) for _ in range(1 + i % 7)]
+    ids = [f"r{i}" for i in range(len(groups))]
+    for seed in range(20):
+        found = split(ids, groups, seed=seed, split={"group_by": "m"})
+        assert abs(len(found.test) - len(ids) / 10) <= 1
+        assert {groups[i] for i in found.train}.isdisjoint(groups[i] for i in found.test)
+    # Where every group is larger than the share, the smallest is tested.
+    halves = ["a"] * 6 + ["b"] * 4
+    found = split(IDS[:10], halves, split={"group_by": "m"})
+    assert {halves[i] for i in found.test} == {"b"}
+
+
+def test_adding_rows_moves_few_of_the_others() -> None:
     before = split(IDS)
     more = [f"new{i}" for i in range(500)] + IDS
     after = split(more)
-    assert set(names(IDS, before.test)) == set(names(more, after.test)) & set(IDS)
+    assert len(after.test) == 150
+    stayed = set(names(more, after.test)) & set(IDS)
+    # The border moves by what chance gives new rows more or less than their share.
+    assert len(stayed ^ set(names(IDS, before.test))) <= 20
+    one_more = split([*IDS, "new"])
+    assert len(set(names(IDS, before.test)) ^ set(names([*IDS, "new"], one_more.test))) <= 1
 
 
 def test_few_rows_move_when_a_row_joins_them() -> None:
@@ -55,7 +91,7 @@ def test_few_rows_move_when_a_row_joins_them() -> None:
     after = split(more, clusters=[*range(1000), *range(0, 1000, 2)])
     sides = [np.isin(np.arange(1000), found.test) for found in (before, after)]
     moved = sides[0] != sides[1]
-    assert not moved[1::2].any()
+    assert moved[1::2].mean() <= 0.03  # at the border
     # Half of them lead, and of those 2 x 0.1 x 0.9 change sides: one in eleven.
     assert 0.05 <= moved[::2].mean() <= 0.13
 
@@ -142,17 +178,20 @@ def test_validation_rows_stay_when_rows_are_added_or_the_test_grows() -> None:
     more = [f"new{i}" for i in range(500)] + IDS
     after = split(more, split={"validation_ratio": 0.2})
     stayed = set(names(more, after.validation)) & set(IDS)
-    assert stayed == set(names(IDS, before.validation))
+    assert len(stayed ^ set(names(IDS, before.validation))) <= 40
     larger_test = split(IDS, split={"validation_ratio": 0.2, "test_ratio": 0.3})
     moved = set(before.validation.tolist()) - set(larger_test.validation.tolist())
-    assert moved <= set(larger_test.test.tolist())
+    # The validation is a share of what the test leaves: it is smaller, and nothing joins it.
+    assert len(larger_test.validation) == 140
+    assert moved >= set(larger_test.test.tolist()) & set(before.validation.tolist())
+    assert len(set(larger_test.validation.tolist()) - set(before.validation.tolist())) <= 40
 
 
 def test_rows_left_out_make_room_for_others() -> None:
     config = DataConfig.model_validate(
         {"sources": [{"path": "x", "format": "question_answer"}], "num_train_examples": 100}
     )
-    found = split_rows(IDS, [""] * 1000, [np.arange(1000)], config)
+    found = split_rows(IDS, [""] * 1000, {}, config)
     left_out = found.train[:7]
     limited = limit_train(found, left_out, config)
     assert limited.train.tolist() == found.train[7:107].tolist()
@@ -235,7 +274,7 @@ def test_sources_are_mixed_by_weight_without_taking_a_row_twice() -> None:
     source = [0] * 100 + [1] * 700 + [2] * 200
     data: dict[str, Any] = {"sources": [{"path": "x", "format": "question_answer"}]}
     config = DataConfig.model_validate(data)
-    everyone = split_rows(IDS, [""] * 1000, [np.arange(1000)], config)
+    everyone = split_rows(IDS, [""] * 1000, {}, config)
     given = Counter(source[i] for i in everyone.train)
     mixed = limit_train(everyone, np.array([], dtype=np.int64), config, mixture(source, [1, 2, 1]))
     kept = Counter(source[i] for i in mixed.train)
@@ -302,3 +341,18 @@ def test_documents_are_mixed_by_what_they_fill() -> None:
 def test_impossible_splits_are_told(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         split(**arguments)
+
+
+def test_a_refused_split_names_what_keeps_rows_together() -> None:
+    config = DataConfig.model_validate({"sources": [{"path": "x", "format": "question_answer"}]})
+    places = [f"faq.jsonl:{i + 1}" for i in range(10)]
+    links = {NEAR_DUPLICATES: np.arange(10), SAME_PROMPT: np.array([5, *[7] * 8, 5])}
+    links[NEAR_DUPLICATES][9] = 1
+    with pytest.raises(DataError) as told:
+        split_rows(IDS[:10], [""] * 10, links, config, (), places)
+    problem = told.value.problems[0]
+    assert problem.got == (
+        "10 rows in 1 group that stays together; the largest has 10 rows, of which 8 have the same "
+        "prompt, for example faq.jsonl:2 and faq.jsonl:3"
+    )
+    assert "prompt" in problem.remedy

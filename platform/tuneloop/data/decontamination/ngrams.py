@@ -316,8 +316,8 @@ def matched_text(text: str, other: str, ngram_words: int) -> str:
     longest = int(np.argmax(stops - starts))
     spans = word_spans(text)
     last = min(int(stops[longest]) + ngram_words - 1, len(spans)) - 1
-    passage = text.encode("utf-8", "replace")[spans[starts[longest]][0] : spans[last][1]]
-    return quoted(passage.decode("utf-8", "replace"))
+    passage = Texts.of([text]).data[spans[starts[longest]][0] : spans[last][1]]
+    return quoted(passage.tobytes().decode("utf-8", "replace"))
 
 
 def quoted(text: str) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 Indices = NDArray[np.int64]
 ComparedSide = Literal["both", "prompt", "completion"]
+_HALF_WIDTH_KANA = re.compile("[\uff65-\uff9f]+")
 
 
 def compared_text(messages: Sequence[dict[str, str]], text: str, on: ComparedSide) -> str:
@@ -28,7 +32,7 @@ def compared_text(messages: Sequence[dict[str, str]], text: str, on: ComparedSid
 
 @dataclass(frozen=True)
 class Texts:
-    """B texts as UTF-8.
+    """B texts as UTF-8, in Unicode's form NFC: two spellings of a letter are the same bytes.
 
     Args:
         data: The bytes, row after row.
@@ -40,24 +44,52 @@ class Texts:
 
     @staticmethod
     def of(texts: Sequence[str]) -> Texts:
-        """Return the texts; a lone surrogate, which UTF-8 cannot write, counts as `?`."""
-        encoded = [text.encode("utf-8", "replace") for text in texts]
+        """Return the texts, composed; a lone surrogate, which UTF-8 cannot write, counts as `?`."""
+        encoded = [_composed(text).encode("utf-8", "replace") for text in texts]
         offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
         np.cumsum([len(item) for item in encoded], out=offsets[1:])
         return Texts(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
 
     @staticmethod
     def of_column(column: pa.Array | pa.ChunkedArray) -> Texts:
-        """Return the texts of an Arrow column of strings, on the same memory where possible."""
+        """Return the texts of an Arrow column of strings, composed.
+
+        They are on the same memory where possible.
+        """
         # Cast before it is put together: a string array holds no more than 2 GB.
         large = column.cast(pa.large_string())
         array = one_array(large) if isinstance(large, pa.ChunkedArray) else large
         if array.null_count:
             array = array.fill_null("")
+        array = _with_composed(array)
         _, offsets, data = array.buffers()
         # Copied, as the kernels are compiled once more for arrays that cannot be written.
         starts = np.frombuffer(offsets, np.int64, len(array) + 1, array.offset * 8).copy()
         return Texts(np.frombuffer(data if data is not None else b"", np.uint8), starts)
+
+
+def _composed(text: str) -> str:
+    """Return a text in Unicode's form NFC: letters and their marks are one character if they can."""
+    if text.isascii():
+        return text
+    # These compose only in their usual width.
+    text = _HALF_WIDTH_KANA.sub(lambda found: unicodedata.normalize("NFKC", found.group()), text)
+    return unicodedata.normalize("NFC", text)
+
+
+def _with_composed(array: pa.Array) -> pa.Array:
+    """Return strings with those composed that are not yet; the same array if all of them are."""
+    changed: dict[int, str] = {}
+    for place in np.flatnonzero(~pc.string_is_ascii(array).to_numpy(zero_copy_only=False)).tolist():
+        text = array[place].as_py()
+        if (composed := _composed(text)) != text:
+            changed[place] = composed
+    if not changed:
+        return array
+    is_changed = np.zeros(len(array), dtype=bool)
+    is_changed[list(changed)] = True
+    values = pa.array(changed.values(), pa.large_string())
+    return pc.replace_with_mask(array, pa.array(is_changed), values)
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:

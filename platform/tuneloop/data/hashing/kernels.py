@@ -20,8 +20,9 @@ Integers = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 Letters = NDArray[np.uint32]
 
-# Values of a letter table: part of no word; a word of its own; 32 is white space in a text's key.
-SEPARATOR, ALONE = 0, 1 << 24
+# Values of a letter table: part of no word; a word of its own; an operator, which counts with the
+# word after it; a character that is not there at all. 32 is white space in a text's key.
+SEPARATOR, ALONE, OPERATOR, INVISIBLE = 0, 1 << 24, 1 << 25, 1 << 26
 _SPACE = 32
 _CHUNK_WORDS = 256
 _FNV_PRIME = np.uint64(0x100000001B3)
@@ -74,20 +75,32 @@ def _next_words(
     """
     at, stop = span
     table_size = len(letters)
+    value, has_operator = _FNV_START, False
     while at < stop and count < len(words):
         point, width = _letter(data, at)
         letter = np.int64(letters[point]) if point < table_size else point
         at += width
-        if letter == SEPARATOR:
+        if letter == SEPARATOR or letter == INVISIBLE:
             continue
-        value = (_FNV_START ^ np.uint64(letter)) * _FNV_PRIME
+        value = (value ^ np.uint64(letter)) * _FNV_PRIME
+        if letter >= OPERATOR:
+            has_operator = True
+            continue
         while letter < ALONE and at < stop:
             point, width = _letter(data, at)
             letter = np.int64(letters[point]) if point < table_size else point
+            if letter == INVISIBLE:
+                letter = np.int64(0)
+                at += width
+                continue
             if letter == SEPARATOR or letter >= ALONE:
                 break
             value = (value ^ np.uint64(letter)) * _FNV_PRIME
             at += width
+        words[count] = mixed(value)
+        count += 1
+        value, has_operator = _FNV_START, False
+    if has_operator:  # at the end of a text, with no word after them
         words[count] = mixed(value)
         count += 1
     return at, count
@@ -226,14 +239,22 @@ def count_words(data: Bytes, at: int, stop: int, letters: Letters) -> int:
     table_size = len(letters)
     count: Any = 0
     inside: Any = False
+    has_operator: Any = False
     while at < stop:
         point, width = _letter(data, at)
         letter = np.int64(letters[point]) if point < table_size else point
         at += width
+        if letter == INVISIBLE:
+            continue
+        if letter >= OPERATOR:
+            has_operator, inside = True, False
+            continue
         starts = letter != SEPARATOR and not inside
         inside = letter != SEPARATOR and letter < ALONE
-        count += starts or letter >= ALONE
-    return count
+        if starts or letter >= ALONE:
+            count += 1
+            has_operator = False
+    return count + has_operator
 
 
 @njit(cache=True)
@@ -248,7 +269,7 @@ def word_bounds(data: Bytes, letters: Letters) -> tuple[Integers, Integers]:
         stops[word] = at
         while True:
             point, width = _letter(data, before)
-            if point >= len(letters) or letters[point] != SEPARATOR:
+            if point >= len(letters) or letters[point] not in (SEPARATOR, INVISIBLE):
                 break
             before += width
         starts[word] = before
@@ -331,6 +352,8 @@ def text_keys(data: Bytes, offsets: Integers, letters: Letters) -> Integers:
             point, width = _letter(data, at)
             letter = np.int64(letters[point]) if point < table_size else point
             at += width
+            if letter == INVISIBLE:
+                continue
             if letter == _SPACE:
                 space = started
                 continue

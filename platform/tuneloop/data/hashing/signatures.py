@@ -1,8 +1,11 @@
 """What rows are compared by: normalised text, shingles and MinHash signatures.
 
 A word is a run of letters, digits and underscores, case ignored; in a script that is written
-without spaces (Han, kana, Thai, Lao, Burmese, Khmer) each letter is a word. The loops over bytes
-are in `kernels`, compiled: a Python loop over words is what makes near-deduplication slow.
+without spaces (Han, kana, Thai, Lao, Burmese, Khmer) each letter is a word. Operators and signs
+(`+ - * / % = < > & | ^ ~ # @ $` and the like) are part of the word that follows, so that `a + b`
+differs from `a - b` and `-5` from `5` while a text has as many words as without them. Full-width
+letters are the plain ones, and invisible characters are not there. The loops over bytes are in
+`kernels`, compiled: a Python loop over words is what makes near-deduplication slow.
 
 Legend: B rows, S shingles of all rows together, K signature values of a row.
 """
@@ -29,6 +32,10 @@ _WITHOUT_SPACES = [
     *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF)),  # Thai and Lao, Burmese, Khmer
     *((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF)),  # kana, Han
 ]
+# Signs that change what a text says; mathematical and currency signs do, too.
+_OPERATORS = frozenset("+-*/%=<>&|^~#@$\\")
+# Variation selectors: how the character before is drawn.
+_VARIATIONS = frozenset(map(chr, range(0xFE00, 0xFE10)))
 
 
 def normalised_hashes(texts: Texts) -> Indices:
@@ -169,9 +176,11 @@ class _LetterTables(NamedTuple):
     """What each character of the Basic Multilingual Plane counts as; the index is its code point.
 
     Args:
-        in_word: Its lower-case form, plus `kernels.ALONE` where it is a word of its own;
-            `kernels.SEPARATOR` where it is part of no word.
-        in_key: Its lower-case form; white space is a space.
+        in_word: Its lower-case form, plus `kernels.ALONE` where it is a word of its own and
+            `kernels.OPERATOR` where it counts with the word after it; `kernels.SEPARATOR` where it
+            is part of no word.
+        in_key: Its lower-case form; white space is a space. In both, `kernels.INVISIBLE` stands
+            for a character that does not count.
     """
 
     in_word: NDArray[np.uint32]
@@ -183,12 +192,25 @@ def _letters() -> _LetterTables:
     # Characters beyond the plane count as letters and have no other case.
     in_word, in_key = np.zeros(0x10000, np.uint32), np.zeros(0x10000, np.uint32)
     for point in range(0x10000):
-        letter = chr(point)
+        letter = _plain(chr(point))
+        category = unicodedata.category(letter)
+        if category == "Cf" or letter in _VARIATIONS:
+            in_word[point] = in_key[point] = kernels.INVISIBLE
+            continue
         form = next((f for f in (letter.casefold(), letter.lower()) if len(f) == 1), letter)
-        is_word = letter == "_" or letter.isalnum() or unicodedata.category(letter)[0] == "M"
-        in_word[point] = ord(form) if is_word else kernels.SEPARATOR
         in_key[point] = ord(" ") if letter.isspace() else ord(form)
-    for first, last in _WITHOUT_SPACES:
-        part = in_word[first : last + 1]
-        part[part != kernels.SEPARATOR] += np.uint32(kernels.ALONE)
+        if letter == "_" or letter.isalnum() or category[0] == "M":
+            is_alone = any(first <= ord(letter) <= last for first, last in _WITHOUT_SPACES)
+            in_word[point] = ord(form) + kernels.ALONE * is_alone
+        elif letter in _OPERATORS or category in ("Sm", "Sc"):
+            in_word[point] = ord(form) + kernels.OPERATOR
     return _LetterTables(in_word, in_key)
+
+
+def _plain(letter: str) -> str:
+    """Return the usual form of a full-width or half-width letter, and of a minus sign."""
+    if letter == "\N{MINUS SIGN}":
+        return "-"
+    plain = unicodedata.normalize("NFKC", letter)
+    is_width = unicodedata.decomposition(letter).startswith(("<wide>", "<narrow>"))
+    return plain if is_width and len(plain) == 1 else letter

@@ -10,7 +10,14 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.data.ledger import Ledger, Removal
 from tuneloop.data.schema import Side, Stage
 from tuneloop.data.split.mixture import mixture_of
-from tuneloop.data.split.split import Split, is_stratified, limit_train, split_rows
+from tuneloop.data.split.split import (
+    NEAR_DUPLICATES,
+    SAME_PROMPT,
+    Split,
+    is_stratified,
+    limit_train,
+    split_rows,
+)
 
 
 def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
@@ -23,9 +30,13 @@ def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
     split = split_rows(
         ledger.row_ids.take(rows).to_pylist(),
         table["group"].to_pylist(),
-        [ledger.duplicates.cluster[stays], table["prompt_key"].to_numpy()],
+        {
+            NEAR_DUPLICATES: ledger.duplicates.cluster[stays],
+            SAME_PROMPT: table["prompt_key"].to_numpy(),
+        },
         config.data,
         table["stratum"].to_pylist() if is_stratified(config) else (),
+        ledger.table["source"].take(rows).to_pylist(),
     )
     # From here on the split speaks of all rows.
     return replace(

@@ -2,16 +2,16 @@
 
 Rows that belong together (a cluster of near-duplicates, the same prompt, a group of the user's)
 are a unit, which goes to one side as a whole. Sides and order come from a hash of the seed and of
-the rows' contents, never from their position: adding rows later leaves the others where they were.
-Three things move a few: the border of `num_test_examples`, with `stratify_by` that of each stratum
-(which gives its share of rows, no more and no less), and a new row that joins a unit and may lead
-it.
+the rows' contents, never from their position: adding rows later leaves most of the others where
+they were. Two things move a few: the border of what is asked for (a number or share of the rows, of
+each stratum with `stratify_by`, no more and no less than units allow), and a new row that joins a
+unit and may lead it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,6 +26,12 @@ from tuneloop.data.split.mixture import Mixture
 from tuneloop.errors import DataError, Problem
 
 SIDES = ("train", "test", "validation")
+# What keeps rows together, as an error says it, and what helps.
+NEAR_DUPLICATES, SAME_PROMPT = "are near-duplicates", "have the same prompt"
+_REMEDIES = {
+    NEAR_DUPLICATES: "add rows that differ from each other, or raise data.dedup.threshold",
+    SAME_PROMPT: "add rows with other prompts; what tells these apart has to be in the prompt",
+}
 _TEST, _VALIDATION = 1, 2
 
 
@@ -62,31 +68,36 @@ def hash_rank(seed: int, name: str) -> int:
 def split_rows(
     row_ids: Sequence[str],
     groups: Sequence[str],
-    links: Sequence[NDArray[np.int64]],
+    links: Mapping[str, NDArray[np.int64]],
     data: DataConfig,
     strata: Sequence[str] = (),
+    places: Sequence[str] = (),
 ) -> Split:
     """Return the sides of N rows, whatever `num_train_examples` is.
 
     Args:
         row_ids: Ids of the rows, all different. Shape (N,).
         groups: Values of `split.group_by`; all empty without it. Shape (N,).
-        links: Labels, shape (N,) each; rows with an equal label stay together.
+        links: Labels, shape (N,) each, by what an error calls rows with an equal one; they stay
+            together.
         data: `split` and `seed`.
         strata: Task and value of `split.stratify_by` of each row, shape (N,); empty if rows are
             not stratified.
+        places: File and line of each row, for an error. Shape (N,).
 
     Raises:
         DataError: There are not enough rows, or too many of them stay together.
     """
     count = len(row_ids)
     ranks = _ranks(data.seed, row_ids)
-    labels = list(links)
+    bonds = dict(links)
     names = row_ids
     if data.split.group_by is not None:
-        labels.append(np.unique(np.array(groups, dtype=object), return_inverse=True)[1])
+        group = np.unique(np.array(groups, dtype=object), return_inverse=True)[1]
+        bonds[f"have the same `{data.split.group_by}`"] = group
         names = groups
-    unit = connected(count, np.concatenate([_chain(label) for label in labels]))
+    edges = [np.zeros((0, 2), dtype=np.int64), *(_chain(label) for label in bonds.values())]
+    unit = connected(count, np.concatenate(edges))
     num_units = int(unit.max(initial=-1)) + 1
     sizes = np.bincount(unit, minlength=num_units)
 
@@ -95,7 +106,8 @@ def split_rows(
     place = _unit_places(unit, _ranks(data.seed, names), choice)
     target = _Target(data.split.num_test_examples, data.split.test_ratio)
     chosen = _choose_units(place, sizes, target, stratum)
-    _refuse_unsplittable(count, num_units, _num_units(chosen), data)
+    if num_units < 2 or not 0 < _num_units(chosen) < num_units:
+        raise DataError(_unsplittable_problem(unit, bonds, data, places or row_ids))
     _refuse_used_up(chosen, stratum, strata, data)
     side = np.zeros(num_units, dtype=np.int8)
     test = _held_out_rows("test", chosen, unit, ranks)
@@ -232,7 +244,9 @@ def _choose_units(
         stratum: Number of each unit's stratum, if they are stratified. Shape (U,).
     """
     if stratum is None:
-        return [_first_units(place, sizes, target)]
+        if target.num_rows is None:
+            return [_HeldOutUnits(_share_of_units(place, sizes, target.ratio * int(sizes.sum())))]
+        return [_first_units(place, sizes, target.num_rows)]
     strata = [np.flatnonzero(stratum == number) for number in np.unique(stratum)]
     # A stratum of a single unit cannot be on two sides.
     strata = [units for units in strata if len(units) > 1]
@@ -241,27 +255,47 @@ def _choose_units(
     chosen = []
     for units, quota in zip(strata, quotas(num_rows, wanted), strict=True):
         if target.num_rows is not None and quota:
-            first = _first_units(place[units], sizes[units], _Target(quota, target.ratio))
+            first = _first_units(place[units], sizes[units], quota)
             is_all = len(first.units) == len(units)
             chosen.append(replace(first, units=units[first.units], is_all=is_all))
         elif quota:
-            order = units[np.argsort(place[units], kind="stable")]
-            missed = np.abs(np.cumsum([0, *sizes[order]]) - quota)
-            border = len(units) - int(np.argmin(missed[::-1]))  # of two as near the larger
-            chosen.append(_HeldOutUnits(order[: min(border, len(units) - 1)]))
+            share = _share_of_units(place[units], sizes[units], quota)
+            chosen.append(_HeldOutUnits(units[share]))
     return chosen
 
 
-def _first_units(place: Hashes, sizes: Indices, target: _Target) -> _HeldOutUnits:
-    """Return the units that are held out, where all are of one stratum."""
+def _first_units(place: Hashes, sizes: Indices, num_rows: int) -> _HeldOutUnits:
+    """Return the units that give a number of rows, where all are of one stratum."""
     order = np.argsort(place, kind="stable")
-    if target.num_rows is None:
-        border = int(np.searchsorted(place[order], np.uint64(target.ratio * 2**64)))
-        return _HeldOutUnits(order[: min(max(border, 1), len(order) - 1)])
     # Units larger than all that is asked for come last: taking one would throw away most of it.
-    order = order[np.argsort(sizes[order] > target.num_rows, kind="stable")]
-    most_of_one, border = _share_of_a_unit(sizes[order], target.num_rows)
-    return _HeldOutUnits(order[:border], target.num_rows, most_of_one)
+    order = order[np.argsort(sizes[order] > num_rows, kind="stable")]
+    most_of_one, border = _share_of_a_unit(sizes[order], num_rows)
+    return _HeldOutUnits(order[:border], num_rows, most_of_one)
+
+
+def _share_of_units(place: Hashes, sizes: Indices, wanted: float) -> Indices:
+    """Return the units whose rows are as near to the number wanted as whole units allow.
+
+    They are taken in the order of their places, but for those that are too large for what is left;
+    in the end the one comes that brings the number nearest. At least one is taken, the smallest,
+    and one is left.
+    """
+    order = np.argsort(place, kind="stable")
+    chosen: list[int] = []
+    left = wanted
+    for unit in order.tolist():
+        if left < 0.5 or len(chosen) == len(order) - 1:
+            break
+        if sizes[unit] <= left + 0.5:
+            chosen.append(unit)
+            left -= int(sizes[unit])
+    others = order[~np.isin(order, chosen)]
+    if len(others) > 1 and (left >= 0.5 or not chosen):
+        missed = np.abs(sizes[others] - left)
+        nearest = int(np.argmin(missed))
+        if missed[nearest] < left or not chosen:
+            chosen.append(int(others[nearest]))
+    return np.array(chosen, dtype=np.int64)
 
 
 def quotas(num_rows: Indices, total: int) -> list[int]:
@@ -354,31 +388,52 @@ def _refuse_too_little_left(num_units: int, num_chosen: int, data: DataConfig) -
     )
 
 
-def _refuse_unsplittable(count: int, num_units: int, num_chosen: int, data: DataConfig) -> None:
-    if num_units >= 2 and 0 < num_chosen < num_units:
-        return
-    wanted = data.split.num_test_examples
+def _unsplittable_problem(
+    unit: Indices,
+    bonds: Mapping[str, NDArray[np.int64]],
+    data: DataConfig,
+    places: Sequence[str],
+) -> Problem:
+    """Return what is wrong where there is no test split: too few rows, or what keeps them together.
+
+    Args:
+        unit: Number of each row's unit. Shape (N,).
+        bonds: Labels that keep rows together, by what they say of the rows. Shape (N,) each.
+        data: `split`.
+        places: File and line of each row, or its id. Shape (N,).
+    """
+    count, wanted = len(unit), data.split.num_test_examples
     if wanted is not None and wanted >= count:
-        raise DataError(
-            Problem(
-                "not enough rows for the test split",
-                where="data.split.num_test_examples",
-                got=f"{count:,} rows in all",
-                allowed=f"more than {wanted:,}, so that some are left to train on",
-                remedy="lower it, or add data",
-            )
+        return Problem(
+            "not enough rows for the test split",
+            where="data.split.num_test_examples",
+            got=f"{count:,} rows in all",
+            allowed=f"more than {wanted:,}, so that some are left to train on",
+            remedy="lower it, or add data",
         )
+    sizes = np.bincount(unit)
     grouped = data.split.group_by is not None
-    raise DataError(
-        Problem(
-            "the rows cannot be split",
-            where="data.split.group_by" if grouped else "data.split",
-            got=f"{count:,} rows in {num_units:,} groups that stay together",
-            allowed="enough groups for both sides",
-            remedy="group by another column, or keep fewer test rows"
-            if grouped
-            else "add rows that differ from each other",
-        )
+    units = "1 group that stays" if len(sizes) == 1 else f"{len(sizes):,} groups that stay"
+    got = f"{count:,} row{'s' * (count != 1)} in {units} together"
+    largest = np.flatnonzero(unit == np.argmax(sizes))
+    if len(largest) < 2:
+        return Problem("the rows cannot be split", "data.split", got, remedy="add rows")
+    # The bond that keeps the most rows of the largest unit together is named, with two of them.
+    counts = {
+        bond: np.unique(label[largest], return_inverse=True, return_counts=True)[1:]
+        for bond, label in bonds.items()
+    }
+    bond = max(counts, key=lambda name: int(counts[name][1].max()))
+    inverse, number = counts[bond]
+    first, second = largest[inverse == np.argmax(number)][:2].tolist()
+    return Problem(
+        "the rows cannot be split",
+        where="data.split.group_by" if bond not in _REMEDIES else "data.split",
+        got=f"{got}; the largest has {len(largest):,} rows, of which {int(number.max()):,} {bond}, "
+        f"for example {places[first]} and {places[second]}",
+        allowed="enough groups for both sides",
+        remedy=_REMEDIES.get(bond, "group by another column, or keep fewer test rows")
+        + " (or group by another column)" * (grouped and bond in _REMEDIES),
     )
 
 
