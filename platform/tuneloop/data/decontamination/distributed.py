@@ -20,20 +20,20 @@ from ray.data import Dataset
 from tuneloop.config import DecontaminationConfig
 from tuneloop.data.decontamination.matching import HeldOutSet, Match, MatchKind
 from tuneloop.data.decontamination.ngrams import (
-    FrequentNgrams,
+    NgramCounts,
     NgramIndex,
     Overlaps,
     SharedNgrams,
     best_overlaps,
-    common_ngrams,
     count_common,
-    frequent_ngrams,
+    count_ngrams,
+    joined_counts,
     matched_text,
     ngram_index,
     ngram_length,
     overlapping,
 )
-from tuneloop.data.hashing.columns import Hashes, Indices, Texts
+from tuneloop.data.hashing.columns import Indices, Texts
 from tuneloop.data.hashing.content import (
     CONTENT_COLUMNS,
     Content,
@@ -146,29 +146,29 @@ def find_overlaps(
     shared = [look_up.remote(train, indices, block) for block in blocks]
     if len(slices) == 1:
         shared = [[of_slice] for of_slice in shared]
-    count, join = ray.remote(num_cpus=1)(_frequent), ray.remote(num_cpus=1)(_common)
-    frequent = [
+    count, join = ray.remote(num_cpus=1)(_counts), ray.remote(num_cpus=1)(_joined_counts)
+    counts = [
         count.remote(of_slice.index, *(of_block[place] for of_block in shared))
         for place, of_slice in enumerate(slices)
     ]
-    common = {
+    of_sets = {
         set_index: join.remote(
             *(
                 ngrams
-                for of_slice, ngrams in zip(slices, frequent, strict=True)
+                for of_slice, ngrams in zip(slices, counts, strict=True)
                 if of_slice.set_index == set_index
             )
         )
         for set_index in {of_slice.set_index for of_slice in slices}
     }
-    ray.wait(list(common.values()), num_returns=len(common), fetch_local=False)
+    ray.wait(list(of_sets.values()), num_returns=len(of_sets), fetch_local=False)
     compare = ray.remote(num_cpus=1)(_overlaps)
     threshold = settings.overlap_threshold
-    tasks = [compare.remote(slices, common, threshold, *of_block) for of_block in shared]
+    tasks = [compare.remote(slices, of_sets, threshold, *of_block) for of_block in shared]
     del shared
     by_block = [ray.get(task) for task in tasks]
     matches: dict[int, Match] = {}
-    for set_index in sorted(common):
+    for set_index in sorted(of_sets):
         best = best_overlaps(_joined([overlaps[set_index] for overlaps in by_block]))
         for key, other, share in zip(*(column.tolist() for column in best), strict=True):
             matches.setdefault(key, Match(key, set_index, other, MatchKind.NGRAMS, share))
@@ -242,17 +242,17 @@ def _shared(
     return by_index[0] if len(by_index) == 1 else by_index
 
 
-def _frequent(index: NgramIndex, *shared: SharedNgrams) -> FrequentNgrams:
-    return frequent_ngrams(index, shared)
+def _counts(index: NgramIndex, *shared: SharedNgrams) -> NgramCounts:
+    return count_ngrams(index, shared)
 
 
-def _common(*frequent: FrequentNgrams) -> Hashes:
-    return common_ngrams(frequent)
+def _joined_counts(*counts: NgramCounts) -> NgramCounts:
+    return joined_counts(counts)
 
 
 def _overlaps(
     slices: Sequence[_Slice],
-    common: dict[int, ObjectRef],
+    counts: dict[int, ObjectRef],
     threshold: float,
     *shared: SharedNgrams,
 ) -> dict[int, Overlaps]:
@@ -260,23 +260,25 @@ def _overlaps(
 
     Args:
         slices: Indices of the held-out rows.
-        common: Reference to the common n-grams of each held-out set.
+        counts: Reference to the counts of each held-out set.
         threshold: Least share of n-grams.
         shared: What the block's rows share with each slice.
     """
     overlaps = {}
-    for set_index, reference in common.items():
+    for set_index, reference in counts.items():
         of_set = [
             (of_slice.index, ngrams)
             for of_slice, ngrams in zip(slices, shared, strict=True)
             if of_slice.set_index == set_index
         ]
-        hashes = ray.get(reference)
+        of_ngrams: NgramCounts = ray.get(reference)
         # One index at a time: together they may not fit.
-        counts = count_common(((ray.get(index), ngrams) for index, ngrams in of_set), hashes)
+        num_common = count_common(
+            ((ray.get(index), ngrams) for index, ngrams in of_set), of_ngrams.common
+        )
         overlaps[set_index] = _joined(
             [
-                overlapping(ray.get(index), ngrams, hashes, counts, threshold)
+                overlapping(ray.get(index), ngrams, of_ngrams, num_common, threshold)
                 for index, ngrams in of_set
             ]
         )

@@ -3,9 +3,13 @@
 Source: Brown et al. 2020, Language Models are Few-Shot Learners, arXiv:2005.14165, appendix C:
 13-grams, or the 5th percentile of the evaluation's lengths where that is smaller, at least 8;
 n-grams in more than 10 train rows are ignored. There a single shared n-gram decides; here it is
-`overlap_threshold`, a share of the n-grams of the shorter row. A frequent n-gram is ignored here
-only if several held-out rows have it (it is a common phrase): many train rows that repeat one
-held-out row are contaminated.
+`overlap_threshold`, a share of the n-grams of the shorter row.
+
+What many rows share (a template, a licence, an instruction) is no evidence of a leak. So of a
+held-out row only those n-grams count that are its own: in at most three other rows, or in hardly
+more than its rarest one. By the second, many train rows that repeat a whole held-out row are found:
+all of its n-grams are as frequent then. One that more than ten train rows and several held-out rows
+have is nobody's own.
 
 Held-out rows are looked up slice by slice, train rows block by block: neither is ever in one
 process as a whole, and how they are cut makes no difference.
@@ -32,6 +36,10 @@ from tuneloop.text import shorten
 
 _LEAST_WORDS = 8
 _FREQUENT_ABOVE = 10
+# An n-gram is a held-out row's own in so many other rows, or in so many times those of its rarest.
+_OWN_UP_TO, _OWN_TO_RAREST = 3, 1.5
+# A share is one of at least so many n-grams, where a row has them.
+_LEAST_OWN = 4
 _SHORTEST_PERCENTILE = 5
 _BITS_PER_NGRAM = 16
 _QUOTED_CHARACTERS = 160
@@ -50,6 +58,8 @@ class NgramIndex:
         units: Units with each n-gram, ascending for each. Shape (entries,).
         rows: Key of the held-out row of each unit. Shape (units,).
         sizes: Number of distinct n-grams of each unit. Shape (units,).
+        sequence: The n-grams of all units as they stand in them, unit after unit.
+        sequence_units: Unit of each of these.
         bloom: Bloom filter that holds `grams`.
     """
 
@@ -59,6 +69,8 @@ class NgramIndex:
     units: NDArray[np.int32]
     rows: Indices
     sizes: Indices
+    sequence: NDArray[np.int32]
+    sequence_units: NDArray[np.int32]
     bloom: Hashes
 
     def shared_with(self, texts: Texts) -> SharedNgrams:
@@ -111,16 +123,37 @@ class SharedNgrams:
     sizes: Indices
 
 
-class FrequentNgrams(NamedTuple):
-    """N-grams that many train rows share. Shape (F,) each.
+class NgramCounts(NamedTuple):
+    """In how many rows n-grams are. Shape (F,) each.
 
     Args:
-        hashes: The n-grams.
+        hashes: The n-grams, ascending.
+        num_train: How many train rows have each.
         num_held_out: How many held-out rows have each.
     """
 
     hashes: Hashes
+    num_train: Indices
     num_held_out: Indices
+
+    @property
+    def common(self) -> Hashes:
+        """The n-grams that many train rows and several held-out rows have. Ascending."""
+        return self.hashes[(self.num_train > _FREQUENT_ABOVE) & (self.num_held_out > 1)]
+
+    def others_with(self, grams: Hashes) -> Indices:
+        """Return how many rows other than one held-out row have each n-gram, about.
+
+        Args:
+            grams: Distinct, ascending. One that is not among these counts is in no other row.
+        """
+        result = np.zeros(len(grams), dtype=np.int64)
+        if len(self.hashes):
+            places = np.searchsorted(self.hashes, grams)
+            places[places == len(self.hashes)] = 0
+            found = self.hashes[places] == grams
+            result[found] = (self.num_train + self.num_held_out - 1)[places[found]]
+        return result
 
 
 class CommonCounts(NamedTuple):
@@ -183,7 +216,9 @@ def ngram_index(rows: Indices, texts: Texts, prompts: Texts, ngram_words: int) -
         owners.append(owner[keep] + len(owners) * number)
     flat, owner = np.concatenate(hashes), np.concatenate(owners)
     order = np.argsort(flat, kind="stable")
-    flat, owner = flat[order], owner[order]
+    flat, in_order, owner = flat[order], owner.astype(np.int32), owner[order]
+    sequence = np.empty(len(flat), dtype=np.int32)
+    sequence[order] = np.cumsum(_is_new(flat)) - 1
     fresh = _is_new(flat, owner)
     flat, owner = flat[fresh], owner[fresh]
     first = _is_new(flat)
@@ -195,12 +230,14 @@ def ngram_index(rows: Indices, texts: Texts, prompts: Texts, ngram_words: int) -
         owner.astype(np.int32),
         np.concatenate([rows, rows]),
         np.bincount(owner, minlength=2 * number),
+        sequence,
+        in_order,
         bloom_filter(grams, _BITS_PER_NGRAM),
     )
 
 
-def frequent_ngrams(index: NgramIndex, shared: Iterable[SharedNgrams]) -> FrequentNgrams:
-    """Return the n-grams of an index that many train rows share.
+def count_ngrams(index: NgramIndex, shared: Iterable[SharedNgrams]) -> NgramCounts:
+    """Return in how many rows the n-grams of an index are that train rows share.
 
     Args:
         index: N-grams of some held-out rows.
@@ -209,20 +246,23 @@ def frequent_ngrams(index: NgramIndex, shared: Iterable[SharedNgrams]) -> Freque
     frequency = np.zeros(len(index.grams), dtype=np.int64)
     for of_block in shared:
         np.add.at(frequency, of_block.grams, 1)
-    frequent = np.flatnonzero(frequency > _FREQUENT_ABOVE)
-    return FrequentNgrams(index.grams[frequent], index.num_rows_of(frequent))
+    found = np.flatnonzero(frequency)
+    return NgramCounts(index.grams[found], frequency[found], index.num_rows_of(found))
 
 
-def common_ngrams(frequent: Sequence[FrequentNgrams]) -> Hashes:
-    """Return the frequent n-grams that several held-out rows have, which prove nothing.
+def joined_counts(counts: Sequence[NgramCounts]) -> NgramCounts:
+    """Return the counts over all slices of the held-out rows.
 
     Args:
-        frequent: `frequent_ngrams` of each slice of the held-out rows.
+        counts: `count_ngrams` of each slice.
     """
-    hashes = np.concatenate([of_slice.hashes for of_slice in frequent])
-    counts = np.concatenate([of_slice.num_held_out for of_slice in frequent])
-    distinct, place = np.unique(hashes, return_inverse=True)
-    return distinct[np.bincount(place, weights=counts, minlength=len(distinct)) > 1]
+    hashes = np.concatenate([of_slice.hashes for of_slice in counts])
+    distinct, first, place = np.unique(hashes, return_index=True, return_inverse=True)
+    # Every slice is compared with all train rows.
+    num_train = np.concatenate([of_slice.num_train for of_slice in counts])[first]
+    num_held_out = np.concatenate([of_slice.num_held_out for of_slice in counts])
+    sums = np.bincount(place, weights=num_held_out, minlength=len(distinct)).astype(np.int64)
+    return NgramCounts(distinct, num_train, sums)
 
 
 def count_common(shared: Iterable[tuple[NgramIndex, SharedNgrams]], common: Hashes) -> CommonCounts:
@@ -231,7 +271,7 @@ def count_common(shared: Iterable[tuple[NgramIndex, SharedNgrams]], common: Hash
     Args:
         shared: The slices of a held-out set, and what some train rows share with each. An n-gram
             counts once, in however many slices it is.
-        common: Result of `common_ngrams`.
+        common: `NgramCounts.common` of the held-out set.
     """
     rows, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)]
     for index, of_slice in shared:
@@ -247,7 +287,7 @@ def count_common(shared: Iterable[tuple[NgramIndex, SharedNgrams]], common: Hash
 def overlapping(
     index: NgramIndex,
     shared: SharedNgrams,
-    common: Hashes,
+    counts: NgramCounts,
     num_common: CommonCounts,
     threshold: float,
 ) -> Overlaps:
@@ -256,13 +296,21 @@ def overlapping(
     Args:
         index: N-grams of some held-out rows.
         shared: What some train rows share with it.
-        common: Result of `common_ngrams`.
+        counts: Result of `joined_counts` for their held-out set.
         num_common: Result of `count_common` for these train rows.
-        threshold: Least share of the n-grams of the shorter of two rows, 0 to 1.
+        threshold: Least share of the own n-grams of the shorter of two rows, 0 to 1.
     """
-    is_common = index.has(common)
-    entries = np.repeat(is_common, np.diff(index.starts))
-    unit_sizes = index.sizes - np.bincount(index.units[entries], minlength=len(index.sizes))
+    # An entry is an n-gram of a unit, in the order of `index.units`.
+    others = counts.others_with(index.grams)
+    is_common = index.has(counts.common)
+    per_gram = np.diff(index.starts)
+    rarest = np.full(len(index.sizes), np.iinfo(np.int64).max)
+    of_entries = np.repeat(others, per_gram)
+    counted = np.repeat(~is_common, per_gram)
+    np.minimum.at(rarest, index.units[counted], of_entries[counted])
+    most = np.maximum(_OWN_UP_TO, np.minimum(rarest, 1 << 40) * _OWN_TO_RAREST)
+    is_own = counted & (of_entries <= most[index.units])
+    unit_sizes = _sizes_of_own(index, ~is_common, others, most)
     row_sizes = shared.sizes.copy()
     if len(num_common.rows):
         place = np.searchsorted(num_common.rows, shared.rows)
@@ -270,12 +318,12 @@ def overlapping(
         has_common = num_common.rows[place] == shared.rows
         row_sizes -= np.where(has_common, num_common.counts[place], 0)
     owner = np.repeat(np.arange(len(shared.rows)), shared.counts)
-    counted = ~is_common[shared.grams]
 
-    grams, owner = shared.grams[counted], owner[counted]
-    counts = index.starts[grams + 1] - index.starts[grams]
-    units = index.units[_ranges(index.starts[grams], counts)]
-    codes = np.repeat(owner, counts) * len(index.sizes) + units
+    grams = shared.grams
+    lengths = index.starts[grams + 1] - index.starts[grams]
+    entries = _ranges(index.starts[grams], lengths)
+    owner = np.repeat(owner, lengths)[is_own[entries]]
+    codes = owner * len(index.sizes) + index.units[entries[is_own[entries]]]
     pairs, num_shared = np.unique(codes, return_counts=True)
     row, unit = np.divmod(pairs, max(1, len(index.sizes)))
     share = num_shared / np.maximum(1, np.minimum(row_sizes[row], unit_sizes[unit]))
@@ -283,6 +331,29 @@ def overlapping(
     return best_overlaps(
         Overlaps(shared.rows[row[enough]], index.rows[unit[enough]], share[enough])
     )
+
+
+def _sizes_of_own(
+    index: NgramIndex, counts: NDArray[np.bool_], others: Indices, most: NDArray[np.float64]
+) -> Indices:
+    """Return how many n-grams each unit has of its own words alone. Shape (units,).
+
+    Where own words border on shared ones, the n-grams with words of both are nobody else's, but a
+    row that quotes the own words does not have them.
+
+    Args:
+        index: N-grams of some held-out rows.
+        counts: Which n-grams count. Shape (G,).
+        others: How many other rows have each. Shape (G,).
+        most: The most other rows that have an n-gram which is a unit's own. Shape (units,).
+    """
+    unit, number = index.sequence_units, len(index.sizes)
+    is_own = counts[index.sequence] & (others[index.sequence] <= most[unit])
+    borders = (is_own[1:] != is_own[:-1]) & (unit[1:] == unit[:-1])
+    own = np.bincount(unit[is_own], minlength=number)
+    num_borders = np.bincount(unit[1:][borders], minlength=number)
+    pure = own - (index.ngram_words - 1) * num_borders
+    return np.maximum(pure, np.minimum(own, _LEAST_OWN))
 
 
 def best_overlaps(pairs: Overlaps) -> Overlaps:
