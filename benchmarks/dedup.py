@@ -174,14 +174,15 @@ def run_tuneloop(corpus: Path, workers: int) -> dict[str, Any]:
 
 def _import(batch: Any = None) -> dict[str, Any]:
     """Import what is needed and load compiled code, as peers do before their clocks start."""
-    from tuneloop.data.dedup.minhash import candidate_pairs, resolve_group
+    from tuneloop.data.dedup.minhash import GroupTexts, candidate_pairs, resolve_group
     from tuneloop.data.hashing.columns import Texts
     from tuneloop.data.hashing.signatures import band_hashes, normalised_hashes, shingles
 
     texts = Texts.of(["a", "b"])
     normalised_hashes(texts)
     candidate_pairs(band_hashes(texts, 5, 0.8), np.arange(2))
-    resolve_group(np.array([[0, 1]]), shingles(texts, 5), np.zeros(2, dtype=np.int64), 0.8)
+    group = GroupTexts.plain(shingles(texts, 5))
+    resolve_group(np.array([[0, 1]]), group, np.zeros(2, dtype=np.int64), 0.8)
     time.sleep(0.5)  # long enough for every worker to get one
     return {"pid": np.array([os.getpid()])}
 

@@ -15,7 +15,9 @@ from tuneloop.config import DataConfig, DedupConfig
 from tuneloop.data.dedup.minhash import (
     CandidateGroup,
     Duplicates,
+    GroupTexts,
     Keys,
+    OwnBands,
     ResolvedGroup,
     candidate_pairs,
     find_duplicates,
@@ -47,7 +49,9 @@ def compare_in_process(
         return [
             resolve_group(
                 group.pairs,
-                shingles([texts[row] for row in group.rows], config.ngram_words),
+                GroupTexts.plain(
+                    shingles([texts[row] for row in group.rows], config.ngram_words)
+                ),
                 np.zeros(len(group.rows), dtype=np.int64),
                 config.threshold,
             )
@@ -57,9 +61,13 @@ def compare_in_process(
     return compare
 
 
+def no_own_parts(rows: np.ndarray, crowds: np.ndarray) -> OwnBands:
+    return OwnBands(rows[:0], np.zeros((0, 1), np.uint64))
+
+
 def duplicates_of(texts: list[str], config: DedupConfig, preference: list[int]) -> Duplicates:
     keys = keys_of(texts, config, preference)
-    return find_duplicates(keys, config, compare_in_process(texts, config))
+    return find_duplicates(keys, config, compare_in_process(texts, config), no_own_parts)
 
 
 def test_minhash_recall_at_the_threshold_is_as_computed() -> None:
@@ -154,7 +162,8 @@ def test_no_duplicate_straddles_the_split_whatever_the_blocks(
     whole = keys_of(texts, config, np.argsort(np.argsort(np.array(texts))).tolist())
     bands = [band_hashes(block, config.ngram_words, config.threshold) for block in blocks]
     keys = Keys(whole.exact, np.concatenate(bands), whole.preference, whole.size)
-    cluster = find_duplicates(keys, config, compare_in_process(texts, config)).cluster
+    compare = compare_in_process(texts, config)
+    cluster = find_duplicates(keys, config, compare, no_own_parts).cluster
     of_text = dict(zip(texts, cluster.tolist(), strict=True))
     for original, copy in zip(originals, copies, strict=False):
         assert of_text[original] == of_text[copy]
@@ -224,7 +233,7 @@ def test_resolving_a_group_equals_plain_python() -> None:
             keeper[row] = -best[1]
         else:
             stay.append(row)
-    found = resolve_group(np.array(pairs), shingles(rows, 2), np.zeros(40, dtype=np.int64), 0.8)
+    found = resolve_group(np.array(pairs), GroupTexts.plain(shingles(rows, 2)), np.zeros(40, dtype=np.int64), 0.8)
     assert found.root.tolist() == root
     assert found.keeper.tolist() == keeper
     assert 4 < len(stay) < 40
@@ -238,7 +247,7 @@ def test_no_rows_and_no_words() -> None:
 
 def test_rows_of_another_scope_are_in_the_cluster_and_stay() -> None:
     texts = ["a b c d e f g h", "a b c d e f g h", "a b c d e f g i", "a b c d e f g h"]
-    found = shingles(texts, 1)
+    found = GroupTexts.plain(shingles(texts, 1))
     pairs = np.array([[a, b] for a in range(4) for b in range(a + 1, 4)])
     resolved = resolve_group(pairs, found, np.array([0, 1, 1, 0]), 0.7)
     assert resolved.root.tolist() == [0, 0, 0, 0]

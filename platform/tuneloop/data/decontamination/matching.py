@@ -18,6 +18,11 @@ from tuneloop.data.hashing.columns import Hashes, Indices, Texts
 from tuneloop.data.hashing.signatures import band_hashes, jaccard, normalised_hashes, shingles
 
 
+# As in deduplication: what is in more rows than this, and this part of the rows compared, is no
+# row's own; and the share of the shorter own part that two rows have to have in common.
+_MANY, _OWN_PART, _ALIKE_OWN = 5, 4, 0.5
+
+
 class MatchKind(StrEnum):
     """What a train row shares with a held-out row, as the card calls it."""
 
@@ -139,8 +144,21 @@ def near_duplicates(
     others = np.unique(pairs[:, 1]).tolist()
     compared = [evaluation.compared[other] for other in others]
     other_sets = dict(zip(others, shingles(compared, data.dedup.ngram_words).sets(), strict=True))
+    # What many rows share, a template or an instruction, is no evidence: own parts overlap, too.
+    hashes, counts = np.unique(
+        np.concatenate([np.zeros(0, np.uint64), *sets.values(), *other_sets.values()]),
+        return_counts=True,
+    )
+    shared = hashes[counts > max(_MANY, (len(sets) + len(other_sets)) // _OWN_PART)]
+    own, other_own = (
+        {row: np.setdiff1d(of_row, shared, assume_unique=True) for row, of_row in side.items()}
+        for side in (sets, other_sets)
+    )
     best: dict[int, RowMatch] = {}
     for row, other in pairs.tolist():
+        fewer = min(len(own[row]), len(other_own[other]))
+        if fewer and len(np.intersect1d(own[row], other_own[other])) < _ALIKE_OWN * fewer:
+            continue
         similarity = jaccard(sets[row], other_sets[other])
         to_beat = best[row].similarity if row in best else 0.0
         if similarity >= max(data.dedup.threshold, to_beat + 1e-12):

@@ -339,7 +339,7 @@ def _sizes_of_own(
     """Return how many n-grams each unit has of its own words alone. Shape (units,).
 
     Where own words border on shared ones, the n-grams with words of both are nobody else's, but a
-    row that quotes the own words does not have them.
+    row that quotes the own words does not have them. If all are of this kind, all count.
 
     Args:
         index: N-grams of some held-out rows.
@@ -353,7 +353,7 @@ def _sizes_of_own(
     own = np.bincount(unit[is_own], minlength=number)
     num_borders = np.bincount(unit[1:][borders], minlength=number)
     pure = own - (index.ngram_words - 1) * num_borders
-    return np.maximum(pure, np.minimum(own, _LEAST_OWN))
+    return np.where(pure > 0, np.maximum(pure, np.minimum(own, _LEAST_OWN)), own)
 
 
 def best_overlaps(pairs: Overlaps) -> Overlaps:

@@ -6,6 +6,7 @@ removed for it: which answer is right is for people to say.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +15,14 @@ import pyarrow as pa
 from ray.data import Dataset
 
 from tuneloop.data import ray_rows
-from tuneloop.data.dedup.minhash import candidate_pairs, scoped_hashes
-from tuneloop.data.hashing.columns import Indices, as_matrix
+from tuneloop.data.dedup.minhash import (
+    MANY,
+    OWN_PART,
+    candidate_pairs,
+    connected,
+    scoped_hashes,
+)
+from tuneloop.data.hashing.columns import Hashes, Indices, as_matrix
 from tuneloop.data.hashing.content import ALIKE_PROMPTS, Content
 from tuneloop.data.hashing.signatures import jaccard
 from tuneloop.data.ledger import Ledger
@@ -145,9 +152,33 @@ def _near_prompts(
     if not len(pairs):
         return []
     keys = table["key"].to_numpy()[first]
-    sets = ray_rows.fetch_shingles(rows, keys[np.unique(pairs)], content, "prompt", 1)
+    by_key = ray_rows.fetch_shingles(rows, keys[np.unique(pairs)], content, "prompt", 1)
+    sets = {place: by_key[int(keys[place])] for place in np.unique(pairs).tolist()}
+    sets = without_shared_words(sets, pairs)
     found = [
-        _NearPrompts(jaccard(sets[int(keys[a])], sets[int(keys[b])]), int(first[a]), int(first[b]))
+        _NearPrompts(jaccard(sets[a], sets[b]), int(first[a]), int(first[b]))
         for a, b in pairs.tolist()
     ]
     return [pair for pair in found if pair.similarity >= ALIKE_PROMPTS]
+
+
+def without_shared_words(sets: Mapping[int, Hashes], pairs: Indices) -> dict[int, Hashes]:
+    """Return words of prompts without those that many prompts like them share: their template.
+
+    Args:
+        sets: Distinct words of each prompt, ascending, by its number.
+        pairs: Numbers of prompts that may be alike. Shape (P, 2).
+    """
+    numbers, positions = np.unique(pairs, return_inverse=True)
+    component = connected(len(numbers), positions.reshape(-1, 2))
+    own = dict(sets)
+    for members in np.split(
+        np.argsort(component, kind="stable"), np.cumsum(np.bincount(component))[:-1]
+    ):
+        if len(members) <= MANY:
+            continue
+        alike = [int(numbers[member]) for member in members]
+        words, counts = np.unique(np.concatenate([sets[n] for n in alike]), return_counts=True)
+        shared = words[counts > max(MANY, len(alike) // OWN_PART)]
+        own |= {n: np.setdiff1d(sets[n], shared, assume_unique=True) for n in alike}
+    return own

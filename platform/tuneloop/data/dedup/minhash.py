@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,9 @@ from tuneloop.data.hashing.signatures import Shingles
 # first ones only, which keeps a band full of common phrases linear.
 _ALL_PAIRS_UP_TO = 64
 _PIVOTS = 32
+# What more rows than this share, and more than this part of the rows that are like a row, is not
+# the row's own.
+MANY, OWN_PART = 5, 4
 # The golden ratio's bits: multiples differ in all places of a hash (Knuth, TAOCP 3, 6.4).
 _ODD = np.int64(-7046029254386353131)
 # Characters of the rows in a group, unless more are linked.
@@ -99,10 +103,23 @@ class Duplicates:
         return np.flatnonzero(self.kept != np.arange(len(self.kept)))
 
 
+class OwnBands(NamedTuple):
+    """The M rows that have a part of their own beside what many rows share.
+
+    Args:
+        rows: Their indices. Shape (M,).
+        bands: MinHash bands of these parts. Shape (M, bands).
+    """
+
+    rows: Indices
+    bands: Hashes
+
+
 def find_duplicates(
     keys: Keys,
     config: DedupConfig,
     compare: Callable[[Sequence[CandidateGroup]], Iterable[ResolvedGroup]],
+    find_own: Callable[[Indices, Indices], OwnBands],
 ) -> Duplicates:
     """Return which rows repeat which.
 
@@ -110,17 +127,35 @@ def find_duplicates(
     row kept in its place: candidates are verified on their full shingle sets. Clusters are found
     whether or not `config` removes anything, so that a split can keep them together.
 
+    A part that many rows share shows in their bands: many rows have the same. Their own parts are
+    looked at, and those are what makes them candidates.
+
     Args:
         keys: What is known of all rows.
         config: `exact` and `near`.
         compare: Yields `resolve_group` of each group, in their order.
+        find_own: Returns the own parts of rows, given their indices and how many rows at least
+            share a part with each.
     """
     num_rows = len(keys.exact)
     first = _first_of_equal(keys)
     unique = np.flatnonzero(first == np.arange(num_rows))
     ranked = unique[np.argsort(keys.preference[unique], kind="stable")]
     # Rows are named by their rank of preference among the unique ones until they are compared.
-    pairs = candidate_pairs(keys.bands, ranked)
+    crowds = crowd_sizes(keys.bands, ranked)
+    has_own = np.zeros(len(ranked), dtype=bool)
+    own_pairs = np.zeros((0, 2), dtype=np.int64)
+    if (crowded := np.flatnonzero(crowds)).size:
+        own = find_own(ranked[crowded], crowds[crowded])
+        rank = np.empty(num_rows, dtype=np.int64)
+        rank[ranked] = np.arange(len(ranked))
+        order = np.argsort(rank[own.rows])
+        places = rank[own.rows[order]]
+        has_own[places] = True
+        own_pairs = places[candidate_pairs(own.bands, order)]
+    pairs = candidate_pairs(keys.bands, ranked, has_own)
+    if len(own_pairs):
+        pairs = np.unique(np.concatenate([pairs, own_pairs]), axis=0)
     groups = group_candidates(pairs, keys.size[ranked], _GROUP_CHARACTERS)
     groups = [CandidateGroup(ranked[group.rows], group.pairs) for group in groups]
 
@@ -145,18 +180,47 @@ def scoped_hashes(hashes: Indices, scopes: Indices) -> Indices:
     return hashes ^ (scopes * _ODD)
 
 
-def candidate_pairs(bands: Hashes, rows: Indices) -> Indices:
+def crowd_sizes(bands: Hashes, rows: Indices) -> Indices:
+    """Return how many rows share a band with each row, 0 if they are not many. Shape (M,).
+
+    Args:
+        bands: Shape (N, bands), zeros for a row without words.
+        rows: Indices of the rows to look at, none of them a copy of another. Shape (M,).
+    """
+    result = np.zeros(len(rows), dtype=np.int64)
+    for column in range(bands.shape[1]):
+        places, sizes = _buckets(bands[rows, column])
+        result[places] = np.maximum(result[places], sizes)
+    result[result <= MANY] = 0
+    return result
+
+
+def _buckets(values: Hashes) -> tuple[Indices, Indices]:
+    """Return the places of values other than 0, ascending by value, and how many have its value."""
+    places = np.flatnonzero(values)
+    places = places[np.argsort(values[places], kind="stable")]
+    ordered = values[places]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)])
+    sizes = np.diff(np.append(starts, len(ordered)))
+    return places, np.repeat(sizes, sizes)
+
+
+def candidate_pairs(
+    bands: Hashes, rows: Indices, has_own: NDArray[np.bool_] | None = None
+) -> Indices:
     """Return the pairs of rows that share a band, shape (P, 2), smaller position first, sorted.
 
     Args:
         bands: Shape (N, bands), zeros for a row without words.
         rows: Indices of the rows to compare, shape (M,); pairs are positions in it.
+        has_own: Rows that are no candidates for a band that many rows have. Shape (M,).
     """
     codes = np.zeros(0, dtype=np.int64)
     for column in range(bands.shape[1]):
         values = bands[rows, column]
-        places = np.flatnonzero(values)
-        places = places[np.argsort(values[places])]
+        places, sizes = _buckets(values)
+        if has_own is not None:
+            places = places[(sizes <= MANY) | ~has_own[places]]
         pairs = kernels.bucket_pairs(places, values[places], len(rows), _ALL_PAIRS_UP_TO, _PIVOTS)
         codes = np.union1d(codes, pairs)
     return np.stack(np.divmod(codes, max(1, len(rows))), axis=1)
@@ -192,23 +256,51 @@ def group_candidates(pairs: Indices, size: Indices, most_characters: int) -> lis
     return groups
 
 
+class GroupTexts(NamedTuple):
+    """What is compared of the M rows of a group.
+
+    Args:
+        shingles: Their shingles.
+        own: What they have of their own, where many rows share a part.
+        answers: Their answers; those of documents are all the same.
+    """
+
+    shingles: Shingles
+    own: kernels.OwnParts
+    answers: kernels.Answers
+
+    @staticmethod
+    def plain(of_rows: Shingles) -> GroupTexts:
+        """Return rows that share no part with many others and have the same answers."""
+        number = len(of_rows.offsets) - 1
+        no_hashes, offsets = np.zeros(0, np.uint64), np.zeros(number + 1, np.int64)
+        zeros = np.zeros(number, np.int64)
+        return GroupTexts(
+            of_rows,
+            kernels.OwnParts(np.zeros(number, np.int8), no_hashes, offsets),
+            kernels.Answers(zeros, zeros, no_hashes, offsets),
+        )
+
+
 def resolve_group(
-    pairs: Indices, group: Shingles, scopes: Indices, threshold: float
+    pairs: Indices, group: GroupTexts, scopes: Indices, threshold: float
 ) -> ResolvedGroup:
     """Return which rows of a group are similar and which of them stay.
 
-    A row is removed only if a row of its scope that stays is similar enough itself: in a chain
-    a-b-c with a unlike c, b is removed in favour of a, and c stays.
+    A row is removed only if a row of its scope with its answer that stays is similar enough itself:
+    in a chain a-b-c with a unlike c, b is removed in favour of a, and c stays.
 
     Args:
         pairs: Candidates in the group, as in `CandidateGroup`.
-        group: Shingles of its rows.
+        group: What is compared of its rows.
         scopes: Dedup scope of each row.
         threshold: Least Jaccard similarity of duplicates.
     """
-    ordered = group.in_order()
+    ordered = group.shingles.in_order()
     return ResolvedGroup(
-        *kernels.resolve_group(ordered.hashes, ordered.offsets, pairs, scopes, threshold)
+        *kernels.resolve_group(
+            ordered.hashes, ordered.offsets, group.own, group.answers, pairs, scopes, threshold
+        )
     )
 
 

@@ -25,6 +25,9 @@ Letters = NDArray[np.uint32]
 SEPARATOR, ALONE, OPERATOR, INVISIBLE = 0, 1 << 24, 1 << 25, 1 << 26
 _SPACE = 32
 _CHUNK_WORDS = 256
+# Two answers say nearly the same from this Jaccard similarity of their pairs of words; two rows
+# from this share of what is the own part of the one with less of it.
+_ALIKE_ANSWERS, _ALIKE_OWN = 0.8, 0.5
 _FNV_PRIME = np.uint64(0x100000001B3)
 _FNV_START = np.uint64(0xCBF29CE484222325)
 _SHINGLE_BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -319,13 +322,39 @@ def band_hashes(
             _lower(minima, short[:number], numbers)
         if not any_found:
             continue
-        for band in range(num_bands):
-            value = np.uint64(band + 1)
-            for index in range(band * num_rows, (band + 1) * num_rows):
-                value = mixed(value * _SHINGLE_BASE + np.uint64(minima[index]))
-            # Zero means "no shingles"; a real hash of zero would be a 2^-64 accident.
-            result[row, band] = value
+        _bands_of(minima, result[row])
     return result
+
+
+@njit(cache=True)
+def bands_of_shingles(
+    hashes: Hashes, offsets: Integers, num_bands: int, numbers: NDArray[np.uint32]
+) -> Hashes:
+    """Return what `band_hashes` returns, of rows whose shingles are given row after row."""
+    result = np.zeros((len(offsets) - 1, num_bands), np.uint64)
+    minima = np.empty(numbers.shape[1], np.uint32)
+    for row in range(len(offsets) - 1):
+        if offsets[row] == offsets[row + 1]:
+            continue
+        minima[:] = np.uint32(0xFFFFFFFF)
+        short = np.empty(offsets[row + 1] - offsets[row], np.uint32)
+        for place in range(len(short)):
+            short[place] = np.uint32(hashes[offsets[row] + place] >> _HALF)
+        _lower(minima, short, numbers)
+        _bands_of(minima, result[row])
+    return result
+
+
+@njit(cache=True)
+def _bands_of(minima: NDArray[np.uint32], bands: Hashes) -> None:
+    """Put the hash of each band of minima into `bands`."""
+    num_rows = len(minima) // len(bands)
+    for band in range(len(bands)):
+        value = np.uint64(band + 1)
+        for index in range(band * num_rows, (band + 1) * num_rows):
+            value = mixed(value * _SHINGLE_BASE + np.uint64(minima[index]))
+        # Zero means "no shingles"; a real hash of zero would be a 2^-64 accident.
+        bands[band] = value
 
 
 @njit(cache=True)
@@ -368,24 +397,38 @@ def text_keys(data: Bytes, offsets: Integers, letters: Letters) -> Integers:
 @njit(cache=True)
 def similarity(values: Hashes, offsets: Integers, a: int, b: int) -> float:
     """Return the Jaccard similarity of two rows' sorted hashes, which may repeat."""
+    shared, only_a, only_b = _compared(values, offsets, a, b)
+    return shared / max(1, shared + only_a + only_b)
+
+
+@njit(cache=True)
+def _overlap(values: Hashes, offsets: Integers, a: int, b: int) -> float:
+    """Return which share of the row with fewer distinct hashes the other row has."""
+    shared, only_a, only_b = _compared(values, offsets, a, b)
+    return shared / max(1, shared + min(only_a, only_b))
+
+
+@njit(cache=True)
+def _compared(values: Hashes, offsets: Integers, a: int, b: int) -> tuple[int, int, int]:
+    """Return how many distinct hashes both rows have, only the first, and only the second."""
     left, right = offsets[a], offsets[b]
     left_stop, right_stop = offsets[a + 1], offsets[b + 1]
-    if left == left_stop or right == right_stop:
-        return 0.0
-    shared, union = 0, 0
+    shared, only_a, only_b = 0, 0, 0
     while left < left_stop or right < right_stop:
         if right == right_stop or (left < left_stop and values[left] < values[right]):
-            value, both = values[left], False
+            value = values[left]
+            only_a += 1
         else:
             value = values[right]
-            both = left < left_stop and values[left] == value
+            if left < left_stop and values[left] == value:
+                shared += 1
+            else:
+                only_b += 1
         while left < left_stop and values[left] == value:
             left += 1
         while right < right_stop and values[right] == value:
             right += 1
-        union += 1
-        shared += both
-    return shared / union
+    return shared, only_a, only_b
 
 
 @njit(cache=True)
@@ -396,20 +439,86 @@ def _root(parents: Integers, node: int) -> int:
     return node
 
 
+class OwnParts(NamedTuple):
+    """What rows have of their own, where many rows share a part. B rows.
+
+    Args:
+        kinds: `WHOLE` for rows that are compared as a whole, `NOTHING_OWN`, `OWN`. Shape (B,).
+        values: Sorted hashes of the shingles of each row's own part, row after row.
+        offsets: Shape (B + 1,).
+    """
+
+    kinds: NDArray[np.int8]
+    values: Hashes
+    offsets: Integers
+
+
+class Answers(NamedTuple):
+    """What is compared of the answers of B rows.
+
+    Args:
+        keys: Equal for answers that differ in noise only. Shape (B,).
+        signs: Equal for answers that may differ a little; negative for one that may not. Shape
+            (B,).
+        values: Sorted hashes of each answer's pairs of words, row after row.
+        offsets: Shape (B + 1,).
+    """
+
+    keys: Integers
+    signs: Integers
+    values: Hashes
+    offsets: Integers
+
+
+WHOLE, NOTHING_OWN, OWN = 0, 1, 2
+
+
+@njit(cache=True)
+def _same_answer(answers: Answers, a: int, b: int) -> Any:
+    if answers.keys[a] == answers.keys[b]:
+        return True
+    if answers.signs[a] < 0 or answers.signs[a] != answers.signs[b]:
+        return False
+    return similarity(answers.values, answers.offsets, a, b) >= _ALIKE_ANSWERS
+
+
+@njit(cache=True)
+def _likeness(
+    values: Hashes, offsets: Integers, own: OwnParts, answers: Answers, a: int, b: int
+) -> float:
+    """Return the Jaccard similarity of two rows; 0 if only what many rows share is alike."""
+    if own.kinds[a] != WHOLE and own.kinds[b] != WHOLE:
+        if own.kinds[a] != own.kinds[b]:
+            return 0.0
+        if own.kinds[a] == NOTHING_OWN and not _same_answer(answers, a, b):
+            return 0.0
+        if own.kinds[a] == OWN and _overlap(own.values, own.offsets, a, b) < _ALIKE_OWN:
+            return 0.0
+    return similarity(values, offsets, a, b)
+
+
 @njit(cache=True)
 def resolve_group(
-    values: Hashes, offsets: Integers, pairs: Integers, scopes: Integers, threshold: float
+    values: Hashes,
+    offsets: Integers,
+    own: OwnParts,
+    answers: Answers,
+    pairs: Integers,
+    scopes: Integers,
+    threshold: float,
 ) -> tuple[Integers, Integers, NDArray[np.float64]]:
     """Return root, keeper and similarity of rows in the order of preference. Shape (B,) each.
 
     Rows linked by similar pairs have the first of them as root. Among those a row is removed only
-    if a row of its scope that stays is similar enough itself: in a chain a-b-c with a unlike c, b
-    is removed in favour of a, and c stays. The most similar one is the keeper, the first of equally
-    similar ones.
+    if a row of its scope with its answer that stays is similar enough itself: in a chain a-b-c with
+    a unlike c, b is removed in favour of a, and c stays. The most similar one is the keeper, the
+    first of equally similar ones.
 
     Args:
         values: Sorted hashes of each row's shingles, row after row.
         offsets: Shape (B + 1,).
+        own: What rows have of their own.
+        answers: Their answers.
         pairs: Candidates, shape (P, 2).
         scopes: Shape (B,). A row is never removed in favour of one of another scope.
         threshold: Least similarity of duplicates.
@@ -418,8 +527,9 @@ def resolve_group(
     roots, keepers = np.arange(number), np.arange(number)
     similarities = np.ones(number, np.float64)
     for pair in range(len(pairs)):
-        if similarity(values, offsets, pairs[pair, 0], pairs[pair, 1]) >= threshold:
-            a, b = _root(roots, pairs[pair, 0]), _root(roots, pairs[pair, 1])
+        first, second = pairs[pair, 0], pairs[pair, 1]
+        if _likeness(values, offsets, own, answers, first, second) >= threshold:
+            a, b = _root(roots, first), _root(roots, second)
             roots[max(a, b)] = min(a, b)
     # Those that stay, as a list for each root: the one after each, and the last one.
     following, last = np.full(number, -1), np.arange(number)
@@ -430,8 +540,8 @@ def resolve_group(
             continue
         best, keeper, other = 0.0, -1, root
         while other >= 0:
-            if scopes[other] == scopes[row]:
-                value = similarity(values, offsets, other, row)
+            if scopes[other] == scopes[row] and _same_answer(answers, other, row):
+                value = _likeness(values, offsets, own, answers, other, row)
                 if value > best:
                     best, keeper = value, other
             other = following[other]

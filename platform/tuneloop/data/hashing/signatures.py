@@ -28,6 +28,9 @@ from tuneloop.data.hashing.columns import Hashes, Indices, Texts
 
 _MAX_SIGNATURE = 128
 _TARGET_RECALL = 0.98
+_ALIKE_OWN_PARTS = 0.6
+# Own words in a row on average, from which they are no changes here and there.
+_WORDS_OF_A_PLACE = 2
 _WITHOUT_SPACES = [
     *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF)),  # Thai and Lao, Burmese, Khmer
     *((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF)),  # kana, Han
@@ -151,6 +154,58 @@ def band_hashes(texts: Sequence[str] | Texts, ngram_words: int, threshold: float
         texts.data, texts.offsets, ngram_words, bands, numbers, letters
     )
     return hashes
+
+
+def bands_of_own_parts(own: Shingles) -> Hashes:
+    """Return a hash for each row and band, of own parts that are candidates when they overlap."""
+    bands, rows = band_shape(_ALIKE_OWN_PARTS)
+    hashes: Hashes = kernels.bands_of_shingles(
+        own.hashes, own.offsets, bands, _permutations(bands * rows)
+    )
+    return hashes
+
+
+class OwnParts(NamedTuple):
+    """What B rows have that is not in many rows.
+
+    Args:
+        has_own: Whether a row has more of its own than changed words here and there. Shape (B,).
+        shingles: The shingles that are not in many rows.
+    """
+
+    has_own: NDArray[np.bool_]
+    shingles: Shingles
+
+
+def own_parts(rows: Shingles, num_rows: Indices, limits: Indices, ngram_words: int) -> OwnParts:
+    """Return what rows have of their own.
+
+    A template has places in which rows say something. A page that was copied often and changed a
+    little looks alike: all but few of its shingles are in many rows. The difference is the length
+    of what is between: a changed word leaves as many shingles as a shingle has words.
+
+    Args:
+        rows: Shingles of the rows, in the order of their words.
+        num_rows: In how many rows each of these shingles is. Shape (S,).
+        limits: The most rows that a row's own shingle is in. Shape (B,).
+        ngram_words: Words of a shingle.
+    """
+    count = len(limits)
+    row = np.repeat(np.arange(count), np.diff(rows.offsets))
+    is_own = num_rows <= limits[row]
+    is_new = np.ones(len(row), dtype=bool)
+    is_new[1:] = (is_own[1:] != is_own[:-1]) | (row[1:] != row[:-1])
+    starts = np.flatnonzero(is_new)
+    stops = np.append(starts[1:], len(row))
+    starts, stops = starts[is_own[starts]], stops[is_own[starts]]
+    run_row = row[starts]
+    at_edge = (starts == rows.offsets[run_row]) | (stops == rows.offsets[run_row + 1])
+    num_words = stops - starts - np.where(at_edge, 0, ngram_words - 1)
+    total = np.bincount(run_row, weights=np.maximum(0, num_words), minlength=count)
+    num_runs = np.bincount(run_row, minlength=count)
+    sizes = np.bincount(row[is_own], minlength=count)
+    own = Shingles(rows.hashes[is_own], np.concatenate([[0], np.cumsum(sizes)]))
+    return OwnParts((num_runs > 0) & (total >= _WORDS_OF_A_PLACE * num_runs), own)
 
 
 def jaccard(a: Hashes, b: Hashes) -> float:
