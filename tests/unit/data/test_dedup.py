@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuneloop.config import DataConfig, DedupConfig
+from tuneloop.data.dedup.conflicts import without_shared_words
+from tuneloop.data.dedup.distributed import compared_answers
 from tuneloop.data.dedup.minhash import (
+    MANY,
+    OWN_PART,
     CandidateGroup,
     Duplicates,
     GroupTexts,
@@ -24,10 +30,14 @@ from tuneloop.data.dedup.minhash import (
     group_candidates,
     resolve_group,
 )
+from tuneloop.data.hashing import kernels
 from tuneloop.data.hashing.columns import Texts
 from tuneloop.data.hashing.signatures import (
+    OwnParts,
     band_hashes,
+    bands_of_own_parts,
     normalised_hashes,
+    own_parts,
     shingles,
 )
 from tuneloop.data.split.split import split_rows
@@ -42,32 +52,51 @@ def keys_of(texts: list[str], config: DedupConfig, preference: list[int]) -> Key
     )
 
 
-def compare_in_process(
-    texts: list[str], config: DedupConfig
-) -> Callable[[Sequence[CandidateGroup]], list[ResolvedGroup]]:
-    def compare(groups: Sequence[CandidateGroup]) -> list[ResolvedGroup]:
-        return [
-            resolve_group(
-                group.pairs,
-                GroupTexts.plain(
-                    shingles([texts[row] for row in group.rows], config.ngram_words)
-                ),
-                np.zeros(len(group.rows), dtype=np.int64),
-                config.threshold,
-            )
-            for group in groups
-        ]
+class InProcess:
+    """Compares rows as tasks do, in this process."""
 
-    return compare
+    def __init__(self, texts: list[str], config: DedupConfig, answers: list[str] | None = None):
+        self.texts, self.config, self.answers = texts, config, answers
+        self.limits = np.zeros(len(texts), dtype=np.int64)
+        self.num_rows: Counter[int] = Counter()
+
+    def own(self, rows: np.ndarray) -> OwnParts:
+        found = shingles([self.texts[row] for row in rows], self.config.ngram_words)
+        counts = np.array([self.num_rows[value] for value in found.hashes.tolist()], dtype=np.int64)
+        return own_parts(found, counts, self.limits[rows], self.config.ngram_words)
+
+    def find_own(self, rows: np.ndarray, crowds: np.ndarray) -> OwnBands:
+        self.limits[rows] = np.maximum(MANY, crowds // OWN_PART)
+        for of_row in shingles([self.texts[row] for row in rows], self.config.ngram_words).sets():
+            self.num_rows.update(of_row.tolist())
+        own = self.own(rows)
+        return OwnBands(rows[own.has_own], bands_of_own_parts(own.shingles)[own.has_own])
+
+    def compare(self, groups: Sequence[CandidateGroup]) -> Iterator[ResolvedGroup]:
+        for group in groups:
+            texts = [self.texts[row] for row in group.rows]
+            compared = GroupTexts.plain(shingles(texts, self.config.ngram_words))
+            own = self.own(group.rows)
+            kinds = np.where(own.has_own, kernels.OWN, kernels.NOTHING_OWN).astype(np.int8)
+            kinds[self.limits[group.rows] == 0] = kernels.WHOLE
+            parts = own.shingles.in_order()
+            compared = compared._replace(own=kernels.OwnParts(kinds, parts.hashes, parts.offsets))
+            if self.answers:
+                answers = compared_answers([self.answers[row] for row in group.rows])
+                compared = compared._replace(answers=answers)
+            scopes = np.zeros(len(group.rows), dtype=np.int64)
+            yield resolve_group(group.pairs, compared, scopes, self.config.threshold)
 
 
-def no_own_parts(rows: np.ndarray, crowds: np.ndarray) -> OwnBands:
-    return OwnBands(rows[:0], np.zeros((0, 1), np.uint64))
-
-
-def duplicates_of(texts: list[str], config: DedupConfig, preference: list[int]) -> Duplicates:
-    keys = keys_of(texts, config, preference)
-    return find_duplicates(keys, config, compare_in_process(texts, config), no_own_parts)
+def duplicates_of(
+    texts: list[str],
+    config: DedupConfig,
+    preference: list[int],
+    answers: list[str] | None = None,
+) -> Duplicates:
+    whole = [f"{t}\n{a}" for t, a in zip(texts, answers, strict=True)] if answers else texts
+    keys, here = keys_of(whole, config, preference), InProcess(whole, config, answers)
+    return find_duplicates(keys, config, here.compare, here.find_own)
 
 
 def test_minhash_recall_at_the_threshold_is_as_computed() -> None:
@@ -162,8 +191,8 @@ def test_no_duplicate_straddles_the_split_whatever_the_blocks(
     whole = keys_of(texts, config, np.argsort(np.argsort(np.array(texts))).tolist())
     bands = [band_hashes(block, config.ngram_words, config.threshold) for block in blocks]
     keys = Keys(whole.exact, np.concatenate(bands), whole.preference, whole.size)
-    compare = compare_in_process(texts, config)
-    cluster = find_duplicates(keys, config, compare, no_own_parts).cluster
+    here = InProcess(texts, config)
+    cluster = find_duplicates(keys, config, here.compare, here.find_own).cluster
     of_text = dict(zip(texts, cluster.tolist(), strict=True))
     for original, copy in zip(originals, copies, strict=False):
         assert of_text[original] == of_text[copy]
@@ -233,7 +262,9 @@ def test_resolving_a_group_equals_plain_python() -> None:
             keeper[row] = -best[1]
         else:
             stay.append(row)
-    found = resolve_group(np.array(pairs), GroupTexts.plain(shingles(rows, 2)), np.zeros(40, dtype=np.int64), 0.8)
+    found = resolve_group(
+        np.array(pairs), GroupTexts.plain(shingles(rows, 2)), np.zeros(40, dtype=np.int64), 0.8
+    )
     assert found.root.tolist() == root
     assert found.keeper.tolist() == keeper
     assert 4 < len(stay) < 40
@@ -253,3 +284,100 @@ def test_rows_of_another_scope_are_in_the_cluster_and_stay() -> None:
     assert resolved.root.tolist() == [0, 0, 0, 0]
     # The second is as similar to the first, but of another scope: it stays, in place of the third.
     assert resolved.keeper.tolist() == [0, 1, 1, 0]
+
+
+def words(chooser: random.Random, count: int) -> str:
+    return " ".join(f"w{chooser.randrange(3000)}" for _ in range(count))
+
+
+def edited(text: str, chooser: random.Random, changes: int) -> str:
+    changed = text.split()
+    for place in chooser.sample(range(len(changed)), changes):
+        changed[place] = words(chooser, 1)
+    return " ".join(changed)
+
+
+def test_what_many_rows_share_makes_no_duplicates_and_repeated_questions_are_found() -> None:
+    chooser = random.Random(2)
+    shared = words(chooser, 300)
+    questions = [f"{shared} {words(chooser, chooser.randint(5, 20))}" for _ in range(200)]
+    answers = [chooser.choice(["yes", "no"]) for _ in questions]
+    found = duplicates_of(questions, DedupConfig(), list(range(200)), answers)
+    assert not len(found.removed)
+    assert len(set(found.cluster.tolist())) == 200
+    # The same with words changed anywhere, and the same answer.
+    texts = questions + [edited(questions[i], chooser, 3) for i in range(100)]
+    order = chooser.sample(range(300), 300)
+    answers += answers[:100]
+    found = duplicates_of(
+        [texts[i] for i in order],
+        DedupConfig(),
+        [int(i) for i in np.argsort(np.argsort(order))],
+        [answers[i] for i in order],
+    )
+    removed = {order[row]: order[found.kept[row]] for row in found.removed}
+    right = {copy for copy, kept in removed.items() if kept == copy - 200}
+    assert len(right) >= 97
+    assert len(removed) - len(right) <= 1
+
+
+def test_forms_with_other_answers_stay_and_copies_of_a_form_go() -> None:
+    chooser = random.Random(4)
+    labels = [words(chooser, 20) for _ in range(8)]
+
+    def form() -> tuple[str, str]:
+        fields = [words(chooser, 1) for _ in range(6)] + [str(chooser.randrange(999))] * 2
+        text = " ".join(f"{label}: {field}" for label, field in zip(labels, fields, strict=True))
+        return text, json.dumps(dict(zip("abcdefgh", fields, strict=True)))
+
+    forms = [form() for _ in range(100)]
+    copies = [(edited(text, chooser, 2), answer.upper()) for text, answer in forms[:30]]
+    texts, answers = map(list, zip(*(forms + copies), strict=True))
+    found = duplicates_of(texts, DedupConfig(), list(range(130)), answers)
+    assert found.kept[:100].tolist() == list(range(100))
+    assert sum(found.kept[100:] == np.arange(30)) >= 29
+    assert len(set(found.cluster[:100].tolist())) == 100
+
+
+def test_a_page_that_was_copied_often_is_one_page() -> None:
+    chooser = random.Random(6)
+    page = words(chooser, 300)
+    texts = [edited(page, chooser, 2) for _ in range(40)] + [words(chooser, 200) for _ in range(20)]
+    found = duplicates_of(texts, DedupConfig(), list(range(60)))
+    assert len(found.removed) >= 35
+    assert found.removed.max() < 40
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("It is free.", "it  is free", True),
+        ('{"a": 1, "b": [2]}', '{"a":1,"b":[2]}', True),
+        ('{"a": 1, "b": [2]}', '{"a": 1, "b": [3]}', False),
+        ("def f(a, b):\n    return a + b", "def f(a, b):\n    return a - b", False),
+        ("It costs 5 dollars.", "It costs 6 dollars.", False),
+        ("It is -5 outside", "It is 5 outside", False),
+        ("yes", "no", False),
+        (" ".join(f"w{i}" for i in range(40)), " ".join(f"w{i}" for i in range(39)) + " x", True),
+        (" ".join(f"w{i}" for i in range(40)), " ".join(f"w{i}" for i in range(38)) + " 4", False),
+    ],
+)
+def test_a_near_duplicate_needs_the_same_answer(one: str, other: str, same: bool) -> None:
+    question = " ".join(f"q{i}" for i in range(400))
+    found = duplicates_of([question, question + " q"], DedupConfig(), [0, 1], [one, other])
+    assert found.kept.tolist() == ([0, 0] if same else [0, 1])
+    # Either way they are on one side of a split.
+    assert found.cluster[0] == found.cluster[1]
+
+
+def test_prompts_are_nearly_the_same_by_their_own_words() -> None:
+    template = np.arange(100, dtype=np.uint64)
+    sets = {
+        n: np.append(template, np.arange(200 + 10 * n, 210 + 10 * n, dtype=np.uint64))
+        for n in range(8)
+    }
+    pairs = np.array([[a, b] for a in range(8) for b in range(a + 1, 8)])
+    own = without_shared_words(sets, pairs)
+    assert all(own[n].tolist() == list(range(200 + 10 * n, 210 + 10 * n)) for n in range(8))
+    few = without_shared_words({n: sets[n] for n in range(3)}, pairs[(pairs < 3).all(axis=1)])
+    assert all(len(few[n]) == 110 for n in range(3))

@@ -51,9 +51,7 @@ def test_ratio_is_met_and_every_row_has_one_side() -> None:
 
 
 @pytest.mark.parametrize(("count", "ratio", "expected"), [(50, 0.1, 5), (7, 0.1, 1), (30, 0.5, 15)])
-def test_a_share_of_few_rows_is_met_for_every_seed(
-    count: int, ratio: float, expected: int
-) -> None:
+def test_a_share_of_few_rows_is_met_for_every_seed(count: int, ratio: float, expected: int) -> None:
     for seed in range(20):
         assert len(split(IDS[:count], seed=seed, split={"test_ratio": ratio}).test) == expected
 

@@ -17,7 +17,6 @@ from tuneloop.data.decontamination.held_out import EvaluationRows
 from tuneloop.data.hashing.columns import Hashes, Indices, Texts
 from tuneloop.data.hashing.signatures import band_hashes, jaccard, normalised_hashes, shingles
 
-
 # As in deduplication: what is in more rows than this, and this part of the rows compared, is no
 # row's own; and the share of the shorter own part that two rows have to have in common.
 _MANY, _OWN_PART, _ALIKE_OWN = 5, 4, 0.5

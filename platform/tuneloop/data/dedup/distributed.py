@@ -32,8 +32,8 @@ from tuneloop.data.dedup.minhash import (
     resolve_group,
     scoped_hashes,
 )
-from tuneloop.data.hashing.columns import ComparedSide, Hashes, Indices, Texts, as_matrix
 from tuneloop.data.hashing import kernels
+from tuneloop.data.hashing.columns import ComparedSide, Hashes, Indices, Texts, as_matrix
 from tuneloop.data.hashing.content import Content
 from tuneloop.data.hashing.signatures import (
     Shingles,
@@ -50,7 +50,7 @@ _COUNTING_TASKS = 8
 # An answer with one of these is code, a formula or JSON, where each sign counts; others may differ
 # a little as long as their numbers are the same.
 _CODE = re.compile(r"[{}\[\]<>=+*/\\|^&%$#@~`]")
-_NUMBER = re.compile(r"-?\d+(?:[.,:]\d+)*")
+_NUMBER = re.compile(r"(?<!\w)-?\d+(?:[.,:]\d+)*")
 _LAST_PUNCTUATION = re.compile(r"[\s.,;:!?…。！？]+$")
 # Tables of texts on their way from tasks to groups: each is an object that the driver tracks.
 _MOST_TABLES = 1_000_000

@@ -69,7 +69,7 @@ class Texts:
 
 
 def _composed(text: str) -> str:
-    """Return a text in Unicode's form NFC: letters and their marks are one character if they can."""
+    """Return a text in Unicode's form NFC: a letter with its marks is one character."""
     if text.isascii():
         return text
     # These compose only in their usual width.

@@ -83,7 +83,7 @@ def _next_words(
         point, width = _letter(data, at)
         letter = np.int64(letters[point]) if point < table_size else point
         at += width
-        if letter == SEPARATOR or letter == INVISIBLE:
+        if letter in (SEPARATOR, INVISIBLE):
             continue
         value = (value ^ np.uint64(letter)) * _FNV_PRIME
         if letter >= OPERATOR:

@@ -29,7 +29,7 @@ from tuneloop.data.hashing.columns import Hashes, Indices, Texts
 _MAX_SIGNATURE = 128
 _TARGET_RECALL = 0.98
 _ALIKE_OWN_PARTS = 0.6
-# Own words in a row on average, from which they are no changes here and there.
+# Own words in a row, from which they are no changes here and there.
 _WORDS_OF_A_PLACE = 2
 _WITHOUT_SPACES = [
     *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF)),  # Thai and Lao, Burmese, Khmer
@@ -170,7 +170,7 @@ class OwnParts(NamedTuple):
 
     Args:
         has_own: Whether a row has more of its own than changed words here and there. Shape (B,).
-        shingles: The shingles that are not in many rows.
+        shingles: The shingles that are not in many rows, of two words in a row or more.
     """
 
     has_own: NDArray[np.bool_]
@@ -197,15 +197,18 @@ def own_parts(rows: Shingles, num_rows: Indices, limits: Indices, ngram_words: i
     is_new[1:] = (is_own[1:] != is_own[:-1]) | (row[1:] != row[:-1])
     starts = np.flatnonzero(is_new)
     stops = np.append(starts[1:], len(row))
-    starts, stops = starts[is_own[starts]], stops[is_own[starts]]
+    starts, lengths = starts[is_own[starts]], (stops - starts)[is_own[starts]]
     run_row = row[starts]
-    at_edge = (starts == rows.offsets[run_row]) | (stops == rows.offsets[run_row + 1])
-    num_words = stops - starts - np.where(at_edge, 0, ngram_words - 1)
-    total = np.bincount(run_row, weights=np.maximum(0, num_words), minlength=count)
+    at_edge = (starts == rows.offsets[run_row]) | (starts + lengths == rows.offsets[run_row + 1])
+    num_words = np.maximum(0, lengths - np.where(at_edge, 0, ngram_words - 1))
+    total = np.bincount(run_row, weights=num_words, minlength=count)
     num_runs = np.bincount(run_row, minlength=count)
-    sizes = np.bincount(row[is_own], minlength=count)
-    own = Shingles(rows.hashes[is_own], np.concatenate([[0], np.cumsum(sizes)]))
-    return OwnParts((num_runs > 0) & (total >= _WORDS_OF_A_PLACE * num_runs), own)
+    has_own = (num_runs > 0) & (total >= _WORDS_OF_A_PLACE * num_runs)
+    has_own[run_row[num_words > ngram_words]] = True
+    # Single words that differ are no part of a place.
+    kept = np.repeat(num_words >= _WORDS_OF_A_PLACE, lengths)
+    hashes, sizes = rows.hashes[is_own][kept], np.bincount(row[is_own][kept], minlength=count)
+    return OwnParts(has_own, Shingles(hashes, np.concatenate([[0], np.cumsum(sizes)])))
 
 
 def jaccard(a: Hashes, b: Hashes) -> float:
