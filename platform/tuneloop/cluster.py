@@ -112,8 +112,11 @@ def end_abandoned_serving() -> None:
     running = {name.removeprefix(_SERVED) for name in serve.status().applications}
     if not running:
         return
+    # Of the cluster joined here: without an address Ray looks for any on this machine.
+    address = ray.get_runtime_context().gcs_address
     try:
-        dead = {job.job_id for job in list_jobs(limit=_MOST_JOBS) if job.status.is_terminal()}
+        jobs = list_jobs(address, limit=_MOST_JOBS)
+        dead = {job.job_id for job in jobs if job.status.is_terminal()}
     except RayStateApiException as error:
         # Only the cluster's dashboard knows whose program has ended.
         logger.debug("cannot list the jobs of the cluster: %s", error)

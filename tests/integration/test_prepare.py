@@ -695,7 +695,7 @@ def test_tasks_get_the_blocks_in_the_order_of_the_rows() -> None:
     )
     rows = rows.materialize()
     blocks = ray.get(rows.to_arrow_refs())
-    assert len(blocks) == 9
+    assert len(blocks) > 1
     ids = [number for block in blocks for number in block["id"].to_pylist()]
     assert ids == [row["id"] for row in rows.iter_rows()]
     assert sorted(ids) == list(range(100))
