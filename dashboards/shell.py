@@ -52,11 +52,28 @@ def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
         st.info(f"No {name} yet. Make one, then come back:")
         st.code(command, language=None)
         st.stop()
+    # In the address whichever it is: a link shows the same artifact when there is a newer one.
+    asked = st.query_params.get(kind) or st.query_params.get("artifact")
+    if asked and asked not in references:
+        st.error(f"This workspace has no such {_MAKERS[kind][0]}.")
+        st.code(asked, language=None, wrap_lines=True)
+        if st.button("Show the newest"):
+            st.query_params.clear()
+            st.rerun()
+        st.stop()
     compared = newest_comparison(artifacts) if kind == "evaluations" else None
-    first = references.index(compared.ref) if compared else 0
-    reference = st.selectbox(label, references, first, key="artifact", bind="query-params")
+    first = asked or (compared.ref if compared else references[0])
+    reference = st.selectbox(label, references, references.index(first), key=kind) or first
+    if st.session_state.setdefault(f"shown {kind}", reference) != reference:
+        # What was chosen of another artifact does not hold for this one.
+        for key in ("before", "after", "metric", "task", "pair"):
+            st.session_state.pop(key, None)
+            st.query_params.pop(key, None)
+        st.session_state[f"shown {kind}"] = reference
+    st.query_params.pop("artifact", None)
+    st.query_params[kind] = reference
     try:
-        return workspace, workspace.open(reference or references[first])
+        return workspace, workspace.open(reference)
     except UserError as error:
         refuse("This artifact cannot be opened.", error)
         raise

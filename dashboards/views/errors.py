@@ -92,6 +92,7 @@ def choose_filter(counts: dict[Change, int], tags: list[str]) -> Filter:
         format_func=lambda name: f"{CHANGE_LABELS[name]} {counts.get(name, 0):,}",
         key="outcome",
         label_visibility="collapsed",
+        bind="query-params",
     )
     left, middle, right = st.columns([1, 1, 2])
     tag = left.selectbox(
@@ -184,6 +185,7 @@ with st.container(horizontal=True, vertical_alignment="bottom", horizontal_align
         required=True,
         format_func=lambda name: AGAINST[name],
         key="against",
+        bind="query-params",
     )
     page = st.pagination(num_pages, key="page", bind="query-params") if num_pages > 1 else 1
 missing = "<span class='tl-missing'>missing here</span>" if against == "reference" else ""

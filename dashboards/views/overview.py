@@ -26,7 +26,7 @@ if newest is not None:
     st.caption(f"The newest comparison, {newest.ref}:")
     show_headline(tables)
     with st.container(horizontal=True):
-        query = {"artifact": newest.ref}
+        query = {newest.kind: newest.ref}
         st.page_link(
             "views/errors.py", label="See what was fixed and what broke →", query_params=query
         )
@@ -53,4 +53,4 @@ event = st.dataframe(
 )
 if event.selection.rows:
     chosen = rows[event.selection.rows[0]]
-    st.switch_page(PAGES[chosen["kind"]], query_params={"artifact": chosen["artifact"]})
+    st.switch_page(PAGES[chosen["kind"]], query_params={chosen["kind"]: chosen["artifact"]})

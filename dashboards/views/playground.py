@@ -9,7 +9,10 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 import theme
-from tuneloop.errors import EndpointError
+from shell import workspace_location
+from tuneloop.artifacts import Workspace
+from tuneloop.errors import EndpointError, UserError
+from tuneloop.evals.reporting.overview import list_instructions
 from tuneloop.models.client.client import Client, Delta, RequestError, chat_request
 from tuneloop.records import Endpoint, Message, SamplingParams
 
@@ -32,7 +35,9 @@ def connect(page: DeltaGenerator) -> tuple[str, str, list[str]]:
     Args:
         page: Where there is room to say it.
     """
-    url = st.text_input("Server", DEFAULT_URL, key="url", help="An OpenAI-compatible base URL")
+    url = st.text_input(
+        "Server", DEFAULT_URL, key="url", help="An OpenAI-compatible base URL", bind="query-params"
+    )
     api_key = st.text_input("API key", key="api_key", type="password", placeholder="if it has one",
                             autocomplete="off")  # fmt: skip
     try:
@@ -48,6 +53,33 @@ def connect(page: DeltaGenerator) -> tuple[str, str, list[str]]:
         help="Two are asked at the same time and stand side by side.",
     )  # fmt: skip
     return (url or DEFAULT_URL).strip(), (api_key or "").strip(), models
+
+
+def choose_system_prompt() -> str:
+    """Return the instruction that models were trained with, or what is written instead."""
+    try:
+        instructions = list_instructions(Workspace(workspace_location()).published())
+    except UserError:
+        instructions = {}
+    task = "no task"
+    if instructions:
+        task = st.selectbox(
+            "Task",
+            [*instructions, "no task"],
+            key="task",
+            bind="query-params",
+            help="Its instruction is the system prompt, as in training and evaluation.",
+        )
+    return (
+        st.text_area(
+            "System prompt",
+            instructions.get(task, ""),
+            key=f"system {task}",
+            height=120,
+            placeholder="none",
+        )
+        or ""
+    )
 
 
 def choose_sampling() -> SamplingParams:
@@ -133,7 +165,9 @@ def answer_box(model: str, reply: dict[str, Any]) -> str:
 settings, talk = st.columns([1, 2], gap="large")
 with settings:
     url, api_key, models = connect(talk)
-    system = st.text_area("System prompt", key="system", height=90, placeholder="none") or ""
+    system = choose_system_prompt()
+    is_talk = st.checkbox("Send earlier turns along", key="turns_along", bind="query-params",
+                          help="For models that were trained on conversations.")  # fmt: skip
     params = choose_sampling()
 turns: list[dict[str, Any]] = st.session_state.setdefault("turns", [])
 with talk:
@@ -149,7 +183,9 @@ with above:
     if question and models:
         turns.append({"question": question, "answers": {}, "sent": {}})
         st.html(theme.labelled("You", theme.text(question)))
-        requests = {model: conversation(turns, model, system) for model in models}
+        requests = {
+            model: conversation(turns if is_talk else turns[-1:], model, system) for model in models
+        }
         turns[-1]["sent"] = {m: chat_request(m, r, params) for m, r in requests.items()}
         columns = st.columns(len(models))
         slots = {m: c.empty() for m, c in zip(models, columns, strict=True)}

@@ -15,7 +15,7 @@ with st.container(horizontal=True, vertical_alignment="center"):
         "Download the report", report.read_bytes(), f"{artifact.name}.html", "text/html"
     )
     st.page_link(
-        "views/errors.py", label="Error analysis →", query_params={"artifact": artifact.ref}
+        "views/errors.py", label="Error analysis →", query_params={artifact.kind: artifact.ref}
     )
 st.iframe(report, height=REPORT_HEIGHT_PX)
 show_origin(artifact)

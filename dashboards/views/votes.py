@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from itertools import combinations
 
@@ -13,7 +14,7 @@ from tuneloop.errors import UserError
 from tuneloop.evals.reporting import error_analysis as analysis
 from tuneloop.evals.scoring.pairing import PairedExample
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.review import agreement
+from tuneloop.review import agreement, verdicts
 from tuneloop.review.ratings import rate_arms
 from tuneloop.review.verdicts import (
     Choice,
@@ -23,6 +24,7 @@ from tuneloop.review.verdicts import (
     blind_order,
     next_example,
     open_examples,
+    verdict_rows,
 )
 
 BUTTONS: dict[Choice, tuple[str, str]] = {
@@ -35,13 +37,25 @@ BUTTONS: dict[Choice, tuple[str, str]] = {
 
 def vote(example_id: str, sides: Sides, reviewer: str, choice: Choice) -> None:
     """Store a verdict; called before the page is drawn again."""
-    comment = st.session_state.get(f"comment-{example_id}", "")
-    try:
-        store.add(Verdict(artifact.ref, example_id, *sides, choice, reviewer, comment.strip()))
-    except UserError as error:
-        st.session_state.problem = str(error)
+    shown, since = st.session_state.get("shown", ("", 0.0))
+    if example_id != shown or time.monotonic() - since < verdicts.LEAST_READING_S:
+        # Every such press begins the second anew: a held key never votes.
+        st.session_state.shown = (shown, time.monotonic())
+        st.session_state.too_fast = True
         return
-    st.session_state.last_voted = example_id
+    comment = st.session_state.get(f"comment-{example_id}", "")
+    store_vote(Verdict(artifact.ref, example_id, *sides, choice, reviewer, comment.strip()))
+
+
+def store_vote(verdict: Verdict) -> None:
+    """Store a verdict, or keep it for another try."""
+    try:
+        store.add(verdict)
+    except UserError as error:
+        st.session_state.unstored = (verdict, str(error))
+        return
+    st.session_state.pop("unstored", None)
+    st.session_state.last_voted = verdict.example_id
     st.session_state.pop("again", None)
 
 
@@ -51,13 +65,33 @@ def put_off(example_id: str) -> None:
     st.session_state.pop("again", None)
 
 
+def ask_name() -> str:
+    """Return who judges, once that is confirmed; empty until then.
+
+    It is no live field, since single keys vote on this page, and in no address, since a link that
+    is passed on must not make others vote under this name.
+    """
+    name: str = st.session_state.get("judge", "")
+    if name:
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.html(theme.chip(f"You judge as {name}"))
+            if st.button("Not you?", type="tertiary"):
+                del st.session_state.judge
+                st.rerun()
+        return name
+    with st.form("who", border=False):
+        typed = st.text_input(
+            "Your name", key="reviewer", placeholder="stored with each vote", max_chars=80
+        )
+        if st.form_submit_button("Start", type="primary") and typed.strip():
+            st.session_state.judge = typed.strip()
+            st.rerun()
+    return ""
+
+
 def show_ballot(examples: list[PairedExample], arms: Collection[str]) -> None:
     """Ask for a verdict on the next open example."""
-    reviewer = st.text_input(
-        "Your name", key="reviewer", placeholder="stored with each vote", bind="query-params",
-        max_chars=80,
-    )  # fmt: skip
-    reviewer = (reviewer or "").strip()
+    reviewer = ask_name()
     if not reviewer:
         st.info("Type your name to begin.")
         return
@@ -66,9 +100,12 @@ def show_ballot(examples: list[PairedExample], arms: Collection[str]) -> None:
     still_open = open_examples(list(by_id), mine, arms)
     done = len(by_id) - len(still_open)
     st.progress(done / len(by_id), text=f"{done:,} of {len(by_id):,} judged by {reviewer}")
-    if problem := st.session_state.pop("problem", None):
-        st.error("The vote was not stored.")
-        st.code(problem, language=None, wrap_lines=True)
+    if unstored := st.session_state.get("unstored"):
+        st.error("Your last vote is not stored yet.")
+        st.code(unstored[1], language=None, wrap_lines=True)
+        st.button("Store it", on_click=store_vote, args=(unstored[0],))
+    if st.session_state.pop("too_fast", False):
+        st.warning("Not counted: the answers had been shown for less than a second.")
     example_id = st.session_state.get("again")
     if example_id not in by_id:
         example_id = next_example(still_open, st.session_state.get("skipped", []))
@@ -84,6 +121,8 @@ def show_ballot(examples: list[PairedExample], arms: Collection[str]) -> None:
 
 def show_pair(example: PairedExample, sides: Sides, reviewer: str) -> None:
     """Show one question with two nameless answers and the four buttons."""
+    if st.session_state.get("shown", ("",))[0] != example.example_id:
+        st.session_state.shown = (example.example_id, time.monotonic())
     answers = {p.arm: p.completion for p in (example.before, example.after)}
     with st.container(border=True):
         st.html(theme.labelled("Question", theme.text(example.question, mono=True)))
@@ -115,15 +154,15 @@ def show_pair(example: PairedExample, sides: Sides, reviewer: str) -> None:
 
 def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
     """Show ratings, and how far they can be trusted."""
-    verdicts = store.read(artifact.ref)
-    if not verdicts:
+    votes = store.read(artifact.ref)
+    if not votes:
         st.info("No votes yet. The ratings appear with the first one.")
         return
-    people = sorted({verdict.reviewer for verdict in verdicts})
-    votes = "1 vote" if len(verdicts) == 1 else f"{len(verdicts):,} votes"
-    st.caption(f"{votes} by {', '.join(people)}.")
+    people = sorted({verdict.reviewer for verdict in votes})
+    counted = "1 vote" if len(votes) == 1 else f"{len(votes):,} votes"
+    st.caption(f"{counted} by {', '.join(people)}.")
     st.subheader("Ratings")
-    rows = rate_arms(agreement.preferences(verdicts))
+    rows = rate_arms(agreement.preferences(votes))
     st.table(rows, border="horizontal", hide_index=True)
     st.caption(
         "Elo from Bradley–Terry over the votes of all pairs of arms: 1000 is the average, 400 "
@@ -131,7 +170,7 @@ def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
         "apart yet."
     )
     st.subheader("Do reviewers agree?")
-    between = agreement.reviewer_rows(verdicts)
+    between = agreement.reviewer_rows(votes)
     if between:
         st.table(between, border="horizontal", hide_index=True)
     else:
@@ -144,7 +183,7 @@ def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
         for name in analysis.judged_metrics(evaluation)
     }
     judges["longest wins (baseline)"] = analysis.length_preferences(examples)
-    against = agreement.judge_rows(verdicts, arms, judges)
+    against = agreement.judge_rows(votes, arms, judges)
     if against:
         st.table(against, border="horizontal", hide_index=True)
         st.caption(
@@ -153,6 +192,9 @@ def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
         )
     else:
         st.caption("No vote on this pair has a winner yet.")
+    st.subheader("Votes and comments")
+    st.dataframe(verdict_rows(votes), hide_index=True)
+    st.caption("The table's own menu searches it and downloads it as CSV.")
 
 
 left, right = st.columns(2)

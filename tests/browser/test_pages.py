@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sqlite3
@@ -183,14 +184,25 @@ def own(filled, tmp_path):
     return tmp_path / "workspace"
 
 
+def judge_as(app, name):
+    """Give a name and begin; the answers have been read by the time of the first vote."""
+    app.text_input(key="reviewer").set_value(name)
+    button(app, "Start").click().run()
+
+
+@pytest.fixture
+def fast_reader(monkeypatch):
+    monkeypatch.setattr("tuneloop.review.verdicts.LEAST_READING_S", 0.0)
+
+
 def button(app, label):
     return next(b for b in app.button if b.label == label)
 
 
-def test_a_vote_is_stored_blind_and_the_next_example_comes(open_page, own):
+def test_a_vote_is_stored_blind_and_the_next_example_comes(open_page, own, fast_reader):
     app = open_page(own, "votes")
     assert "Type your name" in app.info[0].value
-    app.text_input(key="reviewer").set_value("ann").run()
+    judge_as(app, "ann")
     first = page_html(app)
     boxes = first[first.index('tl-sides"') :]
     assert "base" not in boxes
@@ -206,14 +218,14 @@ def test_a_vote_is_stored_blind_and_the_next_example_comes(open_page, own):
     assert set(rows[0][4:]) == {"base", "finetuned"}
     # A new session, as after a reload, goes on where this one was.
     app = open_page(own, "votes")
-    app.text_input(key="reviewer").set_value("ann").run()
+    judge_as(app, "ann")
     assert app.get("progress")[0].proto.text.startswith("1 of 25 judged")
     assert page_html(app) != first
 
 
-def test_a_vote_can_be_changed_and_an_example_put_off(open_page, own):
+def test_a_vote_can_be_changed_and_an_example_put_off(open_page, own, fast_reader):
     app = open_page(own, "votes")
-    app.text_input(key="reviewer").set_value("ann").run()
+    judge_as(app, "ann")
     first = page_html(app)
     button(app, "Skip").click().run()
     second = page_html(app)
@@ -228,10 +240,10 @@ def test_a_vote_can_be_changed_and_an_example_put_off(open_page, own):
     assert rows[0][0] == rows[1][0]
 
 
-def test_results_show_ratings_agreement_and_the_baseline(open_page, own):
+def test_results_show_ratings_agreement_and_the_baseline(open_page, own, fast_reader):
     for reviewer in ("ann", "bob"):
         app = open_page(own, "votes")
-        app.text_input(key="reviewer").set_value(reviewer).run()
+        judge_as(app, reviewer)
         for _ in range(3):
             label = "Equally good" if reviewer == "bob" else "Left is better"
             button(app, label).click().run()
@@ -240,7 +252,81 @@ def test_results_show_ratings_agreement_and_the_baseline(open_page, own):
     assert set(ratings["arm"]) == {"base", "finetuned"}
     assert list(between["shared examples"]) == [3]
     assert list(judges["judge"])[-1] == "longest wins (baseline)"
+    listed = app.dataframe[0].value
+    assert set(listed["reviewer"]) == {"ann", "bob"}
+    assert len(listed) == 6
     assert next(iter(judges["judge"])) == "all fields right, none invented"
+
+
+def votes_in(workspace):
+    file = workspace / "review" / "verdicts.sqlite"
+    if not file.exists():
+        return []
+    with sqlite3.connect(file) as connection:
+        return connection.execute("SELECT reviewer, comment FROM verdicts").fetchall()
+
+
+def test_keys_that_are_held_or_pressed_twice_vote_on_nothing(open_page, own):
+    app = open_page(own, "votes")
+    judge_as(app, "ann")
+    button(app, "Left is better").click().run()
+    assert "less than a second" in app.warning[0].value
+    assert votes_in(own) == []
+    # The name is no field while single keys vote, and in no address.
+    assert not [field for field in app.text_input if field.label == "Your name"]
+    assert "ann" not in str(dict(app.query_params))
+
+
+def test_a_locked_database_keeps_the_vote_for_another_try(
+    open_page, own, fast_reader, monkeypatch
+):
+    monkeypatch.setattr("tuneloop.review.verdicts._LOCK_TIMEOUT_S", 0.1)
+    app = open_page(own, "votes")
+    judge_as(app, "ann")
+    next(t for t in app.text_input if t.key.startswith("comment-")).set_value("why").run()
+    button(app, "Equally good").click().run()
+    button(app, "Right is better").click().run()
+    assert len(votes_in(own)) == 2
+    holder = sqlite3.connect(own / "review" / "verdicts.sqlite")
+    holder.execute("BEGIN IMMEDIATE")
+    button(app, "Left is better").click().run()
+    assert "not stored yet" in app.error[0].value
+    assert "wait until the other program has finished" in app.code[0].value
+    assert "move it away" not in app.code[0].value
+    holder.rollback()
+    holder.close()
+    button(app, "Store it").click().run()
+    assert not app.error
+    assert [comment for _, comment in votes_in(own)] == ["why", "", ""]
+
+
+def test_an_unknown_reference_is_told_and_a_link_keeps_its_artifact(open_page, own):
+    app = open_page(own, "errors")
+    assert app.query_params["evaluations"] in ("evaluations/demo@v1", ["evaluations/demo@v1"])
+    for page, asked in (("errors", "evaluations/demo@v99"), ("report", "models/demo@v1")):
+        app = open_page(own, page)
+        app.query_params["evaluations"] = asked
+        app.run()
+        assert "no such evaluation" in app.error[0].value
+        assert app.code[0].value == asked
+        button(app, "Show the newest").click().run()
+        assert not app.error
+
+
+def test_the_playground_asks_with_the_instruction_of_the_task(open_page, own, parrots):
+    file = own / "datasets" / "demo" / "v1" / "artifact.json"
+    manifest = json.loads(file.read_text())
+    manifest["config"]["task"] = {"type": "extraction", "instruction": "Read and answer.\n"}
+    file.write_text(json.dumps(manifest))
+    app = open_page(own, "playground")
+    app.text_input(key="url").set_value(parrots).run()
+    task = app.selectbox(key="task")
+    assert task.options == ["demo", "no task"]
+    (system,) = app.text_area
+    assert system.value == "Read and answer."
+    app.chat_input[0].set_value("Hello there").run()
+    sent = json.loads(app.json[0].value)["loud"]["messages"]
+    assert sent[0] == {"role": "system", "content": "Read and answer."}
 
 
 def test_a_remote_workspace_takes_no_votes(open_page, filled, monkeypatch):
@@ -277,7 +363,12 @@ def test_playground_asks_two_models_and_shows_what_was_sent(open_page, tmp_path,
     assert "HELLO THERE" in shown
     assert "hello there" in shown
     assert '"max_tokens":7' in app.json[0].value.replace(" ", "")
-    # The second question carries the first exchange, each model's own.
+    # Asked to, the second question carries the first exchange, each model's own.
+    app.chat_input[0].set_value("alone").run()
+    assert "HELLO THERE" not in app.json[0].value
+    button(app, "Start over").click().run()
+    app.chat_input[0].set_value("Hello there").run()
+    app.checkbox(key="turns_along").check()
     app.chat_input[0].set_value("break").run()
     assert "broke off after" in page_html(app)
     assert app.json[0].value.count("HELLO THERE") == 1

@@ -20,6 +20,9 @@ from tuneloop.errors import ArtifactError, Problem
 T = TypeVar("T")
 Choice = Literal["left", "right", "tie", "both_bad"]
 CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both_bad")
+# Nobody has read two answers sooner: a vote before that is a key that was held or pressed twice.
+LEAST_READING_S = 1.0
+_LOCK_TIMEOUT_S = 15.0
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS verdicts (
@@ -151,18 +154,42 @@ class VerdictStore:
         try:
             # Reading creates no file; the first verdict does.
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=30)) as connection, connection:
+            with closing(sqlite3.connect(self.path, _LOCK_TIMEOUT_S)) as connection, connection:
                 return work(connection)
         except (sqlite3.DatabaseError, OSError) as error:
+            code = getattr(error, "sqlite_errorcode", None)
+            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                remedy = "wait until the other program has finished, then try again"
+            elif code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                remedy = (
+                    f"keep a copy; `sqlite3 {self.path.name} .recover` may bring the votes back"
+                )
+            else:
+                remedy = "free disk space or fix the permissions"
             raise ArtifactError(
                 Problem(
                     "the verdicts cannot be opened",
                     where=str(self.path),
                     got=str(error),
-                    remedy="free the disk or fix the permissions; if the file is locked by another "
-                    "program, wait; if it is damaged, move it away",
+                    remedy=remedy,
                 )
             ) from error
+
+
+def verdict_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
+    """Return votes with their comments as a table, newest first."""
+    return [
+        {
+            "example": verdict.example_id,
+            "reviewer": verdict.reviewer,
+            "better": verdict.winner or {"tie": "equally good"}.get(verdict.choice, "both bad"),
+            "comment": verdict.comment,
+            "left": verdict.arm_left,
+            "right": verdict.arm_right,
+            "time (UTC)": verdict.created_at[:19].replace("T", " "),
+        }
+        for verdict in reversed(verdicts)
+    ]
 
 
 def blind_order(example_id: str, reviewer: str, arms: Collection[str]) -> Sides:

@@ -53,7 +53,7 @@ def readme(card: dict[str, Any]) -> str:
         "Every removed row is in `removed/` with its reason, its text and its place in the source.",
     ]
     if card["reasons"]:
-        rows = [[r["stage"], r["reason"], f"{r['rows']:,}"] for r in card["reasons"][:15]]
+        rows = [[r["stage"], _literal(r["reason"]), f"{r['rows']:,}"] for r in card["reasons"][:15]]
         parts.append(_table(["stage", "reason", "rows"], rows))
     parts += [
         "## Lengths",
@@ -143,12 +143,12 @@ def _wording(found: dict[str, Any]) -> list[str]:
     """Return the section on how varied the train rows are."""
     parts = ["## Variety", f"Of the first {found['num_rows']:,} train rows."]
     if found["lead_words"]:
-        listed = ", ".join(f"{word} {count:,}" for word, count in found["lead_words"].items())
+        listed = ", ".join(f"{_literal(w)} {count:,}" for w, count in found["lead_words"].items())
         parts.append(
             f"Prompts lead with {found['num_lead_words']:,} different words, as spread as "
             f"{found['effective_lead_words']:g} equally frequent ones: {listed}."
         )
-    listed = ", ".join(f"{term} {share:.0%}" for term, share in found["terms"].items())
+    listed = ", ".join(f"{_literal(t)} {share:.0%}" for t, share in found["terms"].items())
     parts.append(f"{found['num_terms']:,} different terms; in most rows: {listed or 'none'}.")
     return parts
 
@@ -188,7 +188,7 @@ def _filters(found: dict[str, Any]) -> list[str]:
     parts = ["## Filters", f"Mended: {changed or 'nothing'}."]
     if found["examples"]:
         rows = [
-            [f"`{example['source']}`", example["reason"], _cut(example["text"])]
+            [_literal(example[key]) for key in ("source", "reason")] + [_cut(example["text"])]
             for example in found["examples"]
         ]
         parts += [
@@ -217,7 +217,7 @@ def _conflicts_text(found: dict[str, Any]) -> str:
     rows = [
         [
             f"{example['kind']} {example['similarity']:.2f}" if position == 0 else "",
-            f"`{row['source']}`",
+            _literal(row["source"]),
             _cut(row["prompt"]),
             _cut(row["answer"]),
         ]
@@ -228,7 +228,16 @@ def _conflicts_text(found: dict[str, Any]) -> str:
 
 
 def _cut(text: str, length: int = 120) -> str:
-    return shorten(" ".join(text.split()), length)
+    return _literal(shorten(" ".join(text.split()), length))
+
+
+def _literal(text: str) -> str:
+    """Return data as a code span: nothing in it is read as Markdown, no address is fetched."""
+    text = " ".join(text.split())
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    space = " " if text[:1] == "`" or text[-1:] == "`" else ""
+    fence = "`" * (longest + 1)
+    return f"{fence}{space}{text}{space}{fence}" if text else ""
 
 
 def _contamination_text(found: dict[str, Any]) -> str:
@@ -253,7 +262,11 @@ def _contamination_text(found: dict[str, Any]) -> str:
     examples = [example for origin in found["origins"] for example in origin["examples"]]
     if examples:
         lines = [
-            [f"`{example['removed']}`", f"{example['similarity']:.2f}", example["reason"]]
+            [
+                _literal(example["removed"]),
+                f"{example['similarity']:.2f}",
+                _literal(example["reason"]),
+            ]
             for example in examples[:10]
         ]
         text += "\n\n" + _table(["removed", "similarity", "reason"], lines)
@@ -276,7 +289,7 @@ def _split_text(split: dict[str, Any], is_mixture: bool) -> str:
     if split["group_by"] is not None:
         names = [
             f"{side} has {split[f'num_groups_{side}']:,} ("
-            + ", ".join(f"{name} {rows:,}" for name, rows in split[f"groups_{side}"].items())
+            + ", ".join(f"{_literal(n)} {rows:,}" for n, rows in split[f"groups_{side}"].items())
             + ("…" if split[f"num_groups_{side}"] > len(split[f"groups_{side}"]) else "")
             + ")"
             for side in ("train", "test")
@@ -292,7 +305,7 @@ def _strata(strata: dict[str, dict[str, int]]) -> str:
     total = {name: sum(counts.values()) for name, counts in strata.items()}
     values = list(strata["train"])[:20]
     rows = [
-        [value]
+        [_literal(value)]
         + [
             f"{counts.get(value, 0):,} ({counts.get(value, 0) / total[name]:.1%})"
             for name, counts in strata.items()

@@ -103,6 +103,23 @@ def tabulate(evaluation: Evaluation) -> EvaluationTables:
     return EvaluationTables(write_headline(evaluation), arms, pairs)
 
 
+def list_instructions(artifacts: Sequence[Artifact]) -> dict[str, str]:
+    """Return the instruction of each task that datasets were prepared for, newest first.
+
+    It is the system prompt of every row of the task. Of several versions the newest counts.
+    """
+    found: dict[str, str] = {}
+    for artifact in reversed(artifacts):
+        task = artifact.manifest["config"].get("task") if artifact.kind == "datasets" else None
+        if not task:
+            continue
+        for name, one in (task.get("tasks") or {"": task}).items():
+            label = f"{artifact.name}: {name}" if name else artifact.name
+            if one.get("instruction", "").strip():
+                found.setdefault(label, one["instruction"].strip())
+    return found
+
+
 def read_training_log(model: Artifact) -> list[dict[str, Any]]:
     """Return the rows of a model's `trainer_log.parquet`, or none where there is none."""
     file = model.path / "trainer_log.parquet"
