@@ -106,7 +106,8 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         refuse_unknown_languages(config.data.filters.languages)
         files = find_files(config.data.sources)
         held_out = config.data.decontamination.sources
-        read_evaluations(find_files(held_out, "data.decontamination.sources"), config)
+        evaluation_files = find_files(held_out, "data.decontamination.sources")
+        read_evaluations(evaluation_files, config)
     except DataError as error:
         return DataCheck(findings=list(error.problems))
     rendering = Rendering(str(base.path), config.model.chat_template)
@@ -159,7 +160,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         if limit is not None:
             spread.offer(sample)
     findings, notices = _findings(config, bad, too_long, total)
-    notices += file_notices(files, config.data.sources)
+    notices += file_notices([*files, *evaluation_files], [*config.data.sources, *held_out])
     columns = merged_shapes([columns, shapes_of(extras)])
     notices += json_text_notice(schema_of(columns))
     findings += _cluster_findings(config, columns)

@@ -145,7 +145,7 @@ configs:
     (found,) = find_files(config_for(folder, subset="other").data.sources)
     labelled, missing = read_source(found, 0, config_for(folder, subset="other"))
     assert labelled["messages"][-1]["content"] == "bad"
-    assert "not text" in missing["rejection"].what
+    assert "is empty" in missing["rejection"].what
     assert answers(config_for(folder, split="test")) == ["bad"]
     assert "no such split" in refusal(config_for(folder, split="dev")).what
     problem = refusal(config_for(folder, subset="large"))

@@ -437,9 +437,9 @@ def _batch_rows(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterato
             record = dict(zip(schema.names, values, strict=True))
             for column, names in classes.items():
                 number = record.get(column)
-                # -1 is a label that is missing.
-                if isinstance(number, int) and 0 <= number < len(names):
-                    record[column] = names[number]
+                if isinstance(number, int):
+                    # -1 is a label that is missing.
+                    record[column] = names[number] if 0 <= number < len(names) else None
             yield record
 
 
