@@ -36,7 +36,7 @@ train
   run         the whole loop: prepare, baseline, train, evaluate
   sweep       train and score a grid of settings, fit a learning curve
 judge
-  evaluate    score the base, few-shot and finetuned model
+  evaluate    score what the configuration names: models, endpoints, answers; trains nothing
   dashboard   browse artifacts and reports on 127.0.0.1
 serve
   serve       serve the base and the finetuned model until interrupted
