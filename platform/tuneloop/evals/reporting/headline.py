@@ -68,6 +68,8 @@ def write_headline(evaluation: Evaluation) -> Headline:
     detail += _worst_case_in_words(evaluation)
     if len(set(directions)) == 1:
         words = _all_alike(directions[0], _margin(evaluation), metric)
+        if directions[0] == "unclear" and any(_lacks_answers(evaluation, pair) for pair in pairs):
+            words = "made no clear difference: too many answers are missing to tell"
         return Headline(_TONES[directions[0]], f"{subject} {words}", detail)
     clauses = []
     for kind, words in _clauses(_margin(evaluation), metric).items():
@@ -127,6 +129,12 @@ def direction(evaluation: Evaluation, pair: dict[str, Any], name: str) -> Direct
     return "unclear"
 
 
+def _lacks_answers(evaluation: Evaluation, pair: dict[str, Any]) -> bool:
+    """Return whether the answers that came would tell, if the missing ones were like them."""
+    come = pair | {"worst_case": None}
+    return "worst_case" in pair and direction(evaluation, come, evaluation.primary) != "unclear"
+
+
 def _level(evaluation: Evaluation) -> float:
     """Return below which p-value a difference counts as shown."""
     return 1 - float(evaluation.metrics["confidence"])
@@ -164,7 +172,11 @@ def _what_it_can_show(
     evaluation: Evaluation, pairs: list[dict[str, Any]], directions: list[Direction]
 ) -> str:
     """Return what the test can show, where it was too small for a difference; else nothing."""
-    unclear = [p for p, d in zip(pairs, directions, strict=True) if d == "unclear"]
+    unclear = [
+        pair
+        for pair, kind in zip(pairs, directions, strict=True)
+        if kind == "unclear" and not _lacks_answers(evaluation, pair)
+    ]
     if not unclear:
         return ""
     difference = unclear[0]["differences"][evaluation.primary]

@@ -134,8 +134,9 @@ def describe_statistic(
         estimate = dataclasses.replace(
             estimate, low=low, high=high, method="no cluster deviates: Wilson"
         )
-    if scale == "unit" and low is not None and high is not None:
-        estimate = dataclasses.replace(estimate, low=max(0.0, low), high=min(1.0, high))
+    if low is not None and high is not None:
+        least = 0.0 if scale == "unit" else -1.0
+        estimate = dataclasses.replace(estimate, low=max(least, low), high=min(1.0, high))
     return dataclasses.asdict(estimate)
 
 
