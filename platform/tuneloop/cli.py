@@ -36,7 +36,7 @@ train
   run         the whole loop: prepare, baseline, train, evaluate
   sweep       train and score a grid of settings, fit a learning curve
 judge
-  evaluate    score what the configuration names: models, endpoints, answers; trains nothing
+  evaluate    score the models and endpoints that are named; trains nothing
   dashboard   browse artifacts and reports on 127.0.0.1
 serve
   serve       serve the base and the finetuned model until interrupted
