@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
@@ -337,6 +338,40 @@ def test_rows_with_the_same_question_are_a_cluster(workspace):
     first, second, third = clusters.names.values()
     assert first == third != second
     assert clusters.by == "question"
+
+
+def test_a_scorer_that_fails_in_the_middle_publishes_nothing_and_loses_no_answer(
+    model_server, config, workspace, dataset, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "scorers_of_the_runner_test.py"
+    own.write_text(
+        "def capitals(reference, completion):\n"
+        "    if 'KIWI' in completion:\n"
+        "        raise ValueError('no kiwi')\n"
+        "    return float(completion.isupper())\n"
+    )
+    chosen = {"metrics": ["exact_match", "scorers_of_the_runner_test.capitals"]}
+    config = TuneloopConfig.model_validate(
+        config.model_dump() | {"evaluation": config.evaluation.model_dump() | chosen}
+    )
+    model_server.reply = spell
+    base = arms(model_server, dataset)[:1]
+    with pytest.raises(ConfigError) as caught:
+        evaluate(config, workspace, dataset, base, "words")
+    problem = caught.value.problems[0]
+    assert (problem.where, "no kiwi" in problem.got) == ("evaluation.metrics.1", True)
+    assert "KIWI" in problem.got
+    assert workspace.published() == [dataset]
+
+    own.write_text(own.read_text().replace("raise ValueError('no kiwi')", "return None"))
+    sys.modules.pop("scorers_of_the_runner_test")
+    importlib.invalidate_caches()
+    artifact = evaluate(config, workspace, dataset, base, "words").artifact
+    scores = json.loads((artifact.path / "metrics.json").read_text())["arms"][0]["scores"]
+    assert scores["capitals"]["n"] == 9
+    assert scores["exact_match"]["n"] == 10
+    assert len(model_server.requests) == 10, "what was answered is not asked again"
 
 
 def test_too_many_missing_answers_are_refused(model_server, config, workspace, dataset):
