@@ -354,8 +354,11 @@ class DataConfig(Section):
         "are contained in larger ones. Default: all rows.",
     )
     max_seq_len: int = Field(512, ge=8, description="Longest row allowed, in tokens.")
-    too_long: Literal["error", "drop"] = Field(
-        "error", description="What happens to rows longer than `max_seq_len`."
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        "error",
+        description="What happens to rows longer than `max_seq_len`. `truncate` leaves out the "
+        "oldest turns, then the middle of the prompt; never an answer that stays or the system "
+        "prompt. A row that still does not fit is dropped.",
     )
     max_bad_rows_ratio: float = Field(
         0.0,

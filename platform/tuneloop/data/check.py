@@ -20,6 +20,7 @@ from tuneloop.data.sources.bad_rows import (
     refuse_bad_rows,
     refuse_mismatched_formats,
     too_long_problem,
+    truncated_problem,
 )
 from tuneloop.data.sources.dialect import file_notices
 from tuneloop.data.sources.files import find_files
@@ -27,10 +28,12 @@ from tuneloop.data.sources.readers import read_source
 from tuneloop.data.tokenize.rendering import (
     NUM_VERIFIED,
     Rendering,
+    conversation_of,
     percentiles,
     sample_of,
     unrenderable,
 )
+from tuneloop.data.tokenize.truncation import fit
 from tuneloop.data.write.own_columns import (
     Shape,
     json_text_notice,
@@ -114,6 +117,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     limit = config.data.max_seq_len if config.task.type != "language_modeling" else None
     bad: list[BadRow] = []
     too_long: list[LongRow] = []
+    truncated: list[LongRow] = []
     dropped: list[str] = []
     lengths: list[int] = []
     targets: list[int] = []
@@ -148,8 +152,14 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
             bad.append(BadRow(row["source"], unrenderable(error)))
             continue
         if limit is not None and len(sample.input_ids) > limit:
-            too_long.append(LongRow(row["source"], len(sample.input_ids)))
-            continue
+            long = LongRow(row["source"], len(sample.input_ids))
+            may_cut = config.data.too_long == "truncate"
+            fitted = fit(*conversation_of(row), renderer, limit) if may_cut else None
+            if fitted is None:
+                too_long.append(long)
+                continue
+            truncated.append(long)
+            sample = fitted.sample
         if len(prompts) < _FEWEST_UNITS:
             prompts.add(_plain_prompt(row))
         if len(groups) < _FEWEST_UNITS:
@@ -160,6 +170,8 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         if limit is not None:
             spread.offer(sample)
     findings, notices = _findings(config, bad, too_long, total)
+    if truncated:
+        notices.append(truncated_problem(truncated, total, config.data))
     notices += file_notices([*files, *evaluation_files], [*config.data.sources, *held_out])
     columns = merged_shapes([columns, shapes_of(extras)])
     notices += json_text_notice(schema_of(columns))
@@ -199,7 +211,7 @@ def _findings(
         findings += error.problems
     if too_long:
         problem = too_long_problem(too_long, total, config.data)
-        allowed = config.data.too_long == "drop" and len(bad) + len(too_long) < total
+        allowed = config.data.too_long != "error" and len(bad) + len(too_long) < total
         (notices if allowed else findings).append(problem)
     return findings, notices
 

@@ -181,6 +181,11 @@ def file_positions(keys: NDArray[np.int64]) -> NDArray[np.int64]:
     return keys >> _ROWS_PER_FILE_BITS
 
 
+def messages_type() -> pa.DataType:
+    """Return the Arrow type of conversations before they are written."""
+    return _MESSAGES
+
+
 def row_schema() -> pa.Schema:
     """Return the Arrow schema of `SourceRow`."""
     return pa.schema(
@@ -205,8 +210,8 @@ def rendered_schema(num_bands: int, num_prompt_bands: int) -> pa.Schema:
     """Return the Arrow schema of tokenized rows.
 
     To the columns of `row_schema` come `content_id` (hash of the row's own content), `is_plain`
-    (it has no tools, and no turn has more than role and content), the tokens, and the keys by which
-    rows are compared.
+    (it has no tools, and no turn has more than role and content), the tokens, what was `cut` so
+    that the row fits, and the keys by which rows are compared.
     """
     return pa.schema(
         [
@@ -217,6 +222,7 @@ def rendered_schema(num_bands: int, num_prompt_bands: int) -> pa.Schema:
             ("loss_mask", pa.list_(pa.int8())),
             ("num_tokens", pa.int32()),
             ("num_target_tokens", pa.int32()),
+            ("cut", pa.string()),
             ("num_characters", pa.int32()),
             ("exact_key", pa.int64()),
             ("prompt_key", pa.int64()),

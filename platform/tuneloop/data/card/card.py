@@ -24,6 +24,9 @@ from tuneloop.data.split.split import is_stratified
 from tuneloop.data.tokenize.rendering import percentiles
 from tuneloop.data.write.parquet import Written
 
+# So many rows that were cut are listed by their place.
+_TRUNCATED_LISTED = 1_000
+
 
 def write_card(
     config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written], path: Path
@@ -68,6 +71,7 @@ def _card(config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written]) 
         "notices": [asdict(notice) for notice in ledger.notices],
         "funnel": _funnel(ledger),
         "reasons": _reasons(ledger),
+        "truncated": _truncated(ledger),
         "splits": splits,
         "split": _split_summary(config, ledger),
         "dedup": _dedup_summary(config, ledger),
@@ -94,6 +98,18 @@ def _card(config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written]) 
         },
         "duration_s": ledger.seconds,
     }
+
+
+def _truncated(ledger: Ledger) -> dict[str, Any]:
+    """Return which rows that stay were cut to fit, and what of them: the first 1,000."""
+    cut = ledger.table["cut"].to_pylist()
+    stays = ~ledger.is_on(Side.REMOVED)
+    found = [index for index in np.flatnonzero(stays).tolist() if cut[index]]
+    rows = [
+        {"source": ledger.table["source"][index].as_py(), "cut": cut[index]}
+        for index in found[:_TRUNCATED_LISTED]
+    ]
+    return {"num_rows": len(found), "rows": rows}
 
 
 def _licence(path: str) -> str:

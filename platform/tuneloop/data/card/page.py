@@ -20,6 +20,7 @@ _STAGES = {
     Stage.SPLIT: "split: in no split",
 }
 _BAR = 30
+_TRUNCATED_SHOWN = 20
 
 
 def readme(card: dict[str, Any]) -> str:
@@ -55,6 +56,8 @@ def readme(card: dict[str, Any]) -> str:
     if card["reasons"]:
         rows = [[r["stage"], _literal(r["reason"]), f"{r['rows']:,}"] for r in card["reasons"][:15]]
         parts.append(_table(["stage", "reason", "rows"], rows))
+    if card["truncated"]["num_rows"]:
+        parts += _truncations(card["truncated"])
     parts += [
         "## Lengths",
         _table(
@@ -178,6 +181,17 @@ def _dedup_text(dedup: dict[str, Any], is_text: bool) -> str:
         text += "\n\nThe least similar rows that were removed:\n\n"
         text += _table(["similarity", "removed", "kept"], rows)
     return text
+
+
+def _truncations(found: dict[str, Any]) -> list[str]:
+    """Return the section on rows that were cut to fit."""
+    rows = [[f"`{row['source']}`", row["cut"]] for row in found["rows"][:_TRUNCATED_SHOWN]]
+    return [
+        "## Rows that were cut to fit",
+        f"{found['num_rows']:,} rows that stay were longer than allowed. Answers and system "
+        "prompts are whole; `truncated` in `card.json` lists the rows.",
+        _table(["row", "of its tokens"], rows),
+    ]
 
 
 def _filters(found: dict[str, Any]) -> list[str]:

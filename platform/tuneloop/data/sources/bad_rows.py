@@ -144,7 +144,28 @@ def too_long_problem(rows: Sequence[LongRow], total: int, data: DataConfig) -> P
         where=places + more,
         got=f"up to {longest:,} tokens",
         allowed=f"at most {data.max_seq_len:,}",
-        remedy=f"set data.max_seq_len={longest}, or data.too_long=drop",
+        remedy=f"set data.max_seq_len={longest}" + _OTHER_WAYS[data.too_long],
+    )
+
+
+_OTHER_WAYS = {
+    "error": ", or data.too_long=truncate (parts of the prompt go) or drop",
+    "drop": " to keep them, or data.too_long=truncate; as it is, they are dropped",
+    "truncate": "; the answer and the system prompt alone are longer: these rows are dropped",
+}
+
+
+def truncated_problem(rows: Sequence[LongRow], total: int, data: DataConfig) -> Problem:
+    """Return the notice of rows of which parts of the prompt are left out."""
+    places = ", ".join(f"{row.place} ({row.num_tokens:,} tokens)" for row in rows[:_PLACES])
+    more = f", and {len(rows) - _PLACES:,} more" if len(rows) > _PLACES else ""
+    return Problem(
+        f"{len(rows):,} of {total:,} rows are cut to data.max_seq_len",
+        where=places + more,
+        got=f"up to {max(row.num_tokens for row in rows):,} tokens",
+        allowed=f"at most {data.max_seq_len:,}",
+        remedy="their oldest turns or the middle of their prompts are left out; the card says "
+        "of which rows what",
     )
 
 

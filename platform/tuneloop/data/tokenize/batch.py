@@ -14,8 +14,15 @@ from tuneloop.config import DedupConfig
 from tuneloop.data.hashing.columns import Indices, one_array
 from tuneloop.data.hashing.content import ALIKE_PROMPTS, Content, dedup_keys, prompt_keys
 from tuneloop.data.hashing.signatures import band_shape
-from tuneloop.data.schema import rendered_schema
-from tuneloop.data.tokenize.rendering import LONE_TOKEN, Rendering, sample_of, unrenderable
+from tuneloop.data.schema import messages_type, rendered_schema
+from tuneloop.data.tokenize.rendering import (
+    LONE_TOKEN,
+    Rendering,
+    conversation_of,
+    sample_of,
+    unrenderable,
+)
+from tuneloop.data.tokenize.truncation import Fitted, fit
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
 from tuneloop.models.chat.tokenizer_backends import TokenLists
@@ -23,34 +30,49 @@ from tuneloop.records import Sample
 
 
 def render_batch(
-    table: pa.Table, rendering: Rendering, content: Content, dedup: DedupConfig
+    table: pa.Table,
+    rendering: Rendering,
+    content: Content,
+    dedup: DedupConfig,
+    max_tokens: int | None,
 ) -> pa.Table:
-    """Return rows with tokens and keys added, by `rendered_schema`."""
+    """Return rows with tokens and keys added, by `rendered_schema`.
+
+    Args:
+        max_tokens: What longer conversations are cut to; None: they stay as they are.
+    """
     bands, _ = band_shape(dedup.threshold)
     prompt_bands, _ = band_shape(ALIKE_PROMPTS)
+    # First, as rows are compared by what is left of them.
+    table = tokenize(table, rendering.renderer(), content.is_text, max_tokens)
     keys = dedup_keys(table, content, dedup)
     keys |= prompt_keys(table, content, keys["exact_key"])
-    table = tokenize(table, rendering.renderer(), content.is_text)
     columns = {name: table[name] for name in table.column_names}
     columns["is_plain"] = _is_plain(table)
     return pa.table(columns | keys, schema=rendered_schema(bands, prompt_bands))
 
 
-def tokenize(table: pa.Table, renderer: Renderer, is_text: bool) -> pa.Table:
+def tokenize(
+    table: pa.Table, renderer: Renderer, is_text: bool, max_tokens: int | None = None
+) -> pa.Table:
     """Return an Arrow table of rows with their tokens added; `rejection` says why a row has none.
 
-    The new columns are `input_ids`, `loss_mask`, `num_tokens` and `num_target_tokens`.
+    The new columns are `input_ids`, `loss_mask`, `num_tokens`, `num_target_tokens` and `cut`.
 
     Args:
         is_text: The rows are documents; otherwise they are conversations.
+        max_tokens: What longer conversations are cut to, where that is possible.
     """
     rejections = table["rejection"].to_pylist()
     usable = [index for index, rejection in enumerate(rejections) if rejection is None]
-    of_rows = _documents if is_text else _conversations
     # Taking rows copies their texts.
     is_whole = len(usable) == table.num_rows
     chosen = table if is_whole else table.take(pa.array(usable, pa.int64()))
-    ids, mask, targets, problems = of_rows(chosen, renderer)
+    cuts: dict[int, Fitted] = {}
+    if is_text:
+        ids, mask, targets, problems = _documents(chosen, renderer)
+    else:
+        ids, mask, targets, problems = _conversations(chosen, renderer, max_tokens, cuts)
     for index, problem in zip(usable, problems, strict=True):
         if problem:
             rejection = unrenderable(problem)
@@ -64,7 +86,14 @@ def tokenize(table: pa.Table, renderer: Renderer, is_text: bool) -> pa.Table:
         "loss_mask": pa.ListArray.from_arrays(places, pa.array(mask)),
         "num_tokens": pa.array(lengths, pa.int32()),
         "num_target_tokens": pa.array(num_targets, pa.int32()),
+        "cut": pa.array([""] * table.num_rows, pa.string()),
     }
+    if cuts:
+        messages, told = table["messages"].to_pylist(), [""] * table.num_rows
+        for position, fitted in cuts.items():
+            messages[usable[position]] = [message.as_dict() for message in fitted.messages]
+            told[usable[position]] = fitted.cut
+        columns |= {"messages": pa.array(messages, messages_type()), "cut": pa.array(told)}
     return pa.table({name: table[name] for name in table.column_names} | columns)
 
 
@@ -110,12 +139,20 @@ def _documents(table: pa.Table, renderer: Renderer) -> _Rendered:
     return _Rendered(ids, np.ones(len(ids.values), np.int8), np.diff(ids.offsets), problems)
 
 
-def _conversations(table: pa.Table, renderer: Renderer) -> _Rendered:
+def _conversations(
+    table: pa.Table, renderer: Renderer, max_tokens: int | None, cuts: dict[int, Fitted]
+) -> _Rendered:
+    """Return the tokens of conversations, and put what had to be cut into `cuts`, by position."""
     samples: list[Sample] = []
     problems: list[RenderError | None] = []
-    for row in table.select(["messages", "tools", "text"]).to_pylist():
+    for position, row in enumerate(table.select(["messages", "tools", "text"]).to_pylist()):
         try:
-            samples.append(sample_of(row, renderer))
+            sample = sample_of(row, renderer)
+            if max_tokens is not None and len(sample.input_ids) > max_tokens:
+                fitted = fit(*conversation_of(row), renderer, max_tokens)
+                if fitted is not None:
+                    cuts[position], sample = fitted, fitted.sample
+            samples.append(sample)
             problems.append(None)
         except RenderError as error:
             samples.append(Sample([], []))

@@ -82,12 +82,12 @@ def _texts_of(row: Mapping[str, Any], renderer: Renderer) -> list[str]:
     if not row["messages"]:
         return [row["text"]]
     try:
-        return renderer.texts(*_conversation(row))
+        return renderer.texts(*conversation_of(row))
     except RenderError:
         return []
 
 
-def _conversation(row: Mapping[str, Any]) -> tuple[list[Message], list[dict[str, Any]]]:
+def conversation_of(row: Mapping[str, Any]) -> tuple[list[Message], list[dict[str, Any]]]:
     """Return a row's messages and tools."""
     tools = row.get("tools")
     return [Message.of(turn) for turn in row["messages"]], json.loads(tools) if tools else []
@@ -109,7 +109,7 @@ def sample_of(row: Mapping[str, Any], renderer: Renderer) -> Sample:
         if len(ids) < 2:
             raise RenderError(LONE_TOKEN)
         return Sample(ids, [1] * len(ids))
-    sample = renderer.sample(*_conversation(row))
+    sample = renderer.sample(*conversation_of(row))
     targets = sum(sample.loss_mask)
     if not targets:
         raise RenderError("no token of the row is a target (loss mask 0%)")

@@ -39,7 +39,7 @@ from tuneloop.progress import Progress
 
 _COLUMNS = [
     *("source", "rejection", "changes", "group", "stratum", "num_tokens", "num_target_tokens"),
-    *("prompt_key", "answer_key", "is_plain", *KEY_COLUMNS),
+    *("prompt_key", "answer_key", "is_plain", "cut", *KEY_COLUMNS),
 ]
 
 
@@ -76,6 +76,7 @@ def tokenize_rows(
         rendering=rendering,
         content=Content.of(config.task),
         dedup=config.data.dedup,
+        max_tokens=config.data.max_seq_len if config.data.too_long == "truncate" else None,
     )
     rows = ray_rows.render_rows(sources.rows, render, warm, scratch, progress)
     return TokenizedRows(rows, rendering, backend)
