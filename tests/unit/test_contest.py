@@ -1,0 +1,157 @@
+"""Arms that a configuration names, built on real artifacts and a real tokenizer, without Ray."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.config import TuneloopConfig
+from tuneloop.contest import NamedArms, base_arms, missing_model
+from tuneloop.errors import ModelError
+from tuneloop.evals.scoring.questions import read_questions
+from tuneloop.models.bases.source import resolve_base
+
+
+def publish_rows(workspace: Workspace) -> Artifact:
+    rows = [
+        {
+            "row_id": f"r{n}",
+            "messages": [
+                {"role": "user", "content": f"{word} {n}"},
+                {"role": "assistant", "content": str(n)},
+            ],
+            "num_tokens": 5,
+        }
+        for n, word in enumerate(["lamp", "door", "lamp", "door", "lamp", "door"])
+    ]
+    with workspace.draft("datasets", "tiny", "d" * 64) as draft:
+        for split, part in (("train", rows[:4]), ("test", rows[4:])):
+            (draft.path / split).mkdir()
+            pq.write_table(pa.Table.from_pylist(part), draft.path / split / "part-0.parquet")
+        return draft.publish(config={}, resources={}, inputs=[], metrics={})
+
+
+def publish_model(workspace: Workspace, name: str, dataset: Artifact, base: str) -> Artifact:
+    with workspace.draft("models", name, name[0] * 64) as draft:
+        (draft.path / "adapter").mkdir()
+        (draft.path / "adapter" / "adapter_config.json").write_text("{}")
+        (draft.path / "config.json").write_text("{}")
+        config = {"dataset": dataset.fingerprint, "base": "tiny", "base_fingerprint": base}
+        return draft.publish(config=config, resources={}, inputs=[], metrics={})
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "workspace")
+
+
+def named(
+    workspace: Workspace, model: Path, dataset: Artifact, trained: Artifact | None, /, **arms: Any
+) -> NamedArms:
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "tiny",
+            "task": {"type": "generation"},
+            "model": {"base": str(model)},
+            "data": {"sources": [{"path": "rows.jsonl", "format": "messages"}]},
+            "evaluation": {"num_shots": 2, "arms": arms},
+        }
+    )
+
+    def own() -> Artifact:
+        if trained is None:
+            raise missing_model(config, workspace)
+        return trained
+
+    return NamedArms(config, workspace, lambda: resolve_base(str(model)), dataset, own)
+
+
+def test_arms_are_built_in_their_order_and_one_model_is_served_once(workspace, tiny_model):
+    dataset = publish_rows(workspace)
+    base = resolve_base(str(tiny_model))
+    mine = publish_model(workspace, "mine", dataset, base.fingerprint)
+    other = publish_model(workspace, "other", dataset, base.fingerprint)
+    contest = named(
+        workspace,
+        tiny_model,
+        dataset,
+        mine,
+        **{
+            "base": {},
+            "base+few-shot": {},
+            "near": {"model": "base", "shots": 1, "choose": "nearest"},
+            "same": {"model": str(tiny_model)},
+            "adapter": {"model": "models/other/adapter"},
+            "old": {"model": "models/other@v1"},
+            "simple": {},
+            "finetuned": {},
+        },
+    )
+    arms = {arm.name: arm for arm in contest.build()}
+    assert list(arms) == [*contest.config.evaluation.arms]
+    assert sorted(contest.models) == sorted(
+        ["base", "finetuned", "models/other/adapter", "models/other@v1"]
+    )
+    served = {name: arm.endpoint.model for name, arm in arms.items() if arm.answer is None}
+    assert {served[name] for name in ("base", "base+few-shot", "near", "same")} == {"base"}
+    assert len(arms["base+few-shot"].shots) == 2
+    assert arms["old"].model_fingerprint == other.fingerprint
+    assert arms["adapter"].model_fingerprint == f"{other.fingerprint}/adapter"
+    assert contest.models["models/other/adapter"].adapter == other.path
+    assert arms["finetuned"].trained_on == arms["simple"].trained_on == dataset.fingerprint
+    assert arms["base"].trained_on == ""
+    # The arms that have the names of those of `run` are the same: what they answered is reused.
+    config = contest.config
+    for arm in base_arms(config, base, dataset)[:2]:
+        assert arms[arm.name] == arm
+    chosen = arms["near"].choose(read_questions(dataset))
+    assert {key: [shot.messages[0].content for shot in shots] for key, shots in chosen.items()} == {
+        "r4": ["lamp 0"],
+        "r5": ["door 1"],
+    }
+
+
+def test_without_arms_what_is_there_is_scored_and_a_missing_model_is_told(
+    workspace, tiny_model, caplog
+):
+    dataset = publish_rows(workspace)
+    with caplog.at_level(logging.WARNING, "tuneloop"):
+        arms = named(workspace, tiny_model, dataset, None).build()
+    assert [arm.name for arm in arms] == ["base", "base+few-shot", "simple"]
+    (record,) = caplog.records
+    assert "tuneloop train" in record.getMessage()
+    mine = publish_model(workspace, "tiny", dataset, "b" * 64)
+    arms = named(workspace, tiny_model, dataset, mine).build()
+    assert [arm.name for arm in arms] == ["base", "base+few-shot", "simple", "finetuned"]
+
+
+def test_a_named_model_that_was_not_trained_ends_with_what_to_do(workspace, tiny_model):
+    dataset = publish_rows(workspace)
+    publish_model(workspace, "tiny", dataset, "b" * 64)
+    contest = named(workspace, tiny_model, dataset, None, mine={"model": "finetuned"})
+    with pytest.raises(ModelError) as caught:
+        contest.build()
+    (problem,) = caught.value.problems
+    assert "tuneloop train" in problem.remedy
+    assert "models/tiny@v1 was trained with other settings" in problem.remedy
+
+
+def test_arms_survive_being_written_out_and_read_again(workspace, tiny_model):
+    config = named(
+        workspace,
+        tiny_model,
+        publish_rows(workspace),
+        None,
+        base={},
+        near={"model": "base", "choose": "nearest"},
+        made={"answers": "answers.jsonl"},
+        gpt={"endpoint": "http://127.0.0.1:1/v1", "model": "m", "price": {"input": 1, "output": 2}},
+    ).config
+    assert TuneloopConfig.model_validate(json.loads(config.model_dump_json())) == config
