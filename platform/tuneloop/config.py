@@ -471,10 +471,19 @@ class ServingConfig(Section):
 
 
 class PriceConfig(Section):
-    """What an endpoint charges."""
+    """What an endpoint charges; `in` and `out`, or a list of the two, are understood as well."""
 
     input: float = Field(ge=0, description="Price of a million tokens of prompts.")
     output: float = Field(ge=0, description="Price of a million tokens of answers.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_written_in_several_ways(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) == 2:
+            return {"input": value[0], "output": value[1]}
+        if isinstance(value, dict):
+            return {{"in": "input", "out": "output"}.get(k, k): v for k, v in value.items()}
+        return value
 
 
 class ArmConfig(Section):

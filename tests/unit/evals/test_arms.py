@@ -229,6 +229,16 @@ def test_an_arm_that_cannot_be_is_one_message(home, tmp_path, arm, told):
     assert len(caught.value.problems) == 1
 
 
+@pytest.mark.parametrize("price", [{"in": 2, "out": 10}, [2, 10], PRICE])
+def test_a_price_is_understood_as_people_write_it(home, tmp_path, price):
+    home["evaluation"]["arms"]["gpt"]["price"] = price
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(home))
+    read = load_config(path).evaluation.arms["gpt"].price
+    assert read is not None
+    assert (read.input, read.output) == (2, 10)
+
+
 def test_what_arms_refer_to_is_looked_for_before_anything_is_asked(
     model_server, home, tmp_path, capfd, monkeypatch
 ):
