@@ -230,6 +230,9 @@ def _records(file: SourceFile) -> Iterator[_Record]:
         byte = error.object[error.start]
         remedy = "save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
         yield _Record(1, FileError("the file is not UTF-8", got=f"byte {byte:#04x}", remedy=remedy))
+    except FileNotFoundError as error:
+        remedy = "put it where every node sees it, or send it with `tuneloop submit`"
+        yield _Record(1, FileError("the file cannot be read", got=str(error), remedy=remedy))
     except OSError as error:
         yield _Record(1, FileError("the file cannot be read", got=str(error)))
 
