@@ -29,8 +29,10 @@ from tuneloop.text import format_duration
 _log = logging.getLogger("tuneloop.evals")
 # Raised when a change here changes the answers of the same arm to the same questions.
 _REQUEST_VERSION = 1
-# With pauses that double, a rate limit may last a minute before a question is given up.
+# With pauses that double, a rate limit of an endpoint may last a minute before a question is given
+# up; a server of our own has none.
 _RETRIES = 7
+_OWN_RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,8 @@ async def _ask(
         clients: dict[str, Client] = {}
         checked: set[Endpoint] = set()
         for arm in {request.arm.name: request.arm for request in todo}.values():
-            client = Client(arm.endpoint, arm.timeout_s, _RETRIES)
+            retries = _OWN_RETRIES if arm.model_fingerprint else _RETRIES
+            client = Client(arm.endpoint, arm.timeout_s, retries)
             clients[arm.name] = await stack.enter_async_context(client)
             if arm.endpoint not in checked:
                 await client.check()
