@@ -12,7 +12,7 @@ from tuneloop.sweeps.table import SweepView, read_sweep
 
 def chart(sweep: SweepView) -> dict[str, Any]:
     """Return the Vega-Lite drawing: points with intervals, and the fitted lines."""
-    sizes = sorted({point["rows"] for point in sweep.points})
+    sizes = sorted({point["rows"] for point in sweep.points} | set(sweep.forecast_rows))
     x = {
         "field": "rows", "type": "quantitative", "title": "training rows (each step doubles)",
         "scale": {"type": "log", "base": 2, "padding": 24, "nice": False},
@@ -36,6 +36,13 @@ def chart(sweep: SweepView) -> dict[str, Any]:
     return {
         "height": 380,
         "layer": [
+            {
+                "data": {"values": sweep.lines},
+                "mark": {"type": "area", "opacity": 0.12},
+                "encoding": {
+                    "x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": color,
+                },
+            },
             {
                 "data": {"values": sweep.lines},
                 "mark": {"type": "line", "strokeDash": [6, 4], "strokeWidth": 2},
@@ -69,8 +76,9 @@ if sweep.points:
     st.subheader("Learning curve")
     st.vega_lite_chart(chart(sweep))
     st.caption(
-        "Points are trials with their 95% intervals. The dashed lines are fitted to score over "
-        "the logarithm of the training rows; they promise nothing beyond the points."
+        "Points are trials on the validation rows with their 95% intervals. Where there are enough "
+        "data volumes the dashed lines are the median of all curves that fit, and the bands hold "
+        "90% of these; else they are straight lines, which promise nothing beyond the points."
     )
     st.markdown("\n".join(f"- {sentence}" for sentence in sweep.sentences))
 else:

@@ -22,7 +22,7 @@ from tuneloop.contest import Contest
 from tuneloop.errors import ConfigError
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.export.parity import check_served
-from tuneloop.records import BASE, FINETUNED, Endpoint, Parity
+from tuneloop.records import BASE, FEW_SHOT, FINETUNED, Endpoint, Parity
 from tuneloop.serving import app
 from tuneloop.serving.replica import ServedModel
 
@@ -280,6 +280,22 @@ def evaluate_each(trained: Sequence[Trained], workspace: Workspace) -> list[Publ
             )
             for config, dataset, model in trained
         ]
+
+
+def evaluate_untrained(
+    config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
+) -> Published | None:
+    """Return the evaluation of the few-shot prompt and the simple arm, made or reused.
+
+    None where the task has neither. Needs a running Ray.
+    """
+    arms = [arm for arm in contest.base_arms(config, base, dataset) if arm.name != BASE]
+    if not arms:
+        return None
+    is_asked = any(arm.name == FEW_SHOT for arm in arms)
+    models = {BASE: contest.base_model(config, base)} if is_asked else {}
+    entered = Contest(dataset, arms, models)
+    return _evaluate(config, workspace, entered, f"{config.name}-sweep-baseline")
 
 
 def finetuned_identities(

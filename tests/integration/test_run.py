@@ -301,6 +301,11 @@ def test_a_sweep_trains_scores_and_compares_every_cell(
     assert not (small["validation"] | small["test"]) & large["train"]
     curve = json.loads((sweep.path / "curve.json").read_text())
     assert [len(line["points"]) for line in curve["curves"]] == [2]
+    # Two sizes bear no forecast. What prompting alone reaches is measured on the same rows.
+    assert curve["curves"][0]["forecast"]["refused"].startswith("2 data volumes")
+    untrained = workspace.open("evaluations/tiny-sweep-baseline").manifest
+    assert list(untrained["metrics"]["scores"]) == ["base+few-shot", "simple"]
+    assert untrained["config"]["evaluation"]["split"] == "validation"
     # The dashboard's page is drawn from the same files.
     view = read_sweep(sweep)
     assert len(view.points) == 2

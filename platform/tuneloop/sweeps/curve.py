@@ -1,12 +1,31 @@
-"""Learning curves: score against training examples, one line per model."""
+"""Learning curves: score against training examples, one curve per model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from tuneloop.evals.scoring.metrics import Metric
+from tuneloop.sweeps.forecast import (
+    CONFIDENCE,
+    Law,
+    SizedScore,
+    fit_law,
+    is_sharp,
+    is_vague,
+    refusal,
+)
+
+ROWS_KEY = "data.num_train_examples"
+# How far beyond the largest data volume a forecast goes.
+_TIMES = (2, 4)
+_PATH_POINTS = 33
+# More rows than this are no number that anybody labels.
+_MOST_ROWS = 1e8
 
 
 class Point(NamedTuple):
@@ -60,6 +79,15 @@ def fit_line(series: str, points: Sequence[Point]) -> Line:
     return Line(series, ordered, float(slope), float(intercept), residual if enough else None)
 
 
+class Bar(NamedTuple):
+    """The score of an arm that trains no model, to be passed."""
+
+    arm: str
+    score: float
+    low: float
+    high: float
+
+
 def learning_curves(trials: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
     """Return one fitted line for each combination of the other swept keys.
 
@@ -67,12 +95,91 @@ def learning_curves(trials: Sequence[dict[str, Any]], keys: Sequence[str]) -> li
         trials: Rows of `trials.parquet`; those without a score are left out.
         keys: The swept dotted keys.
     """
-    others = [key for key in keys if key != "data.num_train_examples"]
     series: dict[str, list[Point]] = {}
     for trial in trials:
         if trial["score"] is None:
             continue
-        label = ", ".join(f"{key}={trial[key]}" for key in others)
         point = Point(int(trial["num_train_examples"]), float(trial["score"]))
-        series.setdefault(label, []).append(point)
+        series.setdefault(series_of(trial, keys), []).append(point)
     return [asdict(fit_line(label, points)) for label, points in series.items()]
+
+
+def series_of(values: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Return the name of the curve that a trial is on: the values of the other swept keys."""
+    return ", ".join(f"{key}={values[key]}" for key in keys if key != ROWS_KEY)
+
+
+def describe_forecast(
+    cells: Sequence[Mapping[str, Any]], metric: Metric, confidence: float, bars: Sequence[Bar]
+) -> dict[str, Any]:
+    """Return what more training rows are expected to bring, as `curve.json` keeps it.
+
+    Args:
+        cells: Those of one curve: `num_train_examples`, `value`, `low` and `high`.
+        metric: Of their scores.
+        confidence: Level of their intervals.
+        bars: Scores to pass.
+    """
+    width = 2 * NormalDist().inv_cdf((1 + confidence) / 2)
+    points = [
+        SizedScore(cell["num_train_examples"], cell["value"], (cell["high"] - cell["low"]) / width)
+        for cell in cells
+        if None not in (cell["value"], cell["low"], cell["high"])
+    ]
+    reason = refusal(points)
+    is_share = metric.kind != "number" and metric.better == "higher"
+    if not is_share and (metric.better == "higher" or any(point.score <= 0 for point in points)):
+        reason = "a forecast is made for shares, and for losses above 0"
+    if reason:
+        return {"refused": reason}
+    law = fit_law(points, is_share)
+    smallest, largest = (pick(point.num_examples for point in points) for pick in (min, max))
+    if is_vague(law.at(2 * largest), law):
+        return {"refused": "the scores are too uncertain: more rows to score on, or more seeds"}
+    path = np.geomspace(smallest, max(_TIMES) * largest, _PATH_POINTS)
+    return {
+        "refused": "",
+        "law": {
+            name: float(np.median(getattr(law, name)))
+            for name in ("floor", "drop", "half", "exponent")
+        },
+        "confidence": CONFIDENCE,
+        "forecasts": [
+            {
+                "num_examples": times * largest,
+                "times": times,
+                **law.at(times * largest)._asdict(),
+                "gain": law.gain(largest, times * largest)._asdict(),
+            }
+            for times in _TIMES
+        ],
+        "path": [{"num_examples": float(size), **law.at(size)._asdict()} for size in path],
+        "break_even": [_describe_break_even(law, bar, width, (smallest, largest)) for bar in bars],
+    }
+
+
+def _describe_break_even(
+    law: Law, bar: Bar, width: float, sizes: tuple[int, int]
+) -> dict[str, Any]:
+    smallest, largest = sizes
+    rows = law.break_even(bar.score, (bar.high - bar.low) / width)
+    reach = max(_TIMES) * largest
+    if rows.high <= smallest:
+        found = "passed"
+    elif rows.low > reach:
+        found = "out of reach"
+    else:
+        found = "found" if is_sharp(rows) else "uncertain"
+    return {
+        "arm": bar.arm,
+        "score": bar.score,
+        "found": found,
+        "num_examples": _finite(rows.value),
+        "low": _finite(rows.low),
+        "high": _finite(rows.high),
+    }
+
+
+def _finite(rows: float) -> int | None:
+    """Return a number of rows; None where no number is enough."""
+    return round(rows) if rows < _MOST_ROWS else None

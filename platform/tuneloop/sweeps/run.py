@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,13 @@ from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.models.export.layout import ADAPTER
 from tuneloop.sweeps.choice import Score, choose, optimism, score_seeds, score_trial
-from tuneloop.sweeps.curve import learning_curves
+from tuneloop.sweeps.curve import (
+    ROWS_KEY,
+    Bar,
+    describe_forecast,
+    learning_curves,
+    series_of,
+)
 from tuneloop.sweeps.grid import Cell, Trial, evaluated_on, expand
 
 logger = logging.getLogger("tuneloop.sweeps")
@@ -124,6 +130,7 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             return [Published(existing, reused=True)]
         scored = _score_on_validation(trials, datasets, rows, workspace)
         winner = _test_winner(scored, rows, workspace)
+        bars = _score_bars(scored, workspace) if ROWS_KEY in keys else {}
     metrics = {
         "num_trials": len(scored),
         "num_failed": sum(one.evaluation is None for one in scored),
@@ -135,7 +142,11 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             _trial_row(one, winner if number == winner.number else None)
             for number, one in enumerate(scored)
         ]
-        _write(draft.path, table, keys, _describe_choice(scored, winner, rows))
+        choice = _describe_choice(scored, winner, rows)
+        curves = learning_curves(table, keys)
+        for curve in curves:
+            _add_forecast(curve, keys, choice, scored, bars)
+        _write(draft.path, table, {"keys": keys, "curves": curves} | choice)
         best = table[winner.number]
         artifact = draft.publish(
             config=parts,
@@ -370,15 +381,54 @@ def _describe_choice(
     }
 
 
-def _write(
-    folder: Path, trials: list[dict[str, Any]], keys: list[str], choice: dict[str, Any]
+def _add_forecast(
+    curve: dict[str, Any],
+    keys: Sequence[str],
+    choice: dict[str, Any],
+    scored: Sequence[ScoredTrial],
+    bars: Mapping[str, list[Bar]],
 ) -> None:
+    """Add to a learning curve what more rows are expected to bring."""
+    cells = [cell for cell in choice["cells"] if series_of(cell["values"], keys) == curve["series"]]
+    first = scored[cells[0]["trials"][0]]
+    evaluation = next(one.evaluation for one in scored if one.evaluation)
+    curve["forecast"] = describe_forecast(
+        cells,
+        evaluation.metric(evaluation.primary),
+        choice["confidence"],
+        bars.get(first.trial.cell.config.model.base, []),
+    )
+
+
+def _score_bars(scored: Sequence[ScoredTrial], workspace: Workspace) -> dict[str, list[Bar]]:
+    """Return by base model what is reached without training, on the validation split.
+
+    Solved examples, and what the simple arm learns from, are of the largest data volume.
+    """
+    bars: dict[str, list[Bar]] = {}
+    by_size = sorted(scored, key=lambda one: one.dataset.manifest["metrics"]["num_train_rows"])
+    for one in {one.trial.cell.config.model.base: one for one in by_size}.values():
+        config = one.trial.cell.config
+        base = resolve_base(config.model.base)
+        published = pipeline.evaluate_untrained(config, workspace, base, one.dataset)
+        if published is None:
+            continue
+        evaluation = Evaluation.load(published.artifact)
+        scores = {arm["name"]: arm["scores"][evaluation.primary] for arm in evaluation.arms}
+        bars[config.model.base] = [
+            Bar(name, score["value"], score["low"], score["high"])
+            for name, score in scores.items()
+            if score["low"] is not None
+        ]
+    return bars
+
+
+def _write(folder: Path, trials: list[dict[str, Any]], curve: dict[str, Any]) -> None:
     """Write `trials.parquet` and `curve.json`."""
     # Failed trials have no metric columns, and values of one key may be of several types.
     names = dict.fromkeys(name for trial in trials for name in trial)
     columns = {name: _column([trial.get(name) for trial in trials]) for name in names}
     pq.write_table(pa.table(columns), folder / "trials.parquet", compression="zstd")
-    curve = {"keys": keys, "curves": learning_curves(trials, keys)} | choice
     (folder / "curve.json").write_text(json.dumps(curve, indent=2), encoding="utf-8")
 
 

@@ -14,11 +14,13 @@ from rich.table import Table
 
 from tuneloop.artifacts import Artifact
 from tuneloop.evals.reporting.formatting import format_number
+from tuneloop.sweeps.curve import ROWS_KEY, series_of
 from tuneloop.text import format_duration
 
-ROWS_KEY = "data.num_train_examples"
 # The terminal has no room for these.
 _NOT_PRINTED = ("", "loss", "model")
+# A gain that is surely smaller than this is not worth the labels.
+_HARDLY = 0.01
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,10 @@ class SweepView:
     Args:
         keys: The swept dotted keys.
         points: One for each scored trial: `rows, x, score, low, high, series, trial, best`.
-        lines: The ends of every fitted line: `rows, score, series`.
-        sentences: What each line says.
+        lines: Every fitted curve from point to point, or the ends of a line where no curve could be
+            fitted: `rows, score, low, high, series`.
+        forecast_rows: Numbers of training rows that were not tried and are forecast.
+        sentences: What each curve says.
         trials: The table, with readable column names.
         problems: Trials without a score, and why.
         best: Reference of the best trial's model; empty when no trial finished.
@@ -42,6 +46,7 @@ class SweepView:
     keys: list[str]
     points: list[dict[str, Any]]
     lines: list[dict[str, Any]]
+    forecast_rows: list[int]
     sentences: list[str]
     trials: list[dict[str, str]]
     problems: list[tuple[str, str]]
@@ -57,7 +62,6 @@ def read_sweep(sweep: Artifact) -> SweepView:
     curve = json.loads((sweep.path / "curve.json").read_text(encoding="utf-8"))
     keys = list(curve["keys"])
     best = curve.get("best") or {}
-    others = [key for key in keys if key != ROWS_KEY]
     scores = [trial["score"] for trial in trials if trial["score"] is not None]
     percent = bool(scores) and all(0 <= score <= 1 for score in scores)
     points: list[dict[str, Any]] = []
@@ -81,7 +85,7 @@ def read_sweep(sweep: Artifact) -> SweepView:
                     "score": trial["score"],
                     "low": trial["low"],
                     "high": trial["high"],
-                    "series": _series(", ".join(f"{key}={trial[key]}" for key in others)),
+                    "series": _series(series_of(trial, keys)),
                     "trial": name,
                     "best": is_best,
                 }
@@ -115,7 +119,14 @@ def read_sweep(sweep: Artifact) -> SweepView:
         metric=curve["metric"],
         keys=keys,
         points=points,
-        lines=_line_ends(curve["curves"]),
+        lines=[point for line in curve["curves"] for point in _path(line)],
+        forecast_rows=sorted(
+            {
+                one["num_examples"]
+                for line in curve["curves"]
+                for one in line.get("forecast", {}).get("forecasts", [])
+            }
+        ),
         sentences=[_line_in_words(line, percent) for line in curve["curves"]],
         trials=rows,
         problems=problems,
@@ -186,28 +197,76 @@ def _spread_out(points: list[dict[str, Any]]) -> None:
         point["x"] = point["rows"] * 2 ** (0.012 * steps)
 
 
-def _line_ends(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    ends = []
-    for line in curves:
-        if line["slope"] is None:
-            continue
-        sizes = [size for size, _ in line["points"]]
-        for size in (min(sizes), max(sizes)):
-            score = line["intercept"] + line["slope"] * math.log2(size)
-            ends.append({"rows": size, "score": score, "series": _series(line["series"])})
-    return ends
+def _path(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the points to draw a fitted curve through."""
+    series = _series(line["series"])
+    if path := line.get("forecast", {}).get("path"):
+        return [
+            {
+                "rows": point["num_examples"],
+                "score": point["value"],
+                "low": point["low"],
+                "high": point["high"],
+                "series": series,
+            }
+            for point in path
+        ]
+    if line["slope"] is None:
+        return []
+    sizes = [size for size, _ in line["points"]]
+    scores = {
+        size: line["intercept"] + line["slope"] * math.log2(size)
+        for size in (min(sizes), max(sizes))
+    }
+    return [
+        {"rows": size, "score": score, "low": score, "high": score, "series": series}
+        for size, score in scores.items()
+    ]
 
 
 def _line_in_words(line: dict[str, Any], percent: bool) -> str:
-    name = _series(line["series"])
+    name, forecast = _series(line["series"]), line.get("forecast", {})
+    if forecast.get("forecasts"):
+        return f"{name}: {_forecast_in_words(line, percent)}"
+    refused = f" No forecast: {forecast['refused']}." if forecast.get("refused") else ""
     if line["slope"] is None:
-        return f"{name}: one size only, so there is no line."
-    gain = f"{100 * line['slope']:+.1f} points" if percent else f"{line['slope']:+.3f}"
-    words = f"{name}: {gain.replace('-', '−')} for each doubling of the training rows"
+        return f"{name}: one size only, so there is no line.{refused}"
+    gain = _difference(line["slope"], percent)
+    words = f"{name}: {gain} for each doubling of the training rows"
     if line["residual"] is None:
-        return words + " (two sizes: the line goes through both points)."
+        return f"{words} (two sizes: the line goes through both points).{refused}"
     spread = f"{100 * line['residual']:.1f} points" if percent else f"{line['residual']:.3f}"
-    return words + f"; the points lie {spread} from the line on average."
+    return f"{words}; the points lie {spread} from the line on average.{refused}"
+
+
+def _forecast_in_words(line: dict[str, Any], percent: bool) -> str:
+    forecast = line["forecast"]
+    smallest, largest = (pick(size for size, _ in line["points"]) for pick in (min, max))
+    expected = [
+        f"{_difference(one['gain']['value'], percent)} with {one['num_examples']:,} "
+        f"({_score(one['low'], percent)} to {_score(one['high'], percent)})"
+        for one in forecast["forecasts"]
+    ]
+    words = (
+        f"compared with {largest:,} training rows, {' and '.join(expected)} are expected, with "
+        f"{forecast['confidence']:.0%} intervals of the score."
+    )
+    gains = [abs(forecast["forecasts"][0]["gain"][end]) for end in ("low", "high")]
+    if percent and max(gains) < _HARDLY:
+        words += " Twice the rows hardly help: look at other settings or a larger model, or stop."
+    for bar in forecast["break_even"]:
+        arm = f"{bar['arm']} ({_score(bar['score'], percent)})"
+        ends = f"{bar['low'] or 0:,} to " + (
+            "more than anybody labels" if bar["high"] is None else f"{bar['high']:,}"
+        )
+        words += {
+            "passed": f" It is past {arm} with {smallest:,} rows already.",
+            "out of reach": f" It does not pass {arm} with {4 * largest:,} rows either.",
+            "found": f" It passes {arm} at about {bar['num_examples'] or 0:,} rows ({ends}).",
+            "uncertain": f" Where it passes {arm} is too uncertain to say ({ends} rows); more "
+            "data volumes or seeds would tell.",
+        }[bar["found"]]
+    return words
 
 
 def _series(label: str) -> str:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from rich.console import Console
 
 from tuneloop.artifacts import Artifact, Workspace
-from tuneloop.sweeps.curve import learning_curves
+from tuneloop.evals.scoring.metrics import Metric
+from tuneloop.sweeps.curve import Bar, describe_forecast, learning_curves
 from tuneloop.sweeps.table import read_sweep, sweep_table
 
 
@@ -127,3 +129,34 @@ def test_the_table_in_the_terminal_fits_80_columns(tmp_path: Path) -> None:
     lone = publish_sweep(tmp_path / "lone", [trial(100, None, "no")], None)
     Console(width=80, file=output).print(sweep_table(lone))
     assert "no trial has a score" in output.getvalue()
+
+
+def test_a_forecast_is_drawn_and_told(tmp_path: Path) -> None:
+    sizes, scores = (100, 200, 400, 800), (0.2, 0.45, 0.62, 0.7)
+    trials = [trial(size, score) for size, score in zip(sizes, scores, strict=True)]
+    cells = [
+        {"num_train_examples": size, "value": score, "low": score - 0.03, "high": score + 0.03}
+        for size, score in zip(sizes, scores, strict=True)
+    ]
+    bars = [Bar("base+few-shot", 0.45, 0.44, 0.46), Bar("simple", 0.02, 0.01, 0.03)]
+    forecast = describe_forecast(cells, Metric("", kind="binary"), 0.95, bars)
+    curves = learning_curves(trials, ["data.num_train_examples", "model.base"])
+    more = {"curves": [curves[0] | {"forecast": forecast}]}
+    view = read_sweep(publish_sweep(tmp_path, trials, None, more))
+    assert view.forecast_rows == [1600, 3200]
+    assert (view.lines[0]["rows"], view.lines[-1]["rows"]) == (100, pytest.approx(3200))
+    assert view.lines[-1]["low"] < view.lines[-1]["score"] < view.lines[-1]["high"]
+    (told,) = view.sentences
+    assert "compared with 800 training rows, +" in told
+    assert "with 1,600 (" in told
+    assert "passes base+few-shot (45.0%) at about" in told
+    assert "past simple (2.0%) with 100 rows already" in told
+
+
+def test_no_forecast_is_told_with_its_reason(tmp_path: Path) -> None:
+    trials = [trial(100, 0.2), trial(200, 0.3)]
+    curves = learning_curves(trials, ["data.num_train_examples", "model.base"])
+    refused = describe_forecast([], Metric("", kind="binary"), 0.95, [])
+    more = {"curves": [curves[0] | {"forecast": refused}]}
+    (told,) = read_sweep(publish_sweep(tmp_path, trials, None, more)).sentences
+    assert told.endswith("No forecast: 0 data volumes: at least 3 are needed.")
