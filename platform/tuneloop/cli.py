@@ -34,7 +34,7 @@ data
 train
   train       finetune (prepares the data first if needed)
   run         the whole loop: prepare, baseline, train, evaluate
-  sweep       train and score a grid of settings, fit a learning curve
+  sweep       try settings, choose on validation rows, forecast more data
 judge
   evaluate    score the models and endpoints that are named; trains nothing
   dashboard   browse artifacts and reports on 127.0.0.1

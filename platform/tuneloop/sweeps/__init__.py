@@ -1,1 +1,1 @@
-"""Sweeps: the same loop over a grid of dotted keys, and what more data or a larger model buys."""
+"""Sweeps: the same loop over values of dotted keys, and what more data or a larger model buys."""
