@@ -27,10 +27,10 @@ from tuneloop.evals.reporting.report import render_report
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors
 from tuneloop.evals.scoring.intervals import Resampling
-from tuneloop.evals.scoring.metrics import Scorer
+from tuneloop.evals.scoring.metrics import Metric, Scorer
 from tuneloop.evals.scoring.predictions import Prediction, write_predictions
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.sweeps.curve import learning_curves
+from tuneloop.sweeps.curve import Bar, describe_forecast, learning_curves, series_of
 
 APP = Path(__file__).parents[2] / "dashboards" / "app.py"
 NUM_EXAMPLES = 30
@@ -123,7 +123,7 @@ def publish_sweep(workspace: Workspace) -> None:
                 "num_parameters": {"small": 135, "big": 270}[base] * 10**6,
                 "model": f"models/demo-{base}-{size}@v1", "score": score, "low": score - 0.06,
                 "high": score + 0.06, "loss": 1 - score, "wall_s": size / 2, "status": "done",
-                "problem": "",
+                "problem": "", "seed": 0, "test_score": None,
             }
         )  # fmt: skip
     broken = dict.fromkeys(("model", "score", "low", "high", "loss"))
@@ -133,14 +133,29 @@ def publish_sweep(workspace: Workspace) -> None:
         | {"data.num_train_examples": 400, "num_train_examples": 400, "status": "failed",
            "problem": "the loss is not finite"}
     )  # fmt: skip
+    trials[4]["test_score"] = 0.55
     keys = ["data.num_train_examples", "model.base"]
-    curve = {
-        "metric": "exact_match",
-        "keys": keys,
-        "curves": learning_curves(trials, keys),
-        "best": {"trial": 4, "model": "models/demo-big-200@v1"},
-    }
-    files = {"trials.parquet": pa.Table.from_pylist(trials), "curve.json": json.dumps(curve)}
+    curves = learning_curves(trials, keys)
+    for curve in curves:
+        cells = [
+            {"num_train_examples": trial["num_train_examples"], "value": trial["score"],
+             "low": trial["low"], "high": trial["high"]}
+            for trial in trials
+            if series_of(trial, keys) == curve["series"] and trial["score"] is not None
+        ]  # fmt: skip
+        bars = [Bar("base+few-shot", 0.4, 0.35, 0.45)]
+        curve["forecast"] = describe_forecast(cells, Metric("", kind="binary"), 0.95, bars)
+    content = {
+        "metric": "exact_match", "keys": keys, "curves": curves, "confidence": 0.95,
+        "num_validation_examples": 250, "num_test_examples": 260,
+        "best": {
+            "trial": 4, "model": "models/demo-big-200@v1",
+            "validation": {"value": 0.61, "low": 0.55, "high": 0.67},
+            "test": {"value": 0.55, "low": 0.49, "high": 0.61},
+            "optimism": {"value": 0.06, "low": -0.02, "high": 0.14},
+        },
+    }  # fmt: skip
+    files = {"trials.parquet": pa.Table.from_pylist(trials), "curve.json": json.dumps(content)}
     publish(workspace, "sweeps", files, {"trials": 6})
 
 

@@ -130,7 +130,11 @@ def test_sweep_page_shows_curve_best_and_failed_trials(open_page, filled):
     app = open_page(filled, "sweep")
     assert "models/demo-big-200@v1" in app.success[0].value
     assert len(app.get("vega_lite_chart")) == 1
-    assert "+4.0 points for each doubling" in "".join(m.value for m in app.markdown)
+    told = "".join(m.value for m in app.markdown)
+    assert "on the test with data.num_train_examples=200, model.base=big" in app.success[0].value
+    assert "would have added +6.0 points (−2.0 points to +14.0 points)" in told
+    assert "compared with 400 training rows" in told
+    assert "No forecast: 2 data volumes" in told
     assert list(app.table[0].value["status"]) == ["done"] * 5 + ["failed"]
     assert "the loss is not finite" in app.warning[0].value
 
