@@ -32,7 +32,7 @@ from tuneloop.evals.scoring.lineage import (
     describe_contamination,
     find_contaminated,
 )
-from tuneloop.evals.scoring.metrics import Scorer
+from tuneloop.evals.scoring.metrics import Scorer, without_thought
 from tuneloop.evals.scoring.predictions import Prediction, read_predictions, write_predictions
 from tuneloop.evals.scoring.questions import Question, read_questions, read_solved
 from tuneloop.evals.scoring.results import Evaluation
@@ -335,7 +335,7 @@ def _prediction(
             tag_errors(
                 scorer.of(request.question.task),
                 reference,
-                answer.text,
+                without_thought(answer.text),
                 finish_reason,
                 answer.prompt,
                 context.terms,

@@ -75,3 +75,5 @@ def test_a_thought_before_an_answer_is_not_scored() -> None:
     scorer = Scorer(TASK, {"a": "Paris"})
     scores = scorer.score("Paris", "<think>\n\n</think>\n\nParis", "")
     assert scores["exact_match"] == scores["token_f1"] == 1
+    labels = OneTaskConfig(type="classification", labels=["yes", "no"])
+    assert Scorer(labels, {"a": "no"}).label("<think>\nyes?\n</think>\n\nno") == "no"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import time
 from collections.abc import Callable, Coroutine
@@ -31,6 +32,23 @@ def ask(
             return await use(client)
 
     return asyncio.run(run())
+
+
+def test_tools_and_earlier_calls_are_sent(model_server):
+    function = {"name": "temperature", "arguments": "{}"}
+    calls = [{"id": "1", "type": "function", "function": function}]
+    said = [HELLO[1], Message("assistant", "", json.dumps(calls), weight=0), Message("tool", "3")]
+    tools = [{"type": "function", "function": {"name": "temperature"}}]
+    endpoint = Endpoint(model_server.url, "parrot")
+    ask(endpoint, lambda client: client.generate(said, SamplingParams(7), json.dumps(tools)))
+    sent = model_server.requests[-1]
+    assert sent["tools"] == tools
+    assert sent["messages"][1:] == [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "3"},
+    ]
+    ask(endpoint, lambda client: client.generate(HELLO, SamplingParams(7)))
+    assert "tools" not in model_server.requests[-1]
 
 
 def test_every_sampling_field_is_sent_and_the_answer_is_read(model_server):

@@ -238,3 +238,26 @@ def test_a_conversation_with_calls_and_their_results_is_read_whole() -> None:
     assert call.calls[0]["function"] == function
     assert (result.role, result.content, result.tool_call_id) == ("tool", "-3", "1")
     assert request.tools == [{"function": function}]
+
+
+def test_a_question_with_tools_is_asked_by_the_ids_it_is_trained_with(tiny_model: Path) -> None:
+    from tuneloop.models.client.client import chat_request
+    from tuneloop.records import Message, SamplingParams
+
+    renderer = Renderer.load(tiny_model, "chatml_tools")
+    function = {"name": "temperature", "arguments": '{"city": "Oslo"}'}
+    calls = json.dumps([{"id": "1", "type": "function", "function": function}])
+    tools = [{"type": "function", "function": {"name": "temperature", "parameters": {}}}]
+    turns = [
+        Message("system", "Be brief."),
+        Message("user", "How warm is it?"),
+        Message("assistant", "", tool_calls=calls, weight=0),
+        Message("tool", "-3", tool_call_id="1"),
+        Message("assistant", "Cold."),
+    ]
+    body = chat_request("m", turns[:-1], SamplingParams()) | {"tools": tools}
+    request = parse_chat(json.loads(json.dumps(body)))
+    prompt = renderer.prompt_ids(request.conversation(), request.tools or ())
+    sample = renderer.sample(turns, tools)
+    assert sample.input_ids[: len(prompt)] == prompt
+    assert sum(sample.loss_mask[: len(prompt)]) == 0

@@ -22,6 +22,7 @@ import regex
 from tuneloop.config import EvaluationConfig, MetricConfig, OneTaskConfig, TaskConfig
 from tuneloop.errors import ConfigError, Problem
 from tuneloop.evals.scoring.metrics import (
+    FUNCTION_CALL,
     TASK_METRICS,
     Metric,
     parse_json,
@@ -375,6 +376,7 @@ _MORE = {
     "bleu": Metric("BLEU of each answer", score=_bleu),
     "number": Metric("right number", kind="binary", score=partial(_same_number, 0.0, "")),
     "multi_label_f1": Metric("F1 of the labels", score=partial(_multi_label_f1, ",")),
+    "function_call": FUNCTION_CALL,
     "json_f1": Metric("F1 of the values in JSON", score=_json_f1),
     "regex": Metric("the pattern is found", kind="binary"),
 }

@@ -139,11 +139,11 @@ class Scorer:
             self._check_labels(references)
         elif task.type == "generation":
             is_call = [accepted_calls(text) is not None for text in references.values()]
-            if any(is_call):
-                self.metrics |= {"function_call": FUNCTION_CALL}
-            if any(is_call) and all(is_call):
-                # Words in common say nothing of a call.
-                self.primary, self.metrics = "function_call", {"function_call": FUNCTION_CALL}
+            if any(is_call) and not metrics:
+                self.metrics["function_call"] = FUNCTION_CALL
+                if all(is_call) and not primary:
+                    # Words in common say nothing of a call.
+                    self.primary, self.metrics = "function_call", {"function_call": FUNCTION_CALL}
 
     def of(self, task: str) -> Scorer:
         """Return the scorer of one of a mixture's tasks; this one where there is no mixture."""
@@ -190,7 +190,7 @@ class Scorer:
 
     def label(self, text: str) -> str | None:
         """Return the label a text names, or None."""
-        return find_label(text, self.task.labels)
+        return find_label(without_thought(text), self.task.labels)
 
     def _parse_references(self, references: Mapping[str, str]) -> list[dict[str, Any]]:
         parsed = {row_id: parse_object(text) for row_id, text in references.items()}
