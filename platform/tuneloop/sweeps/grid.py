@@ -213,8 +213,7 @@ def _refuse_distributions(sweep: SweepConfig) -> Iterator[Problem]:
     for key, values in sweep.parameters.items():
         where = f"sweep.parameters.{key}"
         if not isinstance(values, DistributionConfig):
-            if not values:
-                yield Problem(f"`{key}` has no value to try", where=where, remedy="name one")
+            yield from _refuse_values(key, values)
             continue
         kinds = {kind: ends for kind, ends in values if ends is not None}
         if len(kinds) != 1:
@@ -227,8 +226,7 @@ def _refuse_distributions(sweep: SweepConfig) -> Iterator[Problem]:
             continue
         ((kind, ends),) = kinds.items()
         if kind == "choice":
-            if not ends:
-                yield Problem(f"`{key}` has no value to try", where=where, remedy="name one")
+            yield from _refuse_values(key, ends)
             continue
         if ends[0] >= ends[1]:
             yield Problem(
@@ -249,6 +247,20 @@ def _refuse_distributions(sweep: SweepConfig) -> Iterator[Problem]:
                 where=where,
                 remedy="set sweep.num_trials",
             )
+
+
+def _refuse_values(key: str, values: list[Any]) -> Iterator[Problem]:
+    where = f"sweep.parameters.{key}"
+    if not values:
+        yield Problem(f"`{key}` has no value to try", where=where, remedy="name one")
+    twice = [value for number, value in enumerate(values) if value in values[:number]]
+    if twice:
+        yield Problem(
+            f"`{key}` has a value twice",
+            where=where,
+            got=repr(twice[0]),
+            remedy="name it once; sweep.num_seeds trains each combination several times",
+        )
 
 
 def _problem(detail: Any) -> Problem:

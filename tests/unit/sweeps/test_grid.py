@@ -91,6 +91,7 @@ def test_all_mistakes_are_told_at_once() -> None:
                     RATE: {"loguniform": [0, 0.1]},
                     "training.lora.rank": {"randint": [2, 8], "choice": [3]},
                     "training.lora.alpha": [],
+                    "training.weight_decay": [0.1, 0.0, 0.1],
                 },
                 num_seeds=2,
             )
@@ -106,6 +107,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         "of one kind",
         "`training.lora.alpha` has no value",
         "set sweep.num_trials",
+        "`training.weight_decay` has a value twice",
     ):
         assert expected in told, told
 
