@@ -92,12 +92,12 @@ def _next_words(
         while letter < ALONE and at < stop:
             point, width = _letter(data, at)
             letter = np.int64(letters[point]) if point < table_size else point
-            if letter == INVISIBLE:
+            if letter == SEPARATOR or letter >= ALONE:
+                if letter != INVISIBLE:
+                    break
                 letter = np.int64(0)
                 at += width
                 continue
-            if letter == SEPARATOR or letter >= ALONE:
-                break
             value = (value ^ np.uint64(letter)) * _FNV_PRIME
             at += width
         words[count] = mixed(value)
