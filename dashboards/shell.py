@@ -32,9 +32,11 @@ def open_workspace() -> tuple[Workspace, list[Artifact]]:
     """Return the workspace and what it holds; without either, say so and end the page."""
     try:
         workspace = Workspace(workspace_location())
-        artifacts = workspace.published()
+        artifacts, damaged = workspace.listing()
     except UserError as error:
         refuse("This workspace cannot be opened.", error)
+    for problem in damaged:
+        st.warning(f"{problem.what}: `{problem.where}`; {problem.remedy}")
     if not artifacts:
         _show_empty(workspace)
     return workspace, artifacts

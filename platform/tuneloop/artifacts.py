@@ -30,7 +30,10 @@ from typing import Any
 
 from tuneloop.errors import ArtifactError, Problem, ResourceError
 
+log = logging.getLogger("tuneloop.artifacts")
+
 SCHEMA_VERSION = 1
+_REQUIRED = ("fingerprint", "config", "metrics", "created_at", "duration_s", "files")
 KINDS = ("datasets", "models", "evaluations", "sweeps")
 MANIFEST = "artifact.json"
 LOG = "log.txt"
@@ -57,6 +60,19 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk: a power cut keeps them.
+
+    Without it, a file may come back with its size and zeros for its content.
+    """
+    with contextlib.suppress(PermissionError):  # a directory that may be written, but not opened
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -204,11 +220,21 @@ class Workspace:
             ) from error
 
     def find(self, kind: str, name: str, fingerprint: str) -> Artifact | None:
-        """Return the newest artifact with this fingerprint, or None."""
+        """Return the newest artifact with this fingerprint, or None.
+
+        One whose manifest cannot be read is passed over: the step makes the next version.
+
+        Raises:
+            ArtifactError: The artifact's files are not those of its manifest.
+        """
         for version in reversed(self._versions(kind, name)):
-            artifact = self._load(kind, name, version)
+            try:
+                artifact = self._load(kind, name, version, fetch=False)
+            except ArtifactError as error:
+                log.warning("passed over: %s", error.problems[0].what)
+                continue
             if artifact is not None and artifact.fingerprint == fingerprint:
-                return artifact
+                return self._load(kind, name, version)
         return None
 
     def open(self, reference: str) -> Artifact:
@@ -243,15 +269,24 @@ class Workspace:
         return artifact
 
     def published(self) -> list[Artifact]:
-        """Return all published artifacts, oldest first."""
-        artifacts = []
+        """Return all published artifacts that can be read, oldest first."""
+        return self.listing()[0]
+
+    def listing(self) -> tuple[list[Artifact], list[Problem]]:
+        """Return all published artifacts, oldest first, and one problem for each damaged one."""
+        artifacts: list[Artifact] = []
+        damaged: list[Problem] = []
         for kind in KINDS:
             for name in self._entries(kind):
                 for version in self._versions(kind, name):
-                    artifact = self._load(kind, name, version, fetch=False)
+                    try:
+                        artifact = self._load(kind, name, version, fetch=False)
+                    except ArtifactError as error:
+                        damaged += error.problems
+                        continue
                     if artifact is not None:
                         artifacts.append(artifact)
-        return sorted(artifacts, key=lambda artifact: artifact.manifest["created_at"])
+        return sorted(artifacts, key=lambda artifact: artifact.manifest["created_at"]), damaged
 
     @contextlib.contextmanager
     def draft(self, kind: str, name: str, fingerprint: str) -> Iterator[Draft]:
@@ -320,9 +355,13 @@ class Workspace:
             # is renamed as a whole, which fails if another process has taken the version.
             temporary = draft.path / f".{MANIFEST}"
             temporary.write_text(text, encoding="utf-8")
+            for file in draft.path.rglob("*"):
+                sync(file)
             temporary.rename(draft.path / MANIFEST)
+            sync(draft.path)
             try:
                 draft.path.rename(target)
+                sync(target.parent)
             except OSError:
                 if target.exists() and not self.remote:
                     continue
@@ -354,7 +393,7 @@ class Workspace:
             location = f"{self.location}/{kind}/{name}/v{version}"
             try:
                 with self._fs.open_input_stream(f"{remote}/{MANIFEST}") as stream:
-                    text = stream.read().decode()
+                    text = stream.read().decode(errors="replace")
             except FileNotFoundError:
                 return None
             if fetch and not (path / MANIFEST).exists():
@@ -368,10 +407,11 @@ class Workspace:
                         Path(temporary).mkdir()
         else:
             try:
-                text = (path / MANIFEST).read_text(encoding="utf-8")
+                # What is no text is no manifest either.
+                text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        manifest = json.loads(text)
+        manifest = _read_manifest(text, f"{kind}/{name}@v{version}", path / MANIFEST)
         if fetch:
             for entry in manifest["files"]:
                 file = path / entry["path"]
@@ -386,6 +426,27 @@ class Workspace:
                         )
                     )
         return Artifact(kind, name, version, path, location, manifest)
+
+
+def _read_manifest(text: str, reference: str, file: Path) -> dict[str, Any]:
+    """Return a manifest; raise ArtifactError if it is none."""
+    try:
+        manifest = json.loads(text)
+        lost = [key for key in _REQUIRED if key not in manifest]
+    except (ValueError, TypeError) as error:
+        manifest, lost = None, [str(error)]
+    if not isinstance(manifest, dict) or lost:
+        raise ArtifactError(
+            Problem(
+                f"{reference} is damaged",
+                where=str(file),
+                got=f"a manifest of {len(text)} characters without {', '.join(lost) or 'keys'}"
+                if isinstance(manifest, dict)
+                else f"a manifest of {len(text)} characters that cannot be read",
+                remedy=f"remove {file.parent} and run the step again",
+            )
+        )
+    return manifest
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -175,11 +176,15 @@ def _dashboard(arguments: argparse.Namespace, output: IO[str]) -> int:
 
 def _ls(arguments: argparse.Namespace, output: IO[str]) -> int:
     workspace = open_workspace(arguments)
-    artifacts = workspace.published()
+    artifacts, damaged = workspace.listing()
     if arguments.json:
-        summaries = [artifact.summary(reused=True) for artifact in artifacts]
-        print(json.dumps({"artifacts": summaries}, ensure_ascii=False), file=output)
+        listed: dict[str, Any] = {"artifacts": [item.summary(reused=True) for item in artifacts]}
+        if damaged:
+            listed["damaged"] = [asdict(problem) for problem in damaged]
+        print(json.dumps(listed, ensure_ascii=False), file=output)
         return 0
+    for problem in damaged:
+        print(f"{problem.what}: {problem.where}; {problem.remedy}", file=output)
     if not artifacts:
         print(
             f"no artifacts in {workspace.location}; `tuneloop run CONFIG.yaml` makes some",

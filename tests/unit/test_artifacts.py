@@ -107,6 +107,23 @@ def test_a_damaged_artifact_is_refused(tmp_path: Path) -> None:
         workspace.open("datasets/faq")
 
 
+@pytest.mark.parametrize("text", ["", "\0" * 300, '{"kind": "datasets", ', "[1]", "{}"])
+def test_a_manifest_that_cannot_be_read_stops_nothing_else(text: str, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    first, second = publish(workspace, "d" * 64), publish(workspace, "e" * 64)
+    (second.path / "artifact.json").write_text(text)
+    artifacts, damaged = workspace.listing()
+    assert [artifact.ref for artifact in artifacts] == [first.ref]
+    assert [problem.what for problem in damaged] == [f"{second.ref} is damaged"]
+    with pytest.raises(ArtifactError, match=f"{second.ref} is damaged"):
+        workspace.open("datasets/faq")
+    assert workspace.open("datasets/faq@v1").ref == first.ref
+    # The step that made it makes the next version.
+    assert workspace.find("datasets", "faq", "e" * 64) is None
+    assert workspace.find("datasets", "faq", "d" * 64) == first
+    assert publish(workspace, "e" * 64).version == 3
+
+
 @pytest.mark.parametrize("reference", ["faq", "datasets/faq@2", "things/faq", "datasets/nope"])
 def test_references_that_name_nothing(tmp_path: Path, reference: str) -> None:
     workspace = Workspace(tmp_path)

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or ignored, for any number of workers.
 
 A checkpoint directory holds what is trained and the optimizer's state (`state.py`), the log so far
-and, written last, the names and sizes of everything in it. One that a kill left half-written does
-not match its list, and the one before is taken.
+and, written last, the names and SHA-256 of everything in it. One that a kill left half-written, or
+that a disk gives back otherwise, does not match its list, and the one before is taken.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from tuneloop.artifacts import sha256_file, sync
 from tuneloop.errors import ModelError, Problem, ResourceError
 from tuneloop.training.results import StepRecord
 from tuneloop.training.state import read_state, write_state
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tuneloop.training")
 
 _CONTENTS = "contents.json"
+_ANYWHERE = f"**/{_CONTENTS}"
 _LOG = "trainer_log.json"
 
 
@@ -48,17 +50,50 @@ def save_engine(
     failure: list[str | None] = [None]
     try:
         write_state(engine, folder, moments=log is not None)
-        if log is not None and dist.get_rank() == 0:
-            (folder / _LOG).write_text(json.dumps(log), encoding="utf-8")
-            files = {file.name: file.stat().st_size for file in folder.iterdir()}
-            contents = {"step": len(log), "identity": identity, "files": files}
-            text = json.dumps(contents, indent=1)
-            (folder / _CONTENTS).write_text(text, encoding="utf-8")
+        if dist.get_rank() == 0:
+            if log is not None:
+                (folder / _LOG).write_text(json.dumps(log), encoding="utf-8")
+            _write_contents(folder, len(log or ()), identity)
     except OSError as error:
         failure = [str(error)]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise refuse_save(folder, failure[0])
+
+
+def _write_contents(folder: Path, step: int, identity: str) -> None:
+    """Write what is in a checkpoint; it is whole from then on, and on the disk."""
+    files = {file.name: sha256_file(file) for file in folder.iterdir()}
+    text = json.dumps({"step": step, "identity": identity, "files": files}, indent=1)
+    (folder / _CONTENTS).write_text(text, encoding="utf-8")
+    sync_checkpoint(folder)
+
+
+def sync_checkpoint(folder: Path) -> None:
+    """Wait until a checkpoint is on the disk."""
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def sync_copies(checkpoints: Path, step: int) -> None:
+    """Wait until the copies that were kept of a step's checkpoint are on the disk."""
+    for contents in checkpoints.glob(_ANYWHERE):
+        if _step(contents.parent) == step:
+            sync_checkpoint(contents.parent)
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Raise ModelError if weights that were kept are not what was written."""
+    if not _is_whole(folder):
+        raise ModelError(
+            Problem(
+                "the weights that were kept are damaged",
+                where=str(folder),
+                got="files that are missing or have other content than when they were written",
+                remedy="check the disk; remove the directory above to train again, or set "
+                "training.keep to last",
+            )
+        )
 
 
 def refuse_save(folder: Path, reason: str) -> ResourceError:
@@ -76,14 +111,13 @@ def refuse_save(folder: Path, reason: str) -> ResourceError:
 
 def newest_complete(folder: Path) -> Path | None:
     """Return the complete checkpoint with the most steps anywhere below a directory, or None."""
-    complete = []
-    for contents in folder.glob(f"**/{_CONTENTS}"):
-        step = _steps_if_complete(contents.parent)
-        if step is None:
-            logger.warning("ignoring the damaged checkpoint %s", contents.parent)
-        else:
-            complete.append((step, contents.parent))
-    return max(complete, default=(0, None))[1]
+    found = [(_step(contents.parent), contents.parent) for contents in folder.glob(_ANYWHERE)]
+    # The newest first: reading a checkpoint to the end takes its time.
+    for step, checkpoint in sorted(found, reverse=True):
+        if step >= 0 and _is_whole(checkpoint):
+            return checkpoint
+        logger.warning("ignoring the damaged checkpoint %s", checkpoint)
+    return None
 
 
 def load_engine(engine: DeepSpeedEngine, folder: Path, identity: str = "") -> list[StepRecord]:
@@ -123,10 +157,18 @@ def load_engine(engine: DeepSpeedEngine, folder: Path, identity: str = "") -> li
     return log
 
 
-def _steps_if_complete(folder: Path) -> int | None:
+def _step(folder: Path) -> int:
+    """Return the number of steps of a checkpoint; -1 where its list cannot be read."""
     try:
-        contents = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in contents["files"]}
-    except (OSError, ValueError, KeyError):
-        return None
-    return int(contents["step"]) if sizes == contents["files"] else None
+        return int(json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether every file of a checkpoint has the content that was written."""
+    try:
+        files = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))["files"]
+        return all(sha256_file(folder / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

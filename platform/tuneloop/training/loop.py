@@ -24,7 +24,14 @@ from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.exporter import Exporter, parity_prompt
 from tuneloop.records import Parity
 from tuneloop.training.batches import Schedule, micro_batches, split_batch
-from tuneloop.training.checkpoint import load_engine, newest_complete, refuse_save, save_engine
+from tuneloop.training.checkpoint import (
+    load_engine,
+    newest_complete,
+    refuse_damaged,
+    refuse_save,
+    save_engine,
+    sync_copies,
+)
 from tuneloop.training.deepspeed_engine import (
     AttentionError,
     Execution,
@@ -142,6 +149,7 @@ def train_rows(
             keep_checkpoint(engine, job, worker, log)
     best = best_step(log)
     if config.keep == "best" and best is not None and best != len(log):
+        refuse_damaged(best_folder(job.progress, best))
         read_state(engine, best_folder(job.progress, best), best)
     parity = export(engine, job, rows, worker)
     return TrainingResult(
@@ -347,6 +355,8 @@ def keep_checkpoint(
         try:
             kept = Path(folder) if worker.rank == 0 else None
             worker.report({"step": len(log), "loss": log[-1]["loss"]}, kept)
+            if worker.rank == 0:
+                sync_copies(job.checkpoints, len(log))
         except OSError as error:
             reason = [str(error)]
         # Only the first worker writes; the others have to stop with it.

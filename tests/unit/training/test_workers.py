@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import threading
@@ -17,8 +18,8 @@ from tuneloop.training.workers import _keep_newest_checkpoint
 def write_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
     folder.mkdir(parents=True)
     (folder / "state-00000.safetensors").write_bytes(b"x" * step)
-    size = step if complete else step + 1
-    contents = {"step": step, "identity": "", "files": {"state-00000.safetensors": size}}
+    digest = hashlib.sha256(b"x" * step if complete else b"y" * step).hexdigest()
+    contents = {"step": step, "identity": "", "files": {"state-00000.safetensors": digest}}
     (folder / "contents.json").write_text(json.dumps(contents))
     return folder
 
@@ -41,6 +42,16 @@ def test_an_attempt_starts_from_the_newest_complete_checkpoint_alone(tmp_path: P
     assert newest_complete(tmp_path) == later
     _keep_newest_checkpoint(tmp_path)
     assert json.loads((kept / "contents.json").read_text())["step"] == 50
+
+
+@pytest.mark.parametrize("contents", ["", "\0" * 90, "[]", '{"step": 60, "files": {}', "{}"])
+def test_a_checkpoint_whose_list_cannot_be_read_is_not_whole(contents: str, tmp_path: Path) -> None:
+    whole = write_checkpoint(tmp_path / "checkpoint_1", 10)
+    write_checkpoint(tmp_path / "checkpoint_2", 60)
+    (tmp_path / "checkpoint_2" / "contents.json").write_text(contents)
+    assert newest_complete(tmp_path) == whole
+    _keep_newest_checkpoint(tmp_path)
+    assert newest_complete(tmp_path) == tmp_path / "earlier"
 
 
 def test_what_runs_in_a_thread_is_polled_and_its_error_comes_back() -> None:
