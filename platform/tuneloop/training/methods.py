@@ -91,6 +91,7 @@ class Lora(Method):
 
         lora = config.lora
         _refuse_unknown_layers(model, lora)
+        _refuse_tied_layers(model, lora)
         torch.manual_seed(config.seed)
         settings = PeftLoraConfig(
             r=lora.rank,
@@ -187,12 +188,8 @@ def _refuse_unknown_layers(model: PreTrainedModel, lora: LoraConfig) -> None:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    # As PEFT reads them: a string is a pattern of full names, a list has names or their ends.
-    unknown = (
-        [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]
-        if isinstance(targets, list)
-        else [targets] * (not any(re.fullmatch(targets, name) for name in names))
-    )
+    asked = targets if isinstance(targets, list) else [targets]
+    unknown = [t for t in asked if not any(_names(name, targets, t) for name in names)]
     if unknown or not targets:
         raise ModelError(
             Problem(
@@ -200,5 +197,36 @@ def _refuse_unknown_layers(model: PreTrainedModel, lora: LoraConfig) -> None:
                 where="training.lora.target_modules",
                 got=", ".join(unknown) or "no name",
                 allowed=f"all-linear, or a list of {', '.join(sorted(linear))}",
+            )
+        )
+
+
+def _names(layer: str, targets: list[str] | str, target: str) -> bool:
+    """Return whether a layer is meant, as PEFT reads it: a pattern, or a list of names' ends."""
+    if isinstance(targets, list):
+        return f".{layer}".endswith(f".{target}")
+    return re.fullmatch(target, layer) is not None
+
+
+def _refuse_tied_layers(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Raise ModelError for an adapter on a matrix that embeds and predicts.
+
+    Merged into the weights it would change both, where in training it changed one.
+    """
+    targets = lora.target_modules
+    if targets == "all-linear" or not model.config.get_text_config().tie_word_embeddings:
+        return
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    tied = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    asked = targets if isinstance(targets, list) else [targets]
+    hit = [name for name in tied if any(_names(name, targets, target) for target in asked)]
+    if hit:
+        raise ModelError(
+            Problem(
+                "the model embeds and predicts with one matrix, which cannot have an adapter",
+                where="training.lora.target_modules",
+                got=", ".join(hit),
+                allowed="layers between the embedding and the output layer",
+                remedy="leave these names out, or use training.method full",
             )
         )

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,9 @@ from tuneloop.training.trackers import Trackers, dotted
 _CHECKPOINTS = "checkpoints"
 # The checkpoint that an earlier attempt at the same training left.
 _EARLIER = "earlier"
+# The traceback of an error that no retry helps.
+_FAILURE = "failure.txt"
+_PROGRAM_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ImportError, AssertionError)
 # How often an elastic training looks for more room. Growing costs the steps since the checkpoint.
 _RESIZE_EVERY_S = 60.0
 
@@ -185,8 +189,26 @@ def _executions(config: TuneloopConfig) -> dict[int, Execution]:
     }
 
 
-def run_worker(setup: WorkerSetup) -> TrainingResult | DryRunResult | UserError:
-    """Train in one Ray Train worker. A user's mistake is returned, as a retry would not mend it."""
+@dataclass(frozen=True)
+class WorkerFailure:
+    """An error of the program in a worker, which would come again at every attempt.
+
+    Args:
+        text: The traceback.
+    """
+
+    text: str
+
+
+def run_worker(setup: WorkerSetup) -> TrainingResult | DryRunResult | UserError | WorkerFailure:
+    """Train in one Ray Train worker. A user's mistake is returned, as a retry would not mend it.
+
+    Neither would it mend an error of the program. That one is raised, so that no other worker waits
+    for this one, and returned by the next attempt at once.
+    """
+    failure = setup.job.progress / _FAILURE
+    if failure.exists():
+        return WorkerFailure(failure.read_text(encoding="utf-8"))
     # Ray Train notes each report at INFO; the driver logs the progress.
     logging.getLogger().setLevel(logging.WARNING)
     context = ray_train.get_context()
@@ -220,6 +242,12 @@ def run_worker(setup: WorkerSetup) -> TrainingResult | DryRunResult | UserError:
     except (MemoryError, RuntimeError) as error:
         if _lacks_memory(error):
             return _out_of_memory(str(error).splitlines()[0])
+        # A worker that lost another one raises RuntimeError itself, and a retry may go well.
+        if isinstance(error, NotImplementedError):
+            failure.write_text(traceback.format_exc(), encoding="utf-8")
+        raise
+    except _PROGRAM_ERRORS:
+        failure.write_text(traceback.format_exc(), encoding="utf-8")
         raise
 
 
@@ -227,6 +255,7 @@ def _run(
     config: TuneloopConfig, setup: WorkerSetup, progress: TrainingProgress, max_failures: int
 ) -> TrainingResult | DryRunResult:
     """Run the workers, show their progress meanwhile, and return what rank 0 returned."""
+    (setup.job.progress / _FAILURE).unlink(missing_ok=True)
     trainer = _trainer(config, setup, max_failures)
     try:
         with progress:
@@ -238,6 +267,8 @@ def _run(
         raise
     if isinstance(value, UserError):
         raise value
+    if isinstance(value, WorkerFailure):
+        raise RuntimeError(f"a training worker failed, and would again:\n{value.text}")
     assert isinstance(value, TrainingResult | DryRunResult)
     return value
 

@@ -12,7 +12,14 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    MambaConfig,
+    Qwen3MoeConfig,
+)
 
 from tuneloop.artifacts import Artifact
 from tuneloop.check import check, report
@@ -372,3 +379,34 @@ def test_layers_are_named_by_their_ends_or_by_a_pattern(tiny_model: Path) -> Non
         for targets in (["q_proj"], ["self_attn.q_proj"], r".*\.q_proj")
     }
     assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "lm_head"], ["embed_tokens"], r".*(q_proj|lm_head)"]
+)
+def test_adapters_on_a_matrix_that_embeds_and_predicts_are_refused_at_once(
+    targets: Any, base: BaseModel
+) -> None:
+    # The tiny model ties them, as most small models do.
+    with pytest.raises(ModelError, match="embeds and predicts with one matrix"):
+        model_shape(base, TrainingConfig(lora={"target_modules": targets}))
+
+
+def test_adapters_on_an_output_layer_of_its_own_are_trained(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.tie_word_embeddings = False
+    base = _save(config, tiny_model, tmp_path)
+    shape = model_shape(base, TrainingConfig(lora={"target_modules": ["lm_head"], "rank": 4}))
+    assert shape.num_trainable == 4 * (64 + 429)
+
+
+def test_a_model_that_takes_no_adapters_is_refused_with_what_peft_says(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    mamba = MambaConfig(vocab_size=429, hidden_size=32, num_hidden_layers=2)
+    base = _save(mamba, tiny_model, tmp_path)
+    with pytest.raises(ModelError, match="incompatible with Mamba"):
+        model_shape(base, TrainingConfig())
+    assert model_shape(base, TrainingConfig(method="full")).num_trainable > 0

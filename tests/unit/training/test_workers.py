@@ -10,9 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from tuneloop.config import TrainingConfig
 from tuneloop.training.checkpoint import newest_complete
+from tuneloop.training.loop import TrainingJob, train_rows
 from tuneloop.training.progress import TrainingProgress, run_in_thread
-from tuneloop.training.workers import _keep_newest_checkpoint
+from tuneloop.training.workers import (
+    StoredRows,
+    WorkerFailure,
+    WorkerSetup,
+    _keep_newest_checkpoint,
+    run_worker,
+)
 
 
 def write_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
@@ -52,6 +60,14 @@ def test_a_checkpoint_whose_list_cannot_be_read_is_not_whole(contents: str, tmp_
     assert newest_complete(tmp_path) == whole
     _keep_newest_checkpoint(tmp_path)
     assert newest_complete(tmp_path) == tmp_path / "earlier"
+
+
+def test_an_error_that_no_retry_helps_is_not_met_again(tmp_path: Path) -> None:
+    job = TrainingJob(tmp_path, "tiny", "auto", TrainingConfig(), tmp_path, tmp_path, tmp_path, 10)
+    setup = WorkerSetup(train_rows, job, StoredRows(tmp_path, None), {})
+    (tmp_path / "failure.txt").write_text("KeyError: 'tuneloop'")
+    # Without Ray: the next attempt gives back what the first one met, before it starts anything.
+    assert run_worker(setup) == WorkerFailure("KeyError: 'tuneloop'")
 
 
 def test_what_runs_in_a_thread_is_polled_and_its_error_comes_back() -> None:
