@@ -23,8 +23,7 @@ from transformers import (
 )
 
 from tuneloop.records import SamplingParams
-from tuneloop.serving.engine import Engine
-from tuneloop.serving.plain import PlainEngine
+from tuneloop.serving.engine import Engine, PlainEngine
 from tuneloop.serving.requests import DecodeRequest
 
 SMALL: dict[str, Any] = {
