@@ -131,6 +131,15 @@ def test_a_run_that_was_cut_short_does_not_pay_twice_even_with_other_arms(
     assert sorted(questions[:4] + questions[asked:]) == sorted(QUESTIONS)
 
 
+def test_what_is_on_its_way_when_a_run_ends_is_not_lost(model_server, home, tmp_path, capfd):
+    model_server.delay_s, model_server.failures = 0.3, [402]
+    model_server.reply = right
+    assert "no money left" in problem(home, tmp_path, capfd)
+    assert len(model_server.requests) == 5, "all five were on their way"
+    assert run(home, tmp_path) == 0
+    assert len(model_server.requests) == 6, "only the refused one is asked again"
+
+
 @pytest.mark.parametrize("limit", ["tokens", "money"])
 def test_the_budget_stops_before_it_is_passed_and_goes_on_when_it_is_raised(
     model_server, home, tmp_path, capfd, limit

@@ -243,7 +243,17 @@ async def _ask(
                 await client.check()
                 checked.add(arm.endpoint)
 
+        failures: list[Exception] = []
+
         async def ask(request: EvaluationRequest) -> None:
+            # What is on its way is paid for: it is waited for, and nothing more is sent.
+            if not failures:
+                try:
+                    await ask_within_budget(request)
+                except Exception as error:
+                    failures.append(error)
+
+        async def ask_within_budget(request: EvaluationRequest) -> None:
             client = clients[request.arm.name]
             if request.arm.model_fingerprint:  # a model of our own
                 keep(request, await _answer(client, request))
@@ -259,6 +269,8 @@ async def _ask(
                 await budget.settle(reserved, cost)
 
         await ask_each(todo, concurrency, ask)
+        if failures:
+            raise failures[0]
 
 
 def _spent(requests: Sequence[EvaluationRequest], answered: PartialAnswers) -> Cost:
