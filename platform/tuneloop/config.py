@@ -262,8 +262,8 @@ class DedupConfig(Section):
     ngram_words: int = Field(5, ge=1, le=20, description="Words per shingle.")
     on: Literal["both", "prompt", "completion"] = Field(
         "both",
-        description="Which side of a pair is compared. With `both`, `classification` rows with "
-        "different labels are not duplicates of each other.",
+        description="Which side of a pair is compared. With `both`, rows with different answers "
+        "are not duplicates of each other.",
     )
 
 
