@@ -20,7 +20,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from tuneloop.artifacts import Artifact, Published, Workspace
-from tuneloop.config import TuneloopConfig, load_config
+from tuneloop.config import API_KEY_VARIABLE, TuneloopConfig, load_config
 from tuneloop.doctor import examine
 from tuneloop.errors import ConfigError, Problem
 from tuneloop.review.dashboard import run_dashboard
@@ -157,17 +157,20 @@ def _serve(arguments: argparse.Namespace, output: IO[str]) -> int:
         if arguments.json:
             print(json.dumps({"url": url, "models": models}), file=output, flush=True)
         else:
-            example = json.dumps(
-                {"model": models[-1], "messages": [{"role": "user", "content": "Hello"}]}
-            )
             print(f"serving {', '.join(models)} at {url}; Ctrl-C stops it\n", file=output)
-            print(
-                f"curl {url}/chat/completions -H 'Content-Type: application/json' -d '{example}'",
-                file=output,
-                flush=True,
-            )
+            print(_curl_line(url, models[-1]), file=output, flush=True)
         signal.pause()
     return 0
+
+
+def _curl_line(url: str, model: str) -> str:
+    """Return a shell command that asks a served model, with the key if there is one."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}" '
+    return (
+        f"curl {url}/chat/completions -H 'Content-Type: application/json' "
+        f"{key if os.environ.get(API_KEY_VARIABLE) else ''}-d '{body}'"
+    )
 
 
 def _dashboard(arguments: argparse.Namespace, output: IO[str]) -> int:

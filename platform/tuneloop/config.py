@@ -443,6 +443,10 @@ class TrainingConfig(Section):
     seed: int = Field(0, description="Seed of the row order, the adapters and dropout.")
 
 
+# The environment variable with the key that our servers ask for.
+API_KEY_VARIABLE = "TUNELOOP_API_KEY"
+
+
 class ServingConfig(Section):
     """How models are served."""
 

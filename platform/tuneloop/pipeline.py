@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tuneloop import contest
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect, refuse_unshared
-from tuneloop.config import ServingConfig, TuneloopConfig
+from tuneloop.config import API_KEY_VARIABLE, ServingConfig, TuneloopConfig
 from tuneloop.contest import Contest
 from tuneloop.errors import ConfigError
 from tuneloop.models.bases.source import BaseModel, resolve_base
@@ -222,7 +222,7 @@ def _check_served(url: str, models: dict[str, ServedModel]) -> dict[str, Parity]
     Raises:
         ModelError: One of them answers differently.
     """
-    key = os.environ.get(app.API_KEY_VARIABLE, "")
+    key = os.environ.get(API_KEY_VARIABLE, "")
     outcomes = {}
     for name, model in models.items():
         outcome = check_served(Endpoint(url, name, key), model.folder)
@@ -337,7 +337,7 @@ def _evaluate(
         url = address() if address else stack.enter_context(app.listen(serving))
         app.host(models, serving, url)
         outcomes = _check_served(url, models)
-        key = os.environ.get(app.API_KEY_VARIABLE, "")
+        key = os.environ.get(API_KEY_VARIABLE, "")
         arms = [
             replace(
                 arm,

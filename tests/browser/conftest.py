@@ -318,14 +318,14 @@ def served(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 def parrots() -> Iterator[str]:
     """The base URL of a server that streams what it is asked, by our own protocol."""
 
-    from tuneloop.serving import protocol
+    from tuneloop.serving import answers, protocol
     from tuneloop.serving.requests import DecodeResult
 
     app = FastAPI()
 
     @app.get("/v1/models")
     async def models() -> Any:
-        return protocol.model_list(["loud", "quiet"], 0)
+        return answers.model_list(["loud", "quiet"], 0)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
@@ -335,7 +335,7 @@ def parrots() -> Iterator[str]:
             error = protocol.ProtocolError(400, "this question is refused")
             return JSONResponse(error.body(), error.status)
         words = (text.upper() if asked.model == "loud" else text.lower()).split(" ")
-        chunks = protocol.Chunks(asked)
+        chunks = answers.Chunks(asked)
 
         def events() -> Iterator[str]:
             yield chunks.first()
@@ -343,7 +343,8 @@ def parrots() -> Iterator[str]:
                 yield chunks.text(word + " ")
             if text != "break":
                 answer = DecodeResult("", "stop", 3, len(words))
-                yield from chunks.last(answer)
+                yield chunks.end(answer)
+                yield from chunks.last([answer])
 
         return StreamingResponse(events(), media_type="text/event-stream")
 

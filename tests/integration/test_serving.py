@@ -121,13 +121,48 @@ def test_openai_client(url: str) -> None:
     with pytest.raises(openai.NotFoundError, match="served: base, finetuned"):
         client.chat.completions.create(**{**asked, "model": "missing"})
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(**asked, n=2)
+        client.chat.completions.create(**asked, tool_choice="required")
     assert caught.value.body == {
-        "message": "`n` is not supported",
+        "message": "`tool_choice` is not supported",
         "type": "invalid_request_error",
-        "param": "n",
+        "param": "tool_choice",
         "code": "unsupported_parameter",
     }
+    # An answer is taken back as the client holds it.
+    history = [*BODY["messages"], whole.choices[0].message, {"role": "user", "content": "And?"}]
+    several = client.chat.completions.create(
+        model="base", messages=history, max_tokens=4, n=2, extra_body={"top_k": 5}
+    )
+    assert [choice.index for choice in several.choices] == [0, 1]
+
+
+def test_what_an_operator_asks(http: httpx.Client, url: str) -> None:
+    root = url.removesuffix("/v1")
+    assert http.get(f"{root}/ready").json() == {"status": "ready"}
+    assert "/v1/chat/completions" in http.get(f"{root}/openapi.json").json()["paths"]
+    assert http.get(f"{root}/docs").status_code == 200
+    ids = http.post(f"{root}/tokenize", json={"model": "base", "prompt": "Open the"}).json()[
+        "tokens"
+    ]
+    text = http.post(f"{root}/detokenize", json={"model": "base", "tokens": ids}).json()["prompt"]
+    assert text == "Open the"
+    metrics = http.get(f"{root}/metrics").text
+    assert 'tuneloop_requests_total{model="base",route="tokenize",status="200"}' in metrics
+    assert 'tuneloop_engine_waiting{engine="finetuned"} 0.0' in metrics
+    response = http.get("/models", headers={"X-Request-Id": "abc-7"})
+    assert response.headers.get_list("x-request-id") == ["abc-7"]
+
+
+def test_a_client_that_hangs_up_frees_its_slot(http: httpx.Client, url: str) -> None:
+    body = {"model": "base", "prompt": "Return", "max_tokens": 500, "temperature": 1.5}
+    body |= {"stream": True, "logit_bias": {"1": -100, "2": -100}}
+    with http.stream("POST", "/completions", json=body) as response:
+        next(response.iter_lines())
+    root, busy = url.removesuffix("/v1"), 'tuneloop_engine_running{engine="base"} 0.0'
+    for _ in range(100):
+        if busy in (metrics := http.get(f"{root}/metrics").text):
+            break
+    assert busy in metrics
 
 
 def test_echoed_logprobs_as_harnesses_read_them(http: httpx.Client, tiny_model: Path) -> None:
@@ -180,14 +215,8 @@ def test_concurrent_requests_do_not_mix(http: httpx.Client, tiny_model: Path) ->
         ("/chat/completions", {**BODY, "model": "base", "max_tokens": 600}, 400, "512 positions"),
         ("/chat/completions", {**BODY, "model": "base", "temprature": 1}, 400, "temprature"),
         ("/chat/completions", {**BODY, "model": "base", "temperature": 3}, 400, "temperature"),
-        ("/chat/completions", {**BODY, "model": "base", "stream": True, "n": 3}, 400, "`n`"),
+        ("/chat/completions", {**BODY, "model": "base", "stream": True, "n": 0}, 400, "`n`"),
         ("/chat/completions", {"model": "base", "messages": []}, 400, "messages"),
-        (
-            "/chat/completions",
-            {"model": "base", "messages": [{"role": "user", "content": "<|im_end|>"}]},
-            400,
-            "control token",
-        ),
         ("/chat/completions", BODY, 404, "served: base, finetuned"),
         ("/completions", {"model": "base", "prompt": []}, 400, "prompt"),
         ("/completions", {"model": "base", "prompt": [100000]}, 400, "vocabulary"),

@@ -177,3 +177,35 @@ def test_progress_is_a_bar_for_a_person_at_a_terminal() -> None:
     assert "loss 0.5" in text
     assert "another line" in text
     assert "a line of progress" not in text
+
+
+def test_the_curl_line_sends_the_key_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Run by a shell against a server that wants the key."""
+    import http.server
+    import threading
+
+    from tuneloop.commands import _curl_line
+
+    got: list[tuple[str | None, dict[str, Any]]] = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            size = int(self.headers["content-length"])
+            got.append((self.headers["authorization"], json.loads(self.rfile.read(size))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        for key in ("", "it's $ecret"):
+            monkeypatch.setenv("TUNELOOP_API_KEY", key)
+            subprocess.run(["bash", "-c", _curl_line(url, "m")], check=True, capture_output=True)
+        server.shutdown()
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
+    assert got == [(None, body), ("Bearer it's $ecret", body)]

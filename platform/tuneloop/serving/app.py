@@ -1,6 +1,6 @@
 """Models on Ray Serve behind one OpenAI-compatible HTTP address.
 
-One small ingress deployment checks the key, finds the model and hands the request on. Weights are
+One small ingress deployment is the HTTP side (`api.py`). Weights are
 a deployment of their own, with a decode engine in the replica; a base model and the adapters on it
 share one.
 """
@@ -8,35 +8,34 @@ share one.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import logging
 import math
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 import ray
+from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from tuneloop.cluster import end_abandoned_serving, served_name
-from tuneloop.config import ServingConfig
+from tuneloop.config import API_KEY_VARIABLE, ServingConfig
 from tuneloop.errors import Problem, ResourceError, find_user_error
-from tuneloop.serving import protocol
-from tuneloop.serving.replica import ModelServer, ServedModel
+from tuneloop.serving.api import build_api
+from tuneloop.serving.protocol import ProtocolError
+from tuneloop.serving.replica import ModelServer, Route, ServedModel
+from tuneloop.serving.requests import Activity
 
 __all__ = ["ServedModel", "build_application", "free_port", "host", "listen", "serve"]
 
 log = logging.getLogger("tuneloop.serving")
 
-API_KEY_VARIABLE = "TUNELOOP_API_KEY"
 PROGRESS_EVERY_S = 5.0
 INGRESS_CPUS = 0.1
 _ROUTE_WITHIN_S = 30.0
@@ -49,90 +48,47 @@ _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 REPLICA_ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
-class Ingress:
-    """The HTTP side. Knows the protocol's addresses and which model is where."""
+class RayBackend:
+    """A deployment of `ModelServer`, asked through its handle."""
 
-    def __init__(self, models: Mapping[str, DeploymentHandle], api_key: str) -> None:
-        self.models = models
-        self.api_key = api_key
-        self.created = int(time.time())
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self.handle = handle
 
-    async def __call__(self, request: Request) -> Response:
-        """Answer one HTTP request."""
-        method, path = request.method, request.url.path.rstrip("/")
-        if path == "/health":
-            return JSONResponse({"status": "ok"})
-        refused = self._refused(request)
-        if refused is not None:
-            return refused
-        match method, path:
-            case "POST", "/v1/chat/completions":
-                return await self._answer("chat", request)
-            case "POST", "/v1/completions":
-                return await self._answer("completions", request)
-            case "GET", "/v1/models":
-                return JSONResponse(protocol.model_list(list(self.models), self.created))
-            case "GET", _ if path.startswith("/v1/models/"):
-                name = path.removeprefix("/v1/models/")
-                if name in self.models:
-                    return JSONResponse(protocol.model_card(name, self.created))
-                return _refusal(protocol.unknown_model(name, list(self.models)))
-        return _refusal(protocol.ProtocolError(404, f"there is no {method} {path} here"))
+    async def activity(self) -> Activity | None:
+        """Return what the engine does; None while the models load."""
+        return await self.handle.activity.remote()
 
-    def _refused(self, request: Request) -> Response | None:
-        api_key = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not self.api_key or hmac.compare_digest(api_key.encode(), self.api_key.encode()):
-            return None
-        error = protocol.ProtocolError(
-            401, "the API key is missing or wrong", code="invalid_api_key"
-        )
-        return _refusal(error)
-
-    async def _answer(self, route: str, request: Request) -> Response:
+    async def answer(
+        self, route: Route, body: dict[str, Any], request_id: str
+    ) -> tuple[int, dict[str, Any]]:
+        """Return status and JSON for one request."""
         try:
-            body = await request.json()
-        except ValueError as error:
-            return _refusal(protocol.ProtocolError(400, f"the body is not JSON: {error}"))
-        if not isinstance(body, dict):
-            return _refusal(protocol.ProtocolError(400, "the body is not a JSON object"))
-        name = body.get("model")
-        handle = self.models.get(name) if isinstance(name, str) else None
-        if handle is None:
-            return _refusal(protocol.unknown_model(name, list(self.models)))
-        try:
-            if body.get("stream") is True:
-                items = aiter(handle.options(stream=True).stream.remote(route, body))
-                status, answer = await anext(items)
-                if status == 200:
-                    return StreamingResponse(_events(items), media_type="text/event-stream")
-            else:
-                status, answer = await handle.answer.remote(route, body)
-        except BackPressureError:
-            return _refusal(protocol.ProtocolError(503, "too many requests wait; try again later"))
+            return await self.handle.answer.remote(route, body, request_id)
         except Exception as error:
-            return _refusal(_lost(error))
-        return JSONResponse(answer, status)
+            raise _lost(error, request_id) from error
+
+    async def stream(
+        self, route: Route, body: dict[str, Any], request_id: str
+    ) -> AsyncGenerator[tuple[int, dict[str, Any]] | str]:
+        """Yield status and JSON, then, if the status is 200, server-sent events."""
+        try:
+            handle = self.handle.options(stream=True)
+            async for item in handle.stream.remote(route, body, request_id):
+                yield item
+        except Exception as error:
+            raise _lost(error, request_id) from error
 
 
-async def _events(items: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Pass events on; a replica that dies meanwhile ends the stream with an error event."""
-    try:
-        async for item in items:
-            yield item
-    except Exception as error:
-        yield protocol.event(_lost(error).body())
-
-
-def _lost(error: Exception) -> protocol.ProtocolError:
-    log.warning("a model's replica did not answer: %s", error)
+def _lost(error: Exception, request_id: str) -> ProtocolError:
+    if isinstance(error, BackPressureError):
+        return ProtocolError(
+            429, "too many requests wait; try again later", code="rate_limit_exceeded"
+        )
+    log.warning("request %r: a model's replica did not answer: %s", request_id, error)
     reason = (str(error).splitlines() or [""])[0]
-    return protocol.ProtocolError(
+    return ProtocolError(
         500, f"the model's replica did not answer: {type(error).__name__}: {reason}"
     )
-
-
-def _refusal(error: protocol.ProtocolError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status)
 
 
 def build_application(
@@ -145,20 +101,33 @@ def build_application(
         model_options: `ray_actor_options` of each replica.
     """
     server = ray_serve.deployment(ModelServer)
-    handles: dict[str, Any] = {}
+    deployments: dict[str, str] = {}
+    bound = []
     for deployment, group in _by_weights(models).items():
-        handle = server.options(
-            name=deployment,
-            ray_actor_options=model_options,
-            max_ongoing_requests=_MAX_ONGOING,
-            graceful_shutdown_wait_loop_s=0.2,
-            graceful_shutdown_timeout_s=5,
-            logging_config=_QUIET,
-        ).bind(group, serving.max_batch_size)
-        handles |= dict.fromkeys(group, handle)
+        bound.append(
+            server.options(
+                name=deployment,
+                ray_actor_options=model_options,
+                max_ongoing_requests=_MAX_ONGOING,
+                graceful_shutdown_wait_loop_s=0.2,
+                graceful_shutdown_timeout_s=5,
+                logging_config=_QUIET,
+            ).bind(group, serving.max_batch_size)
+        )
+        deployments |= dict.fromkeys(group, deployment)
     # In the order asked for, which is the order they are listed in.
-    handles = {name: handles[name] for name in models}
-    ingress = ray_serve.deployment(Ingress).options(
+    deployments = {name: deployments[name] for name in models}
+    api_key = os.environ.get(API_KEY_VARIABLE, "")
+
+    def api() -> FastAPI:
+        """Return the HTTP side; called in the ingress' replica."""
+        backends = {
+            deployment: RayBackend(ray_serve.get_deployment_handle(deployment))
+            for deployment in deployments.values()
+        }
+        return build_api({name: backends[d] for name, d in deployments.items()}, api_key)
+
+    ingress = ray_serve.deployment(ray_serve.ingress(api)()).options(
         name="ingress",
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         max_ongoing_requests=_MAX_ONGOING,
@@ -166,7 +135,7 @@ def build_application(
         graceful_shutdown_timeout_s=5,
         logging_config=_QUIET,
     )
-    return ingress.bind(handles, os.environ.get(API_KEY_VARIABLE, ""))
+    return ingress.bind(*bound)
 
 
 @contextlib.contextmanager

@@ -47,13 +47,15 @@ from tuneloop.serving.model import (
     switch_attention,
 )
 from tuneloop.serving.requests import (
+    Activity,
     DecodeRequest,
     DecodeResult,
     InvalidRequest,
     QueueFull,
     TokenScore,
 )
-from tuneloop.serving.sampling import argmax, sample, score
+from tuneloop.serving.sampling import argmax, sample, score, shape
+from tuneloop.serving.text import StopFinder
 
 log = logging.getLogger("tuneloop.serving")
 
@@ -77,6 +79,7 @@ class _Row:
     scores: list[TokenScore] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
     sampler: torch.Generator | None = None
+    stop_finder: StopFinder | None = None
 
     @property
     def size(self) -> int:
@@ -124,10 +127,12 @@ class Engine:
         self.vocab_size: int = text.vocab_size
         self._inbox: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
         self._waiting: deque[_Row] = deque()
+        self._admitted: list[_Row] = []  # at most one, while a prefix is read for it
         self._prefilling: list[_Row] = []
         self._batches: list[DecodeBatch[_Row]] = []
         self._prefixes: list[Prefix] = []  # least recently used first
         self._recent: deque[DecodeRequest] = deque(maxlen=4 * max_batch_size)
+        self._num_prompt_tokens = self._num_generated_tokens = 0
         self._closed = False
         with torch.inference_mode():
             bytes_per_token = self._prepare()
@@ -178,7 +183,7 @@ class Engine:
             InvalidRequest: The request can never be answered.
             QueueFull: `max_waiting` requests wait already.
         """
-        self._refuse_impossible(request)
+        self.check(request)
         if self._closed:
             raise TuneloopError("the engine is closed")
         if self._inbox.qsize() + len(self._waiting) >= self.max_waiting:
@@ -187,6 +192,8 @@ class Engine:
         row = _Row(request, Future(), time.monotonic(), prompt)
         if request.params.temperature > 0:
             row.sampler = torch.Generator().manual_seed(request.params.seed)
+        if request.params.stop:
+            row.stop_finder = StopFinder(self.decode, request.params.stop)
         self._inbox.put(row)
         return row.future
 
@@ -198,14 +205,21 @@ class Engine:
         self._collect()  # what came while the thread ended
         _fail(list(self._waiting), TuneloopError("the engine was closed"))
 
-    def _refuse_impossible(self, request: DecodeRequest) -> None:
+    def check(self, request: DecodeRequest) -> None:
+        """Return if the request can be answered.
+
+        Raises:
+            InvalidRequest: It can never be.
+        """
         ids, params = request.prompt_ids, request.params
         if request.adapter and request.adapter not in self.adapters.names:
             raise InvalidRequest(f"there is no adapter `{request.adapter}`")
         if len(ids) == 0:
             raise InvalidRequest("the prompt has no tokens")
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            raise InvalidRequest(f"a token id is outside the vocabulary of {self.vocab_size}")
+        if any(not 0 <= token < self.vocab_size for token in request.shaping.logit_bias):
+            raise InvalidRequest(
+                f"`logit_bias` has a token id outside the vocabulary of {self.vocab_size}"
+            )
         if params.max_tokens < (0 if request.score_prompt else 1):
             raise InvalidRequest("max_tokens must be at least 1")
         total = len(ids) + params.max_tokens
@@ -216,6 +230,14 @@ class Engine:
                 f"together {total}, but {limit} {self.max_length} positions",
                 "context_length_exceeded",
             )
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise InvalidRequest(f"a token id is outside the vocabulary of {self.vocab_size}")
+
+    def activity(self) -> Activity:
+        """Return how much there is to do, and how much has been done."""
+        running = len(self._prefilling) + sum(map(len, self._batches))
+        waiting = self._inbox.qsize() + len(self._waiting)
+        return Activity(running, waiting, self._num_prompt_tokens, self._num_generated_tokens)
 
     # The engine's thread.
 
@@ -231,12 +253,17 @@ class Engine:
                 # Out of memory, mostly. Those that wait have done nothing wrong.
                 log.exception("a step of the engine failed")
                 _fail(self._running(), error)
-                self._prefilling, self._batches, self._prefixes = [], [], []
+                self._admitted, self._prefilling = [], []
+                self._batches, self._prefixes = [], []
         self._collect()
         _fail([*self._running(), *self._waiting], TuneloopError("the engine was closed"))
 
     def _running(self) -> list[_Row]:
-        return self._prefilling + [row for batch in self._batches for row in batch.owners]
+        return (
+            self._admitted
+            + self._prefilling
+            + [row for batch in self._batches for row in batch.owners]
+        )
 
     def _collect(self) -> None:
         """Move new requests to the waiting ones; with nothing to do, block until one comes."""
@@ -259,13 +286,15 @@ class Engine:
             self._waiting.popleft()
             if row.future.cancelled():
                 continue
-            self._prefilling.append(row)
+            self._admitted.append(row)
+            self._num_prompt_tokens += len(row.request.prompt_ids)
             num_rows, num_tokens = num_rows + 1, num_tokens + row.size
             # Scores of a prefix's own tokens are not kept, so such rows prefill everything.
             if not row.request.score_prompt:
                 prefix = self._shared_prefix(row.request)
                 row.prompt.prefix = prefix
                 row.prompt.suffix = row.prompt.suffix[len(prefix) if prefix else 0 :]
+            self._prefilling.append(self._admitted.pop())
 
     def _shared_prefix(self, request: DecodeRequest) -> Prefix | None:
         """Return keys and values of the prefix that the prompt shares with others, if any."""
@@ -281,6 +310,8 @@ class Engine:
             while not prompt.done:
                 self._forward([prompt.next_chunk(PREFILL_TOKENS_PER_STEP)])
                 prompt.advance()
+                if not prompt.done:
+                    self._step()  # the others go on while a long prefix is read
             prefix = prompt.freeze()
         if prefix is not None:
             self._prefixes = [p for p in self._prefixes if p is not prefix] + [prefix]
@@ -313,7 +344,8 @@ class Engine:
             return
         chosen = dict(zip(decoding, self._choose(logits, logit_rows, decoding), strict=True))
         for batch in batches:
-            batch.advance([chosen[row] for row in batch.owners])
+            # A failed row's slot is freed below; until then any token will do.
+            batch.advance([chosen[row] or 0 for row in batch.owners])
             # From the end: the row that moves into a freed slot has been dealt with.
             for slot in reversed(range(len(batch))):
                 if not self._accept(batch.owners[slot], chosen[batch.owners[slot]]):
@@ -322,12 +354,12 @@ class Engine:
             for slot in reversed(range(len(batch))):
                 if batch.lengths[slot] == batch.capacity:
                     row, length = batch.owners[slot], batch.lengths[slot]
-                    self._assign_slot(row, batch.slot_layers(slot), length, chosen[row])
+                    self._assign_slot(row, batch.slot_layers(slot), length, row.token_ids[-1])
                     batch.remove(slot)
         for row in [row for row in self._prefilling if row.prompt.done]:
             self._prefilling.remove(row)
             if self._accept(row, chosen[row]):
-                self._assign_slot(row, row.prompt.layers, len(row.prompt.suffix), chosen[row])
+                self._assign_slot(row, row.prompt.layers, len(row.prompt.suffix), row.token_ids[-1])
             row.prompt.layers = []
         self._batches = [batch for batch in self._batches if len(batch)]
 
@@ -366,44 +398,76 @@ class Engine:
             self._batches.append(batch)
         batch.add(row, layers, length, next_id)
 
-    def _choose(self, logits: Tensor, logit_rows: Sequence[int], rows: Sequence[_Row]) -> list[int]:
+    def _choose(
+        self, logits: Tensor, logit_rows: Sequence[int], rows: Sequence[_Row]
+    ) -> list[int | None]:
         """Return each row's next token, and note its score where asked for.
+
+        A row whose token cannot be chosen fails, has None, and costs the others nothing.
 
         Args:
             logits: Those of these rows, and of prompts that are scored.
             logit_rows: Which of the logits are each row's.
         """
         ids = argmax(logits).tolist()
-        chosen = [ids[logit_row] for logit_row in logit_rows]
+        chosen: list[int | None] = [ids[logit_row] for logit_row in logit_rows]
         for index, row in enumerate(rows):
-            if row.sampler is not None:
-                chosen[index] = sample(logits[logit_rows[index]], row.request.params, row.sampler)
+            shaping = row.request.shaping
+            if row.sampler is None and not shaping.changes_logits:
+                continue
+            try:
+                one = logits[logit_rows[index]]
+                if shaping.changes_logits:
+                    one = shape(one, shaping, row.request.prompt_ids, row.token_ids)
+                if row.sampler is None:
+                    chosen[index] = int(one.argmax())
+                else:
+                    chosen[index] = sample(one, row.request.params, shaping, row.sampler)
+            except Exception as error:
+                log.exception("no token can be chosen for a request")
+                _fail([row], error)
+                chosen[index] = None
         scored = [index for index, row in enumerate(rows) if row.request.params.logprobs]
         if scored:
-            targets = [chosen[index] for index in scored]
+            targets = [chosen[index] or 0 for index in scored]
             num_top = [rows[index].request.num_top for index in scored]
             scores = score(logits[[logit_rows[index] for index in scored]], targets, num_top)
             for index, token_score in zip(scored, scores, strict=True):
                 rows[index].scores.append(token_score)
         return chosen
 
-    def _accept(self, row: _Row, token: int) -> bool:
+    def _accept(self, row: _Row, token: int | None) -> bool:
         """Add a chosen token to its row; return whether the row goes on."""
+        if token is None:
+            return False
+        try:
+            return self._extend(row, token)
+        except Exception as error:
+            # A callback into an event loop that is closed, for one.
+            log.exception("a request's token cannot be handed on")
+            _fail([row], error)
+            return False
+
+    def _extend(self, row: _Row, token: int) -> bool:
         params, stop_ids = row.request.params, row.request.stop_ids
-        if token in (self.stop_ids if stop_ids is None else stop_ids) and params.max_tokens:
-            return self._finish(row, "stop", num_stop_tokens=1)
-        if params.max_tokens:
+        ended = token in (self.stop_ids if stop_ids is None else stop_ids) and params.max_tokens > 0
+        may_stop = False
+        if params.max_tokens and not ended:
             row.token_ids.append(token)
+            self._num_generated_tokens += 1
+            if row.stop_finder is not None:
+                may_stop = row.stop_finder.push(token)
             if row.request.on_token is not None:
-                row.request.on_token(token)
-        if params.stop:
+                row.request.on_token(token, row.scores[-1] if row.scores else None)
+        is_full = len(row.token_ids) == params.max_tokens
+        if row.stop_finder is not None and (may_stop or ended or is_full):
             text = self.decode(row.token_ids)
             ends = [text.find(stop) for stop in params.stop if stop in text]
             if ends:
                 return self._finish(row, "stop", text=text[: min(ends)])
-        if len(row.token_ids) == params.max_tokens:
-            return self._finish(row, "length")
-        return True
+        if ended:
+            return self._finish(row, "stop", num_stop_tokens=1)
+        return self._finish(row, "length") if is_full else True
 
     def _finish(
         self,
@@ -484,13 +548,13 @@ class _PlainStep:
     def __init__(self, engine: PlainEngine, row: _Row) -> None:
         self.engine = engine
         self.row = row
-        self.token = 0
+        self.token: int | None = 0  # None: none could be chosen, and the request has failed
 
     def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores that leave the chosen token alone. Shape (1, V)."""
         self.token = self.engine._choose(scores, [0], [self.row])[0]
         only = torch.full_like(scores, float("-inf"))
-        only[0, self.token] = 0.0
+        only[0, self.token or 0] = 0.0
         return only
 
     def ended(self, input_ids: Tensor, scores: object) -> Tensor:

@@ -1,49 +1,78 @@
-"""OpenAI's HTTP protocol: what may be asked, and the shape of the answers.
+"""OpenAI's HTTP protocol: what may be asked.
 
 Two rules hold throughout. A field that is left out takes the default OpenAI documents, never one
 of the model's `generation_config`. A field whose effect is not implemented is refused, unless it
-has the value that means "no effect".
+has a value that means "no effect"; null always does.
 
-`return_token_ids: true` (the same extension as vLLM's) adds `token_ids` and `prompt_token_ids`.
+Extensions, named as in vLLM: `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, and
+`return_token_ids`, which adds `token_ids` and `prompt_token_ids`.
 
 Source: https://platform.openai.com/docs/api-reference/chat and .../completions.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
-import time
-import uuid
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message, SamplingParams
-from tuneloop.serving.requests import DecodeResult, TokenScore
-from tuneloop.serving.text import Detokenizer
+from tuneloop.serving.requests import Shaping
 
 # Fields of the protocol that are not implemented, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
     "functions": ([],),
-    "function_call": ("none",),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
     "suffix": ("",),
     "store": (False,),
+    # Of other servers, sent by clients that know those.
+    "add_generation_prompt": (True,),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "priority": (0,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
 }
 # Fields about the caller, not about the answer.
-_IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+_IGNORED = frozenset(
+    {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+)
+# The same, of a message. Our own answers have them, and clients send those back as history.
+_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
+    "tool_calls": ([],),
+    "reasoning_content": ("",),
+}
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of `max_tokens` for completions
+
+# Bounds on one request, so that reading it costs the others nothing they would notice.
+MAX_BODY_BYTES = 4 * 2**20
+MAX_FIELDS = 100
+MAX_MESSAGES = 2048
+MAX_PARTS = 1024
+MAX_CHOICES = 128  # of one prompt; OpenAI's bound
+MAX_ANSWERS = 4096  # of one request: prompts times choices
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1000
+MAX_BIASES = 1024
+_MAX_INTEGER = 2**31
 
 
 class ProtocolError(Exception):
@@ -67,59 +96,126 @@ class ProtocolError(Exception):
     def body(self) -> dict[str, Any]:
         """Return the JSON that goes with the status."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
+
+
+class Error(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None = Field(description="The field that is wrong.")
+    code: str | None = Field(description="Short machine-readable reason.")
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not 200."""
+
+    error: Error
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class _TextPart(_Body):
+class TextPart(_Body):
+    """A part of a message; images and sound are not understood."""
+
     type: Literal["text"]
     text: str
 
 
-class _Function(_Body):
+class Function(_Body):
+    """What a tool call asks for; `arguments` is JSON text."""
+
     name: str
     arguments: str
 
 
-class _ToolCall(_Body):
+class ToolCall(_Body):
+    """One call of a tool, in the assistant's turn."""
+
     id: str | None = None
     type: Literal["function"] = "function"
-    function: _Function
+    function: Function
 
 
-class _ChatMessage(_Body):
+class ChatMessage(_Body):
+    """One turn; the model's template decides what of it the model sees."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_TextPart] | None = None
-    tool_calls: list[_ToolCall] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = (
+        None
+    )
+    refusal: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     name: str | None = None
     reasoning_content: str | None = None
 
     def message(self) -> Message:
-        """Return the turn, with text parts joined."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in parts)
-        return Message.of(self.model_dump() | {"content": text})
+        """Return the turn with its text parts joined."""
+        content = self.content
+        if content is None:
+            content = self.refusal or ""
+        elif not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        return Message.of(self.model_dump() | {"content": content})
 
 
-class _StreamOptions(_Body):
+class StreamOptions(_Body):
+    """What a stream tells beside the text."""
+
     include_usage: bool = False
+
+
+# Lists fail at their first wrong item: a long list may have a million of them.
+_Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+]
+_Tools = Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)]
+_StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
+_TokenId = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
 
 
 class _Sampling(_Body):
     model: str
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=0, le=_MAX_INTEGER)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Answers to each prompt.")
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=_MAX_INTEGER, description="0 and -1: all tokens.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=MAX_BIASES, description="By token id."
+    )
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: _StopString | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS)] | None = (
+        None
+    )
+    stop_token_ids: list[_TokenId] | None = Field(None, max_length=MAX_STOP_STRINGS)
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _keys_are_token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        for key in bias or ():
+            if not (key.isascii() and key.isdigit() and len(key) < 10):
+                raise ValueError(f"{key[:100]!r} is not a token id")
+        return bias
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -137,13 +233,24 @@ class _Sampling(_Body):
             logprobs=logprobs,
         )
 
+    def shaping(self) -> Shaping:
+        """Return what changes the logits."""
+        return Shaping(
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+        )
+
 
 class ChatRequest(_Sampling):
     """POST /v1/chat/completions."""
 
-    messages: list[_ChatMessage] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: _Messages
+    tools: _Tools | None = None
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INTEGER)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -155,7 +262,12 @@ class ChatRequest(_Sampling):
 class CompletionRequest(_Sampling):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[int], Field(fail_fast=True)]
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[int], Field(fail_fast=True)]], Field(fail_fast=True)]
+    )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -167,14 +279,23 @@ class CompletionRequest(_Sampling):
         return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
 
 
-_Asked = TypeVar("_Asked", ChatRequest, CompletionRequest)
+class TokenizeRequest(_Body):
+    """POST /tokenize: either a text or a conversation, which is rendered by the template."""
+
+    model: str
+    prompt: str | None = None
+    messages: _Messages | None = None
+    tools: _Tools | None = None
 
 
-class TextPrompt(NamedTuple):
-    """One prompt of a completion request, as text and as token ids."""
+class DetokenizeRequest(_Body):
+    """POST /detokenize."""
 
-    text: str
-    token_ids: Sequence[int]
+    model: str
+    tokens: Annotated[list[_TokenId], Field(fail_fast=True)]
+
+
+_Asked = TypeVar("_Asked", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
@@ -183,14 +304,13 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
     Raises:
         ProtocolError: 400, with the first field that is wrong.
     """
-    request = _parse(ChatRequest, body)
+    request = _parse(ChatRequest, _without_neutral(body))
     if request.top_logprobs and not request.logprobs:
         raise ProtocolError(400, "`top_logprobs` needs `logprobs: true`", "top_logprobs")
     if request.max_tokens == 0:
         raise ProtocolError(400, "`max_tokens` must be at least 1", "max_tokens")
-    for index, message in enumerate(request.messages):
-        if message.content is None and not message.tool_calls:
-            raise ProtocolError(400, f"`messages.{index}.content` is missing", "messages")
+    _refuse_stream_options(request)
+    _refuse_without_content(request.messages)
     return request
 
 
@@ -200,211 +320,127 @@ def parse_completion(body: dict[str, Any]) -> CompletionRequest:
     Raises:
         ProtocolError: 400, with the first field that is wrong.
     """
-    request = _parse(CompletionRequest, body)
-    if not request.prompts():
+    request = _parse(CompletionRequest, _without_neutral(body))
+    num_prompts = len(request.prompts())
+    if not num_prompts:
         raise ProtocolError(400, "`prompt` is an empty list", "prompt")
+    if num_prompts * request.num_choices > MAX_ANSWERS:
+        raise ProtocolError(
+            400,
+            f"{num_prompts} prompts with {request.num_choices} answers each are more than the "
+            f"{MAX_ANSWERS} answers of one request",
+            "prompt",
+        )
     if request.max_tokens == 0 and not request.echo:
         raise ProtocolError(400, "`max_tokens: 0` needs `echo: true`", "max_tokens")
-    if request.stream:
-        if len(request.prompts()) > 1:
-            raise ProtocolError(400, "`stream` takes one prompt", "stream")
-        if request.echo:
-            raise ProtocolError(400, "`stream` excludes `echo`", "stream")
+    _refuse_stream_options(request)
+    if request.stream and request.echo:
+        raise ProtocolError(400, "`stream` excludes `echo`", "stream")
     return request
 
 
-def _parse(kind: type[_Asked], body: dict[str, Any]) -> _Asked:
+def parse_tokenize(body: dict[str, Any]) -> TokenizeRequest:
+    """Return a validated request for token ids.
+
+    Raises:
+        ProtocolError: 400, with the first field that is wrong.
+    """
+    request = _parse(TokenizeRequest, _without_neutral(body))
+    if (request.prompt is None) == (request.messages is None):
+        raise ProtocolError(400, "give either `prompt` or `messages`", "prompt")
+    _refuse_without_content(request.messages or ())
+    return request
+
+
+def parse_detokenize(body: dict[str, Any]) -> DetokenizeRequest:
+    """Return a validated request for the text of token ids.
+
+    Raises:
+        ProtocolError: 400, with the first field that is wrong.
+    """
+    return _parse(DetokenizeRequest, body)
+
+
+def _without_neutral(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a body without the fields that ask for nothing."""
+    _refuse_many_fields(body)
     asked = {}
     for name, value in body.items():
-        if name in _NEUTRAL:
-            if value is not None and value not in _NEUTRAL[name]:
-                raise ProtocolError(
-                    400, f"`{name}` is not supported", name, "unsupported_parameter"
-                )
-        elif name not in _IGNORED:
+        if value is None or name in _IGNORED:
+            continue
+        if name not in _NEUTRAL:
             asked[name] = value
+        elif value not in _NEUTRAL[name]:
+            raise ProtocolError(400, f"`{name}` is not supported", name, "unsupported_parameter")
+    messages = asked.get("messages")
+    if isinstance(messages, list):
+        asked["messages"] = [_message_without_neutral(message) for message in messages]
+    return asked
+
+
+def _message_without_neutral(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    _refuse_many_fields(message)
+    content = message.get("content")
+    for part in content if isinstance(content, list) else ():
+        _refuse_many_fields(part)
+    return {
+        name: value
+        for name, value in message.items()
+        if value is not None and value not in _NEUTRAL_IN_MESSAGE.get(name, ())
+    }
+
+
+def _refuse_many_fields(value: Any) -> None:
+    """Fail for an object of very many fields, each of which would be reported as unknown."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise ProtocolError(400, f"an object has {len(value)} fields; {MAX_FIELDS} are allowed")
+
+
+def _parse(kind: type[_Asked], asked: dict[str, Any]) -> _Asked:
     try:
-        request = kind.model_validate(asked)
+        return kind.model_validate(asked)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False)[0]
         # Unions report each alternative as a further part of the location; the field is first.
         param = ".".join(str(part) for part in first["loc"][:1])
-        if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-            message = f"unknown field `{param}`"
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            message = f"unknown field `{where[:100]}`"
+        elif first["type"] == "missing":
+            message = f"`{where}` is missing"
         else:
-            where = ".".join(str(part) for part in first["loc"])
-            message = f"`{where}`: {first['msg']}, got {first['input']!r:.100}"
-        raise ProtocolError(400, message, param) from error
+            message = f"`{where[:100]}`: {first['msg']}, got {_shown(first['input'])}"
+        raise ProtocolError(400, message, param[:100]) from error
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value, without writing all of a long one."""
+    if isinstance(value, str):
+        value = value[:100]
+    elif isinstance(value, list | dict):
+        return f"a list of {len(value)}" if isinstance(value, list) else "an object"
+    return f"{value!r:.100}"
+
+
+def _refuse_stream_options(request: ChatRequest | CompletionRequest) -> None:
     if request.stream_options is not None and not request.stream:
         raise ProtocolError(400, "`stream_options` needs `stream: true`", "stream_options")
-    if request.stream and (request.logprobs not in (None, False) or request.return_token_ids):
-        raise ProtocolError(400, "`stream` excludes `logprobs` and `return_token_ids`", "stream")
-    return request
+    if request.stream and request.return_token_ids:
+        raise ProtocolError(400, "`stream` excludes `return_token_ids`", "stream")
 
 
-def model_list(names: Sequence[str], created: int) -> dict[str, Any]:
-    """Return the answer to GET /v1/models."""
-    return {"object": "list", "data": [model_card(name, created) for name in names]}
-
-
-def model_card(name: str, created: int) -> dict[str, Any]:
-    """Return the answer to GET /v1/models/NAME."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "tuneloop"}
+def _refuse_without_content(messages: Sequence[ChatMessage]) -> None:
+    for index, message in enumerate(messages):
+        said = message.content, message.refusal, message.tool_calls
+        if said == (None, None, None):
+            where = f"messages.{index}.content"
+            raise ProtocolError(400, f"`{where}` is missing", "messages")
 
 
 def unknown_model(name: object, served: Sequence[str]) -> ProtocolError:
     """Return the 404 that lists what is served."""
-    message = f"the model `{name}` is not served here; served: {', '.join(served)}"
+    shown = name[:100] if isinstance(name, str) else _shown(name)
+    message = f"the model `{shown}` is not served here; served: {', '.join(served)}"
     return ProtocolError(404, message, "model", "model_not_found")
-
-
-def chat_response(
-    request: ChatRequest, prompt_ids: Sequence[int], answer: DecodeResult, renderer: Renderer
-) -> dict[str, Any]:
-    """Return the answer to a chat request."""
-    choice: dict[str, Any] = {
-        "index": 0,
-        "message": {"role": "assistant", "content": answer.text, "refusal": None},
-        "logprobs": _chat_logprobs(answer, renderer) if request.logprobs else None,
-        "finish_reason": answer.finish_reason,
-    }
-    response = envelope("chat.completion", request.model)
-    response |= {"choices": [choice], "usage": usage([answer])}
-    if request.return_token_ids:
-        choice["token_ids"] = answer.token_ids
-        response["prompt_token_ids"] = list(prompt_ids)
-    return response
-
-
-def completion_response(
-    request: CompletionRequest,
-    prompts: Sequence[TextPrompt],
-    answers: Sequence[DecodeResult],
-    renderer: Renderer,
-) -> dict[str, Any]:
-    """Return the answer to a completion request."""
-    choices = []
-    for index, ((text, ids), answer) in enumerate(zip(prompts, answers, strict=True)):
-        choice: dict[str, Any] = {
-            "index": index,
-            "text": text + answer.text if request.echo else answer.text,
-            "logprobs": None,
-            "finish_reason": answer.finish_reason,
-        }
-        if request.logprobs is not None:
-            choice["logprobs"] = _legacy_logprobs(request, ids, answer, renderer)
-        if request.return_token_ids:
-            choice |= {"token_ids": answer.token_ids, "prompt_token_ids": list(ids)}
-        choices.append(choice)
-    response = envelope("text_completion", request.model)
-    return response | {"choices": choices, "usage": usage(answers)}
-
-
-def envelope(kind: str, model: str) -> dict[str, Any]:
-    """Return the fields every answer begins with."""
-    prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model,
-    }
-
-
-def usage(answers: Sequence[DecodeResult]) -> dict[str, int]:
-    """Return the tokens of some answers; a stop token counts as completion token."""
-    prompt = sum(answer.prompt_tokens or 0 for answer in answers)
-    completion = sum(answer.completion_tokens or 0 for answer in answers)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
-
-
-def event(data: dict[str, Any] | None) -> str:
-    """Return one server-sent event; None is the last."""
-    text = "[DONE]" if data is None else json.dumps(data, ensure_ascii=False)
-    return f"data: {text}\n\n"
-
-
-class Chunks:
-    """The events of one streamed answer."""
-
-    def __init__(self, request: ChatRequest | CompletionRequest) -> None:
-        self._is_chat = isinstance(request, ChatRequest)
-        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
-        self._envelope = envelope(kind, request.model)
-        self._with_usage = bool(request.stream_options and request.stream_options.include_usage)
-
-    def first(self) -> str:
-        """Return the event that opens the answer."""
-        return self._event({"role": "assistant", "content": ""} if self._is_chat else "", None)
-
-    def text(self, delta: str) -> str:
-        """Return the event that adds text."""
-        return self._event({"content": delta} if self._is_chat else delta, None)
-
-    def last(self, answer: DecodeResult) -> list[str]:
-        """Return the events that close the answer."""
-        events = [self._event({} if self._is_chat else "", answer.finish_reason)]
-        if self._with_usage:
-            events.append(event(self._envelope | {"choices": [], "usage": usage([answer])}))
-        return [*events, event(None)]
-
-    def _event(self, delta: dict[str, str] | str, reason: str | None) -> str:
-        choice = {
-            "index": 0,
-            "delta" if self._is_chat else "text": delta,
-            "logprobs": None,
-            "finish_reason": reason,
-        }
-        return event(self._envelope | {"choices": [choice]})
-
-
-def _token_text(token_id: int, renderer: Renderer) -> str:
-    return str(renderer.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
-
-
-def _chat_logprobs(answer: DecodeResult, renderer: Renderer) -> dict[str, Any]:
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        token = _token_text(token_id, renderer)
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
-
-    content = []
-    for token_id, score in zip(answer.token_ids, answer.scores or [], strict=True):
-        top = [entry(other, logprob) for other, logprob in score.top]
-        content.append(entry(token_id, score.logprob) | {"top_logprobs": top})
-    return {"content": content, "refusal": None}
-
-
-def _legacy_logprobs(
-    request: CompletionRequest, prompt_ids: Sequence[int], answer: DecodeResult, renderer: Renderer
-) -> dict[str, Any]:
-    """Return the parallel lists of the completions protocol; with echo, the prompt's first."""
-    ids = list(answer.token_ids)
-    scores: list[TokenScore | None] = list(answer.scores or [])
-    if request.echo:
-        ids = [*prompt_ids, *ids]
-        scores = [None, *(answer.prompt_scores or []), *scores]
-    detokenizer, offsets, end = Detokenizer(renderer), [], 0
-    for token_id in ids:
-        offsets.append(end)
-        end += len(detokenizer.push(token_id))
-    top: list[dict[str, float] | None] = []
-    for token_id, score in zip(ids, scores, strict=True):
-        if score is None:
-            top.append(None)
-            continue
-        listed: dict[str, float] = {}
-        # Different ids may have the same text; the likelier one is listed.
-        for other, logprob in score.top if request.logprobs else ():
-            listed.setdefault(_token_text(other, renderer), logprob)
-        listed.setdefault(_token_text(token_id, renderer), score.logprob)
-        top.append(listed)
-    return {
-        "tokens": [_token_text(token_id, renderer) for token_id in ids],
-        "token_logprobs": [None if score is None else score.logprob for score in scores],
-        "top_logprobs": top,
-        "text_offset": offsets,
-    }

@@ -7,19 +7,45 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from tuneloop.errors import ModelError, Problem, UserError
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
 from tuneloop.models.export.layout import ADAPTER, recorded_renderer
+from tuneloop.records import SamplingParams
 from tuneloop.serving import protocol
-from tuneloop.serving.protocol import ChatRequest, CompletionRequest, ProtocolError
-from tuneloop.serving.requests import DecodeRequest, DecodeResult, InvalidRequest, QueueFull
+from tuneloop.serving.answers import (
+    Chunks,
+    ScoredToken,
+    TextOffsets,
+    TextPrompt,
+    chat_logprobs,
+    chat_response,
+    completion_logprobs,
+    completion_response,
+    event,
+)
+from tuneloop.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ProtocolError,
+    TokenizeRequest,
+)
+from tuneloop.serving.requests import (
+    Activity,
+    DecodeRequest,
+    DecodeResult,
+    InvalidRequest,
+    QueueFull,
+    TokenScore,
+)
 from tuneloop.serving.text import StreamedText
 
 if TYPE_CHECKING:
@@ -27,7 +53,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tuneloop.serving")
 
-Route = Literal["chat", "completions"]
+Route = Literal["chat", "completions", "tokenize", "detokenize"]
+Result = TypeVar("Result")
+
+# Texts and answers that take longer than some milliseconds are dealt with in another thread.
+_LONG_TEXT_BYTES = 8192
+_LONG_ANSWER_TOKENS = 512
+_MANY_MESSAGES = 32
+_READ_AT_ONCE = 16  # short prompts of one request, before others have a turn
+_MIN_TEXT_LIMIT_BYTES = 2**16
+_QUEUE_WAIT_S = 0.05
+_SEED_STEP = 0x9E3779B97F4A7C15  # odd: no two of 2**63 choices share a seed
 
 
 @dataclass(frozen=True)
@@ -53,16 +89,71 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """One name's renderer, and the engine it shares with the others."""
+    """One name's renderer, and the engine it shares with the others.
 
+    Args:
+        reader: Reads long texts in a thread of its own, with a tokenizer of its own: neither may
+            one wait for it that is used meanwhile.
+    """
+
+    model: ServedModel
     renderer: Renderer
     engine: Engine
     adapter: str
+    reader: ThreadPoolExecutor
 
-    def submit(self, request: DecodeRequest) -> Future[DecodeResult]:
-        """Queue a request for this model."""
-        stop_ids = frozenset(self.renderer.stop_ids)
-        return self.engine.submit(replace(request, adapter=self.adapter, stop_ids=stop_ids))
+    def decode_request(
+        self, request: ChatRequest | CompletionRequest, params: SamplingParams
+    ) -> DecodeRequest:
+        """Return what to ask the engine for, but for the prompt."""
+        stop_ids = frozenset([*self.renderer.stop_ids, *(request.stop_token_ids or ())])
+        return DecodeRequest(
+            (), params, adapter=self.adapter, stop_ids=stop_ids, shaping=request.shaping()
+        )
+
+    @cached_property
+    def second_renderer(self) -> Renderer:
+        """The same renderer, for the reader's thread alone."""
+        return _load_renderer(self.model)
+
+    @cached_property
+    def max_text_bytes(self) -> int:
+        """More bytes than a prompt of the model's length can have."""
+        longest = max(len(name.encode()) for name in self.renderer.tokenizer.get_vocab())
+        return max(_MIN_TEXT_LIMIT_BYTES, self.engine.max_length * longest)
+
+    async def read(self, num_bytes: int, read: Callable[[Renderer], Result]) -> Result:
+        """Return what a function makes of a text of so many bytes, without holding up others.
+
+        Raises:
+            ProtocolError: No prompt of the model can be that long.
+        """
+        if num_bytes > self.max_text_bytes:
+            raise ProtocolError(
+                400,
+                f"the prompt has {num_bytes} bytes; the {self.engine.max_length} positions of the "
+                f"model hold at most {self.max_text_bytes}",
+                code="context_length_exceeded",
+            )
+        if num_bytes < _LONG_TEXT_BYTES:
+            return read(self.renderer)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.reader, lambda: read(self.second_renderer))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An HTTP request that has been read.
+
+    Args:
+        prompts: Each prompt, once.
+        decoding: What the engine is asked for: each prompt as often as there are choices.
+    """
+
+    model: _Loaded
+    request: ChatRequest | CompletionRequest
+    prompts: list[TextPrompt]
+    decoding: list[DecodeRequest]
 
 
 class ModelServer:
@@ -87,73 +178,187 @@ class ModelServer:
         loaded = await asyncio.wrap_future(self._loading)
         return next(model.engine.notice for model in loaded.values())
 
-    async def answer(self, route: Route, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Return status and JSON for one request."""
+    async def activity(self) -> Activity | None:
+        """Return what the engine does and has done; None while the models load.
+
+        Raises:
+            ModelError: A model cannot be loaded.
+        """
+        if not self._loading.done():
+            return None
+        return next(iter(self._loading.result().values())).engine.activity()
+
+    async def answer(
+        self, route: Route, body: dict[str, Any], request_id: str = ""
+    ) -> tuple[int, dict[str, Any]]:
+        """Return status and JSON for one request.
+
+        Args:
+            request_id: What the log calls the request.
+        """
         try:
             model = (await asyncio.wrap_future(self._loading))[body["model"]]
-            renderer = model.renderer
-            if route == "chat":
-                chat = protocol.parse_chat(body)
-                asked = _chat(chat, model)
-                [result] = await _decode(model, [asked])
-                return 200, protocol.chat_response(chat, asked.prompt_ids, result, renderer)
-            completion = protocol.parse_completion(body)
-            texts, requests = _completions(completion, renderer)
-            results = await _decode(model, requests)
-            ids = [request.prompt_ids for request in requests]
-            prompts = list(map(protocol.TextPrompt, texts, ids))
-            return 200, protocol.completion_response(completion, prompts, results, renderer)
+            if route == "tokenize":
+                return 200, await _tokenize(protocol.parse_tokenize(body), model)
+            if route == "detokenize":
+                return 200, await _detokenize(protocol.parse_detokenize(body), model)
+            asked = await _read(route, body, model)
+            generations = _Generations(model, asked.decoding)
+            try:
+                results = await asyncio.gather(*generations.tasks)
+            finally:
+                generations.cancel()
+            # With log-probabilities an answer takes a while to write down, too.
+            size = sum(len(r.token_ids) + len(r.prompt_scores or ()) for r in results)
+            is_long = size > _LONG_ANSWER_TOKENS
+            return 200, await model.read(
+                _LONG_TEXT_BYTES if is_long else 0, partial(_answer, asked, results)
+            )
         except Exception as error:
-            failure = _failure(error, route)
+            failure = _failure(error, route, request_id)
             return failure.status, failure.body()
 
     async def stream(
-        self, route: Route, body: dict[str, Any]
-    ) -> AsyncIterator[tuple[int, dict[str, Any]] | str]:
+        self, route: Route, body: dict[str, Any], request_id: str = ""
+    ) -> AsyncGenerator[tuple[int, dict[str, Any]] | str]:
         """Yield status and JSON, then, if the status is 200, server-sent events."""
-        started, future = False, None
+        started, generations = False, None
         try:
             model = (await asyncio.wrap_future(self._loading))[body["model"]]
-            request: ChatRequest | CompletionRequest
-            if route == "chat":
-                request = protocol.parse_chat(body)
-                asked = _chat(request, model)
-            else:
-                request = protocol.parse_completion(body)
-                [asked] = _completions(request, model.renderer)[1]
+            asked = await _read(route, body, model)
+            news: asyncio.Queue[_News] = asyncio.Queue()
             loop = asyncio.get_running_loop()
-            tokens: asyncio.Queue[int | None] = asyncio.Queue()
 
-            def send(token: int | None) -> None:
-                loop.call_soon_threadsafe(tokens.put_nowait, token)
+            def listener(index: int) -> Callable[[int, TokenScore | None], None]:
+                def tell(token_id: int, score: TokenScore | None) -> None:
+                    token = ScoredToken(token_id, score)
+                    loop.call_soon_threadsafe(news.put_nowait, _News(index, token))
 
-            future = model.submit(replace(asked, on_token=send))
-            future.add_done_callback(lambda _: send(None))
+                return tell
+
+            generations = _Generations(
+                model, [replace(r, on_token=listener(i)) for i, r in enumerate(asked.decoding)]
+            )
+            for index, task in enumerate(generations.tasks):
+                task.add_done_callback(partial(_tell_end, news, _News(index)))
             started = True
             yield 200, {}
-            chunks = protocol.Chunks(request)
-            text = StreamedText(model.renderer, request.stop_strings)
-            yield chunks.first()
-            while (token := await tokens.get()) is not None:
-                delta = text.push(token)
-                if delta:
-                    yield chunks.text(delta)
-            result = future.result()
-            rest = text.finish(result.text)
-            if rest:
-                yield chunks.text(rest)
-            for item in chunks.last(result):
+            async for item in _events(asked, generations, news):
                 yield item
         except Exception as error:
-            failure = _failure(error, route)
+            failure = _failure(error, route, request_id)
             if started:
-                yield protocol.event(failure.body())
+                yield event(failure.body())
             else:
                 yield failure.status, failure.body()
         finally:
             # Closed early: the caller has gone.
-            if future is not None:
-                future.cancel()
+            if generations is not None:
+                generations.cancel()
+
+
+class _News(NamedTuple):
+    """A token of one choice, or None: the choice has ended."""
+
+    choice: int
+    token: ScoredToken | None = None
+
+
+def _tell_end(news: asyncio.Queue[_News], ended: _News, _: asyncio.Task[DecodeResult]) -> None:
+    news.put_nowait(ended)
+
+
+class _Generations:
+    """The generations of one HTTP request: in the engine at most a batch of them at a time.
+
+    So a request of 2,000 prompts is answered, and leaves room in the queue for others.
+
+    Raises:
+        InvalidRequest: One of them can never be answered.
+        QueueFull: The engine does not take the first.
+    """
+
+    def __init__(self, model: _Loaded, requests: Sequence[DecodeRequest]) -> None:
+        for request in requests:
+            model.engine.check(request)
+        self._engine = model.engine
+        self._turns = asyncio.Semaphore(model.engine.max_batch_size)
+        self._first = model.engine.submit(requests[0])
+        self.tasks = [
+            asyncio.create_task(self._generate(request, None if index else self._first))
+            for index, request in enumerate(requests)
+        ]
+
+    async def _generate(
+        self, request: DecodeRequest, future: Future[DecodeResult] | None
+    ) -> DecodeResult:
+        async with self._turns:
+            while future is None:
+                try:
+                    future = self._engine.submit(request)
+                except QueueFull:
+                    await asyncio.sleep(_QUEUE_WAIT_S)
+            return await asyncio.wrap_future(future)
+
+    def cancel(self) -> None:
+        """Drop what has not ended."""
+        for task in self.tasks:
+            task.cancel()
+        self._first.cancel()  # its task may not have begun to wait for it
+
+
+class _Choice:
+    """What of one choice has been written and not yet sent."""
+
+    def __init__(self, asked: _Asked) -> None:
+        self._request, self._renderer = asked.request, asked.model.renderer
+        self.text = StreamedText(self._renderer.decode, asked.request.stop_strings)
+        self._tokens: list[ScoredToken] = []
+        self._offsets = TextOffsets(self._renderer)
+        self._wants_logprobs = asked.decoding[0].params.logprobs
+
+    def push(self, token: ScoredToken) -> str:
+        """Return the text that can be sent after this token."""
+        if self._wants_logprobs:
+            self._tokens.append(token)
+        return self.text.push(token.token_id)
+
+    def logprobs(self) -> dict[str, Any] | None:
+        """Return the log-probabilities of the tokens since the last call, if any are to be sent."""
+        tokens, self._tokens = self._tokens, []
+        if not tokens:
+            return None
+        if isinstance(self._request, ChatRequest):
+            return chat_logprobs(tokens, self._renderer)
+        num_top = self._request.logprobs or 0
+        return completion_logprobs(tokens, num_top, self._renderer, self._offsets)
+
+
+async def _events(
+    asked: _Asked, generations: _Generations, news: asyncio.Queue[_News]
+) -> AsyncIterator[str]:
+    """Yield the events of a streamed answer."""
+    chunks = Chunks(asked.request)
+    choices = [_Choice(asked) for _ in generations.tasks]
+    for index in range(len(choices)):
+        yield chunks.first(index)
+    num_open = len(choices)
+    while num_open:
+        index, token = await news.get()
+        choice = choices[index]
+        if token is not None:
+            delta = choice.push(token)
+            if delta:
+                yield chunks.text(delta, index, choice.logprobs())
+            continue
+        num_open -= 1
+        result = generations.tasks[index].result()
+        rest, logprobs = choice.text.finish(result.text), choice.logprobs()
+        if rest or logprobs:
+            yield chunks.text(rest, index, logprobs)
+        yield chunks.end(result, index)
+    for item in chunks.last([task.result() for task in generations.tasks]):
+        yield item
 
 
 def _load(models: Mapping[str, ServedModel], max_batch_size: int) -> dict[str, _Loaded]:
@@ -173,8 +378,9 @@ def _load(models: Mapping[str, ServedModel], max_batch_size: int) -> dict[str, _
         max_batch_size=max_batch_size,
         adapters={n: m.adapter / ADAPTER for n, m in models.items() if m.adapter is not None},
     )
+    reader = ThreadPoolExecutor(1, "tuneloop-reader")
     return {
-        name: _Loaded(renderers[name], engine, name if model.adapter else "")
+        name: _Loaded(model, renderers[name], engine, name if model.adapter else "", reader)
         for name, model in models.items()
     }
 
@@ -196,49 +402,109 @@ def _load_renderer(model: ServedModel) -> Renderer:
     return renderer
 
 
-def _chat(request: ChatRequest, model: _Loaded) -> DecodeRequest:
-    ids = model.renderer.prompt_ids(request.conversation(), request.tools or ())
-    max_tokens = request.max_completion_tokens or request.max_tokens
-    if max_tokens is None:
-        # OpenAI's default is no bound; the model's positions are one.
-        max_tokens = max(1, model.engine.max_length - len(ids))
-    params = request.params(max_tokens, logprobs=bool(request.logprobs))
-    return DecodeRequest(ids, params, num_top=request.top_logprobs or 0)
+async def _read(route: Route, body: dict[str, Any], model: _Loaded) -> _Asked:
+    """Return a request with its prompts as token ids.
+
+    Raises:
+        ProtocolError: The request is wrong.
+        RenderError: The model's template does not take the messages.
+    """
+    request: ChatRequest | CompletionRequest
+    if route == "chat":
+        request = protocol.parse_chat(body)
+        prompts = [await _chat_prompt(request, model)]
+        num_top, wants_logprobs = request.top_logprobs or 0, bool(request.logprobs)
+        max_tokens = request.max_completion_tokens or request.max_tokens
+        if max_tokens is None:
+            # OpenAI's default is no bound; the model's positions are one.
+            max_tokens = max(1, model.engine.max_length - len(prompts[0].token_ids))
+    else:
+        request = protocol.parse_completion(body)
+        prompts = await _completion_prompts(request, model)
+        num_top, wants_logprobs = request.logprobs or 0, request.logprobs is not None
+        max_tokens = request.max_tokens
+        if max_tokens is None:
+            max_tokens = protocol.DEFAULT_COMPLETION_TOKENS
+    asked = replace(
+        model.decode_request(request, request.params(max_tokens, wants_logprobs)),
+        num_top=num_top,
+        score_prompt=route == "completions"
+        and bool(getattr(request, "echo", False))
+        and (wants_logprobs or max_tokens == 0),
+    )
+    decoding = [
+        replace(asked, prompt_ids=prompt.token_ids, params=_choice_params(asked.params, index))
+        for prompt in prompts
+        for index in range(request.num_choices)
+    ]
+    return _Asked(model, request, prompts, decoding)
 
 
-def _completions(
-    request: CompletionRequest, renderer: Renderer
-) -> tuple[list[str], list[DecodeRequest]]:
-    """Return each prompt's text and what to ask the engine for it."""
-    max_tokens = request.max_tokens
-    if max_tokens is None:
-        max_tokens = protocol.DEFAULT_COMPLETION_TOKENS
-    texts, requests = [], []
-    for prompt in request.prompts():
+def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
+    """Return the parameters of one of several choices; the first has the seed that was given."""
+    return replace(params, seed=(params.seed + index * _SEED_STEP) % 2**63) if index else params
+
+
+async def _chat_prompt(request: ChatRequest | TokenizeRequest, model: _Loaded) -> TextPrompt:
+    messages = [message.message() for message in request.messages or ()]
+    tools = request.tools or ()
+    said = [text for m in messages for text in (m.content, m.tool_calls, m.reasoning_content)]
+    size = sum(len(text.encode()) for text in [*said, *map(str, tools)])
+    # Each turn costs a rendering of all before it.
+    is_long = len(messages) > _MANY_MESSAGES
+    read = partial(Renderer.prompt_ids, messages=messages, tools=tools)
+    return TextPrompt("", await model.read(max(size, is_long * _LONG_TEXT_BYTES), read))
+
+
+async def _completion_prompts(request: CompletionRequest, model: _Loaded) -> list[TextPrompt]:
+    prompts = []
+    for index, prompt in enumerate(request.prompts()):
+        if index % _READ_AT_ONCE == _READ_AT_ONCE - 1:
+            await asyncio.sleep(0)
         if isinstance(prompt, str):
-            text, ids = prompt, renderer.text_ids(prompt)
-        else:
-            text, ids = renderer.decode(prompt) if request.echo else "", prompt
-        texts.append(text)
-        params = request.params(max_tokens, logprobs=request.logprobs is not None)
-        scored = bool(request.echo) and (request.logprobs is not None or max_tokens == 0)
-        requests.append(DecodeRequest(ids, params, request.logprobs or 0, scored))
-    return texts, requests
+            read = partial(Renderer.text_ids, text=prompt)
+            prompts.append(TextPrompt(prompt, await model.read(len(prompt.encode()), read)))
+            continue
+        text = ""
+        if request.echo:
+            text = await _text(prompt, model)
+        prompts.append(TextPrompt(text, prompt))
+    return prompts
 
 
-async def _decode(model: _Loaded, requests: Sequence[DecodeRequest]) -> list[DecodeResult]:
-    """Return all results; if one fails or the caller goes away, the others are dropped."""
-    futures: list[Future[DecodeResult]] = []
-    try:
-        for request in requests:
-            futures.append(model.submit(request))
-        return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
-    finally:
-        for future in futures:
-            future.cancel()
+async def _text(ids: Sequence[int], model: _Loaded) -> str:
+    """Return the text of ids.
+
+    Raises:
+        ProtocolError: An id is outside the vocabulary.
+    """
+    size = model.engine.vocab_size
+    if any(not 0 <= token < size for token in ids):
+        raise ProtocolError(400, f"a token id is outside the vocabulary of {size}")
+    return await model.read(min(len(ids), _LONG_TEXT_BYTES), partial(Renderer.decode, ids=ids))
 
 
-def _failure(error: Exception, route: Route) -> ProtocolError:
+def _answer(asked: _Asked, results: Sequence[DecodeResult], renderer: Renderer) -> dict[str, Any]:
+    if isinstance(asked.request, ChatRequest):
+        return chat_response(asked.request, asked.prompts[0].token_ids, results, renderer)
+    return completion_response(asked.request, asked.prompts, results, renderer)
+
+
+async def _tokenize(request: TokenizeRequest, model: _Loaded) -> dict[str, Any]:
+    """Return the ids of a text, or of a conversation as it would be asked."""
+    if request.prompt is None:
+        ids = (await _chat_prompt(request, model)).token_ids
+    else:
+        read = partial(Renderer.text_ids, text=request.prompt)
+        ids = await model.read(len(request.prompt.encode()), read)
+    return {"count": len(ids), "max_model_len": model.engine.max_length, "tokens": list(ids)}
+
+
+async def _detokenize(request: DetokenizeRequest, model: _Loaded) -> dict[str, Any]:
+    return {"prompt": await _text(request.tokens, model)}
+
+
+def _failure(error: Exception, route: Route, request_id: str) -> ProtocolError:
     """Return the error that the client gets."""
     field = "messages" if route == "chat" else "prompt"
     if isinstance(error, ProtocolError):
@@ -248,8 +514,9 @@ def _failure(error: Exception, route: Route) -> ProtocolError:
     if isinstance(error, InvalidRequest):
         return ProtocolError(400, str(error), field, error.code)
     if isinstance(error, QueueFull):
-        return ProtocolError(503, str(error), code="queue_full")
+        message = f"{error}; try again later"
+        return ProtocolError(429, message, code="rate_limit_exceeded")
     if isinstance(error, UserError):
         return ProtocolError(500, str(error), code="model_not_loaded")
-    log.error("a request failed", exc_info=error)
+    log.error("request %r failed", request_id, exc_info=error)
     return ProtocolError(500, f"{type(error).__name__}: {error}")

@@ -5,8 +5,8 @@ Loads no PyTorch, so that the HTTP side and whoever starts a server are up in a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from tuneloop.errors import TuneloopError
 from tuneloop.records import Completion, SamplingParams
@@ -55,6 +55,34 @@ class DecodeResult(Completion):
 
 
 @dataclass(frozen=True)
+class Shaping:
+    """What changes the model's logits before a token is chosen. The defaults change nothing.
+
+    Args:
+        top_k: Only the k likeliest tokens can be drawn; 0: all.
+        min_p: Only tokens at least this fraction as likely as the likeliest can be drawn.
+        presence_penalty: Subtracted from the logit of each token that has been generated.
+        frequency_penalty: Subtracted once for each time the token has been generated.
+        repetition_penalty: Divides positive and multiplies negative logits of each token in the
+            prompt or the answer (Keskar et al. 2019, §4.1).
+        logit_bias: Added to the logits of these token ids.
+    """
+
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the likeliest token may become another."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        return bool(self.logit_bias) or any(penalties)
+
+
+@dataclass(frozen=True)
 class DecodeRequest:
     """One prompt to continue.
 
@@ -62,15 +90,35 @@ class DecodeRequest:
         params: `max_tokens` may be 0 when only the prompt is to be scored.
         num_top: How many of the likeliest tokens each score lists.
         score_prompt: Score the prompt's tokens as well.
-        on_token: Called in the engine's thread with each token id as soon as it is chosen.
+        on_token: Called in the engine's thread with each token id as soon as it is chosen, and with
+            its score where scores are asked for.
         adapter: One of the engine's adapters; empty: the base weights alone.
         stop_ids: Tokens that end this generation; None: those of the engine.
+        shaping: Penalties, biases and bounds on what is drawn.
     """
 
     prompt_ids: Sequence[int]
     params: SamplingParams
     num_top: int = 0
     score_prompt: bool = False
-    on_token: Callable[[int], None] | None = None
+    on_token: Callable[[int, TokenScore | None], None] | None = None
     adapter: str = ""
     stop_ids: frozenset[int] | None = None
+    shaping: Shaping = Shaping()
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What an engine is doing and has done.
+
+    Args:
+        running: Sequences in prefill or decode.
+        waiting: Requests that wait for a slot.
+        prompt_tokens: Tokens of all prompts since the start.
+        generated_tokens: Tokens written since the start, stop tokens apart.
+    """
+
+    running: int
+    waiting: int
+    prompt_tokens: int
+    generated_tokens: int

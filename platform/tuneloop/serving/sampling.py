@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tuneloop.records import SamplingParams
-from tuneloop.serving.requests import TokenScore
+from tuneloop.serving.requests import Shaping, TokenScore
 
 _BLOCK = 64  # divides most vocabularies
 _FEW_ROWS = 16
+_MIN_TEMPERATURE = 1e-6  # at this the likeliest token is drawn, short of exact ties
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -33,16 +34,54 @@ def argmax(logits: Tensor) -> Tensor:
     return best * _BLOCK + blocks[best, :, rows].argmax(1)
 
 
-def sample(logits: Tensor, params: SamplingParams, sampler: torch.Generator) -> int:
-    """Return a token drawn with temperature and nucleus (Holtzman et al. 2019, §3.1)."""
-    probs = torch.softmax(logits.float().cpu() / params.temperature, -1)
-    if params.top_p >= 1:
-        return int(torch.multinomial(probs, 1, generator=sampler))
-    probs, ids = probs.sort(descending=True)
-    beyond = probs.cumsum(0) - probs >= params.top_p
-    beyond[0] = False  # top_p 0: the likeliest
-    probs[beyond] = 0
-    return int(ids[torch.multinomial(probs, 1, generator=sampler)])
+def shape(
+    logits: Tensor, shaping: Shaping, prompt_ids: Sequence[int], token_ids: Sequence[int]
+) -> Tensor:
+    """Return one row's logits with bias and penalties. Shapes (V,) and (V,).
+
+    Args:
+        prompt_ids: They count for `repetition_penalty` alone.
+        token_ids: What has been generated.
+    """
+    logits = logits.float().cpu().clone()
+    if shaping.repetition_penalty != 1:
+        seen = torch.tensor([*prompt_ids, *token_ids]).unique()
+        values = logits[seen]
+        factor = shaping.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / factor, values * factor)
+    if token_ids and (shaping.presence_penalty or shaping.frequency_penalty):
+        generated, counts = torch.tensor(token_ids).unique(return_counts=True)
+        logits[generated] -= shaping.presence_penalty + shaping.frequency_penalty * counts
+    for token, bias in shaping.logit_bias.items():
+        logits[token] += bias
+    return logits
+
+
+def sample(
+    logits: Tensor, params: SamplingParams, shaping: Shaping, sampler: torch.Generator
+) -> int:
+    """Return a token drawn with temperature, top-k, nucleus and min-p.
+
+    The noise of a draw belongs to the token id, not to its rank: rounding, which depends on what
+    else is in the batch, changes ranks of nearly equal tokens, and must not change what a seed
+    draws.
+
+    Source: nucleus, Holtzman et al. 2019, §3.1; min-p, Nguyen et al. 2024, §3.
+    """
+    logits = logits.float().cpu()
+    # From the largest, so that no temperature, however small, makes an infinity.
+    probs = torch.softmax((logits - logits.max()) / max(params.temperature, _MIN_TEMPERATURE), -1)
+    if params.top_p < 1 or shaping.top_k or shaping.min_p:
+        ranked, ids = probs.sort(descending=True, stable=True)
+        beyond = ranked < shaping.min_p * ranked[0]
+        if shaping.top_k:
+            beyond[shaping.top_k :] = True
+            ranked = ranked / ranked[: shaping.top_k].sum()
+        if params.top_p < 1:
+            beyond |= ranked.cumsum(0) - ranked >= params.top_p
+        beyond[0] = False  # top_p 0: the likeliest
+        probs[ids[beyond]] = 0
+    return int(torch.multinomial(probs, 1, generator=sampler))
 
 
 def score(logits: Tensor, targets: Sequence[int], num_top: Sequence[int]) -> list[TokenScore]:

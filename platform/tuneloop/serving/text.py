@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from tuneloop.models.chat.renderer import Renderer
+Decode = Callable[[Sequence[int]], str]
 
 
 class Detokenizer:
@@ -12,10 +12,13 @@ class Detokenizer:
 
     A character that spans several tokens comes with the last of them, so the pieces joined are
     the text of all ids together.
+
+    Args:
+        decode: Ids to text without special tokens.
     """
 
-    def __init__(self, renderer: Renderer) -> None:
-        self._decode = renderer.decode
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
         self._ids: list[int] = []
         self._start = 0  # a few tokens back, because text may depend on its neighbour
         self._num_sent = 0
@@ -31,29 +34,46 @@ class Detokenizer:
         return now[len(before) :]
 
 
+class StopFinder:
+    """Watches for stop strings, at the cost of the newest text alone."""
+
+    def __init__(self, decode: Decode, stop: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer(decode)
+        self._stop = stop
+        self._kept = max(map(len, stop)) - 1
+        self._tail = ""
+
+    def push(self, token_id: int) -> bool:
+        """Return whether the text that this token completes brings a stop string."""
+        text = self._tail + self._detokenizer.push(token_id)
+        self._tail = text[max(0, len(text) - self._kept) :]
+        return any(stop in text for stop in self._stop)
+
+
 class StreamedText:
     """The text that may be sent while an answer is being written.
 
     Text that may turn out to begin a stop string is held back.
     """
 
-    def __init__(self, renderer: Renderer, stop: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(renderer)
+    def __init__(self, decode: Decode, stop: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer(decode)
         self._stop = stop
         self._text = ""
         self._sent = 0
 
     def push(self, token_id: int) -> str:
         """Return what can be sent after this token."""
-        self._text += self._detokenizer.push(token_id)
+        piece = self._detokenizer.push(token_id)
+        if not piece:
+            return ""
+        self._text += piece
         end = len(self._text)
         for stop in self._stop:
             at = self._text.find(stop, max(0, self._sent - len(stop)))
             if at >= 0:
                 end = min(end, at)
-            for size in range(1, len(stop)):
-                if self._text.endswith(stop[:size]):
-                    end = min(end, len(self._text) - size)
+            end = min(end, _partial_stop(self._text, stop))
         delta = self._text[self._sent : max(end, self._sent)]
         self._sent += len(delta)
         return delta
@@ -61,3 +81,13 @@ class StreamedText:
     def finish(self, text: str) -> str:
         """Return what is left to send of the whole text."""
         return text[self._sent :]
+
+
+def _partial_stop(text: str, stop: str) -> int:
+    """Return where the text ends with a beginning of the stop string, or its length."""
+    at = max(0, len(text) - len(stop) + 1)
+    while (at := text.find(stop[0], at)) >= 0:
+        if stop.startswith(text[at:]):
+            return at
+        at += 1
+    return len(text)

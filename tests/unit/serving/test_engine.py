@@ -26,8 +26,8 @@ from tuneloop.errors import ModelError, TuneloopError
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
-from tuneloop.serving.requests import DecodeRequest, InvalidRequest, QueueFull
-from tuneloop.serving.sampling import argmax
+from tuneloop.serving.requests import DecodeRequest, InvalidRequest, QueueFull, Shaping
+from tuneloop.serving.sampling import argmax, sample, shape
 
 SMALL = {
     "vocab_size": 99,
@@ -317,6 +317,160 @@ def test_a_failing_step_costs_only_the_running_requests(start, monkeypatch) -> N
     with pytest.raises(RuntimeError, match="allocate"):
         first.result(60)
     assert len(second.result(60).token_ids) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-6])
+def test_the_smallest_temperatures_are_greedy(start, temperature: float) -> None:  # type: ignore[no-untyped-def]
+    model = make_model(FAMILIES["llama"])
+    params = SamplingParams(max_tokens=8, temperature=temperature, seed=1)
+    expected = greedy(model, [1, 2, 3], 8)
+    got = start(model).submit(DecodeRequest([1, 2, 3], params)).result(60)
+    assert got.token_ids == expected
+
+
+def test_a_request_that_fails_costs_the_others_nothing(start, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Whether its token cannot be drawn, or its listener has gone."""
+    import tuneloop.serving.engine as module
+
+    def failing(logits, params, shaping, sampler):  # type: ignore[no-untyped-def]
+        raise RuntimeError("cannot be drawn")
+
+    def gone(token, score):  # type: ignore[no-untyped-def]
+        if len(heard) == 3:
+            raise RuntimeError("the loop is closed")
+        heard.append(token)
+
+    model = make_model(FAMILIES["llama"])
+    prompts = prompts_of([20, 5, 9])
+    expected = [greedy(model, prompt, 12) for prompt in prompts]
+    monkeypatch.setattr(module, "sample", failing)
+    engine, heard = start(model), []
+    params = SamplingParams(max_tokens=12)
+    good = [engine.submit(DecodeRequest(prompt, params)) for prompt in prompts]
+    bad = engine.submit(DecodeRequest([1], SamplingParams(max_tokens=9, temperature=1.0)))
+    silent = engine.submit(DecodeRequest([2], params, on_token=gone))
+    assert [future.result(60).token_ids for future in good] == expected
+    with pytest.raises(RuntimeError, match="drawn"):
+        bad.result(60)
+    with pytest.raises(RuntimeError, match="closed"):
+        silent.result(60)
+    assert engine.submit(DecodeRequest(prompts[0], params)).result(60).token_ids == expected[0]
+
+
+def test_others_go_on_while_a_long_prefix_is_read(start, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    import tuneloop.serving.engine as module
+
+    monkeypatch.setattr(module, "PREFILL_TOKENS_PER_STEP", 16)
+    model = make_model(FAMILIES["llama"])
+    shared = prompts_of([320])[0]
+    expected = [greedy(model, [*shared, last], 3) for last in (1, 2)]
+    heard: list[int] = []
+    first_heard, order = threading.Event(), []
+
+    def hear(token, score):  # type: ignore[no-untyped-def]
+        heard.append(token)
+        first_heard.set()
+
+    engine = start(model)
+    original = module.forward
+
+    def noting(model, segments):  # type: ignore[no-untyped-def]
+        order.append(any(isinstance(segment, module.DecodeBatch) for segment in segments))
+        return original(model, segments)
+
+    running = engine.submit(DecodeRequest([5, 6], SamplingParams(max_tokens=300), on_token=hear))
+    assert first_heard.wait(60)
+    monkeypatch.setattr(module, "forward", noting)
+    futures = [
+        engine.submit(DecodeRequest([*shared, i], SamplingParams(max_tokens=3))) for i in (1, 2)
+    ]
+    assert [future.result(60).token_ids for future in futures] == expected
+    running.cancel()
+    # The prefix takes 20 chunks; between any two of them the others have a step.
+    alone = "".join("d" if decodes else "p" for decodes in order)
+    assert "pp" not in alone.strip("p")
+
+
+def test_shaping_by_hand() -> None:
+    logits = torch.tensor([1.0, -1.0, 2.0, 0.0])
+    assert shape(logits, Shaping(logit_bias={1: 5, 3: -2}), [], []).tolist() == [1, 4, 2, -2]
+    penalties = Shaping(presence_penalty=0.5, frequency_penalty=0.25)
+    assert shape(logits, penalties, [3], [2, 2, 0]).tolist() == [0.25, -1, 1, 0]
+    assert shape(logits, Shaping(repetition_penalty=2.0), [1], [2]).tolist() == [1, -2, 1, 0]
+    assert logits.tolist() == [1, -1, 2, 0]
+
+
+def test_bounds_on_what_is_drawn() -> None:
+    logits = torch.tensor([0.1, 0.3, 0.4, 0.2]).log()
+
+    def drawn(top_p: float = 1.0, **shaping: float) -> set[int]:
+        params = SamplingParams(temperature=1.0, top_p=top_p)
+        sampler = torch.Generator().manual_seed(0)
+        return {sample(logits, params, Shaping(**shaping), sampler) for _ in range(300)}
+
+    assert drawn() == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {1, 2}
+    assert drawn(min_p=0.45) == {1, 2, 3}
+    assert drawn(top_p=0.6) == {1, 2}
+    # The nucleus is taken of what the bound on ranks leaves: 4/7 and 3/7.
+    assert drawn(top_p=0.5, top_k=2) == {2}
+    assert drawn(min_p=1.0) == {2}
+
+
+def test_a_draw_belongs_to_the_token_not_to_its_rank() -> None:
+    """Rounding may exchange the ranks of nearly equal tokens; the others are drawn as before."""
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    logits[1:40] = 1.0
+    other = logits + 1e-6 * torch.randn(50, generator=torch.Generator().manual_seed(2))
+    params = SamplingParams(temperature=1.0, top_p=0.95)
+    for seed in range(50):
+        pair = [
+            sample(one, params, Shaping(), torch.Generator().manual_seed(seed))
+            for one in (logits, other)
+        ]
+        assert pair[0] == pair[1]
+
+
+def test_penalties_and_bias_change_greedy_answers(start) -> None:  # type: ignore[no-untyped-def]
+    model = make_model(FAMILIES["llama"])
+    expected = greedy(model, [1, 2, 3], 20)
+    engine, params = start(model), SamplingParams(max_tokens=20)
+
+    def write(**shaping):  # type: ignore[no-untyped-def]
+        return engine.submit(DecodeRequest([1, 2, 3], params, shaping=Shaping(**shaping))).result(
+            60
+        )
+
+    plain = write().token_ids
+    assert plain == expected
+    assert write(logit_bias={7: 100.0}).token_ids == [7] * 20
+    banned = write(logit_bias={plain[0]: -100.0}).token_ids
+    assert plain[0] not in banned
+    assert (
+        len(set(write(presence_penalty=2.0, frequency_penalty=2.0, logit_bias={7: 6.0}).token_ids))
+        > 1
+    )
+    assert len(set(write(repetition_penalty=100.0).token_ids)) == 20
+
+
+def test_stop_strings_cost_the_newest_text_alone(start) -> None:  # type: ignore[no-untyped-def]
+    """The whole answer is decoded once, and the text is cut where it was."""
+    model = make_model(FAMILIES["llama"])
+    text = decode(greedy(model, [1, 2, 3], 60))
+    longest: list[int] = []
+
+    def counting(ids):  # type: ignore[no-untyped-def]
+        longest.append(len(ids))
+        return decode(ids)
+
+    engine = Engine(model, counting, ())
+    try:
+        params = SamplingParams(max_tokens=60, stop=("never there", text[40:44]))
+        got = engine.submit(DecodeRequest([1, 2, 3], params)).result(60)
+    finally:
+        engine.close()
+    assert got.text == text[: text.index(text[40:44])]
+    assert sum(size > 5 for size in longest) <= 2
 
 
 def test_full_queue_cancel_and_close(start, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -153,7 +153,12 @@ def test_stops_scores_and_cancelling_are_the_engines(
     assert stopped.token_ids == expected[: expected.index(expected[3])]
     assert stopped.finish_reason == "stop"
     tokens: list[int] = []
-    assert submit(engine, PROMPTS[0], on_token=tokens.append).result(60).token_ids == tokens
+    assert (
+        submit(engine, PROMPTS[0], on_token=lambda token, _: tokens.append(token))
+        .result(60)
+        .token_ids
+        == tokens
+    )
     scored = submit(engine, PROMPTS[2], 0, score_prompt=True).result(60)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([PROMPTS[2]])).logits[0, :-1].log_softmax(-1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,6 @@ from tuneloop.serving.replica import ModelServer, ServedModel
 from tuneloop.serving.text import Detokenizer, StreamedText
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "What is it?"}]}
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model: Path) -> Iterator[ModelServer]:
-    # Tiny products gain nothing from threads, and wait for each other on a busy machine.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tuneloop.serving.engine.num_threads", lambda: 1)
-        patch.setattr("tuneloop.serving.model.num_threads", lambda: 1)
-        server = ModelServer({"m": ServedModel(tiny_model)}, max_batch_size=4)
-        yield server
-        server._loading.result()["m"].engine.close()
-
-
-@pytest.fixture(scope="module")
-def renderer(tiny_model: Path) -> Renderer:
-    return Renderer.load(tiny_model)
 
 
 def answer(server: ModelServer, route: Any, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -63,6 +46,7 @@ def test_left_out_fields_take_openais_defaults() -> None:
     [
         {"n": 1, "tools": [], "presence_penalty": 0.0, "response_format": {"type": "text"}},
         {"stop": None, "logit_bias": None, "user": "me", "stream": False, "logprobs": False},
+        {"tool_choice": "auto", "parallel_tool_calls": True, "ignore_eos": False, "anything": None},
     ],
 )
 def test_fields_that_ask_for_nothing_are_accepted(more: dict[str, Any]) -> None:
@@ -72,20 +56,21 @@ def test_fields_that_ask_for_nothing_are_accepted(more: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 200}, "n"),
         ({"tools": {"type": "function"}}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"temperature": "0"}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"top_k": 5}, "top_k"),
+        ({"top_k": -5}, "top_k"),
         ({"messages": [{"role": "critic", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x", "refusal": 1}]}, "messages"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"stream": True, "logprobs": True}, "stream"),
+        ({"stream": True, "return_token_ids": True}, "stream"),
     ],
 )
 def test_what_is_not_done_is_refused(more: dict[str, Any], param: str) -> None:
@@ -127,14 +112,14 @@ def test_pieces_join_to_the_whole_text(renderer: Renderer) -> None:
     text = "naïve café — 東京 🎉 done"
     ids = renderer.text_ids(text)
     assert len(ids) > len(text)  # characters that span tokens
-    detokenizer = Detokenizer(renderer)
+    detokenizer = Detokenizer(renderer.decode)
     pieces = [detokenizer.push(token) for token in ids]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_streamed_text_holds_back_what_may_become_a_stop_string(renderer: Renderer) -> None:
-    text = StreamedText(renderer, ["##END"])
+    text = StreamedText(renderer.decode, ["##END"])
     sent = [text.push(token) for token in renderer.text_ids("a ##EN b ##END c")]
     assert "".join(sent) == "a ##EN b "
     assert text.finish("a ##EN b ") == ""

@@ -105,6 +105,15 @@ TEMPLATES = {
 }
 
 
+# Byte-level vocabularies write each byte as a character: itself where it can be printed, otherwise
+# one beyond the bytes (Radford et al. 2019; `bytes_to_unicode` in OpenAI's GPT-2).
+_PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {
+    chr(256 + rank): byte
+    for rank, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)
+}
+
+
 _log = logging.getLogger("tuneloop.models")
 
 
@@ -269,6 +278,24 @@ class Renderer:
             )
         )
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for, which may be a part of a character.
+
+        A special token stands for its name, an id that no token has for nothing.
+        """
+        if token_id in self._added_tokens:
+            return self._added_tokens[token_id].encode()
+        name = self.tokenizer.convert_ids_to_tokens(token_id)
+        if name is None:
+            return b""
+        if self._decoders & {"ByteLevel"}:
+            return bytes(_BYTE_OF[character] for character in name)
+        if self._decoders & {"ByteFallback"} and re.fullmatch("<0x[0-9A-F]{2}>", name):
+            return bytes([int(name[3:5], 16)])
+        if self._decoders & {"Metaspace", "Replace"}:
+            return name.replace("▁", " ").encode()
+        return self.decode([token_id]).encode()
+
     def piece_texts(self, text: str, pieces: Sequence[NDArray[np.int32]]) -> list[str]:
         """Return what each piece of a text's ids says, without special tokens.
 
@@ -285,6 +312,17 @@ class Renderer:
                 return [data[a:b].decode("utf-8", "replace") for a, b in borders]
         decode = self.tokenizer.backend_tokenizer.decode
         return [decode(piece.tolist()) for piece in pieces]
+
+    @cached_property
+    def _added_tokens(self) -> dict[int, str]:
+        added = self.tokenizer.added_tokens_decoder
+        return {index: token.content for index, token in added.items()}
+
+    @cached_property
+    def _decoders(self) -> set[str]:
+        """The steps by which the tokenizer turns tokens into text."""
+        decoder = json.loads(self.tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+        return {step["type"] for step in decoder.get("decoders", [decoder]) if step}
 
     @cached_property
     def _byte_sizes(self) -> NDArray[np.int64] | None:
@@ -339,7 +377,8 @@ class Renderer:
         cuts: list[int] = []
         learned = {}
         for index, message in enumerate(messages):
-            if message.role != "assistant":
+            # What opens a conversation is nothing the model was asked for.
+            if message.role != "assistant" or (is_prompt and index == 0):
                 continue
             is_last = index == len(messages) - 1 and not is_prompt
             before = template.render(turns[:index], tools, True)

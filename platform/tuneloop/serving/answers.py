@@ -1,0 +1,242 @@
+"""OpenAI's HTTP protocol: the shape of the answers, whole and streamed."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.serving.protocol import ChatRequest, CompletionRequest
+from tuneloop.serving.requests import DecodeResult, TokenScore
+from tuneloop.serving.text import Detokenizer
+
+
+class TextPrompt(NamedTuple):
+    """One prompt of a completion request, as text and as token ids."""
+
+    text: str
+    token_ids: Sequence[int]
+
+
+class ScoredToken(NamedTuple):
+    """A generated token with its score, if scores were asked for."""
+
+    token_id: int
+    score: TokenScore | None
+
+
+def model_list(names: Sequence[str], created: int) -> dict[str, Any]:
+    """Return the answer to GET /v1/models."""
+    return {"object": "list", "data": [model_card(name, created) for name in names]}
+
+
+def model_card(name: str, created: int) -> dict[str, Any]:
+    """Return the answer to GET /v1/models/NAME."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "tuneloop"}
+
+
+def chat_response(
+    request: ChatRequest,
+    prompt_ids: Sequence[int],
+    results: Sequence[DecodeResult],
+    renderer: Renderer,
+) -> dict[str, Any]:
+    """Return the answer to a chat request; one choice for each result."""
+    choices = []
+    for index, result in enumerate(results):
+        tokens = list(map(ScoredToken, result.token_ids, result.scores or ()))
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": {"role": "assistant", "content": result.text, "refusal": None},
+            "logprobs": chat_logprobs(tokens, renderer) if request.logprobs else None,
+            "finish_reason": result.finish_reason,
+        }
+        if request.return_token_ids:
+            choice["token_ids"] = result.token_ids
+        choices.append(choice)
+    response = _envelope("chat.completion", request.model)
+    response |= {"choices": choices, "usage": usage(results, len(results))}
+    if request.return_token_ids:
+        response["prompt_token_ids"] = list(prompt_ids)
+    return response
+
+
+def completion_response(
+    request: CompletionRequest,
+    prompts: Sequence[TextPrompt],
+    results: Sequence[DecodeResult],
+    renderer: Renderer,
+) -> dict[str, Any]:
+    """Return the answer to a completion request: the choices of the first prompt come first."""
+    choices = []
+    for index, result in enumerate(results):
+        prompt = prompts[index // request.num_choices]
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": prompt.text + result.text if request.echo else result.text,
+            "logprobs": None,
+            "finish_reason": result.finish_reason,
+        }
+        if request.logprobs is not None:
+            tokens = list(map(ScoredToken, result.token_ids, result.scores or ()))
+            if request.echo:
+                scores: list[TokenScore | None] = [None, *(result.prompt_scores or ())]
+                tokens = [*map(ScoredToken, prompt.token_ids, scores), *tokens]
+            offsets = TextOffsets(renderer)
+            choice["logprobs"] = completion_logprobs(tokens, request.logprobs, renderer, offsets)
+        if request.return_token_ids:
+            choice |= {"token_ids": result.token_ids, "prompt_token_ids": list(prompt.token_ids)}
+        choices.append(choice)
+    response = _envelope("text_completion", request.model)
+    return response | {"choices": choices, "usage": usage(results, request.num_choices)}
+
+
+def _envelope(kind: str, model: str) -> dict[str, Any]:
+    """Return the fields every answer begins with."""
+    prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+    }
+
+
+def usage(results: Sequence[DecodeResult], num_choices: int = 1) -> dict[str, int]:
+    """Return the tokens of some results; a stop token counts as completion token.
+
+    Args:
+        num_choices: Results of each prompt, whose tokens count once.
+    """
+    prompt = sum(result.prompt_tokens or 0 for result in results[::num_choices])
+    completion = sum(result.completion_tokens or 0 for result in results)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def event(data: dict[str, Any] | None) -> str:
+    """Return one server-sent event; None is the last."""
+    text = "[DONE]" if data is None else json.dumps(data, ensure_ascii=False)
+    return f"data: {text}\n\n"
+
+
+class Chunks:
+    """The events of one streamed answer, which may have several choices."""
+
+    def __init__(self, request: ChatRequest | CompletionRequest) -> None:
+        self._is_chat = isinstance(request, ChatRequest)
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        self._envelope = _envelope(kind, request.model)
+        self._num_choices = request.num_choices
+        self._with_usage = bool(request.stream_options and request.stream_options.include_usage)
+
+    def first(self, index: int = 0) -> str:
+        """Return the event that opens a choice."""
+        delta = {"role": "assistant", "content": ""} if self._is_chat else ""
+        return self._event(index, delta)
+
+    def text(self, delta: str, index: int = 0, logprobs: dict[str, Any] | None = None) -> str:
+        """Return the event that adds text to a choice.
+
+        Args:
+            logprobs: Those of the tokens since the event before.
+        """
+        return self._event(index, {"content": delta} if self._is_chat else delta, logprobs)
+
+    def end(self, result: DecodeResult, index: int = 0) -> str:
+        """Return the event that ends a choice."""
+        return self._event(index, {} if self._is_chat else "", reason=result.finish_reason)
+
+    def last(self, results: Sequence[DecodeResult]) -> list[str]:
+        """Return the events behind all choices."""
+        events = []
+        if self._with_usage:
+            counted = usage(results, self._num_choices)
+            events.append(event(self._envelope | {"choices": [], "usage": counted}))
+        return [*events, event(None)]
+
+    def _event(
+        self,
+        index: int,
+        delta: dict[str, str] | str,
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> str:
+        choice = {
+            "index": index,
+            "delta" if self._is_chat else "text": delta,
+            "logprobs": logprobs,
+            "finish_reason": reason,
+        }
+        return event(self._envelope | {"choices": [choice]})
+
+
+def _token_text(token_id: int, renderer: Renderer) -> str:
+    return str(renderer.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+
+
+def chat_logprobs(tokens: Sequence[ScoredToken], renderer: Renderer) -> dict[str, Any]:
+    """Return the log-probabilities of a chat's tokens.
+
+    A token may be a part of a character: `bytes` joined are the text, `token` joined may not be.
+    """
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        data = renderer.token_bytes(token_id)
+        token = _token_text(token_id, renderer)
+        return {"token": token, "logprob": logprob, "bytes": list(data)}
+
+    content = []
+    for token_id, score in tokens:
+        if score is not None:
+            top = [entry(other, logprob) for other, logprob in score.top]
+            content.append(entry(token_id, score.logprob) | {"top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+class TextOffsets:
+    """Where each token begins in the text of an answer."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._detokenizer = Detokenizer(renderer.decode)
+        self._end = 0
+
+    def next(self, token_id: int) -> int:
+        """Return where the next token begins."""
+        start = self._end
+        self._end += len(self._detokenizer.push(token_id))
+        return start
+
+
+def completion_logprobs(
+    tokens: Sequence[ScoredToken], num_top: int, renderer: Renderer, offsets: TextOffsets
+) -> dict[str, Any]:
+    """Return the parallel lists of the completions protocol.
+
+    Args:
+        tokens: With the prompt's first where it is echoed.
+        num_top: How many of the likeliest tokens to list beside each.
+    """
+    top: list[dict[str, float] | None] = []
+    for token_id, score in tokens:
+        if score is None:
+            top.append(None)
+            continue
+        listed: dict[str, float] = {}
+        # Different ids may have the same text; the likelier one is listed.
+        for other, logprob in score.top if num_top else ():
+            listed.setdefault(_token_text(other, renderer), logprob)
+        listed.setdefault(_token_text(token_id, renderer), score.logprob)
+        top.append(listed)
+    return {
+        "tokens": [_token_text(token_id, renderer) for token_id, _ in tokens],
+        "token_logprobs": [None if score is None else score.logprob for _, score in tokens],
+        "top_logprobs": top,
+        "text_offset": [offsets.next(token_id) for token_id, _ in tokens],
+    }

@@ -1,0 +1,537 @@
+"""The HTTP side with a real engine, in this process: what one client does to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.serving.answers import ScoredToken, chat_logprobs
+from tuneloop.serving.api import build_api
+from tuneloop.serving.protocol import MAX_BODY_BYTES
+from tuneloop.serving.replica import ModelServer, ServedModel
+from tuneloop.serving.requests import QueueFull, TokenScore
+
+CHAT: dict[str, Any] = {
+    "model": "m",
+    "messages": [{"role": "user", "content": "What is it?"}],
+    "max_tokens": 4,
+    "temperature": 0,
+}
+TEXT: dict[str, Any] = {"model": "m", "prompt": "Return the", "max_tokens": 4, "temperature": 0}
+CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def api(server: ModelServer) -> FastAPI:
+    return build_api({"m": server})
+
+
+def with_client(api: FastAPI, use: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await use(client)
+
+    return asyncio.run(run())
+
+
+def ask(api: FastAPI, method: str, path: str, **options: Any) -> httpx.Response:
+    return with_client(api, lambda client: client.request(method, path, **options))
+
+
+def post(api: FastAPI, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    response = ask(api, "POST", path, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def chunks_of(api: FastAPI, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    response = ask(api, "POST", path, json=body | {"stream": True})
+    assert response.status_code == 200, response.text
+    events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    assert events[-1] == "[DONE]"
+    return [json.loads(item) for item in events[:-1]]
+
+
+def test_addresses_and_their_keys(server: ModelServer) -> None:
+    api = build_api({"m": server}, "sécret")
+    for path in ("/health", "/openapi.json", "/docs"):
+        assert ask(api, "GET", path).status_code == 200
+    for path in ("/v1/models", "/v1/models/m", "/metrics"):
+        response = ask(api, "GET", path)
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+        key = {"authorization": "Bearer sécret".encode()}
+        assert ask(api, "GET", path, headers=key).status_code == 200
+
+
+def test_ready_when_the_models_are_loaded(
+    api: FastAPI, server: ModelServer, tmp_path: Path
+) -> None:
+    asyncio.run(server.ready())
+    assert ask(api, "GET", "/ready").status_code == 200
+    broken = ModelServer({"m": ServedModel(tmp_path)}, 4)
+    with pytest.raises(Exception, match="cannot load"):
+        asyncio.run(broken.ready())
+    response = ask(build_api({"m": broken}), "GET", "/ready")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "model_not_loaded")
+
+
+def test_bodies_are_described_by_their_models(api: FastAPI) -> None:
+    schema = ask(api, "GET", "/openapi.json").json()
+    body = schema["paths"][CHATS]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/ChatRequest"}
+    fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "n", "logit_bias", "stream_options"} <= set(fields)
+    references = {
+        part.split('"')[0] for part in json.dumps(schema).split("#/components/schemas/")[1:]
+    }
+    assert references <= set(schema["components"]["schemas"])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "code"),
+    [
+        ("POST", "/v1/embeddings", b"{}", 404, None),
+        ("DELETE", "/v1/models", b"", 405, None),
+        ("POST", CHATS, b"{", 400, None),
+        ("POST", CHATS, b"[" * 100_000 + b"]" * 100_000, 400, None),
+        ("POST", CHATS, b'{"model": "\\ud83d", "messages": []}', 400, None),
+        ("POST", CHATS, b'{"model": "m", "messages": "\xff"}', 400, None),
+        ("POST", CHATS, b'{"model": "m", "temperature": NaN}', 400, None),
+        ("POST", CHATS, b" " * (MAX_BODY_BYTES + 1), 413, "request_too_large"),
+        ("POST", CHATS, b'{"model": "x"}', 404, "model_not_found"),
+        ("POST", CHATS, b'{"messages": []}', 404, "model_not_found"),
+    ],
+)  # fmt: skip
+def test_refusals_are_in_openais_shape(
+    api: FastAPI, method: str, path: str, content: bytes, status: int, code: str | None
+) -> None:
+    response = ask(api, method, path, content=content)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["code"]) == ("invalid_request_error", code)
+    assert 0 < len(error["message"]) < 500
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        ({str(number): 1 for number in range(999)}, None),
+        ({"prompt": "a" * 3_000_000}, "context_length_exceeded"),
+        ({"prompt": [1] * 600}, "context_length_exceeded"),
+        ({"prompt": [[1]] * 5000}, None),
+        ({"prompt": [10**30], "echo": True}, None),
+        ({"max_tokens": 10**30}, None),
+        ({"stop": "z" * 200_000}, None),
+        ({"stop": ["z"] * 100}, None),
+        ({"logit_bias": {"9999": 1}}, None),
+        ({"logit_bias": {"x": 1}}, None),
+    ],
+)
+def test_what_would_cost_the_others_is_refused(
+    api: FastAPI, more: dict[str, Any], code: str | None
+) -> None:
+    response = ask(api, "POST", TEXTS, json=TEXT | more)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == code
+    assert 0 < len(error["message"]) < 500
+
+
+def test_a_full_queue_says_when_to_come_again(
+    api: FastAPI, server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(request: Any) -> Any:
+        raise QueueFull("4 requests wait already")
+
+    asyncio.run(server.ready())
+    monkeypatch.setattr(server._loading.result()["m"].engine, "submit", full)
+    for stream in (False, True):
+        response = ask(api, "POST", CHATS, json=CHAT | {"stream": stream})
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "1"
+        assert response.json()["error"]["code"] == "rate_limit_exceeded"
+
+
+def test_more_prompts_than_the_queue_holds_are_answered(
+    api: FastAPI, server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.run(server.ready())
+    monkeypatch.setattr(server._loading.result()["m"].engine, "max_waiting", 2)
+    prompts = [[1 + number] for number in range(40)]
+    choices = post(api, TEXTS, TEXT | {"prompt": prompts, "max_tokens": 1})["choices"]
+    assert [choice["index"] for choice in choices] == list(range(40))
+
+
+def test_an_answer_is_taken_back_as_history(api: FastAPI) -> None:
+    first = post(api, CHATS, CHAT)["choices"][0]["message"]
+    sent_back = first | {"tool_calls": None, "annotations": [], "audio": None}
+    messages = [
+        {"role": "developer", "content": "Be brief.", "name": "me"},
+        *CHAT["messages"],
+        sent_back,
+        {"role": "user", "content": [{"type": "text", "text": "Again"}], "name": "bob"},
+    ]
+    more = {
+        "n": 1,
+        "tools": [],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "best_of": None,
+    }
+    post(api, CHATS, CHAT | {"messages": messages} | more)
+
+
+def test_an_assistant_may_open_a_conversation(api: FastAPI, renderer: Renderer) -> None:
+    messages = [{"role": "assistant", "content": "Hello, how can I help?"}, *CHAT["messages"]]
+    got = post(api, CHATS, CHAT | {"messages": messages, "return_token_ids": True})
+    text = renderer.tokenizer.decode(got["prompt_token_ids"])
+    assert text == renderer.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_a_control_token_in_a_users_text_is_text(api: FastAPI, renderer: Renderer) -> None:
+    def encoded(content: str) -> list[int]:
+        messages = [{"role": "user", "content": content}]
+        return post(api, "/tokenize", {"model": "m", "messages": messages})["tokens"]
+
+    stop = renderer.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encoded("a").count(stop) == encoded("<|im_end|>").count(stop) == 1
+
+
+def test_system_is_what_developers_say(api: FastAPI, renderer: Renderer) -> None:
+    ids = [
+        post(api, "/tokenize", {"model": "m", "messages": [{"role": role, "content": "Be brief."}]})
+        for role in ("developer", "system", "user")
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_tokenize_and_detokenize(api: FastAPI, renderer: Renderer) -> None:
+    text = "naïve 🎉 " * 2000  # long enough for the thread that reads long texts
+    got = post(api, "/tokenize", {"model": "m", "prompt": text})
+    assert got["tokens"] == renderer.text_ids(text)
+    assert (got["count"], got["max_model_len"]) == (len(got["tokens"]), 512)
+    assert post(api, "/detokenize", {"model": "m", "tokens": got["tokens"]}) == {"prompt": text}
+    assert (
+        ask(api, "POST", "/detokenize", json={"model": "m", "tokens": [99999]}).status_code == 400
+    )
+    both = {"model": "m", "prompt": "a", "messages": CHAT["messages"]}
+    assert ask(api, "POST", "/tokenize", json=both).status_code == 400
+
+
+def test_the_request_id_is_in_the_log(api: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tuneloop.serving"):
+        ask(api, "POST", CHATS, json=CHAT, headers={"X-Request-Id": "abc-7"})
+    assert any("abc-7" in message and "200" in message for message in caplog.messages)
+
+
+def test_metrics_count(server: ModelServer) -> None:
+    api = build_api({"m": server})
+    post(api, TEXTS, TEXT)
+    chunks_of(api, CHATS, CHAT)
+    ask(api, "POST", TEXTS, json=TEXT | {"prompt": []})
+    text = ask(api, "GET", "/metrics").text
+    for line in (
+        'tuneloop_requests_total{model="m",route="completions",status="200"} 1.0',
+        'tuneloop_requests_total{model="m",route="completions",status="400"} 1.0',
+        'tuneloop_request_seconds_count{model="m",route="chat"} 1.0',
+        'tuneloop_time_to_first_token_seconds_count{model="m"} 1.0',
+        'tuneloop_engine_running{engine="m"} ',
+    ):
+        assert line in text
+    assert 'tuneloop_engine_generated_tokens{engine="m"} 0.0' not in text
+
+
+@pytest.mark.parametrize("num_top", [0, 2])
+def test_several_choices_and_prompts_whole_and_streamed(api: FastAPI, num_top: int) -> None:
+    body = TEXT | {"prompt": ["Return the", "Open"], "n": 3, "temperature": 1, "seed": 5,
+                   "max_tokens": 12, "logprobs": num_top}  # fmt: skip
+    whole = post(api, TEXTS, body)
+    assert [choice["index"] for choice in whole["choices"]] == list(range(6))
+    for prompt in (0, 3):
+        assert len({choice["text"] for choice in whole["choices"][prompt : prompt + 3]}) == 3
+    # The first choice is that of a request for one, and each prompt's tokens count once.
+    one = post(api, TEXTS, body | {"n": 1, "prompt": "Return the"})
+    assert one["choices"][0]["text"] == whole["choices"][0]["text"]
+    other = post(api, TEXTS, body | {"n": 1, "prompt": "Open"})["usage"]["prompt_tokens"]
+    assert whole["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"] + other
+
+    chunks = chunks_of(api, TEXTS, body | {"stream_options": {"include_usage": True}})
+    assert chunks[-1]["usage"] == whole["usage"]
+    for choice in whole["choices"]:
+        mine = [c["choices"][0] for c in chunks[:-1] if c["choices"][0]["index"] == choice["index"]]
+        assert "".join(chunk["text"] for chunk in mine) == choice["text"]
+        assert mine[-1]["finish_reason"] == choice["finish_reason"]
+        for field, values in choice["logprobs"].items():
+            sent = [chunk["logprobs"][field] for chunk in mine if chunk["logprobs"]]
+            sent = list(itertools.chain(*sent))
+            if field == "top_logprobs":
+                sent, values = [list(map(sorted, each)) for each in (sent, values)]
+            # Rounding depends on what else is in the batch.
+            assert sent == (pytest.approx(values) if field == "token_logprobs" else values)
+
+
+def test_log_probabilities_of_a_streamed_chat(api: FastAPI) -> None:
+    body = CHAT | {"logprobs": True, "top_logprobs": 2, "max_tokens": 16, "stop": ["e"]}
+    expected = post(api, CHATS, body)["choices"][0]
+    chunks = [chunk["choices"][0] for chunk in chunks_of(api, CHATS, body)]
+    sent = list(itertools.chain(*(c["logprobs"]["content"] for c in chunks if c["logprobs"])))
+    content = expected["logprobs"]["content"]
+    assert [item["bytes"] for item in sent] == [item["bytes"] for item in content]
+    assert [len(item["top_logprobs"]) for item in sent] == [2] * len(content)
+    assert [item["logprob"] for item in sent] == pytest.approx([c["logprob"] for c in content])
+
+
+@pytest.mark.parametrize("text", ["Great! 🎉", "東京", "naïve", "ok ✅ <|im_end|>"])
+def test_bytes_of_split_characters_join_to_the_text(renderer: Renderer, text: str) -> None:
+    ids = renderer.tokenizer.encode(text)
+    assert b"".join(map(renderer.token_bytes, ids)) == text.encode()
+    report = chat_logprobs([ScoredToken(i, TokenScore(-1.0, ((i, -1.0),))) for i in ids], renderer)
+    for key in (lambda item: item, lambda item: item["top_logprobs"][0]):
+        joined = itertools.chain(*(key(item)["bytes"] for item in report["content"]))
+        assert bytes(joined) == text.encode()
+
+
+def test_bytes_of_vocabularies_that_fall_back_to_bytes(tmp_path: Path) -> None:
+    """As of Llama 2 and Gemma: `▁` for a space, `<0x..>` for the bytes of what has no token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "▁a": 4}
+    vocabulary |= {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    renderer = Renderer.load(tmp_path, "plain")
+    text = "a a 🎉"
+    assert b"".join(map(renderer.token_bytes, renderer.text_ids(text))) == text.encode()
+    assert renderer.token_bytes(9999) == b""
+
+
+def test_stop_token_ids_end_an_answer(api: FastAPI) -> None:
+    body = TEXT | {"max_tokens": 12, "return_token_ids": True, "temperature": 1, "seed": 3}
+    ids = post(api, TEXTS, body)["choices"][0]["token_ids"]
+    stop = next(token for index, token in enumerate(ids) if index and token not in ids[:index])
+    got = post(api, TEXTS, body | {"stop_token_ids": [stop]})["choices"][0]
+    assert (got["token_ids"], got["finish_reason"]) == (ids[: ids.index(stop)], "stop")
+
+
+def test_a_seed_gives_the_same_text_whatever_else_is_asked(api: FastAPI) -> None:
+    """Alone and in a crowd of other lengths, whose products are rounded otherwise."""
+    asked = [
+        TEXT | {"temperature": 1.3, "seed": seed, "max_tokens": 24, **more}
+        for seed in range(4)
+        for more in ({}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05}, {"presence_penalty": 1})
+    ]
+    crowd = [
+        TEXT | {"prompt": f"Open {n} " * (n % 7), "max_tokens": 3 + n % 9} for n in range(1, 30)
+    ]
+
+    async def together(client: httpx.AsyncClient) -> list[str]:
+        mixed = [body for pair in zip(asked, crowd, strict=False) for body in pair]
+        answers = await asyncio.gather(*(client.post(TEXTS, json=body) for body in mixed))
+        return [answer.json()["choices"][0]["text"] for answer in answers[::2]]
+
+    alone = [post(api, TEXTS, body)["choices"][0]["text"] for body in asked]
+    assert with_client(api, together) == alone
+
+
+def test_a_long_text_is_read_beside_the_others(
+    api: FastAPI, server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one request's prompt is being read, which takes as long as it takes, others go on."""
+    import threading
+
+    asyncio.run(server.ready())
+    loaded = server._loading.result()["m"]
+    reading, go_on = threading.Event(), threading.Event()
+    original = type(loaded).second_renderer.func  # type: ignore[attr-defined]
+
+    class Slow:
+        def __init__(self, renderer: Renderer) -> None:
+            self.renderer = renderer
+
+    def text_ids(self: Any, text: str) -> list[int]:
+        if isinstance(self, Slow):
+            reading.set()
+            assert go_on.wait(60)
+            return self.renderer.text_ids(text)
+        return real(self, text)
+
+    real = Renderer.text_ids
+    monkeypatch.setitem(vars(loaded), "second_renderer", Slow(original(loaded)))
+    monkeypatch.setattr(Renderer, "text_ids", text_ids)
+
+    async def both(client: httpx.AsyncClient) -> tuple[int, int]:
+        long = asyncio.create_task(client.post(TEXTS, json=TEXT | {"prompt": "Return " * 2000}))
+        while not reading.is_set():
+            await asyncio.sleep(0.01)
+        quick = await client.post(TEXTS, json=TEXT)
+        go_on.set()
+        return (await long).status_code, quick.status_code
+
+    assert with_client(api, both) == (400, 200)
+
+
+def test_no_request_makes_the_server_fail(api: FastAPI) -> None:
+    """Requests made from the server's own schema, right and wrong ones.
+
+    TUNELOOP_FUZZ_REQUESTS=10000 makes it thorough.
+    """
+    number = int(os.environ.get("TUNELOOP_FUZZ_REQUESTS", "400"))
+    schema = ask(api, "GET", "/openapi.json").json()
+    chooser = random.Random(int(os.environ.get("TUNELOOP_FUZZ_SEED", "0")))
+    requests = [fuzzed(schema, chooser) for _ in range(number)]
+    statuses: dict[int, int] = {}
+
+    async def send(client: httpx.AsyncClient) -> None:
+        waiting = iter(requests)
+
+        async def work() -> None:
+            for method, path, content in waiting:
+                response = await client.request(method, path, content=content)
+                status = response.status_code
+                statuses[status] = statuses.get(status, 0) + 1
+                assert status < 500, (path, content[:2000], response.text)
+                if status >= 400:
+                    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+                elif "event-stream" in response.headers["content-type"]:
+                    assert response.text.endswith("data: [DONE]\n\n"), (content, response.text)
+
+        await asyncio.gather(*(work() for _ in range(16)))
+
+    started = time.perf_counter()
+    with_client(api, send)
+    print(f"{number} requests in {time.perf_counter() - started:.1f} s: {statuses}")
+    assert statuses[200] > number // 10
+    assert statuses[400] > number // 10
+
+
+TEXTS_TO_TRY = [
+    "",
+    "a",
+    "What is it?",
+    "é🎉",
+    "<|im_end|>",
+    "\x00",
+    "\n\n",
+    "東京 " * 50,
+    "\u202e",
+    "0",
+]
+NUMBERS_TO_TRY = [0, 1, -1, 2, 0.5, 1e-40, 1e300, 10**25, -(2**63), 3, 599]
+ANYTHING = [None, True, False, [], {}, [[]], {"a": None}, "x", ["x"], [1], *NUMBERS_TO_TRY]
+
+
+def fuzzed(schema: dict[str, Any], chooser: random.Random) -> tuple[str, str, bytes]:
+    """Return a request: mostly as the schema says, then perhaps with something else in it."""
+    path = chooser.choice(sorted(schema["paths"]))
+    method, operation = chooser.choice(sorted(schema["paths"][path].items()))
+    url = path.replace("{name}", chooser.choice(["m", "x", "%00", "a%2Fb"]))
+    if "requestBody" not in operation:
+        return method.upper(), url, b""
+    kind = operation["requestBody"]["content"]["application/json"]["schema"]
+    body = example(kind, schema, chooser)
+    body["model"] = "m"
+    body["max_tokens"] = chooser.randrange(1, 4)
+    if "n" in body:
+        body["n"] = chooser.randrange(1, 4)
+    if chooser.random() < 0.4:
+        spoil(body, chooser)
+    content = json.dumps(body).encode()
+    if chooser.random() < 0.03:
+        content = content[: chooser.randrange(len(content))]
+    if chooser.random() < 0.03:
+        position = chooser.randrange(len(content) + 1)
+        content = content[:position] + chooser.randbytes(3) + content[position:]
+    return method.upper(), url, content
+
+
+def example(kind: Any, schema: dict[str, Any], chooser: random.Random) -> Any:
+    """Return a value that the schema allows, or nearly."""
+    if kind is True:
+        return chooser.choice([*ANYTHING, {"name": "f"}, {"name": "f", "parameters": {}}])
+    if "$ref" in kind:
+        return example(
+            schema["components"]["schemas"][kind["$ref"].split("/")[-1]], schema, chooser
+        )
+    if "anyOf" in kind:
+        return example(chooser.choice(kind["anyOf"]), schema, chooser)
+    if "enum" in kind:
+        return chooser.choice(kind["enum"])
+    if "const" in kind:
+        return kind["const"]
+    match kind.get("type"):
+        case "object" if "properties" in kind:
+            required = kind.get("required", ())
+            return {
+                name: example(field, schema, chooser)
+                for name, field in kind["properties"].items()
+                if name in required or chooser.random() < 0.25
+            }
+        case "object":
+            free = kind["additionalProperties"] is True
+            keys = [
+                chooser.choice(
+                    ["function", "name", "type"] if free else [str(n) for n in range(700)]
+                )
+                for _ in range(chooser.randrange(3))
+            ]
+            return {key: example(kind["additionalProperties"], schema, chooser) for key in keys}
+        case "array":
+            count = kind.get("minItems", 0) + chooser.randrange(4)
+            return [example(kind["items"], schema, chooser) for _ in range(count)]
+        case "integer":
+            low = kind.get("minimum", -3)
+            return chooser.randint(low, min(kind.get("maximum", 700), low + 700))
+        case "number":
+            low, high = kind.get("minimum", 0), kind.get("maximum", 2)
+            return chooser.choice([low, high, chooser.uniform(low, high), low + 1e-40])
+        case "boolean":
+            return chooser.random() < 0.5
+        case "null":
+            return None
+    return chooser.choice(TEXTS_TO_TRY)
+
+
+def spoil(value: Any, chooser: random.Random) -> None:
+    """Put something else somewhere into a body."""
+    while True:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        if not keys:
+            return
+        key = chooser.choice(keys)
+        inner = value[key]
+        if isinstance(inner, dict | list) and inner and chooser.random() < 0.7:
+            value = inner
+            continue
+        match chooser.randrange(4):
+            case 0 if key != "max_tokens":
+                del value[key]
+            case 1 if isinstance(value, dict):
+                value[chooser.choice([*TEXTS_TO_TRY, "tools", "suffix"])] = chooser.choice(ANYTHING)
+            case _:
+                value[key] = chooser.choice([*ANYTHING, *TEXTS_TO_TRY])
+        return
