@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Annotated, Any, Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -77,8 +77,8 @@ def build_api(models: Mapping[str, Backend], api_key: str = "") -> FastAPI:
     api.add_exception_handler(ProtocolError, _on_protocol_error)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(Exception, _on_failure)
-    api.include_router(_open_routes(side))
-    api.include_router(_routes(side), dependencies=[Depends(side.authorize)])
+    _add_open_routes(api, side)
+    _add_routes(api, side)
     api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
     return api
 
@@ -299,16 +299,15 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _open_routes(side: _HttpSide) -> APIRouter:
-    """Return the addresses that need no key."""
-    router = APIRouter()
+def _add_open_routes(api: FastAPI, side: _HttpSide) -> None:
+    """Add the addresses that need no key."""
 
-    @router.get("/health")
+    @api.get("/health")
     async def health() -> dict[str, str]:
         """Whether the address answers."""
         return {"status": "ok"}
 
-    @router.get("/ready", responses={503: {"model": ErrorBody}})
+    @api.get("/ready", responses={503: {"model": ErrorBody}})
     async def ready() -> Response:
         """Whether every model is loaded."""
         try:
@@ -321,26 +320,25 @@ def _open_routes(side: _HttpSide) -> APIRouter:
             raise ProtocolError(503, message, code="model_not_loaded")
         return JSONResponse({"status": "ready"})
 
-    return router
 
+def _add_routes(api: FastAPI, side: _HttpSide) -> None:
+    """Add the addresses that need the key, if there is one."""
+    keyed = [Depends(side.authorize)]
+    refused: dict[int | str, dict[str, Any]] = {401: _ERRORS[401]}
 
-def _routes(side: _HttpSide) -> APIRouter:
-    """Return the addresses that need the key, if there is one."""
-    router = APIRouter(responses={401: _ERRORS[401]})
-
-    @router.get("/v1/models")
+    @api.get("/v1/models", dependencies=keyed, responses=refused)
     async def models() -> JSONResponse:
         """The models that are served."""
         return JSONResponse(model_list(list(side.models), side.created))
 
-    @router.get("/v1/models/{name:path}", responses={404: _ERRORS[404]})
+    @api.get("/v1/models/{name:path}", dependencies=keyed, responses=refused | {404: _ERRORS[404]})
     async def model(name: str) -> JSONResponse:
         """One model."""
         if name not in side.models:
             raise unknown_model(name, list(side.models))
         return JSONResponse(model_card(name, side.created))
 
-    @router.get("/metrics", response_class=PlainTextResponse)
+    @api.get("/metrics", dependencies=keyed, responses=refused, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters in Prometheus' text format."""
         try:
@@ -350,27 +348,42 @@ def _routes(side: _HttpSide) -> APIRouter:
         text = side.metrics.text(activities)
         return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    @router.post("/v1/chat/completions", responses=_ERRORS, openapi_extra=_body_of(ChatRequest))
+    @api.post(
+        "/v1/chat/completions",
+        dependencies=keyed,
+        responses=_ERRORS,
+        openapi_extra=_body_of(ChatRequest),
+    )
     async def chat_completions(request: Request) -> Response:
         """The answer to a conversation, whole or as server-sent events."""
         return await side.answer("chat", request)
 
-    @router.post("/v1/completions", responses=_ERRORS, openapi_extra=_body_of(CompletionRequest))
+    @api.post(
+        "/v1/completions",
+        dependencies=keyed,
+        responses=_ERRORS,
+        openapi_extra=_body_of(CompletionRequest),
+    )
     async def completions(request: Request) -> Response:
         """How texts or token ids go on, whole or as server-sent events."""
         return await side.answer("completions", request)
 
-    @router.post("/tokenize", responses=_ERRORS, openapi_extra=_body_of(TokenizeRequest))
+    @api.post(
+        "/tokenize", dependencies=keyed, responses=_ERRORS, openapi_extra=_body_of(TokenizeRequest)
+    )
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of a conversation as the model reads it."""
         return await side.answer("tokenize", request)
 
-    @router.post("/detokenize", responses=_ERRORS, openapi_extra=_body_of(DetokenizeRequest))
+    @api.post(
+        "/detokenize",
+        dependencies=keyed,
+        responses=_ERRORS,
+        openapi_extra=_body_of(DetokenizeRequest),
+    )
     async def detokenize(request: Request) -> Response:
         """The text of token ids, without special tokens."""
         return await side.answer("detokenize", request)
-
-    return router
 
 
 # Bodies are validated where the model is, once; here they are only described.
