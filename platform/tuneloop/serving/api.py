@@ -24,7 +24,6 @@ from pydantic.json_schema import models_json_schema
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 
-from tuneloop import __version__
 from tuneloop.serving.answers import event, model_card, model_list
 from tuneloop.serving.protocol import (
     MAX_BODY_BYTES,
@@ -72,7 +71,7 @@ def build_api(models: Mapping[str, Backend], api_key: str = "") -> FastAPI:
         models: What answers, by the name that requests call; several names may share one.
         api_key: What clients have to send; empty: nothing.
     """
-    api = FastAPI(title="tuneloop", version=__version__)
+    api = FastAPI(title="tuneloop", version="1")
     side = _HttpSide(models, api_key)
     api.add_exception_handler(ProtocolError, _on_protocol_error)
     api.add_exception_handler(HTTPException, _on_http_error)
