@@ -28,6 +28,7 @@ def load_whole(path: Path, **options: Any) -> PreTrainedModel:
     Raises:
         ModelError: Tensors are missing, have another shape, or belong to no layer.
     """
+    transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
     # Its table of odd tensors; they are told below.
     transformers_logging.set_verbosity_error()
