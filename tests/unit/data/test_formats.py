@@ -169,6 +169,15 @@ def test_alpaca_with_system_and_history(history: Any) -> None:
         chat("alpaca", **row, history=["q", "a"])
 
 
+def test_the_seed_tasks_of_alpaca_keep_their_answer_in_a_list() -> None:
+    one = {"input": "3, 1", "output": "1, 3"}
+    found = chat("alpaca", instruction="Sort.", instances=[one])
+    assert [m.content for m in found.messages] == ["Sort.\n\n3, 1", "1, 3"]
+    for instances in ([], [one, one], "x y", [3]):
+        with pytest.raises(RowError, match="instances"):
+            chat("alpaca", instruction="Sort.", instances=instances)
+
+
 @pytest.mark.parametrize(
     "roles", [["tool", "assistant"], ["user", "tool", "assistant"], ["user", "assistant", "tool"]]
 )

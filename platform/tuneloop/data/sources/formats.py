@@ -85,7 +85,7 @@ def used_columns(source: SourceConfig) -> tuple[str, ...]:
     if source.format in _PAIRS:
         return _PAIRS[source.format]
     return {
-        "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
+        "alpaca": (*("instruction", "input", "output", "instances", "system", "history", "tools"),),
         "messages": ("messages", "tools", "functions"),
         "sharegpt": ("conversations", "system", "tools"),
         "text": ("text",),
@@ -125,6 +125,8 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
             allows.
     """
     tools = ""
+    if source.format == "alpaca" and "instances" in row and "output" not in row:
+        row = {**row, **_only_instance(row["instances"])}
     if source.format in ("messages", "sharegpt"):
         messages = _turns(row, source.format)
         tools = _tools(row)
@@ -179,6 +181,19 @@ def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> 
         Message("user", prompt.rstrip().lstrip("\r\n")),
         Message("assistant", completion.strip()),
     ]
+
+
+def _only_instance(instances: Any) -> dict[str, Any]:
+    """Return the input and output that Alpaca's seed tasks keep in a list."""
+    instances = _decoded(instances, "instances")
+    if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
+        raise RowError(
+            "`instances` is not a list of one instance",
+            got=_short(instances),
+            allowed='[{"input": …, "output": …}]',
+            remedy="write a row for each instance",
+        )
+    return instances[0]
 
 
 def _alpaca_before(row: Mapping[str, Any]) -> list[Message]:
