@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPTNeoXConfig,
     Qwen2Config,
@@ -579,3 +581,29 @@ def test_families_are_trained_exported_and_served_alike(
         assert parity.passed, (path, parity)
         assert parity.greedy_equal
         assert parity.tokens > len(live)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_model_that_also_sees_is_trained_and_exported_whole(
+    method: Literal["full", "lora"], tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    text = {
+        "vocab_size": 429, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"], "max_position_embeddings": 256,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    tokens = {"image_token_index": 428, "boi_token_index": 427, "eoi_token_index": 426}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    torch.manual_seed(0)
+    shutil.copytree(tiny_model, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    short = CONFIG.model_copy(update={"method": method, "max_steps": 2})
+    result = run(tmp_path / "base", rows, tmp_path, short)
+    assert result.parity.passed
+    assert result.packing_fault == ""
+    assert (tmp_path / "model" / "adapter").is_dir() == (method == "lora")
