@@ -13,7 +13,7 @@ import pytest
 from tuneloop.config import TrainingConfig
 from tuneloop.training.checkpoint import newest_complete
 from tuneloop.training.loop import TrainingJob, train_rows
-from tuneloop.training.progress import TrainingProgress, run_in_thread
+from tuneloop.training.progress import PADDED_NOTICE, TrainingProgress, run_in_thread
 from tuneloop.training.workers import (
     StoredRows,
     WorkerFailure,
@@ -104,4 +104,18 @@ def test_the_last_step_is_logged_however_soon_it_comes(
         file.write_text("".join(lines))
     assert [record.getMessage() for record in caplog.records] == [
         "step 3/8  loss 1.5000  learning rate 1.00e-03  100 tokens/s  ETA 50 s"
+    ]
+
+
+def test_rows_that_cannot_be_packed_are_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = TrainingProgress(tmp_path / "progress.jsonl")
+    with caplog.at_level(logging.WARNING, "tuneloop"), shown as progress:
+        progress.poll()
+        (tmp_path / "packing_fault.txt").write_text("1 of 2 layers have no attention")
+        progress.poll()
+        progress.poll()
+    assert [record.getMessage() for record in caplog.records] == [
+        PADDED_NOTICE % "1 of 2 layers have no attention"
     ]
