@@ -314,7 +314,7 @@ def test_rows_the_model_cannot_learn_are_refused(base: BaseModel, tmp_path: Path
 def test_rows_beyond_the_models_positions_are_told_before_anything_is_prepared(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    pairs = [{"prompt": "item", "completion": "7 " * length} for length in (5, 700)]
+    pairs = [{"prompt": f"item {n}", "completion": "7 " * n} for n in (*range(1, 30), 700)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     config = make_config(
