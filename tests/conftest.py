@@ -12,8 +12,8 @@ import pytest
 
 import tuneloop  # noqa: F401  before any test imports Ray, which reads what this sets
 
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("untimed", deadline=None)
+# How long an example takes says how busy the machine is; the same examples in every run.
+hypothesis.settings.register_profile("untimed", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("untimed")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

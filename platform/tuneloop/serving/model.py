@@ -167,7 +167,10 @@ def switch_attention(model: PreTrainedModel) -> int:
     except IndexError as error:
         reason = f"layers without attention between others ({error})"
     except _FOREIGN as error:
-        reason = f"{type(error).__name__}: {error}"
+        # What the configuration says is told rather than where the attempt ended.
+        text = model.config.get_text_config()
+        rule = _long_rule(text, {getattr(text, "sliding_window", None)})
+        reason = rule or f"{type(error).__name__}: {error}"
     if reason:
         raise AttentionMismatch(
             Problem(

@@ -7,8 +7,10 @@ that a disk gives back otherwise, does not match its list, and the one before is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("tuneloop.training")
 
 _CONTENTS = "contents.json"
-_ANYWHERE = f"**/{_CONTENTS}"
 _LOG = "trainer_log.json"
 
 
@@ -77,9 +78,11 @@ def sync_checkpoint(folder: Path) -> None:
 
 def sync_copies(checkpoints: Path, step: int) -> None:
     """Wait until the copies that were kept of a step's checkpoint are on the disk."""
-    for contents in checkpoints.glob(_ANYWHERE):
-        if _step(contents.parent) == step:
-            sync_checkpoint(contents.parent)
+    for folder in _below(checkpoints):
+        if _step(folder) == step:
+            # Ray Train removes older copies meanwhile, and may be ahead.
+            with contextlib.suppress(FileNotFoundError):
+                sync_checkpoint(folder)
 
 
 def refuse_damaged(folder: Path) -> None:
@@ -111,7 +114,7 @@ def refuse_save(folder: Path, reason: str) -> ResourceError:
 
 def newest_complete(folder: Path) -> Path | None:
     """Return the complete checkpoint with the most steps anywhere below a directory, or None."""
-    found = [(_step(contents.parent), contents.parent) for contents in folder.glob(_ANYWHERE)]
+    found = [(_step(checkpoint), checkpoint) for checkpoint in _below(folder)]
     # The newest first: reading a checkpoint to the end takes its time.
     for step, checkpoint in sorted(found, reverse=True):
         if step >= 0 and _is_whole(checkpoint):
@@ -155,6 +158,12 @@ def load_engine(engine: DeepSpeedEngine, folder: Path, identity: str = "") -> li
         group["lr"] = peak * factor(step)
     log: list[StepRecord] = json.loads((folder / _LOG).read_text(encoding="utf-8"))
     return log
+
+
+def _below(folder: Path) -> list[Path]:
+    """Return the directories with a list of contents, wherever below; some may go meanwhile."""
+    # `Path.glob` fails where a directory goes while it looks, `os.walk` passes over it.
+    return [Path(parent) for parent, _, names in os.walk(folder) if _CONTENTS in names]
 
 
 def _step(folder: Path) -> int:

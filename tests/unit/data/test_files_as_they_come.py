@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -462,6 +462,8 @@ SETTINGS = settings(max_examples=40, suppress_health_check=[HealthCheck.function
 def test_any_table_that_is_read_can_be_written(
     tmp_path: Path, suffix: str, extras: list[dict[str, Any]]
 ) -> None:
+    # Names with commas between semicolons: nobody can tell which of them separate.
+    assume(suffix != ".csv" or not any("," in name for row in extras for name in row))
     path = tmp_path / f"a{suffix}"
     rows = [row | {"question": f"q{at}", "answer": f"a{at}"} for at, row in enumerate(extras)]
     WRITERS[suffix](path, rows)
