@@ -39,6 +39,7 @@ from tuneloop.errors import TuneloopError
 from tuneloop.records import FinishReason
 from tuneloop.serving.adapters import Adapters
 from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Layers, Prefix, Prompt
+from tuneloop.serving.linear import speed_up_linear
 from tuneloop.serving.model import (
     AttentionMismatch,
     forward,
@@ -156,12 +157,11 @@ class Engine:
         Raises:
             ModelError: The model cannot be loaded, or an adapter does not fit.
         """
-        batch = options.get("max_batch_size", DEFAULT_BATCH_SIZE)
         try:
-            return cls(load_decoder(path, batch), **options)
+            return cls(load_decoder(path), **options)
         except AttentionMismatch as error:
             reason = error.problems[0].got
-        engine = PlainEngine(load_decoder(path, batch), **options)
+        engine = PlainEngine(load_decoder(path), **options)
         engine.notice = (
             "served by transformers' own generation, one request after the other, as the decode "
             f"engine does not reproduce this model: {reason}"
@@ -174,6 +174,10 @@ class Engine:
         Raises:
             AttentionMismatch: The engine does not compute what the model does.
         """
+        # Only here: code that reads a layer's output as one block, such as Llama 4's rotation of
+        # positions, fails on the transposed one, and then a PlainEngine serves the model as it is.
+        if self.model.device.type == "cpu":
+            speed_up_linear(self.model, num_rows=self.max_batch_size)
         return switch_attention(self.model)
 
     def submit(self, request: DecodeRequest) -> Future[DecodeResult]:

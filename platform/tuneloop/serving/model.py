@@ -17,7 +17,6 @@ from tuneloop.errors import ModelError, Problem, UserError
 from tuneloop.models.attention import IMPLEMENTATION, Rule
 from tuneloop.models.bases.weights import load_whole
 from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Prompt
-from tuneloop.serving.linear import speed_up_linear
 
 # What a model raises that does not know our attention or our arguments.
 _FOREIGN = (
@@ -41,11 +40,8 @@ def num_threads() -> int:
     return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or 1))
 
 
-def load_decoder(path: str | Path, max_batch_size: int) -> PreTrainedModel:
+def load_decoder(path: str | Path) -> PreTrainedModel:
     """Return a Hugging Face directory's model, on the GPU if there is one.
-
-    Args:
-        max_batch_size: Sequences that will run together.
 
     Raises:
         ModelError: The model cannot be loaded.
@@ -67,10 +63,7 @@ def load_decoder(path: str | Path, max_batch_size: int) -> PreTrainedModel:
                 allowed="a Hugging Face directory with config.json and safetensors",
             )
         ) from error
-    if cuda:
-        return model.to("cuda")
-    speed_up_linear(model, num_rows=max_batch_size)
-    return model
+    return model.to("cuda") if cuda else model
 
 
 def forward(model: PreTrainedModel, segments: Sequence[CachedSegment]) -> Tensor:
