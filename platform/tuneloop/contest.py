@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from tuneloop.artifacts import Artifact, Workspace
-from tuneloop.config import ArmConfig, TuneloopConfig
+from tuneloop.config import ArmConfig, TaskConfig, TuneloopConfig
+from tuneloop.data.decontamination.seen import datasets_of, find_seen
 from tuneloop.errors import ConfigError, ModelError, Problem, UserError
 from tuneloop.evals.scoring.given import given_arm
-from tuneloop.evals.scoring.questions import choose_shots
+from tuneloop.evals.scoring.questions import Question, choose_shots
 from tuneloop.evals.scoring.simple import simple_arm, with_nearest_shots
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
@@ -31,15 +33,31 @@ class Contest(NamedTuple):
     models: dict[str, ServedModel]
 
 
-def finetuned_arm(model_fingerprint: str, dataset: Artifact) -> Arm:
-    """Return the arm of the model that this configuration trains on a dataset."""
-    return Arm(
-        FINETUNED,
-        Endpoint("", FINETUNED),
-        (),
-        model_fingerprint,
-        trained_on=dataset.fingerprint,
-    )
+def finetuned_arm(model_fingerprint: str) -> Arm:
+    """Return the arm of a model that was trained, or will be."""
+    return Arm(FINETUNED, Endpoint("", FINETUNED), (), model_fingerprint)
+
+
+def with_lineage(arm: Arm, workspace: Workspace, model: Path, task: TaskConfig) -> Arm:
+    """Return the arm of a model with the train rows that are known of it.
+
+    Args:
+        model: Directory of the model: of an artifact, or of a base model.
+        task: Of the questions it will be asked.
+    """
+    return with_train_rows(arm, datasets_of(workspace, model) or (), task)
+
+
+def with_train_rows(arm: Arm, datasets: Sequence[Artifact], task: TaskConfig) -> Arm:
+    """Return the arm with the datasets whose train rows its answers were learned from."""
+    if not datasets:
+        return arm
+
+    def find(questions: Sequence[Question]) -> set[str]:
+        rows = [question.as_row() for question in questions]
+        return set().union(*(find_seen(dataset, rows, task) for dataset in datasets))
+
+    return replace(arm, trained_on=" ".join(d.fingerprint for d in datasets), find_seen=find)
 
 
 def base_model(config: TuneloopConfig, base: BaseModel) -> ServedModel:
@@ -58,17 +76,22 @@ def base_identity(config: TuneloopConfig, base: BaseModel) -> str:
     return f"{base.fingerprint}/{Renderer.load(base.path, config.model.chat_template).hash}"
 
 
-def base_arms(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> list[Arm]:
+def base_arms(
+    config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
+) -> list[Arm]:
     """Return the arms that train no model: plain prompt, solved examples before it, simple arm."""
-    endpoint, identity = Endpoint("", BASE), base_identity(config, base)
-    arms = [Arm(BASE, endpoint, (), identity)]
+    plain = Arm(BASE, Endpoint("", BASE), (), base_identity(config, base))
+    # A base that was trained here has seen what it was trained on.
+    plain = with_lineage(plain, workspace, base.path, config.task)
+    arms = [plain]
     if config.task.type == "language_modeling":
         return arms
     if config.evaluation.num_shots:
         e = config.evaluation
         shots = choose_shots(dataset, e.num_shots, e.seed, list(config.task.tasks))
-        arms.append(Arm(FEW_SHOT, endpoint, shots, identity))
-    arms.append(simple_arm(SIMPLE, dataset, config.task))
+        arms.append(replace(plain, name=FEW_SHOT, shots=shots))
+    simple = simple_arm(SIMPLE, dataset, config.task)
+    arms.append(with_train_rows(simple, [dataset], config.task))
     return arms
 
 
@@ -209,7 +232,7 @@ class NamedArms:
         """
         if named := self.config.evaluation.arms:
             return [self._arm(name, spec) for name, spec in named.items()]
-        arms = base_arms(self.config, self.base(), self._train())
+        arms = base_arms(self.config, self.workspace, self.base(), self._train())
         self.models[BASE] = base_model(self.config, self.base())
         try:
             arms.append(self._finetuned(self.finetuned(), FINETUNED))
@@ -221,7 +244,8 @@ class NamedArms:
         e = self.config.evaluation
         known = name if not spec.given else ""
         if spec.simple or known == SIMPLE:
-            return simple_arm(name, self._train(), self.config.task)
+            arm = simple_arm(name, self._train(), self.config.task)
+            return with_train_rows(arm, [self._train()], self.config.task)
         if spec.answers:
             return given_arm(name, spec.answers)
         num_shots = e.num_shots if spec.choose or known == FEW_SHOT else 0
@@ -252,7 +276,8 @@ class NamedArms:
         """Return the arm of a model that is served for this; one model is served once."""
         if reference == BASE or reference == self.config.model.base:
             self.models[BASE] = base_model(self.config, self.base())
-            return Arm(name, Endpoint("", BASE), (), base_identity(self.config, self.base()))
+            arm = Arm(name, Endpoint("", BASE), (), base_identity(self.config, self.base()))
+            return with_lineage(arm, self.workspace, self.base().path, self.config.task)
         if reference == FINETUNED:
             return self._finetuned(self.finetuned(), FINETUNED)
         where = f"evaluation.arms.{name}.model"
@@ -267,17 +292,13 @@ class NamedArms:
         self.models[reference] = model
         other = resolve_base(reference)
         identity = f"{other.fingerprint}/{Renderer.load(other.path, 'auto').hash}"
-        return Arm(name, Endpoint("", reference), (), identity)
+        arm = Arm(name, Endpoint("", reference), (), identity)
+        return with_lineage(arm, self.workspace, other.path, self.config.task)
 
     def _finetuned(self, artifact: Artifact, served_as: str) -> Arm:
         self.models[served_as] = finetuned_model(artifact)
-        return Arm(
-            served_as,
-            Endpoint("", served_as),
-            (),
-            artifact.fingerprint,
-            trained_on=str(artifact.manifest["config"].get("dataset", "")),
-        )
+        arm = Arm(served_as, Endpoint("", served_as), (), artifact.fingerprint)
+        return with_lineage(arm, self.workspace, artifact.path, self.config.task)
 
 
 def missing_model(config: TuneloopConfig, workspace: Workspace) -> ModelError:

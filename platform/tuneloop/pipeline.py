@@ -22,7 +22,7 @@ from tuneloop.contest import Contest
 from tuneloop.errors import ConfigError
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.export.parity import check_served
-from tuneloop.records import BASE, FEW_SHOT, FINETUNED, Endpoint, Parity
+from tuneloop.records import BASE, FEW_SHOT, FINETUNED, Arm, Endpoint, Parity
 from tuneloop.serving import app
 from tuneloop.serving.replica import ServedModel
 
@@ -81,7 +81,7 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         base = resolve_base(config.model.base)
         dataset = prepare_dataset(config, workspace, base)
         models = {BASE: contest.base_model(config, base)}
-        arms = contest.base_arms(config, base, dataset.artifact)
+        arms = contest.base_arms(config, workspace, base, dataset.artifact)
         entered = Contest(dataset.artifact, arms, models)
         baseline = _evaluate(config, workspace, entered, f"{config.name}-baseline")
         model = train_model(config, workspace, base, dataset.artifact)
@@ -89,7 +89,7 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             models = {}  # all answers of the base model are there and are reused
         entered = Contest(
             dataset.artifact,
-            [*arms, contest.finetuned_arm(model.artifact.fingerprint, dataset.artifact)],
+            [*arms, _finetuned_arm(config, workspace, model.artifact)],
             {**models, FINETUNED: contest.finetuned_model(model.artifact)},
         )
         evaluation = _evaluate(config, workspace, entered, config.name, [baseline.artifact])
@@ -272,7 +272,7 @@ def evaluate_each(trained: Sequence[Trained], workspace: Workspace) -> list[Publ
                 workspace,
                 Contest(
                     dataset,
-                    [contest.finetuned_arm(model.fingerprint, dataset)],
+                    [_finetuned_arm(config, workspace, model)],
                     {FINETUNED: contest.finetuned_model(model)},
                 ),
                 f"{config.name}-sweep{'-validation' * (config.evaluation.split == 'validation')}",
@@ -289,7 +289,7 @@ def evaluate_untrained(
 
     None where the task has neither. Needs a running Ray.
     """
-    arms = [arm for arm in contest.base_arms(config, base, dataset) if arm.name != BASE]
+    arms = [arm for arm in contest.base_arms(config, workspace, base, dataset) if arm.name != BASE]
     if not arms:
         return None
     is_asked = any(arm.name == FEW_SHOT for arm in arms)
@@ -306,7 +306,12 @@ def finetuned_identities(
     from tuneloop.training import launch
 
     model = launch.identity(config, base, dataset)
-    return model, runner.identity(config, dataset, [contest.finetuned_arm(model, dataset)])
+    return model, runner.identity(config, dataset, [contest.finetuned_arm(model)])
+
+
+def _finetuned_arm(config: TuneloopConfig, workspace: Workspace, model: Artifact) -> Arm:
+    arm = contest.finetuned_arm(model.fingerprint)
+    return contest.with_lineage(arm, workspace, model.path, config.task)
 
 
 def _evaluate(

@@ -6,7 +6,7 @@ Shape legend used in docstrings: B batch, T tokens, N target tokens, V vocabular
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -221,7 +221,8 @@ class Arm:
             asked.
         choose: Chooses solved examples for each question, by example id, in place of `shots`.
         chosen_by: Identity of what `choose` does.
-        trained_on: Fingerprint of the dataset the answers were learned from; empty if unknown.
+        trained_on: Identity of the train rows that the answers were learned from; empty if unknown.
+        find_seen: Returns the ids of the questions that these rows hold.
         price: What the endpoint charges; None if nothing or unknown.
         timeout_s: Longest wait for one answer, in seconds.
     """
@@ -235,5 +236,6 @@ class Arm:
     choose: Callable[[Sequence[Any]], Mapping[str, tuple[Conversation, ...]]] | None = None
     chosen_by: str = ""
     trained_on: str = ""
+    find_seen: Callable[[Sequence[Any]], Set[str]] | None = field(default=None, compare=False)
     price: Price | None = None
     timeout_s: float = 1200.0

@@ -109,7 +109,7 @@ def test_arms_are_built_in_their_order_and_one_model_is_served_once(workspace, t
     assert arms["base"].trained_on == ""
     # The arms that have the names of those of `run` are the same: what they answered is reused.
     config = contest.config
-    for arm in base_arms(config, base, dataset)[:2]:
+    for arm in base_arms(config, workspace, base, dataset)[:2]:
         assert arms[arm.name] == arm
     chosen = arms["near"].choose(read_questions(dataset))
     assert {key: [shot.messages[0].content for shot in shots] for key, shots in chosen.items()} == {

@@ -28,9 +28,10 @@ from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors, terms_of
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.lineage import (
-    count_looks,
     describe_contamination,
-    find_contaminated,
+    find_looks,
+    find_seen,
+    is_contaminated,
 )
 from tuneloop.evals.scoring.metrics import Scorer, without_thought
 from tuneloop.evals.scoring.predictions import Prediction, read_predictions, write_predictions
@@ -42,18 +43,18 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 11
+CODE_VERSION = 12
 _REFUSED = re.compile(
     r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
 )
 
 
 class _Context(NamedTuple):
-    """What is known about the rows: clusters, words often used, and which a dataset trains on."""
+    """What is known about the rows: clusters, words often used, and by arm those it has seen."""
 
     clusters: RowClusters
     terms: frozenset[str]
-    contaminated: Mapping[str, frozenset[str]]
+    seen: Mapping[str, set[str]]
 
 
 def sampling(evaluation: EvaluationConfig) -> SamplingParams:
@@ -137,7 +138,7 @@ def evaluate(
     context = _Context(
         read_clusters(dataset, e.group_by, e.split),
         terms_of(read_solved(dataset)),
-        find_contaminated(workspace, [a.trained_on for a in arms if a.trained_on], questions),
+        find_seen(arms, questions),
     )
     scorer = make_scorer(config, questions)
     params = sampling(config.evaluation)
@@ -170,8 +171,11 @@ def evaluate(
             for request, answer in zip(requests, answers, strict=True)
         ]
         evaluation = _build(config, predictions, scorer, name, context.clusters.by)
-        looks = 1 + count_looks(workspace, dataset, e.split)
-        evaluation.metrics["num_looks"] = looks
+        looks = find_looks(workspace, dataset, e.split)
+        evaluation.metrics.update(
+            num_looks=1 + len(looks.evaluations),
+            num_arms_scored=len(looks.arm_identities | {request.identity for request in requests}),
+        )
         _account(evaluation, arms)
         write_predictions(predictions, list(scorer.metrics), draft.path)
         _write_reports(draft.path, evaluation, config, dataset)
@@ -180,7 +184,8 @@ def evaluate(
             config=_parts(config, dataset, arms),
             resources={
                 "concurrency": config.evaluation.concurrency,
-                "num_looks": looks,
+                "num_looks": evaluation.metrics["num_looks"],
+                "looks": looks.evaluations,
                 "endpoints": {arm.name: arm.endpoint.url for arm in arms if arm.endpoint.url},
             },
             inputs=[dataset.ref, *dict.fromkeys(_model(arm) for arm in arms)],
@@ -317,7 +322,7 @@ def _prediction(
     scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer, context: _Context
 ) -> Prediction:
     reference, finish_reason = request.question.reference, answer.finish_reason
-    seen = context.contaminated.get(request.arm.trained_on)
+    seen = context.seen.get(request.arm.name)
     scored = finish_reason is not None
     return Prediction(
         example_id=answer.example_id,
@@ -346,7 +351,7 @@ def _prediction(
         scores=dict(_scores(scorer, request, answer)) if scored else {},
         task=request.question.task,
         cluster=context.clusters.names.get(answer.example_id, answer.example_id),
-        contaminated=None if seen is None else answer.example_id in seen,
+        contaminated=is_contaminated(request.question, request.shots, seen),
     )
 
 

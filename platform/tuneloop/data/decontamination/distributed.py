@@ -278,7 +278,7 @@ def _overlaps(
         )
         overlaps[set_index] = _joined(
             [
-                overlapping(ray.get(index), ngrams, of_ngrams, num_common, threshold)
+                best_overlaps(overlapping(ray.get(index), ngrams, of_ngrams, num_common, threshold))
                 for index, ngrams in of_set
             ]
         )

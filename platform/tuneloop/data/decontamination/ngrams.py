@@ -291,7 +291,7 @@ def overlapping(
     num_common: CommonCounts,
     threshold: float,
 ) -> Overlaps:
-    """Return the train rows that share enough n-grams, each with the row that it overlaps most.
+    """Return all pairs of a train row and a held-out row that share enough n-grams.
 
     Args:
         index: N-grams of some held-out rows.
@@ -328,9 +328,7 @@ def overlapping(
     row, unit = np.divmod(pairs, max(1, len(index.sizes)))
     share = num_shared / np.maximum(1, np.minimum(row_sizes[row], unit_sizes[unit]))
     enough = share >= threshold
-    return best_overlaps(
-        Overlaps(shared.rows[row[enough]], index.rows[unit[enough]], share[enough])
-    )
+    return Overlaps(shared.rows[row[enough]], index.rows[unit[enough]], share[enough])
 
 
 def _sizes_of_own(

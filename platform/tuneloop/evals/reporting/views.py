@@ -95,8 +95,10 @@ def _contamination(parts: dict[str, Any] | None, metric: Metric) -> str:
     flagged, clean = parts["flagged"], parts["clean"]
     if not flagged["n"]:
         return "none"
-    seen, others = (format_value(part["value"], metric) for part in (flagged, clean))
-    return f"{flagged['n']} of {parts['all']['n']}: {seen}; the others {others}"
+    rest = parts.get("unknown", clean)
+    seen, others = (format_value(part["value"], metric) for part in (flagged, rest))
+    unknown = ", of which it is not known" if "unknown" in parts else ""
+    return f"{flagged['n']} of {parts['all']['n']}: {seen}; the others {others}{unknown}"
 
 
 def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
@@ -318,11 +320,7 @@ def list_facts(
         ("Task", f"{config.task.describe()}, scored by {evaluation.primary}"),
         ("Base model", config.model.base),
         ("Dataset", f"{dataset}, {e.split} split, {evaluation.metrics['num_examples']} examples"),
-        (
-            "Looks at these rows",
-            f"{evaluation.metrics.get('num_looks', 'not counted')} evaluations in this workspace, "
-            "this one included: what was chosen by their scores flatters the next",
-        ),
+        ("Looks at these rows", _describe_looks(evaluation)),
         ("Sampling", f"{greedy}, at most {e.max_tokens} tokens, seed {e.seed}"),
         (
             "Few-shot prompt",
@@ -339,6 +337,22 @@ def list_facts(
             f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         ),
     ]
+
+
+def _describe_looks(evaluation: Evaluation) -> str:
+    """Return how often the rows were scored, and what that does to the score."""
+    # An evaluation of an earlier version does not say.
+    looks, arms = (evaluation.metrics.get(name) for name in ("num_looks", "num_arms_scored"))
+    if looks is None:
+        return "not counted"
+    if looks == 1:
+        return "the first in this workspace: nothing can have been chosen by their scores"
+    scored = f", of {arms} different models and prompts" if arms else ""
+    return (
+        f"{looks} evaluations in this workspace{scored}, this one included; the best of several "
+        "that are chosen by the score of these rows is worse on others. Choose on the validation "
+        "split"
+    )
 
 
 def show_setting(config: TuneloopConfig, key: str) -> str:

@@ -1,92 +1,100 @@
-"""What the lineage knows: rows a model was trained on, and how often a test split was looked at."""
+"""What is known of the rows that are scored: who was trained on them, who scored them before."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.evals.scoring.predictions import Prediction
-from tuneloop.evals.scoring.questions import Question
+from tuneloop.evals.scoring.questions import Question, normalised_prompt
+from tuneloop.records import Arm, Conversation
 
-_BATCH_ROWS = 4096
 
-
-class TrainedRows:
-    """The train rows of a dataset, as what is needed to recognise one.
-
-    A row is recognised by its id, which is made of its content, or by its last question, in any
-    case and with any white space.
+class Looks(NamedTuple):
+    """How often the rows of a split were scored before, in this workspace.
 
     Args:
-        dataset: Its train split is read.
+        evaluations: References of the published evaluations that scored any of them, oldest first.
+        arm_identities: Of all arms that were scored there.
     """
 
-    def __init__(self, dataset: Artifact) -> None:
-        self._ids: set[str] = set()
-        self._prompts: set[bytes] = set()
-        for file in sorted((dataset.path / "train").glob("*.parquet")):
-            source = pq.ParquetFile(file)
-            names = [n for n in ("row_id", "messages", "text") if n in source.schema_arrow.names]
-            for batch in source.iter_batches(_BATCH_ROWS, columns=names):
-                for row in batch.to_pylist():
-                    self._ids.add(str(row["row_id"]))
-                    asked = [m["content"] for m in row.get("messages") or () if m["role"] == "user"]
-                    self._prompts.add(_digest(asked[-1] if asked else row.get("text") or ""))
+    evaluations: list[str]
+    arm_identities: frozenset[str]
 
-    def __contains__(self, question: Question) -> bool:
-        # Of a row that occurs several times the later ones have a number after their id.
-        if question.example_id.partition("-")[0] in self._ids or question.example_id in self._ids:
+
+def find_seen(arms: Sequence[Arm], questions: Sequence[Question]) -> dict[str, set[str]]:
+    """Return, by arm, the ids of the questions it was trained on; without arms not known of."""
+    by_rows: dict[str, set[str]] = {}
+    for arm in arms:
+        if arm.find_seen and arm.trained_on not in by_rows:
+            by_rows[arm.trained_on] = set(arm.find_seen(questions))
+    return {arm.name: by_rows[arm.trained_on] for arm in arms if arm.find_seen}
+
+
+def is_contaminated(
+    question: Question, shots: Sequence[Conversation], seen: set[str] | None
+) -> bool | None:
+    """Return whether an arm has seen a question: in training, or solved in its own prompt.
+
+    Args:
+        question: What is asked.
+        shots: Solved examples before it.
+        seen: The questions that the arm was trained on; None where that is not known.
+    """
+    asked = normalised_prompt(question).casefold()
+    for shot in shots:
+        turns = [message for message in shot.messages[:-1] if message.role == "user"]
+        if turns and asked == " ".join(turns[-1].content.split()).casefold():
             return True
-        asked = question.messages[-1].content if question.messages else question.text
-        return _digest(asked) in self._prompts
+    return None if seen is None else question.example_id in seen
 
 
-def find_contaminated(
-    workspace: Workspace, fingerprints: Iterable[str], questions: Sequence[Question]
-) -> dict[str, frozenset[str]]:
-    """Return the ids of the questions that the train rows of each dataset hold.
+def find_looks(workspace: Workspace, dataset: Artifact, split: str) -> Looks:
+    """Return which published evaluations have scored rows of a split.
 
-    Args:
-        fingerprints: Of dataset artifacts. One that the workspace does not have is left out.
+    Datasets that differ in their train rows share test rows: rows are compared, not datasets.
     """
-    datasets = {a.fingerprint: a for a in workspace.published() if a.kind == "datasets"}
-    found: dict[str, frozenset[str]] = {}
-    for fingerprint in dict.fromkeys(fingerprints):
-        if fingerprint in datasets:
-            rows = TrainedRows(workspace.open(datasets[fingerprint].ref))
-            found[fingerprint] = frozenset(q.example_id for q in questions if q in rows)
-    return found
-
-
-def count_looks(workspace: Workspace, dataset: Artifact, split: str) -> int:
-    """Return how many published evaluations have scored a split of a dataset."""
-    count = 0
-    for artifact in workspace.published():
+    ours = _row_ids(dataset, split)
+    published = workspace.published()
+    datasets = {a.fingerprint: a for a in published if a.kind == "datasets"}
+    shared: Mapping[tuple[str, str], bool] = {(dataset.fingerprint, split): True}
+    evaluations, identities = [], set()
+    for artifact in published:
+        if artifact.kind != "evaluations":
+            continue
         config = artifact.manifest["config"]
-        if artifact.kind == "evaluations" and config.get("dataset") == dataset.fingerprint:
-            count += config.get("evaluation", {}).get("split", "test") == split
-    return count
+        scored = config.get("evaluation", {}).get("split", "test")
+        key = str(config.get("dataset", "")), scored
+        if key not in shared:
+            other = datasets.get(key[0])
+            rows = _row_ids(workspace.open(other.ref), scored) if other else frozenset()
+            shared = {**shared, key: bool(ours & rows)}
+        if shared[key]:
+            evaluations.append(artifact.ref)
+            identities |= {a["identity"] for a in config.get("arms", []) if "identity" in a}
+    return Looks(evaluations, frozenset(identities))
 
 
 def describe_contamination(predictions: Sequence[Prediction], metric: str) -> dict[str, Any] | None:
     """Return an arm's score on all rows, on clean ones, and on those it was trained on.
 
     Returns:
-        `all`, `clean` and `flagged`, each with `value` and `n`; None where nothing is known of
-        what the arm was trained on.
+        `all`, `clean` and `flagged`, each with `value` and `n`, and `unknown` where of some rows it
+        is not known; None where nothing is known of what the arm was trained on.
     """
     scored = [p for p in predictions if p.status == "scored" and p.scores.get(metric) is not None]
-    if not scored or any(p.contaminated is None for p in scored):
+    if all(p.contaminated is None for p in scored):
         return None
     parts = {
         "all": scored,
-        "clean": [p for p in scored if not p.contaminated],
+        "clean": [p for p in scored if p.contaminated is False],
         "flagged": [p for p in scored if p.contaminated],
     }
+    if unknown := [p for p in scored if p.contaminated is None]:
+        parts["unknown"] = unknown
     return {name: {"value": _mean(rows, metric), "n": len(rows)} for name, rows in parts.items()}
 
 
@@ -95,5 +103,10 @@ def _mean(predictions: Sequence[Prediction], metric: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()[:16]
+def _row_ids(dataset: Artifact, split: str) -> frozenset[str]:
+    files = sorted((dataset.path / split).glob("*.parquet"))
+    return frozenset(
+        str(row_id)
+        for file in files
+        for row_id in pq.read_table(file, columns=["row_id"])["row_id"].to_pylist()
+    )

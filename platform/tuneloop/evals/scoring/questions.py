@@ -50,6 +50,17 @@ class Question:
         solved = tuple(m for shot in fitting for m in shot.messages if m.role not in _SYSTEM)
         return system + solved + turns
 
+    def as_row(self) -> dict[str, Any]:
+        """Return the question with its reference as a row of a dataset."""
+        messages = (*self.messages, Message("assistant", self.reference)) if self.messages else ()
+        return {
+            "row_id": self.example_id,
+            "messages": [message.as_dict() for message in messages],
+            "text": self.text,
+            "tools": self.tools,
+            "task": self.task,
+        }
+
 
 def read_questions(
     dataset: Artifact, tasks: Collection[str] = (), split: str = "test"

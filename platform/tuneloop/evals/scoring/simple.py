@@ -45,7 +45,6 @@ def simple_arm(name: str, dataset: Artifact, task: TaskConfig) -> Arm:
         (),
         f"simple/{VERSION}/{dataset.fingerprint}",
         answer=answer,
-        trained_on=dataset.fingerprint,
     )
 
 
