@@ -16,11 +16,11 @@ from tuneloop.evals.scoring.pairing import PairedExample
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.review import agreement, verdicts
 from tuneloop.review.ratings import rate_arms
+from tuneloop.review.store import ReviewStore
 from tuneloop.review.verdicts import (
     Choice,
     Sides,
     Verdict,
-    VerdictStore,
     blind_order,
     next_example,
     open_examples,
@@ -96,7 +96,7 @@ def show_ballot(examples: list[PairedExample], arms: Collection[str]) -> None:
         st.info("Type your name to begin.")
         return
     by_id = {example.example_id: example for example in examples}
-    mine = store.read(artifact.ref, reviewer)
+    mine = store.verdicts(artifact.ref, reviewer)
     still_open = open_examples(list(by_id), mine, arms)
     done = len(by_id) - len(still_open)
     st.progress(done / len(by_id), text=f"{done:,} of {len(by_id):,} judged by {reviewer}")
@@ -154,7 +154,7 @@ def show_pair(example: PairedExample, sides: Sides, reviewer: str) -> None:
 
 def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
     """Show ratings, and how far they can be trusted."""
-    votes = store.read(artifact.ref)
+    votes = store.verdicts(artifact.ref)
     if not votes:
         st.info("No votes yet. The ratings appear with the first one.")
         return
@@ -201,7 +201,7 @@ left, right = st.columns(2)
 with left:
     workspace, artifact = choose_artifact("evaluations", "Evaluation")
 try:
-    store = VerdictStore(workspace.location)
+    store = ReviewStore(workspace.location)
 except UserError as error:
     refuse("Votes cannot be stored here.", error)
 evaluation = load_evaluation(artifact)

@@ -282,7 +282,7 @@ def test_keys_that_are_held_or_pressed_twice_vote_on_nothing(open_page, own):
 
 
 def test_a_locked_database_keeps_the_vote_for_another_try(open_page, own, fast_reader, monkeypatch):
-    monkeypatch.setattr("tuneloop.review.verdicts._LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("tuneloop.review.store._LOCK_TIMEOUT_S", 0.1)
     app = open_page(own, "votes")
     judge_as(app, "ann")
     next(t for t in app.text_input if t.key.startswith("comment-")).set_value("why").run()

@@ -1,4 +1,4 @@
-"""Human verdicts in SQLite, append-only: a changed mind is a newer row.
+"""Human verdicts on pairs of answers, and which pair comes next.
 
 Pairs are blind: a hash of reviewer and example decides which arm is on the left. So the side does
 not depend on the arms' names, differs between reviewers and survives a reload.
@@ -7,41 +7,15 @@ not depend on the arms' names, differs between reviewers and survives a reload.
 from __future__ import annotations
 
 import hashlib
-import sqlite3
-from collections.abc import Callable, Collection, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from tuneloop.errors import ArtifactError, Problem
-
-T = TypeVar("T")
 Choice = Literal["left", "right", "tie", "both_bad"]
 CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both_bad")
 # Nobody has read two answers sooner: a vote before that is a key that was held or pressed twice.
 LEAST_READING_S = 1.0
-_LOCK_TIMEOUT_S = 15.0
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS verdicts (
-    id INTEGER PRIMARY KEY,
-    evaluation TEXT NOT NULL,
-    example_id TEXT NOT NULL,
-    arm_left TEXT NOT NULL,
-    arm_right TEXT NOT NULL,
-    choice TEXT NOT NULL CHECK (choice IN ('left', 'right', 'tie', 'both_bad')),
-    reviewer TEXT NOT NULL,
-    comment TEXT NOT NULL DEFAULT '',
-    created_at TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS verdicts_by_evaluation ON verdicts (evaluation, reviewer, example_id);
-CREATE TRIGGER IF NOT EXISTS verdicts_are_not_edited BEFORE UPDATE ON verdicts
-    BEGIN SELECT RAISE(ABORT, 'verdicts are append-only'); END;
-CREATE TRIGGER IF NOT EXISTS verdicts_are_not_deleted BEFORE DELETE ON verdicts
-    BEGIN SELECT RAISE(ABORT, 'verdicts are append-only'); END;
-"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +25,7 @@ class Verdict:
     Args:
         evaluation: Reference with version, `evaluations/demo@v1`.
         created_at: ISO 8601, UTC.
+        uid: Made with the verdict: storing it twice keeps it once.
     """
 
     evaluation: str
@@ -61,6 +36,7 @@ class Verdict:
     reviewer: str
     comment: str = ""
     created_at: str = ""
+    uid: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def winner(self) -> str | None:
@@ -73,107 +49,6 @@ class Sides(NamedTuple):
 
     left: str
     right: str
-
-
-class VerdictStore:
-    """The verdicts of one workspace, in `<workspace>/review/verdicts.sqlite`.
-
-    Args:
-        workspace: A local directory. SQLite needs file locks, which object stores do not have.
-
-    Raises:
-        ArtifactError: The workspace is not local, or the file is not a verdict database.
-    """
-
-    def __init__(self, workspace: str | Path) -> None:
-        if "://" in str(workspace).removeprefix("file://"):
-            raise ArtifactError(
-                Problem(
-                    "verdicts cannot be stored in a remote workspace",
-                    where="workspace",
-                    got=str(workspace),
-                    allowed="a local directory",
-                    remedy="copy the evaluation to a local workspace to review it",
-                )
-            )
-        self.path = Path(str(workspace).removeprefix("file://")) / "review" / "verdicts.sqlite"
-        if self.path.exists():
-            self._run(lambda connection: connection.executescript(_SCHEMA))
-
-    def add(self, verdict: Verdict) -> None:
-        """Append a verdict; it is on disk when this returns.
-
-        Raises:
-            ArtifactError: The database cannot be written.
-        """
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-
-        def insert(connection: sqlite3.Connection) -> None:
-            connection.executescript(_SCHEMA)
-            connection.execute(
-                "INSERT INTO verdicts (evaluation, example_id, arm_left, arm_right, choice,"
-                " reviewer, comment, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    verdict.evaluation,
-                    verdict.example_id,
-                    verdict.arm_left,
-                    verdict.arm_right,
-                    verdict.choice,
-                    verdict.reviewer,
-                    verdict.comment,
-                    now,
-                ),
-            )
-
-        self._run(insert)
-
-    def read(self, evaluation: str, reviewer: str | None = None) -> list[Verdict]:
-        """Return the verdicts that count, oldest first: the newest of each reviewer and pair."""
-        if not self.path.exists():
-            return []
-        query = (
-            "SELECT evaluation, example_id, arm_left, arm_right, choice, reviewer, comment,"
-            " created_at FROM verdicts WHERE evaluation = ?"
-        )
-        parameters = [evaluation]
-        if reviewer is not None:
-            query += " AND reviewer = ?"
-            parameters.append(reviewer)
-        rows = self._run(lambda c: c.execute(query + " ORDER BY id", parameters).fetchall())
-        newest: dict[tuple[str, str, frozenset[str]], Verdict] = {}
-        for row in rows:
-            verdict = Verdict(*row)
-            pair = frozenset((verdict.arm_left, verdict.arm_right))
-            key = (verdict.reviewer, verdict.example_id, pair)
-            newest.pop(key, None)
-            newest[key] = verdict
-        return list(newest.values())
-
-    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Return what `work` does in one transaction."""
-        try:
-            # Reading creates no file; the first verdict does.
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, _LOCK_TIMEOUT_S)) as connection, connection:
-                return work(connection)
-        except (sqlite3.DatabaseError, OSError) as error:
-            code = getattr(error, "sqlite_errorcode", None)
-            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                remedy = "wait until the other program has finished, then try again"
-            elif code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-                remedy = (
-                    f"keep a copy; `sqlite3 {self.path.name} .recover` may bring the votes back"
-                )
-            else:
-                remedy = "free disk space or fix the permissions"
-            raise ArtifactError(
-                Problem(
-                    "the verdicts cannot be opened",
-                    where=str(self.path),
-                    got=str(error),
-                    remedy=remedy,
-                )
-            ) from error
 
 
 def verdict_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:

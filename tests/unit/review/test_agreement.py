@@ -15,7 +15,8 @@ from tuneloop.review.agreement import (
     reviewer_agreement,
     reviewer_rows,
 )
-from tuneloop.review.verdicts import Choice, Verdict, VerdictStore, next_example
+from tuneloop.review.store import ReviewStore
+from tuneloop.review.verdicts import Choice, Verdict, next_example
 
 
 def verdict(
@@ -91,8 +92,8 @@ def test_skipped_examples_come_back_last() -> None:
 
 
 def test_looking_at_verdicts_makes_no_file(tmp_path: Path) -> None:
-    store = VerdictStore(f"file://{tmp_path}/new")
-    assert store.read("evaluations/demo@v1") == []
+    store = ReviewStore(f"file://{tmp_path}/new")
+    assert store.verdicts("evaluations/demo@v1") == []
     assert not (tmp_path / "new").exists()
     store.add(verdict("1", "left"))
-    assert len(VerdictStore(tmp_path / "new").read("evaluations/demo@v1")) == 1
+    assert len(ReviewStore(tmp_path / "new").verdicts("evaluations/demo@v1")) == 1

@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import sqlite3
-from pathlib import Path
-
 import numpy as np
 import pytest
 from scipy import stats
 
-from tuneloop.errors import ArtifactError
 from tuneloop.review.ratings import Preference, bradley_terry, rate_arms
-from tuneloop.review.verdicts import Verdict, VerdictStore, blind_order, open_examples
+from tuneloop.review.verdicts import Verdict, blind_order, open_examples
 
 ARMS = ("base", "finetuned")
 
 
 def verdict(example: str, choice: str = "left", reviewer: str = "ann") -> Verdict:
     return Verdict("evaluations/demo@v1", example, *ARMS, choice, reviewer)  # type: ignore[arg-type]
-
-
-def test_verdicts_survive_and_a_changed_mind_is_the_newest_row(tmp_path: Path) -> None:
-    store = VerdictStore(tmp_path)
-    store.add(verdict("1"))
-    store.add(verdict("2", "tie"))
-    store.add(verdict("1", "right"))
-    store.add(verdict("1", "left", reviewer="bob"))
-    found = VerdictStore(tmp_path).read("evaluations/demo@v1", "ann")
-    assert [(v.example_id, v.choice, v.winner) for v in found] == [
-        ("2", "tie", None),
-        ("1", "right", "finetuned"),
-    ]
-    assert len(store.read("evaluations/demo@v1")) == 3
-    assert store.read("evaluations/demo@v2") == []
-    with sqlite3.connect(store.path) as connection:
-        assert connection.execute("SELECT count(*) FROM verdicts").fetchone() == (4,)
-
-
-@pytest.mark.parametrize(
-    "statement", ["UPDATE verdicts SET choice = 'tie'", "DELETE FROM verdicts"]
-)
-def test_verdicts_are_never_edited(tmp_path: Path, statement: str) -> None:
-    store = VerdictStore(tmp_path)
-    store.add(verdict("1"))
-    with sqlite3.connect(store.path) as connection, pytest.raises(sqlite3.DatabaseError):
-        connection.execute(statement)
-    assert len(store.read("evaluations/demo@v1")) == 1
-
-
-def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    store = VerdictStore(tmp_path)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: store.add(verdict(str(i))), range(200)))
-    assert len(store.read("evaluations/demo@v1")) == 200
 
 
 def test_sides_are_blind_stable_and_balanced() -> None:
@@ -67,15 +26,6 @@ def test_sides_are_blind_stable_and_balanced() -> None:
 def test_judged_examples_are_not_asked_again() -> None:
     assert open_examples(["1", "2", "3"], [verdict("2")], ARMS) == ["1", "3"]
     assert open_examples(["1", "2"], [verdict("2")], ("base", "other")) == ["1", "2"]
-
-
-def test_unusable_stores(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="remote workspace"):
-        VerdictStore("s3://bucket/prefix")
-    (tmp_path / "review").mkdir()
-    (tmp_path / "review" / "verdicts.sqlite").write_text("not a database, but long enough" * 100)
-    with pytest.raises(ArtifactError, match="cannot be opened"):
-        VerdictStore(tmp_path)
 
 
 def test_ratings_recover_known_strengths() -> None:

@@ -1,0 +1,85 @@
+"""What becomes of the marks of several people, and of a file of marks that was edited by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tuneloop.errors import DataError
+from tuneloop.marks import Mark, decide, read_marks, write_marks
+
+
+def mark(kind: str, reviewer: str = "ann", answer: str = "", row: str = "r1") -> Mark:
+    return Mark(kind, row, "datasets/demo@v1", reviewer, answer)  # type: ignore[arg-type]
+
+
+def test_the_newest_mark_of_a_reviewer_counts() -> None:
+    marks = [mark("bad_row"), mark("bad_reference", answer=" 42 ")]
+    decided = decide(marks)
+    assert decided.fixes == [("correct", "r1", ("42",), (marks[1],))]
+    assert decided.unused == {marks[0].uid: "ann has marked the row again"}
+    taken_back = decide([*marks, mark("fine")])
+    assert taken_back.fixes == []
+    assert len(taken_back.unused) == 3
+
+
+def test_reviewers_who_agree_are_all_named_and_those_who_do_not_change_nothing() -> None:
+    agreed = [mark("bad_reference", name, "42") for name in ("ann", "bob")]
+    (fix,) = decide(agreed).fixes
+    assert fix.reviewers == "ann, bob"
+    marks = [*agreed, mark("bad_reference", "eve", "43"), mark("bad_row", row="r2")]
+    decided = decide(marks)
+    assert [(f.action, f.content_id) for f in decided.fixes] == [("drop", "r2")]
+    assert set(decided.unused) == {m.uid for m in marks[:3]}
+    assert "contradicted by eve: the answer is wrong" in decided.unused[agreed[0].uid]
+    assert "ann: the answer is wrong; bob:" in decided.unused[marks[2].uid]
+    assert [f.action for f in decide([*marks, mark("fine", "eve")]).fixes] == ["drop"]
+    assert len(decide([*marks, mark("bad_reference", "eve", "42")]).fixes) == 2
+
+
+def test_copies_of_a_row_are_marked_with_it() -> None:
+    assert decide([mark("bad_row", row="r1-2")]).fixes[0].content_id == "r1"
+
+
+def test_several_answers_are_accepted_once_each() -> None:
+    marks = [
+        mark("accept", answer="a"), mark("accept", "bob", "a"), mark("accept", answer="b"),
+        mark("accept"), mark("note"), mark("more_like_this"),
+    ]  # fmt: skip
+    decided = decide(marks)
+    assert decided.fixes == [("accept", "r1", ("a", "b"), (marks[0], marks[2]))]
+    assert decided.unused[marks[1].uid] == "ann has accepted the same answer"
+    assert decided.unused[marks[3].uid].startswith("without an answer")
+    (fix,) = decide([*marks, mark("fine")]).fixes
+    assert fix.answers == ("a",)
+    assert fix.reviewers == "bob"
+    (fix,) = decide([*marks, mark("bad_row", "eve")]).fixes
+    assert fix.action == "drop"
+
+
+def test_a_correction_without_an_answer_asks_for_it() -> None:
+    lacking = mark("bad_reference")
+    assert decide([lacking]).fixes == []
+    assert "the right answer is missing" in decide([lacking]).unused[lacking.uid]
+
+
+def test_marks_come_back_from_their_file(tmp_path: Path) -> None:
+    marks = [mark("bad_reference", answer="line\nend  "), mark("note", "bo\u2028b")]
+    write_marks(marks, tmp_path / "marks.jsonl")
+    assert read_marks(tmp_path / "marks.jsonl") == marks
+
+
+def test_a_file_edited_by_hand_is_told_line_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "marks.jsonl"
+    good = '{"kind": "bad_row", "row_id": "r1", "dataset": "datasets/demo@v1", "reviewer": "ann"}'
+    lines = [good, "", good[:-1], good.replace("bad_row", "bad"), good.replace("row_id", "row")]
+    file.write_text("\n".join([*lines, "[]", good.replace('"r1"', "1")]))
+    with pytest.raises(DataError) as raised:
+        read_marks(file)
+    assert [p.where.rpartition(":")[2] for p in raised.value.problems] == ["3", "4", "5", "6", "7"]
+    assert "kind bad; allowed: bad_reference" in str(raised.value)
+    file.write_text(good)
+    assert read_marks(file) == read_marks(file)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_marks(tmp_path / "none.jsonl")
