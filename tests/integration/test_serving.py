@@ -128,6 +128,17 @@ def test_openai_client(url: str) -> None:
         "param": "tool_choice",
         "code": "unsupported_parameter",
     }
+    form = {"name": "it", "schema": {"enum": ["yes", "no"]}}
+    bound = client.chat.completions.create(
+        **asked, response_format={"type": "json_schema", "json_schema": form}
+    )
+    assert json.loads(bound.choices[0].message.content) in ("yes", "no")
+    ranked = client.chat.completions.create(
+        **asked, extra_body={"ranking": {"answers": ["yes", "no"], "coverage": 1}}
+    )
+    best, other = ranked.choices[0].ranking["answers"]
+    assert best["logprob"] > other["logprob"]
+    assert ranked.choices[0].message.content == best["text"]
     # An answer is taken back as the client holds it.
     history = [*BODY["messages"], whole.choices[0].message, {"role": "user", "content": "And?"}]
     several = client.chat.completions.create(

@@ -56,6 +56,16 @@ def chat_response(
         }
         if request.return_token_ids:
             choice["token_ids"] = result.token_ids
+        if request.ranking is not None:
+            texts = request.ranking.answers
+            # The text as it was given: a tokenizer may not keep all of it.
+            choice["message"]["content"] = texts[result.ranked[0].place]
+            choice["ranking"] = {
+                "answers": [
+                    {"text": texts[one.place], "logprob": one.logprob} for one in result.ranked
+                ],
+                "coverage": result.coverage,
+            }
         choices.append(choice)
     response = _envelope("chat.completion", request.model)
     response |= {"choices": choices, "usage": usage(results, len(results))}

@@ -38,6 +38,7 @@ from transformers import (
 from tuneloop.errors import TuneloopError
 from tuneloop.records import FinishReason
 from tuneloop.serving.adapters import Adapters
+from tuneloop.serving.constraint import TokenFilter
 from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Layers, Prefix, Prompt
 from tuneloop.serving.linear import speed_up_linear
 from tuneloop.serving.model import (
@@ -47,6 +48,7 @@ from tuneloop.serving.model import (
     num_threads,
     switch_attention,
 )
+from tuneloop.serving.ranking import AnswerSearch
 from tuneloop.serving.requests import (
     Activity,
     DecodeRequest,
@@ -81,6 +83,8 @@ class _Row:
     prompt_scores: list[TokenScore] = field(default_factory=list)
     sampler: torch.Generator | None = None
     stop_finder: StopFinder | None = None
+    token_filter: TokenFilter | None = None
+    search: AnswerSearch | None = None
 
     @property
     def size(self) -> int:
@@ -198,6 +202,10 @@ class Engine:
             row.sampler = torch.Generator().manual_seed(request.params.seed)
         if request.params.stop:
             row.stop_finder = StopFinder(self.decode, request.params.stop)
+        if request.constraint is not None:
+            row.token_filter = request.constraint.start()
+        if request.ranking is not None:
+            row.search = AnswerSearch(request.ranking.tree, request.ranking.coverage)
         self._inbox.put(row)
         return row.future
 
@@ -234,6 +242,9 @@ class Engine:
                 f"together {total}, but {limit} {self.max_length} positions",
                 "context_length_exceeded",
             )
+        tree = request.ranking.tree if request.ranking else None
+        if tree is not None and params.max_tokens < tree.longest:
+            raise InvalidRequest(f"`max_tokens` must be at least {tree.longest} for these answers")
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             raise InvalidRequest(f"a token id is outside the vocabulary of {self.vocab_size}")
 
@@ -350,6 +361,9 @@ class Engine:
         for batch in batches:
             # A failed row's slot is freed below; until then any token will do.
             batch.advance([chosen[row] or 0 for row in batch.owners])
+            for slot, row in enumerate(batch.owners):
+                if row.search is not None and row.search.num_to_drop:
+                    batch.rewind(slot, row.search.num_to_drop)
             # From the end: the row that moves into a freed slot has been dealt with.
             for slot in reversed(range(len(batch))):
                 if not self._accept(batch.owners[slot], chosen[batch.owners[slot]]):
@@ -416,19 +430,17 @@ class Engine:
         ids = argmax(logits).tolist()
         chosen: list[int | None] = [ids[logit_row] for logit_row in logit_rows]
         for index, row in enumerate(rows):
-            shaping = row.request.shaping
-            if row.sampler is None and not shaping.changes_logits:
+            likeliest = chosen[index]
+            is_plain = row.sampler is None and not row.request.shaping.changes_logits
+            if is_plain and row.token_filter is None and row.search is None:
                 continue
             try:
-                one = logits[logit_rows[index]]
-                if shaping.changes_logits:
-                    one = shape(one, shaping, row.request.prompt_ids, row.token_ids)
-                if row.sampler is None:
-                    chosen[index] = int(one.argmax())
-                else:
-                    chosen[index] = sample(one, row.request.params, shaping, row.sampler)
+                chosen[index] = self._choose_one(
+                    logits[logit_rows[index]], row, likeliest if is_plain else None
+                )
             except Exception as error:
-                log.exception("no token can be chosen for a request")
+                if not isinstance(error, InvalidRequest):
+                    log.exception("no token can be chosen for a request")
                 _fail([row], error)
                 chosen[index] = None
         scored = [index for index, row in enumerate(rows) if row.request.params.logprobs]
@@ -440,6 +452,30 @@ class Engine:
                 rows[index].scores.append(token_score)
         return chosen
 
+    def _choose_one(self, logits: Tensor, row: _Row, likeliest: int | None) -> int:
+        """Return one row's next token.
+
+        Args:
+            logits: Shape (V,).
+            likeliest: The likeliest token, if nothing but a form can make it another one.
+        """
+        if row.search is not None:
+            return row.search.advance(logits) or 0
+        request, allowed = row.request, row.token_filter
+        if request.shaping.changes_logits:
+            logits = shape(logits, request.shaping, request.prompt_ids, row.token_ids)
+        if row.sampler is None:
+            if likeliest is None:
+                likeliest = int(logits.argmax())
+            # An answer that has the form anyway costs no mask.
+            if allowed is None or allowed.allows(likeliest):
+                return likeliest
+        if allowed is not None:
+            logits = allowed.mask(logits)
+        if row.sampler is None:
+            return int(logits.argmax())
+        return sample(logits, request.params, request.shaping, row.sampler)
+
     def _accept(self, row: _Row, token: int | None) -> bool:
         """Add a chosen token to its row; return whether the row goes on."""
         if token is None:
@@ -448,11 +484,14 @@ class Engine:
             return self._extend(row, token)
         except Exception as error:
             # A callback into an event loop that is closed, for one.
-            log.exception("a request's token cannot be handed on")
+            if not isinstance(error, InvalidRequest):
+                log.exception("a request's token cannot be handed on")
             _fail([row], error)
             return False
 
     def _extend(self, row: _Row, token: int) -> bool:
+        if row.search is not None:
+            return self._follow(row, row.search)
         params, stop_ids = row.request.params, row.request.stop_ids
         ended = token in (self.stop_ids if stop_ids is None else stop_ids) and params.max_tokens > 0
         may_stop = False
@@ -461,6 +500,8 @@ class Engine:
             self._num_generated_tokens += 1
             if row.stop_finder is not None:
                 may_stop = row.stop_finder.push(token)
+            if row.token_filter is not None:
+                row.token_filter.push(token)
             if row.request.on_token is not None:
                 row.request.on_token(token, row.scores[-1] if row.scores else None)
         is_full = len(row.token_ids) == params.max_tokens
@@ -471,7 +512,17 @@ class Engine:
                 return self._finish(row, "stop", text=text[: min(ends)])
         if ended:
             return self._finish(row, "stop", num_stop_tokens=1)
+        if row.token_filter is not None and row.token_filter.is_complete:
+            return self._finish(row, "stop")
         return self._finish(row, "length") if is_full else True
+
+    def _follow(self, row: _Row, search: AnswerSearch) -> bool:
+        """Go where a search wants to look next; return whether it wants to."""
+        self._num_generated_tokens += 1
+        is_over = search.is_over
+        path = search.tree.answers[search.found[0].place][:-1] if is_over else search.path
+        row.token_ids = list(path)
+        return not is_over or self._finish(row, "stop", num_stop_tokens=1)
 
     def _finish(
         self,
@@ -492,6 +543,8 @@ class Engine:
             logprobs=None if scores is None else [token_score.logprob for token_score in scores],
             scores=scores,
             prompt_scores=row.prompt_scores if request.score_prompt else None,
+            ranked=row.search.found if row.search else (),
+            coverage=row.search.coverage if row.search else None,
         )
         with contextlib.suppress(InvalidStateError):  # cancelled
             row.future.set_result(result)
@@ -534,6 +587,9 @@ class PlainEngine(Engine):
             if not row.request.params.max_tokens:
                 self._accept(row, self._choose(logits[-1:], [0], [row])[0])
                 return
+        if row.search is not None:
+            self._search(row)
+            return
         step = _PlainStep(self, row)
         self.model.generate(
             input_ids=ids,
@@ -544,6 +600,14 @@ class PlainEngine(Engine):
             logits_processor=LogitsProcessorList([step.choose]),
             stopping_criteria=StoppingCriteriaList([step.ended]),
         )
+
+    def _search(self, row: _Row) -> None:
+        goes_on = True
+        while goes_on and not (row.future.cancelled() or self._closed):
+            ids = [*row.request.prompt_ids, *row.token_ids]
+            input_ids = torch.tensor([ids], device=self.model.device)
+            logits = self.model(input_ids=input_ids, use_cache=False).logits[0, -1:]
+            goes_on = self._accept(row, self._choose(logits, [0], [row])[0])
 
 
 class _PlainStep:

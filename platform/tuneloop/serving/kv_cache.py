@@ -199,6 +199,11 @@ class DecodeBatch(Generic[Owner]):
         self.token_ids = list(next_ids)
         self._changed()
 
+    def rewind(self, slot: int, num_tokens: int) -> None:
+        """Forget the newest tokens of a sequence that are cached."""
+        self.lengths[slot] -= num_tokens
+        self._changed()
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """Return attention of one new token per sequence; query (H*G, B, D) → (B, H*G, D)."""
         if rule.softcap is not None:

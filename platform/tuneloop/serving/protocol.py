@@ -4,22 +4,31 @@ Two rules hold throughout. A field that is left out takes the default OpenAI doc
 of the model's `generation_config`. A field whose effect is not implemented is refused, unless it
 has a value that means "no effect"; null always does.
 
-Extensions, named as in vLLM: `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, and
-`return_token_ids`, which adds `token_ids` and `prompt_token_ids`.
+Extensions, named as in vLLM: `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`,
+`structured_outputs`, and `return_token_ids`, which adds `token_ids` and `prompt_token_ids`. Our
+own: `ranking`.
 
 Source: https://platform.openai.com/docs/api-reference/chat and .../completions.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tuneloop.records import Message, SamplingParams
-from tuneloop.serving.requests import Shaping
+from tuneloop.serving.requests import AnswerForm, Shaping
 
 # Fields of the protocol that are not implemented, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -28,7 +37,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (False, True),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
     "service_tier": ("auto", "default"),
@@ -72,6 +80,8 @@ MAX_ANSWERS = 4096  # of one request: prompts times choices
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1000
 MAX_BIASES = 1024
+MAX_RANKED = 1000
+MAX_CHOICE_CHARACTERS = 1000
 _MAX_INTEGER = 2**31
 
 
@@ -172,6 +182,61 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
+class JsonSchema(_Body):
+    """A JSON Schema under its name. It always holds, whatever `strict` says."""
+
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """The form of the answer: any text, any JSON object, or JSON under a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("`json_schema` belongs to the type json_schema, and only to it")
+        return self
+
+
+_Choice = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_CHARACTERS)]
+
+
+class StructuredOutputs(_Body):
+    """The form of the answer, in one of these ways."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json", description="A JSON Schema.")
+    regex: str | None = Field(None, description="The whole answer matches it.")
+    choice: list[_Choice] | None = Field(
+        None, min_length=1, max_length=MAX_RANKED, description="One of these texts."
+    )
+    grammar: str | None = Field(None, description="In Lark or GBNF.")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> StructuredOutputs:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give one of `json`, `regex`, `choice` and `grammar`")
+        return self
+
+
+class RankingRequest(_Body):
+    """Texts of which the most probable, as a whole with its end, is the answer."""
+
+    answers: list[_Choice] = Field(min_length=1, max_length=MAX_RANKED)
+    coverage: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="List as many answers as have this share of the probability of all.",
+    )
+
+
 # Lists fail at their first wrong item: a long list may have a million of them.
 _Messages = Annotated[
     list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
@@ -203,6 +268,8 @@ class _Sampling(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @field_validator("logit_bias")
     @classmethod
@@ -233,6 +300,23 @@ class _Sampling(_Body):
             logprobs=logprobs,
         )
 
+    def form(self) -> AnswerForm | None:
+        """Return the form that the answer has to have, if any is asked for."""
+        asked, other = self.response_format, self.structured_outputs
+        if asked is not None and asked.type != "text":
+            schema = asked.json_schema.schema_ if asked.json_schema else {"type": "object"}
+            return AnswerForm("json", json.dumps(schema), "response_format")
+        if other is None:
+            return None
+        param = "structured_outputs"
+        if other.json_ is not None:
+            return AnswerForm("json", json.dumps(other.json_), param)
+        if other.choice is not None:
+            return AnswerForm("choice", json.dumps(other.choice), param)
+        if other.regex is not None:
+            return AnswerForm("regex", other.regex, param)
+        return AnswerForm("grammar", other.grammar or "", param)
+
     def shaping(self) -> Shaping:
         """Return what changes the logits."""
         return Shaping(
@@ -253,6 +337,7 @@ class ChatRequest(_Sampling):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INTEGER)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    ranking: RankingRequest | None = None
 
     def conversation(self) -> list[Message]:
         """Return the messages with text parts joined."""
@@ -309,6 +394,9 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
         raise ProtocolError(400, "`top_logprobs` needs `logprobs: true`", "top_logprobs")
     if request.max_tokens == 0:
         raise ProtocolError(400, "`max_tokens` must be at least 1", "max_tokens")
+    _refuse_two_forms(request)
+    if request.ranking is not None:
+        _refuse_beside_ranking(request, request.ranking)
     _refuse_stream_options(request)
     _refuse_without_content(request.messages)
     return request
@@ -333,6 +421,7 @@ def parse_completion(body: dict[str, Any]) -> CompletionRequest:
         )
     if request.max_tokens == 0 and not request.echo:
         raise ProtocolError(400, "`max_tokens: 0` needs `echo: true`", "max_tokens")
+    _refuse_two_forms(request)
     _refuse_stream_options(request)
     if request.stream and request.echo:
         raise ProtocolError(400, "`stream` excludes `echo`", "stream")
@@ -429,6 +518,27 @@ def _refuse_stream_options(request: ChatRequest | CompletionRequest) -> None:
         raise ProtocolError(400, "`stream_options` needs `stream: true`", "stream_options")
     if request.stream and request.return_token_ids:
         raise ProtocolError(400, "`stream` excludes `return_token_ids`", "stream")
+
+
+def _refuse_two_forms(request: ChatRequest | CompletionRequest) -> None:
+    if request.form() is not None and request.response_format and request.structured_outputs:
+        param = "structured_outputs"
+        raise ProtocolError(400, "`response_format` excludes `structured_outputs`", param)
+
+
+def _refuse_beside_ranking(request: ChatRequest, ranking: RankingRequest) -> None:
+    """Fail for what has no meaning where the answer is one of those given."""
+    others = {
+        "stream": request.stream,
+        "n": request.num_choices > 1,
+        "logprobs": request.logprobs,
+        "stop": request.stop_strings,
+        "response_format": request.form() is not None,
+    }
+    if beside := next((name for name, asked in others.items() if asked), None):
+        raise ProtocolError(400, f"`ranking` excludes `{beside}`", "ranking")
+    if len(set(ranking.answers)) < len(ranking.answers):
+        raise ProtocolError(400, "`ranking.answers` has a text twice", "ranking")
 
 
 def _refuse_without_content(messages: Sequence[ChatMessage]) -> None:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -18,7 +18,7 @@ from tuneloop.errors import ModelError, Problem, UserError
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
 from tuneloop.models.export.layout import ADAPTER, recorded_renderer
-from tuneloop.records import SamplingParams
+from tuneloop.records import Message, SamplingParams
 from tuneloop.serving import protocol
 from tuneloop.serving.answers import (
     Chunks,
@@ -38,17 +38,21 @@ from tuneloop.serving.protocol import (
     ProtocolError,
     TokenizeRequest,
 )
+from tuneloop.serving.ranking import AnswerTree
 from tuneloop.serving.requests import (
     Activity,
+    AnswerForm,
     DecodeRequest,
     DecodeResult,
     InvalidRequest,
     QueueFull,
+    Ranking,
     TokenScore,
 )
 from tuneloop.serving.text import StreamedText
 
 if TYPE_CHECKING:
+    from tuneloop.serving.constraint import Constraint, Constraints
     from tuneloop.serving.engine import Engine
 
 log = logging.getLogger("tuneloop.serving")
@@ -63,6 +67,7 @@ _MANY_MESSAGES = 32
 _READ_AT_ONCE = 16  # short prompts of one request, before others have a turn
 _MIN_TEXT_LIMIT_BYTES = 2**16
 _QUEUE_WAIT_S = 0.05
+_NUM_TREES = 16
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd: no two of 2**63 choices share a seed
 
 
@@ -94,6 +99,9 @@ class _Loaded:
     Args:
         reader: Reads long texts in a thread of its own, with a tokenizer of its own: neither may
             one wait for it that is used meanwhile.
+        constraints: Compiles the forms of answers; None where the tokenizer is of no kind that
+            this is known for.
+        compiler: Does so in a thread of its own.
     """
 
     model: ServedModel
@@ -101,6 +109,8 @@ class _Loaded:
     engine: Engine
     adapter: str
     reader: ThreadPoolExecutor
+    constraints: Constraints | None
+    compiler: ThreadPoolExecutor
 
     def decode_request(
         self, request: ChatRequest | CompletionRequest, params: SamplingParams
@@ -139,6 +149,58 @@ class _Loaded:
             return read(self.renderer)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.reader, lambda: read(self.second_renderer))
+
+    async def constraint(self, form: AnswerForm) -> Constraint:
+        """Return a form, compiled without holding up others.
+
+        Raises:
+            InvalidRequest: No answer can have the form.
+        """
+        if self.constraints is None:
+            raise InvalidRequest("the model's tokenizer knows no forms", param=form.param)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.compiler, self.constraints.compile, form)
+
+    async def ranking(self, request: ChatRequest, prompt_ids: Sequence[int]) -> Ranking | None:
+        """Return the answers to choose from, if the request has some.
+
+        Raises:
+            RenderError: The template does not take one of the answers.
+            InvalidRequest: Two of them have the same tokens.
+        """
+        if request.ranking is None:
+            return None
+        answers, tools = tuple(request.ranking.answers), request.tools or ()
+        loop = asyncio.get_running_loop()
+        tree = await loop.run_in_executor(self.reader, self._usual_tree, answers)
+        # An answer has the same tokens behind every question, but for unusual templates.
+        messages = [*request.conversation(), Message("assistant", answers[0])]
+        render = partial(Renderer.sample, messages=messages, tools=tools)
+        sample = await self.read(4 * len(prompt_ids), render)
+        if sample.input_ids != [*prompt_ids, *tree.answers[0]]:
+            make = partial(self._tree, answers, request.conversation(), tools)
+            tree = await loop.run_in_executor(self.reader, make)
+        return Ranking(tree, request.ranking.coverage)
+
+    @cached_property
+    def _usual_tree(self) -> Callable[[tuple[str, ...]], AnswerTree]:
+        question = [Message("user", "a")]
+        return lru_cache(_NUM_TREES)(lambda answers: self._tree(answers, question, ()))
+
+    def _tree(
+        self, answers: Sequence[str], messages: Sequence[Message], tools: Sequence[Any]
+    ) -> AnswerTree:
+        renderer = self.second_renderer
+        start = len(renderer.prompt_ids(messages, tools))
+        turns = [[*messages, Message("assistant", text)] for text in answers]
+        ids = [tuple(renderer.sample(one, tools).input_ids[start:]) for one in turns]
+        first: dict[tuple[int, ...], str] = {}
+        for text, one in zip(answers, ids, strict=True):
+            if one in first:
+                same = f"{first[one][:100]!r} and {text[:100]!r}"
+                raise InvalidRequest(f"{same} are the same tokens", param="ranking")
+            first[one] = text
+        return AnswerTree(ids)
 
 
 @dataclass(frozen=True)
@@ -379,10 +441,29 @@ def _load(models: Mapping[str, ServedModel], max_batch_size: int) -> dict[str, _
         adapters={n: m.adapter / ADAPTER for n, m in models.items() if m.adapter is not None},
     )
     reader = ThreadPoolExecutor(1, "tuneloop-reader")
+    compiler = ThreadPoolExecutor(1, "tuneloop-compiler")
     return {
-        name: _Loaded(model, renderers[name], engine, name if model.adapter else "", reader)
+        name: _Loaded(
+            model,
+            renderers[name],
+            engine,
+            name if model.adapter else "",
+            reader,
+            _load_constraints(renderers[name], engine.vocab_size),
+            compiler,
+        )
         for name, model in models.items()
     }
+
+
+def _load_constraints(renderer: Renderer, vocab_size: int) -> Constraints | None:
+    from tuneloop.serving.constraint import Constraints
+
+    try:
+        return Constraints(renderer, vocab_size)
+    except Exception as error:
+        log.warning("answers in a given form are not served: %s", error)
+        return None
 
 
 def _load_renderer(model: ServedModel) -> Renderer:
@@ -425,9 +506,18 @@ async def _read(route: Route, body: dict[str, Any], model: _Loaded) -> _Asked:
         max_tokens = request.max_tokens
         if max_tokens is None:
             max_tokens = protocol.DEFAULT_COMPLETION_TOKENS
+    form = request.form()
+    constraint = None if form is None else await model.constraint(form)
+    ranking = None
+    if isinstance(request, ChatRequest):
+        ranking = await model.ranking(request, prompts[0].token_ids)
+    if ranking is not None:
+        max_tokens = ranking.tree.longest
     asked = replace(
         model.decode_request(request, request.params(max_tokens, wants_logprobs)),
         num_top=num_top,
+        constraint=constraint,
+        ranking=ranking,
         score_prompt=route == "completions"
         and bool(getattr(request, "echo", False))
         and (wants_logprobs or max_tokens == 0),
@@ -512,7 +602,7 @@ def _failure(error: Exception, route: Route, request_id: str) -> ProtocolError:
     if isinstance(error, RenderError):
         return ProtocolError(400, str(error), field, "invalid_messages")
     if isinstance(error, InvalidRequest):
-        return ProtocolError(400, str(error), field, error.code)
+        return ProtocolError(400, str(error), error.param or field, error.code)
     if isinstance(error, QueueFull):
         message = f"{error}; try again later"
         return ProtocolError(429, message, code="rate_limit_exceeded")

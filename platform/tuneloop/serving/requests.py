@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tuneloop.errors import TuneloopError
 from tuneloop.records import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    from tuneloop.serving.constraint import Constraint
+    from tuneloop.serving.ranking import AnswerTree, RankedAnswer
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,13 @@ class InvalidRequest(ValueError):
 
     Args:
         code: Short machine-readable reason, as OpenAI has it.
+        param: The field that is wrong; None: the prompt.
     """
 
-    def __init__(self, message: str, code: str | None = None) -> None:
+    def __init__(self, message: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.param = param
 
 
 class QueueFull(TuneloopError):
@@ -48,10 +55,41 @@ class DecodeResult(Completion):
     Args:
         scores: One for each of `token_ids`.
         prompt_scores: One for each prompt token but the first, which nothing precedes.
+        ranked: The answers that were found among those given, most probable first.
+        coverage: Their share of the probability of all answers given, at least.
     """
 
     scores: list[TokenScore] | None = None
     prompt_scores: list[TokenScore] | None = None
+    ranked: Sequence[RankedAnswer] = ()
+    coverage: float | None = None
+
+
+class AnswerForm(NamedTuple):
+    """A form that an answer has to have.
+
+    Args:
+        text: A JSON schema, a regular expression, a grammar (Lark or GBNF), or a JSON list of
+            texts.
+        param: The field of the request that asks for it.
+    """
+
+    kind: Literal["json", "regex", "grammar", "choice"]
+    text: str
+    param: str
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Answers of which the most probable is the answer.
+
+    Args:
+        coverage: Find as many of them, the most probable first, as have this share of the
+            probability of all; 0: the most probable alone, 1: all.
+    """
+
+    tree: AnswerTree
+    coverage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +133,8 @@ class DecodeRequest:
         adapter: One of the engine's adapters; empty: the base weights alone.
         stop_ids: Tokens that end this generation; None: those of the engine.
         shaping: Penalties, biases and bounds on what is drawn.
+        constraint: The form the answer has to have.
+        ranking: Answers to choose from by the model's own probabilities, whatever else is asked.
     """
 
     prompt_ids: Sequence[int]
@@ -105,6 +145,8 @@ class DecodeRequest:
     adapter: str = ""
     stop_ids: frozenset[int] | None = None
     shaping: Shaping = Shaping()
+    constraint: Constraint | None = None
+    ranking: Ranking | None = None
 
 
 @dataclass(frozen=True)

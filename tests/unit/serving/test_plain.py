@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from transformers import (
     XGLMConfig,
 )
 
+from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import SamplingParams
+from tuneloop.serving.constraint import Constraints
 from tuneloop.serving.engine import Engine, PlainEngine
-from tuneloop.serving.requests import DecodeRequest
+from tuneloop.serving.ranking import AnswerTree
+from tuneloop.serving.requests import AnswerForm, DecodeRequest, Ranking
 
 SMALL: dict[str, Any] = {
     "vocab_size": 429,
@@ -171,6 +175,28 @@ def test_stops_scores_and_cancelling_are_the_engines(
     later = submit(engine, PROMPTS[0], 4)
     assert long.cancel()
     assert later.result(60).token_ids == expected[:4]
+
+
+def test_forms_and_given_answers_are_the_engines(
+    load: Callable[..., tuple[Any, Engine]], tiny_model: Path
+) -> None:
+    model, engine = load(FAMILIES["positions of its own"][0]())
+    form = AnswerForm("regex", "[0-9]{3}", "structured_outputs")
+    constraint = Constraints(Renderer.load(tiny_model), 429).compile(form)
+    ids = submit(engine, PROMPTS[0], 20, constraint=constraint).result(60).token_ids
+    assert re.fullmatch("[0-9]{3}", Renderer.load(tiny_model).decode(ids))
+    answers = [(7, 8, 2), (7, 9, 2), (7, 9, 9, 2), (30, 2)]
+    tree = AnswerTree(answers)
+    ranked = submit(engine, PROMPTS[1], 20, ranking=Ranking(tree, 1.0)).result(60).ranked
+    for one in ranked:
+        ids = [*PROMPTS[1], *answers[one.place]]
+        with torch.no_grad():
+            logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        places = range(len(PROMPTS[1]) - 1, len(ids) - 1)
+        total = float(logprobs[places, ids[len(PROMPTS[1]) :]].sum())
+        assert one.logprob == pytest.approx(total, abs=1e-3)
+    assert len(ranked) == 4
+    assert sorted(ranked, key=lambda one: -one.logprob) == list(ranked)
 
 
 def test_adapters_are_put_on_whole_sequences(

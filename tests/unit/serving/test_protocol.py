@@ -59,7 +59,7 @@ def test_fields_that_ask_for_nothing_are_accepted(more: dict[str, Any]) -> None:
         ({"n": 200}, "n"),
         ({"tools": {"type": "function"}}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"temperature": "0"}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
