@@ -47,7 +47,7 @@ class CheckResult:
     def summary(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         data = asdict(self.data)
-        for name in ("samples", "spread", "findings"):
+        for name in ("samples", "spread", "findings", "refused", "changed"):
             data.pop(name)
         return {
             "ok": not self.problems,

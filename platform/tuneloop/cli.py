@@ -26,6 +26,7 @@ Finetune a small language model on your task, and prove whether it helped.
 
 start
   init        write a starter configuration with comments
+  import      make a configuration from rows, and account for every row
   check       check every row, memory and time before anything runs
   doctor      show what this machine has and what is missing
 data
@@ -141,8 +142,20 @@ def _parser() -> argparse.ArgumentParser:
         )
         return sub
 
-    init = command("init")
-    init.add_argument("path", nargs="?", default="tuneloop.yaml", help="default: %(default)s")
+    init, importing = command("init"), command("import")
+    importing.add_argument(
+        "layout", choices=("openai",), help="who the file was made for; other layouts are known too"
+    )
+    importing.add_argument("rows", metavar="FILE", help="JSONL, JSON, CSV, TSV, Parquet or Arrow")
+    init.add_argument("--from", dest="rows", metavar="FILE", help="make it from a file of rows")
+    for sub in (init, importing):
+        sub.add_argument(
+            "path", metavar="CONFIG.yaml", nargs="?", default="tuneloop.yaml",
+            help="where to write; default: %(default)s",
+        )  # fmt: skip
+        sub.add_argument(
+            "--model", metavar="NAME", default="", help="the model that was made from the rows"
+        )
     for name in ("check", "prepare", "generate", "train", "evaluate", "run", "sweep", "serve"):
         config_command(name)
     submit = command("submit")

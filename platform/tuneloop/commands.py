@@ -76,25 +76,46 @@ def _print_published(
 
 
 def _init(arguments: argparse.Namespace, output: IO[str]) -> int:
-    starter = (Path(__file__).parent / "starter.yaml").read_text(encoding="utf-8")
     path = Path(arguments.path)
+    if arguments.rows is None:
+        if arguments.model:
+            raise ConfigError(
+                Problem("`--model` belongs to rows that it was made from", remedy="add --from FILE")
+            )
+        _write_new(path, (Path(__file__).parent / "starter.yaml").read_text(encoding="utf-8"))
+        summary: dict[str, Any] = {"path": str(path)}
+        lines = [f"wrote {path}; edit it, then: tuneloop check {path}"]
+    else:
+        from tuneloop.starter import starter_for
+
+        if path.exists():  # told before every row is read
+            raise _unwritable(path, "the file exists")
+        starter = starter_for(arguments.rows, str(path), arguments.model)
+        _write_new(path, starter.text)
+        summary, lines = starter.summary(), starter.lines()
+    print(
+        json.dumps(summary, ensure_ascii=False) if arguments.json else "\n".join(lines), file=output
+    )
+    return 0
+
+
+def _write_new(path: Path, text: str) -> None:
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(starter)
+            file.write(text)
     except OSError as error:
-        raise ConfigError(
-            Problem(
-                "cannot write the starter configuration",
-                where=str(path),
-                got=error.strerror or str(error),
-                remedy="give another path: tuneloop init PATH",
-            )
-        ) from error
-    if arguments.json:
-        print(json.dumps({"path": str(path)}), file=output)
-    else:
-        print(f"wrote {path}; edit it, then: tuneloop check {path}", file=output)
-    return 0
+        raise _unwritable(path, error.strerror or str(error)) from error
+
+
+def _unwritable(path: Path, got: str) -> ConfigError:
+    return ConfigError(
+        Problem(
+            "cannot write the configuration",
+            where=str(path),
+            got=got,
+            remedy="name another path as the last argument",
+        )
+    )
 
 
 def _check(arguments: argparse.Namespace, output: IO[str]) -> int:
@@ -306,7 +327,7 @@ def _short(value: Any) -> str:
 
 
 COMMANDS = {
-    "init": _init,
+    **dict.fromkeys(("init", "import"), _init),
     "check": _check,
     "doctor": _doctor,
     **dict.fromkeys(("prepare", "generate", "train", "evaluate", "run"), _step),

@@ -167,6 +167,13 @@ class SourceConfig(Section):
         description="For `columns`: the column of the file that holds the prompt, the completion, "
         "and optionally the system message.",
     )
+    mend: list[Literal["json_within_json", "preferences"]] = Field(
+        default_factory=list,
+        description="Rows that are refused unless named here. `json_within_json`: JSON text of "
+        "JSON text, in tools or in the arguments of calls, is decoded once more. `preferences`: of "
+        "rows with a preferred and a rejected answer the preferred one is learned, and nothing of "
+        "the other.",
+    )
     split: str | None = Field(
         None,
         description="The split to read from a data set that has several, for example `train`; "
@@ -182,6 +189,8 @@ class SourceConfig(Section):
             raise ValueError("format `columns` needs columns.prompt and columns.completion")
         if self.columns and self.format != "columns":
             raise ValueError("`columns` belong to format `columns`")
+        if self.mend and self.format not in ("messages", "sharegpt", "alpaca"):
+            raise ValueError("`mend` belongs to the formats `messages`, `sharegpt` and `alpaca`")
         return self
 
 

@@ -10,11 +10,13 @@ from typing import Generic, TypeVar
 from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.decontamination.held_out import read_evaluations
 from tuneloop.data.filters.languages import refuse_unknown_languages
-from tuneloop.data.schema import SourceRow, Stage
+from tuneloop.data.schema import ReasonCode, Rejection, SourceRow, Stage
 from tuneloop.data.sources.bad_rows import (
     BadRow,
+    ChangedRow,
     LongRow,
     bad_row_problems,
+    changed_problems,
     dropped_problem,
     nothing_left_problem,
     refuse_bad_rows,
@@ -53,6 +55,7 @@ _ROWS_AT_ONCE = 1000
 # For both sides of the split.
 _FEWEST_UNITS = 2
 _MOST_TOKENS_OF_A_CHARACTER = 4
+_CUT = "cut to data.max_seq_len"
 T = TypeVar("T")
 
 
@@ -82,6 +85,8 @@ class DataCheck:
         target_ratio: Share of all tokens that are targets.
         samples: Rows to show.
         spread: Up to 64 rows, spread evenly over the data; none of plain text.
+        refused: Rows that cannot be used, with those that are too long.
+        changed: Rows that are used otherwise than they were written; one may stand here twice.
     """
 
     findings: list[Problem] = field(default_factory=list)
@@ -94,6 +99,8 @@ class DataCheck:
     target_ratio: float = 0.0
     samples: list[TokenSample] = field(default_factory=list)
     spread: list[Sample] = field(default_factory=list)
+    refused: list[BadRow] = field(default_factory=list)
+    changed: list[ChangedRow] = field(default_factory=list)
 
 
 def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> DataCheck:
@@ -118,6 +125,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     bad: list[BadRow] = []
     too_long: list[LongRow] = []
     truncated: list[LongRow] = []
+    changed: list[ChangedRow] = []
     dropped: list[str] = []
     lengths: list[int] = []
     targets: list[int] = []
@@ -160,6 +168,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
                 continue
             truncated.append(long)
             sample = fitted.sample
+        changed += [ChangedRow(row["source"], what) for what in row["changes"].split(", ") if what]
         if len(prompts) < _FEWEST_UNITS:
             prompts.add(_plain_prompt(row))
         if len(groups) < _FEWEST_UNITS:
@@ -170,6 +179,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         if limit is not None:
             spread.offer(sample)
     findings, notices = _findings(config, bad, too_long, total)
+    notices += changed_problems(changed, total)
     if truncated:
         notices.append(truncated_problem(truncated, total, config.data))
     notices += file_notices([*files, *evaluation_files], [*config.data.sources, *held_out])
@@ -195,7 +205,14 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         target_ratio=round(sum(targets) / max(1, sum(lengths)), 4),
         samples=[_token_sample(source, sample, renderer) for source, sample in shown.chosen()],
         spread=spread.chosen(),
+        refused=[*bad, *(BadRow(row.place, _too_long(row, limit)) for row in too_long)],
+        changed=[*changed, *(ChangedRow(row.place, _CUT) for row in truncated)],
     )
+
+
+def _too_long(row: LongRow, limit: int | None) -> Rejection:
+    what = f"longer than {limit:,} tokens"
+    return Rejection(Stage.TOKENIZE, ReasonCode.TOO_LONG, what, f"{row.num_tokens:,} tokens")
 
 
 def _findings(

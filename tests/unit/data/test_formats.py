@@ -18,8 +18,8 @@ TASK = OneTaskConfig(type="generation")
 TOOL = {"type": "function", "function": {"name": "temperature", "parameters": {}}}
 
 
-def chat(layout: str, **row: Any) -> Chat:
-    return to_chat(row, SourceConfig(path="a.jsonl", format=layout), TASK)
+def chat(layout: str, mend: tuple[str, ...] = (), **row: Any) -> Chat:
+    return to_chat(row, SourceConfig(path="a.jsonl", format=layout, mend=list(mend)), TASK)
 
 
 def said(found: Chat) -> list[tuple[str, str, int]]:
@@ -55,7 +55,7 @@ def test_a_turn_that_is_marked_is_not_learned(key: str, off: Any) -> None:
     turns[1][key] = True
     found = chat("messages", messages=turns)
     assert said(found) == [("user", "a", 1), ("assistant", "b", 1)]
-    assert "left out" in found.change
+    assert found.changes == ("turns after the last answer to learn left out",)
     turns[0][key] = 1
     with pytest.raises(RowError, match="the user is marked to be learned"):
         chat("messages", messages=turns)
@@ -130,7 +130,89 @@ def test_preferences_are_refused_with_a_remedy() -> None:
             preferred_output=[assistant("b")],
             non_preferred_output=[assistant("c")],
         )
-    assert "preferred_output" in caught.value.remedy
+    assert "mend: [preferences]" in caught.value.remedy
+
+
+def test_of_preferences_the_preferred_answer_is_taken_on_request() -> None:
+    wanted = [("user", "a", 1), ("assistant", "b", 1)]
+    mend = ("preferences",)
+    openai = chat(
+        "messages",
+        mend,
+        input={"messages": [user("a")], "tools": [TOOL], "parallel_tool_calls": True},
+        preferred_output=[assistant("b")],
+        non_preferred_output=[assistant("c")],
+    )
+    assert (said(openai), json.loads(openai.tools)) == (wanted, [TOOL])
+    assert openai.changes == ("the preferred of two answers taken",)
+    both = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
+    assert said(chat("messages", mend, **both)) == wanted
+    apart = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
+    assert said(chat("messages", mend, **apart)) == wanted
+    assert said(chat("messages", mend, prompt="a", chosen="b", rejected="c")) == wanted
+    turn, chosen = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
+    beside = {"conversations": [turn], "chosen": chosen, "rejected": {"from": "gpt", "value": "c"}}
+    assert said(chat("sharegpt", mend, **beside)) == wanted
+    alpaca = {"instruction": "a", "input": "", "chosen": "b", "rejected": "c"}
+    assert said(chat("alpaca", mend, **alpaca)) == wanted
+    for layout, row in (("messages", both), ("sharegpt", beside), ("alpaca", alpaca)):
+        with pytest.raises(RowError, match="preferred and a rejected"):
+            chat(layout, **row)
+    # What is whole without them is no preference: the answer stands in `messages`.
+    whole = chat("messages", mend, messages=[user("a"), assistant("d")], **apart)
+    assert (said(whole)[-1], whole.changes) == (("assistant", "d", 1), ())
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_json_within_json_is_decoded_on_request(times: int) -> None:
+    def wrapped(value: Any, count: int) -> Any:
+        return value if not count else wrapped(json.dumps(value), count - 1)
+
+    turns = [user("a"), assistant(None, tool_calls=called(wrapped({"a": 1}, times)))]
+    tools = wrapped([TOOL], times)
+    with pytest.raises(RowError, match="JSON within JSON") as caught:
+        chat("messages", messages=turns)
+    assert "mend: [json_within_json]" in caught.value.remedy
+    with pytest.raises(RowError, match="`tools` is JSON within JSON"):
+        chat("messages", messages=[user("a"), assistant("b")], tools=tools)
+    found = chat("messages", ("json_within_json",), messages=turns, tools=tools)
+    assert json.loads(found.messages[-1].calls[0]["function"]["arguments"]) == {"a": 1}
+    assert json.loads(found.tools) == [TOOL]
+    assert found.changes == ("JSON within JSON decoded once more",)
+    call = {"name": "f", "arguments": wrapped({"a": 1}, times)}
+    sharegpt = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": json.dumps(call)},
+    ]
+    found = chat("sharegpt", ("json_within_json",), conversations=sharegpt)
+    assert json.loads(found.messages[-1].calls[0]["function"]["arguments"]) == {"a": 1}
+
+
+def test_what_needs_no_mending_is_as_it_was() -> None:
+    arguments = json.dumps({"text": '"quoted"', "list": '[1, "2"]'})
+    turns = [user("a"), assistant(None, tool_calls=called(arguments))]
+    plain = chat("messages", messages=turns, tools=[TOOL])
+    mended = chat("messages", ("json_within_json", "preferences"), messages=turns, tools=[TOOL])
+    assert mended == plain
+    assert plain.messages[-1].calls[0]["function"]["arguments"] == arguments
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    twice = '{"city": "Oslo", "city": "Rome"}'
+    with pytest.raises(RowError, match="the key `city` twice"):
+        chat("messages", messages=[user("a"), assistant(None, tool_calls=called(twice))])
+    row = {"question": "a", "answer": twice}
+    source = SourceConfig(path="a.jsonl", format="question_answer")
+    with pytest.raises(RowError, match="the key `city` twice"):
+        to_chat(row, source, OneTaskConfig(type="extraction"))
+
+
+def test_a_system_column_beside_messages_is_the_system_message() -> None:
+    turns = [user("a"), assistant("b")]
+    found = chat("messages", messages=turns, system="You are a pirate.")
+    assert said(found)[0] == ("system", "You are a pirate.", 1)
+    with pytest.raises(RowError, match="a column `system` and a system message"):
+        chat("messages", messages=[{"role": "developer", "content": "x"}, *turns], system="y")
 
 
 def test_the_dialects_of_sharegpt() -> None:

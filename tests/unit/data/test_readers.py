@@ -384,3 +384,18 @@ def test_rows_that_this_process_cannot_hold_are_refused_before_the_work() -> Non
     assert problem.got.startswith("1,000,000,000,000 rows")
     assert problem.allowed
     assert problem.remedy
+
+
+def test_a_row_that_gives_a_key_twice_is_refused_alone(tmp_path: Path) -> None:
+    good, twice = '{"question": "q", "answer": "a"}', '{"question": "r", "answer": "b", "x": %s}'
+    nested = twice % '[{"k": 1, "k": 2}]'
+    lines(tmp_path / "a.jsonl", good, '{"question": "r", "answer": "b", "answer": "c"}', nested)
+    (tmp_path / "b.json").write_text(f"[{nested}, {good}, {twice % '{}'}]")
+    (tmp_path / "c.json").write_text(f"{good}\n{nested}\n")
+    rows = read(config_for(tmp_path, "question_answer"))
+    refused = [row["rejection"].what if row["rejection"] else "" for row in rows]
+    key = "an object gives the key `{}` twice"
+    assert refused == ["", key.format("answer"), key.format("k"), key.format("k"), "", "", ""] + [
+        key.format("k")
+    ]
+    assert "c.json:2" in rows[-1]["source"]

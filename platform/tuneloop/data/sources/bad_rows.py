@@ -26,6 +26,13 @@ class BadRow(NamedTuple):
     rejection: Rejection
 
 
+class ChangedRow(NamedTuple):
+    """A row that is used otherwise than it was written: its file and line, and what is changed."""
+
+    place: str
+    what: str
+
+
 class LongRow(NamedTuple):
     """A row longer than `data.max_seq_len`, and its file and line."""
 
@@ -76,9 +83,9 @@ def bad_row_problems(bad: Sequence[BadRow], total: int, data: DataConfig) -> lis
     ranked = sorted(by_kind.items(), key=lambda item: -len(item[1]))
     for what, rows in ranked[:_KINDS]:
         first = rows[0].rejection
-        places = ", ".join(row.place for row in rows[:_PLACES])
-        more = f", and {len(rows) - _PLACES:,} more" if len(rows) > _PLACES else ""
-        problems.append(Problem(what, places + more, first.got, first.allowed, first.remedy))
+        problems.append(
+            Problem(what, places(rows, _PLACES), first.got, first.allowed, first.remedy)
+        )
     rest = sum(len(rows) for _, rows in ranked[_KINDS:])
     if rest:
         problems.append(Problem(f"{rest:,} more rows have other mistakes"))
@@ -93,6 +100,24 @@ def bad_row_problems(bad: Sequence[BadRow], total: int, data: DataConfig) -> lis
         remedy = f"{last.remedy}; or {advice}" if last.remedy else advice
         problems.append(Problem(last.what, last.where, last.got, last.allowed, remedy))
     return problems
+
+
+def places(rows: Sequence[BadRow | ChangedRow], most: int) -> str:
+    """Return files and lines of some rows, the first `most` of them."""
+    more = f", and {len(rows) - most:,} more" if len(rows) > most else ""
+    return ", ".join(row.place for row in rows[:most]) + more
+
+
+def changed_problems(rows: Sequence[ChangedRow], total: int) -> list[Problem]:
+    """Return one notice for each kind of change, the most frequent first."""
+    by_kind: dict[str, list[ChangedRow]] = {}
+    for row in rows:
+        by_kind.setdefault(row.what, []).append(row)
+    ranked = sorted(by_kind.items(), key=lambda item: -len(item[1]))
+    return [
+        Problem(f"{len(own):,} of {total:,} rows: {what}", where=places(own, _PLACES))
+        for what, own in ranked
+    ]
 
 
 def refuse_bad_rows(bad: Sequence[BadRow], total: int, data: DataConfig) -> None:

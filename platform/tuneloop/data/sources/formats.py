@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from tuneloop.config import OneTaskConfig, SourceConfig
 from tuneloop.data.schema import ReasonCode, Rejection, Stage
+from tuneloop.data.sources.mending import is_preference, mended, preference_columns
 from tuneloop.records import Message, Role
 
 _ROLES: dict[str, Role] = {
@@ -21,6 +22,7 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
+    "chatbot": "assistant",
     "function_call": "assistant",
     "tool": "tool",
     "observation": "tool",
@@ -72,10 +74,29 @@ class FileError(ParseError):
     """A whole file cannot be used: never tolerated, whatever `data.max_bad_rows_ratio` allows."""
 
 
+class RepeatedKeyError(ParseError):
+    """An object of JSON gives a key twice: parsers keep the last, in silence."""
+
+
 class AnswerError(RowError):
     """A row's answer is none that the task allows."""
 
     code = ReasonCode.WRONG_ANSWER
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON from its keys and values. Raises RepeatedKeyError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKeyError(
+            f"an object gives the key `{twice}` twice",
+            got=_short([value for name, value in pairs if name == twice]),
+            allowed="every key once",
+            remedy="keep the one that is meant",
+        )
+    return found
 
 
 def used_columns(source: SourceConfig) -> tuple[str, ...]:
@@ -84,12 +105,13 @@ def used_columns(source: SourceConfig) -> tuple[str, ...]:
         return tuple(source.columns.values())
     if source.format in _PAIRS:
         return _PAIRS[source.format]
-    return {
+    own = {
         "alpaca": (*("instruction", "input", "output", "instances", "system", "history", "tools"),),
-        "messages": ("messages", "tools", "functions"),
+        "messages": ("messages", "system", "tools", "functions"),
         "sharegpt": ("conversations", "system", "tools"),
         "text": ("text",),
     }[source.format]
+    return (*own, *(preference_columns(source.format) if "preferences" in source.mend else ()))
 
 
 @dataclass(frozen=True)
@@ -99,12 +121,12 @@ class Chat:
     Args:
         messages: Turns; the last is an answer to learn.
         tools: JSON of the tools that may be called, a list in OpenAI's layout; empty for none.
-        change: What was left out, if anything.
+        changes: What was mended or left out, worded alike for all such rows.
     """
 
     messages: list[Message]
     tools: str = ""
-    change: str = ""
+    changes: tuple[str, ...] = ()
 
 
 def to_document(row: Mapping[str, Any]) -> str:
@@ -124,6 +146,15 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
             understood, the turns are not a conversation, or the answer is none that the task
             allows.
     """
+    row, changes = mended(row, source)
+    if is_preference(row, source.format) and "preferences" not in source.mend:
+        raise RowError(
+            "the row holds a preferred and a rejected answer",
+            got="columns " + ", ".join(row),
+            allowed="one answer",
+            remedy="preferences are not learned here; data.sources[*].mend: [preferences] learns "
+            "the preferred answers, and nothing of the others",
+        )
     tools = ""
     if source.format == "alpaca" and "instances" in row and "output" not in row:
         row = {**row, **_only_instance(row["instances"])}
@@ -143,7 +174,8 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
             remedy="give one of them weight 1, or leave the row out",
         )
     check_answer(messages[last].content, task)
-    return Chat(messages[: last + 1], tools, _CUT if last + 1 < len(messages) else "")
+    left_out = [_CUT] if last + 1 < len(messages) else []
+    return Chat(messages[: last + 1], tools, (*changes, *left_out))
 
 
 def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> list[Message]:
@@ -229,14 +261,6 @@ def _system_beside(row: Mapping[str, Any]) -> list[Message]:
 def _turns(row: Mapping[str, Any], layout: str) -> list[Message]:
     column = "messages" if layout == "messages" else "conversations"
     if column not in row:
-        if "preferred_output" in row:
-            raise RowError(
-                "the row holds a preferred and a rejected answer",
-                got="columns " + ", ".join(row),
-                allowed="one answer",
-                remedy="preferences are not learned here; to learn the preferred answers, write "
-                "rows with `messages`: those of `input`, then `preferred_output`",
-            )
         other = "sharegpt" if layout == "messages" else "messages"
         if {"messages", "conversations"} & row.keys():
             raise missing_column(column, row, f"set `format: {other}`")
@@ -247,8 +271,8 @@ def _turns(row: Mapping[str, Any], layout: str) -> list[Message]:
             f"`{column}` is not a list of turns", got=_short(turns), allowed="at least two turns"
         )
     messages = [message for turn in turns if (message := _turn(turn, layout))]
-    if layout == "sharegpt" and (system := _system_beside(row)):
-        if messages and messages[0].role == "system":
+    if system := _system_beside(row):
+        if messages and messages[0].role in ("system", "developer"):
             raise RowError("the row has a column `system` and a system message in its turns")
         messages = [*system, *messages]
     _check_order(messages)
@@ -373,7 +397,9 @@ def _arguments(value: Any) -> str:
     decoded = value
     if isinstance(value, str):
         try:
-            decoded = json.loads(value)
+            decoded = json.loads(value, object_pairs_hook=object_of)
+        except RowError:
+            raise
         except ValueError as error:
             raise RowError(
                 "the arguments of a tool call are not valid JSON", got=_short(value)
@@ -383,7 +409,7 @@ def _arguments(value: Any) -> str:
                 "the arguments of a tool call are JSON within JSON",
                 got=_short(value),
                 allowed="the JSON text of an object, written once",
-                remedy="decode them once: arguments = json.loads(arguments)",
+                remedy="data.sources[*].mend: [json_within_json] decodes them once more",
             )
     if not isinstance(decoded, dict):
         raise RowError(
@@ -399,7 +425,12 @@ def _tools(row: Mapping[str, Any]) -> str:
     column = "tools" if row.get("tools") or not row.get("functions") else "functions"
     tools = _decoded(row.get(column), column) or []
     if isinstance(tools, str):
-        raise RowError(f"`{column}` is JSON within JSON", got=_short(tools), allowed="a list")
+        raise RowError(
+            f"`{column}` is JSON within JSON",
+            got=_short(tools),
+            allowed="a list",
+            remedy="data.sources[*].mend: [json_within_json] decodes it once more",
+        )
     found = []
     for tool in tools if isinstance(tools, list) else [tools]:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -450,7 +481,9 @@ def _decoded(value: Any, column: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value if not isinstance(value, str) else None
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=object_of)
+    except RowError:
+        raise
     except ValueError as error:
         raise RowError(f"`{column}` is not valid JSON", got=_short(value)) from error
 
@@ -479,7 +512,11 @@ def check_answer(answer: str, task: OneTaskConfig) -> None:
         )
     if task.type == "extraction":
         try:
-            record = json.loads(answer, parse_constant=_refuse_constant)
+            record = json.loads(
+                answer, parse_constant=_refuse_constant, object_pairs_hook=object_of
+            )
+        except RowError:
+            raise
         except ValueError as error:
             raise AnswerError(
                 "the answer is not valid JSON", got=_short(answer), allowed="a JSON object"

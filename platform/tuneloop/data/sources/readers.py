@@ -30,9 +30,11 @@ from tuneloop.data.sources.files import DOCUMENTS, SourceFile
 from tuneloop.data.sources.formats import (
     FileError,
     ParseError,
+    RepeatedKeyError,
     RowError,
     check_answer,
     missing_column,
+    object_of,
     to_chat,
     to_document,
     used_columns,
@@ -50,10 +52,13 @@ _MADE_BY_US = {"row_id", "input_ids", "loss_mask"}
 _KEPT_OF_BAD_ROW = 10_000
 # Of lists and objects in one another: what follows recurses.
 _MOST_LEVELS = 100
+_UTF8_MARK = b"\xef\xbb\xbf"
+# An object of which one key would be lost is refused.
+_DECODER = json.JSONDecoder(object_pairs_hook=object_of)
 _YES, _NO = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no", "", "none")
 
 
-class _Record(NamedTuple):
+class Record(NamedTuple):
     """A row of a file and its line; a row that cannot be parsed is its error."""
 
     line: int
@@ -70,7 +75,7 @@ def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iter
     """
     source = config.data.sources[file.source]
     used = set(used_columns(source))
-    for number, (line, record) in enumerate(_records(file)):
+    for number, (line, record) in enumerate(read_records(file)):
         row: SourceRow = {
             "key": row_key(position, number),
             "source": f"{file.name}:{line}",
@@ -106,6 +111,7 @@ def _fill(
 ) -> None:
     """Put what a record says into its row. Raises RowError."""
     task, filters, split = config.task.of(row["task"]), config.data.filters, config.data.split
+    changes: list[str] = []
     if config.task.type == "language_modeling":
         filtered = apply_filters([to_document(record)], False, filters)
         row["text"] = filtered.texts[0]
@@ -119,9 +125,7 @@ def _fill(
             # A number that was masked leaves no valid JSON, for example.
             check_answer(messages[-1].content, task)
         row["messages"] = [message.as_dict() for message in with_instruction(messages, task)]
-        if chat.change:
-            row["changes"] = chat.change
-    changes = [row["changes"]] if row["changes"] else []
+        changes += chat.changes
     row["rejection"], row["changes"] = filtered.dropped, ", ".join([*filtered.changes, *changes])
     if split.group_by is not None:
         row["group"] = _label(record, split.group_by, "group_by")
@@ -222,19 +226,20 @@ def with_instruction(messages: list[Message], task: OneTaskConfig) -> list[Messa
     return [Message("system", instruction), *messages]
 
 
-def _records(file: SourceFile) -> Iterator[_Record]:
+def read_records(file: SourceFile) -> Iterator[Record]:
+    """Yield what stands in a file, row by row, as it is laid out there."""
     try:
         with file.open() as stream:
             yield from _FORMATS[file.suffix](stream)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         remedy = "save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
-        yield _Record(1, FileError("the file is not UTF-8", got=f"byte {byte:#04x}", remedy=remedy))
+        yield Record(1, FileError("the file is not UTF-8", got=f"byte {byte:#04x}", remedy=remedy))
     except FileNotFoundError as error:
         remedy = "put it where every node sees it, or send it with `tuneloop submit`"
-        yield _Record(1, FileError("the file cannot be read", got=str(error), remedy=remedy))
+        yield Record(1, FileError("the file cannot be read", got=str(error), remedy=remedy))
     except OSError as error:
-        yield _Record(1, FileError("the file cannot be read", got=str(error)))
+        yield Record(1, FileError("the file cannot be read", got=str(error)))
 
 
 def _text_of(stream: pa.NativeFile) -> io.TextIOWrapper:
@@ -243,11 +248,11 @@ def _text_of(stream: pa.NativeFile) -> io.TextIOWrapper:
     return io.TextIOWrapper(buffered, encoding_of(buffered.peek(8)), newline="")
 
 
-def _document(stream: pa.NativeFile) -> Iterator[_Record]:
-    yield _Record(1, {"text": _text_of(stream).read()})
+def _document(stream: pa.NativeFile) -> Iterator[Record]:
+    yield Record(1, {"text": _text_of(stream).read()})
 
 
-def _json_lines(stream: pa.NativeFile) -> Iterator[_Record]:
+def _json_lines(stream: pa.NativeFile) -> Iterator[Record]:
     buffered = io.BufferedReader(stream, 1 << 20)
     encoding = encoding_of(buffered.peek(8))
     if encoding == "utf-8-sig":
@@ -257,35 +262,38 @@ def _json_lines(stream: pa.NativeFile) -> Iterator[_Record]:
         yield from _parsed_lines(line.encode() for line in text)
 
 
-def _parsed_lines(lines: Iterable[bytes]) -> Iterator[_Record]:
+def _parsed_lines(lines: Iterable[bytes]) -> Iterator[Record]:
     for line, data in enumerate(lines, 1):
         if not data.strip():
             continue
         try:
-            record = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
+            text = data.removeprefix(_UTF8_MARK).decode("utf-8", "surrogatepass")
+            record = _DECODER.decode(text)
+        except RepeatedKeyError as error:
+            yield Record(line, error)
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            yield _Record(line, ParseError("the line is not UTF-8", got=f"byte {byte:#04x}"))
+            yield Record(line, ParseError("the line is not UTF-8", got=f"byte {byte:#04x}"))
         except RecursionError:
-            yield _Record(line, _too_deep(data[:_SHOWN].decode(errors="replace")))
+            yield Record(line, _too_deep(data[:_SHOWN].decode(errors="replace")))
         except ValueError as error:
             text = data.decode(errors="replace").rstrip("\n")
             got = f"{error}: {_shortened(text)}"
             problem = ParseError("the line is not valid JSON", got=got, allowed="one JSON object")
-            yield _Record(line, problem)
+            yield Record(line, problem)
         else:
             # Most rows have too few brackets to be looked into.
             is_flat = data.count(b"[") + data.count(b"{") <= _MOST_LEVELS
-            yield _Record(line, _object(record, is_flat))
+            yield Record(line, _object(record, is_flat))
 
 
-def _json_array(stream: pa.NativeFile) -> Iterator[_Record]:
+def _json_array(stream: pa.NativeFile) -> Iterator[Record]:
     remedy = "one object per line is `.jsonl`"
     data = _text_of(stream).read()
     try:
-        records = json.loads(data)
+        records = _array(data)
     except RecursionError:
-        yield _Record(1, FileError(_TOO_DEEP, data[:_SHOWN], f"at most {_MOST_LEVELS} levels"))
+        yield Record(1, FileError(_TOO_DEEP, data[:_SHOWN], f"at most {_MOST_LEVELS} levels"))
         return
     except ValueError as error:
         lines = data.encode("utf-8", "replace").split(b"\n")
@@ -294,14 +302,44 @@ def _json_array(stream: pa.NativeFile) -> Iterator[_Record]:
             yield from _parsed_lines(lines)
             return
         problem = FileError("the file is not valid JSON", got=str(error), remedy=remedy)
-        yield _Record(getattr(error, "lineno", 1), problem)
+        yield Record(getattr(error, "lineno", 1), problem)
         return
     if not isinstance(records, list):
         got, allowed = type(records).__name__, "a list of objects"
-        yield _Record(1, FileError("the file is not a list", got, allowed, remedy))
+        yield Record(1, FileError("the file is not a list", got, allowed, remedy))
         return
     for number, record in enumerate(records, 1):
-        yield _Record(number, _object(record))
+        yield Record(number, _object(record))
+
+
+def _array(data: str) -> Any:
+    """Return what a file of JSON holds; a row that gives a key twice as its error."""
+    try:
+        return _DECODER.decode(data)
+    except RepeatedKeyError:
+        found = json.loads(data, object_pairs_hook=_object_or_error)
+        if not isinstance(found, list):
+            raise
+        return [_error_in(record) or record for record in found]
+
+
+def _object_or_error(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKeyError:
+    try:
+        return object_of(pairs)
+    except RepeatedKeyError as error:
+        return error
+
+
+def _error_in(record: Any) -> RepeatedKeyError | None:
+    """Return the error that stands somewhere in a record in place of an object, if one does."""
+    waiting = [record]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, RepeatedKeyError):
+            return part
+        if isinstance(part, dict | list):
+            waiting += part.values() if isinstance(part, dict) else part
+    return None
 
 
 def _json_or_none(data: bytes) -> Any:
@@ -311,7 +349,7 @@ def _json_or_none(data: bytes) -> Any:
         return None
 
 
-def _separated(stream: pa.NativeFile, delimiter: str) -> Iterator[_Record]:
+def _separated(stream: pa.NativeFile, delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)
     buffered = io.BufferedReader(stream, SAMPLE_BYTES)
     first = buffered.peek(SAMPLE_BYTES)[:SAMPLE_BYTES]
@@ -335,11 +373,11 @@ def _separated(stream: pa.NativeFile, delimiter: str) -> Iterator[_Record]:
             header = [name.strip() for name in values]
             if len(twice := [name for name, n in Counter(header).items() if name and n > 1]):
                 got, remedy = ", ".join(twice), "rename one of them, or leave it out"
-                yield _Record(line, FileError("two columns have one name", got, remedy=remedy))
+                yield Record(line, FileError("two columns have one name", got, remedy=remedy))
                 return
             header = _named(header)
         elif len(values) == len(header):
-            yield _Record(line, dict(zip(header, values, strict=True)))
+            yield Record(line, dict(zip(header, values, strict=True)))
         elif values:
             what = "the row has another number of columns than the header"
             got = f"{len(values)}, the header {len(header)}"
@@ -361,7 +399,7 @@ class _Lines:
         return self.taken[-1]
 
 
-def _swallowed(line: int, lines: Sequence[str], what: str, got: str) -> Iterator[_Record]:
+def _swallowed(line: int, lines: Sequence[str], what: str, got: str) -> Iterator[Record]:
     """Yield an error for each line of a bad record: a quote left open takes rows with it."""
     remedy = "put values with separators or line breaks in double quotes, and double each quote"
     if len(lines) > 1:
@@ -370,7 +408,7 @@ def _swallowed(line: int, lines: Sequence[str], what: str, got: str) -> Iterator
         remedy = f"close the quote that is opened in line {line:,}; it reaches to line {last:,}"
     for number, text in enumerate(lines):
         shown = _shortened(text.rstrip("\r\n"))
-        yield _Record(line + number, ParseError(what, got=f"{got}: {shown}", remedy=remedy))
+        yield Record(line + number, ParseError(what, got=f"{got}: {shown}", remedy=remedy))
 
 
 def _named(header: Sequence[str]) -> list[str]:
@@ -384,7 +422,7 @@ def _named(header: Sequence[str]) -> list[str]:
     return names
 
 
-def _parquet(stream: pa.NativeFile) -> Iterator[_Record]:
+def _parquet(stream: pa.NativeFile) -> Iterator[Record]:
     number = 0
     try:
         # Parquet is read from its end: a stream that cannot seek is read as a whole.
@@ -392,14 +430,14 @@ def _parquet(stream: pa.NativeFile) -> Iterator[_Record]:
         file = parquet.ParquetFile(seekable)
         for record in _batch_rows(file.schema_arrow, file.iter_batches(1024)):
             number += 1
-            yield _Record(number, record)
+            yield Record(number, record)
     except FileError as error:
-        yield _Record(1, error)
+        yield Record(1, error)
     except pa.ArrowException as error:
-        yield _Record(number + 1, FileError("the file is not valid Parquet", got=str(error)))
+        yield Record(number + 1, FileError("the file is not valid Parquet", got=str(error)))
 
 
-def _arrow(stream: pa.NativeFile) -> Iterator[_Record]:
+def _arrow(stream: pa.NativeFile) -> Iterator[Record]:
     number = 0
     try:
         buffered = io.BufferedReader(stream, 1 << 20)
@@ -411,11 +449,11 @@ def _arrow(stream: pa.NativeFile) -> Iterator[_Record]:
             batches = file = pa.ipc.open_stream(buffered)
         for record in _batch_rows(file.schema, batches):
             number += 1
-            yield _Record(number, record)
+            yield Record(number, record)
     except FileError as error:
-        yield _Record(1, error)
+        yield Record(1, error)
     except pa.ArrowException as error:
-        yield _Record(number + 1, FileError("the file is not valid Arrow", got=str(error)))
+        yield Record(number + 1, FileError("the file is not valid Arrow", got=str(error)))
 
 
 def _batch_rows(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
@@ -473,7 +511,7 @@ def _python_value(scalar: pa.Scalar) -> Any:
 
 _SHOWN = 80
 _TOO_DEEP = "lists and objects are nested too deep"
-_FORMATS: dict[str, Callable[[pa.NativeFile], Iterator[_Record]]] = {
+_FORMATS: dict[str, Callable[[pa.NativeFile], Iterator[Record]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_array,
@@ -486,6 +524,8 @@ _FORMATS: dict[str, Callable[[pa.NativeFile], Iterator[_Record]]] = {
 
 
 def _object(record: Any, is_flat: bool = False) -> dict[str, Any] | RowError:
+    if isinstance(record, RowError):
+        return record
     if isinstance(record, dict):
         is_fine = is_flat or not _is_too_deep(record)
         return record if is_fine else _too_deep(str(next(iter(record))))

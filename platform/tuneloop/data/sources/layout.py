@@ -1,0 +1,150 @@
+"""Finding out how rows are laid out, from the rows themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tuneloop.data.sources.formats import RowError
+from tuneloop.data.sources.mending import is_preference
+from tuneloop.errors import DataError, Problem
+
+# Names of columns, the more telling first.
+_PROMPTS = (
+    *("prompt", "question", "query", "instruction", "input", "user", "utterance", "message"),
+    *("sentence", "text", "context", "document", "article", "source", "body", "title", "review"),
+)
+_COMPLETIONS = (
+    *("completion", "answer", "response", "output", "label", "labels", "intent", "category"),
+    *("class", "target", "reply", "assistant", "summary", "translation", "sentiment", "chosen"),
+)
+_SYSTEMS = ("system", "system_prompt")
+# Documents, unless a column beside them has the name of an answer.
+_DOCUMENT = "text"
+_SHOWN_COLUMNS = 12
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows are laid out.
+
+    Args:
+        format: `data.sources[*].format`.
+        columns: `data.sources[*].columns`, for the format `columns`.
+        mend: `data.sources[*].mend` that the rows need.
+    """
+
+    format: str
+    columns: dict[str, str] = field(default_factory=dict)
+    mend: list[str] = field(default_factory=list)
+
+
+def find_layout(records: Iterable[Mapping[str, Any] | RowError], where: str) -> Layout:
+    """Return the layout that most rows have.
+
+    Args:
+        records: Rows as they stand in their files; those that cannot be parsed count for none.
+        where: What they are, for the message.
+
+    Raises:
+        DataError: No row can be parsed, or no two columns look like a question and its answer.
+    """
+    votes: Counter[str] = Counter()
+    values: Counter[str] = Counter()
+    texts: Counter[str] = Counter()
+    num_preferences = num_rows = 0
+    for record in records:
+        if isinstance(record, RowError):
+            continue
+        num_rows += 1
+        values.update(name for name, value in record.items() if value not in (None, ""))
+        texts.update(name for name, value in record.items() if _is_text(value))
+        layout = _named_layout(record)
+        if layout:
+            votes[layout] += 1
+            num_preferences += is_preference(record, layout)
+    if votes and votes.most_common(1)[0][1] * 2 >= num_rows:
+        chosen = votes.most_common(1)[0][0]
+        return Layout(chosen, mend=["preferences"] if num_preferences else [])
+    often = [name for name in values if values[name] * 2 >= num_rows]
+    columns = _columns([name for name in often if texts[name] * 2 >= values[name]], often)
+    if columns is None:
+        raise DataError(_unknown(num_rows, often, where))
+    return columns
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value is a text and no number, as ids are."""
+    return isinstance(value, str) and bool(value.strip()) and not value.strip().isdigit()
+
+
+def _named_layout(row: Mapping[str, Any]) -> str:
+    """Return the format whose columns a row has; empty if none."""
+    if "messages" in row:
+        return "messages"
+    if "conversations" in row:
+        return "sharegpt"
+    if "instruction" in row and row.keys() & {"output", "instances"}:
+        return "alpaca"
+    if is_preference(row, "alpaca") and "instruction" in row:
+        return "alpaca"
+    if is_preference(row, "messages"):
+        return "messages"
+    if {"prompt", "completion"} <= row.keys():
+        return "prompt_completion"
+    if {"question", "answer"} <= row.keys():
+        return "question_answer"
+    return ""
+
+
+def _columns(texts: list[str], often: list[str]) -> Layout | None:
+    """Return the columns that look like question and answer, or a text alone.
+
+    Args:
+        texts: Columns whose values are mostly text, as they stand in the rows.
+        often: Columns that most rows have, numbers too.
+    """
+    prompt = _first_named(_PROMPTS, texts)
+    completion = _first_named(_COMPLETIONS, [name for name in often if name != prompt])
+    if prompt is None or completion is None:
+        rest = [name for name in texts if name not in (prompt, completion)]
+        if prompt is None and completion is None and len(rest) == 2:
+            prompt, completion = rest
+        elif prompt is None and completion is not None and len(rest) == 1:
+            (prompt,) = rest
+        elif completion is None and prompt not in (None, _DOCUMENT) and len(rest) == 1:
+            (completion,) = rest
+    if prompt is not None and completion is not None:
+        system = _first_named(_SYSTEMS, texts)
+        return Layout(
+            "columns",
+            {"prompt": prompt, "completion": completion} | ({"system": system} if system else {}),
+        )
+    return Layout("text") if _DOCUMENT in texts else None
+
+
+def _first_named(names: Iterable[str], columns: list[str]) -> str | None:
+    plain = {column.strip().lower(): column for column in reversed(columns)}
+    return next((plain[name] for name in names if name in plain), None)
+
+
+def _unknown(num_rows: int, columns: list[str], where: str) -> Problem:
+    if not num_rows:
+        return Problem(
+            "no row can be read",
+            where=where,
+            allowed="JSONL, JSON, CSV, TSV, Parquet or Arrow with a row for each example",
+            remedy="look at its first lines: `tuneloop init` writes a configuration to fill in",
+        )
+    shown = ", ".join(columns[:_SHOWN_COLUMNS]) + (", …" if len(columns) > _SHOWN_COLUMNS else "")
+    return Problem(
+        "no two columns look like a question and its answer",
+        where=where,
+        got=f"columns {shown or 'none'}",
+        allowed="messages, conversations, instruction and output, prompt and completion, question "
+        "and answer, or two columns of text",
+        remedy="`tuneloop init` writes a configuration to fill in: set `format: columns` and name "
+        "them under `columns`",
+    )

@@ -1,0 +1,135 @@
+"""A configuration made from a file of rows: what is found, and what becomes of every row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tuneloop import cli, starter
+from tuneloop.config import load_config
+from tuneloop.data.first_look import look
+from tuneloop.data.sources.layout import Layout
+from tuneloop.errors import DataError
+
+TOOL = {"type": "function", "function": {"name": "warm", "parameters": {}}}
+
+
+def lines(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+def asked(number: int, answer: Any, **more: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": f"Question {number}?"}, {"role": "assistant", **answer}]
+    return {"messages": turns, **more}
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    function = {"name": "warm", "arguments": arguments}
+    return {"content": None, "tool_calls": [{"type": "function", "function": function}]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "layout", "task"),
+    [
+        ([{"question": "a", "answer": "long " * i} for i in range(1, 9)], "question_answer", None),
+        ([{"prompt": "a", "completion": "b"}] * 3, "prompt_completion", None),
+        ([{"instruction": "a", "input": "", "output": "b"}] * 3, "alpaca", None),
+        ([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
+         "sharegpt", None),
+        ([{"text": "A page.", "url": "https://example.org"}] * 3, "text", "language_modeling"),
+        ([{"id": i, "text": f"t{i}", "label": i % 3} for i in range(30)],
+         {"prompt": "text", "completion": "label"}, "classification"),
+        ([{"n": 1, "Utterance": "a b", "Reply": "c d"}], {"prompt": "Utterance", "completion":
+         "Reply"}, None),
+        ([{"en": "one two", "de": "eins zwei", "n": "7"}],
+         {"prompt": "en", "completion": "de"}, None),
+        ([{"system": "Be brief.", "query": "a", "response": "b"}],
+         {"prompt": "query", "completion": "response", "system": "system"}, None),
+        ([{"text": f"t{i}", "output": {"name": "x", "n": i} | ({"y": 1} if i else {})}
+          for i in range(4)], {"prompt": "text", "completion": "output"}, "extraction"),
+    ],
+)  # fmt: skip
+def test_layout_and_task_are_found(tmp_path: Path, rows: Any, layout: Any, task: str) -> None:
+    found = look(lines(tmp_path / "rows.jsonl", rows))
+    wanted = Layout(layout) if isinstance(layout, str) else Layout("columns", layout)
+    assert (found.layout, found.task) == (wanted, task or "generation")
+    assert (found.num_rows, found.refused) == (len(rows), [])
+    assert found.labels == (["0", "1", "2"] if task == "classification" else [])
+    assert found.fields == (["name", "n"] if task == "extraction" else [])
+
+
+def test_what_is_no_question_and_answer_is_told(tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", [{"a": "x", "b": "y", "c": "z"}])
+    with pytest.raises(DataError, match="no two columns look like") as caught:
+        look(path)
+    assert caught.value.problems[0].got == "columns a, b, c"
+    with pytest.raises(DataError, match="no row can be read"):
+        look(lines(tmp_path / "none.jsonl", ["{", "["]))
+
+
+def test_every_row_of_a_file_for_a_hosted_service_is_accounted_for(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(starter, "_BASE", str(tiny_model))
+    monkeypatch.chdir(tmp_path)
+    right = [asked(i, call('{"place": "Oslo"}'), tools=[TOOL], model="ft:old") for i in range(97)]
+    twice = asked(97, call(json.dumps('{"place": "Oslo"}')), tools=[TOOL], model="ft:old")
+    left = asked(98, {"content": "Yes."}, model="ft:old")
+    left["messages"].append({"role": "user", "content": "Thanks."})
+    left["messages"].append({"role": "assistant", "content": "No.", "weight": 0})
+    lines(tmp_path / "My rows.jsonl", [*right, twice, left, "{"])
+    assert cli.main(["import", "openai", "My rows.jsonl", "made.yaml", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["problems"] == []
+    assert [(row["outcome"], row["what"], row["num_rows"]) for row in told["rows"]] == [
+        ("kept", "as they are", 97),
+        ("changed", "JSON within JSON decoded once more", 1),
+        ("changed", "turns after the last answer to learn left out", 1),
+        ("refused", "the line is not valid JSON", 1),
+    ]
+    assert [row["places"] for row in told["rows"][1:]] == [
+        [f"My rows.jsonl:{line}"] for line in (98, 99, 100)
+    ]
+    config = load_config("made.yaml")
+    assert (config.name, config.task.type) == ("my-rows", "generation")
+    assert config.model.chat_template == "chatml_tools"
+    assert config.data.sources[0].mend == ["json_within_json"]
+    assert config.data.max_bad_rows_ratio == 0.01
+    # The old model is an arm as soon as the marks are taken away.
+    text = (tmp_path / "made.yaml").read_text()
+    arms = [line.replace("# ", "", 1) for line in text.splitlines() if line.startswith("  #   ")]
+    old = yaml.safe_load("arms:\n" + "\n".join(arms))["arms"]["old"]
+    assert (old["model"], old["api_key_env"]) == ("ft:old", "OPENAI_API_KEY")
+    # What is there already is not touched, and told before anything is read.
+    assert cli.main(["init", "--from", "My rows.jsonl", "made.yaml"]) == 2
+    assert (tmp_path / "made.yaml").read_text() == text
+
+
+def test_lengths_and_what_still_stops_are_told(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(starter, "_BASE", str(tiny_model))
+    rows: list[Any] = [{"question": f"a{i}", "answer": "word " * 200} for i in range(8)]
+    path = lines(tmp_path / "rows.jsonl", [*rows, {"question": "b"}, {"question": "c"}])
+    made = tmp_path / "made.yaml"
+    assert cli.main(["init", "--from", path, str(made), "--model", "gpt-x"]) == 0
+    told = capfd.readouterr().out
+    assert "8 (80.0%) used as they are" in told
+    assert "2 (20.0%) refused: no column `answer` (line 9, 10)" in told
+    assert "still stops at:\nno column `answer`" in told
+    config = load_config(made)
+    assert config.data.max_bad_rows_ratio == 0
+    assert 900 < config.data.max_seq_len <= 2048
+    assert config.evaluation.max_tokens == 512
+    assert "gpt-x" in made.read_text()
