@@ -17,11 +17,13 @@ from tuneloop.evals.reporting.error_analysis import (
     Against,
     Filter,
 )
+from tuneloop.evals.reporting.views import show_slices
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
 from tuneloop.evals.scoring.pairing import Change, PairedExample, count_changes
 from tuneloop.evals.scoring.results import Evaluation
 
 PAGE_SIZE = 5
+MOST_SLICES = 12
 # An error that only the first answer has is no news; one that is new or remains is.
 TAG_TONES = {"fixed": "", "introduced": "bad", "both": "warn"}
 ALL_TASKS = "all tasks"
@@ -172,6 +174,12 @@ if tags:
         st.table(analysis.tag_rows(tags, before, after), border="horizontal", hide_index=True)
 else:
     st.caption("Neither arm makes an error that has a name: " + ", ".join(ERROR_TAGS) + ".")
+
+if slices := show_slices(evaluation, after, before):
+    st.subheader("Parts of the rows")
+    st.caption(analysis.describe_slices(slices))
+    with st.container(key="slices"):
+        st.table(analysis.slice_rows(slices)[:MOST_SLICES], border="horizontal", hide_index=True)
 
 st.subheader("Examples")
 chosen = choose_filter(counts, [count.tag for count in tags])

@@ -1,7 +1,7 @@
 """The command line: arguments to configuration to one call.
 
 Standard output carries the result only; logs and progress go to standard error. Exit codes:
-0 done, 2 the user's mistake, 1 our failure, 130 interrupted.
+0 done, 2 the user's mistake, 1 our failure, 3 the gate is not passed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ train
   sweep       try settings, choose on validation rows, forecast more data
 judge
   evaluate    score the models and endpoints that are named; trains nothing
+  gate        let a model pass, or not, beside the one it is to replace
   dashboard   browse artifacts and reports on 127.0.0.1
 serve
   serve       serve the base and the finetuned model until interrupted
@@ -158,6 +159,17 @@ def _parser() -> argparse.ArgumentParser:
         )
     for name in ("check", "prepare", "generate", "train", "evaluate", "run", "sweep", "serve"):
         config_command(name)
+    gate = command("gate")
+    gate.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
+    overrides(gate)
+    for name, words in (
+        ("--against", "what the candidate is held against: models/NAME[@vN], or an arm's name"),
+        ("--candidate", "default: the newest model of this configuration"),
+    ):
+        option = gate.add_argument(name, metavar="REF", required=name == "--against", help=words)
+        _complete(option, _references)
+    gate.add_argument("--junit", metavar="FILE", help="write the checks as JUnit XML")
+    gate.add_argument("--markdown", metavar="FILE", help="write the checks as Markdown")
     submit = command("submit")
     submit.add_argument("job_command", metavar="COMMAND", help="the command to run there")
     submit.add_argument("config", metavar="CONFIG.yaml", help="the configuration")

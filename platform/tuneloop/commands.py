@@ -138,6 +138,61 @@ def _check(arguments: argparse.Namespace, output: IO[str]) -> int:
     return 0
 
 
+def _gate(arguments: argparse.Namespace, output: IO[str]) -> int:
+    config = _load(arguments)
+    files = {"--junit": arguments.junit, "--markdown": arguments.markdown}
+    # Before anything is answered: the result must not be lost for want of a folder.
+    _refuse_unwritable({option: Path(path) for option, path in files.items() if path})
+    from tuneloop import pipeline
+    from tuneloop.evals.reporting.gate import decide, headline, to_junit, to_markdown
+    from tuneloop.evals.scoring.results import Evaluation
+
+    published = pipeline.gate(
+        config, Workspace(config.workspace), arguments.against, arguments.candidate
+    )
+    artifact = published.artifact
+    first, second = artifact.manifest["config"]["arms"]
+    evaluation = Evaluation.load(artifact)
+    result = decide(
+        evaluation, config.evaluation.floors, is_same=first["identity"] == second["identity"]
+    )
+    report = str(Path(artifact.location) / "report.html")
+    if arguments.junit:
+        Path(arguments.junit).write_text(to_junit(result), encoding="utf-8")
+    if arguments.markdown:
+        Path(arguments.markdown).write_text(to_markdown(result, report), encoding="utf-8")
+    if arguments.json:
+        summary = artifact.summary(published.reused) | {"gate": result.as_dict()}
+        print(json.dumps(summary, ensure_ascii=False), file=output)
+    else:
+        table = Table(box=None, pad_edge=False)
+        for column in ("check", "outcome", ""):
+            table.add_column(column, overflow="fold")
+        for check in result.checks:
+            colour = "green" if check.passed else "yellow" if "tell" in check.outcome else "red"
+            table.add_row(check.name, f"[{colour}]{check.outcome}[/]", check.detail)
+        console = Console(file=output)
+        console.print(table)
+        console.print(f"\n{headline(result)}", markup=False, highlight=False)
+        console.print(f"report     {report}", soft_wrap=True)
+    return 0 if result.passed else 3
+
+
+def _refuse_unwritable(files: dict[str, Path]) -> None:
+    problems = [
+        Problem(
+            "the result cannot be written there",
+            where=option,
+            got=str(path),
+            allowed="a file in a folder that exists and may be written to",
+        )
+        for option, path in files.items()
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
 def _sweep(arguments: argparse.Namespace, output: IO[str]) -> int:
     config = _load(arguments)
     from tuneloop.sweeps.run import sweep
@@ -331,6 +386,7 @@ COMMANDS = {
     "check": _check,
     "doctor": _doctor,
     **dict.fromkeys(("prepare", "generate", "train", "evaluate", "run"), _step),
+    "gate": _gate,
     "sweep": _sweep,
     "dashboard": _dashboard,
     "serve": _serve,

@@ -36,6 +36,9 @@ SourceFormat = Literal[
     "alpaca", "prompt_completion", "question_answer", "messages", "sharegpt", "text", "columns"
 ]
 
+# Without `evaluation.margin` a difference of less than this much of a score is none of note.
+NO_DIFFERENCE = 0.05
+
 
 class Section(BaseModel):
     """A part of the YAML: unknown keys are errors, values do not change after loading."""
@@ -641,6 +644,34 @@ class MetricConfig(Section):
         return self
 
 
+class FloorConfig(Section):
+    """The least that `tuneloop gate` asks of all rows, or of those of one kind."""
+
+    at_least: float = Field(
+        description="The score in the primary metric that has to be shown, in its unit (0.8 is 80% "
+        "of a score shown in per cent): the lower end of the interval has to reach it."
+    )
+    by: str | None = Field(
+        None,
+        description="A column of the rows, or `length`, `reference_length`, `source`, `label`, "
+        "`task`: see `slices.json`. Default: all rows together.",
+    )
+    value: str | None = Field(
+        None, description="The value whose rows are meant. Default: those of each value."
+    )
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _is_a_text(cls, value: Any) -> Any:
+        return value if value is None or isinstance(value, str) else str(value)
+
+    @model_validator(mode="after")
+    def _a_value_is_of_a_column(self) -> Self:
+        if self.value is not None and self.by is None:
+            raise ValueError("`value` needs `by`, the column whose value it is")
+        return self
+
+
 class EvaluationConfig(Section):
     """How answers are scored."""
 
@@ -696,6 +727,10 @@ class EvaluationConfig(Section):
         gt=0,
         description="The loss in the primary metric that does not matter, in its unit (0.02 is 2 "
         "points of a score shown in per cent). The headline then says `not worse` as well.",
+    )
+    floors: list[FloorConfig] = Field(
+        default_factory=list,
+        description="For `tuneloop gate`: scores that the candidate has to reach.",
     )
     max_unscored_ratio: float = Field(
         0.2,

@@ -19,7 +19,7 @@ from tuneloop.evals.scoring.simple import simple_arm, with_nearest_shots
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.layout import ADAPTER
-from tuneloop.records import BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, Price
+from tuneloop.records import ARMS, BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, Price
 from tuneloop.serving.replica import ServedModel
 
 logger = logging.getLogger("tuneloop.pipeline")
@@ -154,6 +154,38 @@ def needs_ray(config: TuneloopConfig) -> bool:
     """Return whether `tuneloop evaluate` prepares a dataset or serves a model of our own."""
     elsewhere = all(arm.endpoint or arm.answers for arm in config.evaluation.arms.values())
     return needs_dataset(config) or not elsewhere
+
+
+def gate_arms(
+    config: TuneloopConfig, workspace: Workspace, against: str, candidate: str
+) -> dict[str, ArmConfig]:
+    """Return the two arms of `tuneloop gate` by name, the candidate last.
+
+    Args:
+        against: An artifact such as `models/faq@v1`, what `model.base` takes, or an arm's name.
+        candidate: Likewise.
+
+    Raises:
+        ArtifactError: No such artifact.
+    """
+    (first, held), (name, judged) = (
+        _gate_arm(config, workspace, reference) for reference in (against, candidate)
+    )
+    return {first: held, name if name != first else f"{name} (candidate)": judged}
+
+
+def _gate_arm(
+    config: TuneloopConfig, workspace: Workspace, reference: str
+) -> tuple[str, ArmConfig]:
+    named = config.evaluation.arms
+    if reference in named or reference in ARMS:
+        return reference, named.get(reference, ArmConfig())
+    if not reference.startswith("models/"):
+        return reference, ArmConfig(model=reference)
+    # The version is fixed now: a model that is published meanwhile is another one.
+    artifact = workspace.open(reference.removesuffix(f"/{ADAPTER}"))
+    pinned = artifact.ref + (f"/{ADAPTER}" if reference.endswith(f"/{ADAPTER}") else "")
+    return pinned.removeprefix("models/"), ArmConfig(model=pinned)
 
 
 def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:

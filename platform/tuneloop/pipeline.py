@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tuneloop import contest
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect, refuse_unshared
-from tuneloop.config import API_KEY_VARIABLE, ServingConfig, TuneloopConfig
+from tuneloop.config import API_KEY_VARIABLE, NO_DIFFERENCE, ServingConfig, TuneloopConfig
 from tuneloop.contest import Contest
 from tuneloop.errors import ConfigError
 from tuneloop.models.bases.source import BaseModel, resolve_base
@@ -85,8 +85,6 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         entered = Contest(dataset.artifact, arms, models)
         baseline = _evaluate(config, workspace, entered, f"{config.name}-baseline")
         model = train_model(config, workspace, base, dataset.artifact)
-        if not baseline.artifact.manifest["metrics"]["num_unscored"]:
-            models = {}  # all answers of the base model are there and are reused
         entered = Contest(
             dataset.artifact,
             [*arms, _finetuned_arm(config, workspace, model.artifact)],
@@ -106,7 +104,48 @@ def evaluate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         ConfigError: An arm of `evaluation.arms` cannot be built.
         ModelError: An arm is the model of this configuration, and there is none.
     """
+    return [_evaluate_named(config, workspace)]
+
+
+def gate(
+    config: TuneloopConfig, workspace: Workspace, against: str, candidate: str | None = None
+) -> Published:
+    """Return `evaluations/NAME-gate`: a candidate and what it is held against, on the same rows.
+
+    Without `evaluation.margin` a loss of less than 5 points is taken not to matter, as in the
+    headline of a report.
+
+    Args:
+        config: Says which rows are answered and how they are scored.
+        workspace: Holds the models.
+        against: An artifact such as `models/faq@v1`, what `model.base` takes, or an arm's name.
+        candidate: Likewise. Default: the newest model of this configuration.
+
+    Raises:
+        ArtifactError: No such model.
+        ModelError: There is no model of this configuration.
+    """
+    if candidate is None:
+        newest = _newest_finetuned(with_labels(config), workspace, resolve_base(config.model.base))
+        if newest is None:
+            raise contest.missing_model(config, workspace)
+        candidate = newest.ref
+    arms = contest.gate_arms(config, workspace, against, candidate)
+    margin = config.evaluation.margin or NO_DIFFERENCE
+    update = {"arms": arms, "margin": margin}
+    evaluation = config.evaluation.model_copy(update=update)
+    named = config.model_copy(update={"evaluation": evaluation})
+    return _evaluate_named(named, workspace, f"{config.name}-gate")
+
+
+def _evaluate_named(config: TuneloopConfig, workspace: Workspace, name: str = "") -> Published:
+    """Return the evaluation of the arms that the configuration names.
+
+    Args:
+        name: Of the artifact; else the configuration's, with `-baseline` for arms without a model.
+    """
     from tuneloop.data.scored_rows import prepare_scored_rows
+    from tuneloop.evals.runner import find_earlier
 
     if problems := contest.arm_problems(config, workspace):
         raise ConfigError(*problems)
@@ -132,14 +171,10 @@ def evaluate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         named = contest.NamedArms(config, workspace, base, prepared, finetuned)
         arms = named.build()
         is_baseline = not config.evaluation.arms and arms[-1].name != FINETUNED
-        name = f"{config.name}-baseline" if is_baseline else config.name
-        earlier = [
-            workspace.open(a.ref)
-            for a in workspace.published()
-            if a.kind == "evaluations" and a.name in (config.name, f"{config.name}-baseline")
-        ]
+        name = name or (f"{config.name}-baseline" if is_baseline else config.name)
         entered = Contest(dataset, arms, named.models)
-        return [_evaluate(config, workspace, entered, name, earlier)]
+        earlier = find_earlier(config, workspace, arms)
+        return _evaluate(config, workspace, entered, name, earlier)
 
 
 def _trained(
@@ -329,12 +364,15 @@ def _evaluate(
         earlier: Evaluations whose answers are reused.
         address: Starts to listen and returns the URL, if several evaluations share it.
     """
-    from tuneloop.evals.runner import evaluate, find_evaluation
+    from tuneloop.evals.runner import evaluate, find_evaluation, find_unanswered
 
     dataset, arms, models = entered
     existing = find_evaluation(config, workspace, dataset, arms, name)
     if existing is not None:
         return _log_published(Published(existing, reused=True))
+    # A model whose answers are all there is not started.
+    asked = {arm.endpoint.model for arm in find_unanswered(config, dataset, arms, earlier)}
+    models = {model: served for model, served in models.items() if model in asked}
     if not models:
         return _log_published(evaluate(config, workspace, dataset, arms, name, earlier))
     with ExitStack() as stack:

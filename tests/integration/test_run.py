@@ -146,6 +146,14 @@ def test_evaluate_scores_what_is_named_and_trains_nothing(
     predictions = pq.read_table(Path(made["path"]) / "predictions.parquet").to_pylist()
     sent = [json.loads(row["prompt"]) for row in predictions if row["arm"] == "nearest"]
     assert all(len(messages) == 4 for messages in sent), "system, a solved example, the question"
+    # A gate finds all answers there: nothing is served.
+    code, out, err = call("gate", str(config), "--against", "base", "--json", capfd=capfd)
+    assert code in (0, 3), err
+    made = json.loads(out)
+    assert made["artifact"] == "evaluations/tiny-gate@v1"
+    assert (made["gate"]["against"], made["gate"]["candidate"]) == ("base", "tiny@v1")
+    assert code == 0 if made["gate"]["passed"] else 3
+    assert "answers exist already" in err
     missing = "evaluation.arms={mine: {model: finetuned}}"
     code, out, err = call("evaluate", str(config), missing, "training.max_steps=9", capfd=capfd)
     assert code == 2

@@ -38,12 +38,13 @@ from tuneloop.evals.scoring.predictions import Prediction, read_predictions, wri
 from tuneloop.evals.scoring.questions import Question, read_questions, read_solved
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.row_clusters import RowClusters, read_clusters
+from tuneloop.evals.scoring.slices import describe_slices, find_slices, read_columns
 from tuneloop.records import Arm, SamplingParams
 
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 12
+CODE_VERSION = 13
 _REFUSED = re.compile(
     r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
 )
@@ -77,6 +78,38 @@ def find_evaluation(
     """
     published = workspace.find("evaluations", name, identity(config, dataset, arms))
     return None if published is None or _may_be_completed(published) else published
+
+
+def find_earlier(
+    config: TuneloopConfig, workspace: Workspace, arms: Sequence[Arm]
+) -> list[Artifact]:
+    """Return the published evaluations, of any name, that hold answers of one of these arms."""
+    wanted = {arm_identity(arm, sampling(config.evaluation)) for arm in arms}
+    return [
+        workspace.open(artifact.ref)
+        for artifact in workspace.published()
+        if artifact.kind == "evaluations"
+        and wanted & {arm.get("identity") for arm in artifact.manifest["config"].get("arms", [])}
+    ]
+
+
+def find_unanswered(
+    config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm], earlier: Sequence[Artifact]
+) -> list[Arm]:
+    """Return the arms that some question has to be put to: earlier evaluations lack its answer.
+
+    Those that answer themselves are not among them.
+    """
+    questions = read_questions(dataset, config.task.tasks, config.evaluation.split)
+    answered, params = PartialAnswers(), sampling(config.evaluation)
+    for one in earlier:
+        _reuse_answers(answered, one)
+    return [
+        arm
+        for arm in arms
+        if arm.answer is None
+        and any(answered.get(request) is None for request in _requests(arm, questions, params))
+    ]
 
 
 def _may_be_completed(evaluation: Artifact) -> bool:
@@ -176,6 +209,9 @@ def evaluate(
             num_looks=1 + len(looks.evaluations),
             num_arms_scored=len(looks.arm_identities | {request.identity for request in requests}),
         )
+        columns = read_columns(dataset, e.split)
+        slices = find_slices(predictions, columns, scorer, context.clusters.by)
+        evaluation.slices.update(describe_slices(predictions, slices, scorer, e.confidence))
         _account(evaluation, arms)
         write_predictions(predictions, list(scorer.metrics), draft.path)
         _write_reports(draft.path, evaluation, config, dataset)
@@ -219,7 +255,7 @@ def _parts(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> di
     """Return all that changes the result, as the manifest keeps it."""
     params = sampling(config.evaluation)
     scorers = code_of_own_scorers(config.evaluation)
-    no_results = {"concurrency", "max_unscored_ratio", "arms", "sources", "budget"}
+    no_results = {"concurrency", "max_unscored_ratio", "arms", "sources", "budget", "floors"}
     if config.evaluation.split == "test":
         no_results.add("split")  # evaluations from before there was a choice
     return {
@@ -391,6 +427,7 @@ def _write_reports(
     for file, content in (
         ("metrics.json", evaluation.metrics),
         ("comparison.json", evaluation.comparison),
+        ("slices.json", evaluation.slices),
     ):
         (folder / file).write_text(
             json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8"

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tuneloop.evals.reporting.formatting import Piece, format_value, word_diff
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
@@ -227,6 +227,40 @@ def tag_rows(counts: Sequence[TagCount], before: str, after: str) -> list[dict[s
         }
         for count in counts
     ]
+
+
+def slice_rows(slices: dict[str, Any]) -> list[dict[str, str]]:
+    """Return what `views.show_slices` gives as a table, with the arms' names in its columns."""
+    rows = []
+    for part in slices["rows"]:
+        row = {
+            "rows": part["name"],
+            "": part["rows"],
+            slices["arm"]: f"{part['score']} ({part['interval']})",
+            "other rows": part["rest"],
+            "p": part["p"],
+        }
+        if slices["other"]:
+            ends = f" ({part['change_interval']})" if part["change_interval"] else ""
+            row |= {
+                f"against {slices['other']}": part["change"] + ends,
+                "p of it": part["change_p"],
+            }
+        rows.append(row)
+    return rows
+
+
+def describe_slices(slices: dict[str, Any]) -> str:
+    """Return in a sentence or two which parts of the rows stand out."""
+    worse = "; ".join(slices["worse"])
+    words = (
+        f"Clearly worse than the other rows: {worse}."
+        if worse
+        else ("No part of the rows is clearly worse than the others.")
+    )
+    if slices["lost"]:
+        words += f" Clearly worse than {slices['other']}: {'; '.join(slices['lost'])}."
+    return f"{words} Worst first; p after Holm for all {len(slices['rows'])} parts."
 
 
 def tag_label(tag: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tuneloop.config import NO_DIFFERENCE
 from tuneloop.evals.reporting.formatting import (
     format_difference,
     format_estimate,
@@ -33,8 +34,6 @@ _TONES: dict[Direction, Tone] = {
     "unclear": "unclear",
     "worse": "bad",
 }
-# Without `evaluation.margin` a difference of less than this many per cent is no difference of note.
-_NO_DIFFERENCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,12 @@ def write_headline(evaluation: Evaluation) -> Headline:
     detail += _what_it_can_show(evaluation, pairs, directions)
     detail += _worst_case_in_words(evaluation)
     if len(set(directions)) == 1:
-        words = _all_alike(directions[0], _margin(evaluation), metric)
+        words = _all_alike(directions[0], margin_of(evaluation), metric)
         if directions[0] == "unclear" and any(_lacks_answers(evaluation, pair) for pair in pairs):
             words = "made no clear difference: too many answers are missing to tell"
         return Headline(_TONES[directions[0]], f"{subject} {words}", detail)
     clauses = []
-    for kind, words in _clauses(_margin(evaluation), metric).items():
+    for kind, words in _clauses(margin_of(evaluation), metric).items():
         others = [p["other"] for p, d in zip(pairs, directions, strict=True) if d == kind]
         if others:
             clauses.append(f"{words} {join_words([describe_arm(other) for other in others])}")
@@ -102,7 +101,8 @@ def direction(evaluation: Evaluation, pair: dict[str, Any], name: str) -> Direct
     `better` and `worse` need both the interval and the printed test (Holm's p-value where several
     are read together), and must hold if every missing answer spoke against them. `equal` means
     that all of the interval is below the margin, `not_worse` that a loss of `evaluation.margin` is
-    excluded; `unclear` that there are too few rows to tell.
+    excluded; `unclear` that there are too few rows to tell. A loss within a margin that was set
+    does not matter: it is not `worse`.
     """
     difference, metric = pair["differences"][name], evaluation.metric(name)
     low, high = difference["low"], difference["high"]
@@ -113,20 +113,17 @@ def direction(evaluation: Evaluation, pair: dict[str, Any], name: str) -> Direct
         low, high = -high, -low
     # An evaluation of an earlier version has no adjusted p-values.
     p_value = difference.get("p_adjusted", difference.get("p_value", 0))
-    if p_value is None or p_value <= _level(evaluation):
-        if low > 0 and (worst is None or worst["low"] > 0):
-            return "better"
-        if high < 0 and (worst is None or worst["high"] < 0):
-            return "worse"
-    margin = _margin(evaluation)
-    is_safe = worst is None or worst["low"] > -margin
-    if metric.kind == "number" and evaluation.comparison.get("margin") is None:
-        return "unclear"
-    if -margin < low and high < margin and is_safe:
-        return "equal"
-    if evaluation.comparison.get("margin") is not None and low > -margin and is_safe:
-        return "not_worse"
-    return "unclear"
+    is_shown = p_value is None or p_value <= _level(evaluation)
+    if is_shown and low > 0 and (worst is None or worst["low"] > 0):
+        return "better"
+    margin, is_set = margin_of(evaluation), evaluation.comparison.get("margin") is not None
+    is_harmless = low > -margin and (worst is None or worst["low"] > -margin)
+    if is_set and is_harmless:
+        return "equal" if high < margin else "not_worse"
+    if is_shown and high < 0 and (worst is None or worst["high"] < 0):
+        return "worse"
+    is_score = metric.kind != "number"
+    return "equal" if is_score and not is_set and is_harmless and high < margin else "unclear"
 
 
 def _lacks_answers(evaluation: Evaluation, pair: dict[str, Any]) -> bool:
@@ -140,10 +137,10 @@ def _level(evaluation: Evaluation) -> float:
     return 1 - float(evaluation.metrics["confidence"])
 
 
-def _margin(evaluation: Evaluation) -> float:
+def margin_of(evaluation: Evaluation) -> float:
     """Return the difference that does not matter."""
     margin = evaluation.comparison.get("margin")
-    return _NO_DIFFERENCE if margin is None else float(margin)
+    return NO_DIFFERENCE if margin is None else float(margin)
 
 
 def _all_alike(kind: Direction, margin: float, metric: Metric) -> str:

@@ -25,6 +25,7 @@ from tuneloop.evals.reporting.views import (
     show_parts,
     show_prompts,
     show_setting,
+    show_slices,
     show_tags,
     show_tasks,
 )
@@ -71,6 +72,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
         tasks=show_tasks(evaluation),
         parts=show_parts(evaluation),
         confusion=show_confusion(evaluation),
+        slices=show_slices(evaluation),
         tags=show_tags(evaluation),
         strongest=evaluation.strongest_other(),
         examples=show_examples(evaluation),

@@ -190,6 +190,65 @@ def show_confusion(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def show_slices(evaluation: Evaluation, arm: str = "", other: str = "") -> dict[str, Any]:
+    """Return an arm's slices as text, worst first; empty where there are none.
+
+    Args:
+        arm: The candidate if empty.
+        other: The arm that changes are told against; the strongest other one if empty. Changes are
+            known for the candidate alone.
+    """
+    arm = arm or evaluation.candidate["name"]
+    other = other or evaluation.strongest_other() or ""
+    parts = evaluation.slices.get("arms", {}).get(arm, [])
+    if not parts:
+        return {}
+    metric, level = evaluation.metric(evaluation.primary), 1 - evaluation.metrics["confidence"]
+    sign = -1 if metric.better == "lower" else 1
+    changes = {
+        (change["by"], change["slice"]): change
+        for pair in evaluation.slices["pairs"]
+        if (pair["arm"], pair["other"]) == (arm, other)
+        for change in pair["slices"]
+    }
+    rows, worse, lost = [], [], []
+    for part in parts:
+        name = f"{part['by'].replace('_', ' ')}: {part['slice']}"
+        change = changes.get((part["by"], part["slice"]))
+        is_worse = _is_below(part, sign * ((part["value"] or 0) - (part["rest"] or 0)), level)
+        is_lost = change is not None and _is_below(change, sign * (change["value"] or 0), level)
+        worse += [name] * is_worse
+        lost += [name] * is_lost
+        interval = format_interval(change, metric) if change else ""
+        rows.append(
+            {
+                "name": name,
+                "rows": describe_rows(evaluation, part),
+                "score": format_value(part["value"], metric),
+                "interval": format_estimate(part, metric).partition(" ")[2].strip("()"),
+                "rest": format_value(part["rest"], metric),
+                "p": format_p_value(part["p_adjusted"]),
+                "is_worse": is_worse,
+                "change": format_difference(change["value"], metric) if change else "",
+                "change_interval": interval,
+                "change_p": format_p_value(change["p_adjusted"]) if change else "",
+                "is_lost": is_lost,
+            }
+        )
+    return {
+        "arm": arm,
+        "other": other if changes else "",
+        "rows": rows,
+        "worse": worse,
+        "lost": lost,
+    }
+
+
+def _is_below(part: dict[str, Any], difference: float, level: float) -> bool:
+    """Return whether a loss is shown, with all slices that were looked at in mind."""
+    return difference < 0 and part["p_adjusted"] is not None and part["p_adjusted"] <= level
+
+
 def show_tasks(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return a mixture's tasks: a bar for each arm, and the candidate against the others."""
     groups = []

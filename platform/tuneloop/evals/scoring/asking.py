@@ -108,13 +108,14 @@ class PartialAnswers:
     Failed requests are not kept: the next run asks again.
 
     Args:
-        path: A JSON Lines file; a last line cut off by a crash is ignored.
+        path: A JSON Lines file; a last line cut off by a crash is ignored. None: nothing is added.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self._answers: dict[tuple[str, str], ModelAnswer] = {}
-        self.read(path)
+        if path is not None:
+            self.read(path)
         self.own = frozenset(self._answers)
 
     def read(self, path: Path) -> None:
@@ -142,6 +143,7 @@ class PartialAnswers:
     @contextmanager
     def appending(self) -> Iterator[Callable[[str, ModelAnswer], None]]:
         """Yield a function that keeps an answer in the file and in memory."""
+        assert self.path is not None, "answers are added to a file"
         with self.path.open("a", encoding="utf-8") as file:
             if file.tell() and not _ends_with_newline(self.path):
                 file.write("\n")

@@ -60,7 +60,7 @@ def describe_mean(
         resampling: Level, resamples and seed.
     """
     scale = scale_of(metric)
-    if _is_plain(values, clusters, scale):
+    if _is_plain(values, clusters, scale, resampling):
         plain = estimate_mean(values, scale, resampling)
         return dataclasses.asdict(plain) | {"num_clusters": plain.n}
     estimate = estimate_clustered_mean(values, clusters, scale, resampling.confidence)
@@ -87,14 +87,14 @@ def describe_difference(
     """
     scale = scale_of(metric)
     differences = first - second
-    if _is_plain(differences, clusters, scale):
+    if _is_plain(differences, clusters, scale, resampling):
         plain = estimate_difference(first, second, scale, resampling)
         described = dataclasses.asdict(plain) | {"num_clusters": plain.n}
     else:
         estimate, p_value, test = estimate_clustered_difference(
             first, second, clusters, scale, resampling.confidence
         )
-        if clusters.singletons:
+        if clusters.singletons and resampling.num_resamples:
             p_value, test = sign_flip_p(differences, resampling), "sign-flip permutation"
         if estimate.low is not None and estimate.low == estimate.high:
             estimate = _widened(estimate, scale, -1.0, resampling.confidence)
@@ -140,11 +140,13 @@ def describe_statistic(
     return dataclasses.asdict(estimate)
 
 
-def _is_plain(values: Floats, clusters: Clusters, scale: Scale) -> bool:
+def _is_plain(values: Floats, clusters: Clusters, scale: Scale, resampling: Resampling) -> bool:
     """Return whether the estimators for independent rows fit."""
     if not clusters.singletons:
         return False
-    return scale == "binary" or not 2 <= len(values) < _FEW_ROWS or bool(np.ptp(values) == 0)
+    if scale == "binary" or not resampling.num_resamples:
+        return scale == "binary"
+    return not 2 <= len(values) < _FEW_ROWS or bool(np.ptp(values) == 0)
 
 
 def _widened(
@@ -164,23 +166,41 @@ def adjust_p_values(differences: Sequence[dict[str, Any]]) -> None:
         difference["p_adjusted"] = None if np.isnan(adjusted) else float(adjusted)
 
 
-def _describe_power(
+def design_of(
     differences: Floats, clusters: Clusters, scale: Scale, confidence: float
-) -> dict[str, Any]:
+) -> PairedDesign | None:
+    """Return what these paired differences say of a test like theirs; None for one cluster."""
     n = len(differences)
     if n < 2 or len(clusters.sizes) < 2:
-        return {"detectable": None, "rows_needed": None}
+        return None
     # Where no row differs, as many may as a rate of zero leaves possible.
     spread = float((differences**2).mean()) or wilson(0, n, confidence)[1]
-    design = dataclasses.replace(
+    return dataclasses.replace(
         PairedDesign.of(clusters, spread, intraclass_correlation(differences, clusters)),
         confidence=confidence,
         binary=scale == "binary",
     )
-    size = abs(float(differences.mean()))
-    needed = None
-    if 0 < size <= 1 and detectable_difference(_with_rows(design, _MOST_ROWS)) <= size:
-        needed = rows_needed(design, size)
+
+
+def rows_to_find(design: PairedDesign, size: float) -> int | None:
+    """Return the rows that find a difference of this size in 80% of the cases; None for too many.
+
+    Args:
+        design: Of the rows that there are.
+        size: Above 0 and at most 1.
+    """
+    if not 0 < size <= 1 or detectable_difference(_with_rows(design, _MOST_ROWS)) > size:
+        return None
+    return rows_needed(design, size)
+
+
+def _describe_power(
+    differences: Floats, clusters: Clusters, scale: Scale, confidence: float
+) -> dict[str, Any]:
+    design = design_of(differences, clusters, scale, confidence)
+    if design is None:
+        return {"detectable": None, "rows_needed": None}
+    needed = rows_to_find(design, abs(float(differences.mean())))
     return {"detectable": detectable_difference(design), "rows_needed": needed}
 
 

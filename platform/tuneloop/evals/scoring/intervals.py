@@ -31,7 +31,8 @@ class Resampling:
 
     Args:
         confidence: Level of every interval, for example 0.95.
-        num_resamples: Bootstrap resamples and random sign flips.
+        num_resamples: Bootstrap resamples and random sign flips; 0 for none: every interval and
+            test is then computed from the spread of the rows.
         seed: Seed of both.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tuneloop.artifacts import Artifact
@@ -20,12 +20,14 @@ class Evaluation:
         predictions: Every example of every arm.
         metrics: Content of `metrics.json`.
         comparison: Content of `comparison.json`.
+        slices: Content of `slices.json`; empty in an evaluation of an earlier version.
     """
 
     name: str
     predictions: list[Prediction]
     metrics: dict[str, Any]
     comparison: dict[str, Any]
+    slices: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, artifact: Artifact) -> Evaluation:
@@ -33,7 +35,9 @@ class Evaluation:
         metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
         comparison = json.loads((artifact.path / "comparison.json").read_text(encoding="utf-8"))
         predictions = read_predictions(artifact.path, list(metrics["metrics"]))
-        return cls(artifact.name, predictions, metrics, comparison)
+        stored = artifact.path / "slices.json"
+        slices = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+        return cls(artifact.name, predictions, metrics, comparison, slices)
 
     @property
     def primary(self) -> str:

@@ -1,0 +1,297 @@
+"""The gate: whether a candidate may take the place of what it is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+import numpy as np
+
+from tuneloop.config import FloorConfig
+from tuneloop.errors import ConfigError, Problem
+from tuneloop.evals.reporting.formatting import (
+    format_difference,
+    format_estimate,
+    format_interval,
+    format_size,
+    format_value,
+)
+from tuneloop.evals.reporting.headline import Direction, describe_rows, direction, margin_of
+from tuneloop.evals.scoring.clusters import Clusters
+from tuneloop.evals.scoring.estimates import design_of, rows_to_find, scale_of
+from tuneloop.evals.scoring.metrics import Metric
+from tuneloop.evals.scoring.results import Evaluation
+
+Verdict = Literal["better", "not worse", "worse", "cannot tell"]
+_VERDICTS: dict[Direction, Verdict] = {
+    "better": "better",
+    "not_worse": "not worse",
+    "equal": "not worse",
+    "worse": "worse",
+    "unclear": "cannot tell",
+}
+_ALL_ROWS = "all rows"
+
+
+@dataclass(frozen=True)
+class GateCheck:
+    """One thing that is asked of the candidate.
+
+    Args:
+        name: What is asked.
+        outcome: `better`, `not worse`, `worse`; `reached`, `missed`; or `cannot tell`.
+        detail: The numbers it rests on.
+        rows_needed: About how many test rows would tell; None where it is told, or where rows are
+            not what is missing.
+    """
+
+    name: str
+    passed: bool
+    outcome: str
+    detail: str
+    rows_needed: int | None = None
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the gate says.
+
+    Args:
+        verdict: About the difference alone.
+        checks: The difference first, then rows that were trained on, then the floors.
+    """
+
+    candidate: str
+    against: str
+    verdict: Verdict
+    margin: float
+    checks: list[GateCheck]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {"passed": self.passed, **asdict(self)}
+
+
+def decide(
+    evaluation: Evaluation, floors: Sequence[FloorConfig] = (), is_same: bool = False
+) -> GateResult:
+    """Return whether the last arm may take the place of the one before it.
+
+    It has to be better, or not worse by `evaluation.margin` or more, has to be trained on none of
+    the rows, and to reach every floor. What cannot be told is not passed.
+
+    Args:
+        evaluation: Of two arms.
+        floors: Scores to reach.
+        is_same: Both arms are one model: it is not worse than itself.
+
+    Raises:
+        ConfigError: A floor for rows that there are not, or for a metric where lower is better.
+    """
+    (pair,) = evaluation.candidate_pairs()
+    metric = evaluation.metric(evaluation.primary)
+    difference, margin = pair["differences"][evaluation.primary], margin_of(evaluation)
+    verdict = _VERDICTS[direction(evaluation, pair, evaluation.primary)]
+    detail = format_difference(difference["value"], metric)
+    if interval := format_interval(difference, metric):
+        detail += f" ({evaluation.metrics['confidence']:.0%} interval {interval})"
+    detail += f", {describe_rows(evaluation, difference)}"
+    rows = None
+    if is_same:
+        verdict, detail = "not worse", f"one model; {detail}"
+    elif verdict == "cannot tell":
+        lacks = _lacks(evaluation, pair)
+        rows = None if lacks else _rows_needed(evaluation, pair, difference)
+        detail += lacks or _about(rows)
+    size = format_size(margin, metric)
+    asked = GateCheck(
+        f"{pair['arm']} is not worse than {pair['other']} by {size} or more",
+        verdict in ("better", "not worse"),
+        verdict,
+        detail,
+        rows,
+    )
+    checks = [asked, *_unseen(evaluation), *_floors(evaluation, floors, metric)]
+    return GateResult(pair["arm"], pair["other"], verdict, margin, checks)
+
+
+def _lacks(evaluation: Evaluation, pair: dict[str, Any]) -> str:
+    """Return that answers are missing, where with all of them there would be a verdict."""
+    if "worst_case" not in pair:
+        return ""
+    come = pair | {"worst_case": None}
+    is_told = direction(evaluation, come, evaluation.primary) != "unclear"
+    return "; too many answers are missing to tell" if is_told else ""
+
+
+def _rows_needed(
+    evaluation: Evaluation, pair: dict[str, Any], difference: dict[str, Any]
+) -> int | None:
+    """Return about how many rows would tell, if the difference is what was measured.
+
+    They exclude a loss of the margin or more in four of five cases; where the loss measured is that
+    large, they show it.
+    """
+    metric, margin = evaluation.metric(evaluation.primary), margin_of(evaluation)
+    examples = [e for e in evaluation.pair(pair["other"], pair["arm"]) if e.gain is not None]
+    if not examples or difference["low"] is None:
+        return None
+    gains = np.array([e.gain for e in examples], float)
+    gain = float(gains.mean())
+    distance = gain + margin if gain > -margin else -gain
+    clusters = Clusters.of([e.after.cluster or e.example_id for e in examples])
+    design = design_of(gains, clusters, scale_of(metric), evaluation.metrics["confidence"])
+    needed = None if design is None or distance == 0 else rows_to_find(design, min(1.0, distance))
+    return None if needed is None else max(needed, len(examples) + 1)
+
+
+def _about(rows: int | None) -> str:
+    if rows is None:
+        return "; more rows than anyone has would have to tell"
+    return f"; about {float(f'{rows:.2g}'):,.0f} rows would tell"
+
+
+def _unseen(evaluation: Evaluation) -> list[GateCheck]:
+    """Return the check that the candidate was trained on none of the rows, if that is known."""
+    parts = evaluation.candidate.get("contamination")
+    if parts is None:
+        return []
+    seen, total = parts["flagged"]["n"], parts["all"]["n"]
+    detail = f"{seen} of {total} rows are in its training data"
+    name = f"{evaluation.candidate['name']} was trained on none of the rows"
+    return [GateCheck(name, not seen, "missed" if seen else "reached", detail)]
+
+
+def _floors(
+    evaluation: Evaluation, floors: Sequence[FloorConfig], metric: Metric
+) -> list[GateCheck]:
+    if floors and metric.better == "lower":
+        raise ConfigError(
+            Problem(
+                "a floor needs a score where higher is better",
+                where="evaluation.floors",
+                got=evaluation.primary,
+                remedy="leave the floors out, or choose another evaluation.primary",
+            )
+        )
+    parts = evaluation.slices["arms"][evaluation.candidate["name"]]
+    checks, problems = [], []
+    for number, floor in enumerate(floors):
+        if floor.by is None:
+            score = evaluation.candidate["scores"][evaluation.primary]
+            checks.append(_floor(evaluation, floor, metric, _ALL_ROWS, score))
+            continue
+        of_column = [part for part in parts if part["by"] == floor.by]
+        meant = [part for part in of_column if floor.value in (None, part["slice"])]
+        if not meant:
+            known = of_column or parts
+            problems.append(
+                Problem(
+                    "the test has no such rows, or fewer than "
+                    f"{evaluation.slices['smallest']} of them, or no others",
+                    where=f"evaluation.floors.{number}",
+                    got=floor.by + (f" = {floor.value}" if floor.value is not None else ""),
+                    allowed=", ".join(
+                        dict.fromkeys(p["slice"] if of_column else p["by"] for p in known)
+                    )
+                    or "all rows together: the test has no parts",
+                )
+            )
+        for part in meant:
+            # In XML and in a table's cell no other character may stand.
+            value = "".join(c for c in " ".join(part["slice"].split()) if c.isprintable())
+            name = f"{part['by']} = {value}"
+            checks.append(_floor(evaluation, floor, metric, name, part))
+    if problems:
+        raise ConfigError(*problems)
+    return checks
+
+
+def _floor(
+    evaluation: Evaluation, floor: FloorConfig, metric: Metric, rows: str, score: dict[str, Any]
+) -> GateCheck:
+    low, high, value = score["low"], score["high"], score["value"]
+    least = format_value(floor.at_least, metric)
+    detail = f"{format_estimate(score, metric)}, {describe_rows(evaluation, score)}"
+    needed = None
+    if low is not None and low >= floor.at_least:
+        outcome = "reached"
+    elif high is not None and high < floor.at_least:
+        outcome = "missed"
+    else:
+        outcome = "cannot tell"
+        if low is not None and value != floor.at_least:
+            # The end of the interval that is nearer to the floor goes with the root of the rows.
+            end = low if value > floor.at_least else high
+            ratio = (value - end) / (value - floor.at_least)
+            needed = max(score["n"] + 1, round(score["n"] * ratio**2))
+            detail += _about(needed)
+    name = f"at least {least} on {rows}"
+    return GateCheck(name, outcome == "reached", outcome, detail, needed)
+
+
+def to_junit(result: GateResult) -> str:
+    """Return the checks as JUnit XML: one test case for each, a failure where it is not passed."""
+    failed = sum(not check.passed for check in result.checks)
+    suite = ElementTree.Element(
+        "testsuite",
+        name=f"tuneloop gate: {result.candidate} against {result.against}",
+        tests=str(len(result.checks)),
+        failures=str(failed),
+        errors="0",
+    )
+    for check in result.checks:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname="tuneloop.gate", name=check.name, time="0"
+        )
+        if not check.passed:
+            failure = ElementTree.SubElement(
+                case, "failure", type=check.outcome, message=f"{check.outcome}: {check.detail}"
+            )
+            failure.text = check.detail
+        output = ElementTree.SubElement(case, "system-out")
+        output.text = f"{check.outcome}: {check.detail}"
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def to_markdown(result: GateResult, report: str) -> str:
+    """Return the checks as Markdown.
+
+    Args:
+        report: Where the whole report is.
+    """
+    lines = [
+        f"### {'Passed' if result.passed else 'Not passed'}: `{result.candidate}` is "
+        + _in_words(result.verdict, result.against),
+        "",
+        "| check | outcome | |",
+        "|---|---|---|",
+    ]
+    for check in result.checks:
+        cells = (check.name, f"**{check.outcome}**", check.detail)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, "", f"Report: `{report}`", ""])
+
+
+def headline(result: GateResult) -> str:
+    """Return the result in a line."""
+    passed = "passed" if result.passed else "not passed"
+    return f"{passed}: {result.candidate} is {_in_words(result.verdict, result.against)}"
+
+
+def _in_words(verdict: Verdict, other: str) -> str:
+    return {
+        "better": f"better than `{other}`",
+        "not worse": f"not worse than `{other}`",
+        "worse": f"worse than `{other}`",
+        "cannot tell": f"neither shown to be worse than `{other}` nor not to be",
+    }[verdict]

@@ -1,0 +1,138 @@
+"""Slices: which rows they hold, their order, and what is told of them by chance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy import stats
+
+from tuneloop.artifacts import Workspace
+from tuneloop.config import TaskConfig
+from tuneloop.evals.scoring.clusters import Clusters
+from tuneloop.evals.scoring.metrics import Scorer
+from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.slices import (
+    Slice,
+    describe_slices,
+    differs_from_rest,
+    find_slices,
+    read_columns,
+)
+
+LABELS = TaskConfig(type="classification", labels=["yes", "no"])
+
+
+def prediction(index: int, arm: str, right: bool, cluster: str = "") -> Prediction:
+    question = json.dumps([{"role": "user", "content": "word " * (index + 1)}])
+    reference = "yes" if index % 2 else "no"
+    return Prediction(
+        f"r{index}", arm, question, reference, reference if right else "?", "stop", 1, 1, 0.1,
+        "scored", scores={"accuracy": float(right)}, cluster=cluster,
+    )  # fmt: skip
+
+
+def scorer_of(rows: list[Prediction]) -> Scorer:
+    return Scorer(LABELS, {p.example_id: p.reference for p in rows})
+
+
+def test_a_slice_is_a_value_a_quarter_of_lengths_a_label_or_a_cluster() -> None:
+    rows = [prediction(index, "a", True, f"c{index // 10}") for index in range(40)]
+    columns = {
+        "topic": {f"r{index}": "billing" if index < 12 else "other" for index in range(40)},
+        "same": {f"r{index}": "billing" if index < 12 else "other" for index in range(40)},
+        "rare": {"r0": "x", "r1": "x"},
+        "price": {f"r{index}": float(index % 20) for index in range(40)},
+        "all": dict.fromkeys((f"r{index}" for index in range(40)), "everywhere"),
+    }
+    found = find_slices(rows, columns, scorer_of(rows), "document")
+    sizes = {(part.by, part.value): len(part.example_ids) for part in found}
+    assert sizes == {
+        ("label", "no"): 20,
+        ("label", "yes"): 20,
+        ("topic", "billing"): 12,
+        ("topic", "other"): 28,
+        **{("price", f"{start} to {end}"): 10 for start, end in (("0", "below 5"),)},
+        ("price", "5 to below 10"): 10,
+        ("price", "10 to below 15"): 10,
+        ("price", "15 to 19"): 10,
+        **{("length", f"{start} to {start + 9}"): 10 for start in (1, 11, 21)},
+        ("length", "31 to 40"): 10,
+    }
+    # Rows 0 to 9 are the first quarter of the lengths: the cluster of the same rows is not told.
+    moved = [prediction(index, "a", True, f"c{index % 4}") for index in range(40)]
+    by_cluster = [p for p in find_slices(moved, {}, scorer_of(moved), "document") if p.is_cluster]
+    assert [len(part.example_ids) for part in by_cluster] == [10] * 4
+
+
+def test_the_columns_of_a_split_are_the_users_own_and_the_files(tmp_path: Path) -> None:
+    rows = [
+        {
+            "row_id": "a",
+            "source": "faq.jsonl:12",
+            "messages": [{"role": "user", "content": "q"}],
+            "num_tokens": 3,
+            "original_text": "t",
+            "tags": ["x"],
+            "topic": None,
+        }
+    ]
+    with Workspace(tmp_path).draft("datasets", "faq", "f" * 64) as draft:
+        (draft.path / "test").mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), draft.path / "test" / "part.parquet")
+        dataset = draft.publish(config={}, resources={}, inputs=[], metrics={})
+    assert read_columns(dataset, "test") == {
+        "source": {"a": "faq.jsonl"},
+        "text": {"a": "t"},
+        "topic": {"a": None},
+    }
+
+
+def test_the_worst_slice_is_first_and_a_lost_one_is_told() -> None:
+    rows = [prediction(index, "old", True) for index in range(120)]
+    rows += [prediction(index, "new", index >= 30 or index % 3 == 0) for index in range(120)]
+    parts = [
+        Slice("topic", name, frozenset(f"r{index}" for index in range(start, end)))
+        for name, start, end in (("late", 60, 120), ("early", 0, 30), ("middle", 30, 60))
+    ]
+    told = describe_slices(rows, parts, scorer_of(rows), 0.95)
+    worst = told["arms"]["new"][0]
+    assert (worst["slice"], worst["n"], worst["value"], worst["rest"]) == (
+        "early", 30, pytest.approx(1 / 3), 1.0,
+    )  # fmt: skip
+    assert worst["p_adjusted"] == pytest.approx(3 * worst["p_value"])
+    assert worst["p_adjusted"] < 0.001
+    (pair,) = told["pairs"]
+    lost = pair["slices"][0]
+    assert (pair["other"], lost["slice"], lost["value"]) == ("old", "early", pytest.approx(-2 / 3))
+    assert lost["p_adjusted"] < 0.001
+    assert all(one["p_adjusted"] == 1.0 for one in pair["slices"][1:])
+
+
+def test_a_slice_against_the_rest_is_fishers_test_for_rows_of_their_own() -> None:
+    right = np.r_[np.ones(9), np.zeros(21), np.ones(50), np.zeros(20)]
+    inside = np.r_[np.ones(30, bool), np.zeros(70, bool)]
+    ours = differs_from_rest(right, inside, Clusters.of(range(100)), is_binary=True)
+    exact = stats.fisher_exact([[9, 21], [50, 20]]).pvalue
+    as_likely = stats.hypergeom.pmf(9, 100, 59, 30)
+    assert ours == pytest.approx(exact - as_likely / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(("rate", "share"), [(0.5, 0.3), (0.9, 0.1)])
+def test_slices_of_no_difference_are_rarely_said_to_differ(rate: float, share: float) -> None:
+    generator = np.random.default_rng(3)
+    index = np.repeat(np.arange(30), 5)
+    clusters = Clusters.of(index)
+    wrong = 0
+    for _ in range(300):
+        rates = generator.beta(rate * 3, (1 - rate) * 3, 30)[index]
+        values = (generator.random(150) < rates).astype(float)
+        inside = generator.random(150) < share
+        p_value = differs_from_rest(values, inside, clusters, is_binary=True)
+        wrong += p_value is not None and p_value <= 0.05
+    # At a true rate of 5% more than 27 have a chance of 0.1%.
+    assert wrong <= 27
