@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import combinations
 
 import streamlit as st
@@ -12,6 +12,10 @@ import theme
 from shell import choose_artifact, load_evaluation, refuse
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting import error_analysis as analysis
+from tuneloop.evals.reporting.judge import describe_judge, describe_judged_pair
+from tuneloop.evals.scoring.intervals import Resampling
+from tuneloop.evals.scoring.judged_pairs import Compared, describe_pair
+from tuneloop.evals.scoring.judging import read_judgements
 from tuneloop.evals.scoring.pairing import PairedExample
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.review import agreement, verdicts
@@ -21,6 +25,7 @@ from tuneloop.review.verdicts import (
     Choice,
     Sides,
     Verdict,
+    as_vote,
     blind_order,
     next_example,
     open_examples,
@@ -192,9 +197,32 @@ def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
         )
     else:
         st.caption("No vote on this pair has a winner yet.")
+    show_judged(evaluation, votes)
     st.subheader("Votes and comments")
     st.dataframe(verdict_rows(votes), hide_index=True)
     st.caption("The table's own menu searches it and downloads it as CSV.")
+
+
+def show_judged(evaluation: Evaluation, votes: Sequence[Verdict]) -> None:
+    """Show the judge's win rate of these arms, corrected by the votes as they are now."""
+    judged = next(
+        (p for p in evaluation.judge.get("pairs", []) if {p["arm"], p["other"]} == set(arms)), None
+    )
+    if judged is None:
+        return
+    st.subheader("Judged by a model and by people")
+    told = describe_pair(
+        evaluation.predictions,
+        read_judgements(artifact.path),
+        [as_vote(verdict) for verdict in votes],
+        Compared(judged["arm"], judged["other"]),
+        Resampling(evaluation.metrics["confidence"]),
+    )
+    text = describe_judged_pair(judged | told, evaluation.judge)
+    st.markdown(text.result)
+    for note in text.notes:
+        st.caption(note)
+    st.caption(describe_judge(evaluation.judge))
 
 
 left, right = st.columns(2)

@@ -595,6 +595,38 @@ class BudgetConfig(Section):
     )
 
 
+class JudgeConfig(Section):
+    """A model that says which of two answers is better; human votes correct it."""
+
+    endpoint: str = Field(
+        pattern=r"^https?://",
+        description="Base URL of an OpenAI-compatible server, ending in `/v1`.",
+    )
+    model: str = Field(description="The model's name there.")
+    api_key_env: str | None = Field(
+        None, description="The environment variable that holds the endpoint's API key."
+    )
+    price: PriceConfig | None = Field(
+        None, description="What the endpoint charges; `evaluation.budget` holds for all together."
+    )
+    timeout_s: float = Field(300.0, gt=0, description="Longest wait for one answer, in seconds.")
+    kind: Literal["pairwise", "rubric"] = Field(
+        "pairwise",
+        description="`pairwise` shows two answers, in both orders; `rubric` rates each answer from "
+        "1 to 5, and the higher rating wins.",
+    )
+    criteria: str = Field(
+        "A good answer is correct, does what was asked, and adds nothing wrong.",
+        min_length=1,
+        description="What makes an answer good, in the words the judge is told.",
+    )
+    against: list[str] = Field(
+        default_factory=list,
+        description="The arms that the last arm is compared with. Default: all others.",
+    )
+    max_tokens: int = Field(512, ge=1, description="Longest answer of the judge, in tokens.")
+
+
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}$")]
 
 
@@ -687,6 +719,11 @@ class EvaluationConfig(Section):
         "like `data.sources`.",
     )
     budget: BudgetConfig = BudgetConfig()
+    judge: JudgeConfig | None = Field(
+        None,
+        description="Who compares the answers of the last arm with those of others, for `evaluate` "
+        "and `run`. Its win rates are shown once people have voted on some of the pairs.",
+    )
 
     num_shots: int = Field(
         3,
@@ -760,6 +797,21 @@ class EvaluationConfig(Section):
         unpriced = [n for n, arm in self.arms.items() if arm.endpoint and arm.price is None]
         if self.budget.money is not None and unpriced:
             raise ValueError(f"evaluation.budget.money needs evaluation.arms.{unpriced[0]}.price")
+        if self.budget.money is not None and self.judge and self.judge.price is None:
+            raise ValueError("evaluation.budget.money needs evaluation.judge.price")
+        names = list(self.arms or ARMS)
+        strange = [name for name in (self.judge.against if self.judge else []) if name not in names]
+        if strange or (self.judge and len(names) < 2):
+            raise ValueError(
+                f"evaluation.judge.against names `{strange[0]}`; the arms are {', '.join(names)}"
+                if strange
+                else "evaluation.judge compares arms: name two of them in evaluation.arms"
+            )
+        if self.judge and names[-1] in self.judge.against:
+            raise ValueError(
+                f"evaluation.judge.against names `{names[-1]}`, the last arm, which is compared "
+                "with others"
+            )
         if self.sources and self.split != "test":
             raise ValueError("evaluation.sources take the place of evaluation.split test only")
         return self

@@ -14,12 +14,15 @@ from tuneloop.config import ArmConfig, TaskConfig, TuneloopConfig
 from tuneloop.data.decontamination.seen import datasets_of, find_seen
 from tuneloop.errors import ConfigError, ModelError, Problem, UserError
 from tuneloop.evals.scoring.given import given_arm
+from tuneloop.evals.scoring.judging import Judging
 from tuneloop.evals.scoring.questions import Question, choose_shots
 from tuneloop.evals.scoring.simple import simple_arm, with_nearest_shots
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.layout import ADAPTER
-from tuneloop.records import ARMS, BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, Price
+from tuneloop.records import ARMS, BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, Price, Vote
+from tuneloop.review.store import ReviewStore, has_store
+from tuneloop.review.verdicts import as_vote
 from tuneloop.serving.replica import ServedModel
 
 logger = logging.getLogger("tuneloop.pipeline")
@@ -189,13 +192,26 @@ def _gate_arm(
 
 
 def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
-    """Return what is wrong with `evaluation.arms` that can be known before anything runs."""
+    """Return what is wrong with arms and judge that can be known before anything runs."""
     problems: list[Problem] = []
+    if judge := config.evaluation.judge:
+        try:
+            _api_key(judge.api_key_env, "evaluation.judge")
+        except UserError as error:
+            problems += error.problems
+        if config.task.type == "language_modeling":
+            problems.append(
+                Problem(
+                    "plain text is not answered: there is nothing to judge",
+                    where="evaluation.judge",
+                    remedy="leave it out",
+                )
+            )
     for name, spec in config.evaluation.arms.items():
         where = f"evaluation.arms.{name}"
         try:
             if spec.endpoint:
-                _api_key(spec, where)
+                _api_key(spec.api_key_env, where)
             elif spec.answers:
                 given_arm(name, spec.answers)
             elif spec.model and spec.model.startswith("models/"):
@@ -221,17 +237,54 @@ def _place(key: str, problem: Problem) -> str:
     return problem.where if problem.where.startswith(key) else f"{key} ({problem.where})"
 
 
-def _api_key(spec: ArmConfig, where: str) -> str:
-    if spec.api_key_env is None:
+def build_judging(config: TuneloopConfig, workspace: Workspace, name: str) -> Judging | None:
+    """Return who judges the answers of an evaluation, with the votes on earlier ones of its name.
+
+    Raises:
+        ConfigError: The judge's key is missing.
+        ArtifactError: The votes cannot be read.
+    """
+    judge = config.evaluation.judge
+    if judge is None:
+        return None
+    key, url = _api_key(judge.api_key_env, "evaluation.judge"), judge.endpoint.rstrip("/")
+    arm = Arm(
+        "judge",
+        Endpoint(judge.endpoint, judge.model, key),
+        price=Price(judge.price.input, judge.price.output) if judge.price else None,
+        timeout_s=judge.timeout_s,
+    )
+    itself = (
+        name
+        for name, spec in config.evaluation.arms.items()
+        if spec.endpoint and (spec.endpoint.rstrip("/"), spec.model) == (url, judge.model)
+    )
+    return Judging(judge, arm, tuple(_votes(workspace, name)), next(itself, None))
+
+
+def _votes(workspace: Workspace, name: str) -> list[Vote]:
+    if not has_store(workspace.location):
+        return []
+    store = ReviewStore(workspace.location)
+    return [
+        as_vote(verdict)
+        for artifact in workspace.published()
+        if (artifact.kind, artifact.name) == ("evaluations", name)
+        for verdict in store.verdicts(artifact.ref)
+    ]
+
+
+def _api_key(variable: str | None, where: str) -> str:
+    if variable is None:
         return ""
-    key = os.environ.get(spec.api_key_env, "")
+    key = os.environ.get(variable, "")
     if not key:
         raise ConfigError(
             Problem(
                 "the endpoint's API key is missing",
                 where=f"{where}.api_key_env",
-                got=f"the environment variable {spec.api_key_env} is not set",
-                remedy=f"export {spec.api_key_env}=…, or leave api_key_env out",
+                got=f"the environment variable {variable} is not set",
+                remedy=f"export {variable}=…, or leave api_key_env out",
             )
         )
     return key
@@ -286,7 +339,7 @@ class NamedArms:
             where = f"evaluation.arms.{name}"
             arm = Arm(
                 name,
-                Endpoint(spec.endpoint, spec.model or "", _api_key(spec, where)),
+                Endpoint(spec.endpoint, spec.model or "", _api_key(spec.api_key_env, where)),
                 price=Price(spec.price.input, spec.price.output) if spec.price else None,
                 timeout_s=spec.timeout_s,
             )

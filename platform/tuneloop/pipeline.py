@@ -20,6 +20,7 @@ from tuneloop.cluster import connect, refuse_unshared
 from tuneloop.config import API_KEY_VARIABLE, NO_DIFFERENCE, ServingConfig, TuneloopConfig
 from tuneloop.contest import Contest
 from tuneloop.errors import ConfigError
+from tuneloop.evals.scoring.judging import Judging
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.export.parity import check_served
 from tuneloop.records import BASE, FEW_SHOT, FINETUNED, Arm, Endpoint, Parity
@@ -77,6 +78,7 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     bar that finetuning has to clear.
     """
     config = with_labels(config)
+    judging = contest.build_judging(config, workspace, config.name)
     with connect(config.resources):
         base = resolve_base(config.model.base)
         dataset = prepare_dataset(config, workspace, base)
@@ -90,7 +92,7 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             [*arms, _finetuned_arm(config, workspace, model.artifact)],
             {**models, FINETUNED: contest.finetuned_model(model.artifact)},
         )
-        evaluation = _evaluate(config, workspace, entered, config.name, [baseline.artifact])
+        evaluation = _evaluate(config, workspace, entered, config.name, judging)
         return [dataset, baseline, model, evaluation]
 
 
@@ -145,7 +147,6 @@ def _evaluate_named(config: TuneloopConfig, workspace: Workspace, name: str = ""
         name: Of the artifact; else the configuration's, with `-baseline` for arms without a model.
     """
     from tuneloop.data.scored_rows import prepare_scored_rows
-    from tuneloop.evals.runner import find_earlier
 
     if problems := contest.arm_problems(config, workspace):
         raise ConfigError(*problems)
@@ -171,10 +172,11 @@ def _evaluate_named(config: TuneloopConfig, workspace: Workspace, name: str = ""
         named = contest.NamedArms(config, workspace, base, prepared, finetuned)
         arms = named.build()
         is_baseline = not config.evaluation.arms and arms[-1].name != FINETUNED
-        name = name or (f"{config.name}-baseline" if is_baseline else config.name)
+        own_name = f"{config.name}-baseline" if is_baseline else config.name
         entered = Contest(dataset, arms, named.models)
-        earlier = find_earlier(config, workspace, arms)
-        return _evaluate(config, workspace, entered, name, earlier)
+        # A gate decides by the metric alone.
+        judging = None if name else contest.build_judging(config, workspace, own_name)
+        return _evaluate(config, workspace, entered, name or own_name, judging)
 
 
 def _trained(
@@ -354,27 +356,27 @@ def _evaluate(
     workspace: Workspace,
     entered: Contest,
     name: str,
-    earlier: Sequence[Artifact] = (),
+    judging: Judging | None = None,
     address: Callable[[], str] | None = None,
 ) -> Published:
     """Serve the models and score the arms; serve nothing if the result is there already.
 
     Args:
         name: Name of the evaluation artifact.
-        earlier: Evaluations whose answers are reused.
+        judging: Who compares the answers.
         address: Starts to listen and returns the URL, if several evaluations share it.
     """
     from tuneloop.evals.runner import evaluate, find_evaluation, find_unanswered
 
     dataset, arms, models = entered
-    existing = find_evaluation(config, workspace, dataset, arms, name)
+    existing = find_evaluation(config, workspace, dataset, arms, name, judging)
     if existing is not None:
         return _log_published(Published(existing, reused=True))
     # A model whose answers are all there is not started.
-    asked = {arm.endpoint.model for arm in find_unanswered(config, dataset, arms, earlier)}
+    asked = {arm.endpoint.model for arm in find_unanswered(config, workspace, dataset, arms)}
     models = {model: served for model, served in models.items() if model in asked}
     if not models:
-        return _log_published(evaluate(config, workspace, dataset, arms, name, earlier))
+        return _log_published(evaluate(config, workspace, dataset, arms, name, judging))
     with ExitStack() as stack:
         serving = _any_port(config)
         url = address() if address else stack.enter_context(app.listen(serving))
@@ -391,7 +393,7 @@ def _evaluate(
             else arm
             for arm in arms
         ]
-        return _log_published(evaluate(config, workspace, dataset, arms, name, earlier))
+        return _log_published(evaluate(config, workspace, dataset, arms, name, judging))
 
 
 def _any_port(config: TuneloopConfig) -> ServingConfig:

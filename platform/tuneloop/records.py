@@ -207,6 +207,22 @@ class Price(NamedTuple):
     output: float
 
 
+class Vote(NamedTuple):
+    """A human's judgement of two answers.
+
+    Args:
+        evaluation: Reference of the evaluation whose answers were seen.
+        score: 1 where the answer of `arm` is better, 0 where that of `other` is, 0.5 for neither.
+    """
+
+    evaluation: str
+    example_id: str
+    arm: str
+    other: str
+    score: float
+    reviewer: str
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of answering the test set, for example `base`, `base+few-shot`, `finetuned`.

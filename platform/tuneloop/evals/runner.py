@@ -7,13 +7,13 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
 from tuneloop.config import EvaluationConfig, TuneloopConfig
-from tuneloop.errors import ArtifactError, ConfigError, EndpointError, Problem
+from tuneloop.errors import ConfigError, EndpointError, Problem
 from tuneloop.evals.reporting.report import render_report
 from tuneloop.evals.scoring.asking import (
     EvaluationRequest,
@@ -27,6 +27,16 @@ from tuneloop.evals.scoring.choosable import chosen_metrics, code_of_own_scorers
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors, terms_of
 from tuneloop.evals.scoring.intervals import Resampling
+from tuneloop.evals.scoring.judged_pairs import describe_judging
+from tuneloop.evals.scoring.judging import (
+    Court,
+    Judgement,
+    Judging,
+    keep_judgements,
+    read_judgements,
+    votes_on,
+    write_judgements,
+)
 from tuneloop.evals.scoring.lineage import (
     describe_contamination,
     find_looks,
@@ -68,7 +78,12 @@ def sampling(evaluation: EvaluationConfig) -> SamplingParams:
 
 
 def find_evaluation(
-    config: TuneloopConfig, workspace: Workspace, dataset: Artifact, arms: Sequence[Arm], name: str
+    config: TuneloopConfig,
+    workspace: Workspace,
+    dataset: Artifact,
+    arms: Sequence[Arm],
+    name: str,
+    judging: Judging | None = None,
 ) -> Artifact | None:
     """Return the published evaluation of these arms, or None.
 
@@ -76,34 +91,20 @@ def find_evaluation(
     what is missing. Arms with a `model_fingerprint` need no endpoint for this: nothing has to be
     served to find out that there is nothing to do.
     """
-    published = workspace.find("evaluations", name, identity(config, dataset, arms))
+    published = workspace.find("evaluations", name, identity(config, dataset, arms, judging))
     return None if published is None or _may_be_completed(published) else published
 
 
-def find_earlier(
-    config: TuneloopConfig, workspace: Workspace, arms: Sequence[Arm]
-) -> list[Artifact]:
-    """Return the published evaluations, of any name, that hold answers of one of these arms."""
-    wanted = {arm_identity(arm, sampling(config.evaluation)) for arm in arms}
-    return [
-        workspace.open(artifact.ref)
-        for artifact in workspace.published()
-        if artifact.kind == "evaluations"
-        and wanted & {arm.get("identity") for arm in artifact.manifest["config"].get("arms", [])}
-    ]
-
-
 def find_unanswered(
-    config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm], earlier: Sequence[Artifact]
+    config: TuneloopConfig, workspace: Workspace, dataset: Artifact, arms: Sequence[Arm]
 ) -> list[Arm]:
-    """Return the arms that some question has to be put to: earlier evaluations lack its answer.
+    """Return the arms that some question has to be put to: no published evaluation has its answer.
 
     Those that answer themselves are not among them.
     """
     questions = read_questions(dataset, config.task.tasks, config.evaluation.split)
     answered, params = PartialAnswers(), sampling(config.evaluation)
-    for one in earlier:
-        _reuse_answers(answered, one)
+    _reuse_answers(answered, workspace, {arm_identity(arm, params) for arm in arms})
     return [
         arm
         for arm in arms
@@ -117,16 +118,25 @@ def _may_be_completed(evaluation: Artifact) -> bool:
 
     The endpoint refused a prompt for good with a status from 400 to 499, but for a few.
     """
-    if not evaluation.manifest["metrics"].get("num_unscored"):
+    if not _num_missing(evaluation):
         return False
     metrics = json.loads((evaluation.path / "metrics.json").read_text(encoding="utf-8"))
     reasons = [reason for arm in metrics["arms"] for reason in arm["unscored_reasons"]]
+    reasons += [j.error for j in read_judgements(evaluation.path) if j.error]
     return any(not _REFUSED.match(reason) for reason in reasons)
 
 
-def identity(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> str:
+def _num_missing(evaluation: Artifact) -> int:
+    """Return how many answers of arms and of the judge an evaluation lacks."""
+    metrics = evaluation.manifest["metrics"]
+    return int(metrics.get("num_unscored", 0)) + int(metrics.get("num_unjudged", 0))
+
+
+def identity(
+    config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm], judging: Judging | None = None
+) -> str:
     """Return the fingerprint of what `evaluate` makes of arms with a `model_fingerprint`."""
-    return fingerprint(STEP, CODE_VERSION, **_parts(config, dataset, arms))
+    return fingerprint(STEP, CODE_VERSION, **_parts(config, dataset, arms, judging))
 
 
 def evaluate(
@@ -135,9 +145,12 @@ def evaluate(
     dataset: Artifact,
     arms: Sequence[Arm],
     name: str,
-    earlier: Sequence[Artifact] = (),
+    judging: Judging | None = None,
 ) -> Published:
     """Score every arm on `evaluation.split` and publish `evaluations/<name>`.
+
+    What any evaluation in the workspace was answered, by the same model with the same shots and
+    sampling to the same prompt, is not asked again.
 
     Args:
         config: `task` and `evaluation` say what is asked and how it is scored.
@@ -146,8 +159,7 @@ def evaluate(
         arms: At least one. Each is compared with all before it; the last one is the candidate
             that the report's headline is about.
         name: Name of the artifact.
-        earlier: Evaluations whose answers are reused where model, shots, sampling and prompt are
-            the same.
+        judging: Who compares the answers of the last arm with those of the others; None: nobody.
 
     Returns:
         The artifact; reused if it exists already.
@@ -163,7 +175,7 @@ def evaluate(
         raise ConfigError(
             Problem("an evaluation needs arms with different names", got=", ".join(names) or "none")
         )
-    published = find_evaluation(config, workspace, dataset, arms, name)
+    published = find_evaluation(config, workspace, dataset, arms, name, judging)
     if published is not None:
         return Published(published, reused=True)
     e = config.evaluation
@@ -176,12 +188,10 @@ def evaluate(
     scorer = make_scorer(config, questions)
     params = sampling(config.evaluation)
     requests = [request for arm in arms for request in _requests(arm, questions, params)]
-    with workspace.draft("evaluations", name, identity(config, dataset, arms)) as draft:
+    made = identity(config, dataset, arms, judging)
+    with workspace.draft("evaluations", name, made) as draft:
         answered = PartialAnswers(draft.scratch / "answers.jsonl")
-        # What an earlier version of the same name was answered is not asked again either.
-        for one in (_newest(workspace, name), *earlier):
-            if one is not None:
-                _reuse_answers(answered, one)
+        _reuse_answers(answered, workspace, {request.identity for request in requests}, judging)
         # Nor what a run with other arms was answered before it was cut short.
         for other in draft.scratch.parent.parent.glob(f"evaluations-{name}-*/scratch"):
             if other != draft.scratch:
@@ -194,15 +204,24 @@ def evaluate(
             lambda request, answer: _scores(scorer, request, answer)[scorer.primary],
         )
         _refuse_many_unscored(requests, answers, config.evaluation.max_unscored_ratio)
-        incomplete = workspace.find("evaluations", name, identity(config, dataset, arms))
-        num_missing = sum(answer.finish_reason is None for answer in answers)
-        if incomplete is not None and num_missing >= incomplete.manifest["metrics"]["num_unscored"]:
-            _log.warning("%d answers are still missing from %s", num_missing, incomplete.ref)
-            return Published(incomplete, reused=True)
         predictions = [
             _prediction(scorer, request, answer, context)
             for request, answer in zip(requests, answers, strict=True)
         ]
+        judgements = []
+        if judging:
+            court = Court(judging, predictions, questions)
+            judgements = court.judgements(
+                ask_all(
+                    court.requests(), answered, e.concurrency, e.budget, lambda *_: None, requests
+                )
+            )
+        num_missing = sum(answer.finish_reason is None for answer in answers)
+        num_missing += sum(bool(judgement.error) for judgement in judgements)
+        incomplete = workspace.find("evaluations", name, made)
+        if incomplete is not None and num_missing >= _num_missing(incomplete):
+            _log.warning("%d answers are still missing from %s", num_missing, incomplete.ref)
+            return Published(incomplete, reused=True)
         evaluation = _build(config, predictions, scorer, name, context.clusters.by)
         looks = find_looks(workspace, dataset, e.split)
         evaluation.metrics.update(
@@ -213,11 +232,14 @@ def evaluate(
         slices = find_slices(predictions, columns, scorer, context.clusters.by)
         evaluation.slices.update(describe_slices(predictions, slices, scorer, e.confidence))
         _account(evaluation, arms)
+        if judging:
+            _add_judge(evaluation, judging, judgements, workspace)
+            write_judgements(judgements, draft.path)
         write_predictions(predictions, list(scorer.metrics), draft.path)
         _write_reports(draft.path, evaluation, config, dataset)
         _write_parity(draft.path, arms)
         artifact = draft.publish(
-            config=_parts(config, dataset, arms),
+            config=_parts(config, dataset, arms, judging),
             resources={
                 "concurrency": config.evaluation.concurrency,
                 "num_looks": evaluation.metrics["num_looks"],
@@ -251,11 +273,15 @@ def make_scorer(config: TuneloopConfig, questions: Sequence[Question]) -> Scorer
     return scorer
 
 
-def _parts(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> dict[str, Any]:
+def _parts(
+    config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm], judging: Judging | None
+) -> dict[str, Any]:
     """Return all that changes the result, as the manifest keeps it."""
     params = sampling(config.evaluation)
     scorers = code_of_own_scorers(config.evaluation)
-    no_results = {"concurrency", "max_unscored_ratio", "arms", "sources", "budget", "floors"}
+    no_results = {
+        *("concurrency", "max_unscored_ratio", "arms", "sources", "budget", "floors", "judge")
+    }
     if config.evaluation.split == "test":
         no_results.add("split")  # evaluations from before there was a choice
     return {
@@ -263,6 +289,7 @@ def _parts(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> di
         "task": config.task.model_dump(mode="json"),
         "evaluation": config.evaluation.model_dump(mode="json", exclude=no_results),
         **({"scorers": scorers} if scorers else {}),
+        **({"judge": judging.parts()} if judging else {}),
         "arms": [
             {
                 "name": arm.name,
@@ -278,13 +305,6 @@ def _parts(config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm]) -> di
 
 def _model(arm: Arm) -> str:
     return arm.model_fingerprint or f"{arm.endpoint.model} at {arm.endpoint.url}"
-
-
-def _newest(workspace: Workspace, name: str) -> Artifact | None:
-    try:
-        return workspace.open(f"evaluations/{name}")
-    except ArtifactError:
-        return None
 
 
 def _refuse_many_unscored(
@@ -311,13 +331,30 @@ def _refuse_many_unscored(
         raise EndpointError(*problems)
 
 
-def _reuse_answers(answered: PartialAnswers, earlier: Artifact) -> None:
-    """Add the answers of an earlier evaluation."""
-    identities = {
-        arm["name"]: arm["identity"]
-        for arm in earlier.manifest["config"].get("arms", [])
-        if "identity" in arm
-    }
+def _reuse_answers(
+    answered: PartialAnswers,
+    workspace: Workspace,
+    wanted: Set[str],
+    judging: Judging | None = None,
+) -> None:
+    """Add what published evaluations were answered, by arms of these identities or the judge."""
+    for artifact in workspace.published():
+        if artifact.kind != "evaluations":
+            continue
+        config = artifact.manifest["config"]
+        identities = {
+            arm["name"]: arm["identity"]
+            for arm in config.get("arms", [])
+            if arm.get("identity") in wanted
+        }
+        if identities:
+            _reuse_arms(answered, workspace.open(artifact.ref), identities)
+        if judging and (config.get("judge") or {}).get("identity") == judging.identity:
+            keep_judgements(answered, workspace.open(artifact.ref))
+
+
+def _reuse_arms(answered: PartialAnswers, earlier: Artifact, identities: Mapping[str, str]) -> None:
+    """Add the answers that arms gave in an earlier evaluation."""
     for prediction in read_predictions(earlier.path, ["bits_per_byte"]):
         if prediction.status == "scored" and prediction.arm in identities:
             answered.put(
@@ -419,6 +456,23 @@ def _account(evaluation: Evaluation, arms: Sequence[Arm]) -> None:
             "cost_per_1000_requests": cost_per_1000(arm, rows),
             "contamination": describe_contamination(rows, evaluation.primary),
         }
+
+
+def _add_judge(
+    evaluation: Evaluation,
+    judging: Judging,
+    judgements: Sequence[Judgement],
+    workspace: Workspace,
+) -> None:
+    """Add to the comparison what the judge said of each pair of arms, and people with it."""
+    voted = {
+        artifact.ref: read_predictions(workspace.open(artifact.ref).path, [])
+        for artifact in workspace.published()
+        if artifact.ref in {vote.evaluation for vote in judging.votes}
+    }
+    evaluation.comparison["judge"] = describe_judging(
+        evaluation, judging, judgements, votes_on(judging.votes, evaluation.predictions, voted)
+    )
 
 
 def _write_reports(

@@ -12,6 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from tuneloop.records import Vote
+
 Choice = Literal["left", "right", "tie", "both_bad"]
 CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both_bad")
 # Nobody has read two answers sooner: a vote before that is a key that was held or pressed twice.
@@ -49,6 +51,18 @@ class Sides(NamedTuple):
 
     left: str
     right: str
+
+
+def as_vote(verdict: Verdict) -> Vote:
+    """Return a verdict as a vote for the arm on the left; two bad answers are a tie."""
+    return Vote(
+        verdict.evaluation,
+        verdict.example_id,
+        verdict.arm_left,
+        verdict.arm_right,
+        {"left": 1.0, "right": 0.0}.get(verdict.choice, 0.5),
+        verdict.reviewer,
+    )
 
 
 def verdict_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:

@@ -242,7 +242,7 @@ def test_rows_of_an_earlier_evaluation_are_taken_over(model_server, config, work
     model_server.requests.clear()
     tuned = Arm("finetuned", Endpoint(model_server.url, "tuned"), (), "weights-2")
     contestants = [*arms(model_server, dataset), tuned]
-    published = evaluate(config, workspace, dataset, contestants, "words", [baseline.artifact])
+    published = evaluate(config, workspace, dataset, contestants, "words")
     assert [r["model"] for r in model_server.requests] == ["tuned"] * 10
     before, after = (
         [p for p in Evaluation.load(a).predictions if p.arm == "base"]
@@ -252,7 +252,7 @@ def test_rows_of_an_earlier_evaluation_are_taken_over(model_server, config, work
     # Another number of shots is another arm: nothing of it is taken over.
     model_server.requests.clear()
     other = arms(model_server, dataset, num_shots=1)
-    evaluate(config, workspace, dataset, other, "words-1shot", [baseline.artifact])
+    evaluate(config, workspace, dataset, other, "words-1shot")
     assert len(model_server.requests) == 10
 
 
@@ -440,7 +440,7 @@ def test_plain_text_is_scored_in_bits_per_byte(model_server, config, workspace):
     first = pq.read_table(artifact.path / "predictions.parquet").to_pylist()[0]
     # "the", " ", "apple", " ", "is", " ", "ripe": all but "the" are scored, each with its length.
     assert first["bits_per_byte"] == pytest.approx(14 / 0.6931471805599453 / 14)
-    again = evaluate(config, workspace, dataset, [arm], "copy", [artifact])
+    again = evaluate(config, workspace, dataset, [arm], "copy")
     assert len(model_server.requests) == 10
     assert again.artifact.manifest["metrics"] == artifact.manifest["metrics"]
 

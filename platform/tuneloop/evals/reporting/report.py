@@ -15,6 +15,7 @@ from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
 from tuneloop.evals.reporting.formatting import format_estimate, format_number
 from tuneloop.evals.reporting.headline import describe_rows, write_headline
+from tuneloop.evals.reporting.judge import describe_judge, show_judge
 from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.views import (
     list_facts,
@@ -69,6 +70,8 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
             for pair in evaluation.comparison["pairs"]
             if pair["arm"] != evaluation.candidate["name"]
         ],
+        judge=describe_judge(evaluation.judge) if evaluation.judge else "",
+        judged=show_judge(evaluation.judge),
         tasks=show_tasks(evaluation),
         parts=show_parts(evaluation),
         confusion=show_confusion(evaluation),
@@ -136,6 +139,8 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
                 str(shown["num_worse"]),
             )
         parts += [Text(), table]
+    for judged in show_judge(evaluation.judge):
+        parts += [Text(), Text(f"judge: {judged.title}", style="italic"), Text(judged.result)]
     if tasks := show_tasks(evaluation):
         table = Table(title="task by task", title_justify="left", box=None)
         table.add_column("task")

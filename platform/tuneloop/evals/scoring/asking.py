@@ -109,6 +109,9 @@ class PartialAnswers:
 
     Args:
         path: A JSON Lines file; a last line cut off by a crash is ignored. None: nothing is added.
+
+    Attributes:
+        paid: Keys of the requests that this run has paid for, before and after it was cut short.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -116,7 +119,7 @@ class PartialAnswers:
         self._answers: dict[tuple[str, str], ModelAnswer] = {}
         if path is not None:
             self.read(path)
-        self.own = frozenset(self._answers)
+        self.paid = set(self._answers)
 
     def read(self, path: Path) -> None:
         """Keep in memory what such a file holds; nothing if it is not there."""
@@ -153,6 +156,7 @@ class PartialAnswers:
                 file.write(json.dumps({"identity": identity} | dataclasses.asdict(answer)) + "\n")
                 file.flush()
                 self.put(identity, answer)
+                self.paid.add((identity, answer.example_id))
 
             yield append
 
@@ -163,6 +167,7 @@ def ask_all(
     concurrency: int,
     limits: BudgetConfig,
     score: Callable[[EvaluationRequest, ModelAnswer], float | None],
+    before: Sequence[EvaluationRequest] = (),
 ) -> list[ModelAnswer]:
     """Return an answer for every request; those already answered are not asked again.
 
@@ -172,6 +177,7 @@ def ask_all(
         concurrency: Requests in flight.
         limits: What endpoints may cost, with what an interrupted run has spent.
         score: The primary metric of an answer, for the progress lines.
+        before: What was asked before; it counts for the limits.
 
     Raises:
         EndpointError: An endpoint is unusable, the budget is used up, or every request of an arm
@@ -198,7 +204,7 @@ def ask_all(
                     append(request.identity, answer)
                 running.report(request, answer, progress)
 
-            budget = Budget(limits, _spent(requests, answered))
+            budget = Budget(limits, _spent([*before, *requests], answered))
             asyncio.run(_ask(todo, concurrency, budget, keep))
     _refuse_dead_arms(requests, failed)
     return [answered.get(request) or failed[request.key] for request in requests]
@@ -279,7 +285,7 @@ def _spent(requests: Sequence[EvaluationRequest], answered: PartialAnswers) -> C
     """Return what an interrupted run has paid for."""
     total = Cost()
     for request in requests:
-        if request.key in answered.own and not request.arm.model_fingerprint:
+        if request.key in answered.paid and not request.arm.model_fingerprint:
             answer = answered.get(request)
             total += _cost(request, answer) if answer else Cost()
     return total

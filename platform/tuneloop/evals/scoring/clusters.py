@@ -111,7 +111,7 @@ def estimate_clustered_mean(
         return replace(described, low=low, high=high, method="Wilson, ICC averaged")
     variance = described.std_error**2
     df = satterthwaite_df(clusters.sizes, intraclass_correlation(values, clusters))
-    return _with_ends(described, variance, df, scale, confidence)
+    return with_ends(described, variance, df, scale, confidence)
 
 
 def estimate_clustered_difference(
@@ -149,7 +149,7 @@ def estimate_clustered_difference(
             test,
         )
     df = satterthwaite_df(clusters.sizes, intraclass_correlation(differences, clusters))
-    estimate = _with_ends(described, described.std_error**2, df, "unbounded", confidence)
+    estimate = with_ends(described, described.std_error**2, df, "unbounded", confidence)
     if scale != "unbounded" and estimate.low is not None and estimate.high is not None:
         estimate = replace(estimate, low=max(-1.0, estimate.low), high=min(1.0, estimate.high))
     return estimate, p_value, test
@@ -191,7 +191,7 @@ def estimate_over_seeds(
     if variance > 0:
         df = variance**2 / (rows**2 / df + seeds**2 / (num_seeds - 1))
     described = replace(described, std_error=math.sqrt(variance))
-    estimate = _with_ends(described, variance, df, scale, confidence)
+    estimate = with_ends(described, variance, df, scale, confidence)
     return replace(estimate, method=f"{estimate.method}, rows and seeds")
 
 
@@ -231,7 +231,7 @@ def estimate_clustered_statistic(
     described = ClusteredEstimate(
         value, None, None, n, num_clusters, "jackknife", math.sqrt(variance)
     )
-    estimate = _with_ends(described, variance, num_clusters - 1, scale, confidence)
+    estimate = with_ends(described, variance, num_clusters - 1, scale, confidence)
     return replace(estimate, method="jackknife over clusters")
 
 
@@ -472,7 +472,7 @@ def _describe(values: Floats, clusters: Clusters) -> ClusteredEstimate:
     return ClusteredEstimate(mean, None, None, n, num_clusters, "none", math.sqrt(variance), effect)
 
 
-def _with_ends(
+def with_ends(
     described: ClusteredEstimate, variance: float, df: float, scale: Scale, confidence: float
 ) -> ClusteredEstimate:
     """Return the estimate with a t interval, in Wilson's form where scores end at 0 and 1."""

@@ -93,6 +93,11 @@ class Evaluation:
         rows = [p for p in self.predictions if only in ("", p.task)]
         return by_change(pair_arms(rows, before, after, name, self.metric(name)))
 
+    @property
+    def judge(self) -> dict[str, Any]:
+        """What the judge and people said; empty where there was no judge."""
+        return dict(self.comparison.get("judge") or {})
+
     def candidate_pairs(self) -> list[dict[str, Any]]:
         """Return the candidate against every other arm, in the order of the arms."""
         pairs = [p for p in self.comparison["pairs"] if p["arm"] == self.candidate["name"]]
@@ -120,4 +125,5 @@ class Evaluation:
             },
             "num_examples": self.metrics["num_examples"],
             "num_unscored": sum(arm["num_unscored"] for arm in self.arms),
+            **({"num_unjudged": judge["num_missing"]} if (judge := self.judge) else {}),
         }
