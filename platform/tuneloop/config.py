@@ -636,9 +636,9 @@ class MetricConfig(Section):
     name: str = Field(
         min_length=1,
         description="A metric of the task (`docs/evaluation.md` lists them), `exact_match_strict`, "
-        "`chrf`, `bleu`, `number`, `multi_label_f1`, `json_f1`, `function_call`, `regex`, or the "
-        "dotted path to a function of your own, `my_module.my_scorer(reference, completion)`, that "
-        "returns a number from 0 to 1.",
+        "`chrf`, `bleu`, `number`, `multi_label_f1`, `json_f1`, `function_call`, `regex`, "
+        "`perplexity`, or the dotted path to a function of your own, "
+        "`my_module.my_scorer(reference, completion)`, that returns a number from 0 to 1.",
     )
     tolerance: float = Field(
         0.0,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,19 @@ from tuneloop.evals.scoring.simple import simple_arm, with_nearest_shots
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.layout import ADAPTER
-from tuneloop.records import ARMS, BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, Price, Vote
+from tuneloop.records import (
+    ARMS,
+    BASE,
+    FEW_SHOT,
+    FINETUNED,
+    SIMPLE,
+    Arm,
+    Endpoint,
+    Message,
+    Price,
+    Sample,
+    Vote,
+)
 from tuneloop.review.store import ReviewStore, has_store
 from tuneloop.review.verdicts import as_vote
 from tuneloop.serving.replica import ServedModel
@@ -61,6 +75,19 @@ def with_train_rows(arm: Arm, datasets: Sequence[Artifact], task: TaskConfig) ->
         return set().union(*(find_seen(dataset, rows, task) for dataset in datasets))
 
     return replace(arm, trained_on=" ".join(d.fingerprint for d in datasets), find_seen=find)
+
+
+def with_encoder(arm: Arm, model: ServedModel | None) -> Arm:
+    """Return the arm with the ids that its model reads, for how probable it finds a reference."""
+    if model is None or arm.endpoint.url:
+        return arm
+    # Loading a tokenizer takes a second, and few evaluations ask.
+    renderer = cache(lambda: Renderer.load(model.folder, model.chat_template))
+
+    def encode(messages: Sequence[Message], tools: str) -> Sample:
+        return renderer().sample(messages, json.loads(tools) if tools else ())
+
+    return replace(arm, encode=encode)
 
 
 def base_model(config: TuneloopConfig, base: BaseModel) -> ServedModel:

@@ -372,6 +372,7 @@ def _evaluate(
     existing = find_evaluation(config, workspace, dataset, arms, name, judging)
     if existing is not None:
         return _log_published(Published(existing, reused=True))
+    arms = [contest.with_encoder(arm, models.get(arm.endpoint.model)) for arm in arms]
     # A model whose answers are all there is not started.
     asked = {arm.endpoint.model for arm in find_unanswered(config, workspace, dataset, arms)}
     models = {model: served for model, served in models.items() if model in asked}

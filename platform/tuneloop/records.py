@@ -239,6 +239,8 @@ class Arm:
         chosen_by: Identity of what `choose` does.
         trained_on: Identity of the train rows that the answers were learned from; empty if unknown.
         find_seen: Returns the ids of the questions that these rows hold.
+        encode: Returns ids and loss mask of a conversation as the model reads it, with the last
+            answer as the only target, from messages and JSON of tools; None where that is unknown.
         price: What the endpoint charges; None if nothing or unknown.
         timeout_s: Longest wait for one answer, in seconds.
     """
@@ -253,5 +255,6 @@ class Arm:
     chosen_by: str = ""
     trained_on: str = ""
     find_seen: Callable[[Sequence[Any]], Set[str]] | None = field(default=None, compare=False)
+    encode: Callable[[Sequence[Message], str], Sample] | None = field(default=None, compare=False)
     price: Price | None = None
     timeout_s: float = 1200.0

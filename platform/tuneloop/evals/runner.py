@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
-from tuneloop.config import EvaluationConfig, TuneloopConfig
+from tuneloop.config import BudgetConfig, EvaluationConfig, TuneloopConfig
 from tuneloop.errors import ConfigError, EndpointError, Problem
 from tuneloop.evals.reporting.report import render_report
 from tuneloop.evals.scoring.asking import (
@@ -21,6 +21,7 @@ from tuneloop.evals.scoring.asking import (
     PartialAnswers,
     arm_identity,
     ask_all,
+    with_reference,
 )
 from tuneloop.evals.scoring.budget import cost_per_1000, mean_count
 from tuneloop.evals.scoring.choosable import chosen_metrics, code_of_own_scorers, primary_of
@@ -43,7 +44,18 @@ from tuneloop.evals.scoring.lineage import (
     find_seen,
     is_contaminated,
 )
-from tuneloop.evals.scoring.metrics import Scorer, without_thought
+from tuneloop.evals.scoring.metrics import (
+    PERPLEXITY,
+    PERPLEXITY_METRICS,
+    Scorer,
+    without_thought,
+)
+from tuneloop.evals.scoring.perplexity import (
+    identity_of,
+    perplexities,
+    reference_requests,
+    stored_answer,
+)
 from tuneloop.evals.scoring.predictions import Prediction, read_predictions, write_predictions
 from tuneloop.evals.scoring.questions import Question, read_questions, read_solved
 from tuneloop.evals.scoring.results import Evaluation
@@ -95,6 +107,22 @@ def find_evaluation(
     return None if published is None or _may_be_completed(published) else published
 
 
+def _add_perplexity(
+    predictions: Sequence[Prediction],
+    requests: Sequence[EvaluationRequest],
+    answered: PartialAnswers,
+    concurrency: int,
+) -> None:
+    """Add to the answers how probable each arm that can be asked finds the reference."""
+    asked = reference_requests(requests)
+    # These arms are served here and cost nothing.
+    answers = ask_all(asked, answered, concurrency, BudgetConfig(), lambda *_: None)
+    found = perplexities(asked, answers)
+    for prediction in predictions:
+        if prediction.status == "scored":
+            prediction.scores.update(found.get((prediction.arm, prediction.example_id), {}))
+
+
 def find_unanswered(
     config: TuneloopConfig, workspace: Workspace, dataset: Artifact, arms: Sequence[Arm]
 ) -> list[Arm]:
@@ -105,12 +133,14 @@ def find_unanswered(
     questions = read_questions(dataset, config.task.tasks, config.evaluation.split)
     answered, params = PartialAnswers(), sampling(config.evaluation)
     _reuse_answers(answered, workspace, {arm_identity(arm, params) for arm in arms})
-    return [
-        arm
-        for arm in arms
-        if arm.answer is None
-        and any(answered.get(request) is None for request in _requests(arm, questions, params))
-    ]
+    with_perplexity = any(m.name == PERPLEXITY for m in config.evaluation.metrics)
+
+    def lacks(arm: Arm) -> bool:
+        requests = _requests(arm, questions, params)
+        requests += reference_requests(requests) if with_perplexity else []
+        return any(answered.get(request) is None for request in requests)
+
+    return [arm for arm in arms if arm.answer is None and lacks(arm)]
 
 
 def _may_be_completed(evaluation: Artifact) -> bool:
@@ -208,6 +238,8 @@ def evaluate(
             _prediction(scorer, request, answer, context)
             for request, answer in zip(requests, answers, strict=True)
         ]
+        if PERPLEXITY in scorer.metrics:
+            _add_perplexity(predictions, requests, answered, e.concurrency)
         judgements = []
         if judging:
             court = Court(judging, predictions, questions)
@@ -354,9 +386,13 @@ def _reuse_answers(
 
 
 def _reuse_arms(answered: PartialAnswers, earlier: Artifact, identities: Mapping[str, str]) -> None:
-    """Add the answers that arms gave in an earlier evaluation."""
-    for prediction in read_predictions(earlier.path, ["bits_per_byte"]):
+    """Add the answers that arms gave in an earlier evaluation, and what they knew of references."""
+    for prediction in read_predictions(earlier.path, ["bits_per_byte", *PERPLEXITY_METRICS]):
         if prediction.status == "scored" and prediction.arm in identities:
+            if prediction.scores.get(PERPLEXITY):
+                asked = with_reference(prediction.prompt, prediction.reference)
+                known = stored_answer(prediction, asked)
+                answered.put(identity_of(identities[prediction.arm]), known)
             answered.put(
                 identities[prediction.arm],
                 ModelAnswer(

@@ -64,6 +64,7 @@ class EvaluationRequest:
 
     Args:
         shots: Solved examples before it.
+        of_reference: Ask how probable the reference is, instead of for an answer.
     """
 
     arm: Arm
@@ -71,6 +72,7 @@ class EvaluationRequest:
     question: Question
     params: SamplingParams
     shots: tuple[Conversation, ...] = ()
+    of_reference: bool = False
 
     @property
     def key(self) -> tuple[str, str]:
@@ -80,12 +82,20 @@ class EvaluationRequest:
     def prompt(self) -> str:
         if self.question.text:
             return self.question.text
+        if self.of_reference:
+            return with_reference(messages_json(self.messages), self.question.reference)
         return messages_json(self.messages)
 
     @property
     def messages(self) -> tuple[Message, ...]:
         """What is sent."""
         return self.question.prompt(self.shots)
+
+
+def with_reference(prompt: str, reference: str) -> str:
+    """Return a prompt, as predictions keep it, with the reference as its answer."""
+    turns = [*json.loads(prompt), {"role": "assistant", "content": reference}]
+    return json.dumps(turns, ensure_ascii=False)
 
 
 def arm_identity(arm: Arm, params: SamplingParams) -> str:
@@ -308,6 +318,8 @@ def _cost(request: EvaluationRequest, answer: ModelAnswer) -> Cost:
 async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
     example_id, prompt = request.question.example_id, request.prompt
     try:
+        if request.of_reference:
+            return await _probability_of_reference(client, request)
         if request.question.text:
             started = time.perf_counter()
             likelihood = await client.loglikelihood("", request.question.text)
@@ -334,6 +346,28 @@ async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,
         latency_s=completion.latency_s,
+    )
+
+
+async def _probability_of_reference(client: Client, request: EvaluationRequest) -> ModelAnswer:
+    assert request.arm.encode is not None
+    answer = Message("assistant", request.question.reference)
+    before = [
+        dataclasses.replace(m, weight=0) if m.role == "assistant" else m for m in request.messages
+    ]
+    sample = request.arm.encode([*before, answer], request.question.tools)
+    start = list(sample.loss_mask).index(1)
+    started = time.perf_counter()
+    likelihood = await client.loglikelihood(sample.input_ids[:start], sample.input_ids[start:])
+    size = len(request.question.reference.encode())
+    return ModelAnswer(
+        request.question.example_id,
+        request.prompt,
+        finish_reason="stop",
+        prompt_tokens=start,
+        completion_tokens=likelihood.num_tokens,
+        latency_s=time.perf_counter() - started,
+        bits_per_byte=-likelihood.logprob / math.log(2) / size,
     )
 
 

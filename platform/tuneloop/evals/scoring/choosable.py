@@ -23,6 +23,8 @@ from tuneloop.config import EvaluationConfig, MetricConfig, OneTaskConfig, TaskC
 from tuneloop.errors import ConfigError, Problem
 from tuneloop.evals.scoring.metrics import (
     FUNCTION_CALL,
+    PERPLEXITY,
+    PERPLEXITY_METRICS,
     TASK_METRICS,
     Metric,
     parse_json,
@@ -81,14 +83,16 @@ def chosen_metrics(task: OneTaskConfig, evaluation: EvaluationConfig) -> dict[st
             problems.append(Problem("a metric is named twice", where=where, got=name))
         if metric is not None:
             chosen[name] = metric
+        if name == PERPLEXITY:
+            chosen |= PERPLEXITY_METRICS
     if not problems:
-        if not chosen:
+        if not chosen.keys() - PERPLEXITY_METRICS:
             problems.append(
                 Problem(
                     "no metric scores single answers",
                     where="evaluation.metrics",
-                    got=_OF_ALL_ROWS,
-                    remedy="add `accuracy`",
+                    got=", ".join(option.name for option in evaluation.metrics),
+                    remedy=f"add `{TASK_METRICS[task.type].primary}`",
                 )
             )
         _refuse_primary(evaluation.primary, chosen, problems)
@@ -133,13 +137,19 @@ def primary_of(
     usual = TASK_METRICS[task.type].primary
     if evaluation.primary or metrics is None or usual in metrics:
         return evaluation.primary or usual
-    return next((n for n, m in metrics.items() if m.better != "neither"), next(iter(metrics)))
+    answers = {name: m for name, m in metrics.items() if name not in PERPLEXITY_METRICS}
+    return next((n for n, m in answers.items() if m.better != "neither"), next(iter(answers)))
 
 
 def _refuse_primary(
     primary: str | None, metrics: Mapping[str, Metric], problems: list[Problem]
 ) -> None:
-    deciding = [name for name, metric in metrics.items() if metric.better != "neither"]
+    # Not every arm has a perplexity.
+    deciding = [
+        name
+        for name, metric in metrics.items()
+        if metric.better != "neither" and name not in PERPLEXITY_METRICS
+    ]
     if primary is not None and primary not in deciding:
         problems.append(
             Problem(
@@ -165,7 +175,10 @@ def _resolve(task: OneTaskConfig, option: MetricConfig, where: str) -> tuple[str
             return name.rpartition(".")[2], Metric(f"`{name}`", score=own)
         if name in _MORE:
             return name, _with_options(name, option, where)
-    allowed = [*own_metrics, *([] if task.type == "language_modeling" else _MORE)]
+        if name == PERPLEXITY:
+            return name, PERPLEXITY_METRICS[name]
+    more = [] if task.type == "language_modeling" else [*_MORE, PERPLEXITY]
+    allowed = [*own_metrics, *more]
     elsewhere = [
         kind for kind, definition in TASK_METRICS.items() if name in definition.metrics
     ] + ["classification"] * (name == _OF_ALL_ROWS)

@@ -59,6 +59,12 @@ class Metric:
 
 
 FUNCTION_CALL = Metric("calls with accepted arguments", kind="binary", score=function_call)
+PERPLEXITY, REFERENCE_BITS = "perplexity", "reference_bits_per_byte"
+# Of the reference, not of the answer; see `perplexity`.
+PERPLEXITY_METRICS = {
+    PERPLEXITY: Metric("perplexity of the reference, by tokens", better="lower", kind="number"),
+    REFERENCE_BITS: Metric("bits per byte of the reference", better="lower", kind="number"),
+}
 MACRO_F1 = Metric("mean F1 over the labels")
 PRECISION_PREFIX = "precision_"
 
