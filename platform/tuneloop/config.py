@@ -505,8 +505,8 @@ class PriceConfig(Section):
 class ArmConfig(Section):
     """What answers: a model with a way of asking, an endpoint, a file, or the simple arm.
 
-    Without any key, the arms `base`, `base+few-shot`, `finetuned` and `simple` are those that `run`
-    compares.
+    Without any key, the arms `base`, `base+few-shot`, `base+constrained`, `simple`,
+    `finetuned+constrained` and `finetuned` are those that `run` compares.
     """
 
     model: str | None = Field(
@@ -524,6 +524,12 @@ class ArmConfig(Section):
         None,
         description="`fixed`: the same examples in every prompt; `nearest`: those most alike the "
         "question. Default: `fixed`.",
+    )
+    constrain: bool = Field(
+        False,
+        description="True: the answer of a `classification` is the most probable label as a whole, "
+        "that of an `extraction` is JSON under the schema of the train rows. An endpoint has to "
+        "know `response_format`.",
     )
     endpoint: str | None = Field(
         None,
@@ -567,11 +573,12 @@ class ArmConfig(Section):
         kind = kinds[0] if kinds else "model"
         allowed = {
             "endpoint": {
-                *("endpoint", "model", "shots", "choose", "api_key_env", "price", "timeout_s")
+                *("endpoint", "model", "shots", "choose", "constrain", "api_key_env", "price"),
+                "timeout_s",
             },
             "answers": {"answers"},
             "simple": {"simple"},
-            "model": {"model", "shots", "choose"},
+            "model": {"model", "shots", "choose", "constrain"},
         }[kind]
         if strange := sorted(given - allowed):
             raise ValueError(f"`{strange[0]}` does not belong to an arm with `{kind}`")

@@ -15,6 +15,7 @@ from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import ArmConfig, TaskConfig, TuneloopConfig
 from tuneloop.data.decontamination.seen import datasets_of, find_seen
 from tuneloop.errors import ConfigError, ModelError, Problem, UserError
+from tuneloop.evals.scoring.constrained import KINDS, constrain, constrainable
 from tuneloop.evals.scoring.given import given_arm
 from tuneloop.evals.scoring.judging import Judging
 from tuneloop.evals.scoring.questions import Question, choose_shots
@@ -25,8 +26,10 @@ from tuneloop.models.export.layout import ADAPTER
 from tuneloop.records import (
     ARMS,
     BASE,
+    BASE_CONSTRAINED,
     FEW_SHOT,
     FINETUNED,
+    FINETUNED_CONSTRAINED,
     SIMPLE,
     Arm,
     Endpoint,
@@ -39,6 +42,7 @@ from tuneloop.review.store import ReviewStore, has_store
 from tuneloop.review.verdicts import as_vote
 from tuneloop.serving.replica import ServedModel
 
+_CONSTRAINED = (BASE_CONSTRAINED, FINETUNED_CONSTRAINED)
 logger = logging.getLogger("tuneloop.pipeline")
 
 
@@ -53,6 +57,14 @@ class Contest(NamedTuple):
 def finetuned_arm(model_fingerprint: str) -> Arm:
     """Return the arm of a model that was trained, or will be."""
     return Arm(FINETUNED, Endpoint("", FINETUNED), (), model_fingerprint)
+
+
+def finetuned_arms(config: TuneloopConfig, finetuned: Arm, dataset: Artifact) -> list[Arm]:
+    """Return the arms of the finetuned model: constrained where the task has a form, then free."""
+    if config.task.type not in KINDS:
+        return [finetuned]
+    bound = constrain(finetuned, config.task, dataset)
+    return [replace(bound, name=FINETUNED_CONSTRAINED), finetuned]
 
 
 def with_lineage(arm: Arm, workspace: Workspace, model: Path, task: TaskConfig) -> Arm:
@@ -109,7 +121,11 @@ def base_identity(config: TuneloopConfig, base: BaseModel) -> str:
 def base_arms(
     config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
 ) -> list[Arm]:
-    """Return the arms that train no model: plain prompt, solved examples before it, simple arm."""
+    """Return the arms that train no model.
+
+    The plain prompt, solved examples before it, the plain prompt with constrained answers, and the
+    simple arm.
+    """
     plain = Arm(BASE, Endpoint("", BASE), (), base_identity(config, base))
     # A base that was trained here has seen what it was trained on.
     plain = with_lineage(plain, workspace, base.path, config.task)
@@ -120,6 +136,8 @@ def base_arms(
         e = config.evaluation
         shots = choose_shots(dataset, e.num_shots, e.seed, list(config.task.tasks))
         arms.append(replace(plain, name=FEW_SHOT, shots=shots))
+    if config.task.type in KINDS:
+        arms.append(replace(constrain(plain, config.task, dataset), name=BASE_CONSTRAINED))
     simple = simple_arm(SIMPLE, dataset, config.task)
     arms.append(with_train_rows(simple, [dataset], config.task))
     return arms
@@ -172,9 +190,10 @@ def referenced_model(
 def needs_dataset(config: TuneloopConfig) -> bool:
     """Return whether the arms of `tuneloop evaluate` or its rows come from a prepared dataset."""
     e = config.evaluation
+    reads_json = "extraction" in {config.task.of(n).type for n in config.task.tasks or ("",)}
     learned = any(
         arm.simple or arm.shots or arm.choose or (not arm.given and name != BASE)
-        or arm.model == FINETUNED
+        or arm.model == FINETUNED or (arm.constrain and reads_json)
         for name, arm in e.arms.items()
     )  # fmt: skip
     return not e.arms or not e.sources or learned
@@ -255,6 +274,16 @@ def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
                     "plain text is not answered: only its likelihood is scored",
                     where=where,
                     allowed="`model` or `endpoint`, without shots",
+                )
+            )
+        is_bound = spec.constrain or (name in _CONSTRAINED and not spec.given)
+        if is_bound and not constrainable(config.task):
+            problems.append(
+                Problem(
+                    "the task's answers have no form that they could be bound to",
+                    where=where,
+                    got=f"task.type {config.task.type}",
+                    allowed=f"`constrain` for {' and '.join(KINDS)}",
                 )
             )
     return problems
@@ -347,7 +376,8 @@ class NamedArms:
         arms = base_arms(self.config, self.workspace, self.base(), self._train())
         self.models[BASE] = base_model(self.config, self.base())
         try:
-            arms.append(self._finetuned(self.finetuned(), FINETUNED))
+            finetuned = self._finetuned(self.finetuned(), FINETUNED)
+            arms += finetuned_arms(self.config, finetuned, self._train())
         except ModelError as error:
             logger.warning("scored without `%s`: %s", FINETUNED, error.problems[0])
         return arms
@@ -371,8 +401,10 @@ class NamedArms:
                 timeout_s=spec.timeout_s,
             )
         else:
-            reference = spec.model or (FINETUNED if known == FINETUNED else BASE)
-            arm = replace(self._served(name, reference), name=name)
+            own = FINETUNED if known in (FINETUNED, FINETUNED_CONSTRAINED) else BASE
+            arm = replace(self._served(name, spec.model or own), name=name)
+        if spec.constrain or known in _CONSTRAINED:
+            arm = constrain(arm, self.config.task, self.dataset)
         if not num_shots:
             return arm
         tasks = list(self.config.task.tasks)

@@ -23,7 +23,7 @@ from tuneloop.errors import ConfigError
 from tuneloop.evals.scoring.judging import Judging
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.export.parity import check_served
-from tuneloop.records import BASE, FEW_SHOT, FINETUNED, Arm, Endpoint, Parity
+from tuneloop.records import BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, Parity
 from tuneloop.serving import app
 from tuneloop.serving.replica import ServedModel
 
@@ -87,9 +87,10 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         entered = Contest(dataset.artifact, arms, models)
         baseline = _evaluate(config, workspace, entered, f"{config.name}-baseline")
         model = train_model(config, workspace, base, dataset.artifact)
+        finetuned = _finetuned_arm(config, workspace, model.artifact)
         entered = Contest(
             dataset.artifact,
-            [*arms, _finetuned_arm(config, workspace, model.artifact)],
+            [*arms, *contest.finetuned_arms(config, finetuned, dataset.artifact)],
             {**models, FINETUNED: contest.finetuned_model(model.artifact)},
         )
         evaluation = _evaluate(config, workspace, entered, config.name, judging)
@@ -326,7 +327,8 @@ def evaluate_untrained(
 
     None where the task has neither. Needs a running Ray.
     """
-    arms = [arm for arm in contest.base_arms(config, workspace, base, dataset) if arm.name != BASE]
+    untrained = contest.base_arms(config, workspace, base, dataset)
+    arms = [arm for arm in untrained if arm.name in (FEW_SHOT, SIMPLE)]
     if not arms:
         return None
     is_asked = any(arm.name == FEW_SHOT for arm in arms)

@@ -16,7 +16,9 @@ Status = Literal["scored", "unscored"]
 
 # The arms that every run compares, and the names of the first and the last on the server.
 BASE, FEW_SHOT, SIMPLE, FINETUNED = "base", "base+few-shot", "simple", "finetuned"
-ARMS = (BASE, FEW_SHOT, SIMPLE, FINETUNED)
+# The same models, whose answers can only be labels, or JSON under its schema.
+BASE_CONSTRAINED, FINETUNED_CONSTRAINED = "base+constrained", "finetuned+constrained"
+ARMS = (BASE, FEW_SHOT, BASE_CONSTRAINED, SIMPLE, FINETUNED_CONSTRAINED, FINETUNED)
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ class Completion:
         prompt_tokens: None where the server does not count them.
         completion_tokens: None where the server does not count them.
         logprobs: Shape (T,), natural log, when asked for.
+        probabilities: Of the answers it was chosen from, the most probable first, as far as they
+            were looked at: of all of them at least 99%, when asked for. Empty otherwise.
     """
 
     text: str
@@ -160,6 +164,7 @@ class Completion:
     latency_s: float = 0.0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None
+    probabilities: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,8 @@ class Arm:
             answer as the only target, from messages and JSON of tools; None where that is unknown.
         price: What the endpoint charges; None if nothing or unknown.
         timeout_s: Longest wait for one answer, in seconds.
+        forms: What else is asked for, by task: fields of the request that give the answer a form.
+        answer_key: The property of a JSON answer that is the answer itself; empty: all of it is.
     """
 
     name: str
@@ -258,3 +265,5 @@ class Arm:
     encode: Callable[[Sequence[Message], str], Sample] | None = field(default=None, compare=False)
     price: Price | None = None
     timeout_s: float = 1200.0
+    forms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    answer_key: str = ""

@@ -37,7 +37,8 @@ class ModelServer:
     """An OpenAI-compatible server whose answers a test chooses.
 
     `failures` holds statuses that the next requests get instead of an answer; `requests` every
-    body that arrived; `most_in_flight` the largest number of requests at one time. Without
+    body that arrived; `answer` makes the content, and more of the choice, from the whole body, in
+    place of `reply`; `most_in_flight` the largest number of requests at one time. Without
     `counts_tokens` no answer has `usage`; with `newest` the limit is `max_completion_tokens`.
     """
 
@@ -47,6 +48,7 @@ class ModelServer:
     api_key: str = ""
     failures: list[int] = field(default_factory=list)
     retry_after: str = ""
+    answer: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     counts_tokens: bool = True
     newest: bool = False
     delay_s: float = 0.0
@@ -91,7 +93,10 @@ class ModelServer:
             if self.newest and "max_tokens" in body:
                 return error(400, "Unsupported parameter: use 'max_completion_tokens' instead")
             try:
-                text, reason = self.reply(body["messages"])
+                made = self.answer(body) if self.answer else {}
+                text, reason = made.pop("content", ""), "stop"
+                if not self.answer:
+                    text, reason = self.reply(body["messages"])
             except ValueError as problem:
                 return error(400, str(problem))
             tokens = text.split()
@@ -108,6 +113,7 @@ class ModelServer:
                         "message": {"role": "assistant", "content": text},
                         "finish_reason": reason,
                         "logprobs": logprobs if body.get("logprobs") else None,
+                        **made,
                     }
                 ],
             } | ({"usage": usage} if self.counts_tokens else {})

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from tuneloop.evals.scoring.asking import (
     with_reference,
 )
 from tuneloop.evals.scoring.budget import cost_per_1000, mean_count
+from tuneloop.evals.scoring.calibration import describe_calibration
+from tuneloop.evals.scoring.cheapest import find_cheapest
 from tuneloop.evals.scoring.choosable import chosen_metrics, code_of_own_scorers, primary_of
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors, terms_of
@@ -66,7 +68,7 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 13
+CODE_VERSION = 14
 _REFUSED = re.compile(
     r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
 )
@@ -254,7 +256,9 @@ def evaluate(
         if incomplete is not None and num_missing >= _num_missing(incomplete):
             _log.warning("%d answers are still missing from %s", num_missing, incomplete.ref)
             return Published(incomplete, reused=True)
-        evaluation = _build(config, predictions, scorer, name, context.clusters.by)
+        free = _free_arms(arms, params)
+        own = [arm for arm, of in free.items() if of == arms[-1].name]
+        evaluation = _build(config, predictions, scorer, name, context.clusters.by, own)
         looks = find_looks(workspace, dataset, e.split)
         evaluation.metrics.update(
             num_looks=1 + len(looks.evaluations),
@@ -263,7 +267,7 @@ def evaluate(
         columns = read_columns(dataset, e.split)
         slices = find_slices(predictions, columns, scorer, context.clusters.by)
         evaluation.slices.update(describe_slices(predictions, slices, scorer, e.confidence))
-        _account(evaluation, arms)
+        _account(evaluation, arms, free)
         if judging:
             _add_judge(evaluation, judging, judgements, workspace)
             write_judgements(judgements, draft.path)
@@ -404,6 +408,7 @@ def _reuse_arms(answered: PartialAnswers, earlier: Artifact, identities: Mapping
                     completion_tokens=prediction.completion_tokens,
                     latency_s=prediction.latency_s,
                     bits_per_byte=prediction.scores.get("bits_per_byte"),
+                    probability=prediction.probability,
                 ),
             )
 
@@ -461,6 +466,7 @@ def _prediction(
         task=request.question.task,
         cluster=context.clusters.names.get(answer.example_id, answer.example_id),
         contaminated=is_contaminated(request.question, request.shots, seen),
+        probability=answer.probability,
     )
 
 
@@ -470,6 +476,7 @@ def _build(
     scorer: Scorer,
     name: str,
     cluster_by: str,
+    no_opponents: Collection[str],
 ) -> Evaluation:
     resampling = Resampling(
         config.evaluation.confidence, config.evaluation.num_resamples, config.evaluation.seed
@@ -479,19 +486,39 @@ def _build(
         name=name,
         predictions=predictions,
         metrics=summarise(predictions, scorer, resampling, cluster_by),
-        comparison=compare(predictions, scorer, resampling, config.evaluation.margin),
+        comparison=compare(predictions, scorer, resampling, config.evaluation.margin, no_opponents),
     )
 
 
-def _account(evaluation: Evaluation, arms: Sequence[Arm]) -> None:
-    """Add to the metrics of each arm what its answers cost, and its score on rows it has seen."""
+def _free_arms(arms: Sequence[Arm], params: SamplingParams) -> dict[str, str | None]:
+    """Return by each arm with constrained answers the one that asks the same without that."""
+    names = {arm_identity(arm, params): arm.name for arm in reversed(arms)}
+    return {
+        arm.name: names.get(arm_identity(dataclasses.replace(arm, forms={}), params))
+        for arm in arms
+        if arm.forms
+    }
+
+
+def _account(
+    evaluation: Evaluation, arms: Sequence[Arm], free_arms: Mapping[str, str | None]
+) -> None:
+    """Add what answers cost, scores on rows that were seen, how sure labels are, what is enough."""
     for arm, about in zip(arms, evaluation.metrics["arms"], strict=True):
         rows = [p for p in evaluation.predictions if p.arm == arm.name]
+        if arm.name in free_arms:
+            about["free_arm"] = free_arms[arm.name]
+        if calibration := describe_calibration(rows, evaluation.primary):
+            about["calibration"] = calibration
         about |= {
             "mean_completion_tokens": mean_count([p.completion_tokens for p in rows]),
             "cost_per_1000_requests": cost_per_1000(arm, rows),
             "contamination": describe_contamination(rows, evaluation.primary),
         }
+    metric = evaluation.metric(evaluation.primary)
+    evaluation.comparison["enough"] = find_cheapest(
+        arms, evaluation.arms, evaluation.comparison, metric
+    )
 
 
 def _add_judge(

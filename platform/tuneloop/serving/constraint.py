@@ -19,11 +19,11 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.json_form import json_grammar
 from tuneloop.serving.requests import AnswerForm, InvalidRequest
 
 MAX_FORM_BYTES = 2**16
 _NUM_KEPT = 64
-_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
 
 
@@ -114,9 +114,7 @@ class Constraints:
                 schema = json.loads(form.text)
                 if not _has_an_end(schema):
                     raise _refusal("it refers to itself without an end", form.param)
-                grammar = LLMatcher.grammar_from_json_schema(
-                    schema, overrides={"whitespace_pattern": _WHITE_SPACE}
-                )
+                grammar = json_grammar(schema)
             else:
                 grammar = grammar_from(form.kind, form.text)
         except (ValueError, RecursionError) as error:

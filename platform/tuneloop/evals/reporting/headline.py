@@ -15,16 +15,26 @@ from tuneloop.evals.reporting.formatting import (
     format_value,
     join_words,
 )
+from tuneloop.evals.reporting.gain import describe_gain
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.records import BASE, FEW_SHOT, FINETUNED, SIMPLE
+from tuneloop.records import (
+    BASE,
+    BASE_CONSTRAINED,
+    FEW_SHOT,
+    FINETUNED,
+    FINETUNED_CONSTRAINED,
+    SIMPLE,
+)
 
 Tone = Literal["good", "mixed", "bad", "unclear"]
 Direction = Literal["better", "not_worse", "equal", "unclear", "worse"]
 _ARM_WORDS = {
     BASE: "the base model",
     FEW_SHOT: "few-shot prompting",
+    BASE_CONSTRAINED: "the base model with constrained answers",
     SIMPLE: "the simple arm",
+    FINETUNED_CONSTRAINED: "the finetuned model with constrained answers",
     FINETUNED: "the finetuned model",
 }
 _TONES: dict[Direction, Tone] = {
@@ -62,7 +72,8 @@ def write_headline(evaluation: Evaluation) -> Headline:
         return Headline("unclear", f"{subject}: {score}", "One arm alone: nothing to compare.")
     directions = [direction(evaluation, pair, primary) for pair in pairs]
     detail = "; ".join(_difference_in_words(evaluation, pair) for pair in pairs) + "."
-    detail += _simple_is_enough(evaluation, pairs)
+    detail += describe_gain(evaluation)
+    detail += _what_is_enough(evaluation, pairs)
     detail += _what_it_can_show(evaluation, pairs, directions)
     detail += _worst_case_in_words(evaluation)
     if len(set(directions)) == 1:
@@ -81,17 +92,46 @@ def write_headline(evaluation: Evaluation) -> Headline:
     return Headline(tone, f"{subject} {join_words(clauses, 'but')}", detail)
 
 
-def _simple_is_enough(evaluation: Evaluation, pairs: list[dict[str, Any]]) -> str:
-    """Return a sentence where the candidate does not beat the simple arm; empty otherwise."""
+def _what_is_enough(evaluation: Evaluation, pairs: list[dict[str, Any]]) -> str:
+    """Return which arm is enough, the cheapest first; empty where that is not known."""
+    # An evaluation of an earlier version does not say which is cheapest.
+    enough = evaluation.comparison.get("enough") or {}
+    best, cheapest = enough.get("best"), enough.get("cheapest")
+    size = format_size(enough.get("margin", 0.0), evaluation.metric(evaluation.primary))
+    close = f"less than {size} worse than the best, {describe_arm(best)}" if best else ""
+    if cheapest is None or cheapest == SIMPLE:
+        rest = f", and it is {close}" if cheapest and best != SIMPLE else ""
+        return _simple_is_enough(evaluation, pairs, cheapest == SIMPLE, rest)
+    if cheapest == best:
+        words = f" No cheaper arm is shown to be {close}."
+    else:
+        words = f" {describe_arm(cheapest, capital=True)} is the cheapest that is {close}"
+        is_trained = cheapest in (FINETUNED, FINETUNED_CONSTRAINED)
+        if evaluation.candidate["name"] == FINETUNED and not is_trained:
+            words += ": finetuning is not needed for that"
+        words += "."
+    return words + _simple_is_enough(evaluation, pairs, False)
+
+
+def _simple_is_enough(
+    evaluation: Evaluation, pairs: list[dict[str, Any]], is_cheapest: bool, rest: str = ""
+) -> str:
+    """Return a sentence where the candidate does not beat the simple arm; empty otherwise.
+
+    Args:
+        is_cheapest: It is shown to be enough.
+        rest: What that rests on.
+    """
     kinds = evaluation.task_types()
     what = "a classifier" if kinds == {"classification"} else "the nearest training row's answer"
-    for pair in pairs:
-        if pair["other"] == SIMPLE:
-            kind = direction(evaluation, pair, evaluation.primary)
-            if kind in ("worse", "equal"):
-                return f" The simple arm needs no model: {what} is enough."
-            if kind != "better":
-                return f" The simple arm needs no model: {what} may be enough."
+    against = {pair["other"]: pair for pair in pairs}.get(SIMPLE)
+    if against is None and not is_cheapest:
+        return ""
+    kind = direction(evaluation, against, evaluation.primary) if against else "equal"
+    if is_cheapest or (kind in ("worse", "equal") and "enough" not in evaluation.comparison):
+        return f" The simple arm needs no model: {what} is enough{rest}."
+    if kind != "better":
+        return f" The simple arm needs no model: {what} may be enough."
     return ""
 
 

@@ -115,7 +115,8 @@ def _lagging_tasks(evaluation: Evaluation) -> list[NextStep]:
     for name, task in evaluation.tasks.items():
         key = in_task(name, task["primary"])
         # Each task beside what does best in it without training.
-        best = max(evaluation.arms[:-1], key=lambda arm: arm["scores"][key]["value"] or 0.0)["name"]
+        others = [arm for arm in evaluation.arms if arm["name"] in pairs]
+        best = max(others, key=lambda arm: arm["scores"][key]["value"] or 0.0)["name"]
         strongest[name] = best, direction(evaluation, pairs[best], key)
     if not any(change == "better" for _, change in strongest.values()):
         return []

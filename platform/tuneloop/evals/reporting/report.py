@@ -20,6 +20,7 @@ from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.views import (
     list_facts,
     show_arms,
+    show_calibration,
     show_confusion,
     show_examples,
     show_pair,
@@ -68,13 +69,14 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
         other_pairs=[
             show_pair(evaluation, pair)
             for pair in evaluation.comparison["pairs"]
-            if pair["arm"] != evaluation.candidate["name"]
+            if pair not in evaluation.candidate_pairs()
         ],
         judge=describe_judge(evaluation.judge) if evaluation.judge else "",
         judged=show_judge(evaluation.judge),
         tasks=show_tasks(evaluation),
         parts=show_parts(evaluation),
         confusion=show_confusion(evaluation),
+        calibration=show_calibration(evaluation),
         slices=show_slices(evaluation),
         tags=show_tags(evaluation),
         strongest=evaluation.strongest_other(),

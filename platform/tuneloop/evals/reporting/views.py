@@ -101,6 +101,28 @@ def _contamination(parts: dict[str, Any] | None, metric: Metric) -> str:
     return f"{flagged['n']} of {parts['all']['n']}: {seen}; the others {others}{unknown}"
 
 
+def show_calibration(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return by arm how sure it was of its labels, and how often it was right."""
+    return [
+        {
+            "arm": arm["name"],
+            "error": f"{100 * calibration['expected_calibration_error']:.1f} points",
+            "n": calibration["n"],
+            "bins": [
+                {
+                    "range": f"{one['low']:.0%} to {one['high']:.0%}",
+                    "n": one["n"],
+                    "probability": f"{one['mean_probability']:.0%}",
+                    "accuracy": f"{one['accuracy']:.0%}",
+                }
+                for one in calibration["bins"]
+            ],
+        }
+        for arm in evaluation.arms
+        if (calibration := arm.get("calibration"))
+    ]
+
+
 def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
     """Return a paired comparison as text and as positions on an axis, in per cent of its width."""
     metric = evaluation.metric(evaluation.primary)

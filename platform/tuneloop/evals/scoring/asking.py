@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tuneloop.config import BudgetConfig
 from tuneloop.errors import EndpointError, Problem
 from tuneloop.evals.scoring.budget import Budget, Cost, cost_of, most
+from tuneloop.evals.scoring.constrained import form_schema, unwrap
 from tuneloop.evals.scoring.questions import Question, messages_json
 from tuneloop.models.client.client import Client, RequestError, ask_each
+from tuneloop.models.json_form import has_form
 from tuneloop.progress import Progress
 from tuneloop.records import Arm, Conversation, Endpoint, FinishReason, Message, SamplingParams
 from tuneloop.text import format_duration
@@ -42,6 +44,7 @@ class ModelAnswer:
     Args:
         prompt: What was sent, as predictions keep it.
         bits_per_byte: The score of a plain text; None for questions.
+        probability: Of the answer among those it was chosen from, if it was.
         error: Why there is no answer; empty when there is one.
         refused: There is no answer, and it is certain that nothing was computed for it.
     """
@@ -54,6 +57,7 @@ class ModelAnswer:
     completion_tokens: int | None = None
     latency_s: float | None = None
     bits_per_byte: float | None = None
+    probability: float | None = None
     error: str = ""
     refused: bool = False
 
@@ -87,6 +91,11 @@ class EvaluationRequest:
         return messages_json(self.messages)
 
     @property
+    def form(self) -> Mapping[str, Any]:
+        """Fields of the request that give the answer a form; none if it is free."""
+        return self.arm.forms.get(self.question.task, {})
+
+    @property
     def messages(self) -> tuple[Message, ...]:
         """What is sent."""
         return self.question.prompt(self.shots)
@@ -109,6 +118,8 @@ def arm_identity(arm: Arm, params: SamplingParams) -> str:
     }
     if arm.chosen_by:
         parts["choose"] = arm.chosen_by
+    if arm.forms:
+        parts["forms"] = arm.forms
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -200,24 +211,57 @@ def ask_all(
     for arm in {r.arm.name: r.arm for r in todo if r.arm.answer}.values():
         _answer_itself(arm, [r for r in todo if r.arm.name == arm.name], answered, failed)
     todo = [request for request in todo if not request.arm.answer]
-    if todo:
+    budget = Budget(limits, _spent([*before, *requests], answered))
+    asking = _Asking(answered, failed, concurrency, budget, score)
+    asking.ask([request for request in todo if not request.form])
+    asking.ask([r for r in todo if r.form and not _take_over(r, answered)])
+    _refuse_dead_arms(requests, failed)
+    return [answered.get(request) or failed[request.key] for request in requests]
+
+
+class _Asking(NamedTuple):
+    """How questions are asked, and where their answers go."""
+
+    answered: PartialAnswers
+    failed: dict[tuple[str, str], ModelAnswer]
+    concurrency: int
+    budget: Budget
+    score: Callable[[EvaluationRequest, ModelAnswer], float | None]
+
+    def ask(self, todo: Sequence[EvaluationRequest]) -> None:
+        """Ask, and keep each answer as it comes."""
+        if not todo:
+            return
         with (
-            answered.appending() as append,
+            self.answered.appending() as append,
             Progress("evaluate", len(todo), "answers") as progress,
         ):
-            running = _RunningScores(todo, concurrency, score)
+            running = _RunningScores(todo, self.concurrency, self.score)
 
             def keep(request: EvaluationRequest, answer: ModelAnswer) -> None:
                 if answer.error:
-                    failed[request.key] = answer
+                    self.failed[request.key] = answer
                 else:
                     append(request.identity, answer)
                 running.report(request, answer, progress)
 
-            budget = Budget(limits, _spent([*before, *requests], answered))
-            asyncio.run(_ask(todo, concurrency, budget, keep))
-    _refuse_dead_arms(requests, failed)
-    return [answered.get(request) or failed[request.key] for request in requests]
+            asyncio.run(_ask(todo, self.concurrency, self.budget, keep))
+
+
+def _take_over(request: EvaluationRequest, answered: PartialAnswers) -> bool:
+    """Take a free answer for the bound one if it has the form; return whether it has.
+
+    A greedy model of our own writes it again: what may follow is ruled out, nothing else changes.
+    """
+    schema = form_schema(request.form)
+    if schema is None or not request.arm.model_fingerprint or request.params.temperature > 0:
+        return False
+    free = arm_identity(dataclasses.replace(request.arm, forms={}), request.params)
+    answer = answered.get(dataclasses.replace(request, identity=free))
+    if answer is None or answer.finish_reason != "stop" or not has_form(answer.text, schema):
+        return False
+    answered.put(request.identity, answer)
+    return True
 
 
 def _answer_itself(
@@ -334,18 +378,21 @@ async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
                 latency_s=time.perf_counter() - started,
                 bits_per_byte=-likelihood.logprob / math.log(2) / likelihood.num_bytes,
             )
-        completion = await client.generate(request.messages, request.params, request.question.tools)
+        completion = await client.generate(
+            request.messages, request.params, request.question.tools, request.form
+        )
     except RequestError as error:
         _log.warning("%s, example %s is unscored: %s", request.arm.name, example_id, error)
         return ModelAnswer(example_id, prompt, error=str(error), refused=error.refused)
     return ModelAnswer(
         example_id,
         prompt,
-        text=completion.text,
+        text=unwrap(completion.text, request.arm.answer_key) if request.form else completion.text,
         finish_reason=completion.finish_reason,
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,
         latency_s=completion.latency_s,
+        probability=next(iter(completion.probabilities.values()), None),
     )
 
 

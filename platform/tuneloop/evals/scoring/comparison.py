@@ -77,6 +77,7 @@ def compare(
     scorer: Scorer,
     resampling: Resampling,
     margin: float | None = None,
+    no_opponents: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the content of `comparison.json`: each arm against each that comes before it.
 
@@ -85,6 +86,7 @@ def compare(
         scorer: Knows the metrics.
         resampling: Level, resamples and seed.
         margin: Loss in the primary metric that does not matter; None where none was set.
+        no_opponents: Arms that the last one is not read against.
     """
     arms = list(dict.fromkeys(prediction.arm for prediction in predictions))
     primary = scorer.metrics[scorer.primary]
@@ -99,7 +101,9 @@ def compare(
                 pair["worst_case"] = _worst_case(examples, scorer.primary)
             pairs.append(pair)
     tasks = {in_task(name, part.primary) for name, part in scorer.parts.items()}
-    _adjust_pairs(pairs, scorer.primary, tasks, arms[-1])
+    read = [p for p in pairs if p["arm"] == arms[-1] and p["other"] not in no_opponents]
+    _adjust_pairs(read, scorer.primary, tasks)
+    _adjust_pairs([pair for pair in pairs if pair not in read], scorer.primary, tasks)
     return {
         "schema_version": SCHEMA_VERSION,
         "primary": scorer.primary,
@@ -250,20 +254,17 @@ def _worst_case(examples: Sequence[PairedExample], name: str) -> dict[str, float
     return {"low": mean(0.0, 1.0), "high": mean(1.0, 0.0)}
 
 
-def _adjust_pairs(
-    pairs: Sequence[dict[str, Any]], primary: str, tasks: Collection[str], candidate: str
-) -> None:
+def _adjust_pairs(pairs: Sequence[dict[str, Any]], primary: str, tasks: Collection[str]) -> None:
     """Adjust p-values where several are read together, each family by itself.
 
     The headline reads the primary metric of the candidate's pairs, the table of a mixture's tasks
-    the primary metric of each. All other metrics are one family. The pairs without the candidate
-    have such families of their own.
+    the primary metric of each. All other metrics are one family.
     """
-    families: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+    families: dict[str, list[dict[str, Any]]] = {}
     for pair in pairs:
         for name, difference in pair["differences"].items():
             kind = "primary" if name == primary else "task" if name in tasks else "other"
-            families.setdefault((pair["arm"] == candidate, kind), []).append(difference)
+            families.setdefault(kind, []).append(difference)
     for family in families.values():
         adjust_p_values(family)
 

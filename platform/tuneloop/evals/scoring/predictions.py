@@ -28,6 +28,7 @@ _COLUMNS = [
     ("error_tags", pa.list_(pa.string())),
     ("cluster", pa.string()),
     ("contaminated", pa.bool_()),
+    ("probability", pa.float64()),
 ]
 
 
@@ -46,6 +47,7 @@ class Prediction:
             its own.
         contaminated: Whether the row is among those that the arm was trained on; None where that
             is not known.
+        probability: Of the label among all labels, where they were ranked; None otherwise.
     """
 
     example_id: str
@@ -64,6 +66,7 @@ class Prediction:
     task: str = ""
     cluster: str = ""
     contaminated: bool | None = None
+    probability: float | None = None
 
 
 def write_predictions(

@@ -99,13 +99,19 @@ class Evaluation:
         return dict(self.comparison.get("judge") or {})
 
     def candidate_pairs(self) -> list[dict[str, Any]]:
-        """Return the candidate against every other arm, in the order of the arms."""
-        pairs = [p for p in self.comparison["pairs"] if p["arm"] == self.candidate["name"]]
+        """Return the candidate against every other arm, in the order of the arms.
+
+        The candidate's own model with constrained answers is no opponent.
+        """
+        name = self.candidate["name"]
+        own = {arm["name"] for arm in self.arms if arm.get("free_arm") == name}
+        pairs = [p for p in self.comparison["pairs"] if p["arm"] == name and p["other"] not in own]
         return list(reversed(pairs))
 
     def strongest_other(self) -> str | None:
         """Return the name of the best arm that is not the candidate, or None."""
-        others = self.arms[:-1]
+        opponents = [pair["other"] for pair in self.candidate_pairs()]
+        others = [arm for arm in self.arms if arm["name"] in opponents]
         if not others:
             return None
         sign = -1 if self.metric(self.primary).better == "lower" else 1

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import random
 import re
 import time
@@ -22,7 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -133,7 +134,11 @@ class Client:
             raise self._unknown_model(served)
 
     async def generate(
-        self, messages: Sequence[Message], params: SamplingParams, tools: str = ""
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        tools: str = "",
+        form: Mapping[str, Any] = MappingProxyType({}),
     ) -> Completion:
         """Return the model's answer to a conversation; every sampling field is sent.
 
@@ -141,12 +146,13 @@ class Client:
 
         Args:
             tools: JSON of the tools that may be called, in OpenAI's layout; empty for none.
+            form: Further fields of the request, such as `response_format`.
 
         Raises:
             EndpointError: The endpoint is unusable.
             RequestError: This request got no usable answer.
         """
-        body = chat_request(self.endpoint.model, messages, params) | {"stream": False}
+        body = chat_request(self.endpoint.model, messages, params) | {"stream": False} | dict(form)
         if tools:
             body["tools"] = json.loads(tools)
         if self._counts_completion_tokens:
@@ -172,6 +178,7 @@ class Client:
                 if params.logprobs
                 else None
             )
+            probabilities = _probabilities(choice.get("ranking"))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise RequestError(f"not a chat completion: {answer!r:.300}") from error
         if reason not in FINISH_REASONS:
@@ -185,6 +192,7 @@ class Client:
             # An extension some servers offer; absent elsewhere.
             token_ids=[int(token) for token in choice.get("token_ids") or ()],
             logprobs=logprobs,
+            probabilities=probabilities,
         )
 
     async def complete(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
@@ -427,6 +435,20 @@ def chat_request(model: str, messages: Sequence[Message], params: SamplingParams
         "stop": list(params.stop) or None,
         "logprobs": params.logprobs,
     }
+
+
+def _probabilities(ranking: Mapping[str, Any] | None) -> dict[str, float]:
+    """Return the share of each answer that a ranking lists in the probability of all of them.
+
+    Those that it does not list may have what it does not cover.
+    """
+    if not ranking:
+        return {}
+    logprobs = {one["text"]: float(one["logprob"]) for one in ranking["answers"]}
+    best = max(logprobs.values())
+    weights = {text: math.exp(logprob - best) for text, logprob in logprobs.items()}
+    total = math.fsum(weights.values()) / float(ranking["coverage"])
+    return {text: weight / total for text, weight in weights.items()}
 
 
 def _text_positions(

@@ -1,0 +1,134 @@
+"""Arms whose answers can only have the form that the task asks for.
+
+What is left between two such arms is content: neither can lose by its form. Of a classification the
+answer is the most probable label as a whole, of an extraction JSON under the schema of the train
+rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tuneloop.artifacts import Artifact
+from tuneloop.config import OneTaskConfig, TaskConfig
+from tuneloop.evals.scoring.questions import read_solved
+from tuneloop.records import Arm
+
+KINDS = ("classification", "extraction")
+# The search among labels goes on until the probabilities are known this far.
+_COVERAGE = 0.99
+_LABEL = "label"
+_SCALARS = {str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+
+
+def constrainable(task: TaskConfig) -> list[str]:
+    """Return the tasks whose answers have a form, by name; the empty name is the only task's."""
+    return [name for name in task.tasks or ("",) if task.of(name).type in KINDS]
+
+
+def constrain(arm: Arm, task: TaskConfig, dataset: Artifact | None) -> Arm:
+    """Return an arm with its answers in the form of their task.
+
+    Args:
+        arm: Of a model of our own, or of an endpoint that knows `response_format`.
+        dataset: Whose train rows have the JSON of an extraction; None where no task is one.
+    """
+    names = constrainable(task)
+    if arm.endpoint.url:
+        forms = {name: _endpoint_form(task.of(name), name, dataset, task) for name in names}
+        labels = any(task.of(name).type == "classification" for name in names)
+        return replace(arm, forms=forms, answer_key=_LABEL if labels else "")
+    return replace(
+        arm, forms={name: _own_form(task.of(name), name, dataset, task) for name in names}
+    )
+
+
+def _own_form(
+    one: OneTaskConfig, name: str, dataset: Artifact | None, task: TaskConfig
+) -> dict[str, Any]:
+    if one.type == "classification":
+        return {"ranking": {"answers": list(one.labels), "coverage": _COVERAGE}}
+    return _json_form(_read_schema(name, dataset, task), strict=True)
+
+
+def _endpoint_form(
+    one: OneTaskConfig, name: str, dataset: Artifact | None, task: TaskConfig
+) -> dict[str, Any]:
+    if one.type == "extraction":
+        schema = _read_schema(name, dataset, task)
+        # What OpenAI calls strict has no property that may be left out.
+        return _json_form(schema, strict=set(schema["properties"]) == set(schema["required"]))
+    properties = {_LABEL: {"type": "string", "enum": list(one.labels)}}
+    return _json_form(_object(properties, [_LABEL]), strict=True)
+
+
+def _json_form(schema: Mapping[str, Any], strict: bool) -> dict[str, Any]:
+    described = {"name": "answer", "schema": schema, "strict": strict}
+    return {"response_format": {"type": "json_schema", "json_schema": described}}
+
+
+def form_schema(form: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the schema of a form; None if it is of another kind."""
+    asked = form.get("response_format")
+    return asked["json_schema"]["schema"] if asked else None
+
+
+def unwrap(text: str, key: str) -> str:
+    """Return the property of a JSON answer, or the text itself where it has none."""
+    try:
+        value = json.loads(text)[key]
+    except (ValueError, KeyError, TypeError):
+        return text
+    return value if isinstance(value, str) else text
+
+
+def _read_schema(name: str, dataset: Artifact | None, task: TaskConfig) -> dict[str, Any]:
+    assert dataset is not None, "`needs_dataset` said so"
+    rows = read_solved(dataset, list(task.tasks))
+    return schema_of([row.messages[-1].text for row in rows if row.task == name])
+
+
+def schema_of(answers: Sequence[str]) -> dict[str, Any]:
+    """Return the JSON Schema that answers have in common: their properties, and nothing besides.
+
+    Properties come in the order that most answers have them in; those that every answer has are
+    needed. A number may be any number.
+    """
+    values = [json.loads(answer) for answer in answers]
+    schema = _schema([value for value in values if isinstance(value, dict)])
+    return schema if schema else _object({}, [])
+
+
+def _schema(values: Sequence[Any]) -> dict[str, Any]:
+    """Return the schema of values at one place."""
+    parts: list[dict[str, Any]] = []
+    if objects := [value for value in values if isinstance(value, dict)]:
+        names = _in_order(objects)
+        inner = {name: _schema([one[name] for one in objects if name in one]) for name in names}
+        parts.append(_object(inner, [n for n in names if all(n in one for one in objects)]))
+    if lists := [value for value in values if isinstance(value, list)]:
+        items = _schema([item for one in lists for item in one])
+        # Where every list is empty nothing is known of what may stand in it.
+        parts.append({"type": "array", "items": items} if items else {"type": "array"})
+    kinds = {_SCALARS[type(v)] for v in values if not isinstance(v, dict | list)}
+    parts += [{"type": kind} for kind in sorted(kinds)]
+    return {"anyOf": parts} if len(parts) > 1 else parts[0] if parts else {}
+
+
+def _object(properties: Mapping[str, Any], required: Sequence[str]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def _in_order(objects: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return all names: the commonest order of names, then the others as they first occur."""
+    commonest = Counter(tuple(one) for one in objects).most_common(1)[0][0]
+    return list(dict.fromkeys([*commonest, *(name for one in objects for name in one)]))

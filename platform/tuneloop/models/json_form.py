@@ -1,0 +1,37 @@
+"""The form of a JSON answer: the grammar of a schema, and whether a text has it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from llguidance import LLMatcher, LLTokenizer
+
+# Bounded, so that no answer is white space until its tokens are used up.
+_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+
+
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """Return the grammar of a JSON Schema, in llguidance's own format.
+
+    Raises:
+        ValueError: It is no schema.
+    """
+    return LLMatcher.grammar_from_json_schema(
+        dict(schema), overrides={"whitespace_pattern": _WHITE_SPACE}
+    )
+
+
+def has_form(text: str, schema: Mapping[str, Any]) -> bool:
+    """Return whether a server that constrains answers to a schema could have given this one."""
+    matcher = _matcher(json.dumps(schema)).deep_copy()
+    data = list(text.encode())
+    return matcher.try_consume_tokens(data) == len(data) and bool(matcher.is_accepting())
+
+
+@lru_cache(16)
+def _matcher(schema: str) -> LLMatcher:
+    # Its tokens are bytes.
+    return LLMatcher(LLTokenizer("byte"), json_grammar(json.loads(schema)), log_level=0)
