@@ -49,7 +49,8 @@ workspace: {folder}/workspace
 task: {{type: extraction, instruction: Answer with JSON., fields: [item, price]}}
 model: {{base: {tiny_model}}}
 data:
-  sources: [{{path: "{folder}/rows/*.jsonl", format: question_answer}}]
+  # From where the command is started; no worker is started there.
+  sources: [{{path: "rows/*.jsonl", format: question_answer}}]
   max_seq_len: 256
   dedup: {{near: false}}
   split: {{num_test_examples: 8}}
@@ -93,7 +94,7 @@ def submitted(
 
 def submit(nodes: Any, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = ["-m", "tuneloop.cli", "submit", *arguments, "--address", nodes.url, "--json"]
-    return nodes.run(*command, **options)
+    return nodes.run(*command, **{"cwd": Path(arguments[1]).parent} | options)
 
 
 def test_a_killed_server_is_in_nobodys_way(
@@ -129,21 +130,23 @@ def test_a_submitted_loop_publishes_everything(
 @pytest.fixture(scope="module")
 def by_ray(nodes: Any, config: Path) -> Workspace:
     """The same dataset by Ray's own command, in a workspace of its own."""
-    done = ray_job_submit(nodes, "prepare.py", config, f"workspace={config.parent}/by-ray")
+    folder = config.parent
+    overrides = f"workspace={folder}/by-ray", f"data.sources.0.path={folder}/rows/*.jsonl"
+    done = ray_job_submit(nodes, "prepare.py", config, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "published datasets/prices@v1" in done.stdout
     return Workspace(config.parent / "by-ray")
 
 
 def ray_job_submit(
-    nodes: Any, job: str, config: Path, override: str
+    nodes: Any, job: str, config: Path, *overrides: str
 ) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "jobs", Path(folder) / "jobs")
         shutil.copyfile(config, Path(folder) / "prices.yaml")
         command = ["-m", "ray.scripts.scripts", "job", "submit", "--address", nodes.url]
         command += ["--working-dir", folder, "--", "python", f"jobs/{job}", "prices.yaml"]
-        return nodes.run(*command, override)
+        return nodes.run(*command, *overrides)
 
 
 def test_the_entry_point_under_ray_job_submit_gives_the_same(
@@ -156,6 +159,21 @@ def test_the_entry_point_under_ray_job_submit_gives_the_same(
             for workspace in (by_ray, submitted[1])
         )
         assert mine == theirs
+    # Files count by what is in them, wherever the command that reads them runs.
+    made = [w.open("datasets/prices").manifest["fingerprint"] for w in (by_ray, submitted[1])]
+    assert made[0] == made[1]
+
+
+def test_a_driver_reuses_what_a_job_made(
+    nodes: Any, config: Path, submitted: tuple[subprocess.CompletedProcess[str], Workspace]
+) -> None:
+    environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
+    command = ["-m", "tuneloop.cli", "prepare", str(config), "--json"]
+    for overrides, is_reused in (([], True), (["data.seed=1", "name=elsewhere"], False)):
+        # Workers on the nodes find the driver's relative files.
+        done = nodes.run(*command, *overrides, env=environment, cwd=config.parent)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["reused"] == is_reused
 
 
 def test_a_workspace_that_ray_would_remove_is_refused_in_a_job(nodes: Any, config: Path) -> None:
@@ -170,6 +188,11 @@ def test_a_jobs_exit_code_is_passed_on(nodes: Any, config: Path) -> None:
     assert "/nowhere.jsonl" in done.stderr
     assert json.loads(done.stdout)["exit_code"] == 2
     assert "Traceback" not in done.stderr
+    # A file that is to be sent and is not here is told here: no job is started.
+    done = submit(nodes, "prepare", str(config), "data.sources.0.path=nowhere.jsonl")
+    assert done.returncode == 2
+    assert "nowhere.jsonl" in done.stderr
+    assert "submitted" not in done.stderr
 
 
 def test_a_stopped_job_is_told(nodes: Any, config: Path) -> None:
@@ -190,6 +213,7 @@ def submitted_job(
     process = subprocess.Popen(
         [sys.executable, "-m", "tuneloop.cli", *arguments],
         env=nodes.environment,
+        cwd=config.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -233,7 +257,9 @@ def test_two_nodes_train_like_one_worker_whatever_becomes_of_them(
     environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
     environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "5"
     with (folder / "log").open("w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            command, env=environment, cwd=config.parent, stdout=file, stderr=file
+        )
     while process.poll() is None:
         time.sleep(0.2)
         told = progress(folder)

@@ -49,6 +49,7 @@ class Ledger:
         rank: Shape (N,), place within the side.
         removals: By index, of the rows that were removed.
         usable: Indices of the rows that could be read and rendered and are not too long.
+        unit_ids: Shape (N,), equal for rows that stay on one side together.
         duplicates: Over the rows at `usable`.
         split: Over all rows; those on no side have been removed.
         contamination: Train rows that repeated what is held out.
@@ -68,6 +69,7 @@ class Ledger:
     rank: Indices
     removals: dict[int, Removal] = field(default_factory=dict)
     usable: Indices = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    unit_ids: pa.StringArray | None = None
     duplicates: Duplicates | None = None
     split: Split | None = None
     contamination: Contamination | None = None

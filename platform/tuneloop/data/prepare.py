@@ -42,7 +42,7 @@ from tuneloop.repetition import REPETITION_VERSION
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 11
+CODE_VERSION = 12
 
 
 def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:

@@ -25,7 +25,7 @@ from tuneloop.data.hashing.content import (
     shingles_of_rows,
     texts_of_rows,
 )
-from tuneloop.data.schema import SourceRow, row_schema
+from tuneloop.data.schema import SourceRow, rendered_schema, row_schema
 from tuneloop.data.sources.files import SourceFile
 from tuneloop.data.sources.readers import read_source
 from tuneloop.data.tokenize.block_cache import KEPT_FROM_ROWS, kept_blocks, make_or_read
@@ -88,7 +88,9 @@ def render_rows(
     folder = scratch / "tokenized"
     if number := kept_blocks(folder):
         logger.info("%s blocks of tokenized rows are there from an earlier run", f"{number:,}")
-    render = functools.partial(make_or_read, make=render, folder=folder)
+    # How many bands a row has is configured, so the draft's fingerprint tells it.
+    schema = rendered_schema(1, 1)
+    render = functools.partial(make_or_read, make=render, schema=schema, folder=folder)
     num_batches = num_blocks * -(-num_rows // (num_blocks * size))
 
     def rows_done() -> int:

@@ -252,6 +252,7 @@ def dataset_schema(columns: pa.Schema, is_text: bool = False, is_plain: bool = T
             ("input_ids", pa.list_(pa.int32())),
             ("loss_mask", pa.list_(pa.int8())),
             ("num_tokens", pa.int32()),
+            ("split_unit", pa.string()),
             *(document_columns() if is_text else []),
             *[(field.name, field.type) for field in columns],
         ]

@@ -395,6 +395,7 @@ def _rows(passages: list[Passage], replies: dict[str, Reply], renderer: Renderer
                 "input_ids": sample.input_ids,
                 "loss_mask": sample.loss_mask,
                 "num_tokens": len(sample.input_ids),
+                "split_unit": row_id,
                 "passage": passage.text,
                 "support_ratio": support_ratio(answer, passage.text),
             }

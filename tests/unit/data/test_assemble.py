@@ -66,7 +66,8 @@ def test_rows_are_dealt_out_to_partitions_and_come_back_in_order(size: int, num_
     nothing = np.full(10, -1, np.int64)
     row_ids = pa.array([f"r{key}" for key in range(10)])
     assignments = assemble.Assignments(
-        np.arange(10), row_ids, order, nothing, np.zeros(10, np.int64), removal, removals
+        *(np.arange(10), row_ids, row_ids, order, nothing, np.zeros(10, np.int64)),
+        *(removal, removals),
     )
     by_order = np.sort(order)
     is_first = np.flatnonzero(np.diff(by_order >> 61, prepend=-1))
@@ -89,6 +90,7 @@ def test_rows_are_dealt_out_to_partitions_and_come_back_in_order(size: int, num_
                 assert row["reason_code"] == "exact_duplicate"
             else:
                 assert row["n"] == key
+                assert row["split_unit"] == f"r{key}"
                 assert row["input_ids"] == list(range(key))
                 assert row["messages"][0]["content"] == f"q{key}"
             found.append(row["row_id"])

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tuneloop.config import DataConfig
+from tuneloop.data.split.assign import unit_ids
 from tuneloop.data.split.mixture import Mixture
 from tuneloop.data.split.split import (
     NEAR_DUPLICATES,
@@ -354,3 +356,14 @@ def test_a_refused_split_names_what_keeps_rows_together() -> None:
         "prompt, for example faq.jsonl:2 and faq.jsonl:3"
     )
     assert "prompt" in problem.remedy
+
+
+def test_rows_that_stay_together_have_one_unit_named_by_the_first_id() -> None:
+    ids = pa.array(["d", "b", "removed", "c", "a", "e"])
+    rows = np.array([0, 1, 3, 4, 5])
+    assert unit_ids(ids, rows, np.array([0, 0, 1, 1, 2])).to_pylist() == [
+        *("b", "b", "removed", "a", "a", "e")
+    ]
+    found = split(["r1", "r2", "r3", "r4"], ["x", "y", "y", "z"], [0, 1, 2, 0],
+                  split={"group_by": "g", "test_ratio": 0.5})  # fmt: skip
+    assert found.unit.tolist() == [0, 1, 1, 0]

@@ -45,7 +45,7 @@ from tuneloop.records import Message
 RESERVED = frozenset(
     {
         *("row_id", "source", "synthetic", "messages", "text", "input_ids", "loss_mask"),
-        *("num_tokens", "document_ids", "document_lengths", "tools"),
+        *("num_tokens", "split_unit", "document_ids", "document_lengths", "tools"),
     }
 )
 _MADE_BY_US = {"row_id", "input_ids", "loss_mask"}

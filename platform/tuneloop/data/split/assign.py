@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from tuneloop.config import TuneloopConfig
+from tuneloop.data.hashing.columns import Indices
 from tuneloop.data.ledger import Ledger, Removal
 from tuneloop.data.schema import Side, Stage
 from tuneloop.data.split.mixture import mixture_of
@@ -21,7 +24,10 @@ from tuneloop.data.split.split import (
 
 
 def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
-    """Return the sides of all rows that deduplication left, before rows are held against them."""
+    """Return the sides of all rows that deduplication left, before rows are held against them.
+
+    The ids of their units are noted in the ledger.
+    """
     assert ledger.duplicates is not None
     stays = np.ones(len(ledger.usable), dtype=bool)
     stays[ledger.duplicates.removed] = False
@@ -38,14 +44,32 @@ def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
         table["stratum"].to_pylist() if is_stratified(config) else (),
         ledger.table["source"].take(rows).to_pylist(),
     )
+    ledger.unit_ids = unit_ids(ledger.row_ids, rows, split.unit)
     # From here on the split speaks of all rows.
+    unit = np.full(len(ledger.side), -1, dtype=np.int64)
+    unit[rows] = split.unit
     return replace(
         split,
         train=rows[split.train],
         test=rows[split.test],
         validation=rows[split.validation],
         surplus={int(rows[index]): reason for index, reason in split.surplus.items()},
+        unit=unit,
     )
+
+
+def unit_ids(row_ids: pa.StringArray, rows: Indices, unit: Indices) -> pa.StringArray:
+    """Return for every row what all rows of its unit have in common: the first of their ids.
+
+    Args:
+        row_ids: Of all rows.
+        rows: Those that have been split, with the number of their units. Shape (N,) both.
+    """
+    leader = np.arange(len(row_ids))
+    by_id = np.asarray(pc.sort_indices(row_ids.take(rows)))
+    firsts = by_id[np.unique(unit[by_id], return_index=True)[1]]
+    leader[rows] = rows[firsts[unit]]
+    return row_ids.take(leader)
 
 
 def assign_sides(ledger: Ledger, config: TuneloopConfig) -> Split:

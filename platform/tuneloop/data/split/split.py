@@ -45,6 +45,7 @@ class Split:
         validation: Indices of the validation rows, likewise; empty unless asked for.
         surplus: By index, why a row is on no side.
         num_groups: Number of units on each side.
+        unit: Number of each row's unit. Shape (N,).
     """
 
     train: Indices
@@ -52,6 +53,7 @@ class Split:
     validation: Indices
     surplus: dict[int, Reason]
     num_groups: dict[str, int]
+    unit: Indices
 
 
 def is_stratified(config: TuneloopConfig) -> bool:
@@ -130,7 +132,7 @@ def split_rows(
     train = _by_rank(np.flatnonzero(side[unit] == 0), ranks)
     num_groups = dict(zip(SIDES, np.bincount(side, minlength=3).tolist(), strict=True))
     surplus = test.surplus | validation.surplus
-    return Split(train, test.rows, validation.rows, surplus, num_groups)
+    return Split(train, test.rows, validation.rows, surplus, num_groups, unit)
 
 
 def limit_train(

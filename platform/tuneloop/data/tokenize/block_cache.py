@@ -1,7 +1,8 @@
 """Finished blocks of a large corpus, kept beside the draft so that a killed run goes on from them.
 
-A block is identified by the keys of its rows. The draft's directory belongs to one fingerprint, so
-rows with these keys have the same content as before; blocks that are cut differently are made anew.
+A block is identified by the keys of its rows and by the columns it has. The draft's directory
+belongs to one fingerprint, so rows with these keys have the same content as before; blocks that are
+cut differently, or that a version with other columns left, are made anew.
 """
 
 from __future__ import annotations
@@ -26,17 +27,21 @@ def kept_blocks(folder: Path) -> int:
     return sum(1 for _ in folder.glob("*.arrow"))
 
 
-def make_or_read(table: pa.Table, make: Callable[[pa.Table], pa.Table], folder: Path) -> pa.Table:
+def make_or_read(
+    table: pa.Table, make: Callable[[pa.Table], pa.Table], schema: pa.Schema, folder: Path
+) -> pa.Table:
     """Return `make(table)`, read from `folder` if it is there, else made and kept there.
 
     Args:
         table: Arrow table with a column `key`.
         make: Makes a block from a table, always the same one for the same keys.
+        schema: The columns that this version of the program knows a block to have.
         folder: Used by this step alone, on a file system that all nodes share.
     """
     if not table.num_rows:
         return make(table)
-    name = hashlib.blake2b(table["key"].to_numpy().tobytes(), digest_size=16).hexdigest()
+    identity = table["key"].to_numpy().tobytes() + str(schema).encode()
+    name = hashlib.blake2b(identity, digest_size=16).hexdigest()
     file = folder / f"{name}.arrow"
     if file.exists():
         with pa.OSFile(str(file)) as stream:

@@ -51,6 +51,7 @@ class Assignments(NamedTuple):
     Args:
         keys: Ascending.
         row_ids: All different.
+        unit_ids: Equal for rows that stay on one side together.
         order: Where the row goes, or the first piece of a document.
         pack: Where the last piece of a packed document goes; -1 for all other rows.
         position: Place of that piece within its row.
@@ -60,6 +61,7 @@ class Assignments(NamedTuple):
 
     keys: Indices
     row_ids: pa.StringArray
+    unit_ids: pa.StringArray
     order: Indices
     pack: Indices
     position: Indices
@@ -127,8 +129,17 @@ def assign(ledger: Ledger, max_seq_len: int | None) -> Assignments:
         "similarity": pa.array([item.similarity for item in found], pa.float64()),
         "reason_code": pa.array([item.reason.code.value for item in found], pa.string()),
     }
-    keys = ledger.table["key"].to_numpy()
-    return Assignments(keys, ledger.row_ids, order, pack, position, removal, pa.table(removals))
+    assert ledger.unit_ids is not None
+    return Assignments(
+        ledger.table["key"].to_numpy(),
+        ledger.row_ids,
+        ledger.unit_ids,
+        order,
+        pack,
+        position,
+        removal,
+        pa.table(removals),
+    )
 
 
 def assemble(
@@ -276,6 +287,7 @@ def _finished(block: pa.Table, job: _Job) -> pa.Table:
     names = ("source", "synthetic", "num_tokens", "input_ids", "loss_mask")
     columns = {name: block[name] for name in names}
     columns |= {"row_id": assignments.row_ids.take(index), "#order": assignments.order[index]}
+    columns["split_unit"] = assignments.unit_ids.take(index)
     columns |= own_columns(block["extra"], job.columns)
     if job.max_seq_len is None:
         messages = one_array(block["messages"])
