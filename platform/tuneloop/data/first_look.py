@@ -14,6 +14,7 @@ from tuneloop.data.sources.files import DOCUMENTS, SourceFile, find_files
 from tuneloop.data.sources.formats import RowError, used_columns
 from tuneloop.data.sources.layout import Layout, find_layout
 from tuneloop.data.sources.readers import Record, read_records, read_source
+from tuneloop.errors import DataError
 from tuneloop.records import Message
 
 _JSON_WITHIN_JSON = "JSON within JSON"
@@ -62,9 +63,8 @@ def look(path: str) -> FirstLook:
     Raises:
         DataError: There is no such file, or no layout fits its rows.
     """
-    is_text = path.endswith(DOCUMENTS)
-    files = find_files([_source(path, Layout("text" if is_text else "messages"))])
-    if is_text or all(file.suffix in DOCUMENTS for file in files):
+    files = _files(path)
+    if all(file.suffix in DOCUMENTS for file in files):
         layout, models = Layout("text"), set()
     else:
         layout = find_layout((row.content for row in _records(files)), path)
@@ -92,6 +92,33 @@ def look(path: str) -> FirstLook:
         has_system=seen.has_system,
         model=models.pop() if len(models) == 1 else "",
     )
+
+
+def _files(path: str) -> list[SourceFile]:
+    """Return the files that a path stands for, by the layout that finds most.
+
+    In a directory, what is a description of the data depends on the columns that are read.
+
+    Raises:
+        DataError: No layout finds any.
+    """
+    found: list[list[SourceFile]] = []
+    errors: list[DataError] = []
+    for layout in (
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "question_answer",
+        "text",
+    ):
+        try:
+            found.append(find_files([_source(path, Layout(layout))]))
+        except DataError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return max(found, key=len)
 
 
 def _source(path: str, layout: Layout) -> MixedSourceConfig:

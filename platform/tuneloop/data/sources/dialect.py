@@ -22,6 +22,18 @@ _MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
+# How files begin that are no text, whatever their names say.
+_BYTES = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "a zip, as spreadsheets are",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"%PDF": "PDF",
+    b"SQLite": "SQLite",
+}
 _PLACES = 3
 SAMPLE_BYTES = 1 << 16
 
@@ -35,6 +47,11 @@ class Dialect(NamedTuple):
 
     separator: str
     is_line: bool
+
+
+def kind_of_bytes(first: bytes) -> str:
+    """Return what a file that begins with some bytes is; empty if it may be text."""
+    return next((kind for mark, kind in _BYTES.items() if first.startswith(mark)), "")
 
 
 def encoding_of(first: bytes) -> str:

@@ -251,7 +251,10 @@ def passed_over(sources: Sequence[SourceConfig]) -> list[str]:
     return [
         path
         for folder, source in folders
-        if folder.is_dir() and repository_of(source, TABLES) is None and not _saved_files(folder)
+        if folder.is_dir()
+        and repository_of(source, TABLES) is None
+        and not _saved_files(folder)
+        and not (folder / "dataset_dict.json").is_file()
         for path in _of_folder(folder, source).passed_over
         if SourceFile(path, 0).suffix in TABLES
     ]
@@ -340,6 +343,15 @@ def _nothing_found(path: str, where: str) -> Problem:
         )
     if "://" in path:
         return Problem("no such file", where=where, got=path)
+    if Path(path).expanduser().exists():
+        is_folder = Path(path).expanduser().is_dir()
+        return Problem(
+            "the directory has no file with rows" if is_folder else "no file with rows",
+            where=where,
+            got=path,
+            allowed=", ".join((*TABLES, *DOCUMENTS)),
+            remedy="hidden files, and JSON that only describes data, are passed over",
+        )
     folder = Path(path).expanduser().absolute().parent
     siblings = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     close = difflib.get_close_matches(Path(path).name, siblings, n=1)

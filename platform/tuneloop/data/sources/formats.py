@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from tuneloop.config import OneTaskConfig, SourceConfig
@@ -205,6 +206,8 @@ def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> 
         # A label 0 or 1, a count; pandas writes whole numbers as 1.0 where some are missing.
         is_whole = isinstance(reference, float) and reference.is_integer()
         completion = json.dumps(int(reference) if is_whole else reference)
+    elif isinstance(reference, Decimal) and reference.is_finite():
+        completion = f"{reference:f}"
     else:
         completion = _text(row, answer)
     messages = [Message("system", system.strip())] if system else []
@@ -493,7 +496,9 @@ def _content(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        isinstance(part, dict)
+        and part.get("type") in ("text", "input_text", "output_text")
+        and isinstance(part.get("text"), str)
         for part in value
     ):
         return "".join(part["text"] for part in value)

@@ -54,10 +54,14 @@ def find_layout(records: Iterable[Mapping[str, Any] | RowError], where: str) -> 
     votes: Counter[str] = Counter()
     values: Counter[str] = Counter()
     texts: Counter[str] = Counter()
+    constants: dict[str, Any] = {}
     num_preferences = num_rows = 0
+    error: RowError | None = None
     for record in records:
         if isinstance(record, RowError):
+            error = error or record
             continue
+        constants = _same(constants, record) if num_rows else dict(record)
         num_rows += 1
         values.update(name for name, value in record.items() if value not in (None, ""))
         texts.update(name for name, value in record.items() if _is_text(value))
@@ -69,10 +73,16 @@ def find_layout(records: Iterable[Mapping[str, Any] | RowError], where: str) -> 
         chosen = votes.most_common(1)[0][0]
         return Layout(chosen, mend=["preferences"] if num_preferences else [])
     often = [name for name in values if values[name] * 2 >= num_rows]
-    columns = _columns([name for name in often if texts[name] * 2 >= values[name]], often)
+    # What is the same in all rows is neither a question nor an answer.
+    told = [name for name in often if num_rows == 1 or name not in constants]
+    columns = _columns([name for name in told if texts[name] * 2 >= values[name]], told)
     if columns is None:
-        raise DataError(_unknown(num_rows, often, where))
+        raise DataError(_unknown(often, where, error if not num_rows else None))
     return columns
+
+
+def _same(constants: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in constants.items() if record.get(name) == value}
 
 
 def _is_text(value: Any) -> bool:
@@ -82,10 +92,10 @@ def _is_text(value: Any) -> bool:
 
 def _named_layout(row: Mapping[str, Any]) -> str:
     """Return the format whose columns a row has; empty if none."""
-    if "messages" in row:
-        return "messages"
-    if "conversations" in row:
-        return "sharegpt"
+    for column, layout in (("messages", "messages"), ("conversations", "sharegpt")):
+        turns = row.get(column)
+        if isinstance(turns, list) or (isinstance(turns, str) and turns.lstrip().startswith("[")):
+            return layout
     if "instruction" in row and row.keys() & {"output", "instances"}:
         return "alpaca"
     if is_preference(row, "alpaca") and "instruction" in row:
@@ -130,21 +140,19 @@ def _first_named(names: Iterable[str], columns: list[str]) -> str | None:
     return next((plain[name] for name in names if name in plain), None)
 
 
-def _unknown(num_rows: int, columns: list[str], where: str) -> Problem:
-    if not num_rows:
-        return Problem(
-            "no row can be read",
-            where=where,
-            allowed="JSONL, JSON, CSV, TSV, Parquet or Arrow with a row for each example",
-            remedy="look at its first lines: `tuneloop init` writes a configuration to fill in",
-        )
+def _unknown(columns: list[str], where: str, error: RowError | None) -> Problem:
+    """Return why rows with some columns have no layout, or why no row can be read."""
+    remedy = "`tuneloop init` writes a configuration to fill in"
+    if error is not None:
+        return Problem(error.what, where, error.got, error.allowed, error.remedy)
+    if not columns:
+        return Problem("there are no rows", where=where, remedy=remedy)
     shown = ", ".join(columns[:_SHOWN_COLUMNS]) + (", …" if len(columns) > _SHOWN_COLUMNS else "")
     return Problem(
         "no two columns look like a question and its answer",
         where=where,
-        got=f"columns {shown or 'none'}",
+        got=f"columns {shown}",
         allowed="messages, conversations, instruction and output, prompt and completion, question "
         "and answer, or two columns of text",
-        remedy="`tuneloop init` writes a configuration to fill in: set `format: columns` and name "
-        "them under `columns`",
+        remedy=f"{remedy}: set `format: columns` and name them under `columns`",
     )

@@ -25,7 +25,13 @@ from pyarrow import parquet
 from tuneloop.config import MixedSourceConfig, OneTaskConfig, TuneloopConfig
 from tuneloop.data.filters.quality import apply_filters
 from tuneloop.data.schema import SourceRow, row_key
-from tuneloop.data.sources.dialect import BYTE_ORDER_MARK, SAMPLE_BYTES, encoding_of, separator_of
+from tuneloop.data.sources.dialect import (
+    BYTE_ORDER_MARK,
+    SAMPLE_BYTES,
+    encoding_of,
+    kind_of_bytes,
+    separator_of,
+)
 from tuneloop.data.sources.files import DOCUMENTS, SourceFile
 from tuneloop.data.sources.formats import (
     FileError,
@@ -52,6 +58,8 @@ _MADE_BY_US = {"row_id", "input_ids", "loss_mask"}
 _KEPT_OF_BAD_ROW = 10_000
 # Of lists and objects in one another: what follows recurses.
 _MOST_LEVELS = 100
+# Types of files in which an object has a null for every name that other objects have.
+_ARROW = (".parquet", ".arrow")
 _UTF8_MARK = b"\xef\xbb\xbf"
 # An object of which one key would be lost is refused.
 _DECODER = json.JSONDecoder(object_pairs_hook=object_of)
@@ -94,6 +102,11 @@ def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iter
             if isinstance(record, RowError):
                 raise record
             record = _without_marks(record, used)
+            if file.suffix in _ARROW and source.format in ("messages", "sharegpt"):
+                record = {
+                    name: without_nulls(value) if name in used else value
+                    for name, value in record.items()
+                }
             _fill(row, record, source, config)
             row["extra"] = _json(_kept_columns(record, used, source.task))
             _refuse_lone_surrogates(row)
@@ -145,6 +158,13 @@ def _without_marks(record: dict[str, Any], used: Set[str]) -> dict[str, Any]:
         if isinstance(value, str) and value.startswith(BYTE_ORDER_MARK):
             record[name] = value.removeprefix(BYTE_ORDER_MARK)
     return record
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the names of objects that have no value, which Arrow fills in."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _truth(value: Any) -> bool | None:
@@ -230,11 +250,19 @@ def read_records(file: SourceFile) -> Iterator[Record]:
     """Yield what stands in a file, row by row, as it is laid out there."""
     try:
         with file.open() as stream:
-            yield from _FORMATS[file.suffix](stream)
+            reader = _FORMATS[file.suffix]
+            if reader in (_parquet, _arrow):
+                yield from reader(stream)
+                return
+            buffered = io.BufferedReader(stream, 1 << 20)
+            if kind := kind_of_bytes(buffered.peek(8)):
+                yield Record(1, _not_text(kind, file.suffix))
+                return
+            yield from reader(buffered)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        remedy = "save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
-        yield Record(1, FileError("the file is not UTF-8", got=f"byte {byte:#04x}", remedy=remedy))
+        got = f"byte {byte:#04x}"
+        yield Record(1, FileError("the file is not UTF-8", got=got, remedy=_TO_UTF8))
     except FileNotFoundError as error:
         remedy = "put it where every node sees it, or send it with `tuneloop submit`"
         yield Record(1, FileError("the file cannot be read", got=str(error), remedy=remedy))
@@ -242,18 +270,24 @@ def read_records(file: SourceFile) -> Iterator[Record]:
         yield Record(1, FileError("the file cannot be read", got=str(error)))
 
 
-def _text_of(stream: pa.NativeFile) -> io.TextIOWrapper:
+def _not_text(kind: str, suffix: str) -> FileError:
+    return FileError(
+        f"the file is no text, as `{suffix}` says, but {kind}",
+        allowed=f"text, also compressed and so named: {suffix}.gz, {suffix}.zst",
+        remedy="give it the suffix of what it is, or save it as text",
+    )
+
+
+def _text_of(buffered: io.BufferedReader) -> io.TextIOWrapper:
     """Return a stream as text, by its byte-order mark or as UTF-8, with line ends as they are."""
-    buffered = io.BufferedReader(stream, 1 << 20)
     return io.TextIOWrapper(buffered, encoding_of(buffered.peek(8)), newline="")
 
 
-def _document(stream: pa.NativeFile) -> Iterator[Record]:
+def _document(stream: io.BufferedReader) -> Iterator[Record]:
     yield Record(1, {"text": _text_of(stream).read()})
 
 
-def _json_lines(stream: pa.NativeFile) -> Iterator[Record]:
-    buffered = io.BufferedReader(stream, 1 << 20)
+def _json_lines(buffered: io.BufferedReader) -> Iterator[Record]:
     encoding = encoding_of(buffered.peek(8))
     if encoding == "utf-8-sig":
         yield from _parsed_lines(buffered)
@@ -273,22 +307,22 @@ def _parsed_lines(lines: Iterable[bytes]) -> Iterator[Record]:
             yield Record(line, error)
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            yield Record(line, ParseError("the line is not UTF-8", got=f"byte {byte:#04x}"))
+            got = f"byte {byte:#04x}"
+            yield Record(line, ParseError("the line is not UTF-8", got=got, remedy=_TO_UTF8))
         except RecursionError:
             yield Record(line, _too_deep(data[:_SHOWN].decode(errors="replace")))
         except ValueError as error:
             text = data.decode(errors="replace").rstrip("\n")
             got = f"{error}: {_shortened(text)}"
-            problem = ParseError("the line is not valid JSON", got=got, allowed="one JSON object")
-            yield Record(line, problem)
+            what, allowed = "the line is not valid JSON", "one JSON object, whole, on each line"
+            yield Record(line, ParseError(what, got=got, allowed=allowed))
         else:
             # Most rows have too few brackets to be looked into.
             is_flat = data.count(b"[") + data.count(b"{") <= _MOST_LEVELS
             yield Record(line, _object(record, is_flat))
 
 
-def _json_array(stream: pa.NativeFile) -> Iterator[Record]:
-    remedy = "one object per line is `.jsonl`"
+def _json_array(stream: io.BufferedReader) -> Iterator[Record]:
     data = _text_of(stream).read()
     try:
         records = _array(data)
@@ -300,16 +334,66 @@ def _json_array(stream: pa.NativeFile) -> Iterator[Record]:
         if isinstance(_json_or_none(next((line for line in lines if line.strip()), b"")), dict):
             # As others write it: objects one after the other, called `.json`.
             yield from _parsed_lines(lines)
-            return
-        problem = FileError("the file is not valid JSON", got=str(error), remedy=remedy)
-        yield Record(getattr(error, "lineno", 1), problem)
+        elif data.lstrip().startswith("{"):
+            yield from _one_after_the_other(data)
+        else:
+            remedy = "one object per line is `.jsonl`"
+            problem = FileError("the file is not valid JSON", got=str(error), remedy=remedy)
+            yield Record(getattr(error, "lineno", 1), problem)
+        return
+    if isinstance(records, dict):
+        within = [key for key, value in records.items() if _is_rows(value)]
+        if within:
+            yield Record(1, _rows_within(within, records))
+        else:
+            yield Record(1, _object(records))
         return
     if not isinstance(records, list):
         got, allowed = type(records).__name__, "a list of objects"
-        yield Record(1, FileError("the file is not a list", got, allowed, remedy))
+        yield Record(1, FileError("the file is not a list", got, allowed))
         return
     for number, record in enumerate(records, 1):
         yield Record(number, _object(record))
+
+
+def _is_rows(value: Any) -> bool:
+    """Return whether a value of a file's only object is rows, and no turns of one row."""
+    return (
+        isinstance(value, list)
+        and len(value) > 1
+        and all(isinstance(part, dict) and not {"role", "from"} & part.keys() for part in value)
+    )
+
+
+def _rows_within(keys: Sequence[str], content: Mapping[str, Any]) -> FileError:
+    """Return the error of a file whose rows stand under a key."""
+    told = ", ".join(f"`{key}` with {len(content[key]):,} objects" for key in keys)
+    return FileError(
+        "the file is one object, with rows under a key",
+        got=told,
+        allowed="a list of objects, or one object on each line of a `.jsonl`",
+        remedy=f"write the rows alone, for example with `jq -c '.{keys[0]}[]'`",
+    )
+
+
+def _one_after_the_other(data: str) -> Iterator[Record]:
+    """Yield objects that follow one another, each over some lines."""
+    place, line, space = 0, 1, " \t\r\n"
+    while place < len(data):
+        if data[place] in space:
+            line, place = line + (data[place] == "\n"), place + 1
+            continue
+        try:
+            record, end = _DECODER.raw_decode(data, place)
+        except RepeatedKeyError as error:
+            end = json.JSONDecoder().raw_decode(data, place)[1]
+            record = error
+        except (ValueError, RecursionError) as error:
+            got = f"{error}: {_shortened(data[place : place + _SHOWN])}"
+            yield Record(line, FileError("the file is not valid JSON", got=got))
+            return
+        yield Record(line, _object(record))
+        line, place = line + data.count("\n", place, end), end
 
 
 def _array(data: str) -> Any:
@@ -349,9 +433,8 @@ def _json_or_none(data: bytes) -> Any:
         return None
 
 
-def _separated(stream: pa.NativeFile, delimiter: str) -> Iterator[Record]:
+def _separated(buffered: io.BufferedReader, delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(1 << 30)
-    buffered = io.BufferedReader(stream, SAMPLE_BYTES)
     first = buffered.peek(SAMPLE_BYTES)[:SAMPLE_BYTES]
     encoding = encoding_of(first)
     dialect = separator_of(first.decode(encoding, "ignore"), delimiter)
@@ -510,8 +593,9 @@ def _python_value(scalar: pa.Scalar) -> Any:
 
 
 _SHOWN = 80
+_TO_UTF8 = "save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`"
 _TOO_DEEP = "lists and objects are nested too deep"
-_FORMATS: dict[str, Callable[[pa.NativeFile], Iterator[Record]]] = {
+_FORMATS: dict[str, Callable[[Any], Iterator[Record]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json_array,
