@@ -12,6 +12,7 @@ from tuneloop.artifacts import Artifact
 from tuneloop.data.schema import SPLITS
 from tuneloop.evals.reporting.error_analysis import paginate
 from tuneloop.evals.reporting.overview import read_card, read_split, search_rows
+from tuneloop.records import Message
 
 PAGE_SIZE = 10
 
@@ -32,7 +33,8 @@ def show_rows(folder: str) -> None:
     for row in paginate(matches, page, PAGE_SIZE)[0]:
         turns = row.get("messages") or [{"role": "text", "content": row.get("text") or ""}]
         body = "".join(
-            theme.labelled(turn["role"], theme.text(turn["content"], mono=True)) for turn in turns
+            theme.labelled(turn["role"], theme.text(Message.of(turn).text, mono=True))
+            for turn in turns
         )
         chips = [theme.chip(str(row.get("source") or "unknown source"))]
         if row.get("num_tokens") is not None:

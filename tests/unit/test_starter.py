@@ -68,7 +68,7 @@ def test_what_is_no_question_and_answer_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no two columns look like") as caught:
         look(path)
     assert caught.value.problems[0].got == "columns a, b, c"
-    with pytest.raises(DataError, match="no row can be read"):
+    with pytest.raises(DataError, match="the line is not valid JSON"):
         look(lines(tmp_path / "none.jsonl", ["{", "["]))
 
 

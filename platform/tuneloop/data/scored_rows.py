@@ -16,7 +16,7 @@ from tuneloop.data.sources.bad_rows import BadRow, refuse_bad_rows, refuse_misma
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 
 def prepare_scored_rows(config: TuneloopConfig, workspace: Workspace) -> Published:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tuneloop.config import TuneloopConfig
+from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.schema import SourceRow
 from tuneloop.data.sources.bad_rows import BadRow, bad_row_problems, refuse_bad_rows
 from tuneloop.data.sources.dialect import file_notices
@@ -30,6 +31,8 @@ from tuneloop.data.write.own_columns import (
     shapes_of,
 )
 from tuneloop.errors import DataError
+
+DATA = DataConfig.model_validate({"sources": [{"path": "a", "format": "text"}]})
 
 
 def config_for(path: Path | str, **more: Any) -> TuneloopConfig:
@@ -490,3 +493,85 @@ def test_any_arrow_table_that_is_read_can_be_written(
         with pa.ipc.new_stream(str(path), table.schema) as writer:
             writer.write_table(table)
     hold(path, count)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.jsonl", gzip.compress(b'{"question": "q", "answer": "a"}\n'), "gzip"),
+        ("a.csv", b"PK\x03\x04" + bytes(range(256)), "a zip"),
+        ("a.json", b"PAR1" + bytes(40), "Parquet"),
+        ("a.txt", b"%PDF-1.7\n", "PDF"),
+    ],
+)
+def test_what_is_no_text_is_told_by_what_it_is(
+    tmp_path: Path, name: str, content: bytes, kind: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    is_text = name.endswith(".txt")
+    more = {"format": "text", "task": {"type": "language_modeling"}} if is_text else {}
+    ((_, what),) = complaints(read(path, **more))
+    assert f"but {kind}" in what
+
+
+def test_objects_of_a_json_file_that_is_no_list(tmp_path: Path) -> None:
+    one, two = pairs({"n": 1}, {"n": 2})
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(one))
+    assert texts(read(path)) == [("q0", "a0")]
+    path.write_text(f"{json.dumps(one, indent=1)}\n{json.dumps(two, indent=1)}\n")
+    assert [row["source"] for row in read(path)] == [f"{path}:1", f"{path}:6"]
+    path.write_text(json.dumps({"version": 1, "data": [one, two]}))
+    ((_, what),) = complaints(read(path))
+    assert what == "the file is one object, with rows under a key"
+    with pytest.raises(DataError, match=r"jq -c '\.data\[\]'"):
+        refuse_bad_rows([BadRow("a", row["rejection"]) for row in read(path)], 1, DATA)
+    # One row with its turns is a row.
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path.write_text(json.dumps(chat))
+    assert texts(read(path, format="messages")) == [("q", "a")]
+
+
+def test_names_that_arrow_fills_in_are_no_arguments(tmp_path: Path) -> None:
+    def asked(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        call = {"function": {"name": "f", "arguments": arguments}}
+        return [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+
+    rows = [asked({"city": "Oslo"}), asked({"number": 3, "more": {"unit": "m"}})]
+    tools = [[{"name": "f", "parameters": {"city": {}}}], [{"name": "f", "parameters": {"n": {}}}]]
+    path = tmp_path / "a.parquet"
+    meta = [{"a": 1}, {"b": 2}]
+    for tool in tools:  # no Parquet type for an object without fields
+        tool[0]["parameters"][next(iter(tool[0]["parameters"]))] = {"type": "string"}
+    table = {"messages": rows, "tools": tools, "meta": meta}
+    parquet.write_table(pa.table(table), path)
+    found = read(path, format="messages")
+    calls = [row["messages"][-1]["tool_calls"][0]["function"]["arguments"] for row in found]
+    assert [json.loads(text) for text in calls] == [
+        {"city": "Oslo"},
+        {"number": 3, "more": {"unit": "m"}},
+    ]
+    told = [json.loads(row["tools"])[0]["function"]["parameters"] for row in found]
+    assert told == [{"city": {"type": "string"}}, {"n": {"type": "string"}}]
+    assert [json.loads(row["extra"]) for row in found] == [
+        {"meta": {"a": 1, "b": None}},
+        {"meta": {"a": None, "b": 2}},
+    ]
+
+
+def test_decimals_are_answers(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    answers = pa.array([Decimal("1.50"), Decimal(2), None], pa.decimal128(10, 2))
+    parquet.write_table(pa.table({"question": ["q", "r", "s"], "answer": answers}), path)
+    rows = read(path)
+    assert texts(rows[:2]) == [("q", "1.50"), ("r", "2.00")]
+    assert complaints(rows) == [(f"{path}:3", "`answer` is empty")]
+
+
+def test_a_directory_without_rows_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the directory has no file with rows"):
+        read(tmp_path)
+    (tmp_path / "about.json").write_text('{"version": 1}')
+    with pytest.raises(DataError, match="the directory has no file with rows"):
+        read(tmp_path)

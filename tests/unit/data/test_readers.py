@@ -344,7 +344,7 @@ def test_sources_that_lead_nowhere_are_told_all_at_once(tmp_path: Path) -> None:
     ("name", "content", "expected"),
     [
         ("a.json", b'[{"a": 1}', "the file is not valid JSON"),
-        ("a.json", b'{"a": 1}', "the file is not a list"),
+        ("a.json", b"3", "the file is not a list"),
         ("a.parquet", b"no parquet", "the file is not valid Parquet"),
         ("a.jsonl.gz", b"no gzip", "the file cannot be read"),
         ("a.csv", b"question,answer\n\xff,b\n", "the file is not UTF-8"),

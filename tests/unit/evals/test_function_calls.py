@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 
-from tuneloop.config import OneTaskConfig
+from tuneloop.config import OneTaskConfig, TaskConfig, TuneloopConfig
+from tuneloop.evals.reporting.error_analysis import prompt_turns
+from tuneloop.evals.runner import make_scorer
 from tuneloop.evals.scoring.function_calls import find_calls, function_call, with_accepted
 from tuneloop.evals.scoring.metrics import Scorer
+from tuneloop.evals.scoring.questions import Question, messages_json
+from tuneloop.evals.scoring.simple import answer_simply
+from tuneloop.records import Conversation, Message
 
 TASK = OneTaskConfig(type="generation")
 ACCEPTED = [{"area": {"base": [10, 12], "unit": ["units", ""], "where": [{"city": ["Rome"]}, ""]}}]
@@ -49,6 +54,37 @@ def test_a_call_is_right_with_accepted_values_only(completion: str, expected: fl
     scorer = Scorer(TASK, {"a": REFERENCE})
     assert scorer.primary == "function_call"
     assert scorer.score(REFERENCE, completion, "") == {"function_call": expected}
+
+
+def test_calls_decide_where_nothing_is_configured() -> None:
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "t",
+            "task": {"type": "generation"},
+            "model": {"base": "x"},
+            "data": {"sources": [{"path": "a.jsonl", "format": "messages"}]},
+        }
+    )
+    asked = [Question("a", (Message("user", "How large?"),), REFERENCE)]
+    assert make_scorer(config, asked).primary == "function_call"
+    words = [*asked, Question("b", (Message("user", "Where?"),), "Rome")]
+    assert make_scorer(config, words).primary == "token_f1"
+
+
+def test_the_simple_arm_answers_with_the_nearest_rows_calls() -> None:
+    function = {"name": "area", "arguments": '{"base": 10}'}
+    calls = json.dumps([{"id": "1", "type": "function", "function": function}])
+    turns = Message("user", "How large?"), Message("assistant", "", tool_calls=calls)
+    asked = [Question("a", (Message("user", "How large is it?"),), REFERENCE)]
+    answers = answer_simply([Conversation(turns, "r")], asked, TaskConfig(type="generation"))
+    assert function_call(REFERENCE, answers["a"], TASK) == 1
+
+
+def test_calls_within_a_prompt_are_shown() -> None:
+    calls = json.dumps([{"id": "1", "function": {"name": "area", "arguments": "{}"}}])
+    prompt = messages_json([Message("user", "a"), Message("assistant", "", tool_calls=calls)])
+    shown = '{"name": "area", "arguments": {}}'
+    assert prompt_turns(prompt) == [("user", "a"), ("assistant", shown)]
 
 
 def test_several_calls_in_any_order_and_references_without_a_list() -> None:

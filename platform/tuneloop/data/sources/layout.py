@@ -74,7 +74,7 @@ def find_layout(records: Iterable[Mapping[str, Any] | RowError], where: str) -> 
         return Layout(chosen, mend=["preferences"] if num_preferences else [])
     often = [name for name in values if values[name] * 2 >= num_rows]
     # What is the same in all rows is neither a question nor an answer.
-    told = [name for name in often if num_rows == 1 or name not in constants]
+    told = [name for name in often if num_rows == 1 or name not in constants] or often
     columns = _columns([name for name in told if texts[name] * 2 >= values[name]], told)
     if columns is None:
         raise DataError(_unknown(often, where, error if not num_rows else None))

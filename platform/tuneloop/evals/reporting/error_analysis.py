@@ -19,6 +19,7 @@ from tuneloop.evals.scoring.pairing import (
 )
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.records import Message
 
 Against = Literal["reference", "other"]
 T = TypeVar("T")
@@ -208,7 +209,7 @@ def judged_metrics(evaluation: Evaluation, task: str | None = None) -> list[str]
 def prompt_turns(prompt: str) -> list[tuple[str, str]]:
     """Return a stored prompt as (role, text); plain text has the role `text`."""
     try:
-        return [(str(turn["role"]), str(turn["content"])) for turn in json.loads(prompt)]
+        return [(turn["role"], Message.of(turn).text) for turn in json.loads(prompt)]
     except (ValueError, TypeError, KeyError):
         return [("text", prompt)]
 

@@ -133,10 +133,15 @@ def code_of_own_scorers(evaluation: EvaluationConfig) -> dict[str, str]:
 def primary_of(
     task: OneTaskConfig, evaluation: EvaluationConfig, metrics: Mapping[str, Metric] | None
 ) -> str:
-    """Return the metric that decides: `evaluation.primary`, else the task's, else the first."""
+    """Return the metric that decides: `evaluation.primary`, else the task's, else the first.
+
+    Empty where the rows decide: calls are not scored by words.
+    """
     usual = TASK_METRICS[task.type].primary
-    if evaluation.primary or metrics is None or usual in metrics:
-        return evaluation.primary or usual
+    if evaluation.primary or metrics is None:
+        return evaluation.primary or ""
+    if usual in metrics:
+        return usual
     answers = {name: m for name, m in metrics.items() if name not in PERPLEXITY_METRICS}
     return next((n for n, m in answers.items() if m.better != "neither"), next(iter(answers)))
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 
 from tuneloop.evals.scoring.metrics import Scorer, parse_object
-from tuneloop.records import Conversation, FinishReason
+from tuneloop.records import Conversation, FinishReason, Message
 from tuneloop.repetition import is_repetitive
 from tuneloop.spelling import capitalised_words, dictionary, is_known, is_slip, prose_words
 from tuneloop.words import split_words
@@ -99,7 +99,7 @@ def terms_of(conversations: Iterable[Conversation]) -> frozenset[str]:
         for word in {
             word.lower()
             for message in conversation.messages
-            for word in _ANY_WORD.findall(message.content)
+            for word in _ANY_WORD.findall(message.text)
         }
     )
     return frozenset(word for word, count in counts.items() if count >= _TERM_ROWS)
@@ -114,6 +114,6 @@ def _num_words(text: str) -> int:
 def _prompt_text(prompt: str) -> str:
     """Return the turns of a stored prompt; in JSON an escaped line end would join a word."""
     try:
-        return "\n".join(str(turn["content"]) for turn in json.loads(prompt))
-    except (ValueError, TypeError, KeyError):
+        return "\n".join(Message.of(turn).text for turn in json.loads(prompt))
+    except (ValueError, TypeError, KeyError, AttributeError):
         return prompt

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tuneloop.evals")
 # Raised when a change here changes an answer.
-VERSION = 2
+VERSION = 3
 # Rows that are learned from at most: 20,000 rows with 150 labels take seconds.
 MOST_ROWS = 20_000
 _MANY_ROWS = 1_000
@@ -80,7 +80,7 @@ def answer_simply(
         if len(rows) > MOST_ROWS:
             _log.info("the simple arm learns from %d of %d rows", MOST_ROWS, len(rows))
             rows = rows[:MOST_ROWS]
-        labels = [row.messages[-1].content for row in rows]
+        labels = [row.messages[-1].text for row in rows]
         if task.of(name).type == "classification":
             chosen = _classify(rows, labels, asked)
         else:
@@ -155,6 +155,6 @@ def _texts(
     systems = {tuple(m.content for m in messages if m.role == "system") for messages in turns}
 
     def text(messages: Sequence[Message]) -> str:
-        return "\n".join(m.content for m in messages if m.role != "system" or len(systems) > 1)
+        return "\n".join(m.text for m in messages if m.role != "system" or len(systems) > 1)
 
     return [text(messages) for messages in turns], [text(q.messages) for q in questions]
