@@ -24,7 +24,7 @@ def load_rows(location: str, folder: str, _artifact: Artifact) -> list[dict[str,
 
 def show_rows(folder: str) -> None:
     """Show a split row by row, with its turns."""
-    words = st.text_input("Search", key="q", placeholder="words to find")
+    words = st.text_input("Search", key="q", placeholder="words to find", bind="query-params")
     rows = load_rows(artifact.location, folder, artifact)
     matches = search_rows(rows, words or "")
     st.caption(f"{len(matches):,} of {len(rows):,} rows")

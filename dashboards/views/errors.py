@@ -17,8 +17,7 @@ from tuneloop.evals.reporting.error_analysis import (
     Against,
     Filter,
 )
-from tuneloop.evals.reporting.views import show_slices
-from tuneloop.evals.scoring.error_tags import ERROR_TAGS
+from tuneloop.evals.reporting.views import evidence_of, show_slices, show_train_row
 from tuneloop.evals.scoring.pairing import Change, PairedExample, count_changes
 from tuneloop.evals.scoring.results import Evaluation
 
@@ -134,9 +133,11 @@ def show_example(
         score = analysis.describe_score(evaluation, prediction, metric)
         tone = {"right": "good", "wrong": "bad", "not scored": "warn"}.get(score, "")
         chips = [theme.chip(score, tone)]
+        evidence = evidence_of(prediction)
         for tag in prediction.error_tags:
             change = example.tag_change(tag) if prediction is example.after else "fixed"
-            chips.append(theme.chip(analysis.tag_label(tag), TAG_TONES[change or "fixed"]))
+            words = ": ".join(filter(None, (analysis.tag_label(tag), evidence.get(tag))))
+            chips.append(theme.chip(words, TAG_TONES[change or "fixed"]))
         body = (
             theme.text(prediction.error) if prediction.status != "scored" else theme.pieces(parts)
         )
@@ -158,6 +159,25 @@ def show_example(
                 st.html("".join(theme.labelled(r, theme.text(t, mono=True)) for r, t in turns))
 
 
+def show_nearest(example: PairedExample, evaluation: Evaluation, dataset: str) -> None:
+    """Show the training rows that may explain the candidate's answer, each with a link to it."""
+    rows = evaluation.nearest.get(example.example_id, [])
+    if not rows or example.after.arm != evaluation.candidate["name"]:
+        return
+    with st.popover("Training rows that may explain it", type="tertiary"):
+        for row in map(show_train_row, rows):
+            chip = theme.chip(row["notes"], "bad" if row["tone"] else "")
+            body = theme.text(row["question"]) + theme.labelled("Answer", theme.text(row["answer"]))
+            st.html(theme.box(row["row_id"], [chip], body))
+            if dataset.partition("@")[0].endswith("-scored"):
+                continue  # rows of the user's own: what was trained on is in another dataset
+            st.page_link(
+                "views/dataset.py",
+                label="Open the row →",
+                query_params={"datasets": dataset, "view": "Train rows", "q": row["row_id"]},
+            )
+
+
 artifact, evaluation, before, after, metric, task = choose()
 if evaluation.metrics["task_type"] == "language_modeling":
     st.info("Plain text is scored by likelihood: there are no answers to compare.")
@@ -171,9 +191,13 @@ st.subheader("Errors")
 tags = analysis.count_tags(examples)
 if tags:
     with st.container(key="tags"):
-        st.table(analysis.tag_rows(tags, before, after), border="horizontal", hide_index=True)
+        st.table(
+            analysis.tag_rows(tags, before, after, evaluation.tags),
+            border="horizontal",
+            hide_index=True,
+        )
 else:
-    st.caption("Neither arm makes an error that has a name: " + ", ".join(ERROR_TAGS) + ".")
+    st.caption("Neither arm makes an error that has a name: " + ", ".join(evaluation.tags) + ".")
 
 if slices := show_slices(evaluation, after, before):
     st.subheader("Parts of the rows")
@@ -205,3 +229,4 @@ if not matches:
     st.info("No example matches all filters. Clear one of them.")
 for example in analysis.paginate(matches, page, PAGE_SIZE)[0]:
     show_example(example, evaluation, metric, against or "reference")
+    show_nearest(example, evaluation, artifact.manifest["inputs"][0])

@@ -107,7 +107,8 @@ def _evaluation_problems(config: TuneloopConfig) -> list[Problem]:
 
 def _metric_problems(config: TuneloopConfig, base: BaseModel, data: DataCheck) -> list[Problem]:
     """Return what is wrong with the chosen metrics, tried on the first row's answer."""
-    if not (config.evaluation.metrics or config.evaluation.primary):
+    e = config.evaluation
+    if not (e.metrics or e.primary or e.tags):
         return []
     answer = ""
     for row in data.spread[:1]:

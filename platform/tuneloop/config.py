@@ -637,6 +637,9 @@ class JudgeConfig(Section):
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}$")]
 
 
+DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
+
+
 class MetricConfig(Section):
     """A metric by its name, with its options."""
 
@@ -759,6 +762,12 @@ class EvaluationConfig(Section):
         None,
         description="The metric that decides: headline, comparison and sweeps read it. Default: "
         "the task's own, or the first of `metrics`.",
+    )
+    tags: list[DottedPath] = Field(
+        default_factory=list,
+        description="Error tags of your own, beside those of `docs/evaluation.md`: dotted paths to "
+        "functions `my_module.my_tag(reference, completion)` that return None where nothing is "
+        "wrong, else True or the text that shows it.",
     )
     group_by: str | None = Field(
         None,

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from tuneloop.words import CHARACTERS_PER_WORD, is_unspaced, split_words
+from tuneloop.words import CHARACTERS_PER_WORD, PLACED_WORD, Span, is_unspaced, split_words
 
 # Raised when the definition changes. Datasets that were filtered by it are then prepared again.
 REPETITION_VERSION = 2
@@ -37,6 +37,23 @@ def repeated_ratio(text: str) -> float:
     strings = _json_strings(text)
     counts = [_count(part) for part in ([text] if strings is None else strings)]
     return sum(repeated for _, repeated in counts) / max(1, sum(total for total, _ in counts))
+
+
+def first_repetition(text: str) -> Span | None:
+    """Return the first phrase that a text has used before, with its place; None without one.
+
+    It may lie in an item of a list or a value of JSON whose repetition counts less than here.
+    """
+    words = [match for match in PLACED_WORD.finditer(text) if any(map(str.isalnum, match[0]))]
+    length = _phrase_length([match[0] for match in words])
+    seen: set[tuple[str, ...]] = set()
+    for start in range(len(words) - length + 1):
+        phrase = tuple(match[0] for match in words[start : start + length])
+        if phrase in seen:
+            begin, end = words[start].start(), words[start + length - 1].end()
+            return Span(text[begin:end], begin, end)
+        seen.add(phrase)
+    return None
 
 
 def _count(text: str) -> tuple[int, int]:
@@ -80,15 +97,18 @@ def _json_strings(text: str) -> list[str] | None:
 def _repeated_characters(words: Sequence[str]) -> int:
     seen: set[tuple[str, ...]] = set()
     is_repeated = [False] * len(words)
-    length = _PHRASE_WORDS
-    if 2 * sum(map(is_unspaced, words)) > len(words):
-        length *= CHARACTERS_PER_WORD
+    length = _phrase_length(words)
     for start in range(len(words) - length + 1):
         phrase = tuple(words[start : start + length])
         if phrase in seen:
             is_repeated[start : start + length] = [True] * length
         seen.add(phrase)
     return _length([word for word, repeats in zip(words, is_repeated, strict=True) if repeats])
+
+
+def _phrase_length(words: Sequence[str]) -> int:
+    is_mostly_unspaced = 2 * sum(map(is_unspaced, words)) > len(words)
+    return _PHRASE_WORDS * (CHARACTERS_PER_WORD if is_mostly_unspaced else 1)
 
 
 def _length(words: Sequence[str]) -> int:

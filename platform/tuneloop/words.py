@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import NamedTuple
 
 import regex
 
@@ -15,8 +16,18 @@ _CHARACTER = regex.compile(rf"[{_UNSPACED}]\p{{M}}*", regex.V1)
 # A word: such a character, or a run of other letters, marks and digits (needs `regex.V1`).
 WORD_PATTERN = rf"(?:[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}_]--[{_UNSPACED}]]+)"
 _WORD = regex.compile(WORD_PATTERN, regex.V1)
+# What `split_words` gives, to be found with its place.
+PLACED_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[\S--[{_UNSPACED}]]+", regex.V1)
 # A word of a script without spaces is about two characters long.
 CHARACTERS_PER_WORD = 2
+
+
+class Span(NamedTuple):
+    """A part of a text: its words and where they stand, in characters."""
+
+    text: str
+    start: int
+    end: int
 
 
 def split_words(text: str) -> list[str]:

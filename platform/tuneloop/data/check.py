@@ -9,7 +9,6 @@ from typing import Generic, TypeVar
 
 from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.decontamination.held_out import read_evaluations
-from tuneloop.data.filters.languages import refuse_unknown_languages
 from tuneloop.data.schema import ReasonCode, Rejection, SourceRow, Stage
 from tuneloop.data.sources.bad_rows import (
     BadRow,
@@ -44,6 +43,7 @@ from tuneloop.data.write.own_columns import (
     shapes_of,
 )
 from tuneloop.errors import DataError, Problem
+from tuneloop.languages import refuse_unknown_languages
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError

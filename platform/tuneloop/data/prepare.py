@@ -25,7 +25,6 @@ from tuneloop.data.decontamination.decontaminate import decontaminate
 from tuneloop.data.decontamination.held_out import EvaluationRows, read_evaluations
 from tuneloop.data.dedup.conflicts import find_conflicts
 from tuneloop.data.dedup.deduplicate import deduplicate
-from tuneloop.data.filters.languages import refuse_unknown_languages
 from tuneloop.data.hashing.content import Content
 from tuneloop.data.schema import Side, Stage
 from tuneloop.data.sources.bad_rows import refuse_mismatched_formats
@@ -36,6 +35,7 @@ from tuneloop.data.split.assign import assign_sides, split_ledger
 from tuneloop.data.tokenize.rendering import Rendering
 from tuneloop.data.tokenize.tokenize import open_ledger, tokenize_rows
 from tuneloop.data.write.parquet import write_rows
+from tuneloop.languages import refuse_unknown_languages
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.progress import Progress
 from tuneloop.repetition import REPETITION_VERSION

@@ -26,9 +26,14 @@ from tuneloop.evals.scoring.asking import (
 from tuneloop.evals.scoring.budget import cost_per_1000, mean_count
 from tuneloop.evals.scoring.calibration import describe_calibration
 from tuneloop.evals.scoring.cheapest import find_cheapest
-from tuneloop.evals.scoring.choosable import chosen_metrics, code_of_own_scorers, primary_of
+from tuneloop.evals.scoring.choosable import (
+    chosen_metrics,
+    code_of_own_scorers,
+    own_tags,
+    primary_of,
+)
 from tuneloop.evals.scoring.comparison import compare, summarise
-from tuneloop.evals.scoring.error_tags import tag_errors, terms_of
+from tuneloop.evals.scoring.diagnosis import Diagnosis, read_train
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.judged_pairs import describe_judging
 from tuneloop.evals.scoring.judging import (
@@ -50,8 +55,8 @@ from tuneloop.evals.scoring.metrics import (
     PERPLEXITY,
     PERPLEXITY_METRICS,
     Scorer,
-    without_thought,
 )
+from tuneloop.evals.scoring.nearest import read_nearest
 from tuneloop.evals.scoring.perplexity import (
     identity_of,
     perplexities,
@@ -59,7 +64,7 @@ from tuneloop.evals.scoring.perplexity import (
     stored_answer,
 )
 from tuneloop.evals.scoring.predictions import Prediction, read_predictions, write_predictions
-from tuneloop.evals.scoring.questions import Question, read_questions, read_solved
+from tuneloop.evals.scoring.questions import Question, read_questions
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.row_clusters import RowClusters, read_clusters
 from tuneloop.evals.scoring.slices import describe_slices, find_slices, read_columns
@@ -68,18 +73,18 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 15
+CODE_VERSION = 16
 _REFUSED = re.compile(
     r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
 )
 
 
 class _Context(NamedTuple):
-    """What is known about the rows: clusters, words often used, and by arm those it has seen."""
+    """What is known about the rows: clusters, those an arm has seen, and how errors are found."""
 
     clusters: RowClusters
-    terms: frozenset[str]
     seen: Mapping[str, set[str]]
+    diagnosis: Diagnosis
 
 
 def sampling(evaluation: EvaluationConfig) -> SamplingParams:
@@ -212,12 +217,13 @@ def evaluate(
         return Published(published, reused=True)
     e = config.evaluation
     questions = read_questions(dataset, config.task.tasks, e.split)
-    context = _Context(
-        read_clusters(dataset, e.group_by, e.split),
-        terms_of(read_solved(dataset)),
-        find_seen(arms, questions),
-    )
+    clusters = read_clusters(dataset, e.group_by, e.split)
+    seen = find_seen(arms, questions)
     scorer = make_scorer(config, questions)
+    tags = own_tags(e)
+    if questions[0].reference:
+        for tag in tags:
+            tag.find(questions[0].reference, questions[0].reference, questions[0].example_id)
     params = sampling(config.evaluation)
     requests = [request for arm in arms for request in _requests(arm, questions, params)]
     made = identity(config, dataset, arms, judging)
@@ -236,6 +242,8 @@ def evaluate(
             lambda request, answer: _scores(scorer, request, answer)[scorer.primary],
         )
         _refuse_many_unscored(requests, answers, config.evaluation.max_unscored_ratio)
+        train = read_train(workspace, dataset, arms, list(config.task.tasks))
+        context = _Context(clusters, seen, Diagnosis(scorer, questions, train, tags))
         predictions = [
             _prediction(scorer, request, answer, context)
             for request, answer in zip(requests, answers, strict=True)
@@ -267,7 +275,11 @@ def evaluate(
         columns = read_columns(dataset, e.split)
         slices = find_slices(predictions, columns, scorer, context.clusters.by)
         evaluation.slices.update(describe_slices(predictions, slices, scorer, e.confidence))
+        evaluation.metrics["error_tags"] = context.diagnosis.meanings
         _account(evaluation, arms, free)
+        candidates = [p for p in predictions if p.arm == arms[-1].name]
+        context.diagnosis.write_nearest(candidates, draft.path)
+        evaluation.nearest.update(read_nearest(draft.path))
         if judging:
             _add_judge(evaluation, judging, judgements, workspace)
             write_judgements(judgements, draft.path)
@@ -438,7 +450,7 @@ def _prediction(
     reference, finish_reason = request.question.reference, answer.finish_reason
     seen = context.seen.get(request.arm.name)
     scored = finish_reason is not None
-    return Prediction(
+    prediction = Prediction(
         example_id=answer.example_id,
         arm=request.arm.name,
         prompt=answer.prompt,
@@ -450,23 +462,17 @@ def _prediction(
         latency_s=answer.latency_s,
         status="scored" if scored else "unscored",
         error=answer.error,
-        error_tags=(
-            tag_errors(
-                scorer.of(request.question.task),
-                reference,
-                without_thought(answer.text),
-                finish_reason,
-                answer.prompt,
-                context.terms,
-            )
-            if finish_reason is not None and not request.question.text
-            else []
-        ),
         scores=dict(_scores(scorer, request, answer)) if scored else {},
         task=request.question.task,
         cluster=context.clusters.names.get(answer.example_id, answer.example_id),
         contaminated=is_contaminated(request.question, request.shots, seen),
         probability=answer.probability,
+    )
+    errors = context.diagnosis.find(prediction)
+    return dataclasses.replace(
+        prediction,
+        error_tags=[error.tag for error in errors],
+        error_evidence=[dataclasses.asdict(error) for error in errors],
     )
 
 

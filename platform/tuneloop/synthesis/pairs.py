@@ -31,12 +31,12 @@ from tuneloop.config import (
     TaskConfig,
     TuneloopConfig,
 )
-from tuneloop.data.filters.languages import refuse_unknown_languages
 from tuneloop.data.hashing.content import content_id
 from tuneloop.data.schema import ReasonCode, Stage, dataset_schema, removed_schema
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
 from tuneloop.errors import ConfigError, DataError, EndpointError, Problem
+from tuneloop.languages import refuse_unknown_languages
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError

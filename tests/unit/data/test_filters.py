@@ -6,7 +6,6 @@ import pytest
 
 from tuneloop.config import FiltersConfig
 from tuneloop.data.filters.boilerplate import find_notice, strip_notices
-from tuneloop.data.filters.languages import foreign_language, refuse_unknown_languages
 from tuneloop.data.filters.quality import (
     Filtered,
     apply_filters,
@@ -18,6 +17,7 @@ from tuneloop.data.filters.quality import (
     repair_text,
 )
 from tuneloop.errors import DataError
+from tuneloop.languages import foreign_language, refuse_unknown_languages
 
 PROSE = (
     "The archive keeps letters from four centuries. Readers may order up to six boxes a day, and "

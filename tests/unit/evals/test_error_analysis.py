@@ -76,7 +76,7 @@ def test_largest_changes_come_first_and_unscored_ones_last(evaluation: Evaluatio
 
 def test_tags_are_counted_as_fixed_introduced_and_both(evaluation: Evaluation) -> None:
     examples = evaluation.pair("base", "tuned", "right")
-    rows = analysis.tag_rows(analysis.count_tags(examples), "base", "tuned")
+    rows = analysis.tag_rows(analysis.count_tags(examples), "base", "tuned", {"empty": "no text"})
     columns = ("base", "tuned", "fixed", "introduced", "in both")
     # r4 is not scored in one arm: its error is nobody's.
     assert {row["error"]: tuple(row[name] for name in columns) for row in rows} == {

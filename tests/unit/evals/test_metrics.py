@@ -316,7 +316,7 @@ def test_tags_say_what_is_wrong():
     assert tag_errors(scorer, REFERENCE, "", "stop") == ["empty"]
     assert tag_errors(scorer, REFERENCE, REFERENCE[:-5], "length") == ["cut_off", "wrong_format"]
     assert tag_errors(scorer, REFERENCE, "word " * 60, "length") == [
-        "cut_off", "wrong_format", "repetitive", "too_long",
+        "cut_off", "never_stops", "wrong_format", "repetitive", "too_long",
     ]  # fmt: skip
     labels = Scorer(TaskConfig(type="classification", labels=["yes", "no"]), {})
     assert tag_errors(labels, "yes", "no", "stop") == []

@@ -17,8 +17,8 @@ import ftfy
 
 from tuneloop.config import FiltersConfig
 from tuneloop.data.filters.boilerplate import find_notice, find_self_reference, strip_notices
-from tuneloop.data.filters.languages import foreign_language
 from tuneloop.data.schema import ReasonCode, Rejection, Stage
+from tuneloop.languages import foreign_language
 from tuneloop.repetition import is_repetitive, repeated_ratio
 from tuneloop.spelling import is_known, prose_words
 

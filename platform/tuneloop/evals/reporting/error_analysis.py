@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from tuneloop.evals.reporting.formatting import Piece, format_value, word_diff
-from tuneloop.evals.scoring.error_tags import ERROR_TAGS
+from tuneloop.evals.scoring.error_tags import tags_of
 from tuneloop.evals.scoring.pairing import (
     Change,
     PairedExample,
@@ -75,7 +75,8 @@ class Filter:
         """Return whether an example is to be shown."""
         if self.change is not None and example.change != self.change:
             return False
-        tag_changes = {example.tag_change(tag) for tag in ([self.tag] if self.tag else ERROR_TAGS)}
+        tags = {*example.before.error_tags, *example.after.error_tags}
+        tag_changes = {example.tag_change(tag) for tag in ([self.tag] if self.tag else tags)}
         if (self.tag and tag_changes == {None}) or (
             self.tag_change and self.tag_change not in tag_changes
         ):
@@ -97,7 +98,8 @@ class Filter:
 def count_tags(examples: Sequence[PairedExample]) -> list[TagCount]:
     """Return the errors that either arm makes, most frequent first."""
     answered = [example for example in examples if example.is_answered]
-    counts = [TagCount(tag, **count_tag_changes(answered, tag)) for tag in ERROR_TAGS]
+    tags = tags_of([p for e in answered for p in (e.before, e.after)])
+    counts = [TagCount(tag, **count_tag_changes(answered, tag)) for tag in tags]
     return sorted((count for count in counts if count.total), key=lambda count: -count.total)
 
 
@@ -214,7 +216,9 @@ def prompt_turns(prompt: str) -> list[tuple[str, str]]:
         return [("text", prompt)]
 
 
-def tag_rows(counts: Sequence[TagCount], before: str, after: str) -> list[dict[str, str | int]]:
+def tag_rows(
+    counts: Sequence[TagCount], before: str, after: str, meanings: Mapping[str, str]
+) -> list[dict[str, str | int]]:
     """Return the tag counts as a table whose columns carry the arms' names."""
     return [
         {
@@ -224,7 +228,7 @@ def tag_rows(counts: Sequence[TagCount], before: str, after: str) -> list[dict[s
             "fixed": count.fixed,
             "introduced": count.introduced,
             "in both": count.both,
-            "meaning": ERROR_TAGS[count.tag],
+            "meaning": meanings.get(count.tag, ""),
         }
         for count in counts
     ]

@@ -23,14 +23,17 @@ from tuneloop.evals.reporting.formatting import (
     word_diff,
 )
 from tuneloop.evals.reporting.headline import describe_arm, describe_rows, direction
-from tuneloop.evals.scoring.error_tags import ERROR_TAGS
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, PRECISION_PREFIX, Metric, in_task
 from tuneloop.evals.scoring.pairing import Change, PairedExample
+from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.text import shorten
 
 _NUM_EXAMPLES = 5
 _LONGEST_TEXT = 1500
+_LONGEST_EVIDENCE, _LONGEST_ROW = 120, 300
+# A label that fewer of the rows like its own have is doubtful.
+_DENIED = 0.2
 _MOST_LABELS = 20
 _OUTCOME_LABELS = {
     "fixed": "fixed",
@@ -323,7 +326,7 @@ def show_tags(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [
         {
             "name": tag,
-            "label": ERROR_TAGS[tag],
+            "label": meaning,
             "counts": [
                 (count, 100 * count / max(1, arm["num_scored"]))
                 for arm in evaluation.arms
@@ -332,7 +335,7 @@ def show_tags(evaluation: Evaluation) -> list[dict[str, Any]]:
             "changes": changes.get(tag),
         }
         # An evaluation of an earlier version lacks tags that are newer.
-        for tag in ERROR_TAGS
+        for tag, meaning in evaluation.tags.items()
         if any(arm["error_tags"].get(tag) for arm in evaluation.arms)
     ]
 
@@ -368,12 +371,42 @@ def _example(evaluation: Evaluation, example: PairedExample) -> dict[str, Any]:
                 "arm": prediction.arm,
                 "score": describe_score(evaluation, prediction, evaluation.primary),
                 "right": prediction.scores[evaluation.primary] == 1,
-                "tags": prediction.error_tags,
+                "tags": [
+                    {"name": tag, "evidence": shorten(evidence.get(tag, ""), _LONGEST_EVIDENCE)}
+                    for evidence in [evidence_of(prediction)]
+                    for tag in prediction.error_tags
+                ],
                 "pieces": word_diff(reference, shorten(prediction.completion, _LONGEST_TEXT)),
                 "empty": not prediction.completion.strip(),
             }
             for prediction in (example.before, example.after)
         ],
+        "nearest": [show_train_row(row) for row in evaluation.nearest.get(example.example_id, [])]
+        if example.after.arm == evaluation.candidate["name"]
+        else [],
+    }
+
+
+def evidence_of(prediction: Prediction) -> dict[str, str]:
+    """Return what each of an answer's tags rests on, by tag."""
+    return {evidence["tag"]: evidence["detail"] for evidence in prediction.error_evidence}
+
+
+def show_train_row(row: dict[str, Any]) -> dict[str, str]:
+    """Return a training row near a question as text: what it asks and says, and why it matters."""
+    notes = [f"similarity {row['similarity']:.2f}"]
+    if row["conflicts"]:
+        notes.append("says otherwise than the reference")
+    if row["gives_this_answer"]:
+        notes.append("gives this answer")
+    if row["agreement"] is not None and row["agreement"] < _DENIED:
+        notes.append(f"{row['agreement']:.0%} of the rows like it have its label")
+    return {
+        "row_id": row["row_id"],
+        "question": shorten(row["question"], _LONGEST_ROW),
+        "answer": shorten(row["answer"], _LONGEST_ROW),
+        "notes": "; ".join(notes),
+        "tone": "wrong" if row["conflicts"] else "",
     }
 
 

@@ -21,6 +21,7 @@ import regex
 
 from tuneloop.config import EvaluationConfig, MetricConfig, OneTaskConfig, TaskConfig
 from tuneloop.errors import ConfigError, Problem
+from tuneloop.evals.scoring.error_tags import ERROR_TAGS, Evidence
 from tuneloop.evals.scoring.metrics import (
     FUNCTION_CALL,
     PERPLEXITY,
@@ -102,32 +103,111 @@ def chosen_metrics(task: OneTaskConfig, evaluation: EvaluationConfig) -> dict[st
 
 
 def try_scorers(task: OneTaskConfig, evaluation: EvaluationConfig, text: str) -> list[Problem]:
-    """Return what is wrong with the chosen metrics.
+    """Return what is wrong with the chosen metrics and with tags of the user's own.
 
     Args:
         task: One task, or a mixture.
-        evaluation: `metrics` and `primary`.
+        evaluation: `metrics`, `primary` and `tags`.
         text: A reference, on which they are tried as its own answer; empty: they are not tried.
     """
+    problems: list[Problem] = []
     try:
         for metric in (chosen_metrics(task, evaluation) or {}).values():
             if metric.score is not None and text:
                 metric.score(text, text, task)
     except ConfigError as error:
-        return list(error.problems)
-    return []
+        problems += error.problems
+    try:
+        for tag in own_tags(evaluation):
+            if text:
+                tag.find(text, text, "the first")
+    except ConfigError as error:
+        problems += error.problems
+    return problems
 
 
 def code_of_own_scorers(evaluation: EvaluationConfig) -> dict[str, str]:
-    """Return a hash of the code of each of the user's own scorers, by dotted path."""
+    """Return a hash of the code of each of the user's own scorers and tags, by dotted path."""
     codes = {}
-    for index, option in enumerate(evaluation.metrics):
-        if "." in option.name:
-            own = _load(option.name, f"evaluation.metrics.{index}")
-            file = inspect.getsourcefile(own)
-            code = Path(file).read_bytes() if file else option.name.encode()
-            codes[option.name] = hashlib.sha256(code).hexdigest()
+    for path, where in (
+        *((m.name, f"evaluation.metrics.{n}") for n, m in enumerate(evaluation.metrics)),
+        *((tag, f"evaluation.tags.{n}") for n, tag in enumerate(evaluation.tags)),
+    ):
+        if "." in path:
+            file = inspect.getsourcefile(_load(path, where))
+            code = Path(file).read_bytes() if file else path.encode()
+            codes[path] = hashlib.sha256(code).hexdigest()
     return codes
+
+
+class OwnTag:
+    """An error tag of the user's own: a function of reference and completion.
+
+    It returns None, False or an empty text where nothing is wrong, else True or what shows it; a
+    part of the completion is then marked.
+
+    Args:
+        path: Dotted path of the function; its last part names the tag.
+        where: Dotted key of the setting.
+
+    Raises:
+        ConfigError: The function cannot be loaded, or a tag has that name already.
+    """
+
+    def __init__(self, path: str, where: str) -> None:
+        self.path, self.where, self.name = path, where, path.rpartition(".")[2]
+        self._own = _load(path, where, "tag")
+        if self.name in ERROR_TAGS:
+            raise ConfigError(Problem("there is a tag of that name already", where, self.name))
+        lines = (inspect.getdoc(self._own) or "").strip().splitlines()
+        self.meaning = lines[0].rstrip(".") if lines else f"`{path}`"
+
+    def find(self, reference: str, completion: str, row: str) -> Evidence | None:
+        """Return what is wrong with an answer, or None.
+
+        Args:
+            row: Id of the row, for the message.
+
+        Raises:
+            ConfigError: The function fails, or returns something else.
+        """
+        try:
+            told: object = self._own(reference, completion)
+            if told is None or told is False or told == "":
+                return None
+            if not isinstance(told, str) and told is not True:
+                raise TypeError(f"it returned {told!r}")
+        except Exception as error:
+            # Whatever a user's function raises.
+            what = f"{type(error).__name__}: {error}"
+            raise _bad_function(
+                Problem(f"the tag `{self.path}` failed", self.where, what),
+                row,
+                "None or False, or True or a text that shows what is wrong",
+            ) from error
+        detail = told if isinstance(told, str) else ""
+        start = completion.find(detail) if detail else -1
+        if start < 0:
+            return Evidence(self.name, detail)
+        return Evidence(self.name, detail, start, start + len(detail))
+
+
+def own_tags(evaluation: EvaluationConfig) -> list[OwnTag]:
+    """Return the user's own tags.
+
+    Raises:
+        ConfigError: One cannot be loaded.
+    """
+    tags: list[OwnTag] = []
+    problems: list[Problem] = []
+    for index, path in enumerate(evaluation.tags):
+        try:
+            tags.append(OwnTag(path, f"evaluation.tags.{index}"))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return tags
 
 
 def primary_of(
@@ -224,7 +304,7 @@ def _with_options(name: str, option: MetricConfig, where: str) -> Metric:
     return metric
 
 
-def _load(path: str, where: str) -> OwnScorer:
+def _load(path: str, where: str, kind: str = "scorer") -> OwnScorer:
     """Return the function that a dotted path names; modules of this directory come first."""
     module, _, name = path.rpartition(".")
     here = str(Path.cwd())
@@ -236,7 +316,7 @@ def _load(path: str, where: str) -> OwnScorer:
         # Whatever a user's module does when it is imported.
         raise ConfigError(
             Problem(
-                "the scorer cannot be loaded",
+                f"the {kind} cannot be loaded",
                 where=where,
                 got=f"{path}: {type(error).__name__}: {error}",
                 allowed="a function of two texts, reference and completion",
@@ -267,12 +347,20 @@ def _score_own(
 
 
 def _bad_scorer(where: str, path: str, what: str, reference: str, completion: str) -> ConfigError:
+    shown = f"{what}; reference {reference[:100]!r}, completion {completion[:100]!r}"
+    return _bad_function(
+        Problem(f"the scorer `{path}` failed", where, shown),
+        "",
+        "a number from 0 to 1, or None where it does not apply",
+    )
+
+
+def _bad_function(problem: Problem, row: str, allowed: str) -> ConfigError:
     return ConfigError(
-        Problem(
-            f"the scorer `{path}` failed",
-            where=where,
-            got=f"{what}; reference {reference[:100]!r}, completion {completion[:100]!r}",
-            allowed="a number from 0 to 1, or None where it does not apply",
+        replace(
+            problem,
+            where=f"{problem.where}, row {row}" if row else problem.where,
+            allowed=allowed,
             remedy="mend the function; answers that came are kept",
         )
     )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuneloop.evals.scoring.clusters import Clusters
-from tuneloop.evals.scoring.error_tags import ERROR_TAGS
+from tuneloop.evals.scoring.error_tags import tags_of
 from tuneloop.evals.scoring.estimates import (
     adjust_p_values,
     describe_difference,
@@ -144,7 +144,7 @@ def _summarise_arm(
         "unscored_reasons": {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
         "scores": scores,
         **extra,
-        "error_tags": {tag: sum(tag in p.error_tags for p in scored) for tag in ERROR_TAGS},
+        "error_tags": {tag: sum(tag in p.error_tags for p in scored) for tag in tags_of(scored)},
         "mean_prompt_tokens": _mean([p.prompt_tokens for p in scored]),
         "median_completion_tokens": _median([p.completion_tokens for p in scored]),
         "median_latency_s": _median([p.latency_s for p in scored]),
@@ -175,7 +175,10 @@ def _compare_pair(
     return {
         "differences": differences,
         "outcomes": _outcomes(examples, scorer.metrics[scorer.primary]),
-        "error_tags": {tag: count_tag_changes(examples, tag) for tag in ERROR_TAGS},
+        "error_tags": {
+            tag: count_tag_changes(examples, tag)
+            for tag in tags_of([p for e in examples for p in (e.before, e.after)])
+        },
     }
 
 

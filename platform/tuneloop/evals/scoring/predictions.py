@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +14,9 @@ import pyarrow.parquet as pq
 from tuneloop.records import FinishReason, Status
 
 FILE = "predictions.parquet"
+_EVIDENCE = pa.struct(
+    [("tag", pa.string()), ("detail", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
+)
 _COLUMNS = [
     ("example_id", pa.string()),
     ("arm", pa.string()),
@@ -26,6 +30,7 @@ _COLUMNS = [
     ("status", pa.string()),
     ("error", pa.string()),
     ("error_tags", pa.list_(pa.string())),
+    ("error_evidence", pa.list_(_EVIDENCE)),
     ("cluster", pa.string()),
     ("contaminated", pa.bool_()),
     ("probability", pa.float64()),
@@ -42,6 +47,8 @@ class Prediction:
         latency_s: From sending to the full answer, with the other requests in flight.
         error: Why the row is unscored, empty otherwise.
         scores: Metric by name; empty when unscored.
+        error_evidence: For each tag its `tag`, `detail`, and the `start` and `end` of the part of
+            the completion that shows it, in characters; None where no part does.
         task: The row's task in a mixture; empty otherwise.
         cluster: Rows of one cluster are right and wrong together. Empty where the row is one of
             its own.
@@ -63,6 +70,7 @@ class Prediction:
     error: str = ""
     error_tags: list[str] = field(default_factory=list)
     scores: dict[str, float | None] = field(default_factory=dict)
+    error_evidence: list[dict[str, Any]] = field(default_factory=list)
     task: str = ""
     cluster: str = ""
     contaminated: bool | None = None

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tuneloop.artifacts import Artifact
+from tuneloop.evals.scoring.error_tags import ERROR_TAGS
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, PRECISION_PREFIX, Metric, in_task
+from tuneloop.evals.scoring.nearest import read_nearest
 from tuneloop.evals.scoring.pairing import PairedExample, by_change, pair_arms
 from tuneloop.evals.scoring.predictions import Prediction, read_predictions
 
@@ -21,6 +23,8 @@ class Evaluation:
         metrics: Content of `metrics.json`.
         comparison: Content of `comparison.json`.
         slices: Content of `slices.json`; empty in an evaluation of an earlier version.
+        nearest: Rows of `nearest.parquet` by example id: what may explain wrong answers of the
+            candidate.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Evaluation:
     metrics: dict[str, Any]
     comparison: dict[str, Any]
     slices: dict[str, Any] = field(default_factory=dict)
+    nearest: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, artifact: Artifact) -> Evaluation:
@@ -37,7 +42,8 @@ class Evaluation:
         predictions = read_predictions(artifact.path, list(metrics["metrics"]))
         stored = artifact.path / "slices.json"
         slices = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
-        return cls(artifact.name, predictions, metrics, comparison, slices)
+        nearest = read_nearest(artifact.path)
+        return cls(artifact.name, predictions, metrics, comparison, slices, nearest)
 
     @property
     def primary(self) -> str:
@@ -61,6 +67,12 @@ class Evaluation:
     def metric(self, name: str) -> Metric:
         """Return what a metric means."""
         return Metric(**self.metrics["metrics"][name])
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What each error tag says, by name."""
+        # An evaluation of an earlier version does not say.
+        return dict(self.metrics.get("error_tags", ERROR_TAGS))
 
     def task_types(self) -> set[str]:
         """Return the types of all tasks."""

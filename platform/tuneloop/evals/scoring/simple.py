@@ -110,8 +110,8 @@ def nearest_rows(
 
     Alike is the cosine of TF-IDF vectors; of rows equally alike the earlier one comes first.
     """
-    texts, asked = _texts(rows, questions)
-    vectorizer = _vectorizer()
+    texts, asked = asked_texts(rows, questions)
+    vectorizer = vectorizer_of_words()
     known = vectorizer.fit_transform(texts)
     nearest: list[list[int]] = []
     for start in range(0, len(asked), 256):
@@ -129,30 +129,40 @@ def _classify(
 
     if len(set(labels)) == 1:
         return [labels[0]] * len(questions)
-    texts, asked = _texts(rows, questions)
+    texts, asked = asked_texts(rows, questions)
     # With many rows, words that only one of them has tell nothing and cost most: 7,500 rows of 150
     # labels take 2 s of CPU without them and 58 s with them; the multinomial solver takes 48 s.
-    vectorizer = _vectorizer(min_rows=2 if len(rows) >= _MANY_ROWS else 1)
+    vectorizer = vectorizer_of_words(min_rows=2 if len(rows) >= _MANY_ROWS else 1)
     one = LogisticRegression(C=10.0, solver="liblinear", tol=1e-2)
     classifier = OneVsRestClassifier(one).fit(vectorizer.fit_transform(texts), labels)
     return [str(label) for label in classifier.predict(vectorizer.transform(asked))]
 
 
-def _vectorizer(min_rows: int = 1) -> TfidfVectorizer:
+def vectorizer_of_words(min_rows: int = 1, most_rows: float = 1.0) -> TfidfVectorizer:
+    """Return TF-IDF of words and pairs of words.
+
+    Args:
+        min_rows: Rows that have to have a word for it to count.
+        most_rows: Share of the rows that may have it, 0 to 1.
+    """
     # Loading it takes a second, and only an evaluation that is not there yet needs it.
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(
-        ngram_range=(1, 2), min_df=min_rows, sublinear_tf=True, token_pattern=_WORD
+        ngram_range=(1, 2),
+        min_df=min_rows,
+        max_df=most_rows,
+        sublinear_tf=True,
+        token_pattern=_WORD,
     )
 
 
-def _texts(
+def asked_texts(
     rows: Sequence[Conversation], questions: Sequence[Question]
 ) -> tuple[list[str], list[str]]:
     """Return what each row and each question asks; a system message only where they differ."""
     turns = [row.messages[:-1] for row in rows]
-    systems = {tuple(m.content for m in messages if m.role == "system") for messages in turns}
+    systems = {tuple(m.text for m in messages if m.role == "system") for messages in turns}
 
     def text(messages: Sequence[Message]) -> str:
         return "\n".join(m.text for m in messages if m.role != "system" or len(systems) > 1)

@@ -42,6 +42,19 @@ def foreign_language(text: str, allowed: Sequence[str]) -> str:
     return code if code != _NO_LANGUAGE and possible <= _LARGEST_CHANCE else ""
 
 
+def language_of(text: str) -> str:
+    """Return the language that a text is clearly in, as its ISO 639-1 code; empty otherwise.
+
+    A text with fewer than 40 letters, code left out, is not judged.
+    """
+    words = _NEUTRAL.sub(" ", text[:_MOST_CHARACTERS])
+    if sum(map(len, words.split())) < _FEWEST_LETTERS:
+        return ""
+    code, probability = _identifier().rank(words)[0]
+    is_clear = str(code) != _NO_LANGUAGE and probability >= 1 - _LARGEST_CHANCE
+    return str(code) if is_clear else ""
+
+
 def refuse_unknown_languages(codes: Sequence[str]) -> None:
     """Raise DataError for language codes that the identifier does not know."""
     if not codes:
