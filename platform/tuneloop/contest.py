@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import ArmConfig, TaskConfig, TuneloopConfig
 from tuneloop.data.decontamination.seen import datasets_of, find_seen
-from tuneloop.errors import ConfigError, ModelError, Problem, UserError
+from tuneloop.errors import ConfigError, DataError, ModelError, Problem, UserError
 from tuneloop.evals.scoring.constrained import KINDS, constrain, constrainable
 from tuneloop.evals.scoring.given import given_arm
 from tuneloop.evals.scoring.judging import Judging
@@ -61,10 +61,18 @@ def finetuned_arm(model_fingerprint: str) -> Arm:
 
 def finetuned_arms(config: TuneloopConfig, finetuned: Arm, dataset: Artifact) -> list[Arm]:
     """Return the arms of the finetuned model: constrained where the task has a form, then free."""
+    return [*_constrained(config, finetuned, FINETUNED_CONSTRAINED, dataset), finetuned]
+
+
+def _constrained(config: TuneloopConfig, arm: Arm, name: str, dataset: Artifact) -> list[Arm]:
+    """Return an arm with constrained answers, if the task has a form to bind them to."""
     if config.task.type not in KINDS:
-        return [finetuned]
-    bound = constrain(finetuned, config.task, dataset)
-    return [replace(bound, name=FINETUNED_CONSTRAINED), finetuned]
+        return []
+    try:
+        return [replace(constrain(arm, config.task, dataset), name=name)]
+    except DataError as error:
+        logger.warning("scored without `%s`: %s", name, error.problems[0])
+        return []
 
 
 def with_lineage(arm: Arm, workspace: Workspace, model: Path, task: TaskConfig) -> Arm:
@@ -136,8 +144,7 @@ def base_arms(
         e = config.evaluation
         shots = choose_shots(dataset, e.num_shots, e.seed, list(config.task.tasks))
         arms.append(replace(plain, name=FEW_SHOT, shots=shots))
-    if config.task.type in KINDS:
-        arms.append(replace(constrain(plain, config.task, dataset), name=BASE_CONSTRAINED))
+    arms += _constrained(config, plain, BASE_CONSTRAINED, dataset)
     simple = simple_arm(SIMPLE, dataset, config.task)
     arms.append(with_train_rows(simple, [dataset], config.task))
     return arms

@@ -9,6 +9,8 @@ from typing import Any
 
 from llguidance import LLMatcher, LLTokenizer
 
+# A schema, expression or grammar; larger ones take a while to compile.
+MAX_FORM_BYTES = 2**16
 # Bounded, so that no answer is white space until its tokens are used up.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 
@@ -22,6 +24,18 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     return LLMatcher.grammar_from_json_schema(
         dict(schema), overrides={"whitespace_pattern": _WHITE_SPACE}
     )
+
+
+def why_unusable(schema: Mapping[str, Any]) -> str:
+    """Return why no answer can be bound to a schema; empty where one can."""
+    size = len(json.dumps(schema).encode())
+    if size > MAX_FORM_BYTES:
+        return f"the schema has {size:,} bytes; {MAX_FORM_BYTES:,} are allowed"
+    try:
+        matcher = _matcher(json.dumps(schema))
+    except ValueError as error:
+        return str(error)
+    return str(matcher.get_error()) if matcher.is_error() else ""
 
 
 def has_form(text: str, schema: Mapping[str, Any]) -> bool:

@@ -14,15 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import (
+    LLMatcher,
+    LLParserLimits,
+    LLTokenizer,
+    TokenizerWrapper,
+    grammar_from,
+)
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.models.json_form import json_grammar
+from tuneloop.models.json_form import MAX_FORM_BYTES, json_grammar
 from tuneloop.serving.requests import AnswerForm, InvalidRequest
 
-MAX_FORM_BYTES = 2**16
 _NUM_KEPT = 64
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
 
@@ -89,13 +94,13 @@ class Constraints:
 
     Args:
         vocab_size: Of the model, which may have more ids than its tokenizer.
+
+    Raises:
+        ValueError: The tokens have no bytes of their own, as those of WordPiece.
     """
 
     def __init__(self, renderer: Renderer, vocab_size: int) -> None:
-        size = max(vocab_size, len(renderer.tokenizer))
-        self._tokenizer: LLTokenizer = from_tokenizer(
-            renderer.tokenizer, n_vocab=size, eos_token=list(renderer.stop_ids)
-        )
+        self._tokenizer = _as_llguidance(renderer, max(vocab_size, len(renderer.tokenizer)))
         self._limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
         self._has_leading_space = _drops_leading_space(renderer)
         self.compile = lru_cache(_NUM_KEPT)(self._compile)
@@ -128,6 +133,40 @@ class Constraints:
             raise _refusal("no text has it", form.param)
         matcher.reset()
         return Constraint(matcher, form.param)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance asks for it where it does not read its file."""
+
+    def __init__(self, renderer: Renderer, size: int) -> None:
+        self.eos_token_id = renderer.stop_ids[0]
+        self.bos_token_id = None
+        self.tokens = [renderer.token_bytes(token) for token in range(size)]
+        self.special_token_ids = list(renderer.tokenizer.all_special_ids)
+        special = set(self.special_token_ids)
+        self._ids = {data: i for i, data in enumerate(self.tokens) if data and i not in special}
+        self._longest = max(map(len, self._ids))
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Return tokens of exactly this text, the longest first: its tokenizer adds a space."""
+        ids: list[int] = []
+        while text:
+            sizes = range(min(self._longest, len(text)), 0, -1)
+            size = next((size for size in sizes if text[:size] in self._ids), 0)
+            if not size:
+                break
+            ids.append(self._ids[text[:size]])
+            text = text[size:]
+        return ids
+
+
+def _as_llguidance(renderer: Renderer, size: int) -> LLTokenizer:
+    stops = list(renderer.stop_ids)
+    decoder = json.loads(renderer.tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    if decoder.get("type") == "Metaspace":
+        wrapped = TokenizerWrapper(_Vocabulary(renderer, size))
+        return LLTokenizer(wrapped, n_vocab=size, eos_token=stops)
+    return from_tokenizer(renderer.tokenizer, n_vocab=size, eos_token=stops)
 
 
 def _refusal(reason: str, param: str) -> InvalidRequest:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from tuneloop import contest
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import ArmConfig, TuneloopConfig
+from tuneloop.errors import DataError
 from tuneloop.evals.reporting.gain import describe_gain
 from tuneloop.evals.reporting.headline import write_headline
 from tuneloop.evals.runner import evaluate
@@ -89,6 +90,17 @@ def test_the_schema_of_the_train_rows() -> None:
     assert has_form('{"b": "ü", "a": 1, "tags": ["v", "w"]}', schema)
     assert not has_form('{"a": 1, "b": "x"}', schema)  # a server writes them in order
     assert not has_form('{"b": "x", "a": 1', schema)
+
+
+def test_what_no_answer_can_be_bound_to_is_told(tmp_path: Path) -> None:
+    many = json.dumps({f"key {i}": i for i in range(3000)})
+    dataset = publish(Workspace(tmp_path), [["q", many]])
+    arm, task = Arm("base", Endpoint("", BASE), (), "weights"), {"type": "extraction"}
+    with pytest.raises(DataError, match="bytes"):
+        constrain(arm, make_config(task).task, dataset)
+    task = {"type": "classification", "labels": [f"label {i}" for i in range(1001)]}
+    with pytest.raises(DataError, match="1,001 labels"):
+        constrain(arm, make_config(task).task, dataset)
 
 
 def test_labels_of_another_server_come_as_json(tmp_path: Path) -> None:

@@ -238,6 +238,29 @@ def test_a_space_that_only_the_tokenizer_writes_is_allowed(strips: bool) -> None
     assert constraint.start().allows(vocabulary["▁yes"]) == strips
 
 
+def test_unigram_tokens_are_known_by_their_bytes() -> None:
+    pieces = ["<unk>", "<|im_start|>", "<|im_end|>", "▁", *"yesno<|>im_trdau\n", "▁yes", "no"]
+    scores = [(piece, -float(rank)) for rank, piece in enumerate(dict.fromkeys(pieces))]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", unk_token="<unk>"
+    )
+    renderer = Renderer(fast, TEMPLATES["chatml"])
+    form = AnswerForm("choice", json.dumps(["yes", "no"]), "structured_outputs")
+    constraint = Constraints(renderer, len(fast) + 5).compile(form)
+    torch.manual_seed(0)
+    texts = set()
+    for _ in range(30):
+        follower, ids = constraint.start(), []
+        while not follower.is_complete:
+            ids.append(int(follower.mask(torch.randn(len(fast) + 5)).argmax()))
+            follower.push(ids[-1])
+        texts.add(renderer.decode(ids))
+    assert texts == {"yes", "no"}
+
+
 LABELS = ["alarm", "alarm clock", "alert", "card lost", "card stolen", "cards", "ü", "zoo"]
 
 

@@ -26,7 +26,8 @@ from tuneloop.errors import ModelError, TuneloopError
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
-from tuneloop.serving.requests import DecodeRequest, InvalidRequest, QueueFull, Shaping
+from tuneloop.serving.ranking import AnswerTree
+from tuneloop.serving.requests import DecodeRequest, InvalidRequest, QueueFull, Ranking, Shaping
 from tuneloop.serving.sampling import argmax, sample, shape
 
 SMALL = {
@@ -105,6 +106,39 @@ def start() -> Iterator:  # type: ignore[type-arg]
 def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
     chooser = random.Random(seed)
     return [[chooser.randrange(99) for _ in range(length)] for length in lengths]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3 with window", "gpt2"])
+def test_searches_beside_other_requests_score_as_one_forward_pass_each(family: str, start) -> None:  # type: ignore[no-untyped-def]
+    """A search goes back and takes another branch: cached tokens are dropped, others are kept."""
+    model = make_model(FAMILIES[family])
+    plain_model = copy.deepcopy(model)
+    shared = prompts_of([70], seed=1)[0]
+    prompts = prompts_of([3, 126]) + [shared + one for one in prompts_of([2, 9], seed=2)]
+    chooser = random.Random(3)
+    answers = sorted(
+        {(*chooser.choices(range(1, 4), k=chooser.randint(1, 4)), 0) for _ in range(20)}
+    )
+    engine = start(model, max_batch_size=4)
+    params = SamplingParams(max_tokens=7)
+    requests = [
+        DecodeRequest(p, params, ranking=Ranking(AnswerTree(answers), 1.0)) for p in prompts
+    ]
+    plain = [DecodeRequest(p, SamplingParams(max_tokens=20)) for p in prompts]
+    futures = [engine.submit(one) for pair in zip(requests, plain, strict=True) for one in pair]
+    for prompt, found, other in zip(prompts, futures[::2], futures[1::2], strict=True):
+        assert other.result(60).token_ids == greedy(plain_model, prompt, 20)
+        ranked = found.result(60).ranked
+        assert len(ranked) == len(answers)
+        assert found.result().token_ids == list(answers[ranked[0].place][:-1])
+        for one in ranked[:3] + ranked[-3:]:
+            ids = [*prompt, *answers[one.place]]
+            with torch.no_grad():
+                logprobs = plain_model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            places = range(len(prompt) - 1, len(ids) - 1)
+            assert one.logprob == pytest.approx(
+                float(logprobs[places, ids[len(prompt) :]].sum()), abs=2e-3
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,13 +15,17 @@ from typing import Any
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import OneTaskConfig, TaskConfig
+from tuneloop.errors import DataError, Problem
 from tuneloop.evals.scoring.questions import read_solved
+from tuneloop.models.json_form import why_unusable
 from tuneloop.records import Arm
 
 KINDS = ("classification", "extraction")
 # The search among labels goes on until the probabilities are known this far.
 _COVERAGE = 0.99
 _LABEL = "label"
+_MOST_LABELS = 1000
+_UNBOUND = "answers cannot be bound to the form of the task"
 _SCALARS = {str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
 
 
@@ -36,8 +40,16 @@ def constrain(arm: Arm, task: TaskConfig, dataset: Artifact | None) -> Arm:
     Args:
         arm: Of a model of our own, or of an endpoint that knows `response_format`.
         dataset: Whose train rows have the JSON of an extraction; None where no task is one.
+
+    Raises:
+        DataError: There are more labels than a request may have, or the answers of the train rows
+            have no form that answers can be bound to.
     """
     names = constrainable(task)
+    for name in names:
+        if len(task.of(name).labels) > _MOST_LABELS:
+            got, allowed = f"{len(task.of(name).labels):,} labels", f"at most {_MOST_LABELS:,}"
+            raise DataError(Problem(_UNBOUND, got=got, allowed=allowed))
     if arm.endpoint.url:
         forms = {name: _endpoint_form(task.of(name), name, dataset, task) for name in names}
         labels = any(task.of(name).type == "classification" for name in names)
@@ -61,7 +73,8 @@ def _endpoint_form(
     if one.type == "extraction":
         schema = _read_schema(name, dataset, task)
         # What OpenAI calls strict has no property that may be left out.
-        return _json_form(schema, strict=set(schema["properties"]) == set(schema["required"]))
+        is_strict = set(schema.get("properties", ())) == set(schema.get("required", ()))
+        return _json_form(schema, strict=is_strict)
     properties = {_LABEL: {"type": "string", "enum": list(one.labels)}}
     return _json_form(_object(properties, [_LABEL]), strict=True)
 
@@ -89,7 +102,10 @@ def unwrap(text: str, key: str) -> str:
 def _read_schema(name: str, dataset: Artifact | None, task: TaskConfig) -> dict[str, Any]:
     assert dataset is not None, "`needs_dataset` said so"
     rows = read_solved(dataset, list(task.tasks))
-    return schema_of([row.messages[-1].text for row in rows if row.task == name])
+    schema = schema_of([row.messages[-1].text for row in rows if row.task == name])
+    if reason := why_unusable(schema):
+        raise DataError(Problem(_UNBOUND, where=dataset.ref, got=reason))
+    return schema
 
 
 def schema_of(answers: Sequence[str]) -> dict[str, Any]:
@@ -98,9 +114,7 @@ def schema_of(answers: Sequence[str]) -> dict[str, Any]:
     Properties come in the order that most answers have them in; those that every answer has are
     needed. A number may be any number.
     """
-    values = [json.loads(answer) for answer in answers]
-    schema = _schema([value for value in values if isinstance(value, dict)])
-    return schema if schema else _object({}, [])
+    return _schema([json.loads(answer) for answer in answers])
 
 
 def _schema(values: Sequence[Any]) -> dict[str, Any]:
