@@ -634,6 +634,25 @@ class JudgeConfig(Section):
     max_tokens: int = Field(512, ge=1, description="Longest answer of the judge, in tokens.")
 
 
+class ForgettingConfig(Section):
+    """What a model may have forgotten: general tasks before and after, by lm-evaluation-harness."""
+
+    tasks: list[str] = Field(
+        min_length=1,
+        description="Tasks of lm-evaluation-harness by name, or YAML files of your own "
+        "(`dataset_path: json` needs no network).",
+    )
+    limit: int | None = Field(None, ge=1, description="Documents of each task. Default: all.")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Solved documents in the prompt. Default: what the task says."
+    )
+    environment: str = Field(
+        ".lm-eval",
+        description="Directory of the virtual environment with lm-eval, never the one that trains; "
+        "made, and lm-eval installed into it, where it is not there.",
+    )
+
+
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}$")]
 
 
@@ -733,6 +752,11 @@ class EvaluationConfig(Section):
         None,
         description="Who compares the answers of the last arm with those of others, for `evaluate` "
         "and `run`. Its win rates are shown once people have voted on some of the pairs.",
+    )
+    forgetting: ForgettingConfig | None = Field(
+        None,
+        description="General tasks on which the first and the last model served here are compared, "
+        "for `evaluate` and `run`.",
     )
 
     num_shots: int = Field(

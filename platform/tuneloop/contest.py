@@ -17,6 +17,7 @@ from tuneloop.data.decontamination.seen import datasets_of, find_seen
 from tuneloop.errors import ConfigError, DataError, ModelError, Problem, UserError
 from tuneloop.evals.scoring.constrained import KINDS, constrain, constrainable
 from tuneloop.evals.scoring.given import given_arm
+from tuneloop.evals.scoring.harness import forgetting_problems
 from tuneloop.evals.scoring.judging import Judging
 from tuneloop.evals.scoring.questions import Question, choose_shots
 from tuneloop.evals.scoring.simple import simple_arm, with_nearest_shots
@@ -97,8 +98,8 @@ def with_train_rows(arm: Arm, datasets: Sequence[Artifact], task: TaskConfig) ->
     return replace(arm, trained_on=" ".join(d.fingerprint for d in datasets), find_seen=find)
 
 
-def with_encoder(arm: Arm, model: ServedModel | None) -> Arm:
-    """Return the arm with the ids that its model reads, for how probable it finds a reference."""
+def with_tokenizer(arm: Arm, model: ServedModel | None) -> Arm:
+    """Return the arm with its model's tokenizer, for those who ask by token ids."""
     if model is None or arm.endpoint.url:
         return arm
     # Loading a tokenizer takes a second, and few evaluations ask.
@@ -107,7 +108,7 @@ def with_encoder(arm: Arm, model: ServedModel | None) -> Arm:
     def encode(messages: Sequence[Message], tools: str) -> Sample:
         return renderer().sample(messages, json.loads(tools) if tools else ())
 
-    return replace(arm, encode=encode)
+    return replace(arm, encode=encode, tokenizer=model.folder)
 
 
 def base_model(config: TuneloopConfig, base: BaseModel) -> ServedModel:
@@ -244,8 +245,8 @@ def _gate_arm(
     return pinned.removeprefix("models/"), ArmConfig(model=pinned)
 
 
-def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
-    """Return what is wrong with arms and judge that can be known before anything runs."""
+def judging_problems(config: TuneloopConfig) -> list[Problem]:
+    """Return what is wrong with judge and general tasks that can be known before anything runs."""
     problems: list[Problem] = []
     if judge := config.evaluation.judge:
         try:
@@ -260,6 +261,14 @@ def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
                     remedy="leave it out",
                 )
             )
+    if forgetting := config.evaluation.forgetting:
+        problems += forgetting_problems(forgetting)
+    return problems
+
+
+def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
+    """Return what is wrong with what `evaluate` names that can be known before anything runs."""
+    problems = judging_problems(config)
     for name, spec in config.evaluation.arms.items():
         where = f"evaluation.arms.{name}"
         try:

@@ -77,6 +77,8 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     The base model is measured before anything is trained: what prompting alone reaches is the
     bar that finetuning has to clear.
     """
+    if problems := contest.judging_problems(config):
+        raise ConfigError(*problems)
     config = with_labels(config)
     judging = contest.build_judging(config, workspace, config.name)
     with connect(config.resources):
@@ -135,7 +137,7 @@ def gate(
         candidate = newest.ref
     arms = contest.gate_arms(config, workspace, against, candidate)
     margin = config.evaluation.margin or NO_DIFFERENCE
-    update = {"arms": arms, "margin": margin}
+    update = {"arms": arms, "margin": margin, "forgetting": None}
     evaluation = config.evaluation.model_copy(update=update)
     named = config.model_copy(update={"evaluation": evaluation})
     return _evaluate_named(named, workspace, f"{config.name}-gate")
@@ -374,7 +376,7 @@ def _evaluate(
     existing = find_evaluation(config, workspace, dataset, arms, name, judging)
     if existing is not None:
         return _log_published(Published(existing, reused=True))
-    arms = [contest.with_encoder(arm, models.get(arm.endpoint.model)) for arm in arms]
+    arms = [contest.with_tokenizer(arm, models.get(arm.endpoint.model)) for arm in arms]
     # A model whose answers are all there is not started.
     asked = {arm.endpoint.model for arm in find_unanswered(config, workspace, dataset, arms)}
     models = {model: served for model, served in models.items() if model in asked}

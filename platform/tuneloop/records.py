@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -246,6 +247,7 @@ class Arm:
         find_seen: Returns the ids of the questions that these rows hold.
         encode: Returns ids and loss mask of a conversation as the model reads it, with the last
             answer as the only target, from messages and JSON of tools; None where that is unknown.
+        tokenizer: Directory with the tokenizer of a model that is served here.
         price: What the endpoint charges; None if nothing or unknown.
         timeout_s: Longest wait for one answer, in seconds.
         forms: What else is asked for, by task: fields of the request that give the answer a form.
@@ -263,6 +265,7 @@ class Arm:
     trained_on: str = ""
     find_seen: Callable[[Sequence[Any]], Set[str]] | None = field(default=None, compare=False)
     encode: Callable[[Sequence[Message], str], Sample] | None = field(default=None, compare=False)
+    tokenizer: Path | None = field(default=None, compare=False)
     price: Price | None = None
     timeout_s: float = 1200.0
     forms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

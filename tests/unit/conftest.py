@@ -118,6 +118,11 @@ class ModelServer:
                 ],
             } | ({"usage": usage} if self.counts_tokens else {})
 
+        @app.post("/tokenize")
+        async def tokenize(request: Request) -> Any:
+            tokens = [len(word) for word in (await request.json())["prompt"].split()]
+            return {"tokens": tokens, "count": len(tokens), "max_model_len": 512}
+
         @app.post("/v1/completions")
         async def completions(request: Request) -> Any:
             # Its language model: a token's log-probability is minus its length (or minus its id),

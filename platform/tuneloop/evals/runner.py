@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
-from tuneloop.config import BudgetConfig, EvaluationConfig, TuneloopConfig
+from tuneloop.config import (
+    BudgetConfig,
+    EvaluationConfig,
+    ForgettingConfig,
+    TuneloopConfig,
+)
 from tuneloop.errors import ConfigError, EndpointError, Problem
 from tuneloop.evals.reporting.report import render_report
 from tuneloop.evals.scoring.asking import (
@@ -34,6 +39,18 @@ from tuneloop.evals.scoring.choosable import (
 )
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.diagnosis import Diagnosis, read_train
+from tuneloop.evals.scoring.forgetting import describe_forgetting
+from tuneloop.evals.scoring.harness import FILE as FORGETTING_FILE
+from tuneloop.evals.scoring.harness import (
+    DocumentScore,
+    models_to_compare,
+    parts_of,
+    read_scores,
+    run_harness,
+    stored_scores,
+    write_scores,
+)
+from tuneloop.evals.scoring.harness import identity_of as identity_of_scores
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.judged_pairs import describe_judging
 from tuneloop.evals.scoring.judging import (
@@ -130,6 +147,56 @@ def _add_perplexity(
             prediction.scores.update(found.get((prediction.arm, prediction.example_id), {}))
 
 
+def _general_scores(
+    config: TuneloopConfig, workspace: Workspace, arms: Sequence[Arm], scratch: Path
+) -> list[DocumentScore]:
+    """Return the scores of the models before and after on general tasks; none unless asked for."""
+    settings, models = config.evaluation.forgetting, models_to_compare(arms)
+    if settings is None or models is None:
+        return []
+    scores: list[DocumentScore] = []
+    for arm in models:
+        known = _known_scores(settings, workspace, arm)
+        if not known:
+            kept = scratch / f"{identity_of_scores(settings, arm)}.parquet"
+            if not kept.exists():
+                folder = scratch / f"harness-{identity_of_scores(settings, arm)}"
+                folder.mkdir(exist_ok=True)
+                write_scores(run_harness(settings, arm, folder), kept.with_suffix(".new"))
+                kept.with_suffix(".new").rename(kept)
+            known = read_scores(kept)
+        scores += [dataclasses.replace(score, arm=arm.name) for score in known]
+    return scores
+
+
+def _known_scores(
+    settings: ForgettingConfig, workspace: Workspace, arm: Arm
+) -> list[DocumentScore]:
+    """Return what a published evaluation has of a model on these tasks; none if there is none."""
+    published = [
+        workspace.open(artifact.ref)
+        for artifact in workspace.published()
+        if artifact.kind == "evaluations" and "forgetting" in artifact.manifest["config"]
+    ]
+    return stored_scores(published, identity_of_scores(settings, arm))
+
+
+def _add_forgetting(
+    evaluation: Evaluation,
+    config: TuneloopConfig,
+    arms: Sequence[Arm],
+    scores: Sequence[DocumentScore],
+) -> None:
+    """Add to the comparison what was forgotten on general tasks."""
+    models, settings = models_to_compare(arms), config.evaluation.forgetting
+    assert models is not None, "there are scores"
+    assert settings is not None, "there are scores"
+    e = config.evaluation
+    resampling = Resampling(e.confidence, e.num_resamples, e.seed)
+    told = describe_forgetting(scores, models, resampling)
+    evaluation.comparison["forgetting"] = told | {"harness": parts_of(settings)}
+
+
 def find_unanswered(
     config: TuneloopConfig, workspace: Workspace, dataset: Artifact, arms: Sequence[Arm]
 ) -> list[Arm]:
@@ -145,6 +212,11 @@ def find_unanswered(
     def lacks(arm: Arm) -> bool:
         requests = _requests(arm, questions, params)
         requests += reference_requests(requests) if with_perplexity else []
+        settings = config.evaluation.forgetting
+        is_compared = settings is not None and arm in (models_to_compare(arms) or ())
+        # The harness asks as well.
+        if settings and is_compared and not _known_scores(settings, workspace, arm):
+            return True
         return any(answered.get(request) is None for request in requests)
 
     return [arm for arm in arms if arm.answer is None and lacks(arm)]
@@ -258,6 +330,7 @@ def evaluate(
                     court.requests(), answered, e.concurrency, e.budget, lambda *_: None, requests
                 )
             )
+        scores = _general_scores(config, workspace, arms, draft.scratch)
         num_missing = sum(answer.finish_reason is None for answer in answers)
         num_missing += sum(bool(judgement.error) for judgement in judgements)
         incomplete = workspace.find("evaluations", name, made)
@@ -283,6 +356,9 @@ def evaluate(
         if judging:
             _add_judge(evaluation, judging, judgements, workspace)
             write_judgements(judgements, draft.path)
+        if scores:
+            _add_forgetting(evaluation, config, arms, scores)
+            write_scores(scores, draft.path / FORGETTING_FILE)
         write_predictions(predictions, list(scorer.metrics), draft.path)
         _write_reports(draft.path, evaluation, config, dataset)
         _write_parity(draft.path, arms)
@@ -328,7 +404,8 @@ def _parts(
     params = sampling(config.evaluation)
     scorers = code_of_own_scorers(config.evaluation)
     no_results = {
-        *("concurrency", "max_unscored_ratio", "arms", "sources", "budget", "floors", "judge")
+        *("concurrency", "max_unscored_ratio", "arms", "sources", "budget", "floors"),
+        *("judge", "forgetting"),
     }
     if config.evaluation.split == "test":
         no_results.add("split")  # evaluations from before there was a choice
@@ -338,6 +415,7 @@ def _parts(
         "evaluation": config.evaluation.model_dump(mode="json", exclude=no_results),
         **({"scorers": scorers} if scorers else {}),
         **({"judge": judging.parts()} if judging else {}),
+        **_forgetting_parts(config, arms),
         "arms": [
             {
                 "name": arm.name,
@@ -349,6 +427,11 @@ def _parts(
             for arm in arms
         ],
     }
+
+
+def _forgetting_parts(config: TuneloopConfig, arms: Sequence[Arm]) -> dict[str, Any]:
+    settings = config.evaluation.forgetting
+    return {"forgetting": parts_of(settings)} if settings and models_to_compare(arms) else {}
 
 
 def _model(arm: Arm) -> str:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
+from tuneloop.evals.reporting.forgetting import show_forgetting
 from tuneloop.evals.reporting.formatting import format_estimate, format_number
 from tuneloop.evals.reporting.headline import describe_rows, write_headline
 from tuneloop.evals.reporting.judge import describe_judge, show_judge
@@ -73,6 +74,8 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
         ],
         judge=describe_judge(evaluation.judge) if evaluation.judge else "",
         judged=show_judge(evaluation.judge),
+        forgetting=evaluation.forgetting,
+        forgotten=show_forgetting(evaluation.forgetting, evaluation.metrics["confidence"]),
         tasks=show_tasks(evaluation),
         parts=show_parts(evaluation),
         confusion=show_confusion(evaluation),
@@ -143,6 +146,9 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
         parts += [Text(), table]
     for judged in show_judge(evaluation.judge):
         parts += [Text(), Text(f"judge: {judged.title}", style="italic"), Text(judged.result)]
+    for row in show_forgetting(evaluation.forgetting, evaluation.metrics["confidence"]):
+        told = f"{row['task']} ({row['metric']}): {row['before']} before, {row['after']} after"
+        parts += [Text(), Text(f"general task {told}: {row['says']}")]
     if tasks := show_tasks(evaluation):
         table = Table(title="task by task", title_justify="left", box=None)
         table.add_column("task")

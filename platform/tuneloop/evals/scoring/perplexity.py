@@ -20,7 +20,8 @@ def reference_requests(requests: Sequence[EvaluationRequest]) -> list[Evaluation
     return [
         replace(request, identity=identity_of(request.identity), of_reference=True)
         for request in requests
-        if request.arm.encode and request.question.reference.strip()
+        # With constrained answers the same model is asked the same.
+        if request.arm.encode and not request.arm.forms and request.question.reference.strip()
     ]
 
 

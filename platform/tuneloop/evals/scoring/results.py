@@ -110,6 +110,11 @@ class Evaluation:
         """What the judge and people said; empty where there was no judge."""
         return dict(self.comparison.get("judge") or {})
 
+    @property
+    def forgetting(self) -> dict[str, Any]:
+        """The models on general tasks, before and after; empty where that was not asked for."""
+        return dict(self.comparison.get("forgetting") or {})
+
     def candidate_pairs(self) -> list[dict[str, Any]]:
         """Return the candidate against every other arm, in the order of the arms.
 

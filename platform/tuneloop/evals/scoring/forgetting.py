@@ -1,0 +1,71 @@
+"""What a model has forgotten: general tasks before and after, document by document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tuneloop.evals.scoring.clusters import Clusters
+from tuneloop.evals.scoring.estimates import adjust_p_values, describe_difference, describe_mean
+from tuneloop.evals.scoring.harness import DocumentScore, Models
+from tuneloop.evals.scoring.intervals import Floats, Resampling
+from tuneloop.evals.scoring.metrics import Metric
+
+# What a task is judged by if it has it; else its first metric.
+_PREFERRED = ("acc_norm", "acc", "exact_match")
+
+
+def describe_forgetting(
+    scores: Sequence[DocumentScore], models: Models, resampling: Resampling
+) -> dict[str, Any]:
+    """Return both models' scores on each task and the paired difference, for `comparison.json`.
+
+    Documents that only one of the two has are left out. p-values are adjusted for the number of
+    tasks (Holm).
+
+    Args:
+        scores: Of both models.
+        models: Before and after.
+        resampling: Level, resamples and seed.
+    """
+    before, after = models.before.name, models.after.name
+    values: dict[tuple[str, str, str], dict[str, float]] = {}
+    for score in scores:
+        values.setdefault((score.task, score.metric, score.arm), {})[score.doc] = score.value
+    tasks: list[dict[str, Any]] = []
+    for task in dict.fromkeys(score.task for score in scores):
+        metrics = list(dict.fromkeys(score.metric for score in scores if score.task == task))
+        for name in metrics:
+            old, new = (values.get((task, name, arm), {}) for arm in (before, after))
+            if docs := sorted(old.keys() & new.keys()):
+                first, second = (np.array([arm[doc] for doc in docs]) for arm in (old, new))
+                metric, rows = _meaning(name, np.concatenate([first, second])), Clusters.of(docs)
+                told = {
+                    "task": task,
+                    "metric": name,
+                    "kind": metric.kind,
+                    "is_primary": name == _primary(metrics),
+                    "before": describe_mean(first, rows, metric, resampling),
+                    "after": describe_mean(second, rows, metric, resampling),
+                    "difference": describe_difference(second, first, rows, metric, resampling),
+                }
+                tasks.append(told)
+    adjust_p_values([task["difference"] for task in tasks if task["is_primary"]])
+    return {
+        "before": before,
+        "after": after,
+        "fingerprints": {arm.name: arm.model_fingerprint for arm in models},
+        "tasks": tasks,
+    }
+
+
+def _meaning(name: str, values: Floats) -> Metric:
+    if np.isin(values, [0, 1]).all():
+        return Metric(name, kind="binary")
+    return Metric(name, kind="ratio" if values.min() >= 0 and values.max() <= 1 else "number")
+
+
+def _primary(metrics: Sequence[str]) -> str:
+    return next((name for name in _PREFERRED if name in metrics), metrics[0])
