@@ -20,6 +20,7 @@ from tuneloop.config import ArmConfig, TuneloopConfig
 from tuneloop.errors import DataError
 from tuneloop.evals.reporting.gain import describe_gain
 from tuneloop.evals.reporting.headline import write_headline
+from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.runner import evaluate
 from tuneloop.evals.scoring.calibration import describe_calibration
 from tuneloop.evals.scoring.cheapest import find_cheapest
@@ -180,7 +181,7 @@ def test_free_answers_that_have_the_form_are_not_asked_for_again(
     model_server: Any, tmp_path: Path
 ) -> None:
     workspace = Workspace(tmp_path)
-    dataset = publish(workspace, [[f"say {i}", json.dumps({"n": i})] for i in range(10)])
+    dataset = publish(workspace, [[f"say {i}", json.dumps({"n": i})] for i in range(20)])
     config = make_config({"type": "extraction"})
 
     def reply(request: dict[str, Any]) -> dict[str, Any]:
@@ -194,11 +195,12 @@ def test_free_answers_that_have_the_form_are_not_asked_for_again(
     own = constrain(replace(free, endpoint=Endpoint("", "")), config.task, dataset)
     arms = [replace(free, name="bound", forms=own.forms), free]
     artifact = evaluate(config, workspace, dataset, arms, "it").artifact
-    assert sum("response_format" in request for request in model_server.requests) == 5
-    scores = {
-        arm["name"]: arm["scores"]["exact_match"]["value"] for arm in Evaluation.load(artifact).arms
-    }
+    assert sum("response_format" in request for request in model_server.requests) == 10
+    evaluation = Evaluation.load(artifact)
+    scores = {arm["name"]: arm["scores"]["exact_match"]["value"] for arm in evaluation.arms}
     assert scores == {"bound": 1.0, "finetuned": 0.5}
+    assert not evaluation.candidate_pairs()
+    assert "Ask it as `bound` does" in [step.title for step in next_steps(evaluation)]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def next_steps(evaluation: Evaluation) -> list[NextStep]:
             "asks for; one more epoch usually improves the format before the content.",
             "training.num_epochs",
         )
+    steps += _better_when_bound(evaluation)
     steps += _lagging_part(evaluation)
     steps += _lagging_tasks(evaluation)
     # Before anything is concluded from what is not clearly better.
@@ -104,6 +105,23 @@ def next_steps(evaluation: Evaluation) -> list[NextStep]:
                 "to win back what was lost.",
             )
     return steps
+
+
+def _better_when_bound(evaluation: Evaluation) -> list[NextStep]:
+    """Return a step where the candidate's own model does better with constrained answers."""
+    name = evaluation.candidate["name"]
+    own = {arm["name"] for arm in evaluation.arms if arm.get("free_arm") == name}
+    return [
+        NextStep(
+            f"Ask it as `{pair['other']}` does",
+            "The same model is better when its answers are bound to the form of the task: `ranking` "
+            "for labels, `response_format` for JSON, in each request.",
+        )
+        for pair in evaluation.comparison["pairs"]
+        if pair["arm"] == name
+        and pair["other"] in own
+        and direction(evaluation, pair, evaluation.primary) == "worse"
+    ]
 
 
 def _lagging_tasks(evaluation: Evaluation) -> list[NextStep]:
