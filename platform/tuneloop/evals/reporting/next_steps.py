@@ -114,8 +114,8 @@ def _better_when_bound(evaluation: Evaluation) -> list[NextStep]:
     return [
         NextStep(
             f"Ask it as `{pair['other']}` does",
-            "The same model is better when its answers are bound to the form of the task: `ranking` "
-            "for labels, `response_format` for JSON, in each request.",
+            "The same model is better when its answers are bound to the form of the task, by "
+            "`ranking` for labels and `response_format` for JSON in each request.",
         )
         for pair in evaluation.comparison["pairs"]
         if pair["arm"] == name
