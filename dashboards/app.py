@@ -23,14 +23,20 @@ def main() -> None:
         {
             "Artifacts": [
                 st.Page("views/overview.py", title="Overview", default=True),
+                st.Page("views/history.py", title="History", url_path="history"),
                 st.Page("views/dataset.py", title="Datasets", url_path="dataset"),
                 st.Page("views/model.py", title="Models", url_path="model"),
                 st.Page("views/sweep.py", title="Sweeps", url_path="sweep"),
                 st.Page("views/report.py", title="Reports", url_path="report"),
             ],
-            "Judge": [
+            "See what is wrong": [
+                st.Page("views/answers.py", title="Answers", url_path="answers"),
                 st.Page("views/errors.py", title="Error analysis", url_path="errors"),
+                st.Page("views/lineage.py", title="Follow a row", url_path="lineage"),
+            ],
+            "Judge": [
                 st.Page("views/votes.py", title="Blind votes", url_path="votes"),
+                st.Page("views/marks.py", title="Marks", url_path="marks"),
                 st.Page("views/playground.py", title="Playground", url_path="playground"),
             ],
         }

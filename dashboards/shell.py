@@ -13,6 +13,11 @@ from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import newest_comparison
 from tuneloop.evals.scoring.results import Evaluation
 
+# What is chosen on a page of one artifact.
+_CHOSEN = (
+    *("before", "after", "metric", "task", "pair", "arm", "wrong", "error", "unscored", "page"),
+    *("column", "value", "other", "with"),
+)
 _MAKERS = {
     "datasets": ("dataset", "tuneloop prepare CONFIG.yaml"),
     "models": ("model", "tuneloop train CONFIG.yaml"),
@@ -68,7 +73,7 @@ def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
     reference = st.selectbox(label, references, references.index(first), key=kind) or first
     if st.session_state.setdefault(f"shown {kind}", reference) != reference:
         # What was chosen of another artifact does not hold for this one.
-        for key in ("before", "after", "metric", "task", "pair"):
+        for key in _CHOSEN:
             st.session_state.pop(key, None)
             st.query_params.pop(key, None)
         st.session_state[f"shown {kind}"] = reference

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+FOLDED_CHARACTERS = 1_500
+
 # Colours are laid over the page's own with transparency, so one sheet fits both themes.
 CSS = """
 <style>
@@ -41,6 +43,8 @@ CSS = """
 .tl-extra { background: rgba(226, 128, 30, .28); border-radius: .2rem; }
 .tl-missing { text-decoration: line-through; opacity: .62; background: rgba(90, 120, 220, .2);
   border-radius: .2rem; }
+.tl-token { border-right: 1px solid rgba(128, 136, 152, .35); }
+.tl-learned { background: rgba(24, 150, 90, .25); }
 .tl-bar { display: flex; height: .9rem; border-radius: .45rem; overflow: hidden;
   background: rgba(128, 136, 152, .15); }
 .tl-bar span { min-width: 2px; }
@@ -74,6 +78,18 @@ def text(content: str, mono: bool = False) -> str:
     return f'<div class="tl-text{" tl-mono" if mono else ""}">{html.escape(content)}</div>'
 
 
+def folded(content: str) -> str:
+    """Return a text as it is, or the beginning of a long one with the rest to unfold."""
+    if len(content) <= FOLDED_CHARACTERS:
+        return text(content, mono=True)
+    more = len(content) - FOLDED_CHARACTERS
+    return (
+        f'<div class="tl-text tl-mono">{html.escape(content[:FOLDED_CHARACTERS])}</div>'
+        f"<details><summary>{more:,} more characters</summary>"
+        f'<div class="tl-text tl-mono">{html.escape(content[FOLDED_CHARACTERS:])}</div></details>'
+    )
+
+
 def pieces(parts: Sequence[tuple[str, str]]) -> str:
     """Return a text with its differences marked."""
     marked = [
@@ -83,6 +99,15 @@ def pieces(parts: Sequence[tuple[str, str]]) -> str:
     if not "".join(part for _, part in parts).strip():
         return text("")
     return f'<div class="tl-text tl-mono">{"".join(marked)}</div>'
+
+
+def tokens(parts: Sequence[tuple[str, bool]]) -> str:
+    """Return tokens with their borders, those that are learned in colour."""
+    spans = [
+        f'<span class="tl-token{" tl-learned" if learned else ""}">{_visible(part)}</span>'
+        for part, learned in parts
+    ]
+    return f'<div class="tl-text tl-mono">{"".join(spans)}</div>'
 
 
 def chip(words: str, tone: str = "") -> str:

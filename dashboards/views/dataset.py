@@ -1,85 +1,319 @@
-"""A dataset's card, its rows, and the rows that were removed."""
+"""A dataset's card, its rows, the rows that were removed, conflicts, and what changed."""
 
 from __future__ import annotations
 
+import html
+import math
 from typing import Any
 
 import streamlit as st
 
 import theme
-from shell import choose_artifact, show_origin
+from exporting import export_buttons
+from marking import MarkedRow, Marking
+from shell import choose_artifact, open_workspace, refuse, show_origin
 from tuneloop.artifacts import Artifact
+from tuneloop.data.diff import diff_datasets
 from tuneloop.data.schema import SPLITS
-from tuneloop.evals.reporting.error_analysis import paginate
-from tuneloop.evals.reporting.overview import read_card, read_split, search_rows
+from tuneloop.errors import UserError
+from tuneloop.evals.reporting.overview import read_card, read_json
 from tuneloop.records import Message
+from tuneloop.review.rows import (
+    Query,
+    RowFilter,
+    conflicts,
+    open_rows,
+    read_page,
+    read_row,
+    value_counts,
+)
 
 PAGE_SIZE = 10
+CARD, REMOVED, CONFLICTS, CHANGES = "Card", "Removed rows", "Conflicts", "Changes"
 
 
-@st.cache_resource(max_entries=6, show_spinner="Reading the rows")
-def load_rows(location: str, folder: str, _artifact: Artifact) -> list[dict[str, Any]]:
-    return read_split(_artifact, folder)
+@st.cache_resource(max_entries=8)
+def load_query(location: str, folder: str, _artifact: Artifact) -> Query | None:
+    return open_rows(_artifact, folder)
+
+
+@st.cache_data(max_entries=16, show_spinner="Looking through the columns")
+def load_values(location: str, folder: str, _query: Query) -> dict[str, dict[str, int]]:
+    return value_counts(_query)
+
+
+@st.cache_data(max_entries=4, show_spinner="Comparing the versions")
+def load_diff(new: str, old: str, _new: Artifact, _old: Artifact) -> dict[str, Any]:
+    return diff_datasets(_new, _old)
+
+
+@st.cache_data(max_entries=4, show_spinner="Looking for conflicts")
+def load_conflicts(
+    location: str, page: int, _query: Query
+) -> tuple[list[list[dict[str, Any]]], int]:
+    return conflicts(_query, page, PAGE_SIZE)
+
+
+def query_of(folder: str) -> Query | None:
+    try:
+        return load_query(artifact.location, folder, artifact)
+    except UserError as error:
+        refuse("These rows cannot be read.", error)
+        raise
+
+
+def choose_rows(query: Query, folder: str) -> RowFilter:
+    """Return what the filters above the rows ask for."""
+    left, middle, right = st.columns([2, 1, 1])
+    words = left.text_input(
+        "Search", key="q", placeholder="words to find in all rows", bind="query-params"
+    )
+    values = load_values(artifact.location, folder, query)
+    column = middle.selectbox(
+        "Only rows where", list(values), None, key="column", placeholder="any column",
+        bind="query-params",
+    )  # fmt: skip
+    equal = {}
+    if column:
+        counts = values[column]
+        value = right.selectbox(
+            "is", list(counts), format_func=lambda v: f"{v} ({counts[v]:,})", key="value",
+            bind="query-params",
+        )  # fmt: skip
+        equal = {column: value} if value is not None else {}
+    return RowFilter(words or "", equal)
+
+
+def page_of(num_matching: int) -> None:
+    num_pages = max(1, math.ceil(num_matching / PAGE_SIZE))
+    if num_pages > 1:
+        st.pagination(num_pages, key="page", bind="query-params")
 
 
 def show_rows(folder: str) -> None:
-    """Show a split row by row, with its turns."""
-    words = st.text_input("Search", key="q", placeholder="words to find", bind="query-params")
-    rows = load_rows(artifact.location, folder, artifact)
-    matches = search_rows(rows, words or "")
-    st.caption(f"{len(matches):,} of {len(rows):,} rows")
-    _, num_pages = paginate(matches, 1, PAGE_SIZE)
-    page = st.pagination(num_pages, key=f"page-{folder}") if num_pages > 1 else 1
-    for row in paginate(matches, page, PAGE_SIZE)[0]:
-        turns = row.get("messages") or [{"role": "text", "content": row.get("text") or ""}]
-        body = "".join(
-            theme.labelled(turn["role"], theme.text(Message.of(turn).text, mono=True))
-            for turn in turns
-        )
-        chips = [theme.chip(str(row.get("source") or "unknown source"))]
-        if row.get("num_tokens") is not None:
-            chips.append(theme.chip(f"{row['num_tokens']} tokens"))
-        if row.get("synthetic"):
-            chips.append(theme.chip("synthetic", "warn"))
-        st.html(theme.box(str(row["row_id"]), chips, body))
+    """Show a split row by row, with its turns, or the removed rows with their reasons."""
+    query = query_of(folder)
+    if query is None:
+        st.info("There are no such rows.")
+        return
+    chosen = choose_rows(query, folder)
+    page = st.session_state.get("page", 1)
+    found = read_page(query, chosen, page, PAGE_SIZE)
+    if not found.rows and found.num_matching:
+        found = read_page(query, chosen, 1, PAGE_SIZE)
+    with st.container(
+        horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"
+    ):
+        what = "removed rows" if folder == "removed" else "rows"
+        st.caption(f"{found.num_matching:,} of {found.num_rows:,} {what}")
+        page_of(found.num_matching)
+        export_buttons(query, chosen, f"{artifact.name}-{folder}")
+    if not found.rows:
+        st.info("No row matches. Clear the search or the filter.")
+    for number, row in enumerate(found.rows, 1):
+        show_row(row, folder, number, query)
 
 
-def show_removed() -> None:
-    """Show the rows that preparation dropped, with the reason."""
-    words = st.text_input("Search", key="q", placeholder="words to find")
-    rows = load_rows(artifact.location, "removed", artifact)
-    matches = search_rows(rows, words or "")
-    st.caption(f"{len(matches):,} of {len(rows):,} removed rows; each is kept with its reason.")
-    st.dataframe(
-        matches,
-        hide_index=True,
-        placeholder="",
-        column_config={
-            "row_id": st.column_config.TextColumn("Row", width="small"),
-            "stage": st.column_config.TextColumn("Stage", width="small"),
-            "reason": st.column_config.TextColumn("Reason", width="medium"),
-            "kept_row_id": st.column_config.TextColumn("Repeats row", width="small"),
-            "similarity": st.column_config.NumberColumn("Similarity", format="%.3f"),
-            "text": st.column_config.TextColumn("Text", width="large"),
-        },
+def show_row(row: dict[str, Any], folder: str, number: int, query: Query) -> None:
+    """Show one row with what can be done with it."""
+    row_id = str(row["row_id"])
+    chips = [theme.chip(str(row.get("source") or "unknown source"))]
+    if row.get("num_tokens") is not None:
+        chips.append(theme.chip(f"{row['num_tokens']:,} tokens"))
+    if row.get("synthetic"):
+        chips.append(theme.chip("synthetic", "warn"))
+    chips += marking.chips(row_id)
+    body = turns_of(row)
+    if folder == "removed":
+        chips.append(theme.chip(str(row["stage"]), "warn"))
+        body = theme.labelled("Removed because", theme.text(str(row["reason"]))) + body
+    with st.container(border=True, gap="xsmall"):
+        st.html(f'<div class="tl-head"><b>{html.escape(row_id)}</b>{"".join(chips)}</div>{body}')
+        with st.container(horizontal=True, vertical_alignment="center"):
+            marked = MarkedRow(row_id, answer_of(row), kinds_of(folder))
+            marking.button(marked, number)
+            st.page_link("views/lineage.py", label="Follow", query_params={"id": row_id})
+            if "input_ids" in query.types:
+                with st.popover("Tokens", type="tertiary"):
+                    show_tokens(query, row_id)
+        marking.form(marked)
+
+
+def kinds_of(folder: str) -> tuple[Any, ...]:
+    """Return the marks that make sense for the rows of a split."""
+    both = ("bad_reference", "bad_row", "more_like_this", "fine", "note")
+    return {"test": ("accept", *both), "removed": ("note", "more_like_this", "fine")}.get(
+        folder, both
     )
 
 
-_, artifact = choose_artifact("datasets", "Dataset")
+def answer_of(row: dict[str, Any]) -> str:
+    turns = row.get("messages")
+    return Message.of(turns[-1]).text if turns else str(row.get("text") or "")
+
+
+def turns_of(row: dict[str, Any]) -> str:
+    turns = row.get("messages") or [{"role": "text", "content": row.get("text") or ""}]
+    return "".join(
+        theme.labelled(
+            turn["role"],
+            theme.folded(Message.of(turn).text if row.get("messages") else turn["content"]),
+        )
+        for turn in turns
+    )
+
+
+def show_tokens(query: Query, row_id: str) -> None:
+    """Show the tokens of a row, those that are learned in colour."""
+    base = (read_json(artifact, "card.json") or {}).get("base")
+    if not base:
+        st.caption("The card does not say which tokenizer made them.")
+        return
+    if not st.button("Show them", key=f"tokens {row_id}"):
+        return
+    row = read_row(query, row_id)
+    if row is None:
+        return
+    try:
+        tokenizer = load_tokenizer(base)
+    except (UserError, OSError, ValueError) as error:
+        st.code(str(error), language=None, wrap_lines=True)
+        return
+    parts = [
+        (tokenizer.decode([token]), bool(bit))
+        for token, bit in zip(row["input_ids"], row["loss_mask"], strict=True)
+    ]
+    st.html(theme.tokens(parts))
+    learned = sum(row["loss_mask"])
+    st.caption(f"{learned:,} of {len(parts):,} tokens are learned, in colour.")
+
+
+@st.cache_resource(max_entries=2, show_spinner="Loading the tokenizer")
+def load_tokenizer(base: str) -> Any:
+    from transformers import AutoTokenizer
+
+    from tuneloop.models.bases.source import resolve_base
+
+    return AutoTokenizer.from_pretrained(resolve_base(base).path)
+
+
+def show_conflicts() -> None:
+    """Show rows that ask the same and answer differently, side by side."""
+    query = query_of("train")
+    found, count = ([], 0)
+    if query is not None:
+        page = st.session_state.get("page", 1)
+        found, count = load_conflicts(artifact.location, page, query)
+    st.caption(f"{count:,} prompts of train rows have several answers.")
+    if count > PAGE_SIZE:
+        page_of(count)
+    number = 0
+    for rows in found:
+        with st.container(border=True, gap="xsmall"):
+            st.html(turns_of({"messages": rows[0]["messages"][:-1]}))
+            columns = st.columns(min(3, len(rows)))
+            for place, row in enumerate(rows):
+                number += 1
+                with columns[place % len(columns)]:
+                    chips = [theme.chip(row["source"]), *marking.chips(row["row_id"])]
+                    st.html(theme.box(row["row_id"], chips, theme.folded(answer_of(row))))
+                    marked = MarkedRow(row["row_id"], answer_of(row), kinds_of("train"))
+                    marking.button(marked, number)
+                    marking.form(marked)
+    card = read_json(artifact, "card.json") or {}
+    near = [e for e in card.get("conflicts", {}).get("examples", []) if e["kind"] == "near prompt"]
+    if near:
+        st.subheader("Nearly the same prompt")
+        total = card["conflicts"]["num_near_prompt"]
+        st.caption(f"{total:,} pairs; the {len(near):,} most alike are shown.")
+        for pair in near:
+            boxes = [
+                theme.box(
+                    r["source"],
+                    [],
+                    theme.labelled("prompt", theme.folded(r["prompt"]))
+                    + theme.labelled("answer", theme.folded(r["answer"])),
+                )
+                for r in pair["rows"]
+            ]
+            st.html(theme.sides(boxes))
+
+
+def show_changes() -> None:
+    """Show what marks have changed, and what differs from another version."""
+    fixes = (read_json(artifact, "card.json") or {}).get("fixes") or {"applied": []}
+    if fixes["applied"]:
+        st.subheader("Changed by marks")
+        st.dataframe(
+            [
+                {
+                    "row": item["row_id"],
+                    "from": item["source"],
+                    "split": item["side"],
+                    "done": item["action"],
+                    "the files say": item["before"],
+                    "now": item["after"],
+                    "by": ", ".join(item["reviewers"]),
+                    "on": item["created_at"][:10],
+                }
+                for item in fixes["applied"]
+            ],
+            hide_index=True,
+        )
+    _, artifacts = open_workspace()
+    others = [a.ref for a in reversed(artifacts) if a.kind == "datasets" and a.ref != artifact.ref]
+    st.subheader("Against another version")
+    if not others:
+        st.info("There is one version of one dataset: nothing to compare it with.")
+        return
+    same = [ref for ref in others if ref.startswith(f"datasets/{artifact.name}@")]
+    first = others.index(same[0]) if same else 0
+    other = st.selectbox("Compared with", others, first, key="other", bind="query-params")
+    try:
+        old = workspace.open(other)
+        diff = load_diff(artifact.ref, old.ref, artifact, old)
+    except (UserError, OSError) as error:
+        refuse("These versions cannot be compared.", error)
+    rows = [
+        {"rows": name, old.ref: before, artifact.ref: after, "change": f"{after - before:+,}"}
+        for name, (before, after) in diff["rows"].items()
+    ]
+    st.table(rows, border="horizontal", hide_index=True)
+    moved = [{"move": move, "rows": count} for move, count in diff["moves"].items()]
+    st.markdown(f"{diff['num_added']:,} rows are new, {diff['num_gone']:,} are gone.")
+    if moved:
+        st.table(moved, border="horizontal", hide_index=True)
+    if diff["settings"]:
+        settings = [
+            {"setting": key, old.ref: str(before), artifact.ref: str(after)}
+            for key, (before, after) in diff["settings"].items()
+        ]
+        with st.expander(f"{len(settings)} settings differ"):
+            st.dataframe(settings, hide_index=True)
+
+
+workspace, artifact = choose_artifact("datasets", "Dataset")
 splits = [side.folder for side in SPLITS if (artifact.path / side.folder).is_dir()]
-views = ["Card", *(f"{name.capitalize()} rows" for name in splits)]
+folders = {f"{name.capitalize()} rows": name for name in splits}
 if any((artifact.path / "removed").glob("*.parquet")):
-    views.append("Removed rows")
+    folders[REMOVED] = "removed"
+views = [CARD, *folders, CONFLICTS, CHANGES]
 view = st.segmented_control(
-    "View", views, default="Card", key="view", required=True, label_visibility="collapsed",
+    "View", views, default=CARD, key="view", required=True, label_visibility="collapsed",
     bind="query-params",
 )  # fmt: skip
-if view == "Removed rows":
-    show_removed()
-elif view == "Card" or view is None:
-    card = read_card(artifact)
-    with st.container(border=True):
-        st.markdown(card or "This dataset has no card.")
-    show_origin(artifact)
-else:
-    show_rows(splits[views.index(view) - 1])
+marking = Marking(workspace, artifact, artifact.ref)
+try:
+    if view in folders:
+        show_rows(folders[view])
+    elif view == CONFLICTS:
+        show_conflicts()
+    elif view == CHANGES:
+        show_changes()
+    else:
+        card = read_card(artifact)
+        with st.container(border=True):
+            st.markdown(card or "This dataset has no card.")
+        show_origin(artifact)
+except UserError as error:
+    refuse("These rows cannot be read.", error)

@@ -8,8 +8,11 @@ from typing import NamedTuple
 import streamlit as st
 
 import theme
-from shell import choose_artifact, load_evaluation
-from tuneloop.artifacts import Artifact
+from marking import KINDS, MarkedRow, Marking, marking_of
+from nearest import show_nearest
+from shell import choose_artifact, load_evaluation, refuse
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.errors import UserError
 from tuneloop.evals.reporting import error_analysis as analysis
 from tuneloop.evals.reporting.error_analysis import (
     CHANGE_LABELS,
@@ -17,7 +20,7 @@ from tuneloop.evals.reporting.error_analysis import (
     Against,
     Filter,
 )
-from tuneloop.evals.reporting.views import evidence_of, show_slices, show_train_row
+from tuneloop.evals.reporting.views import evidence_of, show_slices
 from tuneloop.evals.scoring.pairing import Change, PairedExample, count_changes
 from tuneloop.evals.scoring.results import Evaluation
 
@@ -45,14 +48,35 @@ class Comparison(NamedTuple):
     after: str
     metric: str
     task: str | None
+    workspace: Workspace
+
+
+def with_another(workspace: Workspace, artifact: Artifact, evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation with the arms of another one, if one is chosen to compare with."""
+    others = [a.ref for a in reversed(workspace.published()) if a.kind == "evaluations"]
+    others.remove(artifact.ref)
+    if not others:
+        return evaluation
+    other = st.selectbox(
+        "Together with another evaluation", others, None, key="with", bind="query-params",
+        placeholder="none: compare the arms of this one",
+    )  # fmt: skip
+    if other is None:
+        return evaluation
+    try:
+        return evaluation.beside(load_evaluation(workspace.open(other)), other)
+    except (UserError, OSError) as error:
+        refuse("The other evaluation cannot be opened.", error)
+        raise
 
 
 def choose() -> Comparison:
     """Return the evaluation, the two arms, the metric and, in a mixture, the task to look at."""
     first, left, middle, right = st.columns([1.4, 1, 1, 1])
     with first:
-        _, artifact = choose_artifact("evaluations", "Evaluation")
+        workspace, artifact = choose_artifact("evaluations", "Evaluation")
     evaluation = load_evaluation(artifact)
+    evaluation = with_another(workspace, artifact, evaluation)
     task = None
     if evaluation.tasks:
         chosen = st.segmented_control(
@@ -82,7 +106,7 @@ def choose() -> Comparison:
     if before == after:
         st.info("Choose two different arms.")
         st.stop()
-    return Comparison(artifact, evaluation, before, after, metric, task)
+    return Comparison(artifact, evaluation, before, after, metric, task, workspace)
 
 
 def choose_filter(counts: dict[Change, int], tags: list[str]) -> Filter:
@@ -124,9 +148,10 @@ def choose_filter(counts: dict[Change, int], tags: list[str]) -> Filter:
 
 
 def show_example(
-    example: PairedExample, evaluation: Evaluation, metric: str, against: Against
+    example: PairedExample, comparison: Comparison, against: Against, marking: Marking, number: int
 ) -> None:
     """Show one question with both answers."""
+    evaluation, metric = comparison.evaluation, comparison.metric
     boxes = []
     marked = analysis.mark_differences(example, against)
     for prediction, parts in zip((example.before, example.after), marked, strict=True):
@@ -146,43 +171,42 @@ def show_example(
         st.html(
             f'<div class="tl-head"><b>{html.escape(example.example_id)}</b>'
             f"{theme.chip(CHANGE_LABELS[example.change], theme.change_tone(example.change))}"
-            f"{theme.chip(example.after.task) if example.after.task else ''}</div>"
+            f"{theme.chip(example.after.task) if example.after.task else ''}"
+            f"{''.join(marking.chips(example.example_id))}</div>"
             + theme.labelled("Question", theme.text(example.question, mono=True))
             + theme.labelled("Reference", theme.text(example.reference, mono=True))
             + '<div class="tl-label"></div>'
             + theme.sides(boxes)
         )
-        with st.popover("What was sent", type="tertiary"):
+        actions = st.container(horizontal=True, vertical_alignment="center")
+        with actions:
+            after = example.after
+            row = MarkedRow(
+                example.example_id, example.reference, KINDS, after.completion, after.task or ""
+            )
+            marking.button(row, number)
+            st.page_link(
+                "views/lineage.py", label="Follow", query_params={"id": example.example_id}
+            )
+        with actions, st.popover("What was sent", type="tertiary"):
             for prediction in (example.before, example.after):
                 st.markdown(f"**{prediction.arm}**")
                 turns = analysis.prompt_turns(prediction.prompt)
                 st.html("".join(theme.labelled(r, theme.text(t, mono=True)) for r, t in turns))
+        marking.form(row)
 
 
-def show_nearest(example: PairedExample, evaluation: Evaluation, dataset: str) -> None:
-    """Show the training rows that may explain the candidate's answer, each with a link to it."""
-    rows = evaluation.nearest.get(example.example_id, [])
-    if not rows or example.after.arm != evaluation.candidate["name"]:
-        return
-    with st.popover("Training rows that may explain it", type="tertiary"):
-        for row in map(show_train_row, rows):
-            chip = theme.chip(row["notes"], "bad" if row["tone"] else "")
-            body = theme.text(row["question"]) + theme.labelled("Answer", theme.text(row["answer"]))
-            st.html(theme.box(row["row_id"], [chip], body))
-            if dataset.partition("@")[0].endswith("-scored"):
-                continue  # rows of the user's own: what was trained on is in another dataset
-            st.page_link(
-                "views/dataset.py",
-                label="Open the row →",
-                query_params={"datasets": dataset, "view": "Train rows", "q": row["row_id"]},
-            )
-
-
-artifact, evaluation, before, after, metric, task = choose()
+comparison = choose()
+artifact, evaluation, before, after, metric, task, workspace = comparison
 if evaluation.metrics["task_type"] == "language_modeling":
     st.info("Plain text is scored by likelihood: there are no answers to compare.")
     st.stop()
-examples = pair(artifact.location, evaluation, before, after, metric, task)
+examples = pair(
+    f"{artifact.location} {st.session_state.get('with')}", evaluation, before, after, metric, task
+)
+if not examples:
+    st.info("The two have no example in common.")
+    st.stop()
 counts = {change: count for change, count in count_changes(examples).items() if count}
 st.markdown(f"**From {before} to {after}**, {len(examples):,} examples:")
 st.html(theme.change_bar([(name, CHANGE_LABELS[name], count) for name, count in counts.items()]))
@@ -227,6 +251,8 @@ st.html(
 )
 if not matches:
     st.info("No example matches all filters. Clear one of them.")
-for example in analysis.paginate(matches, page, PAGE_SIZE)[0]:
-    show_example(example, evaluation, metric, against or "reference")
-    show_nearest(example, evaluation, artifact.manifest["inputs"][0])
+marking = marking_of(workspace, artifact)
+for number, example in enumerate(analysis.paginate(matches, page, PAGE_SIZE)[0], 1):
+    show_example(example, comparison, against or "reference", marking, number)
+    if example.after.arm == evaluation.candidate["name"]:
+        show_nearest(evaluation.nearest.get(example.example_id, []), marking.reference)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import altair as alt
 import streamlit as st
 
-from shell import choose_artifact, show_origin
+from shell import choose_artifact, refuse, show_origin
+from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import (
+    compare_settings,
     describe_parity,
     read_card,
     read_json,
@@ -38,7 +41,47 @@ def draw_curves(rows: list[dict[str, Any]], train: str, validation: str, label: 
     st.line_chart(points, x="step", y=label, color="rows", x_label="optimizer step", height=300)
 
 
-_, artifact = choose_artifact("models", "Model")
+def compare_runs() -> None:
+    """Draw the curves of several models over one another, and show how their settings differ."""
+    others = [a.ref for a in reversed(workspace.published()) if a.kind == "models"]
+    others.remove(artifact.ref)
+    chosen = others and st.multiselect(
+        "Compare with", others, key="with", bind="query-params", placeholder="other models"
+    )
+    if not chosen:
+        return
+    models = [artifact, *(workspace.open(reference) for reference in chosen)]
+    for column, title in (
+        ("loss", "Loss"), ("validation_loss", "Loss on the validation rows"),
+        ("learning_rate", "Learning rate"),
+    ):  # fmt: skip
+        points = [
+            {"step": row["step"], "model": model.ref, "value": row[column]}
+            for model in models
+            for row in read_training_log(model)
+            if row.get(column) is not None
+        ]
+        if points:
+            lines = alt.Chart(alt.Data(values=points)).mark_line()
+            drawing = lines.encode(
+                alt.X("step:Q", title="optimizer step"),
+                alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
+                alt.Color("model:N", title=None, legend=alt.Legend(orient="top", labelLimit=400)),
+                tooltip=["model:N", "step:Q", alt.Tooltip("value:Q", format=".4g")],
+            )
+            st.altair_chart(drawing.properties(height=260))
+    differing = compare_settings(models)
+    if differing:
+        st.markdown("**Settings in which they differ**")
+        st.dataframe(differing, hide_index=True)
+    st.divider()
+
+
+workspace, artifact = choose_artifact("models", "Model")
+try:
+    compare_runs()
+except UserError as error:
+    refuse("One of these models cannot be opened.", error)
 log = read_training_log(artifact)
 if log:
     measured = [row for row in log if row.get("validation_loss") is not None]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import streamlit as st
 
 from headline import show_headline
-from shell import load_evaluation, open_workspace, refuse
+from shell import open_workspace, refuse
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import list_artifacts, newest_comparison, tabulate
+from tuneloop.evals.scoring.results import Evaluation
 
 PAGES = {
     "datasets": "views/dataset.py",
@@ -20,8 +21,8 @@ workspace, artifacts = open_workspace()
 newest = newest_comparison(artifacts)
 if newest is not None:
     try:
-        tables = tabulate(load_evaluation(workspace.open(newest.ref)))
-    except UserError as error:
+        tables = tabulate(Evaluation.load(workspace.open(newest.ref), with_predictions=False))
+    except (UserError, OSError, ValueError) as error:
         refuse("The newest evaluation cannot be opened.", error)
     st.caption(f"The newest comparison, {newest.ref}:")
     show_headline(tables)

@@ -99,6 +99,11 @@ class Artifact:
     def fingerprint(self) -> str:
         return str(self.manifest["fingerprint"])
 
+    @property
+    def train_fingerprint(self) -> str:
+        """Of a dataset: on what its models depend. Versions that differ in test rows share it."""
+        return str(self.manifest["config"].get("train_fingerprint", self.fingerprint))
+
     def summary(self, reused: bool) -> dict[str, Any]:
         """Return what `--json` prints about the artifact."""
         return {

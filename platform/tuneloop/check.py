@@ -16,10 +16,11 @@ from tuneloop.data.check import DataCheck
 from tuneloop.data.check import check as check_data
 from tuneloop.data.labels import resolve_labels
 from tuneloop.data.sources.files import find_files
-from tuneloop.errors import DataError, Problem
+from tuneloop.errors import ArtifactError, DataError, Problem
 from tuneloop.evals.scoring.choosable import try_scorers
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
+from tuneloop.review.fixes import marks_for
 from tuneloop.training.fit.assess import assess
 from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
 from tuneloop.training.rows import make_rows
@@ -90,6 +91,7 @@ def check(config: TuneloopConfig) -> CheckResult:
     expected = None if fit.prediction is None else fit.prediction.estimate
     unknown = "" if fit.prediction is None else fit.prediction.unknown
     problems = [*data.findings, *fit.problems, *_evaluation_problems(config)]
+    problems += _mark_problems(config)
     problems += _metric_problems(config, base, data)
     return CheckResult(data, expected, problems, unknown)
 
@@ -103,6 +105,15 @@ def _evaluation_problems(config: TuneloopConfig) -> list[Problem]:
     except DataError as error:
         problems += error.problems
     return problems
+
+
+def _mark_problems(config: TuneloopConfig) -> list[Problem]:
+    """Return why people's marks on rows cannot be read."""
+    try:
+        marks_for(config, Workspace(config.workspace))
+    except (ArtifactError, DataError) as error:
+        return list(error.problems)
+    return []
 
 
 def _metric_problems(config: TuneloopConfig, base: BaseModel, data: DataCheck) -> list[Problem]:

@@ -43,6 +43,9 @@ judge
 serve
   serve       serve the base and the finetuned model until interrupted
   submit      run a command on a cluster as a Ray job
+improve
+  fixes       list people's marks on rows, and what became of them
+  trace       follow one row through datasets, answers, marks and votes
 look around
   ls          list the artifacts of a workspace
   show        show one artifact, for example models/demo
@@ -125,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
         overrides(sub)
 
+    def workspace_of(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="use its workspace")
+        overrides(sub)
+        sub.add_argument(
+            "--workspace", metavar="PATH", default="workspace", help="default: %(default)s"
+        )
+
     def workspace_command(name: str) -> argparse.ArgumentParser:
         sub = command(name)
         if name == "show":
@@ -136,11 +146,7 @@ def _parser() -> argparse.ArgumentParser:
                 sub.add_argument("--diff", metavar="REF", help="compare with this older dataset"),
                 _references,
             )
-        sub.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="use its workspace")
-        overrides(sub)
-        sub.add_argument(
-            "--workspace", metavar="PATH", default="workspace", help="default: %(default)s"
-        )
+        workspace_of(sub)
         return sub
 
     init, importing = command("init"), command("import")
@@ -170,6 +176,17 @@ def _parser() -> argparse.ArgumentParser:
         _complete(option, _references)
     gate.add_argument("--junit", metavar="FILE", help="write the checks as JUnit XML")
     gate.add_argument("--markdown", metavar="FILE", help="write the checks as Markdown")
+    fixes = command("fixes")
+    fixes.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
+    overrides(fixes)
+    fixes.add_argument(
+        "--output", metavar="FILE", help="also write the marks, as JSON Lines for data.fixes"
+    )
+    trace = command("trace")
+    trace.add_argument(
+        "id", metavar="ID", help="of a row, or how it begins; path:line; or of a mark or vote"
+    )
+    workspace_of(trace)
     submit = command("submit")
     submit.add_argument("job_command", metavar="COMMAND", help="the command to run there")
     submit.add_argument("config", metavar="CONFIG.yaml", help="the configuration")

@@ -18,6 +18,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
+from rich.text import Text
 
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.config import API_KEY_VARIABLE, TuneloopConfig, load_config
@@ -294,6 +295,46 @@ def _headline(artifact: Artifact) -> str:
     return ", ".join(f"{key} {_short(value)}" for key, value in metrics.items())
 
 
+def _fixes(arguments: argparse.Namespace, output: IO[str]) -> int:
+    config = _load(arguments)
+    from tuneloop.marks import write_marks
+    from tuneloop.review.fixes import MarkState, mark_states
+
+    states = mark_states(config, Workspace(config.workspace))
+    if arguments.output:
+        write_marks((state.mark for state in states), Path(arguments.output))
+    if arguments.json:
+        print(json.dumps({"marks": [s.row() for s in states]}, ensure_ascii=False), file=output)
+        return 0
+    if not states:
+        print(f"no marks on rows of `{config.name}`; they are made on the dashboard", file=output)
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for column in ("row", "says", "who", "when (UTC)", "state", "why"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("who", "state"))
+    for mark, state, why in states:
+        when = mark.created_at[:16].replace("T", " ")
+        says = shorten(MarkState(mark, state, why).says, 80)
+        row = (mark.row_id[:8], says, mark.reviewer, when, state, why)
+        table.add_row(*map(Text, row))
+    Console(file=output).print(table)
+    return 0
+
+
+def _trace(arguments: argparse.Namespace, output: IO[str]) -> int:
+    workspace = open_workspace(arguments)
+    from tuneloop.review.trace import trace, trace_lines
+
+    found = trace(workspace, arguments.id)
+    if arguments.json:
+        print(json.dumps(found.as_dict(), ensure_ascii=False), file=output)
+        return 0
+    width = shutil.get_terminal_size().columns
+    for line in trace_lines(found):
+        print(shorten(line, width), file=output)
+    return 0
+
+
 def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
 
     workspace = open_workspace(arguments)
@@ -389,6 +430,8 @@ COMMANDS = {
     "gate": _gate,
     "sweep": _sweep,
     "dashboard": _dashboard,
+    "fixes": _fixes,
+    "trace": _trace,
     "serve": _serve,
     "submit": _submit,
     "ls": _ls,

@@ -382,6 +382,12 @@ class DataConfig(Section):
     dedup: DedupConfig = DedupConfig()
     split: SplitConfig = SplitConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
+    fixes: bool | str = Field(
+        True,
+        description="Whether people's marks on rows are applied: answers corrected, rows dropped, "
+        "more answers accepted. A path names a file that `tuneloop fixes CONFIG --output FILE` "
+        "wrote, in place of the marks of the workspace.",
+    )
     seed: int = Field(0, description="Seed of the shuffle, the split and the sampling of shares.")
 
     @model_validator(mode="after")

@@ -85,9 +85,8 @@ class Fix(NamedTuple):
         return ", ".join(dict.fromkeys(mark.reviewer for mark in self.marks))
 
     def identity(self) -> dict[str, object]:
-        """Return what of the fix changes a dataset or is written into its card."""
-        uids = sorted(mark.uid for mark in self.marks)
-        return {**self._asdict(), "marks": uids}
+        """Return what of the fix changes a dataset: not who asks for it."""
+        return {"action": self.action, "row": self.content_id, "answers": list(self.answers)}
 
 
 class Decided(NamedTuple):

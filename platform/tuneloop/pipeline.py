@@ -24,6 +24,7 @@ from tuneloop.evals.scoring.judging import Judging
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.export.parity import check_served
 from tuneloop.records import BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, Parity
+from tuneloop.review.fixes import marks_for
 from tuneloop.serving import app
 from tuneloop.serving.replica import ServedModel
 
@@ -162,7 +163,8 @@ def _evaluate_named(config: TuneloopConfig, workspace: Workspace, name: str = ""
         if contest.needs_dataset(config):
             prepared = prepare_dataset(config, workspace, base()).artifact
         if config.evaluation.sources:
-            scored = _log_published(prepare_scored_rows(config, workspace)).artifact
+            marks = marks_for(config, workspace, scored=True)
+            scored = _log_published(prepare_scored_rows(config, workspace, marks)).artifact
         dataset = scored or prepared
         assert dataset is not None, "without `evaluation.sources` the dataset is needed"
 
@@ -238,7 +240,7 @@ def _newest_finetuned(
     trained = [a for a in artifacts if (a.kind, a.name) == ("models", config.name)]
     settings = config.model_dump(mode="json")
     datasets = {
-        a.fingerprint
+        a.train_fingerprint
         for a in artifacts
         if a.kind == "datasets"
         and (a.manifest["config"].get("data"), a.manifest["config"].get("task"))
@@ -282,7 +284,7 @@ def prepare_dataset(config: TuneloopConfig, workspace: Workspace, base: BaseMode
     from tuneloop.data.prepare import prepare
 
     refuse_unshared(workspace.root, base.path)
-    return _log_published(prepare(config, workspace, base))
+    return _log_published(prepare(config, workspace, base, marks_for(config, workspace)))
 
 
 def train_model(

@@ -78,7 +78,24 @@ def publish_dataset(workspace: Workspace) -> None:
         "test/part-0.parquet": pa.Table.from_pylist(rows[:5]),
         "removed/part-0.parquet": pa.Table.from_pylist(removed),
     }
-    publish(workspace, "datasets", files, {"train_rows": 25, "test_rows": 5})
+    files["test/part-1.parquet"] = pa.Table.from_pylist(
+        [
+            {
+                "row_id": "r29", "source": "rows.jsonl:290", "num_tokens": 9,
+                "messages": [*turns[:2], {"role": "assistant", "content": '{"colour": "blue"}'}],
+            }
+        ]
+    )  # fmt: skip
+    files["train/part-1.parquet"] = pa.Table.from_pylist(
+        [
+            dict(
+                rows[0],
+                row_id="r800",
+                messages=[*turns[:2], {"role": "assistant", "content": "boo"}],
+            )
+        ]
+    )
+    publish(workspace, "datasets", files, {"train_rows": 26, "test_rows": 6})
 
 
 def publish_model(workspace: Workspace) -> None:
@@ -219,7 +236,12 @@ def publish_results(
         (draft.path / "report.html").write_text(
             render_report(evaluation, config, f"datasets/{config.name}@v1")
         )
-        draft.publish(config={}, resources={}, inputs=[], metrics=evaluation.headline_numbers())
+        draft.publish(
+            config={"dataset": "datasets".ljust(64, "0")},
+            resources={},
+            inputs=[f"datasets/{config.name}@v1"],
+            metrics=evaluation.headline_numbers(),
+        )
 
 
 def publish_mixture(workspace: Workspace) -> None:

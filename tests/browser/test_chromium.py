@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +133,35 @@ def test_filter_vote_reload_and_the_vote_is_there(visit, served, filled):
     assert rows == [("grace", "tie", ""), ("grace", "left", "1 of 2 is 3 or 4")]
     choice(page, "Results").click()
     page.get_by_text("2 votes by grace.").wait_for()
+
+    page.get_by_role("link", name="Answers").click()
+    page.get_by_text("30 of 30 answers").wait_for()
+    page.get_by_label("Search").fill("number 29")
+    page.get_by_label("Search").press("Enter")
+    page.get_by_text("1 of 30 answers").wait_for()
+    assert "q=number+29" in page.url
+    # Out of the field, a digit marks the row of this place.
+    page.get_by_role("heading", name="Answers", exact=True).last.click()
+    page.keyboard.press("1")
+    page.get_by_label("Right answer").fill('{"colour": "blue", "number": 30}')
+    page.get_by_label("Right answer").press("Control+Enter")
+    page.get_by_role("button", name="Store the mark").click()
+    page.get_by_text("grace: the answer is wrong").wait_for()
+    page.get_by_role("button", name="Export").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="CSV").click()
+    lines = Path(download.value.path()).read_text().splitlines()
+    assert lines[0].startswith("example_id,arm,prompt,reference")
+    assert len(lines) == 2
+    page.keyboard.press("Escape")
+    page.get_by_role("link", name="Follow", exact=True).click()
+    page.get_by_role("heading", name="Marks").wait_for()
+    page.get_by_role("link", name="Datasets").click()
+    choice(page, "Test rows").click()
+    page.get_by_text("6 of 6 rows").wait_for()
+    page.get_by_text("grace: the answer is wrong").wait_for()
+    page.get_by_role("link", name="Marks").click()
+    page.get_by_text("1 waiting").wait_for()
     assert_clean(visit, served)
 
 
@@ -157,7 +187,10 @@ def test_playground_streams_from_two_models(visit, served, parrots):
     assert_clean(visit, served)
 
 
-@pytest.mark.parametrize("path", ["", "errors", "votes", "sweep", "playground"])
+@pytest.mark.parametrize(
+    "path",
+    ["", "errors", "votes", "sweep", "playground", "answers", "dataset?view=Train+rows", "marks"],
+)
 def test_nothing_is_wider_than_a_phone(browser, served, path: str):
     context = browser.new_context(viewport={"width": 400, "height": 800})
     page = context.new_page()

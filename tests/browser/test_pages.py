@@ -14,6 +14,7 @@ import pytest
 
 from tuneloop.artifacts import Workspace
 from tuneloop.evals.reporting.overview import newest_comparison
+from tuneloop.review.store import ReviewStore
 
 APP = Path(__file__).parents[2] / "dashboards" / "app.py"
 
@@ -46,7 +47,10 @@ def page_html(app) -> str:
     return "\n".join(element.proto.body for element in app.get("html"))
 
 
-PAGES_OF_ARTIFACTS = ["overview", "dataset", "model", "sweep", "report", "errors", "votes"]
+PAGES_OF_ARTIFACTS = [
+    *("overview", "dataset", "model", "sweep", "report", "errors", "votes"),
+    *("answers", "lineage", "marks", "history"),
+]
 
 
 @pytest.mark.parametrize("page", PAGES_OF_ARTIFACTS)
@@ -105,10 +109,14 @@ def test_dataset_page_shows_card_rows_and_removed_rows(open_page, filled):
     assert "a-ha" in page_html(app)
     assert "rows.jsonl:3" in page_html(app)
     app.text_input(key="q").set_value("rows.jsonl:24").run()
-    assert "1 of 25 rows" in [caption.value for caption in app.caption]
+    assert "1 of 26 rows" in [caption.value for caption in app.caption]
     app.text_input(key="q").set_value("").run()
     app.button_group(key="view").set_value("Removed rows").run()
-    assert list(app.dataframe[0].value["reason"]) == ["near duplicate"]
+    assert "near duplicate" in page_html(app)
+    assert "1 of 1 removed rows" in [caption.value for caption in app.caption]
+    app.button_group(key="view").set_value("Conflicts").run()
+    assert "1 prompts of train rows have several answers." in [c.value for c in app.caption]
+    assert "boo" in page_html(app)
 
 
 def test_model_page_shows_curve_parity_and_card(open_page, filled):
@@ -179,6 +187,39 @@ def test_error_page_compares_any_two_arms_by_any_metric(open_page, filled):
     assert "Right in both <b>30</b>" in page_html(app)
     app.selectbox(key="after").set_value("base+few-shot").run()
     assert "two different arms" in app.info[0].value
+
+
+def test_arms_of_two_evaluations_and_two_runs_are_compared(open_page, own):
+    for kind in ("evaluations", "models"):
+        shutil.copytree(own / kind / "demo", own / kind / "later")
+        file = own / kind / "later" / "v1" / "artifact.json"
+        manifest = json.loads(file.read_text())
+        manifest["config"] = {"training": {"num_epochs": 2}}
+        file.write_text(json.dumps(manifest))
+    app = open_page(own, "errors")
+    app.selectbox(key="evaluations").set_value("evaluations/later@v1").run()
+    app.selectbox(key="with").set_value("evaluations/demo@v1").run()
+    app.selectbox(key="before").set_value("base of evaluations/demo@v1").run()
+    assert "From base of evaluations/demo@v1 to finetuned" in app.markdown[0].value
+    assert "Fixed <b>23</b>" in page_html(app)
+    app.selectbox(key="before").set_value("finetuned of evaluations/demo@v1").run()
+    assert "Right in both <b>28</b>" in page_html(app)
+    shutil.copytree(own / "evaluations" / "demo" / "v1", own / "evaluations" / "later" / "v2")
+    app = open_page(own, "history")
+    app.selectbox(key="project").set_value("later").run()
+    told = app.dataframe[0].value
+    assert list(told["version"]) == ["evaluations/later@v2", "evaluations/later@v1"]
+    assert list(told["exact_match"]) == [pytest.approx(28 / 30)] * 2
+    newest = told.iloc[0]
+    assert (newest["shared rows"], newest["fixed"], newest["introduced"]) == (30, 0, 0)
+    app = open_page(own, "model")
+    app.selectbox(key="models").set_value("models/later@v1").run()
+    charts = len(app.get("vega_lite_chart"))
+    app.multiselect(key="with").set_value(["models/demo@v1"]).run()
+    assert len(app.get("vega_lite_chart")) == charts + 3
+    settings = next(f.value for f in app.dataframe if "setting" in f.value)
+    assert list(settings["setting"]) == ["training.num_epochs"]
+    assert list(settings["models/later@v1"]) == ["2"]
 
 
 @pytest.fixture
@@ -260,6 +301,62 @@ def test_results_show_ratings_agreement_and_the_baseline(open_page, own, fast_re
     assert set(listed["reviewer"]) == {"ann", "bob"}
     assert len(listed) == 6
     assert next(iter(judges["judge"])) == "all fields right, none invented"
+
+
+def test_the_worst_answers_of_one_model_come_first(open_page, filled):
+    app = open_page(filled, "answers")
+    assert "**finetuned**: 93.3%" in app.markdown[0].value
+    shown = page_html(app)
+    assert shown.index("<b>r28</b>") < shown.index("<b>r29</b>")
+    assert shown.count(">wrong</span>") == 2
+    assert 'tl-bad">number</span>' in shown
+    assert 'tl-good">colour</span>' in shown
+    assert "30 of 30 answers" in app.caption[0].value
+    app.button_group(key="wrong").set_value("number").run()
+    assert "2 of 30 answers" in app.caption[0].value
+    app.selectbox(key="arm").set_value("base").run()
+    app.button_group(key="wrong").set_value(None).run()
+    app.selectbox(key="error").set_value("misspelt").run()
+    assert "12 of 30 answers" in app.caption[0].value
+    app.text_input(key="q").set_value("thing NUMBER 7 definately").run()
+    assert "<b>r07</b>" in page_html(app)
+    assert "&lt;b&gt;What is it?&lt;/b&gt;" in page_html(app)
+
+
+def test_rows_are_marked_listed_and_followed(open_page, own):
+    app = open_page(own, "answers")
+    next(b for b in app.button if b.key == "mark 2 r29").click().run()
+    app.radio[0].set_value("bad_reference").run()
+    button(app, "Store the mark").click().run()
+    assert "Give your name" in app.error[0].value
+    app.text_input(key="marker").set_value("ann").run()
+    button(app, "Store the mark").click().run()
+    assert "the answer that the data have" in app.error[0].value
+    app.text_area[0].set_value('{"colour": "blue", "number": 30}').run()
+    button(app, "Store the mark").click().run()
+    assert not app.error
+    assert "ann: the answer is wrong" in page_html(app)
+    (mark,) = ReviewStore(own).marks("demo")
+    assert (mark.row_id, mark.reviewer, mark.kind) == ("r29", "ann", "bad_reference")
+    assert mark.dataset == "datasets/demo@v1"
+    assert mark.evaluation == "evaluations/demo@v1"
+    app = open_page(own, "dataset")
+    app.button_group(key="view").set_value("Train rows").run()
+    next(b for b in app.button if b.key == "mark 1 r000").click().run()
+    app.radio[0].set_value("bad_row").run()
+    app.text_input(key="marker").set_value("bob").run()
+    button(app, "Store the mark").click().run()
+    assert "bob: drop the row" in page_html(app)
+    app = open_page(own, "marks")
+    assert app.markdown[0].value == "**2** waiting"
+    listed = app.dataframe[0].value
+    assert list(listed["reviewer"]) == ["bob", "ann"]
+    app = open_page(own, "lineage")
+    app.text_input(key="id").set_value(mark.uid).run()
+    assert [s.value for s in app.subheader] == ["In the datasets", "Answers", "Marks"]
+    assert "evaluations/demo@v1" in page_html(app)
+    app.text_input(key="id").set_value("no such row").run()
+    assert "No such row" in app.error[0].value
 
 
 def votes_in(workspace):

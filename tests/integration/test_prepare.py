@@ -25,9 +25,12 @@ from tuneloop.data.diff import diff_datasets
 from tuneloop.data.prepare import prepare
 from tuneloop.data.write import assemble as finishing
 from tuneloop.errors import DataError
+from tuneloop.evals.scoring.questions import read_questions
+from tuneloop.marks import Mark
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message
+from tuneloop.review.fixes import states_of
 from tuneloop.spelling import words_by_frequency
 from tuneloop.training.rows import open_rows, store_rows
 
@@ -781,3 +784,100 @@ def test_check_tells_everything_without_ray(tmp_path: Path, base: BaseModel) -> 
     assert "longer than data.max_seq_len" in short.findings[0].what
     absent = check(config_for(tmp_path / "absent.jsonl"), base)
     assert [problem.what for problem in absent.findings] == ["no such file"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_marks_change_rows_and_move_none(tmp_path: Path, base: BaseModel) -> None:
+    rows = [
+        {"question": " ".join(sentence(f"q{i}", 8)), "answer": " ".join(sentence(f"a{i}", 8))}
+        for i in range(60)
+    ]
+    # Two rows that ask the same: corrected, they say the same.
+    rows[7]["question"] = rows[6]["question"]
+    config = config_for(write(tmp_path / "a.jsonl", rows), split={"num_test_examples": 12})
+    workspace = Workspace(tmp_path / "ws")
+    old = prepare(config, workspace, base).artifact
+    before = {side: {r["row_id"]: r for r in rows_of(old, side)} for side in ("train", "test")}
+    (train_a, train_b, *_), (test_a, test_b, test_c, *_) = (list(before[s]) for s in before)
+    duplicate = next(r["row_id"] for r in before["train"].values() if r["source"].endswith(":7"))
+
+    def mark(kind: str, row: str, answer: str = "", reviewer: str = "ann") -> Mark:
+        return Mark(kind, row, old.ref, reviewer, answer, created_at="2026-11-28")  # type: ignore[arg-type]
+
+    of_test = [
+        mark("bad_reference", test_a, "the right one"),
+        mark("accept", test_b, "another right one"),
+        mark("note", train_a),
+    ]
+    marks = [
+        *of_test,
+        mark("bad_reference", train_a, "corrected answer", "bob"),
+        mark("bad_row", train_b),
+        mark("bad_reference", duplicate, rows[7]["answer"]),
+        mark("bad_row", test_c),
+        mark("bad_row", "0" * 20),
+        mark("accept", train_a, "counts for nothing"),
+        mark("bad_reference", list(before["train"])[5], " ".join(sentence("long", 900))),
+    ]
+    published = prepare(config, workspace, base, marks)
+    new = published.artifact
+    assert not published.reused
+    assert new.ref == "datasets/faq@v2"
+    train, test = ({r["row_id"]: r for r in rows_of(new, side)} for side in ("train", "test"))
+    assert set(train) == set(before["train"]) - {train_b}
+    assert set(test) == set(before["test"]) - {test_c}
+    assert train[train_a]["messages"][-1]["content"] == "corrected answer"
+    assert train[train_a]["input_ids"] != before["train"][train_a]["input_ids"]
+    assert train[duplicate]["messages"][-1]["content"] == rows[7]["answer"]
+    assert test[test_a]["messages"][-1]["content"] == "the right one"
+    assert test[test_b]["accepted_answers"] == ["another right one"]
+    changed = {train_a, duplicate, test_a}
+    for side, found in (("train", train), ("test", test)):
+        for row_id, row in found.items():
+            if row_id not in changed:
+                assert row["input_ids"] == before[side][row_id]["input_ids"]
+                assert row["messages"] == before[side][row_id]["messages"]
+    assert [question.accepted for question in read_questions(new) if question.accepted] == [
+        ("another right one",)
+    ]
+    dropped = [r for r in rows_of(new, "removed") if r["stage"] == "marks"]
+    assert {r["row_id"] for r in dropped} == {train_b, test_c}
+    assert dropped[0]["reason"] == "marked as a bad row by ann"
+    card = json.loads((new.path / "card.json").read_text())
+    applied = {(item["row_id"], item["action"]): item for item in card["fixes"]["applied"]}
+    assert len(applied) == 6
+    told = applied[train_a, "correct"]
+    assert (told["reviewers"], told["side"], told["after"]) == (
+        ["bob"],
+        "train",
+        "corrected answer",
+    )
+    assert told["before"] == before["train"][train_a]["messages"][-1]["content"]
+    assert told["marks"] == [marks[3].uid]
+    refused = card["fixes"]["refused"]
+    assert "no row of the sources has this id" in refused[marks[7].uid]
+    assert "the row is trained on" in refused[marks[8].uid]
+    assert "more than data.max_seq_len (512)" in refused[marks[9].uid]
+    assert card["conflicts"]["num_same_prompt"] == 0
+    assert json.loads((old.path / "card.json").read_text())["conflicts"]["num_same_prompt"] == 1
+    assert "corrected | " in (new.path / "README.md").read_text()
+    assert next(s["removed"] for s in card["funnel"] if s["stage"] == "marks") == 2
+    diff = diff_datasets(new, old)
+    assert diff["moves"] == {"train → removed (marks)": 1, "test → removed (marks)": 1}
+
+    # The same marks again, and whoever else agrees: the same version.
+    again = [*marks, mark("bad_row", train_b, reviewer="eve")]
+    assert prepare(config, workspace, base, again).reused
+    # What is trained on is the same where only test rows differ.
+    third = prepare(config, workspace, base, of_test).artifact
+    assert third.fingerprint != old.fingerprint
+    assert third.train_fingerprint == old.fingerprint
+    assert new.train_fingerprint not in (old.fingerprint, new.fingerprint)
+    states = states_of(again, [old, new])
+    assert [s.state for s in states].count("applied") == 7
+    by_uid = {s.mark.uid: s for s in states}
+    assert by_uid[marks[3].uid].why == "since datasets/faq@v2"
+    assert by_uid[marks[2].uid].state == "kept"
+    assert by_uid[marks[7].uid].state == "not applied"
+    assert by_uid[again[-1].uid].state == "applied"
+    assert {s.state for s in states_of(of_test[:2], [old])} == {"waiting"}

@@ -100,7 +100,7 @@ def complete(line: str) -> list[str]:
 
 
 def test_commands_keys_and_references_are_completed(workspace: Workspace) -> None:
-    assert complete("tuneloop tr") == ["train"]
+    assert complete("tuneloop tra") == ["train", "trace"]
     assert complete("tuneloop train x.yaml data.spl") == ["data.split."]
     assert "data.split.test_ratio=" in complete("tuneloop train x.yaml data.split.")
     assert "data.sources.0.format=" in complete("tuneloop train x.yaml data.sources.0.f")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tuneloop.data.card.composition import FilterEffects, Wording
     from tuneloop.data.decontamination.decontaminate import Contamination
     from tuneloop.data.dedup.conflicts import Conflicts
+    from tuneloop.data.fixes import Fixes
 
 
 class Removal(NamedTuple):
@@ -54,6 +55,7 @@ class Ledger:
         split: Over all rows; those on no side have been removed.
         contamination: Train rows that repeated what is held out.
         conflicts: Rows with the same prompt and different answers; None for documents.
+        fixes: What became of people's marks; None before they are applied.
         wording: How varied the train rows are.
         filtered: What the filters changed and dropped.
         notices: What is unusual in the files and the user's own columns.
@@ -74,6 +76,7 @@ class Ledger:
     split: Split | None = None
     contamination: Contamination | None = None
     conflicts: Conflicts | None = None
+    fixes: Fixes | None = None
     wording: Wording | None = None
     filtered: FilterEffects | None = None
     notices: list[Problem] = field(default_factory=list)

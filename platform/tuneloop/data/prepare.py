@@ -25,7 +25,9 @@ from tuneloop.data.decontamination.decontaminate import decontaminate
 from tuneloop.data.decontamination.held_out import EvaluationRows, read_evaluations
 from tuneloop.data.dedup.conflicts import find_conflicts
 from tuneloop.data.dedup.deduplicate import deduplicate
+from tuneloop.data.fixes import apply_fixes, train_fixes
 from tuneloop.data.hashing.content import Content
+from tuneloop.data.ledger import Ledger
 from tuneloop.data.schema import Side, Stage
 from tuneloop.data.sources.bad_rows import refuse_mismatched_formats
 from tuneloop.data.sources.dialect import file_notices
@@ -36,6 +38,7 @@ from tuneloop.data.tokenize.rendering import Rendering
 from tuneloop.data.tokenize.tokenize import open_ledger, tokenize_rows
 from tuneloop.data.write.parquet import write_rows
 from tuneloop.languages import refuse_unknown_languages
+from tuneloop.marks import Fix, Mark, decide
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.progress import Progress
 from tuneloop.repetition import REPETITION_VERSION
@@ -45,13 +48,16 @@ logger = logging.getLogger("tuneloop.data")
 CODE_VERSION = 12
 
 
-def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:
+def prepare(
+    config: TuneloopConfig, workspace: Workspace, base: BaseModel, marks: Sequence[Mark] = ()
+) -> Published:
     """Return `datasets/<config.name>`, made or reused. Needs a running Ray.
 
     Args:
         config: `task`, `data`, `model.chat_template` and `name` are used.
         workspace: Where the artifact goes.
         base: Whose tokenizer and chat template render the rows.
+        marks: What people say about rows of this dataset, oldest first.
 
     Raises:
         DataError: A source leads nowhere, too many rows are unusable or too long, or there are
@@ -71,6 +77,8 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
         "data": config.data.model_dump(
             exclude={
                 "sources": {"__all__": {"path"}},
+                # What they come to counts, wherever they are stored.
+                "fixes": True,
                 "decontamination": {"sources": {"__all__": {"path"}}},
             }
         ),
@@ -80,20 +88,24 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
     }
     if config.data.filters.repetition:
         parts["repetition"] = REPETITION_VERSION
-    identity = fingerprint("prepare", CODE_VERSION, **parts)
+    fixes = decide(marks).fixes
+    identity = _identity(parts, fixes)
     existing = workspace.find("datasets", config.name, identity)
     if existing is not None:
         return Published(existing, reused=True)
     await_cpu()
     with workspace.draft("datasets", config.name, identity) as draft:
         evaluations = read_evaluations(evaluation_files, config)
-        metrics = _build(config, files, evaluations, rendering, draft)
+        ledger, metrics = _build(config, files, evaluations, rendering, draft, marks)
+        used = train_fixes(ledger, fixes)
         artifact = draft.publish(
             config={
                 **parts,
                 "data": config.data.model_dump(),
                 "chat_template": config.model.chat_template,
                 "files": len(files),
+                **({"fixes": [fix.identity() for fix in fixes]} if fixes else {}),
+                **({"train_fingerprint": _identity(parts, used)} if used != fixes else {}),
             },
             resources=config.resources.model_dump(),
             inputs=[
@@ -108,14 +120,20 @@ def prepare(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Pu
     return Published(artifact, reused=False)
 
 
+def _identity(parts: dict[str, Any], fixes: Sequence[Fix]) -> str:
+    changed = {"fixes": [fix.identity() for fix in fixes]} if fixes else {}
+    return fingerprint("prepare", CODE_VERSION, **parts, **changed)
+
+
 def _build(
     config: TuneloopConfig,
     files: Sequence[SourceFile],
     evaluations: Sequence[EvaluationRows],
     rendering: Rendering,
     draft: Draft,
-) -> dict[str, Any]:
-    """Write the artifact's files and return its metrics."""
+    marks: Sequence[Mark],
+) -> tuple[Ledger, dict[str, Any]]:
+    """Write the artifact's files; return what became of the rows, and the artifact's metrics."""
     content = Content.of(config.task)
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
@@ -140,10 +158,14 @@ def _build(
     with _timed("dedup", seconds):
         ledger.duplicates = deduplicate(ledger, rows, content, config)
     logger.info(f"removed {len(ledger.removed_by(Stage.DEDUP)):,} duplicate rows")
+    ledger.split = split_ledger(ledger, config)
+    if marks:
+        with _timed("fixes", seconds):
+            rows = apply_fixes(ledger, rows, marks, rendering, config)
+        _log_fixes(ledger)
     if not content.is_text:
         with _timed("conflicts", seconds):
             ledger.conflicts = find_conflicts(ledger, rows, content)
-    ledger.split = split_ledger(ledger, config)
     with _timed("decontaminate", seconds):
         ledger.contamination = decontaminate(ledger, rows, content, config.data, evaluations)
     logger.info(f"removed {len(ledger.contamination.removed):,} contaminated train rows")
@@ -166,7 +188,7 @@ def _build(
             f"{source['num_unreadable']:,} of them unusable, {source['num_removed']:,} removed"
         )
     write_card(config, ledger, written, draft.path)
-    return {
+    return ledger, {
         **{f"num_{split}_rows": n for split, n in counts.items() if split != "removed"},
         "num_removed": counts["removed"],
         "num_train_tokens": sum(written[Side.TRAIN].num_tokens),
@@ -174,10 +196,20 @@ def _build(
         "num_conflicts": ledger.conflicts.num_same_prompt if ledger.conflicts else 0,
         "num_near_conflicts": ledger.conflicts.num_near_prompt if ledger.conflicts else 0,
         "num_contaminated_rows": len(ledger.contamination.removed),
+        **({"num_fixed_rows": len(ledger.fixes.applied)} if ledger.fixes else {}),
         "contamination": {
             origin.name: origin.contamination_ratio for origin in ledger.contamination.origins
         },
     }
+
+
+def _log_fixes(ledger: Ledger) -> None:
+    assert ledger.fixes is not None
+    for item in ledger.fixes.applied:
+        who = ", ".join(item.reviewers)
+        logger.info("%s, a %s row: %s, as %s marked it", item.source, item.side, item.action, who)
+    for why in ledger.fixes.refused.values():
+        logger.info("a mark is not applied: %s", why)
 
 
 @contextmanager

@@ -121,6 +121,13 @@ def fetch_rows(rows: Dataset, keys: Indices) -> list[dict[str, Any]]:
     return [row for batch in map_contents(rows, select) for row in batch.to_pylist()]
 
 
+def fetch_whole(rows: Dataset, keys: Indices) -> pa.Table:
+    """Return all columns of the rows with some keys."""
+    select = functools.partial(rows_with_keys, keys=np.sort(keys))
+    chosen = rows.map_batches(select, batch_format="pyarrow")
+    return pa.concat_tables(chosen.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
 def fetch_shingles(
     rows: Dataset, keys: Indices, content: Content, on: ComparedSide, ngram_words: int
 ) -> dict[int, Hashes]:

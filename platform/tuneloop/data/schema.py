@@ -58,6 +58,7 @@ class Stage(StrEnum):
     FILTER = "filter"
     TOKENIZE = "tokenize"
     DEDUP = "dedup"
+    MARKS = "marks"
     DECONTAMINATION = "decontamination"
     SPLIT = "split"
 
@@ -87,6 +88,8 @@ class ReasonCode(StrEnum):
     # Deduplication; near duplicates also in decontamination.
     EXACT_DUPLICATE = "exact_duplicate"
     NEAR_DUPLICATE = "near_duplicate"
+    # Marks of people.
+    MARKED = "marked"
     # Decontamination.
     SAME_TEXT = "same_text"
     SAME_PROMPT = "same_prompt"

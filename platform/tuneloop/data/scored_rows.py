@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -11,21 +12,26 @@ import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Published, Workspace, fingerprint
 from tuneloop.config import FiltersConfig, SplitConfig, TuneloopConfig
+from tuneloop.data.corrections import ACCEPTED_COLUMN, NOT_THERE, corrected, refusal
 from tuneloop.data.hashing.content import Content, content_id
 from tuneloop.data.sources.bad_rows import BadRow, refuse_bad_rows, refuse_mismatched_formats
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
+from tuneloop.marks import Mark, decide
 
 CODE_VERSION = 3
 
 
-def prepare_scored_rows(config: TuneloopConfig, workspace: Workspace) -> Published:
+def prepare_scored_rows(
+    config: TuneloopConfig, workspace: Workspace, marks: Sequence[Mark] = ()
+) -> Published:
     """Return `datasets/<config.name>-scored`, whose test split is the rows, made or reused.
 
     The rows are neither filtered nor deduplicated, and keep their order. Needs no Ray.
 
     Args:
         config: `task`, `evaluation.sources` and `data.max_bad_rows_ratio` are used.
+        marks: What people say about these rows, oldest first.
 
     Raises:
         DataError: A source leads nowhere, or too many rows are unusable.
@@ -44,12 +50,18 @@ def prepare_scored_rows(config: TuneloopConfig, workspace: Workspace) -> Publish
         "sources": [source.model_dump() for source in config.evaluation.sources],
         "files": contents,
     }
+    fixes = decide(marks).fixes
+    if fixes:
+        parts["fixes"] = [fix.identity() for fix in fixes]
     name = f"{config.name}-scored"
     identity = fingerprint("scored_rows", CODE_VERSION, **parts)
     existing = workspace.find("datasets", name, identity)
     if existing is not None:
         return Published(existing, reused=True)
     content, seen = Content.of(config.task), Counter[str]()
+    by_row = {fix.content_id: [f for f in fixes if f.content_id == fix.content_id] for fix in fixes}
+    applied: list[dict[str, Any]] = []
+    refused = {mark.uid: NOT_THERE for fix in fixes for mark in fix.marks}
     rows: list[dict[str, Any]] = []
     bad: list[BadRow] = []
     for position, file in enumerate(files):
@@ -60,6 +72,33 @@ def prepare_scored_rows(config: TuneloopConfig, workspace: Workspace) -> Publish
             row_id = content_id(*content.own(row), row["task"])
             # The same question twice is two rows here: what users ask is scored as it is asked.
             seen[row_id] += 1
+            before, accepted, is_dropped = row["messages"], list[str](), False
+            for fix in by_row.get(row_id, []):
+                why = refusal(fix, row["messages"], config.task.of(row["task"]))
+                for mark in fix.marks:
+                    refused.pop(mark.uid, None)
+                if why:
+                    refused |= {mark.uid: why for mark in fix.marks}
+                    continue
+                if fix.action == "correct":
+                    row["messages"] = corrected(row["messages"], fix.answers[0])
+                accepted += fix.answers if fix.action == "accept" else ()
+                is_dropped = is_dropped or fix.action == "drop"
+                applied.append(
+                    {
+                        "row_id": row_id,
+                        "source": row["source"],
+                        "side": "test",
+                        "action": fix.action,
+                        "before": before[-1]["content"] if before else row["text"],
+                        "after": "\n".join(fix.answers),
+                        "reviewers": list(dict.fromkeys(mark.reviewer for mark in fix.marks)),
+                        "marks": [mark.uid for mark in fix.marks],
+                        "created_at": max(mark.created_at for mark in fix.marks),
+                    }
+                )
+            if is_dropped:
+                continue
             own = {
                 column: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 for column, value in json.loads(row["extra"]).items()
@@ -67,6 +106,7 @@ def prepare_scored_rows(config: TuneloopConfig, workspace: Workspace) -> Publish
             }
             rows.append(
                 own
+                | ({ACCEPTED_COLUMN: accepted} if accepted else {})
                 | {
                     "row_id": row_id if seen[row_id] == 1 else f"{row_id}-{seen[row_id]}",
                     "source": row["source"],
@@ -81,6 +121,10 @@ def prepare_scored_rows(config: TuneloopConfig, workspace: Workspace) -> Publish
     with workspace.draft("datasets", name, identity) as draft:
         (draft.path / "test").mkdir()
         pq.write_table(table, draft.path / "test" / "part-00000.parquet", compression="zstd")
+        if fixes:
+            card = {"fixes": {"applied": applied, "refused": refused}}
+            text = json.dumps(card, indent=2, ensure_ascii=False)
+            (draft.path / "card.json").write_text(text, encoding="utf-8")
         artifact = draft.publish(
             config=parts,
             resources={},

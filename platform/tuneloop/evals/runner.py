@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence, Set
@@ -524,13 +525,30 @@ def _scores(
 ) -> Mapping[str, float | None]:
     if request.question.text:
         return {"bits_per_byte": answer.bits_per_byte}
-    return scorer.score(request.question.reference, answer.text, request.question.task)
+    reference = _nearest_reference(scorer, request, answer)
+    return scorer.score(reference, answer.text, request.question.task)
+
+
+def _nearest_reference(scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer) -> str:
+    """Return that of the right answers by which an answer scores best; of equals the first."""
+    question = request.question
+    if not question.accepted:
+        return question.reference
+    sign = -1 if scorer.metrics[scorer.primary].better == "lower" else 1
+
+    def score(reference: str) -> float:
+        value = scorer.score(reference, answer.text, question.task)[scorer.primary]
+        return -math.inf if value is None else sign * value
+
+    return max((question.reference, *question.accepted), key=score)
 
 
 def _prediction(
     scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer, context: _Context
 ) -> Prediction:
     reference, finish_reason = request.question.reference, answer.finish_reason
+    if finish_reason is not None:
+        reference = _nearest_reference(scorer, request, answer)
     seen = context.seen.get(request.arm.name)
     scored = finish_reason is not None
     prediction = Prediction(

@@ -23,7 +23,7 @@ def identity(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> str:
 def result_parts(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> dict[str, Any]:
     """Return everything that changes the result, as the manifest keeps it."""
     return {
-        "dataset": dataset.fingerprint,
+        "dataset": dataset.train_fingerprint,
         "base": base.fingerprint,
         "training": config.training.model_dump(),
         "chat_template": _template_identity(config.model.chat_template),

@@ -23,7 +23,7 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.errors import ArtifactError, ConfigError, DataError, EndpointError
 from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.report import terminal_table
-from tuneloop.evals.runner import evaluate, find_evaluation
+from tuneloop.evals.runner import evaluate, find_evaluation, find_unanswered
 from tuneloop.evals.scoring.asking import ModelAnswer, PartialAnswers
 from tuneloop.evals.scoring.questions import choose_shots, read_questions
 from tuneloop.evals.scoring.results import Evaluation
@@ -51,8 +51,10 @@ def row(index: int, word: str) -> dict:
 WORDS = ["apple", "pear", "plum", "cherry", "fig", "grape", "lemon", "mango", "melon", "kiwi"]
 
 
-def publish_dataset(workspace: Workspace, test: list[dict], train: list[dict]) -> Artifact:
-    with workspace.draft("datasets", "words", "f" * 64) as draft:
+def publish_dataset(
+    workspace: Workspace, test: list[dict], train: list[dict], fingerprint: str = "f" * 64
+) -> Artifact:
+    with workspace.draft("datasets", "words", fingerprint) as draft:
         for split, rows in (("train", train), ("test", test)):
             (draft.path / split).mkdir()
             if rows:
@@ -254,6 +256,42 @@ def test_rows_of_an_earlier_evaluation_are_taken_over(model_server, config, work
     other = arms(model_server, dataset, num_shots=1)
     evaluate(config, workspace, dataset, other, "words-1shot")
     assert len(model_server.requests) == 10
+
+
+def test_a_changed_reference_scores_the_stored_answers_again(
+    model_server, config, workspace, dataset
+):
+    model_server.reply = spell
+    first = evaluate(config, workspace, dataset, arms(model_server, dataset), "words").artifact
+    asked = len(model_server.requests)
+    rows = [row(index, word) | {"accepted_answers": None} for index, word in enumerate(WORDS)]
+    # `pear` has four letters, and the base model says five.
+    rows[1]["messages"][-1]["content"] = '{"word": "PEAR", "letters": 5}'
+    rows[2]["accepted_answers"] = ['{"word": "PLUM", "letters": 5}', "no JSON"]
+    train = [row(100 + i, w * 2) for i, w in enumerate(WORDS)]
+    changed = publish_dataset(workspace, rows, train, fingerprint="e" * 64)
+    absent = [replace(a, endpoint=Endpoint("", "parrot")) for a in arms(model_server, changed)]
+    assert not find_unanswered(config, workspace, changed, absent)
+    second = evaluate(config, workspace, changed, absent, "words").artifact
+    assert second.ref != first.ref
+    assert len(model_server.requests) == asked
+    scores = [
+        {(p.example_id, p.arm): p.scores["exact_match"] for p in Evaluation.load(a).predictions}
+        for a in (first, second)
+    ]
+    differing = {key: scores[1][key] for key in scores[0] if scores[0][key] != scores[1][key]}
+    assert differing == {
+        ("row-001", "base"): 1.0,
+        ("row-001", "base+few-shot"): 0.0,
+        ("row-002", "base"): 1.0,
+    }
+    told = {
+        p.arm: p.reference for p in Evaluation.load(second).predictions if p.example_id == "row-002"
+    }
+    assert json.loads(told["base"])["letters"] == 5
+    assert json.loads(told["base+few-shot"])["letters"] == 4
+    more = [*absent, replace(absent[0], name="new", model_fingerprint="weights-2")]
+    assert [arm.name for arm in find_unanswered(config, workspace, changed, more)] == ["new"]
 
 
 def test_failed_requests_are_unscored_counted_and_asked_again_next_time(

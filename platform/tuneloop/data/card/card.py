@@ -76,6 +76,7 @@ def _card(config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written]) 
         "split": _split_summary(config, ledger),
         "dedup": _dedup_summary(config, ledger),
         "filters": {**config.data.filters.model_dump(), **asdict(ledger.filtered)},
+        "fixes": asdict(ledger.fixes) if ledger.fixes else {"applied": [], "refused": {}},
         "conflicts": asdict(ledger.conflicts) if ledger.conflicts else {},
         "decontamination": {
             **config.data.decontamination.model_dump(),
@@ -125,6 +126,8 @@ def _funnel(ledger: Ledger) -> list[dict[str, Any]]:
     funnel = [{"stage": "found", "rows": rows, "removed": 0, "tokens": num_tokens}]
     for stage in Stage:
         removed = ledger.removed_by(stage)
+        if stage is Stage.MARKS and not len(removed):
+            continue
         rows -= len(removed)
         num_tokens -= int(tokens[removed].sum())
         funnel.append(

@@ -16,11 +16,13 @@ _STAGES = {
     Stage.FILTER: "filter: dropped by a quality filter",
     Stage.TOKENIZE: "tokenize: could not be rendered, or too long",
     Stage.DEDUP: "dedup: repeated another row",
+    Stage.MARKS: "marks: dropped by people's marks",
     Stage.DECONTAMINATION: "decontamination: repeated what is evaluated on",
     Stage.SPLIT: "split: in no split",
 }
 _BAR = 30
 _TRUNCATED_SHOWN = 20
+_FIXES_SHOWN, _FIX_CHARACTERS = 50, 120
 
 
 def readme(card: dict[str, Any]) -> str:
@@ -87,6 +89,7 @@ def readme(card: dict[str, Any]) -> str:
         "## Duplicates",
         _dedup_text(card["dedup"], card["packing"] is not None),
         *_filters(card["filters"]),
+        *_fixes(card["fixes"]["applied"]),
         *_conflicts(card["conflicts"]),
         "## Contamination",
         _contamination_text(card["decontamination"]),
@@ -210,6 +213,34 @@ def _filters(found: dict[str, Any]) -> list[str]:
             _table(["row", "why", "text"], rows),
         ]
     return parts
+
+
+def _fixes(applied: list[dict[str, Any]]) -> list[str]:
+    """Return the section on what people's marks have changed, if anything."""
+    if not applied:
+        return []
+    done = {"correct": "corrected", "drop": "dropped", "accept": "accepts more"}
+    rows = [
+        [
+            _literal(item["source"]),
+            item["side"],
+            done[item["action"]],
+            _literal(shorten(item["before"], _FIX_CHARACTERS)),
+            _literal(shorten(item["after"], _FIX_CHARACTERS)) if item["after"] else "–",
+            _literal(", ".join(item["reviewers"])),
+            item["created_at"][:10],
+        ]
+        for item in applied[:_FIXES_SHOWN]
+    ]
+    header = ["row", "split", "done", "the files say", "now", "by", "on"]
+    more = f" The first {_FIXES_SHOWN} are shown." * (len(applied) > _FIXES_SHOWN)
+    plural = "mark has" if len(applied) == 1 else "marks have"
+    return [
+        "## Fixes",
+        f"People's {plural} changed {len(applied):,} row{'s' * (len(applied) != 1)}; none of them "
+        f"went to another split. All are in `fixes` of `card.json`.{more}",
+        _table(header, rows),
+    ]
 
 
 def _conflicts(found: dict[str, Any]) -> list[str]:

@@ -100,7 +100,10 @@ def datasets_of(workspace: Workspace, model: Path) -> list[Artifact] | None:
         that is no artifact was trained by others, on what nobody here knows: it does not count.
     """
     found: list[Artifact] = []
-    published = {a.fingerprint: a for a in workspace.published() if a.kind == "datasets"}
+    datasets = [a for a in workspace.published() if a.kind == "datasets"]
+    # Versions whose train rows are the same share what a model is trained on.
+    published = {a.train_fingerprint: a for a in reversed(datasets)}
+    published |= {a.fingerprint: a for a in datasets}
     while (manifest := model / "artifact.json").is_file():
         config = json.loads(manifest.read_text(encoding="utf-8"))["config"]
         if config.get("dataset") not in published:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,25 @@ def list_instructions(artifacts: Sequence[Artifact]) -> dict[str, str]:
             if one.get("instruction", "").strip():
                 found.setdefault(label, one["instruction"].strip())
     return found
+
+
+def compare_settings(artifacts: Sequence[Artifact]) -> list[dict[str, str]]:
+    """Return the settings in which artifacts differ, with a column for each."""
+    flat = {a.ref: dict(_flat(a.manifest["config"])) for a in artifacts}
+    keys = dict.fromkeys(key for settings in flat.values() for key in settings)
+    return [
+        {"setting": key, **{ref: str(settings.get(key, "–")) for ref, settings in flat.items()}}
+        for key in keys
+        if len({str(settings.get(key, "–")) for settings in flat.values()}) > 1
+    ]
+
+
+def _flat(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{key}{name}.")
+        else:
+            yield f"{key}{name}", value
 
 
 def read_training_log(model: Artifact) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from tuneloop.records import Conversation, Message
 _CANDIDATES = 64
 _COLUMNS = (
     *("row_id", "source", "messages", "text", "num_tokens", "task"),
-    *("tools", "accepted"),
+    *("tools", "accepted", "accepted_answers"),
 )
 _SYSTEM = ("system", "developer")
 
@@ -33,6 +33,7 @@ class Question:
         text: The row's text where it is plain text.
         task: The row's task in a mixture; empty otherwise.
         tools: JSON of the tools that may be called; empty for none.
+        accepted: More answers that are right.
     """
 
     example_id: str
@@ -41,6 +42,7 @@ class Question:
     text: str = ""
     task: str = ""
     tools: str = ""
+    accepted: tuple[str, ...] = ()
 
     def prompt(self, shots: Sequence[Conversation] = ()) -> tuple[Message, ...]:
         """Return the messages to send: system, the shots of its task, then the row's own turns."""
@@ -107,7 +109,14 @@ def read_questions(
             reference = with_accepted(reference, row.get("accepted"))
         tools = row.get("tools") or ""
         questions.append(
-            Question(str(row["row_id"]), messages[:-1], reference, task=task, tools=tools)
+            Question(
+                str(row["row_id"]),
+                messages[:-1],
+                reference,
+                task=task,
+                tools=tools,
+                accepted=_texts_of(row.get("accepted_answers")),
+            )
         )
     if not questions:
         raise DataError(
@@ -126,6 +135,12 @@ def read_questions(
             )
         )
     return questions
+
+
+def _texts_of(accepted: Any) -> tuple[str, ...]:
+    """Return the texts of a column `accepted_answers`; a user's own may hold something else."""
+    is_list = isinstance(accepted, list) and all(isinstance(text, str) for text in accepted)
+    return tuple(accepted) if is_list else ()
 
 
 def normalised_prompt(question: Question) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tuneloop.artifacts import Artifact
@@ -35,15 +35,42 @@ class Evaluation:
     nearest: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, artifact: Artifact) -> Evaluation:
-        """Return the results an artifact holds."""
+    def load(cls, artifact: Artifact, with_predictions: bool = True) -> Evaluation:
+        """Return the results an artifact holds.
+
+        Args:
+            with_predictions: Without them only numbers are there: what is read does not grow with
+                the rows.
+        """
         metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
         comparison = json.loads((artifact.path / "comparison.json").read_text(encoding="utf-8"))
-        predictions = read_predictions(artifact.path, list(metrics["metrics"]))
+        names = list(metrics["metrics"])
+        predictions = read_predictions(artifact.path, names) if with_predictions else []
         stored = artifact.path / "slices.json"
         slices = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
-        nearest = read_nearest(artifact.path)
+        nearest = read_nearest(artifact.path) if with_predictions else {}
         return cls(artifact.name, predictions, metrics, comparison, slices, nearest)
+
+    def beside(self, other: Evaluation, name: str) -> Evaluation:
+        """Return this evaluation with the arms of another one before its own.
+
+        Args:
+            other: Its arms are called `ARM of NAME`. Only what both have is compared: examples by
+                their ids, and metrics.
+            name: Of the other evaluation.
+        """
+        metrics = {
+            k: v for k, v in self.metrics["metrics"].items() if k in other.metrics["metrics"]
+        }
+        arms = [{**arm, "name": f"{arm['name']} of {name}"} for arm in other.arms]
+        return replace(
+            self,
+            predictions=[
+                *(replace(p, arm=f"{p.arm} of {name}") for p in other.predictions),
+                *self.predictions,
+            ],
+            metrics={**self.metrics, "metrics": metrics, "arms": [*arms, *self.arms]},
+        )
 
     @property
     def primary(self) -> str:

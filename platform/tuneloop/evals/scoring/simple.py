@@ -43,7 +43,7 @@ def simple_arm(name: str, dataset: Artifact, task: TaskConfig) -> Arm:
         name,
         Endpoint("", ""),
         (),
-        f"simple/{VERSION}/{dataset.fingerprint}",
+        f"simple/{VERSION}/{dataset.train_fingerprint}",
         answer=answer,
     )
 
@@ -54,7 +54,7 @@ def with_nearest_shots(arm: Arm, dataset: Artifact, num_shots: int, tasks: Colle
     def choose(questions: Sequence[Question]) -> Mapping[str, tuple[Conversation, ...]]:
         return nearest_shots(read_solved(dataset, tasks), questions, num_shots)
 
-    identity = f"nearest/{VERSION}/{num_shots}/{dataset.fingerprint}"
+    identity = f"nearest/{VERSION}/{num_shots}/{dataset.train_fingerprint}"
     return replace(arm, choose=choose, chosen_by=identity)
 
 

@@ -1,0 +1,47 @@
+"""All marks on rows, and what has become of them."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from exporting import FORMATS, as_file
+from shell import open_workspace, refuse
+from tuneloop.errors import UserError
+from tuneloop.review.fixes import states_of
+from tuneloop.review.store import ReviewStore
+
+workspace, artifacts = open_workspace()
+try:
+    marks = ReviewStore(workspace.location).marks()
+except UserError as error:
+    refuse("Marks cannot be read here.", error)
+if not marks:
+    st.info("No marks yet. They are made with `Mark` on the pages of answers and of datasets.")
+    st.stop()
+names = list(dict.fromkeys(mark.dataset_name for mark in marks))
+name = st.selectbox("Dataset", names, key="dataset", bind="query-params")
+versions = [a for a in artifacts if (a.kind, a.name) == ("datasets", name)]
+states = states_of([mark for mark in marks if mark.dataset_name == name], versions)
+counts = {
+    state: sum(s.state == state for s in states)
+    for state in ("applied", "waiting", "not applied", "kept")
+}
+st.markdown(", ".join(f"**{count:,}** {state}" for state, count in counts.items() if count))
+if counts["waiting"]:
+    st.markdown("The next preparation applies those that wait:")
+    st.code("tuneloop prepare CONFIG.yaml", language=None)
+rows = [state.row() for state in reversed(states)]
+columns = ("state", "why", "kind", "row_id", "answer", "note", "reviewer", "created_at")
+event = st.dataframe(
+    [{column: row[column] for column in columns} for row in rows],
+    hide_index=True,
+    on_select="rerun",
+    selection_mode="single-row",
+)
+if event.selection.rows:
+    chosen = rows[event.selection.rows[0]]
+    st.switch_page("views/lineage.py", query_params={"id": chosen["row_id"]})
+st.caption("Newest first; choose one to follow its row.")
+with st.container(horizontal=True):
+    for kind, (suffix, mime) in FORMATS.items():
+        st.download_button(kind, as_file(rows, kind), f"marks-{name}.{suffix}", mime)

@@ -1,0 +1,144 @@
+"""The marks that count for a configuration, and what has become of each of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.config import TuneloopConfig
+from tuneloop.marks import MARK_LABELS, Mark, decide, read_marks
+from tuneloop.review.store import ReviewStore, has_store
+
+SCORED_SUFFIX = "-scored"
+
+
+class MarkState(NamedTuple):
+    """A mark, and what has become of it.
+
+    Args:
+        state: `applied`, `waiting` for the next preparation, `not applied`, or `kept` to be read.
+        why: In words.
+    """
+
+    mark: Mark
+    state: str
+    why: str
+
+    def row(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        mark = self.mark
+        return {
+            "kind": mark.kind,
+            "row_id": mark.row_id,
+            "dataset": mark.dataset,
+            "evaluation": mark.evaluation,
+            "reviewer": mark.reviewer,
+            "created_at": mark.created_at,
+            "answer": mark.answer,
+            "note": mark.note,
+            "uid": mark.uid,
+            "state": self.state,
+            "why": self.why,
+        }
+
+    @property
+    def says(self) -> str:
+        """What the reviewer says, in words."""
+        parts = [MARK_LABELS[self.mark.kind], self.mark.answer, self.mark.note]
+        return ": ".join(" ".join(part.split()) for part in parts if part)
+
+
+def marks_for(config: TuneloopConfig, workspace: Workspace, scored: bool = False) -> list[Mark]:
+    """Return the marks that `data.fixes` lets count for the rows of a configuration, oldest first.
+
+    Args:
+        scored: Those on the rows of `evaluation.sources`, in place of those of `data.sources`.
+
+    Raises:
+        DataError: `data.fixes` names a file that is none of marks.
+        ArtifactError: The workspace's marks cannot be read.
+    """
+    if config.data.fixes is False:
+        return []
+    if isinstance(config.data.fixes, str):
+        marks = read_marks(Path(config.data.fixes))
+        return [m for m in marks if m.dataset_name.endswith(SCORED_SUFFIX) == scored]
+    if not has_store(workspace.location):
+        return []
+    name = config.name + (SCORED_SUFFIX if scored else "")
+    return ReviewStore(workspace.location).marks(name)
+
+
+def mark_states(config: TuneloopConfig, workspace: Workspace) -> list[MarkState]:
+    """Return every mark on the rows of a configuration with what has become of it, oldest first.
+
+    Raises:
+        DataError: `data.fixes` names a file that is none of marks.
+        ArtifactError: The workspace's marks cannot be read.
+    """
+    is_off = config.data.fixes is False
+    if is_off:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"fixes": True})})
+    states: list[MarkState] = []
+    for is_scored in (False, True):
+        marks = marks_for(config, workspace, is_scored)
+        name = config.name + (SCORED_SUFFIX if is_scored else "")
+        versions = [a for a in workspace.published() if (a.kind, a.name) == ("datasets", name)]
+        found = states_of(marks, versions)
+        states += [
+            s._replace(state="not applied", why="data.fixes is false")
+            if is_off and s.state == "waiting"
+            else s
+            for s in found
+        ]
+    return states
+
+
+def states_of(marks: Sequence[Mark], versions: Sequence[Artifact]) -> list[MarkState]:
+    """Return what has become of marks in the versions of their dataset, oldest version first."""
+    asked = decide(marks)
+    fixes = [(artifact.ref, fixes_of(artifact)) for artifact in versions]
+    first_in: dict[str, str] = {}
+    for reference, own in fixes:
+        for item in own["applied"]:
+            for uid in item["marks"]:
+                first_in.setdefault(uid, reference)
+    newest = fixes[-1][1] if fixes else {"applied": [], "refused": {}}
+    in_newest = {uid for item in newest["applied"] for uid in item["marks"]}
+    # What a later preparation refused holds for the answers that it was given.
+    refused: dict[str, str] = newest["refused"]
+    # Whoever agrees with a mark that is applied has it applied too.
+    agreed = {
+        mark.uid
+        for fix in asked.fixes
+        if any(other.uid in in_newest for other in fix.marks)
+        for mark in fix.marks
+    }
+    states = []
+    for mark in marks:
+        if mark.kind in ("note", "more_like_this"):
+            state, why = "kept", asked.unused[mark.uid]
+        elif mark.uid in asked.unused:
+            state, why = "not applied", asked.unused[mark.uid]
+            if mark.uid in in_newest:
+                why += "; the next `tuneloop prepare` takes it back"
+        elif mark.uid in agreed:
+            since = first_in.get(mark.uid)
+            state, why = "applied", f"since {since}" if since else "as others marked it before"
+        elif mark.uid in refused:
+            state, why = "not applied", refused[mark.uid]
+        else:
+            state, why = "waiting", "the next `tuneloop prepare` applies it"
+        states.append(MarkState(mark, state, why))
+    return states
+
+
+def fixes_of(dataset: Artifact) -> dict[str, Any]:
+    """Return what marks have changed in a dataset: `applied` and `refused`."""
+    file = dataset.path / "card.json"
+    card = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found: dict[str, Any] = card.get("fixes") or {"applied": [], "refused": {}}
+    return found
