@@ -320,7 +320,7 @@ def _answers(found: FirstLook) -> str:
 def _flow(value: Any) -> str:
     """Return a value as YAML in one line."""
     return yaml.safe_dump(
-        [value], default_flow_style=True, width=float("inf"), allow_unicode=True
+        [value], default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False
     ).strip()[1:-1]
 
 
@@ -340,5 +340,9 @@ def _some(places: Sequence[str]) -> str:
     parts = [place.rpartition(":") for place in places]
     more = f" and {len(places) - _SHOWN:,} more" if len(places) > _SHOWN else ""
     if len({path for path, _, _ in parts}) == 1:
-        return "line " + ", ".join(line for _, _, line in parts[:_SHOWN]) + more
+        return (
+            f"line{'s' * (len(parts) > 1)} "
+            + ", ".join(line for _, _, line in parts[:_SHOWN])
+            + more
+        )
     return ", ".join(places[:_SHOWN]) + more

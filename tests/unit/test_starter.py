@@ -52,6 +52,8 @@ def call(arguments: Any) -> dict[str, Any]:
          {"prompt": "query", "completion": "response", "system": "system"}, None),
         ([{"text": f"t{i}", "output": {"name": "x", "n": i} | ({"y": 1} if i else {})}
           for i in range(4)], {"prompt": "text", "completion": "output"}, "extraction"),
+        ([{"page": f"t{i}", "document": f"Page {i}", "found": {"name": "x", "n": i}}
+          for i in range(4)], {"prompt": "document", "completion": "found"}, "extraction"),
     ],
 )  # fmt: skip
 def test_layout_and_task_are_found(tmp_path: Path, rows: Any, layout: Any, task: str) -> None:
@@ -126,7 +128,7 @@ def test_lengths_and_what_still_stops_are_told(
     assert cli.main(["init", "--from", path, str(made), "--model", "gpt-x"]) == 0
     told = capfd.readouterr().out
     assert "8 (80.0%) used as they are" in told
-    assert "2 (20.0%) refused: no column `answer` (line 9, 10)" in told
+    assert "2 (20.0%) refused: no column `answer` (lines 9, 10)" in told
     assert "still stops at:\nno column `answer`" in told
     config = load_config(made)
     assert config.data.max_bad_rows_ratio == 0

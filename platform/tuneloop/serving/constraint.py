@@ -122,6 +122,8 @@ class Constraints:
                 grammar = json_grammar(schema)
             else:
                 grammar = grammar_from(form.kind, form.text)
+        except InvalidRequest:
+            raise
         except (ValueError, RecursionError) as error:
             raise _refusal(str(error), form.param) from error
         if self._has_leading_space:

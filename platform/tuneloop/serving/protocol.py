@@ -14,6 +14,7 @@ Source: https://platform.openai.com/docs/api-reference/chat and .../completions.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -491,10 +492,13 @@ def _parse(kind: type[_Asked], asked: dict[str, Any]) -> _Asked:
     try:
         return kind.model_validate(asked)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        # Unions report each alternative as a further part of the location; the field is first.
+        errors = error.errors(include_url=False, include_context=False)
+        # Of a union's alternatives the one that fits furthest is meant. Each is a further part of
+        # the location, which is no field of the request.
+        of_first = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+        first = max(of_first, key=lambda e: len(e["loc"]))
         param = ".".join(str(part) for part in first["loc"][:1])
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"] if not _ALTERNATIVE.match(str(part)))
         if first["type"] == "extra_forbidden":
             message = f"unknown field `{where[:100]}`"
         elif first["type"] == "missing":
@@ -502,6 +506,9 @@ def _parse(kind: type[_Asked], asked: dict[str, Any]) -> _Asked:
         else:
             message = f"`{where[:100]}`: {first['msg']}, got {_shown(first['input'])}"
         raise ProtocolError(400, message, param[:100]) from error
+
+
+_ALTERNATIVE = re.compile(r"(str|int|float|bool)$|(constrained-|list\[|nullable|function-)")
 
 
 def _shown(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,19 @@ def test_what_is_not_done_is_refused(more: dict[str, Any], param: str) -> None:
         parse_chat({**CHAT, **more})
     assert caught.value.status == 400
     assert caught.value.body()["error"]["param"] == param
+
+
+def test_what_is_wrong_is_told_by_its_place_in_the_request() -> None:
+    image = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    for more, told in (
+        ({"messages": [{"role": "user", "content": image}]}, "`messages.0.content.1.type`"),
+        ({"messages": [{"role": "user", "content": 3}]}, "`messages.0.content`: "),
+        ({"stop": [None]}, "`stop.0`: "),
+    ):
+        with pytest.raises(ProtocolError, match=re.escape(told)):
+            parse_chat({**CHAT, **more})
+    with pytest.raises(ProtocolError, match=r"`prompt\.1`: Input should be a valid integer"):
+        parse_completion({"model": "m", "prompt": [1, "a"]})
 
 
 @pytest.mark.parametrize(

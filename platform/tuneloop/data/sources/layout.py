@@ -19,6 +19,7 @@ _PROMPTS = (
 _COMPLETIONS = (
     *("completion", "answer", "response", "output", "label", "labels", "intent", "category"),
     *("class", "target", "reply", "assistant", "summary", "translation", "sentiment", "chosen"),
+    *("extracted", "json", "fields", "result"),
 )
 _SYSTEMS = ("system", "system_prompt")
 # Documents, unless a column beside them has the name of an answer.
@@ -54,6 +55,7 @@ def find_layout(records: Iterable[Mapping[str, Any] | RowError], where: str) -> 
     votes: Counter[str] = Counter()
     values: Counter[str] = Counter()
     texts: Counter[str] = Counter()
+    objects: Counter[str] = Counter()
     constants: dict[str, Any] = {}
     num_preferences = num_rows = 0
     error: RowError | None = None
@@ -65,6 +67,7 @@ def find_layout(records: Iterable[Mapping[str, Any] | RowError], where: str) -> 
         num_rows += 1
         values.update(name for name, value in record.items() if value not in (None, ""))
         texts.update(name for name, value in record.items() if _is_text(value))
+        objects.update(name for name, value in record.items() if value and isinstance(value, dict))
         layout = _named_layout(record)
         if layout:
             votes[layout] += 1
@@ -75,7 +78,11 @@ def find_layout(records: Iterable[Mapping[str, Any] | RowError], where: str) -> 
     often = [name for name in values if values[name] * 2 >= num_rows]
     # What is the same in all rows is neither a question nor an answer.
     told = [name for name in often if num_rows == 1 or name not in constants] or often
-    columns = _columns([name for name in told if texts[name] * 2 >= values[name]], told)
+    columns = _columns(
+        [name for name in told if texts[name] * 2 >= values[name]],
+        [name for name in told if objects[name] * 2 >= values[name]],
+        told,
+    )
     if columns is None:
         raise DataError(_unknown(often, where, error if not num_rows else None))
     return columns
@@ -109,11 +116,12 @@ def _named_layout(row: Mapping[str, Any]) -> str:
     return ""
 
 
-def _columns(texts: list[str], often: list[str]) -> Layout | None:
+def _columns(texts: list[str], objects: list[str], often: list[str]) -> Layout | None:
     """Return the columns that look like question and answer, or a text alone.
 
     Args:
         texts: Columns whose values are mostly text, as they stand in the rows.
+        objects: Columns whose values are mostly objects: what was extracted, if there is one.
         often: Columns that most rows have, numbers too.
     """
     prompt = _first_named(_PROMPTS, texts)
@@ -124,6 +132,8 @@ def _columns(texts: list[str], often: list[str]) -> Layout | None:
             prompt, completion = rest
         elif prompt is None and completion is not None and len(rest) == 1:
             (prompt,) = rest
+        elif completion is None and prompt is not None and len(objects) == 1:
+            (completion,) = objects
         elif completion is None and prompt not in (None, _DOCUMENT) and len(rest) == 1:
             (completion,) = rest
     if prompt is not None and completion is not None:
