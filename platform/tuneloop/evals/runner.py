@@ -91,7 +91,7 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 16
+CODE_VERSION = 17
 _REFUSED = re.compile(
     r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
 )
@@ -618,6 +618,7 @@ def _account(
         if calibration := describe_calibration(rows, evaluation.primary):
             about["calibration"] = calibration
         about |= {
+            "answered_by": _describe_source(arm),
             "mean_completion_tokens": mean_count([p.completion_tokens for p in rows]),
             "cost_per_1000_requests": cost_per_1000(arm, rows),
             "contamination": describe_contamination(rows, evaluation.primary),
@@ -643,6 +644,27 @@ def _add_judge(
     evaluation.comparison["judge"] = describe_judging(
         evaluation, judging, judgements, votes_on(judging.votes, evaluation.predictions, voted)
     )
+
+
+def _describe_source(arm: Arm) -> str:
+    """Return what answered, in words."""
+    if arm.answer is not None:
+        return (
+            f"answers in {arm.endpoint.url}" if arm.endpoint.url else "learned from the train rows"
+        )
+    if arm.model_fingerprint:
+        text = f"served here, model {arm.model_fingerprint[:12]}"
+    else:
+        text = f"{arm.endpoint.model} at {arm.endpoint.url}"
+    if arm.price:
+        text += f", {arm.price.input:g} in and {arm.price.output:g} out for a million tokens"
+    if arm.forms:
+        text += ", answers held to their form"
+    if arm.choose:
+        return f"{text}, with the solved train rows most like each question"
+    if arm.shots:
+        return f"{text}, with {len(arm.shots)} solved train rows before each question"
+    return text
 
 
 def _write_reports(

@@ -51,6 +51,13 @@ def format_number(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
+def format_cost(value: float | None) -> str:
+    """Return an amount of money with three significant digits; a dash where it is not known."""
+    if value is None:
+        return "–"
+    return f"{value:,.2f}" if value >= 10 or value == 0 else f"{value:.3g}"
+
+
 def format_interval(difference: dict[str, Any], metric: Metric) -> str:
     """Return the ends of a difference's interval as text; empty where it has none."""
     if difference["low"] is None:

@@ -38,7 +38,10 @@ def describe_judge(judge: dict[str, Any]) -> str:
         "pairwise": "was shown two answers in both orders; where the order decides, it is a tie",
         "rubric": "rated each answer from 1 to 5; the higher rating wins",
     }[judge["kind"]]
-    text = f"`{judge['model']}` {how}. Equal answers were not shown."
+    text = (
+        f"`{judge['model']}` {how}. Equal answers were not shown. What is good, it was told: "
+        f"“{judge['criteria']}”"
+    )
     unread, missing = judge["num_unparseable"], judge["num_missing"]
     if unread:
         text += (

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Artifact
-from tuneloop.evals.reporting.formatting import format_estimate, format_number
+from tuneloop.evals.reporting.formatting import format_cost, format_estimate, format_number
 from tuneloop.evals.reporting.headline import Headline, describe_rows, write_headline
 from tuneloop.evals.reporting.views import show_pair
 from tuneloop.evals.scoring.results import Evaluation
@@ -83,7 +83,7 @@ def tabulate(evaluation: Evaluation) -> EvaluationTables:
             "prompt tokens, mean": format_number(arm["mean_prompt_tokens"]),
             "answer tokens, median": format_number(arm["median_completion_tokens"]),
             "latency, median s": format_number(arm["median_latency_s"], 2),
-            "cost per 1,000": format_number(arm.get("cost_per_1000_requests"), 2),
+            "cost per 1,000 requests": format_cost(arm.get("cost_per_1000_requests")),
         }
         for arm in evaluation.arms
     ]

@@ -14,6 +14,7 @@ from tuneloop.artifacts import git_commit, package_versions
 from tuneloop.config import TuneloopConfig
 from tuneloop.evals.reporting.error_analysis import describe_score, prompt_turns
 from tuneloop.evals.reporting.formatting import (
+    format_cost,
     format_difference,
     format_estimate,
     format_interval,
@@ -84,7 +85,7 @@ def show_arms(evaluation: Evaluation, secondary: Sequence[str]) -> list[dict[str
                 "prompt_tokens": format_number(arm["mean_prompt_tokens"]),
                 "latency": format_number(arm["median_latency_s"], 2),
                 # An evaluation of an earlier version has neither.
-                "cost": format_number(arm.get("cost_per_1000_requests"), 2),
+                "cost": format_cost(arm.get("cost_per_1000_requests")),
                 "contamination": _contamination(arm.get("contamination"), metric),
             }
         )
@@ -430,17 +431,16 @@ def list_facts(
     e = config.evaluation
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     greedy = "greedy (temperature 0)" if e.temperature == 0 else f"temperature {e.temperature:g}"
+    # An evaluation of an earlier version does not say what answered.
+    sources = {arm["name"]: arm.get("answered_by", "") for arm in evaluation.arms}
+    is_served = any(not source or source.startswith("served here") for source in sources.values())
     return [
         ("Task", f"{config.task.describe()}, scored by {evaluation.primary}"),
-        ("Base model", config.model.base),
+        *([("Base model", config.model.base)] if is_served else []),
+        *((f"Arm {name}", source) for name, source in sources.items() if source),
         ("Dataset", f"{dataset}, {e.split} split, {evaluation.metrics['num_examples']} examples"),
         ("Looks at these rows", _describe_looks(evaluation)),
         ("Sampling", f"{greedy}, at most {e.max_tokens} tokens, seed {e.seed}"),
-        (
-            "Few-shot prompt",
-            f"{e.num_shots} solved examples{' of the same task' * bool(config.task.tasks)} from "
-            "the train split",
-        ),
         ("Requests", f"over HTTP, {e.concurrency} in flight"),
         ("Resampling", f"{e.num_resamples:,} resamples, seed {e.seed}"),
         ("Versions", f"{versions}, Python {platform.python_version()}"),
