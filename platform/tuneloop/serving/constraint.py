@@ -71,7 +71,8 @@ class TokenFilter:
         allowed = np.unpackbits(bits, count=len(logits), bitorder="little").astype(bool)
         if not allowed.any():
             raise InvalidRequest("no token of the model fits the form", param=self._param)
-        return logits.float().cpu().masked_fill(~torch.from_numpy(allowed), float("-inf"))
+        # By NumPy: for one row PyTorch's threads cost more than they save.
+        return torch.from_numpy(np.where(allowed, logits.float().cpu().numpy(), -np.inf))
 
     def push(self, token: int) -> None:
         """Note the token that was chosen; not the one that ends the answer.
