@@ -43,6 +43,7 @@ judge
 serve
   serve       serve the base and the finetuned model until interrupted
   submit      run a command on a cluster as a Ray job
+  export      write a model as GGUF, for Ollama, vLLM or the Hugging Face Hub
 improve
   fixes       list people's marks on rows, and what became of them
   trace       follow one row through datasets, answers, marks and votes
@@ -52,6 +53,9 @@ look around
   completion  print a script that completes commands and keys in bash or zsh
 """
 _HELP = dict(re.findall(r"^  (\w+) +(.+)$", _DESCRIPTION, re.MULTILINE))
+_CONFIG_OF = {
+    "export": "use its workspace, and say what each GGUF costs in points on the test rows",
+}
 _EPILOG = """\
 Any key of the configuration can be overridden on the command line, for example:
   tuneloop run demo.yaml training.learning_rate=5e-4 data.num_train_examples=200
@@ -128,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
         overrides(sub)
 
-    def workspace_of(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="use its workspace")
+    def workspace_of(sub: argparse.ArgumentParser, words: str = "use its workspace") -> None:
+        sub.add_argument("config", metavar="CONFIG.yaml", nargs="?", help=words)
         overrides(sub)
         sub.add_argument(
             "--workspace", metavar="PATH", default="workspace", help="default: %(default)s"
@@ -137,16 +141,17 @@ def _parser() -> argparse.ArgumentParser:
 
     def workspace_command(name: str) -> argparse.ArgumentParser:
         sub = command(name)
-        if name == "show":
+        if name in ("show", "export"):
             _complete(
                 sub.add_argument("ref", metavar="REF", help="KIND/NAME (newest) or KIND/NAME@vN"),
                 _references,
             )
+        if name == "show":
             _complete(
                 sub.add_argument("--diff", metavar="REF", help="compare with this older dataset"),
                 _references,
             )
-        workspace_of(sub)
+        workspace_of(sub, _CONFIG_OF.get(name, "use its workspace"))
         return sub
 
     init, importing = command("init"), command("import")
@@ -199,6 +204,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     workspace_command("ls")
     workspace_command("show")
+    exporting = workspace_command("export")
+    exporting.add_argument(
+        "--to", choices=("gguf", "ollama", "vllm", "hub"), required=True,
+        help="gguf: F16, Q8_0 and Q4_K_M for llama.cpp; ollama: those with a Modelfile; "
+        "vllm: merged safetensors; hub: those as a private repository",
+    )  # fmt: skip
+    exporting.add_argument(
+        "--output", metavar="DIR", help="default: exports/NAME-vN-FORMAT in this directory"
+    )
+    exporting.add_argument("--repo", metavar="ORG/NAME", help="for `--to hub`: where to")
     command("doctor")
     completion = command("completion")
     completion.add_argument("shell", choices=("bash", "zsh"))

@@ -382,6 +382,56 @@ def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace, output: IO[str]) -> int:
+    if (arguments.to == "hub") != bool(arguments.repo):
+        raise ConfigError(
+            Problem(
+                "`--to hub` and `--repo` belong together",
+                where="--repo",
+                got=f"--to {arguments.to}, --repo {arguments.repo or 'not given'}",
+                remedy=f"tuneloop export {arguments.ref} --to hub --repo ORG/NAME",
+            )
+        )
+    from tuneloop.export import export, push
+
+    config = _load(arguments) if arguments.config else None
+    workspace = open_workspace(arguments)
+    artifact = workspace.open(arguments.ref)
+    default = Path("exports") / f"{artifact.name}-v{artifact.version}-{arguments.to}"
+    folder = Path(arguments.output) if arguments.output else default
+    result = export(workspace, arguments.ref, arguments.to, folder, config)
+    url = push(result, arguments.repo) if arguments.repo else ""
+    if arguments.json:
+        summary = result.summary() | ({"url": url} if url else {})
+        print(json.dumps(summary, ensure_ascii=False), file=output)
+        return 0
+    console = Console(file=output)
+    table = Table(box=None, pad_edge=False)
+    names = {kind: name for name in result.sizes for kind in [name.rsplit("-", 1)[-1][:-5]]}
+    columns = ["file", "size"]
+    if result.price_tags:
+        columns += [result.metric, "beside the model", "tokens/s"]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "file" else "right", overflow="fold")
+    for tag in result.price_tags:
+        size = result.sizes.get(names.get(tag.name, ""))
+        table.add_row(
+            names.get(tag.name, tag.name),
+            f"{size / 1e6:,.0f} MB" if size else "",
+            "{:.1%} ({:.1%} to {:.1%})".format(*tag.score),
+            "{:+.1%} ({:+.1%} to {:+.1%})".format(*tag.difference) if size else "",
+            f"{tag.tokens_per_s:.1f}" if tag.tokens_per_s else "",
+        )
+    if not result.price_tags:
+        for name, size in result.sizes.items():
+            table.add_row(name, f"{size / 1e6:,.0f} MB")
+    console.print(table)
+    for line in (*result.notes, f"{'same as before: ' * result.reused}{result.folder}", url):
+        if line:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace, output: IO[str]) -> int:
     lines = examine()
     if arguments.json:
@@ -436,5 +486,6 @@ COMMANDS = {
     "submit": _submit,
     "ls": _ls,
     "show": _show,
+    "export": _export,
     "completion": _completion,
 }

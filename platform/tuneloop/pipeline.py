@@ -110,7 +110,7 @@ def evaluate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         ConfigError: An arm of `evaluation.arms` cannot be built.
         ModelError: An arm is the model of this configuration, and there is none.
     """
-    return [_evaluate_named(config, workspace)]
+    return [evaluate_named(config, workspace)]
 
 
 def gate(
@@ -141,14 +141,18 @@ def gate(
     update = {"arms": arms, "margin": margin, "forgetting": None}
     evaluation = config.evaluation.model_copy(update=update)
     named = config.model_copy(update={"evaluation": evaluation})
-    return _evaluate_named(named, workspace, f"{config.name}-gate")
+    return evaluate_named(named, workspace, f"{config.name}-gate")
 
 
-def _evaluate_named(config: TuneloopConfig, workspace: Workspace, name: str = "") -> Published:
+def evaluate_named(
+    config: TuneloopConfig, workspace: Workspace, name: str = "", rows: Artifact | None = None
+) -> Published:
     """Return the evaluation of the arms that the configuration names.
 
     Args:
         name: Of the artifact; else the configuration's, with `-baseline` for arms without a model.
+        rows: The dataset whose held-out rows are answered, for arms that need no other. Default:
+            as the configuration says.
     """
     from tuneloop.data.scored_rows import prepare_scored_rows
 
@@ -160,12 +164,12 @@ def _evaluate_named(config: TuneloopConfig, workspace: Workspace, name: str = ""
         if contest.needs_ray(config):
             stack.enter_context(connect(config.resources))
         prepared = scored = None
-        if contest.needs_dataset(config):
+        if rows is None and contest.needs_dataset(config):
             prepared = prepare_dataset(config, workspace, base()).artifact
-        if config.evaluation.sources:
+        if rows is None and config.evaluation.sources:
             marks = marks_for(config, workspace, scored=True)
             scored = _log_published(prepare_scored_rows(config, workspace, marks)).artifact
-        dataset = scored or prepared
+        dataset = rows or scored or prepared
         assert dataset is not None, "without `evaluation.sources` the dataset is needed"
 
         def finetuned() -> Artifact:

@@ -257,7 +257,7 @@ class Renderer:
             texts: Whole documents, or the first parts of documents.
             closed: The texts are whole: each ends with EOS, where the tokenizer has one.
         """
-        bos = self.tokenizer.bos_token_id if self._adds_bos else None
+        bos = self.tokenizer.bos_token_id if self.adds_bos else None
         eos = self.tokenizer.eos_token_id if closed else None
         return self.backend.encode_batch(texts, bos, eos)
 
@@ -347,7 +347,7 @@ class Renderer:
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         backend.pop("padding", None)
         backend.pop("truncation", None)
-        parts = [backend, self.template, list(self.stop_ids), self._adds_bos, CODE_VERSION]
+        parts = [backend, self.template, list(self.stop_ids), self.adds_bos, CODE_VERSION]
         if not self._is_additive:
             # Their answers begin as within the whole since this version.
             parts.append("whole")
@@ -484,7 +484,7 @@ class Renderer:
             raise RenderError("the prompt starts with two BOS tokens")
 
     @cached_property
-    def _adds_bos(self) -> bool:
+    def adds_bos(self) -> bool:
         """Whether the tokenizer puts BOS before plain text by itself."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and self.tokenizer.encode("a")[:1] == [bos]

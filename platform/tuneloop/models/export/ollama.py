@@ -1,0 +1,150 @@
+"""An Ollama Modelfile for an exported model: file, template, system prompt, stop, sampling.
+
+Ollama writes prompts by a Go template. It is derived from what our renderer writes, and only where
+pieces around each message explain every rendered conversation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tuneloop.errors import ModelError, Problem
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.records import Message, Role
+
+
+class _Pieces(NamedTuple):
+    """Text before and after each role's message, before a first user turn, and before an answer."""
+
+    opening: str
+    default: str
+    around: dict[str, tuple[str, str]]
+    answer: str
+
+
+def modelfile(renderer: Renderer, file: str, instruction: str, context: int) -> str:
+    """Return a Modelfile that asks as the model was trained.
+
+    Args:
+        file: Of the GGUF, beside the Modelfile.
+        instruction: System prompt of the task; empty for none.
+        context: Longest prompt and answer together, in tokens.
+
+    Raises:
+        ModelError: The chat template does more than to write something around each message.
+    """
+    stops = "".join(
+        f"PARAMETER stop {_quoted(renderer.tokenizer.convert_ids_to_tokens(index))}\n"
+        for index in renderer.stop_ids
+    )
+    pieces = _pieces(renderer)
+    # Where the tokenizer puts BOS before a text, llama.cpp does so too.
+    opening = "" if renderer.adds_bos else pieces.opening
+    system = f"SYSTEM {_block(instruction)}\n" if instruction else ""
+    return (
+        f"FROM ./{file}\nTEMPLATE {_block(_go_template(pieces, opening))}\n{system}{stops}"
+        f"PARAMETER temperature 0\nPARAMETER num_ctx {context}\n"
+    )
+
+
+def _prompt(renderer: Renderer, turns: Sequence[Message]) -> str:
+    ids = renderer.prompt_ids(turns)
+    return str(renderer.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _pieces(renderer: Renderer) -> _Pieces:
+    """Return the pieces that explain the template.
+
+    Raises:
+        ModelError: No pieces do.
+    """
+    system, user = Message("system", "sword"), Message("user", "uword")
+    assistant = Message("assistant", "aword")
+    whole = _prompt(renderer, [system, user, assistant, user])
+    words = (system.content, user.content, assistant.content, user.content)
+    parts, rest = [], whole
+    for word in words:
+        part, _, rest = rest.partition(word)
+        parts.append(part)
+    before_system, between, middle, after_answer = parts
+    lead = _prompt(renderer, [user]).partition(user.content)[0]
+    # Where one message ends and the next begins: first tried right behind the stop token.
+    stop = renderer.tokenizer.convert_ids_to_tokens(renderer.stop_ids[0])
+    behind = between.find(stop) + len(stop)
+    behind += len(between[behind:]) - len(between[behind:].lstrip())
+    # A BOS that stands once belongs to no turn.
+    bos = renderer.tokenizer.bos_token or ""
+    for opening in (bos, "") if bos and whole.count(bos) == 1 else ("",):
+        for cut in sorted(range(len(between)), key=lambda cut: abs(cut - behind)):
+            end, before_user = between[:cut], between[cut:]
+            answer_end = after_answer.removesuffix(before_user)
+            pieces = _Pieces(
+                opening,
+                lead.removesuffix(before_user).removeprefix(opening),
+                {
+                    "system": (before_system.removeprefix(opening), end),
+                    "user": (before_user, answer_end if middle.startswith(answer_end) else end),
+                    "assistant": (middle.removeprefix(end), answer_end),
+                },
+                rest.removeprefix(end),
+            )
+            if _explains(renderer, pieces):
+                return pieces
+    raise _inexpressible()
+
+
+def _explains(renderer: Renderer, pieces: _Pieces) -> bool:
+    """Return whether the pieces write what the renderer writes, for every shape of a talk."""
+    contents = itertools.cycle(["Is 1 < 2?\nYes", "a", '{"b": [1, 2]}', "é 日本"])
+    talks: tuple[list[Role], ...] = (
+        ["user"],
+        ["system", "user"],
+        ["user", "assistant", "user"],
+        ["system", "user", "assistant", "user", "assistant", "user"],
+    )
+    for roles in talks:
+        turns = [Message(role, next(contents)) for role in roles]
+        text = pieces.opening + ("" if roles[0] == "system" else pieces.default)
+        for turn in turns:
+            before, after = pieces.around[turn.role]
+            text += f"{before}{turn.content}{after}"
+        if text + pieces.answer != _prompt(renderer, turns):
+            return False
+    return True
+
+
+def _go_template(pieces: _Pieces, opening: str) -> str:
+    parts = [_literal(opening)]
+    if pieces.default:
+        parts.append(f"{{{{ if not .System }}}}{_literal(pieces.default)}{{{{ end }}}}")
+    parts.append("{{ range .Messages }}")
+    for index, (role, (before, after)) in enumerate(pieces.around.items()):
+        parts.append(f'{{{{ {"else if" if index else "if"} eq .Role "{role}" }}}}')
+        parts.append(f"{_literal(before)}{{{{ .Content }}}}{_literal(after)}")
+    return "".join([*parts, "{{ end }}{{ end }}", _literal(pieces.answer)])
+
+
+def _literal(text: str) -> str:
+    """Return text as a Go template writes it: braces would be read as code."""
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def _block(text: str) -> str:
+    return f'"""{text}"""'
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace('"', '\\"') + '"'
+
+
+def _inexpressible() -> ModelError:
+    return ModelError(
+        Problem(
+            "Ollama's templates cannot express this chat template",
+            where="model.chat_template",
+            allowed="templates that write something around each message, such as chatml",
+            remedy="use `--to gguf`: llama.cpp reads the model's own template",
+        )
+    )

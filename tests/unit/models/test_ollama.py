@@ -1,0 +1,73 @@
+"""A Modelfile says what the chat template says, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tuneloop.errors import ModelError
+from tuneloop.models.chat.renderer import TEMPLATES, Renderer
+from tuneloop.models.export.ollama import modelfile
+
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    + TEMPLATES["chatml"]
+)
+BEGINS_ONCE = (
+    "{{ '<|endoftext|>' }}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n\n' + m.content + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+SYSTEM_IN_QUESTION = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.index0 == 1 and messages[0].role == 'system' %}{{ messages[0].content }}\n\n"
+    "{% endif %}{{ m.content }} [/INST]{% elif m.role == 'assistant' %}"
+    "{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def render(tiny_model: Path):  # type: ignore[no-untyped-def]
+    return lambda template: Renderer(AutoTokenizer.from_pretrained(tiny_model), template)
+
+
+def template_of(text: str) -> str:
+    return text.split('TEMPLATE """')[1].split('"""')[0]
+
+
+def test_each_turn_stands_between_its_markers(render) -> None:  # type: ignore[no-untyped-def]
+    text = modelfile(render(TEMPLATES["chatml"]), "faq-Q8_0.gguf", 'Say "yes".', 512)
+    turns = "".join(
+        f'{{{{ {word} eq .Role "{role}" }}}}<|im_start|>{role}\n{{{{ .Content }}}}<|im_end|>\n'
+        for word, role in (("if", "system"), ("else if", "user"), ("else if", "assistant"))
+    )
+    assert template_of(text) == (
+        f"{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}<|im_start|>assistant\n"
+    )
+    assert text.startswith("FROM ./faq-Q8_0.gguf\n")
+    assert text.endswith(
+        'SYSTEM """Say "yes"."""\nPARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n'
+        "PARAMETER num_ctx 512\n"
+    )
+
+
+def test_a_default_system_prompt_is_written_only_without_another(render) -> None:  # type: ignore[no-untyped-def]
+    template = template_of(modelfile(render(DEFAULT_SYSTEM), "x.gguf", "", 512))
+    assert template.startswith(
+        "{{ if not .System }}<|im_start|>system\nBe kind.<|im_end|>\n{{ end }}{{ range .Messages }}"
+    )
+
+
+def test_what_begins_a_talk_is_written_once(render) -> None:  # type: ignore[no-untyped-def]
+    renderer = render(BEGINS_ONCE)
+    renderer.tokenizer.bos_token = "<|endoftext|>"
+    template = template_of(modelfile(renderer, "x.gguf", "", 512))
+    assert template.startswith("<|endoftext|>{{ range .Messages }}")
+    assert template.count("<|endoftext|>") == 1
+
+
+def test_a_template_that_does_more_is_refused(render) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ModelError, match="Ollama's templates cannot express"):
+        modelfile(render(SYSTEM_IN_QUESTION), "x.gguf", "", 512)

@@ -1,0 +1,155 @@
+"""A model leaves the workspace whole, once, and never over something else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tuneloop.artifacts import Workspace
+from tuneloop.cli import main
+from tuneloop.errors import ArtifactError, ConfigError
+from tuneloop.export import MARKER, export
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny_model: Path) -> Workspace:
+    workspace = Workspace(tmp_path / "w")
+    for kind in ("models", "datasets"):
+        with workspace.draft(kind, "faq", f"{kind:0<64}") as draft:
+            shutil.copytree(tiny_model, draft.path, dirs_exist_ok=True)
+            (draft.path / "README.md").write_text("# faq\n")
+            (draft.path / "parity.json").write_text("{}")
+            draft.publish(config={"dataset": "gone"}, resources={}, inputs=[], metrics={})
+    return workspace
+
+
+def test_safetensors_load_like_the_model_and_are_written_once(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "out"
+    first = export(workspace, "models/faq", "vllm", folder)
+    assert (first.model, first.reused) == ("models/faq@v1", False)
+    original = workspace.open("models/faq").path
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(original).state_dict().items():
+        assert tensor.equal(loaded[name])
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    names = {file.name for file in folder.iterdir()}
+    assert {"README.md", "model.safetensors", MARKER} <= names
+    assert not names & {"artifact.json", "parity.json"}
+
+    assert export(workspace, "models/faq", "vllm", folder).reused
+    # A file that is not what was written is written again.
+    (folder / "model.safetensors").write_bytes(b"cut")
+    assert not export(workspace, "models/faq", "vllm", folder).reused
+    assert (folder / "model.safetensors").stat().st_size > 1000
+
+
+def test_nothing_is_written_over_other_things(workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="only models are exported"):
+        export(workspace, "datasets/faq", "vllm", tmp_path / "a")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"chapter\.txt"):
+        export(workspace, "models/faq", "vllm", tmp_path / "thesis")
+    export(workspace, "models/faq", "vllm", tmp_path / "b")
+    with pytest.raises(ConfigError, match="holds another export"):
+        export(workspace, "models/faq", "hub", tmp_path / "b")
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as an upload asks for."""
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        seen = self.server.seen  # type: ignore[attr-defined]
+        if self.headers.get("authorization") != "Bearer secret":
+            return self._answer(403, {"error": "no token that may write here"})
+        if self.path == "/api/repos/create":
+            seen["repo"] = json.loads(body)
+            return self._answer(200, {"url": f"{self.server.address}/ann/faq"})  # type: ignore[attr-defined]
+        if self.path.endswith("/preupload/main"):
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return self._answer(200, {"files": files})
+        if self.path.endswith("/commit/main"):
+            lines = [json.loads(line) for line in body.splitlines()]
+            seen["files"] = {line["value"]["path"] for line in lines if line["key"] == "file"}
+            return self._answer(
+                200, {"commitOid": "1" * 40, "commitUrl": "https://huggingface.co/ann/faq/commit/1"}
+            )
+        return self._answer(200, {"errors": [], "warnings": []})
+
+    def do_GET(self) -> None:
+        self._answer(200, {"id": "ann/faq", "sha": "0" * 40, "siblings": []})
+
+    def _answer(self, status: int, body: dict[str, object]) -> None:
+        text = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+@pytest.fixture
+def hub() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.seen = {}  # type: ignore[attr-defined]
+    server.address = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("token", ["secret", "wrong"])
+def test_a_model_is_sent_to_the_hub_as_a_private_repository(
+    token: str, workspace: Workspace, tmp_path: Path, hub: ThreadingHTTPServer
+) -> None:
+    command = [sys.executable, "-m", "tuneloop.cli", "export", "models/faq", "--to", "hub"]
+    command += ["--repo", "ann/faq", "--output", str(tmp_path / "out"), "--json"]
+    command += ["--workspace", str(workspace.root)]
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.address,  # type: ignore[attr-defined]
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    seen = hub.seen  # type: ignore[attr-defined]
+    if token == "wrong":
+        assert done.returncode == 2
+        assert "the Hugging Face Hub does not take the model" in done.stderr
+        assert "HF_TOKEN" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["url"] == f"{hub.address}/ann/faq"  # type: ignore[attr-defined]
+    assert seen["repo"]["private"] is True
+    assert {"model.safetensors", "tokenizer.json", "README.md"} <= seen["files"]
+    assert MARKER not in seen["files"]
+
+
+def test_a_repository_without_hub_is_a_mistake(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", "models/faq", "--to", "vllm", "--repo", "ann/faq"]
+    assert main([*arguments, "--workspace", str(workspace.root)]) == 2
+    assert "belong together" in capsys.readouterr().err
