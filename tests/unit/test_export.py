@@ -142,7 +142,7 @@ def test_a_model_is_sent_to_the_hub_as_a_private_repository(
         return
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["url"] == f"{hub.address}/ann/faq"  # type: ignore[attr-defined]
-    assert seen["repo"]["private"] is True
+    assert seen["repo"]["visibility"] == "private"
     assert {"model.safetensors", "tokenizer.json", "README.md"} <= seen["files"]
     assert MARKER not in seen["files"]
 
