@@ -24,7 +24,7 @@ from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.client.client import Client, ask_each
 from tuneloop.models.client.streaming import RequestError
-from tuneloop.models.export.gguf import compare_prompts, convert, serve_gguf
+from tuneloop.models.export.gguf import KINDS, compare_prompts, convert, serve_gguf
 from tuneloop.models.export.ollama import modelfile
 from tuneloop.pipeline import evaluate_named
 from tuneloop.records import Endpoint, SamplingParams
@@ -309,6 +309,7 @@ def _write_gguf(
             context,
         )
         (folder / "Modelfile").write_text(text, encoding="utf-8")
+    logger.info("writing %s", ", ".join(KINDS))
     files = convert(model.path, folder, name)
     answers: dict[str, Path] = {}
     speeds: dict[str, float] = {}
@@ -331,6 +332,7 @@ def _write_gguf(
                         f"for example at {agreement.example!r}"
                     )
             if asked:
+                logger.info("llama.cpp answers %d test rows with %s", len(asked), file.name)
                 answers[kind] = folder / f"answers-{kind}.jsonl"
                 speeds[kind] = asyncio.run(_answer(address, asked, max_tokens, answers[kind]))
     (folder / ".draft").unlink()
