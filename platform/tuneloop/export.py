@@ -374,7 +374,11 @@ async def _answer(
 def _with_arms(config: TuneloopConfig, model: Artifact, answers: dict[str, Path]) -> TuneloopConfig:
     """Return the configuration of an evaluation of the model beside each file's answers."""
     arms = {kind: ArmConfig(answers=str(file)) for kind, file in answers.items()}
-    update = {"arms": {MODEL: ArmConfig(model=model.ref), **arms}, "forgetting": None, "judge": None}
+    update = {
+        "arms": {MODEL: ArmConfig(model=model.ref), **arms},
+        "forgetting": None,
+        "judge": None,
+    }
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=update)})
 
 
