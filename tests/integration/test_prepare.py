@@ -599,12 +599,12 @@ def test_rows_that_ask_the_same_and_answer_differently_are_listed(
     assert (metrics["num_conflicts"], metrics["num_near_conflicts"]) == (1, 1)
     same, near = found["examples"]
     assert same["kind"] == "same prompt"
-    units: dict[str, list[str]] = {}
-    for row in rows_of(artifact, "train") + rows_of(artifact, "test"):
-        units.setdefault(row["split_unit"], []).append(row["row_id"])
-    shared = [ids for ids in units.values() if len(ids) > 1]
-    assert [sorted(ids) for ids in shared] == [sorted(row["row_id"] for row in same["rows"])]
-    assert all(unit == min(ids) for unit, ids in units.items())
+    everyone = rows_of(artifact, "train") + rows_of(artifact, "test")
+    units = {row["source"]: row["split_unit"] for row in everyone}
+    together = {units[row["source"]] for row in same["rows"]}
+    assert len(together) == 1
+    assert sum(unit in together for unit in units.values()) == len(same["rows"])
+    assert {row["split_unit"] for row in everyone} <= {row["row_id"] for row in everyone}
     assert {row["answer"].lower() for row in same["rows"]} == {
         "it is free.",
         "ten dollars a month.",

@@ -179,7 +179,6 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         if limit is not None:
             spread.offer(sample)
     findings, notices = _findings(config, bad, too_long, total)
-    notices += changed_problems(changed, total)
     if truncated:
         notices.append(truncated_problem(truncated, total, config.data))
     notices += file_notices([*files, *evaluation_files], [*config.data.sources, *held_out])
@@ -194,6 +193,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
         findings += _split_findings(len(lengths), num_units, config.data)
     if dropped and len(dropped) + len(bad) + len(too_long) < total:
         notices.append(dropped_problem(dropped, total))
+    notices += changed_problems(changed, total)
     return DataCheck(
         findings,
         notices,
