@@ -15,7 +15,7 @@ from tuneloop.evals.reporting import error_analysis as analysis
 from tuneloop.evals.reporting.judge import describe_judge, describe_judged_pair
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.judged_pairs import Compared, describe_pair
-from tuneloop.evals.scoring.judging import read_judgements
+from tuneloop.evals.scoring.judging import are_on_these, read_judgements
 from tuneloop.evals.scoring.pairing import PairedExample
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.review import agreement, verdicts
@@ -94,6 +94,20 @@ def ask_name() -> str:
     return ""
 
 
+def counted_verdicts(evaluation: Evaluation, reviewer: str | None = None) -> list[Verdict]:
+    """Return the votes on these very answers, whichever version of the evaluation showed them."""
+    references = [
+        a.ref for a in workspace.published() if (a.kind, a.name) == ("evaluations", artifact.name)
+    ]
+    said = store.verdicts(references, reviewer)
+    voted = {
+        reference: load_evaluation(workspace.open(reference)).predictions
+        for reference in {verdict.evaluation for verdict in said}
+    }
+    counts = are_on_these([as_vote(v) for v in said], evaluation.predictions, voted)
+    return [verdict for verdict, is_on_these in zip(said, counts, strict=True) if is_on_these]
+
+
 def show_ballot(examples: list[PairedExample], arms: Collection[str]) -> None:
     """Ask for a verdict on the next open example."""
     reviewer = ask_name()
@@ -101,7 +115,7 @@ def show_ballot(examples: list[PairedExample], arms: Collection[str]) -> None:
         st.info("Type your name to begin.")
         return
     by_id = {example.example_id: example for example in examples}
-    mine = store.verdicts(artifact.ref, reviewer)
+    mine = counted_verdicts(evaluation, reviewer)
     still_open = open_examples(list(by_id), mine, arms)
     done = len(by_id) - len(still_open)
     st.progress(done / len(by_id), text=f"{done:,} of {len(by_id):,} judged by {reviewer}")
@@ -159,7 +173,7 @@ def show_pair(example: PairedExample, sides: Sides, reviewer: str) -> None:
 
 def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
     """Show ratings, and how far they can be trusted."""
-    votes = store.verdicts(artifact.ref)
+    votes = counted_verdicts(evaluation)
     if not votes:
         st.info("No votes yet. The ratings appear with the first one.")
         return

@@ -337,13 +337,8 @@ def build_judging(config: TuneloopConfig, workspace: Workspace, name: str) -> Ju
 def _votes(workspace: Workspace, name: str) -> list[Vote]:
     if not has_store(workspace.location):
         return []
-    store = ReviewStore(workspace.location)
-    return [
-        as_vote(verdict)
-        for artifact in workspace.published()
-        if (artifact.kind, artifact.name) == ("evaluations", name)
-        for verdict in store.verdicts(artifact.ref)
-    ]
+    references = [a.ref for a in workspace.published() if (a.kind, a.name) == ("evaluations", name)]
+    return [as_vote(v) for v in ReviewStore(workspace.location).verdicts(references)]
 
 
 def _api_key(variable: str | None, where: str) -> str:

@@ -58,9 +58,9 @@ from tuneloop.evals.scoring.judging import (
     Court,
     Judgement,
     Judging,
+    are_on_these,
     keep_judgements,
     read_judgements,
-    votes_on,
     write_judgements,
 )
 from tuneloop.evals.scoring.lineage import (
@@ -641,9 +641,9 @@ def _add_judge(
         for artifact in workspace.published()
         if artifact.ref in {vote.evaluation for vote in judging.votes}
     }
-    evaluation.comparison["judge"] = describe_judging(
-        evaluation, judging, judgements, votes_on(judging.votes, evaluation.predictions, voted)
-    )
+    counts = are_on_these(judging.votes, evaluation.predictions, voted)
+    votes = [vote for vote, is_on_these in zip(judging.votes, counts, strict=True) if is_on_these]
+    evaluation.comparison["judge"] = describe_judging(evaluation, judging, judgements, votes)
 
 
 def _describe_source(arm: Arm) -> str:

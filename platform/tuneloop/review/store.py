@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -99,9 +99,17 @@ class ReviewStore:
 
         self._run(insert, writes=True)
 
-    def verdicts(self, evaluation: str, reviewer: str | None = None) -> list[Verdict]:
-        """Return the verdicts that count, oldest first: the newest of each reviewer and pair."""
-        where = _VERDICTS.c.evaluation == evaluation
+    def verdicts(
+        self, evaluation: str | Collection[str], reviewer: str | None = None
+    ) -> list[Verdict]:
+        """Return the verdicts that count, oldest first: the newest of each reviewer and pair.
+
+        Args:
+            evaluation: Reference with version; or several, of versions with the same answers.
+            reviewer: Only hers.
+        """
+        references = [evaluation] if isinstance(evaluation, str) else list(evaluation)
+        where: sa.ColumnElement[bool] = _VERDICTS.c.evaluation.in_(references)
         if reviewer is not None:
             where &= _VERDICTS.c.reviewer == reviewer
         newest: dict[tuple[str, str, frozenset[str]], Verdict] = {}

@@ -126,6 +126,26 @@ def test_what_is_said_survives_and_a_changed_mind_is_the_newest_row(place: Path)
     assert store.find("none") is None
 
 
+def test_votes_on_several_versions_are_read_together_and_the_newest_of_each_pair_counts(
+    tmp_path: Path,
+) -> None:
+    store = ReviewStore(tmp_path)
+    later = "evaluations/demo@v2"
+    for evaluation, example, choice in (
+        (EVALUATION, "e1", "left"),
+        (EVALUATION, "e2", "left"),
+        (later, "e1", "right"),
+        ("evaluations/other@v1", "e1", "tie"),
+    ):
+        store.add(Verdict(evaluation, example, "a", "b", choice, "ann"))
+    read = store.verdicts([EVALUATION, later])
+    assert [(v.evaluation, v.example_id, v.choice) for v in read] == [
+        (EVALUATION, "e2", "left"),
+        (later, "e1", "right"),
+    ]
+    assert store.verdicts([]) == []
+
+
 @pytest.mark.parametrize("table", ["verdicts", "marks"])
 def test_nothing_said_is_ever_edited(place: Path, table: str) -> None:
     store = ReviewStore(place)

@@ -314,33 +314,30 @@ def read_judgements(folder: Path) -> list[Judgement]:
     return [Judgement(**row) for row in pq.read_table(folder / FILE).to_pylist()]
 
 
-def votes_on(
+def are_on_these(
     votes: Sequence[Vote],
     predictions: Sequence[Prediction],
     voted: Mapping[str, Sequence[Prediction]],
-) -> list[Vote]:
-    """Return the votes that were given on exactly these answers.
+) -> list[bool]:
+    """Return of each vote whether it was given on exactly these answers.
 
     Args:
-        votes: On evaluations of this name.
+        votes: On any version of the evaluation.
         predictions: The answers.
-        voted: By reference, the answers of the evaluations that people saw.
+        voted: By reference, the answers of the versions that people saw.
     """
     texts = {(p.example_id, p.arm): p.completion for p in predictions}
     seen = {
         reference: {(p.example_id, p.arm): p.completion for p in rows}
         for reference, rows in voted.items()
     }
-    return [
-        vote
-        for vote in votes
-        if vote.evaluation in seen
-        and all(
-            (vote.example_id, arm) in texts
-            and seen[vote.evaluation].get((vote.example_id, arm)) == texts[vote.example_id, arm]
-            for arm in (vote.arm, vote.other)
-        )
-    ]
+
+    def is_on_these(vote: Vote) -> bool:
+        shown = seen.get(vote.evaluation, {})
+        keys = [(vote.example_id, arm) for arm in (vote.arm, vote.other)]
+        return all(key in texts and shown.get(key) == texts[key] for key in keys)
+
+    return [is_on_these(vote) for vote in votes]
 
 
 def _key(system: str, shown: str) -> str:
