@@ -107,6 +107,9 @@ def test_a_gguf_gives_the_models_logits_and_ids(
     original, converted = Renderer.load(tiny_model), Renderer.load(base.path)
     ids = original.text_ids("Return the number of items in the list.")
     assert converted.text_ids("Return the number of items in the list.") == ids
+    # What the GGUF calls "smollm": every digit apart, and then the words.
+    split = converted.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    assert [piece for piece, _ in split("a\n\n12 b")] == ["a", "ĊĊ", "1", "2", "Ġb"]
     batch = torch.tensor([ids])
     expected = AutoModelForCausalLM.from_pretrained(tiny_model)(batch).logits
     found = AutoModelForCausalLM.from_pretrained(base.path)(batch).logits

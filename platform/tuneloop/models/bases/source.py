@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -30,9 +31,17 @@ from safetensors import SafetensorError, safe_open
 from tuneloop.artifacts import sha256_file
 from tuneloop.errors import ModelError, Problem, ResourceError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 logger = logging.getLogger("tuneloop.models")
 
-CODE_VERSION = 1
+CODE_VERSION = 2
+# Vocabularies whose merges were learned with every digit apart, by GGUF's name of the splitting.
+# transformers reads these names for other splittings only. Source: llama.cpp, `llama-vocab.cpp`.
+_DIGITS_APART = frozenset(
+    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+)
 _MARKER = "tuneloop_source.json"
 _INDEX = "model.safetensors.index.json"
 _WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -322,6 +331,7 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
             source = {"gguf_file": file.name}
             with _without_bar(), read_once():
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+                _split_digits(tokenizer, file)
                 model = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", **source)
         except OSError as error:
             if error.errno is not None:
@@ -344,6 +354,25 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
         Path(temporary).mkdir()
     logger.info("converted %s, %.0f s", file.name, time.monotonic() - started)
     return BaseModel(base, target, checksum, license)
+
+
+def _split_digits(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
+    """Cut digits apart before anything else where the vocabulary was learned so.
+
+    Without it the two line ends before a numbered list become two tokens instead of the one that
+    the model was trained on.
+    """
+    import gguf
+    from tokenizers import pre_tokenizers
+
+    name = gguf.GGUFReader(str(file)).get_field("tokenizer.ggml.pre")
+    if name is not None and name.contents() in _DIGITS_APART:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
 
 
 @contextlib.contextmanager
