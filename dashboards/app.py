@@ -23,6 +23,7 @@ def main() -> None:
         {
             "Artifacts": [
                 st.Page("views/overview.py", title="Overview", default=True),
+                st.Page("views/advice.py", title="What next", url_path="next"),
                 st.Page("views/history.py", title="History", url_path="history"),
                 st.Page("views/dataset.py", title="Datasets", url_path="dataset"),
                 st.Page("views/model.py", title="Models", url_path="model"),

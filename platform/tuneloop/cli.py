@@ -45,6 +45,7 @@ serve
   submit      run a command on a cluster as a Ray job
   export      write a model as GGUF, for Ollama, vLLM or the Hugging Face Hub
 improve
+  next        say what to do next, what it may bring and what it rests on
   fixes       list people's marks on rows, and what became of them
   trace       follow one row through datasets, answers, marks and votes
 look around
@@ -181,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         _complete(option, _references)
     gate.add_argument("--junit", metavar="FILE", help="write the checks as JUnit XML")
     gate.add_argument("--markdown", metavar="FILE", help="write the checks as Markdown")
+    config_command("next")
     fixes = command("fixes")
     fixes.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
     overrides(fixes)

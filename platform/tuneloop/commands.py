@@ -70,10 +70,20 @@ def _print_published(
         console.print(f"\nreport     {Path(last.location) / 'report.html'}", soft_wrap=True)
         console.print(f"dashboard  tuneloop dashboard --workspace {config.workspace}")
         console.print(f"serve it   tuneloop serve {arguments.config}")
-        console.print(
-            f"try next   tuneloop run {arguments.config} training.num_epochs="
-            f"{config.training.num_epochs + 1}"
-        )
+        if not last.name.endswith("-baseline"):
+            from tuneloop.advice import advice_for
+
+            advice = advice_for(
+                config.name,
+                Workspace(config.workspace),
+                arguments.config,
+                config.training.num_epochs,
+            )
+            advice.keep()
+            best = advice.actions[0]
+            gain = best.describe_gain(advice.metric)
+            console.print(f"try next   {best.title}; gain: {gain}", soft_wrap=True, markup=False)
+            console.print(f"           tuneloop next {arguments.config}", soft_wrap=True)
 
 
 def _init(arguments: argparse.Namespace, output: IO[str]) -> int:
@@ -321,6 +331,34 @@ def _fixes(arguments: argparse.Namespace, output: IO[str]) -> int:
     return 0
 
 
+def _next(arguments: argparse.Namespace, output: IO[str]) -> int:
+    config = _load(arguments)
+    from tuneloop.advice import advice_for
+
+    advice = advice_for(
+        config.name, Workspace(config.workspace), arguments.config, config.training.num_epochs
+    )
+    advice.keep()
+    if arguments.json:
+        print(json.dumps(advice.as_dict(), ensure_ascii=False), file=output)
+        return 0
+    console = Console(file=output)
+    console.print(f"{advice.reference}: {advice.score}", highlight=False, markup=False)
+    for number, action in enumerate(advice.actions, 1):
+        console.print(f"\n{number}. {action.title}", highlight=False, markup=False)
+        told = (action.why, f"gain: {action.describe_gain(advice.metric)}",
+                f"cost: {action.describe_cost()}", action.command)  # fmt: skip
+        for line in told:
+            console.print(f"   {line}", highlight=False, markup=False, soft_wrap=True)
+    if advice.outcomes:
+        console.print("\nwhat came of earlier advice", highlight=False)
+        for outcome in advice.outcomes:
+            line = f"   {outcome.describe(advice.metric)}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(f"   {advice.calibration}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
 def _trace(arguments: argparse.Namespace, output: IO[str]) -> int:
     workspace = open_workspace(arguments)
     from tuneloop.review.trace import trace, trace_lines
@@ -480,6 +518,7 @@ COMMANDS = {
     "gate": _gate,
     "sweep": _sweep,
     "dashboard": _dashboard,
+    "next": _next,
     "fixes": _fixes,
     "trace": _trace,
     "serve": _serve,

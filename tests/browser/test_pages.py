@@ -49,7 +49,7 @@ def page_html(app) -> str:
 
 PAGES_OF_ARTIFACTS = [
     *("overview", "dataset", "model", "sweep", "report", "errors", "votes"),
-    *("answers", "lineage", "marks", "history"),
+    *("answers", "lineage", "marks", "history", "advice"),
 ]
 
 
@@ -212,6 +212,10 @@ def test_arms_of_two_evaluations_and_two_runs_are_compared(open_page, own):
     assert list(told["exact_match"]) == [pytest.approx(28 / 30)] * 2
     newest = told.iloc[0]
     assert (newest["shared rows"], newest["fixed"], newest["introduced"]) == (30, 0, 0)
+    app = open_page(own, "advice")
+    app.selectbox(key="project").set_value("demo").run()
+    assert "**finetuned, exact_match 93.3%" in app.markdown[0].value
+    assert "Train for 2 epochs in place of 1" in page_html(app)
     app = open_page(own, "model")
     app.selectbox(key="models").set_value("models/later@v1").run()
     charts = len(app.get("vega_lite_chart"))

@@ -1,4 +1,4 @@
-"""Verdicts and marks in a database, append-only: a changed mind is a newer row.
+"""Verdicts, marks and advice in a database, append-only: a changed mind is a newer row.
 
 It is SQLite in the workspace, or the database that TUNELOOP_REVIEW_URL names: PostgreSQL for a
 team. A database of an earlier version is brought up to date when it is opened.
@@ -25,6 +25,7 @@ from sqlalchemy.pool import NullPool
 
 from tuneloop.errors import ArtifactError, Problem
 from tuneloop.marks import Mark
+from tuneloop.review.given import GivenAdvice
 from tuneloop.review.verdicts import Verdict
 
 T = TypeVar("T")
@@ -35,13 +36,15 @@ _CONNECT_TIMEOUT_S = 5
 _SCHEMA_LOCK = 5_408_321_177
 
 
-def _columns(record: type[Verdict] | type[Mark]) -> list[sa.Column]:
+def _columns(record: type[Verdict] | type[Mark] | type[GivenAdvice]) -> list[sa.Column]:
     return [sa.Column(item.name, sa.Text) for item in fields(record)]
 
 
 _METADATA = sa.MetaData()
 _VERDICTS = sa.Table("verdicts", _METADATA, sa.Column("id", sa.BigInteger), *_columns(Verdict))
 _MARKS = sa.Table("marks", _METADATA, sa.Column("id", sa.BigInteger), *_columns(Mark))
+_ADVICE = sa.Table("advice", _METADATA, sa.Column("id", sa.BigInteger), *_columns(GivenAdvice))
+_TABLES: dict[type, sa.Table] = {Verdict: _VERDICTS, Mark: _MARKS, GivenAdvice: _ADVICE}
 
 
 class ReviewStore:
@@ -79,8 +82,8 @@ class ReviewStore:
         if self._is_there():
             self._run(lambda connection: None)
 
-    def add(self, said: Verdict | Mark) -> None:
-        """Append a verdict or a mark; it is on disk when this returns.
+    def add(self, said: Verdict | Mark | GivenAdvice) -> None:
+        """Append a verdict, a mark or advice; it is on disk when this returns.
 
         Adding the same one again, after a failure that leaves open whether it was stored, keeps it
         once.
@@ -88,7 +91,7 @@ class ReviewStore:
         Raises:
             ArtifactError: The database cannot be written.
         """
-        table = _VERDICTS if isinstance(said, Verdict) else _MARKS
+        table = _TABLES[type(said)]
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         values = asdict(replace(said, created_at=now))
 
@@ -128,6 +131,10 @@ class ReviewStore:
         """Return every mark, or those on the rows of a dataset in any version, oldest first."""
         found = self._select(Mark, _MARKS, sa.true())
         return [m for m in found if dataset_name is None or m.dataset_name == dataset_name]
+
+    def advice(self) -> list[GivenAdvice]:
+        """Return the advice that was given, oldest first."""
+        return self._select(GivenAdvice, _ADVICE, sa.true())
 
     def find(self, uid: str) -> Verdict | Mark | None:
         """Return the verdict or mark with a uid, or None."""

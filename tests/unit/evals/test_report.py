@@ -6,10 +6,14 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
+from tuneloop.advice import advice_for
+from tuneloop.artifacts import Workspace
 from tuneloop.config import TuneloopConfig
+from tuneloop.evals.reporting.advice import Action, Gain, Situation, advise
 from tuneloop.evals.reporting.error_analysis import Filter
 from tuneloop.evals.reporting.formatting import word_diff
 from tuneloop.evals.reporting.headline import describe_rows, write_headline
@@ -22,8 +26,9 @@ from tuneloop.evals.scoring.error_tags import tag_errors
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.pairing import last_question
-from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.predictions import Prediction, write_predictions
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.review.store import URL_VARIABLE, ReviewStore
 
 TASKS = {
     "extraction": ({"type": "extraction"}, '{"a": 1}', '{"a": 2}'),
@@ -358,3 +363,105 @@ def test_tables_for_pages_carry_the_same_numbers():
     assert describe_metrics({"primary": "f1", "scores": {"base": 0.123456}, "none": None}) == (
         "primary f1, base 0.1235"
     )
+
+
+def situation(evaluation: Evaluation, **more) -> Situation:
+    told = {
+        "reference": "evaluations/demo@v1", "config_file": "demo.yaml", "took_s": 100.0,
+        "num_epochs": 2, "curve": {}, "num_waiting": 0,
+    }  # fmt: skip
+    return Situation(evaluation, **{**told, **more})
+
+
+def titles(actions: list[Action]) -> list[str]:
+    return [action.title for action in actions]
+
+
+def test_bounds_are_the_share_of_what_is_wrong() -> None:
+    evaluation = make_evaluation({"base": 5, "finetuned": 80}, finish="length")
+    actions = advise(situation(evaluation))
+    cut = next(a for a in actions if a.title.startswith("Allow longer answers"))
+    assert cut.gain is not None
+    assert cut.gain.value == pytest.approx(0.2)
+    assert 0.1 < cut.gain.low < 0.2 < cut.gain.high < 0.31
+    assert (cut.num_rows, cut.basis) == (20, "at most")
+    assert "20 of 20 wrong answers" in cut.why
+    # Both arms say the same, and it is not the reference.
+    doubted = next(a for a in actions if a.title.startswith("Look whether"))
+    assert doubted.num_rows == 20
+    # The only field is wrong wherever the answer is.
+    field = next(a for a in actions if a.title.startswith("Get `a` right"))
+    assert field.gain == cut.gain
+    assert "wrong=a" in field.page
+    assert [a.gain is None for a in actions] == sorted(a.gain is None for a in actions)
+    longer = next(a for a in actions if "3 epochs" in a.title)
+    assert longer.cost_s == 150
+    assert longer.command == "tuneloop run demo.yaml training.num_epochs=3"
+
+
+def test_what_a_sweep_forecasts_and_marks_that_wait_are_named() -> None:
+    evaluation = make_evaluation({"base": 5, "finetuned": 99})
+    gain = {"value": 0.04, "low": 0.01, "high": 0.06}
+    curve = {"curves": [{"series": "demo", "forecast": {"forecasts": [
+        {"num_examples": 800, "gain": gain}, {"num_examples": 1600, "gain": gain},
+    ]}}]}  # fmt: skip
+    actions = advise(situation(evaluation, curve=curve, num_waiting=3))
+    (rows,) = (a for a in actions if a.basis == "forecast")
+    assert (rows.gain, rows.title[-10:]) == (Gain(**gain), "800 in all")
+    assert "Apply the 3 marks that wait" in titles(actions)
+    assert "Stop, or make the test harder" in titles(actions)
+    assert "Measure whether more rows would help" not in titles(actions)
+
+
+def test_parts_that_are_surely_worse_are_named() -> None:
+    evaluation = make_evaluation({"base": 5, "finetuned": 80})
+    part = {"by": "topic", "slice": "x", "value": 0.2, "low": 0.1, "high": 0.4, "n": 20,
+            "rest": 0.95, "p_adjusted": 0.001}  # fmt: skip
+    slices = {"arms": {"finetuned": [part, {**part, "slice": "y", "p_adjusted": 0.2}]}}
+    actions = advise(situation(replace(evaluation, slices=slices)))
+    (named,) = (a for a in actions if "topic" in a.title)
+    assert named.gain is not None
+    assert tuple(named.gain) == pytest.approx((0.15, 0.11, 0.17))
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("right", [{"base": 40}, {"base": 5, "finetuned": 90}])
+def test_every_kind_of_evaluation_gets_advice(task, right) -> None:
+    actions = advise(situation(make_evaluation(right, task=task)))
+    assert all(json.dumps(action.as_dict()) for action in actions)
+    assert actions or "finetuned" not in right
+
+
+def test_advice_is_kept_and_held_against_the_next_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    workspace = Workspace(tmp_path)
+
+    def publish(evaluation: Evaluation) -> None:
+        with workspace.draft("evaluations", "demo", f"{len(workspace.published())}" * 8) as draft:
+            names = list(evaluation.metrics["metrics"])
+            write_predictions(evaluation.predictions, names, draft.path)
+            for name in ("metrics", "comparison"):
+                text = json.dumps(getattr(evaluation, name))
+                (draft.path / f"{name}.json").write_text(text)
+            draft.publish(config={}, resources={}, inputs=[], metrics={})
+
+    publish(make_evaluation({"base": 5, "finetuned": 80}))
+    first = advice_for("demo", workspace, "demo.yaml", 2)
+    assert first.outcomes == []
+    first.keep()
+    first.keep()
+    assert len(ReviewStore(tmp_path).advice()) == len(first.actions)
+    publish(make_evaluation({"base": 5, "finetuned": 90}))
+    second = advice_for("demo", workspace, "demo.yaml", 2)
+    assert second.reference == "evaluations/demo@v2"
+    assert len(second.outcomes) == len(first.actions)
+    told = [o for o in second.outcomes if o.gain is not None]
+    assert all(o.change == pytest.approx(0.1) for o in told)
+    assert all(o.came_true for o in told)
+    assert second.calibration == f"{len(told)} of {len(told)} changes are within what was told"
+    assert "at most +20.0 points was told, +10.0 points came with evaluations/demo@v2" in told[
+        0
+    ].describe(second.metric)
+    assert json.loads(json.dumps(second.as_dict()))["evaluation"] == "evaluations/demo@v2"

@@ -1,0 +1,61 @@
+"""What to do next, and what came of earlier advice."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+import theme
+from shell import open_workspace, refuse
+from tuneloop.advice import advice_for
+from tuneloop.errors import UserError
+
+workspace, artifacts = open_workspace()
+names = list(dict.fromkeys(a.name for a in reversed(artifacts) if a.kind == "evaluations"))
+if not names:
+    st.info("No evaluation yet: `tuneloop run CONFIG.yaml` makes one.")
+    st.stop()
+name = st.selectbox("Project", names, key="project", bind="query-params") or names[0]
+models = [a for a in artifacts if (a.kind, a.name) == ("models", name)]
+training = models[-1].manifest["config"].get("training", {}) if models else {}
+try:
+    advice = advice_for(name, workspace, f"{name}.yaml", int(training.get("num_epochs", 1)))
+except (UserError, OSError, ValueError, KeyError) as error:
+    refuse("There is no advice.", error)
+st.markdown(f"After `{advice.reference}`: **{advice.score}**")
+for number, action in enumerate(advice.actions, 1):
+    tone = "" if action.gain is None else "good"
+    chips = [theme.chip(f"gain: {action.describe_gain(advice.metric)}", tone)]
+    chips.append(theme.chip(f"cost: {action.describe_cost()}"))
+    with st.container(border=True, gap="xsmall"):
+        st.html(theme.box(f"{number}. {action.title}", chips, theme.text(action.why)))
+        st.code(action.command, language=None)
+        if action.page:
+            page, _, query = action.page.partition("?")
+            asked = dict(part.split("=", 1) for part in query.split("&") if part)
+            files = {"sweep": "sweep", "model": "model", "answers": "answers", "marks": "marks"}
+            st.page_link(
+                f"views/{files[page.strip('/')]}.py", label="See what it rests on →",
+                query_params=asked,
+            )  # fmt: skip
+st.caption(
+    "`At most`: if all answers that it is about became right and no other changed. Forecasts come "
+    "from a sweep. `tuneloop next CONFIG.yaml` says the same and keeps it."
+)
+if advice.outcomes:
+    st.subheader("What came of earlier advice")
+    st.markdown(advice.calibration + ".")
+    st.dataframe(
+        [
+            {
+                "advice": o.title,
+                "about": o.evaluation,
+                "told": None if o.gain is None else o.gain.value,
+                "basis": o.basis,
+                "came": o.change,
+                "with": o.next_evaluation,
+                "what changed": o.changed,
+            }
+            for o in reversed(advice.outcomes)
+        ],
+        hide_index=True,
+    )

@@ -1,0 +1,335 @@
+"""What to do next: actions with what each may bring, what it costs and what it rests on.
+
+What an action may bring is measured on the answers that are there. Most of it is a bound: if an
+action got all answers right that it is about and changed no other, the score would rise by so much.
+Only a sweep's forecast says more. Where nothing says how much, none is told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from tuneloop.artifacts import Artifact
+from tuneloop.evals.reporting.formatting import format_difference, format_value
+from tuneloop.evals.scoring.clusters import Clusters
+from tuneloop.evals.scoring.estimates import describe_mean
+from tuneloop.evals.scoring.intervals import Resampling
+from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric
+from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.records import FINETUNED
+from tuneloop.text import format_duration, shorten
+
+Basis = Literal["at most", "forecast", "unknown"]
+# A part of the rows counts as worse than the others from this adjusted p-value on.
+_SURE = 0.05
+_MOST_PARTS, _FEWEST_ROWS, _SHOWN_CHARACTERS = 3, 3, 60
+_SATURATED = 0.97
+
+
+class Gain(NamedTuple):
+    """What an action may add to the primary metric, with the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something to do.
+
+    Args:
+        title: What.
+        why: The measurement that speaks for it.
+        gain: In the unit of the primary metric; None where it is not known.
+        basis: Whether the gain is a bound, a forecast, or not known.
+        num_rows: Rows that the gain is about; 0 where it is about all.
+        cost_s: Seconds of training and evaluation, as they took before; None where no machine has
+            to run.
+        command: What does it, or shows what has to be done.
+        page: Address of the dashboard's page with the evidence; empty where there is none.
+    """
+
+    title: str
+    why: str
+    gain: Gain | None
+    basis: Basis
+    num_rows: int
+    cost_s: float | None
+    command: str
+    page: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        gain = None if self.gain is None else self.gain._asdict()
+        return {**asdict(self), "gain": gain}
+
+    def describe_gain(self, metric: Metric) -> str:
+        """Return the gain in words."""
+        if self.gain is None:
+            return "not known"
+        low, high = (format_difference(end, metric, unit=False) for end in self.gain[1:])
+        prefix = "at most " * (self.basis == "at most")
+        return f"{prefix}{format_difference(self.gain.value, metric)} ({low} to {high})"
+
+    def describe_cost(self) -> str:
+        """Return the cost in words."""
+        return "reading" if self.cost_s is None else f"about {format_duration(self.cost_s)}"
+
+
+class Situation(NamedTuple):
+    """What advice is given for.
+
+    Args:
+        evaluation: The newest one, with its predictions.
+        reference: Its reference.
+        config_file: Of the configuration, for the commands.
+        took_s: Seconds that dataset, model and evaluation took; None where that is not known.
+        num_epochs: Of the training.
+        curve: Content of the newest sweep's `curve.json`; empty without one.
+        num_waiting: Marks that the next preparation applies.
+    """
+
+    evaluation: Evaluation
+    reference: str
+    config_file: str
+    took_s: float | None
+    num_epochs: int
+    curve: dict[str, Any]
+    num_waiting: int
+
+
+def advise(now: Situation) -> list[Action]:
+    """Return what to do next, by what it may bring, those last of which nothing is known."""
+    evaluation = now.evaluation
+    metric = evaluation.metric(evaluation.primary)
+    rows = [
+        p
+        for p in evaluation.predictions
+        if p.arm == evaluation.candidate["name"] and p.scores.get(evaluation.primary) is not None
+    ]
+    found: list[Action] = []
+    if metric.kind != "number" and rows:
+        loss = {p.example_id: 1.0 - (p.scores[evaluation.primary] or 0.0) for p in rows}
+        found += _about_answers(now, rows, loss, metric)
+        found += _about_fields(now, rows, loss, metric)
+        found += _about_parts(now, rows, loss, metric)
+    found += _about_rows(now)
+    found += _about_training(now)
+    if now.num_waiting:
+        found.append(
+            Action(
+                f"Apply the {now.num_waiting:,} marks that wait",
+                "People have corrected rows; stored answers are scored again where only right "
+                "answers change.",
+                None,
+                "unknown",
+                now.num_waiting,
+                now.took_s,
+                f"tuneloop run {now.config_file}",
+                "/marks",
+            )
+        )
+    score = evaluation.candidate["scores"][evaluation.primary]["value"] or 0.0
+    if metric.kind == "binary" and score >= _SATURATED:
+        found.append(
+            Action(
+                "Stop, or make the test harder",
+                f"{score:.1%} is right: this test can no longer tell models apart.",
+                None, "unknown", 0, None, f"tuneloop serve {now.config_file}",
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda a: -1.0 if a.gain is None else a.gain.value, reverse=True)
+
+
+def _bound(
+    rows: Sequence[Prediction], loss: dict[str, float], ids: Collection[str], metric: Metric
+) -> Gain:
+    """Return what the score would gain if the answers to some examples were all right."""
+    values = np.array([loss[p.example_id] if p.example_id in ids else 0.0 for p in rows])
+    clusters = Clusters.of([p.cluster or p.example_id for p in rows])
+    told = describe_mean(values, clusters, metric, Resampling(num_resamples=2_000))
+    return Gain(told["value"], max(0.0, told["low"] or 0.0), told["high"] or 0.0)
+
+
+def _about_answers(
+    now: Situation, rows: Sequence[Prediction], loss: dict[str, float], metric: Metric
+) -> list[Action]:
+    """Return actions for errors with a name, doubtful references and misleading train rows."""
+    found: list[Action] = []
+    see = f"tuneloop dashboard {now.config_file}"
+    wrong = [p for p in rows if loss[p.example_id] > 0]
+
+    def add(title: str, why: str, ids: Collection[str], command: str, page: str) -> None:
+        if len(ids) >= _FEWEST_ROWS:
+            gain = _bound(rows, loss, ids, metric)
+            why = why.format(n=len(ids), wrong=len(wrong))
+            cost_s = None if command == see else now.took_s
+            found.append(Action(title, why, gain, "at most", len(ids), cost_s, command, page))
+
+    address = f"evaluations={now.reference}"
+    cut = {p.example_id for p in wrong if "cut_off" in p.error_tags}
+    add(
+        "Allow longer answers, or train more so that they end",
+        "{n} of {wrong} wrong answers were cut off.", cut,
+        f"tuneloop evaluate {now.config_file} evaluation.max_tokens=…",
+        f"/answers?{address}&error=cut_off",
+    )  # fmt: skip
+    malformed = {p.example_id for p in wrong if "wrong_format" in p.error_tags}
+    add(
+        "Teach the form of the answer",
+        "{n} of {wrong} wrong answers do not have the form that the task asks for.", malformed,
+        f"tuneloop run {now.config_file} training.num_epochs={now.num_epochs + 1}",
+        f"/answers?{address}&error=wrong_format",
+    )  # fmt: skip
+    add(
+        "Look whether these references are right",
+        "To {n} of the {wrong} questions that were answered wrong, several models give the same "
+        "answer, and it is not the reference.", _agreed_otherwise(now.evaluation, wrong),
+        see, f"/answers?{address}",
+    )  # fmt: skip
+    misled = {
+        example
+        for example, near in now.evaluation.nearest.items()
+        if example in loss and any(row["conflicts"] for row in near)
+    }
+    add(
+        "Correct the training rows that say otherwise",
+        "Beside {n} of {wrong} wrong answers there is a training row that asks the same and says "
+        "otherwise than the reference.", misled, see, f"/answers?{address}",
+    )  # fmt: skip
+    return found
+
+
+def _agreed_otherwise(evaluation: Evaluation, wrong: Sequence[Prediction]) -> set[str]:
+    """Return the examples to which at least two arms give one and the same wrong answer."""
+    said: dict[str, Counter[str]] = {}
+    for p in evaluation.predictions:
+        if p.status == "scored" and not p.scores.get(evaluation.primary):
+            said.setdefault(p.example_id, Counter())[" ".join(p.completion.split())] += 1
+    return {
+        p.example_id
+        for p in wrong
+        if p.completion.strip()
+        and said.get(p.example_id, Counter())[" ".join(p.completion.split())] > 1
+    }
+
+
+def _about_fields(
+    now: Situation, rows: Sequence[Prediction], loss: dict[str, float], metric: Metric
+) -> list[Action]:
+    """Return an action for each field that alone makes answers wrong."""
+    fields = [n for n in now.evaluation.metrics["metrics"] if n.startswith(FIELD_PREFIX)]
+    alone: dict[str, set[str]] = {}
+    for p in rows:
+        failed = [name for name in fields if (p.scores.get(name) or 0.0) < 1]
+        if loss[p.example_id] > 0 and len(failed) == 1:
+            alone.setdefault(failed[0].removeprefix(FIELD_PREFIX), set()).add(p.example_id)
+    num_wrong = sum(value > 0 for value in loss.values())
+    return [
+        Action(
+            f"Get `{name}` right: more training rows in which it is as hard",
+            f"It is the only field that is wrong in {len(ids)} of {num_wrong} wrong answers.",
+            _bound(rows, loss, ids, metric),
+            "at most",
+            len(ids),
+            now.took_s,
+            f"tuneloop dashboard {now.config_file}",
+            f"/answers?evaluations={now.reference}&wrong={name}",
+        )
+        for name, ids in alone.items()
+        if len(ids) >= _FEWEST_ROWS
+    ]
+
+
+def _about_parts(
+    now: Situation, rows: Sequence[Prediction], loss: dict[str, float], metric: Metric
+) -> list[Action]:
+    """Return an action for each part of the rows that is surely worse than the others."""
+    told = now.evaluation.slices.get("arms", {}).get(now.evaluation.candidate["name"], [])
+    found = []
+    for part in told:
+        rest, value = part.get("rest"), part.get("value")
+        if rest is None or value is None or value >= rest or part["p_adjusted"] > _SURE:
+            continue
+        share = part["n"] / len(rows)
+        gain = Gain(*(share * max(0.0, rest - part[end]) for end in ("value", "high", "low")))
+        name = f"{part['by']} = {shorten(str(part['slice']), _SHOWN_CHARACTERS)}"
+        found.append(
+            Action(
+                f"Add training rows with {name}",
+                f"{part['n']} test rows are such: {format_value(value, metric)}, the others "
+                f"{format_value(rest, metric)}. The bound is that they become like the others.",
+                gain,
+                "at most",
+                part["n"],
+                now.took_s,
+                f"tuneloop run {now.config_file}",
+                f"/answers?evaluations={now.reference}",
+            )
+        )
+    return found[:_MOST_PARTS]
+
+
+def _about_rows(now: Situation) -> list[Action]:
+    """Return what more rows of the same kind bring, as the newest sweep forecasts it."""
+    found = []
+    for curve in now.curve.get("curves", []):
+        forecasts = (curve.get("forecast") or {}).get("forecasts") or []
+        for item in forecasts[:1]:
+            gain = Gain(*(item["gain"][end] for end in ("value", "low", "high")))
+            found.append(
+                Action(
+                    f"Add training rows of the same kind, to {item['num_examples']:,} in all",
+                    f"The learning curve of {curve.get('series') or 'the sweep'} forecasts it.",
+                    gain,
+                    "forecast",
+                    0,
+                    now.took_s,
+                    f"tuneloop run {now.config_file}",
+                    "/sweep",
+                )
+            )
+    return found
+
+
+def _about_training(now: Situation) -> list[Action]:
+    """Return to train for longer, or to measure whether more rows help."""
+    if now.evaluation.candidate["name"] != FINETUNED:
+        return []
+    more = now.num_epochs + 1
+    found = [
+        Action(
+            f"Train for {more} epochs in place of {now.num_epochs}",
+            "Only a try tells; look at the validation loss first, if there is one.",
+            None, "unknown", 0, None if now.took_s is None else now.took_s * more / now.num_epochs,
+            f"tuneloop run {now.config_file} training.num_epochs={more}", "/model",
+        )
+    ]  # fmt: skip
+    if not now.curve:
+        found.append(
+            Action(
+                "Measure whether more rows would help",
+                "There is no learning curve yet: a sweep over data volumes makes one.",
+                None, "unknown", 0, None if now.took_s is None else 3 * now.took_s,
+                f"tuneloop sweep {now.config_file}", "/sweep",
+            )
+        )  # fmt: skip
+    return found
+
+
+def read_curve(sweeps: Sequence[Artifact]) -> dict[str, Any]:
+    """Return `curve.json` of the newest of some sweeps; empty where there is none."""
+    for sweep in reversed(sweeps):
+        file = sweep.path / "curve.json"
+        if file.is_file():
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return found
+    return {}
