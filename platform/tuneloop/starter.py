@@ -228,11 +228,10 @@ def _yaml(settings: dict[str, Any], starter: Starter, old_model: str) -> str:
     """Return the configuration with comments: what was found, and what to look at."""
     found, data, task = starter.found, settings["data"], settings["task"]
     (source,) = data["sources"]
-    counted = "\n".join(f"#   {line}" for line in _outcome_lines(starter))
     lines = [
-        f"# Made from {source['path']}: {_LAYOUTS[found.layout.format]}.",
+        _comment(f"Made from {source['path']}: {_LAYOUTS[found.layout.format]}."),
         f"# {starter.num_rows:,} rows:",
-        counted,
+        *(_comment(line, "#   ") for line in _outcome_lines(starter)),
         "# `tuneloop check FILE` reports what is wrong before anything is spent; `tuneloop run",
         "# FILE` does everything. Any key can be overridden: training.learning_rate=1e-4",
         "",
@@ -265,7 +264,8 @@ def _yaml(settings: dict[str, Any], starter: Starter, old_model: str) -> str:
     lines += ["", "data:", "  sources:", f"    - path: {_flow(source['path'])}"]
     lines += [f"      {key}: {_flow(source[key])}" for key in source if key != "path"]
     if found.own_columns:
-        lines.append(f"      # carried along, not learned: {', '.join(found.own_columns)}")
+        kept = ", ".join(found.own_columns)
+        lines.append(_comment(f"carried along, not learned: {kept}", "      # "))
     lines.append(f"  max_seq_len: {data['max_seq_len']}           # longest row in tokens")
     lines += [
         f"  {key}: {_flow(data[key])}" for key in ("too_long", "max_bad_rows_ratio") if key in data
@@ -315,6 +315,11 @@ def _answers(found: FirstLook) -> str:
     if found.has_tools:
         return "the answers are text and calls of functions"
     return _TASKS[found.task]
+
+
+def _comment(text: str, mark: str = "# ") -> str:
+    """Return a comment in one line, whatever names and messages of rows are in it."""
+    return mark + " ".join(text.split())
 
 
 def _flow(value: Any) -> str:

@@ -122,7 +122,9 @@ def test_lengths_and_what_still_stops_are_told(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(starter, "_BASE", str(tiny_model))
-    rows: list[Any] = [{"question": f"a{i}", "answer": "word " * 200} for i in range(8)]
+    rows: list[Any] = [
+        {"question": f"a{i}", "answer": "word " * 200, "a\nname": "odd"} for i in range(8)
+    ]
     path = lines(tmp_path / "rows.jsonl", [*rows, {"question": "b"}, {"question": "c"}])
     made = tmp_path / "made.yaml"
     assert cli.main(["init", "--from", path, str(made), "--model", "gpt-x"]) == 0

@@ -161,6 +161,10 @@ def test_of_preferences_the_preferred_answer_is_taken_on_request() -> None:
     # What is whole without them is no preference: the answer stands in `messages`.
     whole = chat("messages", mend, messages=[user("a"), assistant("d")], **apart)
     assert (said(whole)[-1], whole.changes) == (("assistant", "d", 1), ())
+    mapped = {"prompt": "prompt", "completion": "chosen"}
+    source = SourceConfig(path="a.jsonl", format="columns", columns=mapped)
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert said(to_chat(row, source, TASK)) == wanted
 
 
 @pytest.mark.parametrize("times", [2, 3])

@@ -46,9 +46,9 @@ def is_preference(row: Mapping[str, Any], layout: str) -> bool:
     """
     if "preferred_output" not in row and not {"chosen", "rejected"} <= row.keys():
         return False
-    if layout == "sharegpt":
-        return True
-    return {"messages": "messages", "alpaca": "output"}.get(layout, "") not in row
+    # Beside a whole row such columns are the user's own, and so are those that are mapped.
+    answer = {"messages": "messages", "alpaca": "output"}.get(layout)
+    return layout == "sharegpt" or (answer is not None and answer not in row)
 
 
 def preference_columns(layout: str) -> tuple[str, ...]:
