@@ -305,6 +305,7 @@ def test_what_cannot_run_there_is_told_before_it_starts(
     # The same path is another directory for each process: as on nodes without a shared disk.
     environment = nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
     command = ["-m", "tuneloop.cli", "train", str(config), "workspace=/proc/self/cwd/w"]
+    command.append(f"data.sources.0.path={config.parent}/rows/*.jsonl")
     done = nodes.run(*command, env=environment, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "not every node of the cluster sees the workspace" in done.stderr
