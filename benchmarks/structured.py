@@ -111,7 +111,7 @@ def overhead(server: ModelServer, rounds: int) -> None:
 def valid(server: ModelServer, rounds: int) -> None:
     """Print how many answers have their schema."""
     chooser = random.Random(0)
-    counts = {"valid": 0, "invalid": 0, "cut_off": 0, "tokens": 0}
+    counts = {"valid": 0, "invalid": 0, "cut_off": 0}
     for batch in range(rounds):
         schemas = [random_schema(chooser) for _ in range(64)]
         bodies = [
