@@ -461,7 +461,9 @@ def _load_constraints(renderer: Renderer, vocab_size: int) -> Constraints | None
 
     try:
         return Constraints(renderer, vocab_size)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of llguidance is no Exception
         log.warning("answers in a given form are not served: %s", error)
         return None
 
