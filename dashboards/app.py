@@ -40,7 +40,9 @@ def main() -> None:
                 st.Page("views/marks.py", title="Marks", url_path="marks"),
                 st.Page("views/playground.py", title="Playground", url_path="playground"),
             ],
-        }
+        },
+        # All of them: what is folded away is not found.
+        expanded=True,
     )
     with st.sidebar:
         st.caption(f"Workspace  \n`{workspace_location()}`")

@@ -86,6 +86,12 @@ def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
         raise
 
 
+def page_number() -> int:
+    """Return the page that the pagination below, or at first the address, asks for."""
+    asked = st.session_state.get("page") or st.query_params.get("page", "1")
+    return int(asked) if str(asked).isdecimal() else 1
+
+
 def load_evaluation(artifact: Artifact) -> Evaluation:
     """Return an evaluation, cached: published artifacts do not change."""
     return _load(artifact.location, artifact.fingerprint, artifact)

@@ -14,7 +14,7 @@ import theme
 from exporting import export_buttons
 from marking import KINDS, MarkedRow, Marking, marking_of
 from nearest import show_nearest
-from shell import choose_artifact, refuse
+from shell import choose_artifact, page_number, refuse
 from tuneloop.artifacts import Artifact
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.error_analysis import prompt_turns, tag_label
@@ -272,7 +272,7 @@ try:
 except UserError as error:
     refuse("The test rows cannot be read.", error)
 chosen = choose_rows(about, arms[name], metric, part)
-page = st.session_state.get("page", 1)
+page = page_number()
 try:
     shown = read_page(query, chosen, page, PAGE_SIZE)
     if not shown.rows and shown.num_matching:

@@ -11,7 +11,7 @@ import streamlit as st
 import theme
 from exporting import export_buttons
 from marking import MarkedRow, Marking
-from shell import choose_artifact, open_workspace, refuse, show_origin
+from shell import choose_artifact, open_workspace, page_number, refuse, show_origin
 from tuneloop.artifacts import Artifact
 from tuneloop.data.diff import diff_datasets
 from tuneloop.data.schema import SPLITS
@@ -97,7 +97,7 @@ def show_rows(folder: str) -> None:
         st.info("There are no such rows.")
         return
     chosen = choose_rows(query, folder)
-    page = st.session_state.get("page", 1)
+    page = page_number()
     found = read_page(query, chosen, page, PAGE_SIZE)
     if not found.rows and found.num_matching:
         found = read_page(query, chosen, 1, PAGE_SIZE)
@@ -202,7 +202,7 @@ def show_conflicts() -> None:
     query = query_of("train")
     found, count = ([], 0)
     if query is not None:
-        page = st.session_state.get("page", 1)
+        page = page_number()
         found, count = load_conflicts(artifact.location, page, query)
     st.caption(f"{count:,} prompts of train rows have several answers.")
     if count > PAGE_SIZE:

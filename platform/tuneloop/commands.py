@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,10 +24,12 @@ from rich.text import Text
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.config import API_KEY_VARIABLE, TuneloopConfig, load_config
 from tuneloop.doctor import examine
-from tuneloop.errors import ConfigError, Problem
+from tuneloop.errors import ArtifactError, ConfigError, Problem
 from tuneloop.review.dashboard import run_dashboard
 from tuneloop.submission import in_job_directory, refuse_fleeting_workspace, submit
 from tuneloop.text import shorten
+
+log = logging.getLogger("tuneloop")
 
 
 def _step(arguments: argparse.Namespace, output: IO[str]) -> int:
@@ -71,19 +74,24 @@ def _print_published(
         console.print(f"dashboard  tuneloop dashboard --workspace {config.workspace}")
         console.print(f"serve it   tuneloop serve {arguments.config}")
         if not last.name.endswith("-baseline"):
-            from tuneloop.advice import advice_for
+            _say_next(config, arguments, console)
 
-            advice = advice_for(
-                config.name,
-                Workspace(config.workspace),
-                arguments.config,
-                config.training.num_epochs,
-            )
-            advice.keep()
-            best = advice.actions[0]
-            gain = best.describe_gain(advice.metric)
-            console.print(f"try next   {best.title}; gain: {gain}", soft_wrap=True, markup=False)
-            console.print(f"           tuneloop next {arguments.config}", soft_wrap=True)
+
+def _say_next(config: TuneloopConfig, arguments: argparse.Namespace, console: Console) -> None:
+    """Name the best of what could be done next. What has run is done, whatever happens here."""
+    from tuneloop.advice import advice_for
+
+    workspace = Workspace(config.workspace)
+    try:
+        advice = advice_for(config.name, workspace, arguments.config, config.training.num_epochs)
+    except ArtifactError as error:
+        log.warning("there is no advice: %s", error.problems[0])
+        return
+    advice.keep()
+    for action in advice.actions[:1]:
+        gain = action.describe_gain(advice.metric)
+        console.print(f"try next   {action.title}; gain: {gain}", soft_wrap=True, markup=False)
+    console.print(f"           tuneloop next {arguments.config}", soft_wrap=True)
 
 
 def _init(arguments: argparse.Namespace, output: IO[str]) -> int:

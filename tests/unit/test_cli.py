@@ -16,7 +16,9 @@ import pytest
 import tuneloop
 from tuneloop import cli
 from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.marks import Mark
 from tuneloop.progress import Progress
+from tuneloop.review.store import URL_VARIABLE, ReviewStore
 
 
 def publish(workspace: Workspace, kind: str, name: str, metrics: dict[str, Any]) -> Artifact:
@@ -78,6 +80,42 @@ def test_every_command_is_listed_by_the_help_once(capsys: pytest.CaptureFixture[
     for name in commands.choices:
         assert [line.split()[0] for line in shown.splitlines() if line[:2] == "  "].count(name) == 1
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_marks_are_listed_written_and_read_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    config = tmp_path / "faq.yaml"
+    lines = (
+        "name: faq", f"workspace: {tmp_path / 'ws'}", "task: {type: generation}",
+        "model: {base: x}", "data: {sources: [{path: x.jsonl, format: messages}]}",
+    )  # fmt: skip
+    config.write_text("\n".join(lines))
+    assert cli.main(["fixes", str(config)]) == 0
+    assert "no marks on rows of `faq`" in capfd.readouterr().out
+    store = ReviewStore(tmp_path / "ws")
+    store.add(Mark("bad_reference", "a" * 20, "datasets/faq@v1", "ann", "[red]42", "sum"))
+    store.add(Mark("bad_row", "b" * 20, "datasets/other@v1", "ann"))
+    written = str(tmp_path / "marks.jsonl")
+    assert cli.main(["fixes", str(config), "--output", written]) == 0
+    shown = " ".join(capfd.readouterr().out.split())
+    assert "the answer is wrong: [red]42: sum" in shown
+    assert "waiting" in shown
+    assert cli.main(["fixes", str(config), "--json", f"data.fixes={written}"]) == 0
+    (told,) = json.loads(capfd.readouterr().out)["marks"]
+    assert (told["reviewer"], told["answer"], told["state"]) == ("ann", "[red]42", "waiting")
+    assert cli.main(["fixes", str(config), "--json", "data.fixes=false"]) == 0
+    assert json.loads(capfd.readouterr().out)["marks"][0]["why"] == "data.fixes is false"
+    Path(written).write_text("{}")
+    for asked, what in ((f"data.fixes={written}", "a line is no mark"),
+                        ("data.fixes=none.jsonl", "cannot be read")):  # fmt: skip
+        assert cli.main(["fixes", str(config), asked]) == 2
+        assert what in capfd.readouterr().err
+    for command in (["trace", "b" * 20], ["next"]):
+        assert cli.main([*command, str(config)]) == 2
+        assert "Traceback" not in capfd.readouterr().err
 
 
 def complete(line: str) -> list[str]:

@@ -84,11 +84,12 @@ class Query:
         for number in range(2, len(values) + 2):
             numbered = numbered.replace("?", f"${number}", 1)
         try:
-            found = self.connection.execute(
-                numbered.replace("FROM rows", f"FROM {table}"), [self.files, *values]
-            )
-            names = [column[0] for column in found.description or ()]
-            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+            # Several people may ask at once; a cursor of its own keeps their answers apart.
+            with self.connection.cursor() as cursor:
+                sql = numbered.replace("FROM rows", f"FROM {table}")
+                found = cursor.execute(sql, [self.files, *values])
+                names = [column[0] for column in found.description or ()]
+                return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
         except duckdb.Error as error:
             raise ArtifactError(
                 Problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,11 @@ def test_rows_are_filtered_over_all_files_and_read_page_by_page(workspace: Works
     assert read_page(query, chosen, 1, 10).num_matching == 15
     for words, count in (("äpfel drop", 5), ("it's 7", 3), ("100% 'QUOTED'", 5), ("none", 0)):
         assert read_page(query, RowFilter(words), 1, 10).num_matching == count
+    # Several people at once.
+    with ThreadPoolExecutor(8) as pool:
+        words = [f"it's {i}" for i in range(10, 30)] * 4
+        found = list(pool.map(lambda w: read_page(query, RowFilter(w), 1, 10), words))
+    assert [f"It's {p.rows[0]['messages'][-1]['content'][5:]}".lower() for p in found] == words
     counts = value_counts(query)
     assert counts['the "topic"'] == {"a": 15, "b": 15, "c": 5}
     assert set(counts) == {'the "topic"', "synthetic"}
