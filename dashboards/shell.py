@@ -16,7 +16,7 @@ from tuneloop.evals.scoring.results import Evaluation
 # What is chosen on a page of one artifact.
 _CHOSEN = (
     *("before", "after", "metric", "task", "pair", "arm", "wrong", "error", "unscored", "page"),
-    *("column", "value", "other", "with"),
+    *("column", "value", "other", "with", "by", "part"),
 )
 _MAKERS = {
     "datasets": ("dataset", "tuneloop prepare CONFIG.yaml"),

@@ -75,14 +75,14 @@ def choose_part(dataset: Artifact | None, split: str) -> list[str] | None:
         return None
     left, right = st.columns(2)
     column = left.selectbox(
-        "Only rows where", list(values), None, key="column", placeholder="any column",
+        "Only rows where", list(values), None, key="by", placeholder="any column",
         bind="query-params",
     )  # fmt: skip
     if not column:
         return None
     counts = values[column]
     value = right.selectbox(
-        "is", list(counts), format_func=lambda v: f"{v} ({counts[v]:,})", key="value",
+        "is", list(counts), format_func=lambda v: f"{v} ({counts[v]:,})", key="part",
         bind="query-params",
     )  # fmt: skip
     return ids_where(query, column, value) if value is not None else None
@@ -125,7 +125,7 @@ def choose_rows(
         bind="query-params",
     )  # fmt: skip
     words = right.text_input(
-        "Search", key="q", placeholder="words in question, reference or answer",
+        "Search", key="find", placeholder="words in question, reference or answer",
         bind="query-params",
     )  # fmt: skip
     fields = [name for name in about["metrics"] if name.startswith(FIELD_PREFIX)]

@@ -204,7 +204,8 @@ def show_conflicts() -> None:
     if query is not None:
         page = page_number()
         found, count = load_conflicts(artifact.location, page, query)
-    st.caption(f"{count:,} prompts of train rows have several answers.")
+    what = "prompt has" if count == 1 else "prompts have"
+    st.caption(f"{count:,} {what} several answers among the train rows.")
     if count > PAGE_SIZE:
         page_of(count)
     number = 0

@@ -115,7 +115,7 @@ def test_dataset_page_shows_card_rows_and_removed_rows(open_page, filled):
     assert "near duplicate" in page_html(app)
     assert "1 of 1 removed rows" in [caption.value for caption in app.caption]
     app.button_group(key="view").set_value("Conflicts").run()
-    assert "1 prompts of train rows have several answers." in [c.value for c in app.caption]
+    assert "1 prompt has several answers among the train rows." in [c.value for c in app.caption]
     assert "boo" in page_html(app)
 
 
@@ -322,7 +322,7 @@ def test_the_worst_answers_of_one_model_come_first(open_page, filled):
     app.button_group(key="wrong").set_value(None).run()
     app.selectbox(key="error").set_value("misspelt").run()
     assert "12 of 30 answers" in app.caption[0].value
-    app.text_input(key="q").set_value("thing NUMBER 7 definately").run()
+    app.text_input(key="find").set_value("thing NUMBER 7 definately").run()
     assert "<b>r07</b>" in page_html(app)
     assert "&lt;b&gt;What is it?&lt;/b&gt;" in page_html(app)
 
