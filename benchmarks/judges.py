@@ -1,6 +1,6 @@
 """Win rates of biased judges, corrected by votes, on simulated data whose truth is known.
 
-    python benchmarks/judges.py            # about a minute on one core
+    python benchmarks/judges.py            # about six minutes on one core
     python benchmarks/judges.py --quick    # a fifth of the replicates
 
 Prints, as Markdown: coverage of the 95% intervals of the judge alone, of the votes alone and of the
