@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,56 @@ def test_lengths_and_what_still_stops_are_told(
     assert 900 < config.data.max_seq_len <= 2048
     assert config.evaluation.max_tokens == 512
     assert "gpt-x" in made.read_text()
+
+
+NAMES = (
+    *(
+        "question",
+        "answer",
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+        "output",
+        "prompt",
+    ),
+    *("text", "label", "chosen", "rejected", "preferred_output", "system", "tools", "history", "x"),
+)
+
+
+def anything(draw: random.Random, depth: int = 0) -> Any:
+    """Return a value as odd as rows have them, turns among them."""
+    kind = draw.randrange(8)
+    if kind < 3 or depth > 2:
+        return draw.choice(["yes", "Oslo", "", " ", '{"a": 1}', "[1]", "\u200b", "你好"])
+    if kind < 5:
+        return draw.choice([0, 1.5, 2**70, None, True])
+    if kind == 5:
+        keys = draw.sample(["a", "messages", "name", "arguments", "function"], 2)
+        return {key: anything(draw, depth + 1) for key in keys}
+    speaker, said = draw.choice([("role", "content"), ("from", "value")])
+    roles = ["user", "assistant", "system", "human", "gpt", "tool", None, 3]
+    return [
+        {speaker: draw.choice(roles), said: anything(draw, depth + 1)}
+        for _ in range(draw.randrange(4))
+    ]
+
+
+def test_any_rows_are_accounted_for_or_refused(tmp_path: Path) -> None:
+    num_read = 0
+    for seed in range(300):
+        draw = random.Random(seed)
+        columns = draw.sample(NAMES, draw.randrange(1, 6))
+        rows = [
+            {name: anything(draw) for name in columns if draw.random() < 0.9}
+            for _ in range(draw.randrange(1, 9))
+        ]
+        try:
+            found = look(lines(tmp_path / "rows.jsonl", rows))
+        except DataError:
+            continue
+        num_read += 1
+        places = [row.place for row in found.refused] + [*{row.place for row in found.changed}]
+        assert found.num_rows == len(rows)
+        assert len(places) == len(set(places))
+    assert num_read > 50

@@ -57,7 +57,8 @@ def find_layout(records: Iterable[Mapping[str, Any] | RowError], where: str) -> 
     texts: Counter[str] = Counter()
     objects: Counter[str] = Counter()
     constants: dict[str, Any] = {}
-    num_preferences = num_rows = 0
+    preferences: Counter[str] = Counter()
+    num_rows = 0
     error: RowError | None = None
     for record in records:
         if isinstance(record, RowError):
@@ -71,10 +72,10 @@ def find_layout(records: Iterable[Mapping[str, Any] | RowError], where: str) -> 
         layout = _named_layout(record)
         if layout:
             votes[layout] += 1
-            num_preferences += is_preference(record, layout)
+            preferences[layout] += is_preference(record, layout)
     if votes and votes.most_common(1)[0][1] * 2 >= num_rows:
         chosen = votes.most_common(1)[0][0]
-        return Layout(chosen, mend=["preferences"] if num_preferences else [])
+        return Layout(chosen, mend=["preferences"] if preferences[chosen] else [])
     often = [name for name in values if values[name] * 2 >= num_rows]
     # What is the same in all rows is neither a question nor an answer.
     told = [name for name in often if num_rows == 1 or name not in constants] or often

@@ -44,11 +44,13 @@ def is_preference(row: Mapping[str, Any], layout: str) -> bool:
     OpenAI writes `input`, `preferred_output` and `non_preferred_output`; others `chosen` and
     `rejected`, after a `prompt`, after the turns, or as the two outputs of an instruction.
     """
-    if "preferred_output" not in row and not {"chosen", "rejected"} <= row.keys():
-        return False
-    # Beside a whole row such columns are the user's own, and so are those that are mapped.
-    answer = {"messages": "messages", "alpaca": "output"}.get(layout)
-    return layout == "sharegpt" or (answer is not None and answer not in row)
+    has_both = {"chosen", "rejected"} <= row.keys()
+    if layout == "messages":
+        # Beside a whole row such columns are the user's own.
+        return (has_both or "preferred_output" in row) and "messages" not in row
+    if layout == "alpaca":
+        return has_both and "output" not in row
+    return layout == "sharegpt" and has_both
 
 
 def preference_columns(layout: str) -> tuple[str, ...]:
