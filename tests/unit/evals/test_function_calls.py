@@ -10,7 +10,13 @@ import pytest
 from tuneloop.config import OneTaskConfig, TaskConfig, TuneloopConfig
 from tuneloop.evals.reporting.error_analysis import prompt_turns
 from tuneloop.evals.runner import make_scorer
-from tuneloop.evals.scoring.function_calls import find_calls, function_call, with_accepted
+from tuneloop.evals.scoring.error_tags import tag_errors
+from tuneloop.evals.scoring.function_calls import (
+    find_calls,
+    function_call,
+    with_accepted,
+    without_accepted,
+)
 from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.questions import Question, messages_json
 from tuneloop.evals.scoring.simple import answer_simply
@@ -78,6 +84,16 @@ def test_the_simple_arm_answers_with_the_nearest_rows_calls() -> None:
     asked = [Question("a", (Message("user", "How large is it?"),), REFERENCE)]
     answers = answer_simply([Conversation(turns, "r")], asked, TaskConfig(type="generation"))
     assert function_call(REFERENCE, answers["a"], TASK) == 1
+
+
+def test_accepted_values_are_no_part_of_what_a_reference_says() -> None:
+    mixed = Scorer(TASK, {"a": REFERENCE, "b": "Rome"})
+    scores = mixed.score(REFERENCE, call(base=10))
+    assert (scores["function_call"], scores["token_f1"], scores["length_ratio"]) == (1, 1, 1)
+    assert without_accepted(REFERENCE) == call(base=10)
+    assert without_accepted("Rome\nParis") == "Rome\nParis"
+    tags = tag_errors(mixed, REFERENCE, 3 * f"{call(base=10)}\n", "stop")
+    assert "too_long" in tags
 
 
 def test_calls_within_a_prompt_are_shown() -> None:

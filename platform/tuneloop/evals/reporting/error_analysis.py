@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from tuneloop.evals.reporting.formatting import Piece, format_value, word_diff
 from tuneloop.evals.scoring.error_tags import tags_of
+from tuneloop.evals.scoring.function_calls import without_accepted
 from tuneloop.evals.scoring.pairing import (
     Change,
     PairedExample,
@@ -112,9 +113,10 @@ def mark_differences(example: PairedExample, against: Against) -> tuple[list[Pie
     """
     old, new = example.before.completion, example.after.completion
     if against == "reference":
+        said = without_accepted(example.reference)
         return (
-            _marked(example.reference, old) or [("extra", old)],
-            _marked(example.reference, new) or [("extra", new)],
+            _marked(said, old) or [("extra", old)],
+            _marked(said, new) or [("extra", new)],
         )
     changed = _marked(old, new)
     if changed is None:

@@ -89,7 +89,7 @@ def next_steps(evaluation: Evaluation) -> list[NextStep]:
             "is still rising.",
             "data.num_train_examples",
         )
-    if "generation" in evaluation.task_types():
+    if "generation" in evaluation.task_types() and evaluation.primary != "function_call":
         add(
             "Let people judge the answers blind",
             "The score counts the words shared with one reference: it measures wording, not "

@@ -24,6 +24,7 @@ from tuneloop.evals.reporting.formatting import (
     word_diff,
 )
 from tuneloop.evals.reporting.headline import describe_arm, describe_rows, direction
+from tuneloop.evals.scoring.function_calls import without_accepted
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, PRECISION_PREFIX, Metric, in_task
 from tuneloop.evals.scoring.pairing import Change, PairedExample
 from tuneloop.evals.scoring.predictions import Prediction
@@ -377,7 +378,9 @@ def _example(evaluation: Evaluation, example: PairedExample) -> dict[str, Any]:
                     for evidence in [evidence_of(prediction)]
                     for tag in prediction.error_tags
                 ],
-                "pieces": word_diff(reference, shorten(prediction.completion, _LONGEST_TEXT)),
+                "pieces": word_diff(
+                    without_accepted(reference), shorten(prediction.completion, _LONGEST_TEXT)
+                ),
                 "empty": not prediction.completion.strip(),
             }
             for prediction in (example.before, example.after)

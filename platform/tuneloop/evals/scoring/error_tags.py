@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from tuneloop.evals.scoring.function_calls import without_accepted
 from tuneloop.evals.scoring.metrics import Scorer, parse_object
 from tuneloop.evals.scoring.nearest import TrainRow, contradicts
 from tuneloop.evals.scoring.predictions import Prediction
@@ -144,7 +145,7 @@ def find_errors(
 def _form(scorer: Scorer, answer: JudgedAnswer, known: Background) -> Iterator[Evidence]:
     """Yield what is wrong with how it is written."""
     reference, completion = answer.reference, answer.completion
-    words, expected = _num_words(completion), _num_words(reference)
+    words, expected = _num_words(completion), _num_words(without_accepted(reference))
     is_long = words > _TOO_LONG_RATIO * max(1, expected)
     # A reference that repeats itself, a refrain for example, excuses the answer.
     is_looping = is_repetitive(completion) and not is_repetitive(reference)

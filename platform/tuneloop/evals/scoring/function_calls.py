@@ -16,6 +16,7 @@ from tuneloop.config import OneTaskConfig
 
 # Reading every place where JSON may begin costs time; no call is longer.
 _MOST_CHARACTERS = 20_000
+_ACCEPTED = '{"accepted"'
 _IGNORED_IN_TEXT = str.maketrans("", "", " ,./-_*^'\"")
 
 
@@ -48,7 +49,7 @@ def accepted_calls(reference: str) -> list[Call] | None:
     calls = find_calls(reference)
     if not calls:
         return None
-    if last.startswith('{"accepted"'):
+    if last.startswith(_ACCEPTED):
         listed = json.loads(last)["accepted"]
         return [Call(name, args or {}) for one in listed for name, args in one.items()]
     return [Call(c.name, {key: [value] for key, value in c.arguments.items()}) for c in calls]
@@ -78,6 +79,12 @@ def with_accepted(reference: str, accepted: Any) -> str:
         if isinstance(one, dict)
     ]
     return f"{reference}\n" + json.dumps({"accepted": calls}, ensure_ascii=False)
+
+
+def without_accepted(reference: str) -> str:
+    """Return a reference without its line of accepted values: what an answer looks like."""
+    before, _, last = reference.rpartition("\n")
+    return before if last.startswith(_ACCEPTED) else reference
 
 
 def find_calls(text: str) -> list[Call]:

@@ -21,7 +21,7 @@ import regex
 
 from tuneloop.config import OneTaskConfig, TaskConfig, TaskType
 from tuneloop.errors import DataError, Problem
-from tuneloop.evals.scoring.function_calls import accepted_calls, function_call
+from tuneloop.evals.scoring.function_calls import accepted_calls, function_call, without_accepted
 from tuneloop.words import WORD_PATTERN, find_words, split_words
 
 Better = Literal["higher", "lower", "neither"]
@@ -188,8 +188,12 @@ class Scorer:
             return {MIXTURE_SCORE: scores[part.primary]} | {
                 in_task(task, name): value for name, value in scores.items()
             }
+        # What is accepted beside the reference's own values is no part of what it says.
+        said = without_accepted(reference)
         return {
-            name: metric.score(reference, completion, self.task)
+            name: metric.score(
+                reference if name == "function_call" else said, completion, self.task
+            )
             for name, metric in self.metrics.items()
             if metric.score is not None
         }
