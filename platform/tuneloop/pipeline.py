@@ -20,6 +20,7 @@ from tuneloop.cluster import connect, refuse_unshared
 from tuneloop.config import API_KEY_VARIABLE, NO_DIFFERENCE, ServingConfig, TuneloopConfig
 from tuneloop.contest import Contest
 from tuneloop.errors import ConfigError
+from tuneloop.evals.scoring.harness import make_environment
 from tuneloop.evals.scoring.judging import Judging
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.export.parity import check_served
@@ -80,6 +81,7 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     """
     if problems := contest.judging_problems(config):
         raise ConfigError(*problems)
+    _make_environment(config)
     config = with_labels(config)
     judging = contest.build_judging(config, workspace, config.name)
     with connect(config.resources):
@@ -158,6 +160,7 @@ def evaluate_named(
 
     if problems := contest.arm_problems(config, workspace):
         raise ConfigError(*problems)
+    _make_environment(config)
     config = with_labels(config)
     base = cache(partial(resolve_base, config.model.base))
     with ExitStack() as stack:
@@ -186,6 +189,12 @@ def evaluate_named(
         # A gate decides by the metric alone.
         judging = None if name else contest.build_judging(config, workspace, own_name)
         return _evaluate(config, workspace, entered, name or own_name, judging)
+
+
+def _make_environment(config: TuneloopConfig) -> None:
+    """Make what the general tasks need, before anything that takes longer."""
+    if config.evaluation.forgetting is not None:
+        make_environment(config.evaluation.forgetting)
 
 
 def _trained(

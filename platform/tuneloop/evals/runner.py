@@ -55,8 +55,8 @@ from tuneloop.evals.scoring.harness import identity_of as identity_of_scores
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.judged_pairs import describe_judging
 from tuneloop.evals.scoring.judging import (
-    Court,
     Judgement,
+    JudgeQuestions,
     Judging,
     are_on_these,
     keep_judgements,
@@ -325,10 +325,10 @@ def evaluate(
             _add_perplexity(predictions, requests, answered, e.concurrency)
         judgements = []
         if judging:
-            court = Court(judging, predictions, questions)
-            judgements = court.judgements(
+            asked = JudgeQuestions(judging, predictions, questions)
+            judgements = asked.judgements(
                 ask_all(
-                    court.requests(), answered, e.concurrency, e.budget, lambda *_: None, requests
+                    asked.requests(), answered, e.concurrency, e.budget, lambda *_: None, requests
                 )
             )
         scores = _general_scores(config, workspace, arms, draft.scratch)

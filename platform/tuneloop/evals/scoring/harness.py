@@ -33,7 +33,6 @@ FILE = "forgetting.parquet"
 # What is installed into a new environment. The harness pins nothing of what tuneloop needs, but is
 # kept apart all the same: it may move other versions than those the training was tested with.
 REQUIREMENTS = ("lm-eval[api]>=0.4.11,<0.5", "transformers>=5,<6")
-_VERSION = "import importlib.metadata as m; print(m.version('lm_eval'))"
 _CONCURRENCY = 8
 _LAST_LINES = 12
 _log = logging.getLogger("tuneloop.evals")
@@ -158,34 +157,39 @@ def _file_problems(path: Path, where: str) -> list[Problem]:
     ]
 
 
-def prepare_environment(config: ForgettingConfig) -> Path:
-    """Return the Python of the harness's environment, which is made if it is not there.
+def make_environment(config: ForgettingConfig) -> None:
+    """Make the harness's environment if it is not there; its version is part of what is scored.
 
     Raises:
-        ConfigError: It cannot be made, or the harness in it cannot be started.
+        ConfigError: It cannot be made.
     """
     folder = Path(config.environment).expanduser().absolute()
-    python = folder / "bin" / "python"
-    if not folder.exists():
-        _log.info("installing lm-eval into %s, once", folder)
+    if folder.exists():
+        return
+    _log.info("installing lm-eval into %s, once", folder)
+    try:
         venv.create(folder, with_pip=True)
-        _run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS], folder)
-    _run([str(python), "-c", _VERSION], folder)
-    return python
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise _unusable(folder, str(error)) from error
+    _run([str(folder / "bin" / "python"), "-m", "pip", "install", "-q", *REQUIREMENTS], folder)
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ConfigError(
-            Problem(
-                "the harness cannot be used",
-                where="evaluation.forgetting.environment",
-                got=f"{folder}: {_tail(done.stderr or done.stdout)}",
-                remedy=f"make it by hand: python -m venv {folder} && {folder}/bin/pip install "
-                f"{_quoted()}",
-            )
+        raise _unusable(folder, _tail(done.stderr or done.stdout))
+
+
+def _unusable(folder: Path, got: str) -> ConfigError:
+    return ConfigError(
+        Problem(
+            "the harness cannot be used",
+            where="evaluation.forgetting.environment",
+            got=f"{folder}: {got}",
+            remedy=f"make it by hand: python -m venv {folder} && {folder}/bin/pip install "
+            f"{_quoted()}",
         )
+    )
 
 
 def run_harness(config: ForgettingConfig, arm: Arm, folder: Path) -> list[DocumentScore]:
@@ -200,7 +204,9 @@ def run_harness(config: ForgettingConfig, arm: Arm, folder: Path) -> list[Docume
         ConfigError: The harness cannot be used, or does not know a task.
         EndpointError: It ended without scores.
     """
-    python = prepare_environment(config)
+    environment_folder = Path(config.environment).expanduser().absolute()
+    python = environment_folder / "bin" / "python"
+    _run([str(python), "-c", "import lm_eval"], environment_folder)
     output = folder / "harness"
     arguments = {
         "model": arm.endpoint.model,

@@ -170,7 +170,7 @@ def against_of(config: JudgeConfig, arms: Sequence[str]) -> list[str]:
     return [name for name in arms[:-1] if not config.against or name in config.against]
 
 
-class Court:
+class JudgeQuestions:
     """What a judge is asked about some answers, and what it said.
 
     Args:
