@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tuneloop.sweeps.forecast import Law, SizedScore, fit_law, is_sharp, is_vague
+from tuneloop.sweeps.forecast import Law, SizedScore, fit_law, is_vague
 
 
 def make_curve(generator: np.random.Generator) -> Callable[[float], float]:
@@ -32,60 +32,112 @@ def make_curve(generator: np.random.Generator) -> Callable[[float], float]:
     return lambda size: 1 - floor - (start - floor) * np.exp(-((size / scale) ** shape))
 
 
+class Measured(NamedTuple):
+    """What a sweep would measure of a curve.
+
+    Args:
+        covariance: Of the points' noise, as their rows tell it. Shape (K, K).
+        num_rows: That are scored.
+        of_rows: The noise that all scores on these rows have in common, in standard errors.
+    """
+
+    points: list[SizedScore]
+    covariance: np.ndarray
+    num_rows: int
+    of_rows: float
+
+
+# Of the noise of the rows so much is common to all that answer them.
+_COMMON = 0.6
+
+
 def measure(
     curve: Callable[[float], float], num_sizes: int, num_seeds: int, generator: np.random.Generator
-) -> list[SizedScore]:
-    """Return what a sweep would measure of a curve.
-
-    All trials answer the same rows: three fifths of their noise are common to them.
-    """
+) -> Measured:
+    """Return what a sweep would measure of a curve. All trials answer the same rows."""
     num_rows, scatter = int(generator.choice([100, 200, 500])), generator.uniform(0.005, 0.03)
     smallest = int(generator.choice([25, 50, 100]))
-    of_rows = np.sqrt(0.6) * generator.standard_normal()
-    points = []
+    of_rows = generator.standard_normal()
+    points, errors = [], []
     for power in range(num_sizes):
         size = smallest * 2**power
         rate = curve(size)
         row_error = np.sqrt(rate * (1 - rate) / num_rows)
-        of_seeds = np.sqrt(0.4) * generator.standard_normal(num_seeds).mean()
+        of_seeds = np.sqrt(1 - _COMMON) * generator.standard_normal(num_seeds).mean()
         of_training = scatter * generator.standard_normal(num_seeds).mean()
-        score = float(np.clip(rate + row_error * (of_rows + of_seeds) + of_training, 0, 1))
+        noise = row_error * (np.sqrt(_COMMON) * of_rows + of_seeds) + of_training
+        score = float(np.clip(rate + noise, 0, 1))
         # A single seed does not tell its scatter.
         known = 0.0 if num_seeds == 1 else scatter**2 / num_seeds
-        rows = (score * (1 - score) / num_rows + 1 / num_rows**2) * (0.6 + 0.4 / num_seeds)
-        points.append(SizedScore(size, score, float(np.sqrt(rows + known))))
-    return points
+        rows = score * (1 - score) / num_rows + 1 / num_rows**2
+        total = rows * (_COMMON + (1 - _COMMON) / num_seeds) + known
+        points.append(SizedScore(size, score, float(np.sqrt(total))))
+        errors.append(float(np.sqrt(rows)))
+    covariance = _COMMON * np.outer(errors, errors)
+    np.fill_diagonal(covariance, [point.std_error**2 for point in points])
+    return Measured(points, covariance, num_rows, of_rows)
 
 
 class BreakEven(NamedTuple):
-    """Whether a break-even point was told, and is within a factor of 1.5 and its interval."""
+    """How near a break-even point is.
+
+    Attributes:
+        is_told: It was named.
+        is_near: Within a factor of 1.5 of the true one.
+        is_covered: Inside its interval.
+        knows_shape: Whether it would be near if the true curve were known but for its height.
+    """
 
     is_told: bool
     is_near: bool
     is_covered: bool
+    knows_shape: bool
 
 
 def try_break_even(
-    law: Law, curve: Callable[[float], float], largest: int, generator: np.random.Generator
+    law: Law, curve: Callable[[float], float], measured: Measured, generator: np.random.Generator
 ) -> BreakEven | None:
     """Return how a bar is met that the true curve passes near the sizes that were tried.
 
-    None where the curve is so flat that no number of rows is the right one.
+    The bar is measured on the same rows. None where the curve is so flat that no number of rows is
+    the right one.
     """
+    points, num_rows = measured.points, measured.num_rows
+    largest = points[-1].num_examples
     true = np.exp(generator.uniform(np.log(largest / 4), np.log(largest * 2)))
     if curve(true * 1.5) - curve(true / 1.5) < 0.03:
         return None
-    estimate = law.break_even(curve(true), 0.0)
-    factor = max(estimate.value / true, true / max(estimate.value, 1e-9))
-    return BreakEven(is_sharp(estimate), factor < 1.5, estimate.low <= true <= estimate.high)
+    rate = curve(true)
+    own = np.sqrt(1 - _COMMON) * generator.standard_normal()
+    noise = np.sqrt(rate * (1 - rate) / num_rows) * (np.sqrt(_COMMON) * measured.of_rows + own)
+    bar = float(np.clip(rate + noise, 0, 1))
+    std_error = float(np.sqrt(bar * (1 - bar) / num_rows + 1 / num_rows**2))
+    errors = [
+        np.sqrt(point.score * (1 - point.score) / num_rows + 1 / num_rows**2) for point in points
+    ]
+    estimate = law.break_even(bar, std_error, _COMMON * std_error * np.array(errors))
+    # Moved by the mean of what the points lie above it, the true curve meets the bar here.
+    height = np.mean([point.score - curve(point.num_examples) for point in points])
+    sizes = np.geomspace(true / 100, true * 100, 2000)
+    known = sizes[np.argmax(np.array([curve(size) for size in sizes]) + height >= bar)]
+    return BreakEven(
+        estimate.is_sharp,
+        _factor(estimate.value, true) < 1.5,
+        estimate.low <= true <= estimate.high,
+        _factor(known, true) < 1.5,
+    )
+
+
+def _factor(estimate: float, true: float) -> float:
+    return max(estimate / true, true / max(estimate, 1e-9))
 
 
 def main(num_curves: int) -> None:
     print(
         "| sizes | seeds | refused | 2x covered | width | 4x covered | width "
-        "| break-even told | all within 1.5 | told within 1.5 | covered |"
+        "| break-even told | all within 1.5 | told within 1.5 | shape known | covered |"
     )
-    print("|---" * 11 + "|")
+    print("|---" * 12 + "|")
     for num_sizes in (3, 4, 5, 6):
         for num_seeds in (1, 3):
             generator = np.random.default_rng(num_sizes * 10 + num_seeds)
@@ -94,9 +146,9 @@ def main(num_curves: int) -> None:
             num_refused = 0
             for _ in range(num_curves):
                 curve = make_curve(generator)
-                points = measure(curve, num_sizes, num_seeds, generator)
-                largest = points[-1].num_examples
-                law = fit_law(points, is_share=True)
+                measured = measure(curve, num_sizes, num_seeds, generator)
+                largest = measured.points[-1].num_examples
+                law = fit_law(measured.points, is_share=True, covariance=measured.covariance)
                 num_refused += is_vague(law.at(4 * largest), law)
                 for times in (2, 4):
                     forecast = law.at(times * largest)
@@ -104,7 +156,7 @@ def main(num_curves: int) -> None:
                         continue
                     covered[times].append(forecast.low <= curve(times * largest) <= forecast.high)
                     widths[times].append(forecast.high - forecast.low)
-                if (met := try_break_even(law, curve, largest, generator)) is not None:
+                if (met := try_break_even(law, curve, measured, generator)) is not None:
                     bars.append(met)
             cells = [num_sizes, num_seeds, f"{num_refused / num_curves:.0%}"]
             for times in (2, 4):
@@ -113,6 +165,7 @@ def main(num_curves: int) -> None:
             cells += [f"{len(told) / len(bars):.0%} of {len(bars)}"]
             for found in (bars, told):
                 cells += [f"{np.mean([bar.is_near for bar in found]):.0%}"]
+            cells += [f"{np.mean([bar.knows_shape for bar in bars]):.0%}"]
             cells += [f"{np.mean([bar.is_covered for bar in bars]):.0%}"]
             print("|", " | ".join(map(str, cells)), "|", flush=True)
 

@@ -7,7 +7,9 @@ from typing import Any
 import streamlit as st
 
 from shell import choose_artifact, show_origin
-from tuneloop.sweeps.table import SweepView, read_sweep
+from tuneloop.sweeps.advice import advise
+from tuneloop.sweeps.report import show_break_even, show_candidates
+from tuneloop.sweeps.table import SweepView, read_files, view_of
 
 
 def chart(sweep: SweepView) -> dict[str, Any]:
@@ -68,9 +70,15 @@ def chart(sweep: SweepView) -> dict[str, Any]:
 
 
 _, artifact = choose_artifact("sweeps", "Sweep")
-sweep = read_sweep(artifact)
+curve, trials = read_files(artifact)
+sweep = view_of(curve, trials)
+advice = advise(curve, trials)
+if advice:
+    box = st.success if advice[0].kind == "stop" else st.info
+    box(f"**{advice[0].title}**  \n{advice[0].why}")
+    st.markdown("\n".join(f"- **{one.title}.** {one.why}" for one in advice[1:]))
 if sweep.best:
-    st.success(f"**Best: {sweep.best_words}**  \nReady to serve as `{sweep.best}`.")
+    st.markdown(f"**Best: {sweep.best_words}**  \nReady to serve as `{sweep.best}`.")
     st.markdown("\n".join(f"- {sentence}" for sentence in sweep.choice))
 if sweep.points:
     st.subheader("Learning curve")
@@ -81,6 +89,13 @@ if sweep.points:
         "90% of these; else they are straight lines, which promise nothing beyond the points."
     )
     st.markdown("\n".join(f"- {sentence}" for sentence in sweep.sentences))
+    if break_even := show_break_even(curve, trials):
+        st.subheader("Rows until finetuning passes what needs no training")
+        st.table(break_even, border="horizontal", hide_index=True)
+    if candidates := show_candidates(curve, trials):
+        st.subheader("Score, cost and latency")
+        st.caption("A star marks what nothing else beats in all three. Means over seeds.")
+        st.table(candidates, border="horizontal", hide_index=True)
 else:
     st.warning("No trial of this sweep has a score.")
 st.subheader("Trials")

@@ -293,6 +293,10 @@ class Workspace:
                         artifacts.append(artifact)
         return sorted(artifacts, key=lambda artifact: artifact.manifest["created_at"]), damaged
 
+    def work_folder(self, kind: str, name: str, fingerprint: str) -> Path:
+        """Return where the draft and the scratch of an artifact are while it is made."""
+        return self.root / ".work" / f"{kind}-{name}-{fingerprint[:16]}"
+
     @contextlib.contextmanager
     def draft(self, kind: str, name: str, fingerprint: str) -> Iterator[Draft]:
         """Yield a draft that only this process works on; a crash leaves it for the next run.
@@ -303,7 +307,7 @@ class Workspace:
         Raises:
             ResourceError: Another process builds the same artifact, or the disk is full.
         """
-        work = self.root / ".work" / f"{kind}-{name}-{fingerprint[:16]}"
+        work = self.work_folder(kind, name, fingerprint)
         try:
             work.mkdir(parents=True, exist_ok=True)
             with (work / "lock").open("w") as lock:

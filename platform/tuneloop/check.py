@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
@@ -16,16 +17,29 @@ from tuneloop.data.check import DataCheck
 from tuneloop.data.check import check as check_data
 from tuneloop.data.labels import resolve_labels
 from tuneloop.data.sources.files import find_files
-from tuneloop.errors import ArtifactError, DataError, Problem
+from tuneloop.errors import ArtifactError, DataError, ModelError, Problem
 from tuneloop.evals.scoring.choosable import try_scorers
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.review.fixes import marks_for
+from tuneloop.text import format_duration
 from tuneloop.training.fit.assess import assess
 from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
 from tuneloop.training.rows import make_rows
 
 _SHOWN_TOKENS = 400
+
+
+class SweepEstimate(NamedTuple):
+    """What the trainings of a sweep need in all.
+
+    Attributes:
+        num_trials: Trainings, without those that an earlier sweep may have made.
+        training_s: Seconds of all trainings, one after the other; None where one is not known.
+    """
+
+    num_trials: int
+    training_s: float | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class CheckResult:
     estimate: ResourceEstimate | None
     problems: list[Problem] = field(default_factory=list)
     no_estimate: str = ""
+    sweep: SweepEstimate | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -56,6 +71,7 @@ class CheckResult:
             "data": data,
             "estimate": None if self.estimate is None else asdict(self.estimate),
             "no_estimate": self.no_estimate,
+            "sweep": None if self.sweep is None else self.sweep._asdict(),
         }
 
 
@@ -73,27 +89,89 @@ def check(config: TuneloopConfig) -> CheckResult:
     config = labelled.config
     data = check_data(config, base)
     data = replace(data, notices=[*labelled.notices, *data.notices])
-    totals = None
-    if data.num_usable:
-        num_rows = min(data.num_usable, config.data.num_train_examples or data.num_usable)
-        mean = data.num_tokens / data.num_usable
-        num_tokens, longest = round(mean * num_rows), data.length_tokens["max"]
-        if config.task.type == "language_modeling":
-            num_rows = math.ceil(num_tokens / config.data.max_seq_len)  # packed
-            longest = min(num_tokens, config.data.max_seq_len)
-        sample = make_rows(
-            [str(index) for index in range(len(data.spread))],
-            [row.input_ids for row in data.spread],
-            [row.loss_mask for row in data.spread],
-        )
-        totals = RowTotals(num_rows, num_tokens, longest, data.target_ratio, sample)
-    fit = assess(config, base, totals)
+    fit = assess(config, base, _row_totals(config, data))
     expected = None if fit.prediction is None else fit.prediction.estimate
     unknown = "" if fit.prediction is None else fit.prediction.unknown
     problems = [*data.findings, *fit.problems, *_evaluation_problems(config)]
     problems += _mark_problems(config)
     problems += _metric_problems(config, base, data)
     return CheckResult(data, expected, problems, unknown)
+
+
+def _row_totals(config: TuneloopConfig, data: DataCheck) -> RowTotals | None:
+    """Return what is known of the train rows before they are prepared; None of no rows."""
+    if not data.num_usable:
+        return None
+    num_rows = min(data.num_usable, config.data.num_train_examples or data.num_usable)
+    mean = data.num_tokens / data.num_usable
+    num_tokens, longest = round(mean * num_rows), data.length_tokens["max"]
+    if config.task.type == "language_modeling":
+        num_rows = math.ceil(num_tokens / config.data.max_seq_len)  # packed
+        longest = min(num_tokens, config.data.max_seq_len)
+    sample = make_rows(
+        [str(index) for index in range(len(data.spread))],
+        [row.input_ids for row in data.spread],
+        [row.loss_mask for row in data.spread],
+    )
+    return RowTotals(num_rows, num_tokens, longest, data.target_ratio, sample)
+
+
+def check_trials(
+    result: CheckResult, trials: Sequence[TuneloopConfig], most_s: float
+) -> CheckResult:
+    """Return the findings with those on every training of a sweep.
+
+    Rows are read once for each dataset, whatever the number of rows that are trained on.
+
+    Args:
+        trials: Their configurations.
+        most_s: Seconds of training that the sweep may take; infinite where nothing says so.
+    """
+    problems = list(result.problems)
+    by_data: dict[str, list[TuneloopConfig]] = {}
+    for trial in trials:
+        smaller = trial.data.model_copy(update={"num_train_examples": None})
+        rows = trial.model_copy(update={"data": smaller})
+        key = rows.model_dump_json(include={"data", "task", "model"})
+        by_data.setdefault(key, []).append(trial)
+    seconds: list[float | None] = []
+    for same in by_data.values():
+        hungriest = max(same, key=lambda trial: trial.data.num_train_examples or 0)
+        found: list[Problem] = []
+        try:
+            base = resolve_base(hungriest.model.base)
+            data = check_data(resolve_labels(hungriest).config, base)
+        except (DataError, ModelError) as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+            continue
+        found += data.findings
+        for trial in {trial.model_dump_json(): trial for trial in same}.values():
+            try:
+                fit = assess(trial, base, _row_totals(trial, data))
+            except ModelError as error:
+                found += error.problems
+                continue
+            found += fit.problems
+            expected = fit.prediction and fit.prediction.estimate
+            seconds.append(expected.training_s if expected else None)
+        problems += [
+            problem
+            for number, problem in enumerate(found)
+            if problem not in problems and problem not in found[:number]
+        ]
+    known = [one for one in seconds if one is not None]
+    if known and len(known) == len(seconds) and min(known) > most_s:
+        problems.append(
+            Problem(
+                "no training fits into the budget",
+                where="sweep.budget",
+                got=f"{format_duration(most_s)} of training",
+                allowed=f"at least {format_duration(min(known))}, for the shortest one",
+                remedy="raise the budget, or train on fewer rows or a smaller model",
+            )
+        )
+    total = sum(known) if len(known) == len(seconds) else None
+    return replace(result, problems=problems, sweep=SweepEstimate(len(trials), total))
 
 
 def _evaluation_problems(config: TuneloopConfig) -> list[Problem]:
@@ -148,6 +226,10 @@ def report(result: CheckResult, output: IO[str]) -> None:
         time = "" if expected.training_s is None else f", {expected.training_s / 60:.1f} minutes"
         cost = "" if expected.cost is None else f", cost {expected.cost:.2f}"
         console.print(f"training   {memory}{time}{cost}")
+    if result.sweep is not None:
+        total = result.sweep.training_s
+        time = "" if total is None else f", about {format_duration(total)} one after the other"
+        console.print(f"sweep      {result.sweep.num_trials} trainings{time}")
     if result.no_estimate:
         why = f"memory and time cannot be estimated for this model: {result.no_estimate}"
         console.print(f"training   {why}", markup=False)

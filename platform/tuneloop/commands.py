@@ -139,16 +139,18 @@ def _unwritable(path: Path, got: str) -> ConfigError:
 
 def _check(arguments: argparse.Namespace, output: IO[str]) -> int:
     config = _load(arguments)
-    from tuneloop.check import check, report
+    from tuneloop.check import check, check_trials, report
 
     result = check(config)
     if config.sweep is not None:
         from tuneloop.sweeps.grid import expand
+        from tuneloop.sweeps.study import Budget
 
         try:
-            expand(config)
+            trials = [cell.config for cell in expand(config)]
+            result = check_trials(result, trials, Budget.of(config).seconds)
         except ConfigError as error:
-            result.problems.extend(error.problems)
+            result.problems.extend(p for p in error.problems if p not in result.problems)
     if arguments.json:
         print(json.dumps(result.summary(), ensure_ascii=False), file=output)
         return 2 if result.problems else 0
@@ -214,8 +216,9 @@ def _refuse_unwritable(files: dict[str, Path]) -> None:
 
 def _sweep(arguments: argparse.Namespace, output: IO[str]) -> int:
     config = _load(arguments)
+    from tuneloop.sweeps.advice import advise
     from tuneloop.sweeps.run import sweep
-    from tuneloop.sweeps.table import sweep_table
+    from tuneloop.sweeps.table import read_files, sweep_table
 
     (published,) = sweep(config, Workspace(config.workspace))
     if arguments.json:
@@ -223,6 +226,10 @@ def _sweep(arguments: argparse.Namespace, output: IO[str]) -> int:
     else:
         console = Console(file=output)
         console.print(sweep_table(published.artifact))
+        for one in advise(*read_files(published.artifact))[:1]:
+            console.print(f"{one.title}. {one.why}\n", markup=False)
+        report = Path(published.artifact.location) / "report.html"
+        console.print(f"report      {report}", soft_wrap=True)
         state = "reused" if published.reused else "new"
         console.print(f"{published.artifact.ref}  {state}  {published.artifact.location}")
         console.print(f"look at it  tuneloop dashboard --workspace {config.workspace}")

@@ -136,14 +136,17 @@ def test_model_page_shows_curve_parity_and_card(open_page, filled):
 
 def test_sweep_page_shows_curve_best_and_failed_trials(open_page, filled):
     app = open_page(filled, "sweep")
-    assert "models/demo-big-200@v1" in app.success[0].value
-    assert len(app.get("vega_lite_chart")) == 1
     told = "".join(m.value for m in app.markdown)
-    assert "on the test with data.num_train_examples=200, model.base=big" in app.success[0].value
+    assert "models/demo-big-200@v1" in told
+    assert "It cannot be told yet what would help" in app.info[0].value
+    assert "Whether more rows help is not known.** There is no forecast: 2 data volumes" in told
+    assert len(app.get("vega_lite_chart")) == 1
+    assert "on the test with data.num_train_examples=200, model.base=big" in told
     assert "would have added +6.0 points (−2.0 points to +14.0 points)" in told
     assert "compared with 400 training rows" in told
     assert "No forecast: 2 data volumes" in told
-    assert list(app.table[0].value["status"]) == ["done"] * 5 + ["failed"]
+    assert list(app.table[0].value["to pass"]) == ["base+few-shot (40.0%)"]
+    assert list(app.table[-1].value["status"]) == ["done"] * 5 + ["failed"]
     assert "the loss is not finite" in app.warning[0].value
 
 

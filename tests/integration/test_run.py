@@ -263,10 +263,10 @@ def test_malformed_line_is_named(
 def test_a_sweep_trains_scores_and_compares_every_cell(
     ray_cluster: None, config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    # Cells of 32 and of all rows that neither test nor validate, and of layers that are not there.
+    # Cells of 32 and of all rows that neither test nor validate, and of a rate that breaks them.
     # The same command again only looks things up.
-    targets = "training.lora.target_modules: [all-linear, no_such]"
-    values = f"{{data.num_train_examples: [32, null], {targets}}}"
+    rates = "training.learning_rate: [1.0e-2, 1.0e+30]"
+    values = f"{{data.num_train_examples: [32, null], {rates}}}"
     command = ["sweep", str(config), "--json", f"sweep.parameters={values}"]
     code, out, err = call(*command, capfd=capfd)
     assert code == 0, err
@@ -281,7 +281,7 @@ def test_a_sweep_trains_scores_and_compares_every_cell(
     trials = pq.read_table(sweep.path / "trials.parquet").to_pylist()
     assert [trial["status"] for trial in trials] == ["done", "failed"] * 2
     assert [trial["num_train_examples"] for trial in trials] == [32, 32, 128, 128]
-    assert all("no_such" in trial["problem"] for trial in trials if trial["status"] == "failed")
+    assert all("not finite" in trial["problem"] for trial in trials if trial["status"] == "failed")
     for trial in trials[::2]:
         assert workspace.open(trial["model"]).manifest["metrics"]["num_steps"] == (
             trial["num_train_examples"] // 8
@@ -319,7 +319,8 @@ def test_a_sweep_trains_scores_and_compares_every_cell(
     untrained = workspace.open("evaluations/tiny-sweep-baseline").manifest
     assert list(untrained["metrics"]["scores"]) == ["base+few-shot", "simple"]
     assert untrained["config"]["evaluation"]["split"] == "validation"
-    # The dashboard's page is drawn from the same files.
+    # The report and the dashboard's page are drawn from the same files.
+    assert "Whether more rows help is not known" in (sweep.path / "report.html").read_text()
     view = read_sweep(sweep)
     assert len(view.points) == 2
     assert len(view.problems) == 2
@@ -336,6 +337,7 @@ def test_a_sweep_trains_scores_and_compares_every_cell(
         ("{training.learning_rat: [1, 2]}", "`training.learning_rat`"),
         ("{training.num_epochs: [1, none]}", "`training.num_epochs`"),
         ("{model.base: [/nope, /neither]}", "/neither"),
+        ("{training.lora.target_modules: [all-linear, no_such]}", "no layer of this name"),
     ],
 )
 def test_a_wrong_sweep_is_told_before_anything_is_trained(

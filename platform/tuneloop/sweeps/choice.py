@@ -7,7 +7,7 @@ much. The test split has no part in the choice, and its score of the winner is n
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,48 @@ def optimism(chosen_by: Score, test: Score, higher_is_better: bool) -> Score:
     below = math.hypot(first.value - first.low, second.high - second.value)
     above = math.hypot(first.high - first.value, second.value - second.low)
     return Score(value, value - below, value + above)
+
+
+def row_scores(evaluations: Sequence[Evaluation], arm: str | None = None) -> dict[str, float]:
+    """Return the primary score of each row, averaged over evaluations of other seeds.
+
+    Args:
+        arm: Whose answers; None: those of the only arm.
+    """
+    totals: dict[str, list[float]] = {}
+    for evaluation in evaluations:
+        for p in evaluation.predictions:
+            score = p.scores.get(evaluation.primary)
+            if score is not None and arm in (None, p.arm):
+                totals.setdefault(p.example_id, []).append(score)
+    whole = {row: scores for row, scores in totals.items() if len(scores) == len(evaluations)}
+    return {row: sum(scores) / len(scores) for row, scores in whole.items()}
+
+
+def covariance_of_means(
+    scores: Sequence[Mapping[str, float]], cluster_of: Mapping[str, str]
+) -> Floats | None:
+    """Return how the means of models that answered the same rows vary together with the rows.
+
+    Args:
+        scores: Of each of K models, by row.
+        cluster_of: The cluster of a row; a row that is missing is one of its own.
+
+    Returns:
+        Shape (K, K), over the rows that all have a score for; None where they are too few.
+
+    Source: Liang and Zeger 1986, "Longitudinal data analysis using generalized linear models",
+    doi:10.1093/biomet/73.1.13, the covariance of equation 3 for a mean.
+    """
+    rows = sorted(set.intersection(*(set(one) for one in scores)) if scores else ())
+    clusters = Clusters.of([cluster_of.get(row) or row for row in rows])
+    num_clusters = len(clusters.sizes)
+    if num_clusters < 2:
+        return None
+    values = np.array([[one[row] for row in rows] for one in scores], np.float64)
+    centred = values - values.mean(axis=1, keepdims=True)
+    totals = np.stack([clusters.totals(one) for one in centred])
+    return totals @ totals.T * (num_clusters / (num_clusters - 1) / len(rows) ** 2)
 
 
 def _row_scores(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
@@ -9,13 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tuneloop.evals.scoring.intervals import Floats
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.sweeps.forecast import (
     CONFIDENCE,
-    Law,
+    BreakEven,
     SizedScore,
     fit_law,
-    is_sharp,
     is_vague,
     refusal,
 )
@@ -110,7 +111,11 @@ def series_of(values: Mapping[str, Any], keys: Sequence[str]) -> str:
 
 
 def describe_forecast(
-    cells: Sequence[Mapping[str, Any]], metric: Metric, confidence: float, bars: Sequence[Bar]
+    cells: Sequence[Mapping[str, Any]],
+    metric: Metric,
+    confidence: float,
+    bars: Sequence[Bar],
+    of_rows: Floats | None = None,
 ) -> dict[str, Any]:
     """Return what more training rows are expected to bring, as `curve.json` keeps it.
 
@@ -119,12 +124,18 @@ def describe_forecast(
         metric: Of their scores.
         confidence: Level of their intervals.
         bars: Scores to pass.
+        of_rows: Covariance of the cells' scores, then the bars', for they are of the same rows;
+            None: each has rows of its own. Shape (K, K).
     """
     width = 2 * NormalDist().inv_cdf((1 + confidence) / 2)
+    scored = [
+        number
+        for number, cell in enumerate(cells)
+        if None not in (cell["value"], cell["low"], cell["high"])
+    ]
     points = [
         SizedScore(cell["num_train_examples"], cell["value"], (cell["high"] - cell["low"]) / width)
-        for cell in cells
-        if None not in (cell["value"], cell["low"], cell["high"])
+        for cell in (cells[number] for number in scored)
     ]
     reason = refusal(points)
     is_share = metric.kind != "number" and metric.better == "higher"
@@ -132,7 +143,17 @@ def describe_forecast(
         reason = "a forecast is made for shares, and for losses above 0"
     if reason:
         return {"refused": reason}
-    law = fit_law(points, is_share)
+    shared: list[Floats | None] = [None] * len(bars)
+    covariance = None
+    if of_rows is not None:
+        kept = np.array([*scored, *range(len(cells), len(cells) + len(bars))])
+        of_rows = of_rows[np.ix_(kept, kept)]
+        covariance = of_rows[: len(points), : len(points)].copy()
+        # The intervals know more than the rows: other seeds.
+        errors = np.array([point.std_error**2 for point in points])
+        np.fill_diagonal(covariance, np.maximum(errors, covariance.diagonal()))
+        shared = list(of_rows[len(points) :, : len(points)])
+    law = fit_law(points, is_share, covariance)
     smallest, largest = (pick(point.num_examples for point in points) for pick in (min, max))
     if is_vague(law.at(2 * largest), law):
         return {"refused": "the scores are too uncertain: more rows to score on, or more seeds"}
@@ -150,31 +171,36 @@ def describe_forecast(
                 "times": times,
                 **law.at(times * largest)._asdict(),
                 "gain": law.gain(largest, times * largest)._asdict(),
+                "step": law.gain(before * largest, times * largest)._asdict(),
             }
-            for times in _TIMES
+            for before, times in itertools.pairwise((1, *_TIMES))
         ],
         "path": [{"num_examples": float(size), **law.at(size)._asdict()} for size in path],
-        "break_even": [_describe_break_even(law, bar, width, (smallest, largest)) for bar in bars],
+        "break_even": [
+            _describe_break_even(
+                law.break_even(bar.score, (bar.high - bar.low) / width, with_points),
+                bar,
+                smallest,
+                max(_TIMES) * largest,
+            )
+            for bar, with_points in zip(bars, shared, strict=True)
+        ],
     }
 
 
-def _describe_break_even(
-    law: Law, bar: Bar, width: float, sizes: tuple[int, int]
-) -> dict[str, Any]:
-    smallest, largest = sizes
-    rows = law.break_even(bar.score, (bar.high - bar.low) / width)
-    reach = max(_TIMES) * largest
+def _describe_break_even(rows: BreakEven, bar: Bar, smallest: int, reach: int) -> dict[str, Any]:
     if rows.high <= smallest:
         found = "passed"
     elif rows.low > reach:
         found = "out of reach"
     else:
-        found = "found" if is_sharp(rows) else "uncertain"
+        found = "found" if rows.is_sharp else "uncertain"
     return {
         "arm": bar.arm,
         "score": bar.score,
         "found": found,
         "num_examples": _finite(rows.value),
+        "near": rows.near,
         "low": _finite(rows.low),
         "high": _finite(rows.high),
     }

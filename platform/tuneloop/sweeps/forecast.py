@@ -30,13 +30,15 @@ _MIN_SIZES = 3
 _MIN_RATIO = 4
 # An interval wider than this share of the scale says nothing.
 _MOST_DOUBT = 0.5
-# A break-even point whose interval spans a larger factor is not named.
-_SHARP = 4
+# A break-even point is named if so much of the doubt is within this factor of it.
+NEAR = 1.5
+_SURE = 0.6
+_NUM_CANDIDATES = 201
 # What a curve may be before anything was measured, see `_curves`.
 _EXPONENT = (0.25, 1.75)
 _HALF_BEYOND = 20
 # Scatter of trainings that the intervals of the scores do not know: other seeds, other subsets.
-_SCATTER = (0.002, 0.04)
+_SCATTER = (0.004, 0.04)
 _NUM_CURVES = 4096
 _STEPS_PER_TEMPERATURE = 6
 _SEED = 0
@@ -58,6 +60,25 @@ class Estimate(NamedTuple):
     high: float
 
 
+class BreakEven(NamedTuple):
+    """A number of training rows with its interval; infinite where no number is enough.
+
+    Attributes:
+        value: That which most of the doubt is near.
+        near: The share of the doubt that is within a factor of 1.5 of it.
+    """
+
+    value: float
+    low: float
+    high: float
+    near: float
+
+    @property
+    def is_sharp(self) -> bool:
+        """Whether it is known well enough to be named."""
+        return self.near >= _SURE
+
+
 @dataclass(frozen=True)
 class Law:
     """All curves that fit, as equally likely draws.
@@ -69,6 +90,9 @@ class Law:
         exponent: How fast it then falls. Shape (P,).
         best: Score without any error: 1 for shares, 0 for a loss.
         scale: Of the errors: 1 for shares, the largest of the points for a loss.
+        scatter: Of trainings, beyond the intervals of the points. Shape (P,).
+        residuals: By which the points lie above the curves. Shape (P, K).
+        covariance: Of the points' noise. Shape (K, K).
     """
 
     floor: Floats
@@ -77,6 +101,9 @@ class Law:
     exponent: Floats
     best: float
     scale: float
+    scatter: Floats
+    residuals: Floats
+    covariance: Floats
 
     def scores(self, num_examples: float) -> Floats:
         """Return every curve's score at a number of training rows. Shape (P,)."""
@@ -91,20 +118,47 @@ class Law:
         """Return by how much the score rises between two numbers of training rows."""
         return _estimate(self.scores(after) - self.scores(before))
 
-    def break_even(self, score: float, std_error: float) -> Estimate:
+    def break_even(self, score: float, std_error: float, shared: Floats | None = None) -> BreakEven:
         """Return the number of training rows at which the curves pass a score.
 
         Args:
             score: To pass, for example that of the few-shot prompt.
             std_error: Of it.
+            shared: Covariance of its noise with that of each point: they may be of the same rows.
+                Shape (K,).
         """
         generator = np.random.default_rng(_SEED)
-        bar = score + std_error * generator.standard_normal(len(self.floor))
+        noise, variance = np.zeros_like(self.floor), np.full_like(self.floor, std_error**2)
+        if shared is not None:
+            # What the points are too high by, the bar is too high by as well.
+            values, vectors = np.linalg.eigh(self.covariance)
+            weights = (shared @ vectors) / (values + self.scatter[:, None] ** 2)
+            noise = (weights * (self.residuals @ vectors)).sum(axis=1)
+            variance = np.maximum(variance - (weights * (shared @ vectors)).sum(axis=1), 0)
+        bar = score - noise + np.sqrt(variance) * generator.standard_normal(len(self.floor))
         error = (self.best - bar if self.best else bar) / self.scale
         above = error - self.floor
         with np.errstate(divide="ignore", invalid="ignore"):
             rows = self.half * np.maximum(self.drop / above - 1, 0) ** (1 / self.exponent)
-        return _estimate(np.where(above > 0, rows, np.inf))
+        rows = np.where(above > 0, rows, np.inf)
+        _, low, high = _estimate(rows)
+        value, near = _densest(rows)
+        return BreakEven(value, low, high, near)
+
+
+def _densest(rows: Floats) -> tuple[float, float]:
+    """Return the number that the draws lie densest around, and the share within 1.5 of it.
+
+    Where no draw is a number above 0, it is the median, and the share is 0.
+    """
+    finite = rows[(rows > 0) & np.isfinite(rows)]
+    if not len(finite):
+        return float(np.sort(rows)[len(rows) // 2]), 0.0
+    logs = np.log(finite)
+    candidates = np.quantile(logs, np.linspace(0, 1, _NUM_CANDIDATES))
+    distances = np.abs(candidates[:, None] - logs) / math.log(NEAR)
+    best = int(np.maximum(1 - distances, 0).sum(axis=1).argmax())
+    return float(np.exp(candidates[best])), float((distances[best] <= 1).sum() / len(rows))
 
 
 def refusal(points: Sequence[SizedScore]) -> str:
@@ -127,17 +181,14 @@ def is_vague(estimate: Estimate, law: Law) -> bool:
     return estimate.high - estimate.low > _MOST_DOUBT * law.scale
 
 
-def is_sharp(rows: Estimate) -> bool:
-    """Return whether a break-even point is known well enough to be named."""
-    return rows.low > 0 and rows.high <= _SHARP * rows.low
-
-
-def fit_law(points: Sequence[SizedScore], is_share: bool) -> Law:
+def fit_law(points: Sequence[SizedScore], is_share: bool, covariance: Floats | None = None) -> Law:
     """Return the curves that fit.
 
     Args:
         points: Those that `refusal` has nothing against.
         is_share: Scores are shares, and higher is better; otherwise they are losses above 0.
+        covariance: Of the points' noise, where they are of the same rows; None: each has its own.
+            Shape (K, K).
 
     Source: for the sampling Del Moral, Doucet and Jasra 2006, "Sequential Monte Carlo samplers",
     section 3.3.2.3.
@@ -146,12 +197,26 @@ def fit_law(points: Sequence[SizedScore], is_share: bool) -> Law:
     scores = np.array([point.score for point in points])
     best, scale = (1.0, 1.0) if is_share else (0.0, float(scores.max()))
     errors = (best - scores if is_share else scores) / scale
-    noise = np.array([point.std_error for point in points]) / scale
+    if covariance is None:
+        covariance = np.diag([point.std_error**2 for point in points])
+    values, vectors = np.linalg.eigh(covariance / scale**2)
+    noise = Noise(np.maximum(values, 0), vectors)
     places = np.random.default_rng(_SEED).random((_NUM_CURVES, 5))
     # The bounds of the prior know the sizes that were tried, not the scores.
     places = _sample(places, lambda at: _log_likelihood(_curves(at, sizes), sizes, errors, noise))
-    floor, drop, half, exponent, _ = _curves(places, sizes)
-    return Law(floor, drop, half, exponent, best, scale)
+    curves = _curves(places, sizes)
+    floor, drop, half, exponent, scatter = curves
+    above = (errors - _expected(curves, sizes)) * scale * (-1 if is_share else 1)
+    return Law(
+        floor, drop, half, exponent, best, scale, scatter * scale, above, np.asarray(covariance)
+    )
+
+
+class Noise(NamedTuple):
+    """A covariance by its eigenvalues, shape (K,), and eigenvectors, shape (K, K)."""
+
+    values: Floats
+    vectors: Floats
 
 
 def _curves(places: Floats, sizes: Floats) -> tuple[Floats, Floats, Floats, Floats, Floats]:
@@ -165,16 +230,21 @@ def _curves(places: Floats, sizes: Floats) -> tuple[Floats, Floats, Floats, Floa
     return floor, drop, half, exponent, scatter
 
 
+def _expected(curves: tuple[Floats, Floats, Floats, Floats, Floats], sizes: Floats) -> Floats:
+    """Return the errors of the curves at the sizes. Shape (P, K)."""
+    floor, drop, half, exponent, _ = (value[:, None] for value in curves)
+    return floor + drop / (1 + (sizes / half) ** exponent)
+
+
 def _log_likelihood(
     curves: tuple[Floats, Floats, Floats, Floats, Floats],
     sizes: Floats,
     errors: Floats,
-    noise: Floats,
+    noise: Noise,
 ) -> Floats:
-    floor, drop, half, exponent, scatter = (value[:, None] for value in curves)
-    expected = floor + drop / (1 + (sizes / half) ** exponent)
-    variance = noise**2 + scatter**2
-    return -0.5 * ((errors - expected) ** 2 / variance + np.log(variance)).sum(axis=1)
+    variance = noise.values + curves[-1][:, None] ** 2
+    residuals = (errors - _expected(curves, sizes)) @ noise.vectors
+    return -0.5 * (residuals**2 / variance + np.log(variance)).sum(axis=1)
 
 
 def _sample(places: Floats, log_likelihood: Callable[[Floats], Floats]) -> Floats:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,55 +22,39 @@ from tuneloop import pipeline
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
 from tuneloop.cluster import connect
 from tuneloop.config import TuneloopConfig
-from tuneloop.errors import DataError, ModelError, Problem, UserError
+from tuneloop.errors import ModelError, Problem
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.models.bases.source import resolve_base
-from tuneloop.models.export.layout import ADAPTER
-from tuneloop.sweeps.choice import Score, choose, optimism, score_seeds, score_trial
+from tuneloop.sweeps.choice import (
+    Score,
+    choose,
+    score_trial,
+)
 from tuneloop.sweeps.curve import (
     ROWS_KEY,
     Bar,
-    describe_forecast,
     learning_curves,
-    series_of,
 )
-from tuneloop.sweeps.grid import Cell, Trial, evaluated_on, expand
+from tuneloop.sweeps.grid import VALIDATION_LOSS, Trial, evaluated_on, expand
+from tuneloop.sweeps.plan import Prepared, common_rows, make_study, prepare_all
+from tuneloop.sweeps.report import render_sweep
+from tuneloop.sweeps.results import (
+    ScoredTrial,
+    Untrained,
+    Winner,
+    add_forecast,
+    cells_of,
+    describe_choice,
+    loss_of,
+    mean_of,
+    model_steps,
+    score_cell,
+    trial_row,
+)
 
 logger = logging.getLogger("tuneloop.sweeps")
 
-CODE_VERSION = 4
-
-
-class ScoredTrial(NamedTuple):
-    """A trial with what it was trained on, and how its model did on the validation rows.
-
-    Args:
-        artifact: The model's evaluation on the validation split; None where there is no model.
-        evaluation: Its content.
-        score: Its primary score on the rows that all trials answered.
-    """
-
-    trial: Trial
-    dataset: Artifact
-    artifact: Artifact | None
-    evaluation: Evaluation | None
-    score: Score
-
-
-class Winner(NamedTuple):
-    """The best trial.
-
-    Args:
-        number: Of the trial.
-        artifact: Its evaluation on the test split.
-        test: Its score there.
-        higher_is_better: Of the primary metric.
-    """
-
-    number: int
-    artifact: Artifact
-    test: Score
-    higher_is_better: bool
+CODE_VERSION = 5
 
 
 def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
@@ -80,73 +65,81 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
 
     A trial that fails is in the table as failed. Where its settings made it fail (a loss that is
     not finite) that is a result; where another run could mend it (memory, workers, disk) the same
-    call tries it again.
+    call tries it again. A call after a kill repeats no trial that ended.
 
     Raises:
         ConfigError: An unknown key, a refused value or a distribution in `sweep.parameters`.
-        UserError: A base model does not load, or a dataset cannot be made; told before anything is
-            trained.
+        UserError: A base model does not load, a dataset cannot be made, or a training does not
+            fit; told before anything is trained.
         ModelError: No trial could be trained.
     """
     started = time.time()
     cells = [replace(cell, config=pipeline.with_labels(cell.config)) for cell in expand(config)]
+    assert config.sweep is not None
     keys = list(cells[0].values)
     with connect(config.resources):
-        datasets = _prepare_all(cells, workspace)
-        rows = _common_rows(cells, datasets)
-        made = [
-            pipeline.finetuned_identities(
-                cell.config, resolve_base(cell.config.model.base), dataset
-            )
-            for cell, dataset in zip(cells, datasets, strict=True)
-        ]
+        prepared = Prepared(config.sweep, prepare_all(cells, workspace))
+        jobs = [prepared.job(cell) for cell in cells]
+        rows = common_rows([job.dataset for job in jobs], keys)
         parts = {
             "keys": keys,
             "cells": [cell.values for cell in cells],
             "seeds": [cell.seed for cell in cells],
-            "models": [model for model, _ in made],
-            "evaluations": [evaluation for _, evaluation in made],
+            "models": [job.fingerprint for job in jobs],
+            "evaluations": [prepared.identities(job)[1] for job in jobs],
+            "sweep": config.sweep.model_dump(mode="json"),
+            "price_per_hour": config.resources.price_per_hour,
         }
         identity = fingerprint("sweep", CODE_VERSION, **parts)
         # Cells that cannot be trained leave nothing else that could be reused.
         existing = workspace.find("sweeps", config.name, identity)
         if existing is not None and not existing.manifest["metrics"]["num_to_retry"]:
             return [Published(existing, reused=True)]
-        trained = {
-            number: Trial(cell, model, "", model.manifest["duration_s"])
-            for number, (cell, (model_fingerprint, _)) in enumerate(zip(cells, made, strict=True))
-            if (model := workspace.find("models", config.name, model_fingerprint)) is not None
-        }
-        if len(trained) < len(cells):
+        folder = workspace.work_folder("sweep-of", config.name, identity)
+        study = make_study(config, workspace, prepared, jobs, folder)
+        if study.is_wanting:
             # From here on PyTorch and Ray Tune are needed.
-            from tuneloop.sweeps.trials import train_missing
+            from tuneloop.sweeps.trials import refuse_unfit, train_all
 
-            trained |= train_missing(cells, datasets, config, workspace, trained)
-        trials = [trained[number] for number in range(len(cells))]
+            refuse_unfit(study.jobs or jobs, study.trials)
+            train_all(study, config, workspace, folder)
+        trials, datasets = study.ended(), [job.dataset for job in study.jobs]
         if not any(trial.model for trial in trials):
             raise ModelError(*(Problem("no cell could be trained", got=t.problem) for t in trials))
         num_to_retry = sum(trial.may_pass for trial in trials)
         if existing is not None and num_to_retry >= existing.manifest["metrics"]["num_to_retry"]:
             return [Published(existing, reused=True)]
         scored = _score_on_validation(trials, datasets, rows, workspace)
-        winner = _test_winner(scored, rows, workspace)
-        bars = _score_bars(scored, workspace) if ROWS_KEY in keys else {}
+        winner = _test_winner(scored, rows, config.sweep.metric, workspace)
+        untrained = _score_untrained(scored, workspace) if ROWS_KEY in keys else {}
     metrics = {
         "num_trials": len(scored),
-        "num_failed": sum(one.evaluation is None for one in scored),
+        "num_failed": sum(trial.status == "failed" for trial in trials),
+        "num_stopped": sum(trial.status == "stopped" for trial in trials),
+        "num_not_run": sum(trial.status == "not run" for trial in trials),
         "num_to_retry": num_to_retry,
     }
     with workspace.draft("sweeps", config.name, identity) as draft:
         draft.started = started  # what it took is the trials' time, not that of writing
         table = [
-            _trial_row(one, winner if number == winner.number else None)
+            trial_row(one, winner if number == winner.number else None, config)
             for number, one in enumerate(scored)
         ]
-        choice = _describe_choice(scored, winner, rows)
+        choice = describe_choice(scored, winner, rows)
+        choice["chosen_by"] = config.sweep.metric or choice["metric"]
         curves = learning_curves(table, keys)
         for curve in curves:
-            _add_forecast(curve, keys, choice, scored, bars)
-        _write(draft.path, table, {"keys": keys, "curves": curves} | choice)
+            add_forecast(curve, keys, choice, scored, untrained)
+        content = {"keys": keys, "curves": curves} | choice
+        content |= {
+            "untrained": {base: one.described() for base, one in untrained.items()},
+            "model_steps": model_steps(scored, choice["cells"]),
+            "price_per_row": config.sweep.price_per_row,
+            "price_per_hour": config.resources.price_per_hour,
+        }
+        write(draft.path, table, content)
+        report = render_sweep(f"sweeps/{config.name}", content, table)
+        (draft.path / "report.html").write_text(report, encoding="utf-8")
         best = table[winner.number]
         artifact = draft.publish(
             config=parts,
@@ -162,64 +155,9 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
                 **{f"best {key}": best[key] for key in keys},
             },
         )
+    if not num_to_retry:
+        shutil.rmtree(folder, ignore_errors=True)
     return [Published(artifact, reused=False)]
-
-
-def _prepare_all(cells: Sequence[Cell], workspace: Workspace) -> list[Artifact]:
-    """Prepare every cell's dataset; all base models are fetched before the first is used."""
-    problems: list[Problem] = []
-    for base in dict.fromkeys(cell.config.model.base for cell in cells):
-        try:
-            resolve_base(base)
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*problems)
-    datasets: dict[str, Artifact] = {}
-    for cell in cells:
-        wanted = cell.config.model_dump_json(include={"data", "task", "model"})
-        if wanted in datasets:
-            continue
-        try:
-            datasets[wanted] = pipeline.prepare_dataset(
-                cell.config, workspace, resolve_base(cell.config.model.base)
-            ).artifact
-        except DataError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    if problems:
-        raise DataError(*problems)
-    return [
-        datasets[cell.config.model_dump_json(include={"data", "task", "model"})] for cell in cells
-    ]
-
-
-def _common_rows(cells: Sequence[Cell], datasets: Sequence[Artifact]) -> frozenset[str] | None:
-    """Return the ids of the validation rows that count; None: all, for all trials have the same.
-
-    A key that changes which rows there are (a filter, a source) changes the validation split too.
-    No trial is trained on a row of its own validation split, so the common ones are unseen by all.
-    """
-    folders = dict.fromkeys(dataset.path / "validation" for dataset in datasets)
-    tables = [pq.read_table(folder, columns=["row_id"]) for folder in folders]
-    ids = [frozenset(table["row_id"].to_pylist()) for table in tables]
-    common = frozenset.intersection(*ids)
-    if all(rows == common for rows in ids):
-        return None
-    if len(common) < min(map(len, ids)) / 2:
-        raise DataError(
-            Problem(
-                "the trials have too few validation rows in common to be compared",
-                where="sweep.parameters",
-                got=f"{len(common):,} rows in common, of {min(map(len, ids)):,} or more each, over "
-                + ", ".join(f"`{key}`" for key in cells[0].values),
-                allowed="at least half of them",
-                remedy="sweep keys that leave the rows as they are",
-            )
-        )
-    logger.warning(
-        "the trials' validation splits differ: compared on the %d rows that all have", len(common)
-    )
-    return common
 
 
 def _score_on_validation(
@@ -251,35 +189,32 @@ def _score_on_validation(
     return scored
 
 
-def _cells(scored: Sequence[ScoredTrial]) -> list[list[int]]:
-    """Return the numbers of the trials of each cell: they differ in their seed only."""
-    cells: dict[str, list[int]] = {}
-    for number, one in enumerate(scored):
-        cells.setdefault(repr(one.trial.cell.values), []).append(number)
-    return list(cells.values())
-
-
-def _score_cell(
-    scored: Sequence[ScoredTrial], numbers: Sequence[int], rows: frozenset[str] | None
-) -> Score:
-    """Return the score over the seeds of a cell that were trained."""
-    evaluations = [e for number in numbers if (e := scored[number].evaluation) is not None]
-    return score_seeds(evaluations, rows) if evaluations else Score(None)
-
-
 def _test_winner(
-    scored: Sequence[ScoredTrial], rows: frozenset[str] | None, workspace: Workspace
+    scored: Sequence[ScoredTrial],
+    rows: frozenset[str] | None,
+    metric: str | None,
+    workspace: Workspace,
 ) -> Winner:
-    """Choose the cell with the best mean over its seeds, its best seed, and test that alone."""
+    """Choose the cell with the best mean over its seeds, its best seed, and test that alone.
+
+    Args:
+        metric: `validation_loss` if that decides, else the primary score does.
+    """
     evaluation = next(one.evaluation for one in scored if one.evaluation)
     higher = evaluation.metric(evaluation.primary).better == "higher"
-    cells = _cells(scored)
+    cells = cells_of(scored)
     # What fails with some seeds is only taken where nothing else was trained.
     whole = [cell for cell in cells if all(scored[number].evaluation for number in cell)] or cells
-    best_cell = whole[
-        choose([_score_cell(scored, cell, rows).value for cell in whole], higher) or 0
-    ]
-    best = choose([scored[number].score.value for number in best_cell], higher)
+    if metric == VALIDATION_LOSS:
+        losses = [loss_of(one) for one in scored]
+        means = [mean_of([losses[number] for number in cell]) for cell in whole]
+        best_cell = whole[choose(means, higher_is_better=False) or 0]
+        best = choose([losses[number] for number in best_cell], higher_is_better=False)
+    else:
+        best_cell = whole[
+            choose([score_cell(scored, cell, rows).value for cell in whole], higher) or 0
+        ]
+        best = choose([scored[number].score.value for number in best_cell], higher)
     if best is None:
         raise ModelError(Problem("no trial has a score", got="no answer could be scored"))
     trial, dataset, *_ = scored[best_cell[best]]
@@ -290,122 +225,12 @@ def _test_winner(
     return Winner(best_cell[best], tested.artifact, score, higher)
 
 
-def _trial_row(one: ScoredTrial, winner: Winner | None) -> dict[str, Any]:
-    """Return one row of `trials.parquet`; what a trial lacks is None.
-
-    Args:
-        winner: Given if it is the winner.
-    """
-    trial, test = one.trial, winner.test if winner else Score(None)
-    row: dict[str, Any] = {
-        **trial.cell.values,
-        "seed": trial.cell.seed,
-        "num_train_examples": int(one.dataset.manifest["metrics"]["num_train_rows"]),
-        "num_parameters": None,
-        "status": "failed",
-        "problem": trial.problem,
-        "model": None,
-        "evaluation": None,
-        "test_evaluation": winner.artifact.ref if winner else None,
-        "metric": None,
-        "validation_score": one.score.value,
-        "validation_low": one.score.low,
-        "validation_high": one.score.high,
-        "test_score": test.value,
-        "test_low": test.low,
-        "test_high": test.high,
-        "score": one.score.value,
-        "low": one.score.low,
-        "high": one.score.high,
-        "loss": None,
-        "validation_loss": None,
-        "wall_s": round(trial.wall_s, 3),
-    }
-    if trial.model is None or one.artifact is None or one.evaluation is None:
-        return row
-    (arm,) = one.evaluation.arms
-    metrics = trial.model.manifest["metrics"]
-    return row | {
-        "num_parameters": _num_base_parameters(trial.model),
-        "status": "done",
-        "model": trial.model.ref,
-        "evaluation": one.artifact.ref,
-        "metric": one.evaluation.primary,
-        **{name: value["value"] for name, value in arm["scores"].items()},
-        "loss": metrics["final_loss"],
-        "validation_loss": metrics.get("validation_loss"),
-    }
-
-
-def _num_base_parameters(model: Artifact) -> int:
-    """Return the size of the model that is served: adapters are merged into it."""
-    metrics = model.manifest["metrics"]
-    total = int(metrics["num_parameters"])
-    return total - int(metrics["num_trainable"]) if (model.path / ADAPTER).is_dir() else total
-
-
-def _describe_choice(
-    scored: Sequence[ScoredTrial], winner: Winner, rows: frozenset[str] | None
-) -> dict[str, Any]:
-    """Return what `curve.json` tells of the choice."""
-    best = scored[winner.number]
-    assert best.trial.model
-    assert best.evaluation
-    return {
-        "metric": best.evaluation.primary,
-        "higher_is_better": winner.higher_is_better,
-        "confidence": best.evaluation.metrics["confidence"],
-        "num_validation_examples": (
-            best.evaluation.metrics["num_examples"] if rows is None else len(rows)
-        ),
-        "num_test_examples": winner.artifact.manifest["metrics"]["num_examples"],
-        "cells": [
-            {
-                "values": scored[cell[0]].trial.cell.values,
-                "trials": cell,
-                "num_train_examples": int(
-                    scored[cell[0]].dataset.manifest["metrics"]["num_train_rows"]
-                ),
-                "num_seeds": sum(scored[number].evaluation is not None for number in cell),
-                **asdict(_score_cell(scored, cell, rows)),
-            }
-            for cell in _cells(scored)
-        ],
-        "best": {
-            "trial": winner.number,
-            "model": best.trial.model.ref,
-            "validation": asdict(best.score),
-            "test": asdict(winner.test),
-            "optimism": asdict(optimism(best.score, winner.test, winner.higher_is_better)),
-        },
-    }
-
-
-def _add_forecast(
-    curve: dict[str, Any],
-    keys: Sequence[str],
-    choice: dict[str, Any],
-    scored: Sequence[ScoredTrial],
-    bars: Mapping[str, list[Bar]],
-) -> None:
-    """Add to a learning curve what more rows are expected to bring."""
-    cells = [cell for cell in choice["cells"] if series_of(cell["values"], keys) == curve["series"]]
-    first = scored[cells[0]["trials"][0]]
-    evaluation = next(one.evaluation for one in scored if one.evaluation)
-    curve["forecast"] = describe_forecast(
-        cells,
-        evaluation.metric(evaluation.primary),
-        choice["confidence"],
-        bars.get(first.trial.cell.config.model.base, []),
-    )
-
-
-def _score_bars(scored: Sequence[ScoredTrial], workspace: Workspace) -> dict[str, list[Bar]]:
+def _score_untrained(scored: Sequence[ScoredTrial], workspace: Workspace) -> dict[str, Untrained]:
     """Return by base model what is reached without training, on the validation split.
 
     Solved examples, and what the simple arm learns from, are of the largest data volume.
     """
-    bars: dict[str, list[Bar]] = {}
+    untrained: dict[str, Untrained] = {}
     by_size = sorted(scored, key=lambda one: one.dataset.manifest["metrics"]["num_train_rows"])
     for one in {one.trial.cell.config.model.base: one for one in by_size}.values():
         config = one.trial.cell.config
@@ -415,15 +240,16 @@ def _score_bars(scored: Sequence[ScoredTrial], workspace: Workspace) -> dict[str
             continue
         evaluation = Evaluation.load(published.artifact)
         scores = {arm["name"]: arm["scores"][evaluation.primary] for arm in evaluation.arms}
-        bars[config.model.base] = [
+        bars = [
             Bar(name, score["value"], score["low"], score["high"])
             for name, score in scores.items()
             if score["low"] is not None
         ]
-    return bars
+        untrained[config.model.base] = Untrained(bars, evaluation)
+    return untrained
 
 
-def _write(folder: Path, trials: list[dict[str, Any]], curve: dict[str, Any]) -> None:
+def write(folder: Path, trials: list[dict[str, Any]], curve: dict[str, Any]) -> None:
     """Write `trials.parquet` and `curve.json`."""
     # Failed trials have no metric columns, and values of one key may be of several types.
     names = dict.fromkeys(name for trial in trials for name in trial)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ from tuneloop.text import format_duration
 
 # The terminal has no room for these.
 _NOT_PRINTED = ("", "loss", "model")
-# A gain that is surely smaller than this is not worth the labels.
-_HARDLY = 0.01
+# A gain that is expected to be smaller than the first, and surely smaller than the second, is not
+# worth the labels.
+HARDLY, SURELY_LESS = 0.01, 0.03
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,24 @@ class SweepView:
     percent: bool
 
 
+def read_files(sweep: Artifact) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what is in `curve.json` and the rows of `trials.parquet`."""
+    trials = pq.read_table(sweep.path / "trials.parquet").to_pylist()
+    return json.loads((sweep.path / "curve.json").read_text(encoding="utf-8")), trials
+
+
 def read_sweep(sweep: Artifact) -> SweepView:
     """Return a sweep's trials, points and fitted lines from its two files."""
-    trials = pq.read_table(sweep.path / "trials.parquet").to_pylist()
-    curve = json.loads((sweep.path / "curve.json").read_text(encoding="utf-8"))
+    return view_of(*read_files(sweep))
+
+
+def view_of(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> SweepView:
+    """Return a sweep's trials, points and fitted lines.
+
+    Args:
+        curve: Content of `curve.json`.
+        trials: Rows of `trials.parquet`.
+    """
     keys = list(curve["keys"])
     best = curve.get("best") or {}
     scores = [trial["score"] for trial in trials if trial["score"] is not None]
@@ -145,7 +160,7 @@ def read_sweep(sweep: Artifact) -> SweepView:
     )
 
 
-def _choice_in_words(curve: dict[str, Any], num_scored: int, percent: bool) -> list[str]:
+def _choice_in_words(curve: Mapping[str, Any], num_scored: int, percent: bool) -> list[str]:
     """Return how the best trial was chosen, and the price of choosing it."""
     best = curve.get("best") or {}
     if not best:
@@ -156,8 +171,9 @@ def _choice_in_words(curve: dict[str, Any], num_scored: int, percent: bool) -> l
             "of it is luck. Run the sweep again for a score that is not."
         ]
     confidence = f"{curve['confidence']:.0%}"
+    chosen_by = curve.get("chosen_by", curve["metric"])
     sentences = [
-        f"Chosen among {num_scored} by {curve['metric']} on {curve['num_validation_examples']:,} "
+        f"Chosen among {num_scored} by {chosen_by} on {curve['num_validation_examples']:,} "
         f"validation rows. The test split of {curve['num_test_examples']:,} rows was answered by "
         "the winner alone."
     ]
@@ -251,8 +267,8 @@ def _forecast_in_words(line: dict[str, Any], percent: bool) -> str:
         f"compared with {largest:,} training rows, {' and '.join(expected)} are expected, with "
         f"{forecast['confidence']:.0%} intervals of the score."
     )
-    gains = [abs(forecast["forecasts"][0]["gain"][end]) for end in ("low", "high")]
-    if percent and max(gains) < _HARDLY:
+    gain = forecast["forecasts"][0]["gain"]
+    if percent and gain["value"] < HARDLY and gain["high"] < SURELY_LESS:
         words += " Twice the rows hardly help: look at other settings or a larger model, or stop."
     for bar in forecast["break_even"]:
         arm = f"{bar['arm']} ({_score(bar['score'], percent)})"

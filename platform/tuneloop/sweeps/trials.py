@@ -1,113 +1,251 @@
-"""The trainings of a sweep: one Ray Tune trial for each cell that has no model yet."""
+"""The trainings of a sweep: a Ray Tune trial for each cell that has no model yet."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 import shutil
+import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from ray import tune
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from tuneloop import pipeline
-from tuneloop.artifacts import Artifact, Workspace
-from tuneloop.config import TuneloopConfig
-from tuneloop.errors import ModelError, Problem, find_user_error
+from tuneloop.artifacts import Workspace
+from tuneloop.config import SweepConfig, TuneloopConfig
+from tuneloop.errors import ModelError, Problem, UserError, find_user_error
 from tuneloop.models.bases.source import resolve_base
-from tuneloop.sweeps.grid import Cell, Trial
+from tuneloop.sweeps.grid import VALIDATION_LOSS, Cell, Trial
+from tuneloop.sweeps.search import PERCENT, TrialSearch, order_file
+from tuneloop.sweeps.study import Job, Study
+from tuneloop.training.fit.assess import PreparedRows, assess
 from tuneloop.training.fit.refusals import refuse_small_cluster
 from tuneloop.training.progress import PROGRESS_FILE, TrainingProgress, run_in_thread
+from tuneloop.training.rows import open_rows, store_rows
 
 logger = logging.getLogger("tuneloop.sweeps")
 
 # A trial only launches workers and waits; what it reserves must leave room for them.
 _TRIAL_CPUS = 0.1
+# How often a trial looks for new validation losses.
+_POLL_S = 0.5
 
 
-def train_missing(
-    cells: Sequence[Cell],
-    datasets: Sequence[Artifact],
-    config: TuneloopConfig,
-    workspace: Workspace,
-    trained: Mapping[int, Trial],
-) -> dict[int, Trial]:
-    """Train each cell without a model in a Ray Tune trial of its own; return how they ended.
+def train_all(study: Study, config: TuneloopConfig, workspace: Workspace, folder: Path) -> None:
+    """Train what the study has next, each in a Ray Tune trial of its own, until there is no more.
 
     A trial that fails without telling why is tried once more. None of them ends the others.
 
     Args:
-        trained: The trials whose model exists already, by the cell's number.
+        folder: Of the sweep, for what its trials need.
     """
-    missing = [number for number in range(len(cells)) if number not in trained]
+    assert config.sweep is not None
+    refuse_small_cluster(config.resources, cpus_per_trial=_TRIAL_CPUS)
 
     def trial(params: dict[str, Any]) -> None:
-        number = params["cell"]
         logging.basicConfig(level=logging.WARNING, force=True)
-        started = time.monotonic()
-        cell = cells[number]
-        try:
-            base = resolve_base(cell.config.model.base)
-            model = pipeline.train_model(cell.config, workspace, base, datasets[number])
-        except Exception as error:
-            # A user's mistake travels back as a result: Tune would only keep its traceback.
-            mistake = find_user_error(error)
-            if mistake is None:
-                raise
-            tune.report(
-                {
-                    "cell": number,
-                    "problems": [vars(problem) for problem in mistake.problems],
-                    "by_its_settings": isinstance(mistake, ModelError),
-                    "wall_s": time.monotonic() - started,
-                }
-            )
-            return
-        wall_s = time.monotonic() - started
-        tune.report({"cell": number, "model": model.artifact.ref, "wall_s": wall_s})
+        order = json.loads(order_file(folder, params["cell"]).read_text(encoding="utf-8"))
+        train_one(TuneloopConfig.model_validate(order["config"]), workspace, order["dataset"])
 
-    refuse_small_cluster(config.resources, cpus_per_trial=_TRIAL_CPUS)
-    storage = workspace.root / ".work" / f"sweep-{config.name}"
+    def how_it_ended(cell: Cell, report: dict[str, Any]) -> tuple[Trial, float | None]:
+        wall_s = float(report.get("wall_s") or report.get("time_total_s") or 0.0)
+        if "model" in report:
+            return Trial(cell, workspace.open(report["model"]), "", wall_s), report["loss"]
+        if "problems" in report:
+            problems = "\n".join(str(Problem(**problem)) for problem in report["problems"])
+            logger.warning("%s cannot be trained: %s", cell.label, problems)
+            may_pass = not report["by_its_settings"]
+            return Trial(cell, None, problems, wall_s, may_pass, "failed"), None
+        if PERCENT in report:
+            problem = (
+                f"stopped at {report[PERCENT]:.0f}% of its training: validation loss "
+                f"{report[VALIDATION_LOSS]:.4g}"
+            )
+            return Trial(cell, None, problem, wall_s, status="stopped"), report[VALIDATION_LOSS]
+        return Trial(cell, None, "it failed twice", wall_s, may_pass=True, status="failed"), None
+
+    # Only the scheduler needs a loss, and the last report of a trial has none.
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    logger.info(
+        "sweep of %d trials, %d of them to train: %s",
+        study.num_expected,
+        study.num_expected - len(study.trials),
+        ", ".join(config.sweep.parameters),
+    )
+    storage = folder / "tune"
+    scheduler = make_scheduler(config.sweep, study)
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": _TRIAL_CPUS}),
-        param_space={"cell": tune.grid_search(missing)},
-        tune_config=tune.TuneConfig(max_concurrent_trials=config.resources.num_concurrent_trials),
+        tune_config=tune.TuneConfig(
+            search_alg=TrialSearch(study, folder, how_it_ended),
+            scheduler=scheduler,
+            num_samples=-1,
+            reuse_actors=False,  # a stopped trial ends with its actor, and its workers with it
+            max_concurrent_trials=config.resources.num_concurrent_trials,
+        ),
         run_config=tune.RunConfig(
             name=f"{time.time_ns()}",
             storage_path=str(storage),
             verbose=0,
-            callbacks=[TrialLog(cells, len(missing))],
+            callbacks=[TrialLog(study)],
             failure_config=tune.FailureConfig(max_failures=1),
         ),
-    )
-    logger.info(
-        "sweep of %d trials, %d of them to train: %s",
-        len(cells),
-        len(missing),
-        ", ".join(cells[0].values),
     )
     try:
         grid = _fit(tuner, workspace.root / ".work", config.name)
     finally:
         # What a trial leaves is its artifact; Tune's own files are of no further use.
         shutil.rmtree(storage, ignore_errors=True)
-    trials: dict[int, Trial] = {}
     for result in grid:
-        number = (result.config or {})["cell"]
-        cell, metrics = cells[number], result.metrics or {}
-        wall_s = float(metrics.get("wall_s") or metrics.get("time_total_s") or 0.0)
-        if result.error is None and "model" in metrics:
-            trials[number] = Trial(cell, workspace.open(metrics["model"]), "", wall_s)
-            continue
-        problems = [str(Problem(**problem)) for problem in metrics.get("problems", [])]
-        if result.error is not None:
-            problems = [f"it failed twice: {str(result.error).strip().splitlines()[-1]}"]
-        logger.warning("%s cannot be trained: %s", cell.label, problems[0])
-        may_pass = result.error is not None or not metrics["by_its_settings"]
-        trials[number] = Trial(cell, None, "\n".join(problems), wall_s, may_pass)
-    return trials
+        if result.error is not None and "cell" in (result.config or {}):
+            number = (result.config or {})["cell"]
+            problem = f"it failed twice: {str(result.error).strip().splitlines()[-1]}"
+            study.trials[number] = replace(study.trials[number], problem=problem)
+            logger.warning("%s cannot be trained: %s", study.jobs[number].cell.label, problem)
+    for number, ended in study.trials.items():
+        if ended.status == "stopped":
+            made = study.jobs[number].fingerprint
+            left = workspace.work_folder("models", config.name, made)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def refuse_unfit(jobs: Sequence[Job], trials: Mapping[int, Trial]) -> None:
+    """Raise UserError, with the problems of all trainings, if one of them does not fit.
+
+    Args:
+        trials: Those that ended, by the job's number.
+    """
+    problems: list[Problem] = []
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        stored: dict[str, PreparedRows] = {}
+        for number, job in enumerate(jobs):
+            if number in trials:
+                continue
+            ref = job.dataset.ref
+            if ref not in stored:
+                sides = [
+                    open_rows(store_rows(job.dataset.path, side, scratch / f"{len(stored)}"))
+                    for side in ("train", "validation")
+                ]
+                stored[ref] = PreparedRows(job.dataset, sides[0], sides[1], scratch)
+            try:
+                base = resolve_base(job.cell.config.model.base)
+                found = assess(job.cell.config, base, stored[ref]).problems
+            except UserError as error:
+                found = list(error.problems)
+            told = {(problem.what, problem.where) for problem in problems}
+            problems += [
+                replace(problem, where=f"{job.cell.label}; {problem.where}".rstrip("; "))
+                for problem in found
+                if (problem.what, f"{job.cell.label}; {problem.where}".rstrip("; ")) not in told
+            ]
+    if problems:
+        raise UserError(*problems)
+
+
+def train_one(config: TuneloopConfig, workspace: Workspace, dataset_ref: str) -> None:
+    """Train the model of a trial, and tell Ray Tune its validation losses and how it ended."""
+    started = time.monotonic()
+    try:
+        dataset, base = workspace.open(dataset_ref), resolve_base(config.model.base)
+        made, _ = pipeline.finetuned_identities(config, base, dataset)
+        progress = workspace.work_folder("models", config.name, made) / "scratch" / PROGRESS_FILE
+        with _reported(progress):
+            model = pipeline.train_model(config, workspace, base, dataset).artifact
+    except Exception as error:
+        # A user's mistake travels back as a result: Tune would only keep its traceback.
+        mistake = find_user_error(error)
+        if mistake is None:
+            raise
+        tune.report(
+            {
+                "problems": [vars(problem) for problem in mistake.problems],
+                "by_its_settings": isinstance(mistake, ModelError),
+                "wall_s": time.monotonic() - started,
+            }
+        )
+        return
+    loss = model.manifest["metrics"].get(VALIDATION_LOSS)
+    wall_s = time.monotonic() - started
+    tune.report({"model": model.ref, "loss": loss, "wall_s": wall_s})
+
+
+@contextlib.contextmanager
+def _reported(progress: Path) -> Iterator[None]:
+    """Report the validation losses in a training's progress file to Ray Tune while it goes on."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        position = 0
+        while not ended.wait(_POLL_S):
+            with contextlib.suppress(FileNotFoundError), progress.open("rb") as file:
+                file.seek(position)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    position += len(line)
+                    row = json.loads(line)
+                    # The last loss comes with the model.
+                    if row[VALIDATION_LOSS] is None or row["step"] == row["num_steps"]:
+                        continue
+                    tune.report(
+                        {
+                            PERCENT: 100 * row["step"] / row["num_steps"],
+                            "step": row["step"],
+                            VALIDATION_LOSS: row[VALIDATION_LOSS],
+                        }
+                    )
+
+    thread = threading.Thread(target=follow, name="reports", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+class _Earlier(NamedTuple):
+    """A trial of an earlier call, as a scheduler knows trials."""
+
+    trial_id: str
+
+
+def make_scheduler(sweep: SweepConfig, study: Study) -> TrialScheduler | None:
+    """Return what stops trainings early, knowing those of earlier calls; None: nothing does.
+
+    Source: Li et al. 2020, "A system for massively parallel hyperparameter tuning", algorithm 2.
+    """
+    if sweep.scheduler is None:
+        return None
+    scheduler = ASHAScheduler(
+        time_attr=PERCENT,
+        metric=VALIDATION_LOSS,
+        mode="min",
+        max_t=100,
+        grace_period=100 * sweep.grace_period,
+        reduction_factor=sweep.reduction_factor,
+        stop_last_trials=False,
+    )
+    for number in study.trials:
+        earlier = cast(TuneTrial, _Earlier(f"earlier-{number}"))
+        controller = cast(TuneController, None)
+        scheduler.on_trial_add(controller, earlier)
+        for one in study.measured.get(number, []):
+            report = {PERCENT: one.percent, VALIDATION_LOSS: one.loss}
+            scheduler.on_trial_result(controller, earlier, report)
+    return scheduler
 
 
 def _fit(tuner: tune.Tuner, work: Path, name: str) -> tune.ResultGrid:
@@ -135,17 +273,25 @@ def _fit(tuner: tune.Tuner, work: Path, name: str) -> tune.ResultGrid:
 class TrialLog(tune.Callback):
     """Logs each trial's start and end in one line."""
 
-    def __init__(self, cells: Sequence[Cell], num_missing: int) -> None:
-        self.cells, self.num_missing, self.num_ended = cells, num_missing, 0
+    def __init__(self, study: Study) -> None:
+        self.study = study
 
     def on_trial_start(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        logger.info("training %s", self.cells[trial.config["cell"]].label)
+        logger.info("training %s", self._label(trial))
 
     def on_trial_complete(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
     ) -> None:
-        self.num_ended += 1
-        label = self.cells[trial.config["cell"]].label
-        logger.info("%d of %d trainings ended: %s", self.num_ended, self.num_missing, label)
+        ended = self.study.trials.get(trial.config["cell"])
+        logger.info(
+            "%d of %d trainings ended: %s%s",
+            len(self.study.trials),
+            self.study.num_expected,
+            self._label(trial),
+            f", {ended.problem}" if ended is not None and ended.status == "stopped" else "",
+        )
+
+    def _label(self, trial: TuneTrial) -> str:
+        return self.study.jobs[trial.config["cell"]].cell.label

@@ -7,7 +7,14 @@ import pytest
 
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.sweeps.choice import Score, choose, optimism, score_seeds, score_trial
+from tuneloop.sweeps.choice import (
+    Score,
+    choose,
+    covariance_of_means,
+    optimism,
+    score_seeds,
+    score_trial,
+)
 
 
 def evaluation(scores: list[float | None], clusters: list[str] | None = None) -> Evaluation:
@@ -89,3 +96,21 @@ def test_seeds_that_differ_widen_the_interval() -> None:
 
 def test_a_score_of_all_answers_together_has_a_mean_over_seeds_alone() -> None:
     assert score_seeds([evaluation([None] * 4)] * 2) == Score(0.5)
+
+
+def test_means_of_the_same_rows_vary_together() -> None:
+    generator = np.random.default_rng(0)
+    rows = [str(row) for row in range(400)]
+    easy = generator.normal(size=400)
+    first, second = easy + generator.normal(size=400), easy + generator.normal(size=400)
+    scores = [dict(zip(rows, one, strict=True)) for one in (first, second)]
+    covariance = covariance_of_means(scores, {})
+    assert covariance is not None
+    # Variance 2 of which 1 is common, of a mean over 400.
+    np.testing.assert_allclose(400 * covariance, [[2, 1], [1, 2]], atol=0.25)
+    # A row that one of them has no score for is left out; twins are one observation.
+    twins = [one | {f"{row} again": one[row] for row in rows} for one in scores]
+    twins[0]["more"] = 9.0
+    doubled = covariance_of_means(twins, {f"{row} again": row for row in rows})
+    np.testing.assert_allclose(doubled, covariance)
+    assert covariance_of_means([{"a": 1.0}, {"a": 0.0}], {}) is None

@@ -9,7 +9,7 @@ import pytest
 
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.sweeps.curve import Bar, describe_forecast
-from tuneloop.sweeps.forecast import SizedScore, fit_law, is_sharp, refusal
+from tuneloop.sweeps.forecast import SizedScore, fit_law, refusal
 
 ACCURACY = Metric("right", kind="binary")
 BITS = Metric("bits per byte", better="lower", kind="number")
@@ -38,7 +38,7 @@ def test_a_known_law_is_found_and_continued() -> None:
         assert forecast.low < rectified(times * 800) < forecast.high
         assert forecast.value == pytest.approx(rectified(times * 800), abs=0.02)
     rows = law.break_even(rectified(150), 0.0)
-    assert is_sharp(rows)
+    assert rows.is_sharp
     assert rows.value == pytest.approx(150, rel=0.1)
     # The same points give the same forecast.
     assert fit_law(points, is_share=True).at(3200) == law.at(3200)
@@ -115,3 +115,20 @@ def test_bars_are_passed_found_or_out_of_reach() -> None:
     assert [one["num_examples"] for one in forecast["forecasts"]] == [1600, 3200]
     gain = forecast["forecasts"][0]["gain"]
     assert gain["low"] < rectified(1600) - rectified(800) < gain["high"]
+
+
+def test_a_bar_of_the_same_rows_is_passed_where_the_curve_passes_it() -> None:
+    # The rows are too easy by 4 points, for the curve and for the bar alike.
+    sizes = (25, 50, 100, 200, 400)
+    easy = {"half_width": 1.96 * 0.04, "curve": lambda size: rectified(size) + 0.04}
+    bar = Bar("base+few-shot", 0.54, 0.54 - 1.96 * 0.04, 0.54 + 1.96 * 0.04)
+    shared = np.full((6, 6), 0.04**2 * 0.98)
+    np.fill_diagonal(shared, 0.04**2)
+    found = {}
+    for name, of_rows in (("own rows", None), ("same rows", shared)):
+        forecast = describe_forecast(cells(list(sizes), **easy), ACCURACY, 0.95, [bar], of_rows)
+        (found[name],) = forecast["break_even"]
+    width = {name: one["high"] / one["low"] for name, one in found.items()}
+    assert width["same rows"] < 1.6 < width["own rows"]
+    assert found["same rows"]["num_examples"] == pytest.approx(150, rel=0.15)
+    assert found["same rows"]["near"] > found["own rows"]["near"]

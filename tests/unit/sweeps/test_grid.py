@@ -9,7 +9,7 @@ import pytest
 
 from tuneloop.config import TuneloopConfig, load_config
 from tuneloop.errors import ConfigError
-from tuneloop.sweeps.grid import evaluated_on, expand
+from tuneloop.sweeps.grid import evaluated_on, expand, num_combinations, with_drawn
 
 
 def config(
@@ -110,6 +110,70 @@ def test_all_mistakes_are_told_at_once() -> None:
         "`training.weight_decay` has a value twice",
     ):
         assert expected in told, told
+
+
+def test_mistakes_of_search_metric_and_budget_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand(
+            config(
+                {
+                    "data.num_train_examples": {"randint": [10, 20]},
+                    RATE: {"loguniform": [1e-4, 5.0]},
+                    "training.num_epochs": {"uniform": [1, 3.5]},
+                },
+                search="optuna",
+                scheduler="asha",
+                metric="accurracy",
+                budget={"price": 3},
+            )
+        )
+    told = "\n".join(str(problem) for problem in caught.value.problems)
+    for expected in (
+        "nothing says how many combinations optuna draws",
+        "give a list: data.num_train_examples: [10, 20]",
+        "set resources.price_per_hour",
+        "early stopping compares trainings that differ in their settings only",
+        "sweep.metric",
+        # Both ends are tried.
+        "3.5",
+    ):
+        assert expected in told, told
+    for sweep, expected in (
+        ({"metric": "validation_loss", "mode": "max"}, "allowed: min"),
+        ({"mode": "min"}, "allowed: max"),
+        ({"search": "grid", "num_trials": 3}, "a grid takes every combination"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            expand(config({RATE: [1e-4, 1e-3]}, **sweep))
+    for nothing in ({"trials": 0}, {"hours": 0}, {"price": -1}):
+        with pytest.raises(ValueError, match="greater than"):
+            config({RATE: [1e-4]}, budget=nothing)
+
+
+def test_a_metric_takes_the_place_of_the_primary_one() -> None:
+    (cell,) = expand(config({RATE: [1e-4]}, metric="fields_f1", mode="max"))
+    assert cell.config.evaluation.primary == "fields_f1"
+    assert evaluated_on(cell.config, "test").evaluation.primary == "fields_f1"
+    (cell,) = expand(config({RATE: [1e-4]}, metric="validation_loss"))
+    assert cell.config.evaluation.primary is None
+
+
+def test_a_drawn_combination_has_the_settings_of_its_listed_values() -> None:
+    settings = config(
+        {"training.method": ["lora", "full"], RATE: {"loguniform": [1e-4, 1e-2]}},
+        search="optuna",
+        budget={"trials": 5},
+        num_seeds=2,
+    )
+    cells = expand(settings)
+    assert [cell.values["training.method"] for cell in cells] == ["lora", "lora", "full", "full"]
+    assert num_combinations(settings.sweep) == 3, "five trainings begin the third combination"
+    first, second = with_drawn(cells[2], {"training.method": "full", RATE: 5e-3}, 2)
+    assert first.config.training.learning_rate == 5e-3
+    assert first.config.training.method == "full"
+    assert (first.seed, second.seed) == (0, 1)
+    assert second.config.training.seed == 1
+    assert second.values == {"training.method": "full", RATE: 5e-3}
 
 
 def test_what_is_no_list_and_no_distribution_is_refused_with_the_file(tmp_path: Path) -> None:

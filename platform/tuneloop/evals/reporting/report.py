@@ -53,12 +53,13 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["with_code"] = _with_code
+    environment.filters["with_code"] = with_code
     source = resources.files("tuneloop.evals.reporting").joinpath("report.html.jinja")
     template = environment.from_string(source.read_text(encoding="utf-8"))
     metric = evaluation.metric(evaluation.primary)
     secondary = evaluation.secondary()
     return template.render(
+        style=Markup(page_style()),
         name=evaluation.name,
         headline=write_headline(evaluation),
         metric=metric,
@@ -169,7 +170,13 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
     return Group(*parts)
 
 
-def _with_code(text: str) -> Markup:
+def page_style() -> str:
+    """Return the style sheet that all reports share."""
+    source = resources.files("tuneloop.evals.reporting").joinpath("style.css")
+    return source.read_text(encoding="utf-8").rstrip()
+
+
+def with_code(text: str) -> Markup:
     """Return a text with its `quoted` parts as code elements, everything escaped."""
     pieces = text.split("`")
     return Markup("").join(

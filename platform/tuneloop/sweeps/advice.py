@@ -1,0 +1,272 @@
+"""What a sweep says to do next: label more rows, take a larger model, try other settings, or stop.
+
+Each piece of advice comes from numbers in `curve.json` and `trials.parquet`, and names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from tuneloop.sweeps.curve import ROWS_KEY, series_of
+from tuneloop.sweeps.table import HARDLY, SURELY_LESS
+
+MODEL_KEY = "model.base"
+Kind = Literal["rows", "model", "setting", "prompt", "stop", "unclear"]
+Help = Literal["surely", "hardly", "unclear", "unknown"]
+
+# Above this share there is little left to gain.
+_SATURATED = 0.98
+
+
+class Advice(NamedTuple):
+    """Something to do, why, and what it is expected to bring.
+
+    Attributes:
+        gain: In the unit of the score, with its interval; None where it is not known.
+        price: Of labels and training; None where a price is not given.
+    """
+
+    kind: Kind
+    title: str
+    why: str
+    gain: dict[str, float] | None = None
+    price: float | None = None
+
+
+class Sweep(NamedTuple):
+    """What was measured: `curve.json`, and the rows of `trials.parquet`."""
+
+    curve: Mapping[str, Any]
+    trials: Sequence[Mapping[str, Any]]
+
+    @property
+    def best(self) -> Mapping[str, Any]:
+        """The winner's row."""
+        return self.trials[self.curve["best"]["trial"]]
+
+    @property
+    def line(self) -> Mapping[str, Any]:
+        """The learning curve that the winner is on."""
+        series = series_of(self.best, self.curve["keys"])
+        return next(one for one in self.curve["curves"] if one["series"] == series)
+
+    @property
+    def sign(self) -> int:
+        """1 where a higher score is better, else -1."""
+        return 1 if self.curve.get("higher_is_better", True) else -1
+
+    @property
+    def unit(self) -> float:
+        """What the least gains are measured in: a share, or the loss of the winner."""
+        return 1.0 if self.is_share else abs(float(self.best["score"]))
+
+    @property
+    def is_share(self) -> bool:
+        """Whether scores are shares, so that differences are points."""
+        scores = [trial["score"] for trial in self.trials if trial["score"] is not None]
+        return self.sign > 0 and all(0 <= score <= 1 for score in scores)
+
+    def points(self, gain: Mapping[str, float]) -> str:
+        """Return a gain with its interval in words; positive is better."""
+        values = [self.sign * gain[name] for name in ("value", "low", "high")]
+        ends = sorted(values[1:])
+        if self.is_share:
+            value, low, high = (f"{100 * one:+.1f}" for one in (values[0], *ends))
+            text = f"{value} points ({low} to {high})"
+        else:
+            value, low, high = (f"{one:+.3f}" for one in (values[0], *ends))
+            text = f"{value} ({low} to {high})"
+        return text.replace("-", "−")
+
+    def score(self, value: float) -> str:
+        """Return a score in words."""
+        return f"{100 * value:.1f}%" if self.is_share else f"{value:.3f}"
+
+    def help_of(self, gain: Mapping[str, float]) -> Help:
+        """Return whether a gain is worth anything."""
+        value = self.sign * gain["value"]
+        low, high = sorted(self.sign * gain[name] for name in ("low", "high"))
+        if value < HARDLY * self.unit and high < SURELY_LESS * self.unit:
+            return "hardly"
+        return "surely" if low >= HARDLY * self.unit else "unclear"
+
+
+def advise(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> list[Advice]:
+    """Return what to do, the most telling first; empty for a sweep without a winner.
+
+    Args:
+        curve: Content of `curve.json`.
+        trials: Rows of `trials.parquet`.
+    """
+    if not curve.get("best") or "test" not in curve["best"]:
+        return []
+    sweep = Sweep(curve, trials)
+    rows, model = _rows(sweep), _larger_model(sweep)
+    settings = _edges(sweep)
+    prompt = _prompt(sweep)
+    found = [*prompt, rows[1], *([model[1]] if model[1] else []), *settings]
+    worth = [one for one in found if one.kind in ("prompt", "rows", "model", "setting")]
+    if worth:
+        rest = [one for one in found if one not in worth]
+        return worth + rest
+    return [_stop(sweep, rows[0], model[0]), *found]
+
+
+def _rows(sweep: Sweep) -> tuple[Help, Advice]:
+    """Return whether more rows help."""
+    forecast = sweep.line.get("forecast", {})
+    if not forecast.get("forecasts"):
+        why = forecast.get("refused") or "the training rows were not varied"
+        return "unknown", Advice(
+            "unclear",
+            "Whether more rows help is not known",
+            f"There is no forecast: {why}. `{ROWS_KEY}: [100, 200, 400]` in `sweep.parameters` "
+            "would tell.",
+        )
+    largest = max(size for size, _ in sweep.line["points"])
+    twice, four = forecast["forecasts"][0], forecast["forecasts"][1]
+    helps = sweep.help_of(twice["gain"])
+    if helps == "hardly":
+        return helps, Advice(
+            "unclear",
+            "More rows hardly help",
+            f"Twice the {largest:,} training rows are expected to bring "
+            f"{sweep.points(twice['gain'])}.",
+            twice["gain"],
+        )
+    if helps == "unclear":
+        return helps, Advice(
+            "unclear",
+            "More rows may help",
+            f"Twice the {largest:,} training rows are expected to bring "
+            f"{sweep.points(twice['gain'])}: that may be nothing. More validation rows, seeds or "
+            "data volumes make it known; label only if labels are cheap.",
+            twice["gain"],
+            _price(sweep, twice["num_examples"]),
+        )
+    goal = four if sweep.help_of(four["step"]) == "surely" else twice
+    more = goal["num_examples"] - largest
+    price = _price(sweep, goal["num_examples"])
+    spent = "" if price is None else f", for about {price:,.2f}"
+    return helps, Advice(
+        "rows",
+        f"Label about {more:,} more rows",
+        f"{goal['num_examples']:,} training rows in place of {largest:,} are expected to bring "
+        f"{sweep.points(goal['gain'])}{spent}.{_which_rows(sweep)}",
+        goal["gain"],
+        price,
+    )
+
+
+def _which_rows(sweep: Sweep) -> str:
+    """Return which rows to label first: those on which the winner is clearly worse."""
+    weakest = sweep.curve.get("weakest", [])
+    if not weakest:
+        return " No part of the validation rows is clearly worse than the others."
+    parts = [
+        f"{part['by'].replace('_', ' ')} `{part['slice']}` ({sweep.score(part['value'])} of "
+        f"{part['n']:,}, the others {sweep.score(part['rest'])})"
+        for part in weakest[:3]
+    ]
+    return f" First those where it is clearly worse than elsewhere: {', '.join(parts)}."
+
+
+def _price(sweep: Sweep, num_rows: int) -> float | None:
+    """Return what a training on so many rows costs, beyond the labels that are there."""
+    largest = max(int(trial["num_train_examples"]) for trial in sweep.trials)
+    per_row, per_hour = sweep.curve.get("price_per_row"), sweep.curve.get("price_per_hour")
+    if per_row is None and per_hour is None:
+        return None
+    labels = (num_rows - largest) * (per_row or 0.0)
+    hours = (sweep.best.get("cpu_hours") or sweep.best.get("gpu_hours") or 0.0) * num_rows / largest
+    return labels + hours * (per_hour or 0.0)
+
+
+def _larger_model(sweep: Sweep) -> tuple[Help, Advice | None]:
+    """Return whether a larger model helps, by the step between the two largest that were tried."""
+    steps = sweep.curve.get("model_steps", [])
+    if not steps:
+        return "unknown", None
+    step = steps[-1]
+    helps = sweep.help_of(step["gain"])
+    times = f"{step['times_hours']:.1f} times the training time"
+    if step["times_latency"] is not None:
+        times += f" and {step['times_latency']:.1f} times the time to answer"
+    measured = (
+        f"`{step['larger']}` against `{step['smaller']}` on {step['num_train_examples']:,} rows: "
+        f"{sweep.points(step['gain'])}, for {times}."
+    )
+    if helps == "surely":
+        title = "A larger model helps"
+        why = f"{measured} One still larger is worth a trial."
+        return helps, Advice("model", title, why, step["gain"])
+    title = {"hardly": "A larger model does not help", "unclear": "A larger model may help"}[helps]
+    return helps, Advice("unclear", title, measured, step["gain"])
+
+
+def _edges(sweep: Sweep) -> list[Advice]:
+    """Return the settings whose best value is the last one that was tried on its side."""
+    found = []
+    for key in sweep.curve["keys"]:
+        values = {trial[key] for trial in sweep.trials if trial["status"] in ("done", "stopped")}
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if key == ROWS_KEY or len(numbers) < 3 or len(numbers) < len(values):
+            continue
+        best = sweep.best[key]
+        if best not in (min(numbers), max(numbers)):
+            continue
+        is_top = best == max(numbers)
+        found.append(
+            Advice(
+                "setting",
+                f"Try {'more' if is_top else 'less'} of `{key}`",
+                f"The best value, {best:g}, is the {'largest' if is_top else 'smallest'} of the "
+                f"{len(numbers)} that were tried.",
+            )
+        )
+    return found
+
+
+def _prompt(sweep: Sweep) -> list[Advice]:
+    """Return that something untrained is better than every finetuned model, where it is so."""
+    found = []
+    value = sweep.curve["best"]["validation"]["value"]
+    for bar in sweep.line.get("forecast", {}).get("break_even", []):
+        if bar["found"] == "out of reach" and sweep.sign * (bar["score"] - value) > 0:
+            reach = sweep.line["forecast"]["forecasts"][-1]["num_examples"]
+            found.append(
+                Advice(
+                    "prompt",
+                    f"Stop: keep {bar['arm']}",
+                    f"It has {sweep.score(bar['score'])} without training, the best finetuned "
+                    f"model {sweep.score(value)}, which does not pass it with {reach:,} rows "
+                    "either. A larger model may.",
+                )
+            )
+    return found
+
+
+def _stop(sweep: Sweep, rows: Help, model: Help) -> Advice:
+    """Return the advice to stop, or that it cannot be told."""
+    value = sweep.curve["best"]["validation"]["value"]
+    if sweep.is_share and value >= _SATURATED:
+        why = f"{sweep.score(value)} of the validation rows are right already."
+        return Advice("stop", "Stop: little is left to gain", why)
+    if rows == "hardly" and model in ("hardly", "unknown"):
+        twice = sweep.line["forecast"]["forecasts"][0]
+        why = (
+            f"Twice the rows are expected to bring {sweep.points(twice['gain'])}, at most "
+            f"{100 * SURELY_LESS:.0f} points with 95% certainty."
+            if sweep.is_share
+            else f"Twice the rows are expected to bring {sweep.points(twice['gain'])}."
+        )
+        if model == "hardly":
+            why += " The larger model does not help either."
+        return Advice("stop", "Stop: neither rows nor settings bring more", why)
+    return Advice(
+        "unclear",
+        "It cannot be told yet what would help",
+        "The gains that were measured may be nothing. More validation rows or `sweep.num_seeds` "
+        "narrow the intervals.",
+    )

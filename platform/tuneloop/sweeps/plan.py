@@ -1,0 +1,156 @@
+"""What a sweep needs before its first training: datasets, fingerprints, and the study."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+
+from tuneloop import pipeline
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.config import SweepConfig, TuneloopConfig
+from tuneloop.errors import DataError, Problem, UserError
+from tuneloop.models.bases.source import resolve_base
+from tuneloop.sweeps.grid import (
+    Cell,
+    listed_values,
+    num_combinations,
+    search_of,
+    with_drawn,
+)
+from tuneloop.sweeps.study import Budget, Job, Journal, Study
+from tuneloop.training.batches import Schedule
+
+logger = logging.getLogger("tuneloop.sweeps")
+
+
+class Prepared(NamedTuple):
+    """A sweep's datasets, by what decides them."""
+
+    sweep: SweepConfig
+    datasets: dict[str, Artifact]
+
+    def job(self, cell: Cell) -> Job:
+        """Return what a cell trains, on which rows."""
+        dataset = self.datasets[_dataset_key(cell)]
+        training = cell.config.training
+        if self.sweep.scheduler is not None and training.eval_every_steps is None:
+            # As often as early stopping decides, and no oftener than it helps.
+            num_rows = int(dataset.manifest["metrics"]["num_train_rows"])
+            steps = Schedule.of(training, num_rows).num_steps
+            every = max(1, round(steps * min(self.sweep.grace_period, 0.1)))
+            training = training.model_copy(update={"eval_every_steps": every})
+            config = cell.config.model_copy(update={"training": training})
+            cell = replace(cell, config=config)
+        job = Job(cell, dataset, "")
+        return job._replace(fingerprint=self.identities(job)[0])
+
+    def identities(self, job: Job) -> tuple[str, str]:
+        """Return the fingerprints of the model and of its evaluation on the validation split."""
+        base = resolve_base(job.cell.config.model.base)
+        return pipeline.finetuned_identities(job.cell.config, base, job.dataset)
+
+
+def make_study(
+    config: TuneloopConfig,
+    workspace: Workspace,
+    prepared: Prepared,
+    jobs: list[Job],
+    folder: Path,
+) -> Study:
+    """Return the study that earlier calls have left, or a new one."""
+    assert config.sweep is not None
+    sweep = config.sweep
+    study = partial(
+        Study,
+        budget=Budget.of(config),
+        journal=Journal(folder / "journal.jsonl"),
+        find=partial(workspace.find, "models", config.name),
+    )
+    if search_of(sweep) != "optuna":
+        return study(jobs, order_seed=None if sweep.scheduler is None else sweep.seed)
+    listed = [key for key, values in sweep.parameters.items() if listed_values(values) is not None]
+    first = jobs[:: sweep.num_seeds]
+    by_listed = {repr([job.cell.values[key] for key in listed]): job.cell for job in first}
+
+    def make(values: dict[str, Any]) -> list[Job]:
+        cell = by_listed[repr([values[key] for key in listed])]
+        return [prepared.job(one) for one in with_drawn(cell, values, sweep.num_seeds)]
+
+    # Loaded here: everything else is looked up without Ray Tune.
+    from tuneloop.sweeps.search import OptunaDrawing
+
+    return study(
+        [],
+        drawing=OptunaDrawing(sweep),
+        make=make,
+        num_wanted=num_combinations(sweep) or 0,
+        num_seeds=sweep.num_seeds,
+    )
+
+
+def prepare_all(cells: Sequence[Cell], workspace: Workspace) -> dict[str, Artifact]:
+    """Prepare every cell's dataset, and return them by what decides them.
+
+    All base models are fetched before the first is used.
+    """
+    problems: list[Problem] = []
+    for base in dict.fromkeys(cell.config.model.base for cell in cells):
+        try:
+            resolve_base(base)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    datasets: dict[str, Artifact] = {}
+    for cell in cells:
+        wanted = _dataset_key(cell)
+        if wanted in datasets:
+            continue
+        try:
+            datasets[wanted] = pipeline.prepare_dataset(
+                cell.config, workspace, resolve_base(cell.config.model.base)
+            ).artifact
+        except DataError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise DataError(*problems)
+    return datasets
+
+
+def _dataset_key(cell: Cell) -> str:
+    return cell.config.model_dump_json(include={"data", "task", "model"})
+
+
+def common_rows(datasets: Sequence[Artifact], keys: Sequence[str]) -> frozenset[str] | None:
+    """Return the ids of the validation rows that count; None: all, for all trials have the same.
+
+    A key that changes which rows there are (a filter, a source) changes the validation split too.
+    No trial is trained on a row of its own validation split, so the common ones are unseen by all.
+    """
+    folders = dict.fromkeys(dataset.path / "validation" for dataset in datasets)
+    tables = [pq.read_table(folder, columns=["row_id"]) for folder in folders]
+    ids = [frozenset(table["row_id"].to_pylist()) for table in tables]
+    common = frozenset.intersection(*ids)
+    if all(rows == common for rows in ids):
+        return None
+    if len(common) < min(map(len, ids)) / 2:
+        raise DataError(
+            Problem(
+                "the trials have too few validation rows in common to be compared",
+                where="sweep.parameters",
+                got=f"{len(common):,} rows in common, of {min(map(len, ids)):,} or more each, over "
+                + ", ".join(f"`{key}`" for key in keys),
+                allowed="at least half of them",
+                remedy="sweep keys that leave the rows as they are",
+            )
+        )
+    logger.warning(
+        "the trials' validation splits differ: compared on the %d rows that all have", len(common)
+    )
+    return common

@@ -1,0 +1,176 @@
+"""What a sweep says to do next is what its numbers say, and the page shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tuneloop.evals.scoring.metrics import Metric
+from tuneloop.sweeps.advice import advise
+from tuneloop.sweeps.curve import ROWS_KEY, Bar, describe_forecast, learning_curves
+from tuneloop.sweeps.report import list_candidates, render_sweep
+
+ACCURACY = Metric("right", kind="binary")
+SIZES = (50, 100, 200, 400, 800)
+
+
+def rising(size: float) -> float:
+    return 0.95 - 0.9 / (1 + (size / 800) ** 1.0)
+
+
+def flat(size: float) -> float:
+    return 0.7 - 0.5 / (1 + (size / 20) ** 1.7)
+
+
+def sweep(
+    curve: Callable[[float], float],
+    bars: list[Bar] | None = None,
+    half_width: float = 0.015,
+    **more: Any,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return `curve.json` and the trials of a sweep over data volumes."""
+    keys = [ROWS_KEY]
+    trials = [
+        {
+            ROWS_KEY: size, "num_train_examples": size, "num_parameters": 10**8, "seed": 0,
+            "score": curve(size), "low": curve(size) - half_width, "high": curve(size) + half_width,
+            "status": "done", "model": f"models/s@v{size}", "wall_s": 3.6 * size, "problem": "",
+            "cpu_hours": size / 1000, "gpu_hours": None, "price": size / 100, "latency_s": 0.5,
+            "label_price": size / 2, "loss": 1.0, "test_score": None, "trained_ratio": 1.0,
+        }
+        for size in SIZES
+    ]  # fmt: skip
+    best = max(range(len(SIZES)), key=lambda number: trials[number]["score"])
+    trials[best]["test_score"] = trials[best]["score"]
+    cells = [
+        {"values": {ROWS_KEY: trial[ROWS_KEY]}, "trials": [number], "value": trial["score"]}
+        | {name: trial[name] for name in ("num_train_examples", "low", "high")}
+        for number, trial in enumerate(trials)
+    ]
+    (line,) = learning_curves(trials, keys)
+    line["forecast"] = describe_forecast(cells, ACCURACY, 0.95, bars or [])
+    score = {name: trials[best][key] for name, key in (("value", "score"), ("low", "low"))}
+    score["high"] = trials[best]["high"]
+    content = {
+        "metric": "accuracy", "higher_is_better": True, "keys": keys, "curves": [line],
+        "cells": cells, "confidence": 0.95, "num_validation_examples": 900,
+        "num_test_examples": 900, "price_per_row": 0.5, "price_per_hour": 10.0,
+        "best": {
+            "trial": best, "model": trials[best]["model"], "validation": score, "test": score,
+            "optimism": {"value": 0.0, "low": -0.02, "high": 0.02},
+        },
+        "untrained": {"m": [bar._asdict() | {"latency_s": 0.9} for bar in bars or []]},
+    }  # fmt: skip
+    return content | more, trials
+
+
+def test_more_rows_are_advised_where_they_surely_help_with_their_price() -> None:
+    weakest = [{"by": "label", "slice": "other", "value": 0.2, "rest": 0.6, "n": 40}]
+    (first, *_) = advise(*sweep(rising, weakest=weakest))
+    assert first.kind == "rows"
+    # Four times the rows: from 800 to 3,200.
+    assert first.title == "Label about 2,400 more rows"
+    assert first.gain is not None
+    assert first.gain["low"] < rising(3200) - rising(800) < first.gain["high"]
+    # 2,400 labels, and four times the 0.8 hours.
+    assert first.price == pytest.approx(2400 * 0.5 + 4 * 0.8 * 10)
+    assert "label `other` (20.0% of 40, the others 60.0%)" in first.why
+
+
+def test_stop_is_advised_where_the_numbers_say_so() -> None:
+    content, trials = sweep(flat)
+    # The truth: 1,600 rows bring a tenth of a point.
+    assert flat(1600) - flat(800) < 0.002
+    first, *rest = advise(content, trials)
+    assert first.kind == "stop"
+    assert "at most 3 points with 95% certainty" in first.why
+    gain = content["curves"][0]["forecast"]["forecasts"][0]["gain"]
+    assert flat(1600) - flat(800) < gain["high"] < 0.03
+    assert gain["value"] < 0.01
+    assert [one.title for one in rest] == ["More rows hardly help"]
+    # Not where a larger model helps: then that is what to do.
+    step = {
+        "smaller": "s", "larger": "m", "num_train_examples": 800, "times_hours": 2.5,
+        "times_latency": 1.5, "gain": {"value": 0.06, "low": 0.03, "high": 0.09},
+    }  # fmt: skip
+    first, *_ = advise(*sweep(flat, model_steps=[step]))
+    assert (first.kind, first.title) == ("model", "A larger model helps")
+    assert "+6.0 points (+3.0 to +9.0), for 2.5 times the training time" in first.why
+    none = step | {"gain": {"value": -0.01, "low": -0.03, "high": 0.005}}
+    first, *_ = advise(*sweep(flat, model_steps=[none]))
+    assert first.kind == "stop"
+    assert "The larger model does not help either" in first.why
+
+
+def test_nothing_is_advised_that_the_intervals_do_not_bear() -> None:
+    first, second = advise(*sweep(flat, half_width=0.08))
+    assert first.title == "It cannot be told yet what would help"
+    assert second.title == "More rows may help"
+    assert advise({"best": {}}, []) == []
+
+
+def test_a_prompt_that_is_not_passed_is_kept() -> None:
+    (first, *_) = advise(*sweep(flat, [Bar("base+few-shot", 0.9, 0.89, 0.91)]))
+    assert first.title == "Stop: keep base+few-shot"
+    assert "90.0% without training, the best finetuned model 69.9%" in first.why
+    assert "3,200 rows" in first.why
+
+
+def test_a_best_value_at_the_end_of_what_was_tried_is_told() -> None:
+    content, trials = sweep(flat)
+    rates = [1e-4, 2e-4, 3e-4, 4e-4, 5e-4]
+    for trial, rate in zip(trials, rates, strict=True):
+        trial["training.learning_rate"] = rate
+    content["keys"] = [ROWS_KEY, "training.learning_rate"]
+    content["curves"][0]["series"] = f"training.learning_rate={rates[-1]}"
+    titles = [one.title for one in advise(content, trials)]
+    assert titles[0] == "Try more of `training.learning_rate`"
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    bars = [Bar("base+few-shot", 0.3, 0.29, 0.31), Bar("simple", 0.1, 0.09, 0.11)]
+    content, trials = sweep(rising, bars)
+    trials[0]["latency_s"] = 2.0
+    candidates = list_candidates(content, trials)
+    assert [one.score for one in candidates] == sorted(
+        (one.score for one in candidates), reverse=True
+    )
+    front = {one.name: one.is_on_front for one in candidates}
+    # Dearer and slower than the few-shot prompt, and worse: 50 rows reach 10%.
+    assert rising(50) < 0.3
+    assert not front["rows 50"]
+    assert front["rows 800"]
+    assert front["base+few-shot"]
+    assert not front["simple"], "as slow and as cheap as the prompt, and worse"
+    assert candidates[0].price == pytest.approx(8 + 400)
+
+
+def test_a_mixture_shows_each_task_by_itself() -> None:
+    content, trials = sweep(rising)
+    for trial in trials:
+        trial["read/accuracy"], trial["write/word_f1"] = trial["score"] / 2, 0.25
+    tasks = {"read": "read/accuracy", "write": "write/word_f1"}
+    page = render_sweep("sweeps/s@v1", content | {"tasks": tasks}, trials)
+    assert "<th>read</th><th>write</th>" in page
+    assert f"<td>rows 800</td><td>{100 * rising(800) / 2:.1f}%</td><td>25.0%</td>" in page
+
+
+def test_the_page_loads_nothing_and_shows_curve_front_and_advice() -> None:
+    content, trials = sweep(rising, [Bar("base+few-shot", 0.45, 0.44, 0.46)])
+    page = render_sweep("sweeps/s@v1", content, trials)
+    assert "Label about 2,400 more rows" in page
+    assert page.count("<circle") == len(SIZES) + 1, "the points, and the legend"
+    assert 'class="band' in page
+    assert "base+few-shot 45.0%" in page
+    assert "Rows until finetuning passes" in page
+    assert "★" in page
+    assert "src=" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    # What users wrote is text, not markup.
+    content["keys"] = [ROWS_KEY, "model.base"]
+    for trial in trials:
+        trial["model.base"] = "<script>"
+    content["curves"][0]["series"] = "model.base=<script>"
+    assert "<script>" not in render_sweep("sweeps/s@v1", content, trials)
