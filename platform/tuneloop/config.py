@@ -815,6 +815,12 @@ class EvaluationConfig(Section):
         default_factory=list,
         description="For `tuneloop gate`: scores that the candidate has to reach.",
     )
+    calibration: bool = Field(
+        False,
+        description="True: labels that are ranked have probabilities, and the report says how far "
+        "one can rely on them. The search among the labels takes longer then, the more so the less "
+        "sure the model is.",
+    )
     max_unscored_ratio: float = Field(
         0.2,
         ge=0,

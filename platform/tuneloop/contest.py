@@ -70,7 +70,8 @@ def _constrained(config: TuneloopConfig, arm: Arm, name: str, dataset: Artifact)
     if config.task.type not in KINDS:
         return []
     try:
-        return [replace(constrain(arm, config.task, dataset), name=name)]
+        bound = constrain(arm, config.task, dataset, config.evaluation.calibration)
+        return [replace(bound, name=name)]
     except DataError as error:
         logger.warning("scored without `%s`: %s", name, error.problems[0])
         return []
@@ -415,7 +416,7 @@ class NamedArms:
             own = FINETUNED if known in (FINETUNED, FINETUNED_CONSTRAINED) else BASE
             arm = replace(self._served(name, spec.model or own), name=name)
         if spec.constrain or known in _CONSTRAINED:
-            arm = constrain(arm, self.config.task, self.dataset)
+            arm = constrain(arm, self.config.task, self.dataset, e.calibration)
         if not num_shots:
             return arm
         tasks = list(self.config.task.tasks)

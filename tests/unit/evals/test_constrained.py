@@ -113,7 +113,7 @@ def test_labels_of_another_server_come_as_json(tmp_path: Path) -> None:
     assert unwrap('{"label": "b"}', arm.answer_key) == "b"
     assert unwrap("b, I think", arm.answer_key) == "b, I think"
     own = constrain(Arm("base", Endpoint("", BASE), (), "weights"), task, None)
-    assert own.forms[""]["ranking"]["answers"] == ["a", "b"]
+    assert own.forms[""]["ranking"] == {"answers": ["a", "b"], "coverage": 0.0}
 
 
 def test_ranked_labels_have_probabilities_and_a_gain_is_split(
@@ -142,7 +142,8 @@ def test_ranked_labels_have_probabilities_and_a_gain_is_split(
     tuned = Arm(FINETUNED, Endpoint(model_server.url, "tuned"), (), "weights", trained_on="d" * 64)
 
     def bound(arm: Arm, name: str) -> Arm:
-        own = constrain(replace(arm, endpoint=Endpoint("", "")), config.task, dataset)
+        own = constrain(replace(arm, endpoint=Endpoint("", "")), config.task, dataset, True)
+        assert own.forms[""]["ranking"]["coverage"] == 0.99
         return replace(arm, name=name, forms=own.forms)
 
     arms = [base, bound(base, BASE_CONSTRAINED), bound(tuned, FINETUNED_CONSTRAINED), tuned]

@@ -25,7 +25,15 @@ from tuneloop.evals.scoring.questions import Question, messages_json
 from tuneloop.models.client.client import Client, RequestError, ask_each
 from tuneloop.models.json_form import has_form
 from tuneloop.progress import Progress
-from tuneloop.records import Arm, Conversation, Endpoint, FinishReason, Message, SamplingParams
+from tuneloop.records import (
+    Arm,
+    Completion,
+    Conversation,
+    Endpoint,
+    FinishReason,
+    Message,
+    SamplingParams,
+)
 from tuneloop.text import format_duration
 
 _log = logging.getLogger("tuneloop.evals")
@@ -392,7 +400,7 @@ async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,
         latency_s=completion.latency_s,
-        probability=next(iter(completion.probabilities.values()), None),
+        probability=_probability(request, completion),
     )
 
 
@@ -416,6 +424,13 @@ async def _probability_of_reference(client: Client, request: EvaluationRequest) 
         latency_s=time.perf_counter() - started,
         bits_per_byte=-likelihood.logprob / math.log(2) / size,
     )
+
+
+def _probability(request: EvaluationRequest, completion: Completion) -> float | None:
+    """Return the probability of the answer among those it was chosen from, if it is known."""
+    if not request.form.get("ranking", {}).get("coverage"):
+        return None  # the search went no further than the answer
+    return next(iter(completion.probabilities.values()), None)
 
 
 def _refuse_dead_arms(

@@ -14,14 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 from tuneloop.artifacts import Artifact
-from tuneloop.config import OneTaskConfig, TaskConfig
+from tuneloop.config import TaskConfig
 from tuneloop.errors import DataError, Problem
 from tuneloop.evals.scoring.questions import read_solved
 from tuneloop.models.json_form import why_unusable
 from tuneloop.records import Arm
 
 KINDS = ("classification", "extraction")
-# The search among labels goes on until the probabilities are known this far.
+# Where probabilities are asked for, the labels found have this share of all of it.
 _COVERAGE = 0.99
 _LABEL = "label"
 _MOST_LABELS = 1000
@@ -34,12 +34,15 @@ def constrainable(task: TaskConfig) -> list[str]:
     return [name for name in task.tasks or ("",) if task.of(name).type in KINDS]
 
 
-def constrain(arm: Arm, task: TaskConfig, dataset: Artifact | None) -> Arm:
+def constrain(
+    arm: Arm, task: TaskConfig, dataset: Artifact | None, calibration: bool = False
+) -> Arm:
     """Return an arm with its answers in the form of their task.
 
     Args:
         arm: Of a model of our own, or of an endpoint that knows `response_format`.
         dataset: Whose train rows have the JSON of an extraction; None where no task is one.
+        calibration: Labels that a model of our own ranks have probabilities.
 
     Raises:
         DataError: There are more labels than a request may have, or the answers of the train rows
@@ -51,25 +54,24 @@ def constrain(arm: Arm, task: TaskConfig, dataset: Artifact | None) -> Arm:
             got, allowed = f"{len(task.of(name).labels):,} labels", f"at most {_MOST_LABELS:,}"
             raise DataError(Problem(_UNBOUND, got=got, allowed=allowed))
     if arm.endpoint.url:
-        forms = {name: _endpoint_form(task.of(name), name, dataset, task) for name in names}
+        forms = {name: _endpoint_form(name, dataset, task) for name in names}
         labels = any(task.of(name).type == "classification" for name in names)
         return replace(arm, forms=forms, answer_key=_LABEL if labels else "")
-    return replace(
-        arm, forms={name: _own_form(task.of(name), name, dataset, task) for name in names}
-    )
+    return replace(arm, forms={name: _own_form(name, dataset, task, calibration) for name in names})
 
 
 def _own_form(
-    one: OneTaskConfig, name: str, dataset: Artifact | None, task: TaskConfig
+    name: str, dataset: Artifact | None, task: TaskConfig, calibration: bool
 ) -> dict[str, Any]:
+    one = task.of(name)
     if one.type == "classification":
-        return {"ranking": {"answers": list(one.labels), "coverage": _COVERAGE}}
+        coverage = _COVERAGE if calibration else 0.0
+        return {"ranking": {"answers": list(one.labels), "coverage": coverage}}
     return _json_form(_read_schema(name, dataset, task), strict=True)
 
 
-def _endpoint_form(
-    one: OneTaskConfig, name: str, dataset: Artifact | None, task: TaskConfig
-) -> dict[str, Any]:
+def _endpoint_form(name: str, dataset: Artifact | None, task: TaskConfig) -> dict[str, Any]:
+    one = task.of(name)
     if one.type == "extraction":
         schema = _read_schema(name, dataset, task)
         # What OpenAI calls strict has no property that may be left out.

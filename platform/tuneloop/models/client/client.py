@@ -442,7 +442,7 @@ def _probabilities(ranking: Mapping[str, Any] | None) -> dict[str, float]:
 
     Those that it does not list may have what it does not cover.
     """
-    if not ranking:
+    if not ranking or ranking["coverage"] <= 0:
         return {}
     logprobs = {one["text"]: float(one["logprob"]) for one in ranking["answers"]}
     best = max(logprobs.values())
