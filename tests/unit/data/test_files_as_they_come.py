@@ -500,7 +500,7 @@ def test_any_arrow_table_that_is_read_can_be_written(
     [
         ("a.jsonl", gzip.compress(b'{"question": "q", "answer": "a"}\n'), "gzip"),
         ("a.csv", b"PK\x03\x04" + bytes(range(256)), "a zip"),
-        ("a.json", b"PAR1" + bytes(40), "Parquet"),
+        ("a.json", b"PAR1\x15" + bytes(40), "Parquet"),
         ("a.txt", b"%PDF-1.7\n", "PDF"),
     ],
 )
@@ -513,6 +513,14 @@ def test_what_is_no_text_is_told_by_what_it_is(
     more = {"format": "text", "task": {"type": "language_modeling"}} if is_text else {}
     ((_, what),) = complaints(read(path, **more))
     assert f"but {kind}" in what
+
+
+@pytest.mark.parametrize("text", ["SQLite is small.", "PAR1 is a gene.", "BZh is a name.", "PK"])
+def test_a_text_may_begin_with_any_word(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    (row,) = read(path, format="text", task={"type": "language_modeling"})
+    assert (row["rejection"], row["text"]) == (None, text)
 
 
 def test_objects_of_a_json_file_that_is_no_list(tmp_path: Path) -> None:

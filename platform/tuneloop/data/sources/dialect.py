@@ -22,17 +22,17 @@ _MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-# How files begin that are no text, whatever their names say.
+# How files begin that are no text, whatever their names say; no text begins so.
 _BYTES = {
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"PK\x03\x04": "a zip, as spreadsheets are",
-    b"PAR1": "Parquet",
-    b"ARROW1": "Arrow",
-    b"%PDF": "PDF",
-    b"SQLite": "SQLite",
+    rb"\x1f\x8b": "gzip",
+    rb"\x28\xb5\x2f\xfd": "zstd",
+    rb"BZh[1-9]1AY&SY": "bzip2",
+    rb"\xfd7zXZ\x00": "xz",
+    rb"PK\x03\x04": "a zip, as spreadsheets are",
+    rb"PAR1\x15": "Parquet",
+    rb"ARROW1\x00": "Arrow",
+    rb"%PDF-\d": "PDF",
+    rb"SQLite format 3\x00": "SQLite",
 }
 _PLACES = 3
 SAMPLE_BYTES = 1 << 16
@@ -51,7 +51,7 @@ class Dialect(NamedTuple):
 
 def kind_of_bytes(first: bytes) -> str:
     """Return what a file that begins with some bytes is; empty if it may be text."""
-    return next((kind for mark, kind in _BYTES.items() if first.startswith(mark)), "")
+    return next((kind for mark, kind in _BYTES.items() if re.match(mark, first)), "")
 
 
 def encoding_of(first: bytes) -> str:

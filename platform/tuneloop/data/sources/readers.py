@@ -255,7 +255,7 @@ def read_records(file: SourceFile) -> Iterator[Record]:
                 yield from reader(stream)
                 return
             buffered = io.BufferedReader(stream, 1 << 20)
-            if kind := kind_of_bytes(buffered.peek(8)):
+            if kind := kind_of_bytes(buffered.peek(16)):
                 yield Record(1, _not_text(kind, file.suffix))
                 return
             yield from reader(buffered)
