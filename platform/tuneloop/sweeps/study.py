@@ -182,7 +182,7 @@ class Study:
         """Take note of how a training ended.
 
         Args:
-            loss: The validation loss of its model.
+            loss: The validation loss of its model, or that at which it was stopped.
         """
         self._running.discard(number)
         self._num_trained += 1
@@ -245,7 +245,8 @@ class Study:
 
     def _keep(self, number: int, trial: Trial, loss: float | None) -> None:
         self.trials[number] = trial
-        self._losses[number] = loss if trial.model else None
+        # The loss at which a trial was stopped is what is known of its values.
+        self._losses[number] = loss
         for draw, members in enumerate(self._draws):
             if number in members:
                 self._tell(draw)

@@ -184,6 +184,41 @@ def test_a_killed_optuna_sweep_draws_what_it_would_have_drawn(tmp_path: Path) ->
     assert not optuna_study(tmp_path / "parts", parts, 16, num_seeds=2).is_wanting
 
 
+def test_what_is_told_is_the_mean_loss_also_of_a_trial_that_was_stopped(tmp_path: Path) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.told: list[tuple[int, float | None]] = []
+
+        def draw(self, number: int) -> dict[str, Any]:
+            return {RATE: 10.0 ** -(number + 2)}
+
+        def tell(self, number: int, loss: float | None) -> None:
+            self.told.append((number, loss))
+
+    sweep = {"parameters": {RATE: [1e-2]}, "num_seeds": 2}
+    (cell, _) = expand(config(sweep))
+    models, recorder = Models(), Recorder()
+    study = Study(
+        [],
+        ANY,
+        Journal(tmp_path / "j"),
+        models.get,
+        drawing=recorder,
+        make=lambda values: [job(one) for one in with_drawn(cell, values, 2)],
+        num_wanted=2,
+        num_seeds=2,
+    )
+    losses = [1.0, 3.0, 9.0, None]
+    for loss, status in zip(losses, ("done", "stopped", "done", "failed"), strict=True):
+        number = study.next()
+        assert number is not None
+        model = models.publish(study.jobs[number]) if status == "done" else None
+        ended = Trial(study.jobs[number].cell, model, "", 1.0, status=status)  # type: ignore[arg-type]
+        study.end(number, ended, loss)
+    assert study.num_expected == 4
+    assert recorder.told == [(0, 2.0), (1, None)]
+
+
 def test_a_small_space_is_drawn_whole_and_then_ends(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     from tuneloop.sweeps.search import OptunaDrawing
