@@ -95,6 +95,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
             for step in next_steps(evaluation)
         ],
         prompts=show_prompts(evaluation),
+        has_calls="function_call" in evaluation.metrics["metrics"],
         facts=list_facts(evaluation, config, dataset),
     )
 
