@@ -706,7 +706,7 @@ class MetricConfig(Section):
             "pattern": "regex", "separator": "multi_label_f1",
         }  # fmt: skip
         for option in sorted(self.model_fields_set - {"name"}):
-            if self.name != belongs[option]:
+            if self.name.rpartition("/")[2] != belongs[option]:
                 raise ValueError(f"`{option}` belongs to the metric `{belongs[option]}`")
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -42,6 +42,7 @@ def foreign_language(text: str, allowed: Sequence[str]) -> str:
     return code if code != _NO_LANGUAGE and possible <= _LARGEST_CHANCE else ""
 
 
+@lru_cache(maxsize=1 << 15)
 def language_of(text: str) -> str:
     """Return the language that a text is clearly in, as its ISO 639-1 code; empty otherwise.
 

@@ -35,6 +35,7 @@ from tuneloop.evals.scoring.cheapest import find_cheapest
 from tuneloop.evals.scoring.choosable import (
     chosen_metrics,
     code_of_own_scorers,
+    metrics_by_task,
     own_tags,
     primary_of,
 )
@@ -91,7 +92,7 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 18
+CODE_VERSION = 19
 _REFUSED = re.compile(
     r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
 )
@@ -391,10 +392,12 @@ def make_scorer(config: TuneloopConfig, questions: Sequence[Question]) -> Scorer
         {q.example_id: q.task for q in questions},
         metrics,
         "" if config.task.tasks else primary_of(config.task, config.evaluation, metrics),
+        metrics_by_task(config.task, config.evaluation) if config.task.tasks else None,
     )
     # Whatever is wrong with a scorer is told before anything is asked and paid for.
-    if metrics and not questions[0].text:
-        scorer.score(questions[0].reference, questions[0].reference)
+    if config.evaluation.metrics and not questions[0].text:
+        for question in {question.task: question for question in reversed(questions)}.values():
+            scorer.score(question.reference, question.reference, question.task)
     return scorer
 
 
@@ -525,8 +528,14 @@ def _scores(
 ) -> Mapping[str, float | None]:
     if request.question.text:
         return {"bits_per_byte": answer.bits_per_byte}
-    reference = _nearest_reference(scorer, request, answer)
-    return scorer.score(reference, answer.text, request.question.task)
+    try:
+        reference = _nearest_reference(scorer, request, answer)
+        return scorer.score(reference, answer.text, request.question.task)
+    except ConfigError as error:
+        # A function of the user's own: the answers that came are kept.
+        row = f", row {request.question.example_id}"
+        problems = [dataclasses.replace(p, where=p.where + row) for p in error.problems]
+        raise ConfigError(*problems) from error
 
 
 def _nearest_reference(scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer) -> str:
@@ -615,13 +624,13 @@ def _account(
         rows = [p for p in evaluation.predictions if p.arm == arm.name]
         if arm.name in free_arms:
             about["free_arm"] = free_arms[arm.name]
-        if calibration := describe_calibration(rows, evaluation.primary):
+        if calibration := describe_calibration(rows, evaluation.row_metric):
             about["calibration"] = calibration
         about |= {
             "answered_by": _describe_source(arm),
             "mean_completion_tokens": mean_count([p.completion_tokens for p in rows]),
             "cost_per_1000_requests": cost_per_1000(arm, rows),
-            "contamination": describe_contamination(rows, evaluation.primary),
+            "contamination": describe_contamination(rows, evaluation.row_metric),
         }
     metric = evaluation.metric(evaluation.primary)
     evaluation.comparison["enough"] = find_cheapest(

@@ -12,6 +12,7 @@ from tuneloop.errors import ConfigError
 from tuneloop.evals.scoring.choosable import (
     chosen_metrics,
     code_of_own_scorers,
+    metrics_by_task,
     primary_of,
     try_scorers,
 )
@@ -95,12 +96,37 @@ def test_options_belong_to_their_metric():
         EvaluationConfig.model_validate({"metrics": [{"name": "chrf", "after": "#"}]})
 
 
-def test_a_mixture_keeps_the_metrics_of_its_tasks():
+def test_the_metrics_of_a_mixture_are_named_with_their_task():
     tasks = {"a": {"type": "generation"}, "b": {"type": "generation"}}
     mixture = TaskConfig.model_validate({"type": "mixture", "tasks": tasks})
     assert chosen_metrics(mixture, EvaluationConfig()) is None
-    with pytest.raises(ConfigError, match="metrics of its tasks"):
-        chosen_metrics(mixture, EvaluationConfig(metrics=["chrf"]))
+    evaluation = EvaluationConfig(metrics=["a/chrf", {"name": "a/number", "after": "#"}])
+    by_task = metrics_by_task(mixture, evaluation)
+    assert {name: list(metrics) for name, metrics in by_task.items()} == {"a": ["chrf", "number"]}
+    references = {"1": "it is #7", "2": "yes it is"}
+    scorer = Scorer(mixture, references, {"1": "a", "2": "b"}, by_task=by_task)
+    assert list(scorer.metrics)[:3] == ["score", "a/chrf", "a/number"]
+    assert "b/token_f1" in scorer.metrics
+    # The first metric named for a task decides about its rows; the others keep their own.
+    scores = scorer.score("it is #7", "it is #7", "a")
+    assert scores == {"score": 1.0, "a/chrf": 1.0, "a/number": 1.0}
+    assert scorer.score("yes it is", "yes", "b")["score"] == pytest.approx(0.5)
+    for wrong in ("chrf", "c/chrf", "a/macro_f1", "a/perplexity", "a/accuracy"):
+        with pytest.raises(ConfigError) as raised:
+            chosen_metrics(mixture, EvaluationConfig(metrics=["a/chrf", wrong]))
+        assert raised.value.problems[0].where == "evaluation.metrics.1"
+    with pytest.raises(ConfigError, match="goes by the metric of its task"):
+        chosen_metrics(mixture, EvaluationConfig(primary="score"))
+
+
+def test_macro_f1_decides_together_and_accuracy_about_single_answers():
+    labels = TaskConfig(type="classification", labels=["a", "b"])
+    scorer = choose(primary="macro_f1", task=labels)
+    assert (scorer.decides, scorer.primary) == ("macro_f1", "accuracy")
+    own = choose("exact_match_strict", "macro_f1", primary="macro_f1", task=labels)
+    assert (own.decides, own.primary) == ("macro_f1", "exact_match_strict")
+    with pytest.raises(ConfigError, match="cannot decide"):
+        choose(primary="macro_f1")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from tuneloop.config import TaskConfig
+from tuneloop.evals.reporting.headline import write_headline
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.estimates import describe_difference, describe_mean
@@ -25,6 +26,7 @@ from tuneloop.evals.scoring.intervals import (
 )
 from tuneloop.evals.scoring.metrics import Metric, Scorer
 from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.results import Evaluation
 
 FAST = Resampling(num_resamples=2000)
 
@@ -365,3 +367,44 @@ def test_intervals_of_few_scores_cover_the_truth(n):
         trials += 2
     # 95% nominal; three standard errors of 400 intervals are 3.3 points.
     assert 0.915 <= hits / trials <= 0.985
+
+
+def test_macro_f1_may_decide_with_its_own_test_and_worst_case():
+    # Nine in ten rows are `a`: accuracy hides that the first arm never answers `b`.
+    task = TaskConfig(type="classification", labels=["a", "b"])
+    references = {f"r{i:03d}": "b" if i % 10 == 0 else "a" for i in range(200)}
+    scorer = Scorer(task, references, primary="macro_f1")
+    rows = [
+        Prediction(
+            key, arm, "[]", reference, answer, "stop", 1, 1, 0.1, "scored",
+            scores={"accuracy": float(answer == reference)},
+        )
+        for arm in ("majority", "model")
+        for i, (key, reference) in enumerate(references.items())
+        for answer in ["a" if arm == "majority" else reference if i % 7 else "a"]
+    ]  # fmt: skip
+    missing = replace(rows[-1], status="unscored", scores={}, completion="", finish_reason=None)
+    metrics = summarise([*rows[:-1], missing], scorer, FAST)
+    assert (metrics["primary"], metrics["row_metric"]) == ("macro_f1", "accuracy")
+    first, second = (arm["scores"]["macro_f1"]["value"] for arm in metrics["arms"])
+    assert first == pytest.approx(0.9 / 1.9, abs=1e-3)  # F1 of `a` is 360/380, of `b` 0
+    assert second > 0.9
+    ends = metrics["arms"][1]["worst_case"]
+    assert ends["low"] < second < ends["high"]
+    comparison = compare([*rows[:-1], missing], scorer, FAST)
+    (pair,) = comparison["pairs"]
+    assert comparison["primary"] == "macro_f1"
+    difference = pair["differences"]["macro_f1"]
+    assert difference["low"] > 0.3
+    assert difference["p_value"] < 1e-6
+    assert difference["p_adjusted"] == difference["p_value"]
+    assert difference["low"] < pair["worst_case"]["low"] < difference["value"]
+    # The same over clusters: the jackknife has a test of its own.
+    clustered = [replace(p, cluster=f"c{i % 40}") for i, p in enumerate(rows)]
+    (pair,) = compare(clustered, scorer, FAST)["pairs"]
+    assert pair["differences"]["macro_f1"]["test"] == "t, jackknife over clusters"
+    assert pair["differences"]["macro_f1"]["p_value"] < 1e-6
+    evaluation = Evaluation("macro", rows, summarise(rows, scorer, FAST), comparison)
+    assert write_headline(evaluation).tone == "good"
+    changes = {example.change for example in evaluation.pair("majority", "model")}
+    assert changes == {"fixed", "both_right", "both_wrong"}

@@ -207,7 +207,7 @@ def judged_metrics(evaluation: Evaluation, task: str | None = None) -> list[str]
         and (task is None or name.rpartition("/")[0] in ("", task))
     ]
     has_rows = {name for p in evaluation.predictions for name in p.scores}
-    return sorted((n for n in names if n in has_rows), key=lambda n: n != evaluation.primary)
+    return sorted((n for n in names if n in has_rows), key=lambda n: n != evaluation.row_metric)
 
 
 def prompt_turns(prompt: str) -> list[tuple[str, str]]:

@@ -138,7 +138,9 @@ def _rows_needed(
     They exclude a loss of the margin or more in four of five cases; where the loss measured is that
     large, they show it.
     """
-    metric, margin = evaluation.metric(evaluation.primary), margin_of(evaluation)
+    metric, margin = evaluation.metric(evaluation.row_metric), margin_of(evaluation)
+    if evaluation.row_metric != evaluation.primary:
+        return _rows_by_width(difference, margin)
     examples = [e for e in evaluation.pair(pair["other"], pair["arm"]) if e.gain is not None]
     if not examples or difference["low"] is None:
         return None
@@ -149,6 +151,15 @@ def _rows_needed(
     design = design_of(gains, clusters, scale_of(metric), evaluation.metrics["confidence"])
     needed = None if design is None or distance == 0 else rows_to_find(design, min(1.0, distance))
     return None if needed is None else max(needed, len(examples) + 1)
+
+
+def _rows_by_width(difference: dict[str, Any], margin: float) -> int | None:
+    """Return about how many rows narrow the interval enough, if the difference stays the same."""
+    value, low, high = difference["value"], difference["low"], difference["high"]
+    if low is None or value in (-margin, 0):
+        return None
+    ratio = (value - low) / (value + margin) if value > -margin else (high - value) / -value
+    return max(int(difference["n"]) + 1, round(difference["n"] * ratio**2))
 
 
 def _about(rows: int | None) -> str:

@@ -230,7 +230,7 @@ def show_slices(evaluation: Evaluation, arm: str = "", other: str = "") -> dict[
     parts = evaluation.slices.get("arms", {}).get(arm, [])
     if not parts:
         return {}
-    metric, level = evaluation.metric(evaluation.primary), 1 - evaluation.metrics["confidence"]
+    metric, level = evaluation.metric(evaluation.row_metric), 1 - evaluation.metrics["confidence"]
     sign = -1 if metric.better == "lower" else 1
     changes = {
         (change["by"], change["slice"]): change
@@ -371,8 +371,8 @@ def _example(evaluation: Evaluation, example: PairedExample) -> dict[str, Any]:
         "sides": [
             {
                 "arm": prediction.arm,
-                "score": describe_score(evaluation, prediction, evaluation.primary),
-                "right": prediction.scores[evaluation.primary] == 1,
+                "score": describe_score(evaluation, prediction, evaluation.row_metric),
+                "right": prediction.scores[evaluation.row_metric] == 1,
                 "tags": [
                     {"name": tag, "evidence": shorten(evidence.get(tag, ""), _LONGEST_EVIDENCE)}
                     for evidence in [evidence_of(prediction)]

@@ -13,9 +13,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import regex
 
@@ -24,14 +24,21 @@ from tuneloop.errors import ConfigError, Problem
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS, Evidence
 from tuneloop.evals.scoring.metrics import (
     FUNCTION_CALL,
+    MACRO_F1,
+    OF_ALL_ROWS,
     PERPLEXITY,
     PERPLEXITY_METRICS,
     TASK_METRICS,
     Metric,
+    deciding_of,
     parse_json,
     words_and_signs,
 )
 from tuneloop.words import is_unspaced, split_words
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
 # Scores one answer of a user: reference and completion to a number from 0 to 1, None where it does
 # not apply.
@@ -40,41 +47,95 @@ _NUMBER = re.compile(
     r"(?<![\w.])-?(?:\d+(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 )
 _LONGEST_MATCH_S = 2.0
-# Of the whole corpus, not of one answer: always there for a classification.
-_OF_ALL_ROWS = "macro_f1"
 
 
 def chosen_metrics(task: OneTaskConfig, evaluation: EvaluationConfig) -> dict[str, Metric] | None:
     """Return the metrics that `evaluation.metrics` names, in its order; None where it names none.
 
     Args:
-        task: One task; the tasks of a mixture keep their own metrics.
+        task: One task; of a mixture the metrics are checked, see `metrics_by_task`.
         evaluation: `metrics` and `primary`.
 
     Raises:
         ConfigError: A metric that does not exist or cannot score this task, an option that is
             missing, a scorer that cannot be loaded, or a primary metric that is not among them.
     """
-    problems: list[Problem] = []
     if isinstance(task, TaskConfig) and task.tasks:
-        if evaluation.metrics or evaluation.primary:
-            raise ConfigError(
-                Problem(
-                    "a mixture is scored by the metrics of its tasks",
-                    where="evaluation.metrics" if evaluation.metrics else "evaluation.primary",
-                    remedy="leave the setting out, or evaluate one task at a time",
-                )
-            )
+        metrics_by_task(task, evaluation)
         return None
-    known = TASK_METRICS[task.type].metrics
+    problems: list[Problem] = []
+    together = {OF_ALL_ROWS: MACRO_F1} if task.type == "classification" else {}
     if not evaluation.metrics:
-        _refuse_primary(evaluation.primary, known, problems)
+        _refuse_primary(evaluation.primary, TASK_METRICS[task.type].metrics | together, problems)
         if problems:
             raise ConfigError(*problems)
         return None
-    chosen: dict[str, Metric] = {}
+    options = [(f"evaluation.metrics.{n}", one) for n, one in enumerate(evaluation.metrics)]
+    chosen = _choose(task, options, problems)
+    if not problems:
+        if not chosen.keys() - PERPLEXITY_METRICS:
+            problems.append(
+                Problem(
+                    "no metric scores single answers",
+                    where="evaluation.metrics",
+                    got=", ".join(option.name for option in evaluation.metrics),
+                    remedy=f"add `{TASK_METRICS[task.type].primary}`",
+                )
+            )
+        _refuse_primary(evaluation.primary, chosen | together, problems)
+    if problems:
+        raise ConfigError(*problems)
+    return chosen
+
+
+def metrics_by_task(task: TaskConfig, evaluation: EvaluationConfig) -> dict[str, dict[str, Metric]]:
+    """Return the metrics that `evaluation.metrics` names as `TASK/METRIC`, by task of a mixture.
+
+    Of a task that is not named the metrics stay its own.
+
+    Raises:
+        ConfigError: A task or a metric that does not exist, or a primary metric: each task's own
+            decides about its rows.
+    """
+    problems: list[Problem] = []
+    if evaluation.primary:
+        problems.append(
+            Problem(
+                "in a mixture each answer goes by the metric of its task",
+                where="evaluation.primary",
+                got=evaluation.primary,
+                remedy="leave the setting out; the first metric named for a task is its own",
+            )
+        )
+    named: dict[str, list[tuple[str, MetricConfig]]] = {}
     for index, option in enumerate(evaluation.metrics):
         where = f"evaluation.metrics.{index}"
+        name, _, metric = option.name.partition("/")
+        if name not in task.tasks or metric in ("", OF_ALL_ROWS, *PERPLEXITY_METRICS):
+            problems.append(
+                Problem(
+                    "no such metric of a mixture's task",
+                    where=where,
+                    got=option.name,
+                    allowed=f"TASK/METRIC with TASK one of {', '.join(task.tasks)}, and a metric "
+                    "of single answers",
+                )
+            )
+            continue
+        # Its options were checked with the name as it is given.
+        named.setdefault(name, []).append((where, option.model_copy(update={"name": metric})))
+    chosen = {name: _choose(task.tasks[name], options, problems) for name, options in named.items()}
+    if problems:
+        raise ConfigError(*problems)
+    return chosen
+
+
+def _choose(
+    task: OneTaskConfig, options: Sequence[tuple[str, MetricConfig]], problems: list[Problem]
+) -> dict[str, Metric]:
+    """Return the metrics of one task by their columns; what is wrong goes to `problems`."""
+    chosen: dict[str, Metric] = {}
+    for where, option in options:
         try:
             name, metric = _resolve(task, option, where)
         except ConfigError as error:
@@ -86,19 +147,6 @@ def chosen_metrics(task: OneTaskConfig, evaluation: EvaluationConfig) -> dict[st
             chosen[name] = metric
         if name == PERPLEXITY:
             chosen |= PERPLEXITY_METRICS
-    if not problems:
-        if not chosen.keys() - PERPLEXITY_METRICS:
-            problems.append(
-                Problem(
-                    "no metric scores single answers",
-                    where="evaluation.metrics",
-                    got=", ".join(option.name for option in evaluation.metrics),
-                    remedy=f"add `{TASK_METRICS[task.type].primary}`",
-                )
-            )
-        _refuse_primary(evaluation.primary, chosen, problems)
-    if problems:
-        raise ConfigError(*problems)
     return chosen
 
 
@@ -130,7 +178,10 @@ def code_of_own_scorers(evaluation: EvaluationConfig) -> dict[str, str]:
     """Return a hash of the code of each of the user's own scorers and tags, by dotted path."""
     codes = {}
     for path, where in (
-        *((m.name, f"evaluation.metrics.{n}") for n, m in enumerate(evaluation.metrics)),
+        *(
+            (m.name.rpartition("/")[2], f"evaluation.metrics.{n}")
+            for n, m in enumerate(evaluation.metrics)
+        ),
         *((tag, f"evaluation.tags.{n}") for n, tag in enumerate(evaluation.tags)),
     ):
         if "." in path:
@@ -217,13 +268,9 @@ def primary_of(
 
     Empty where the rows decide: calls are not scored by words.
     """
-    usual = TASK_METRICS[task.type].primary
     if evaluation.primary or metrics is None:
         return evaluation.primary or ""
-    if usual in metrics:
-        return usual
-    answers = {name: m for name, m in metrics.items() if name not in PERPLEXITY_METRICS}
-    return next((n for n, m in answers.items() if m.better != "neither"), next(iter(answers)))
+    return deciding_of(task, metrics)
 
 
 def _refuse_primary(
@@ -242,7 +289,7 @@ def _refuse_primary(
                 where="evaluation.primary",
                 got=primary,
                 allowed=", ".join(deciding),
-                remedy="name one of the metrics of single answers; evaluation.metrics adds others",
+                remedy="name one of these; evaluation.metrics adds others",
             )
         )
 
@@ -250,7 +297,7 @@ def _refuse_primary(
 def _resolve(task: OneTaskConfig, option: MetricConfig, where: str) -> tuple[str, Metric | None]:
     """Return a metric by the name of its column; None for one that is always there."""
     name, own_metrics = option.name, TASK_METRICS[task.type].metrics
-    if name == _OF_ALL_ROWS and task.type == "classification":
+    if name == OF_ALL_ROWS and task.type == "classification":
         return name, None
     if name in own_metrics:
         return name, own_metrics[name]
@@ -266,7 +313,7 @@ def _resolve(task: OneTaskConfig, option: MetricConfig, where: str) -> tuple[str
     allowed = [*own_metrics, *more]
     elsewhere = [
         kind for kind, definition in TASK_METRICS.items() if name in definition.metrics
-    ] + ["classification"] * (name == _OF_ALL_ROWS)
+    ] + ["classification"] * (name == OF_ALL_ROWS)
     raise ConfigError(
         Problem(
             f"this metric does not score {task.type}" if elsewhere else "no such metric",
@@ -371,17 +418,32 @@ def _exact(reference: str, completion: str, task: OneTaskConfig) -> float:
 
 
 def _chrf(reference: str, completion: str, task: OneTaskConfig) -> float:
-    from sacrebleu.metrics.chrf import CHRF
-
-    return float(CHRF().sentence_score(completion, [reference]).score) / 100
+    if reference == completion and completion.strip():
+        return 1.0
+    return float(_chrf_scorer().sentence_score(completion, [reference]).score) / 100
 
 
 def _bleu(reference: str, completion: str, task: OneTaskConfig) -> float:
+    if reference == completion and completion.strip():
+        return 1.0
+    # The tokenizer for all scripts: `13a` sees no words in those without spaces.
+    scorer = _bleu_scorer("intl" if _is_spaced(reference) else "char")
+    # Of texts that are nearly the same it may be above 100 by a rounding error.
+    return min(1.0, float(scorer.sentence_score(completion, [reference]).score) / 100)
+
+
+@cache
+def _chrf_scorer() -> CHRF:
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF()
+
+
+@cache
+def _bleu_scorer(tokenize: str) -> BLEU:
     from sacrebleu.metrics.bleu import BLEU
 
-    # The tokenizer for all scripts: `13a` sees no words in those without spaces.
-    scorer = BLEU(effective_order=True, tokenize="intl" if _is_spaced(reference) else "char")
-    return float(scorer.sentence_score(completion, [reference]).score) / 100
+    return BLEU(effective_order=True, tokenize=tokenize)
 
 
 def _is_spaced(text: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from tuneloop.evals.scoring.estimates import (
     describe_statistic,
 )
 from tuneloop.evals.scoring.intervals import Floats, Resampling
-from tuneloop.evals.scoring.metrics import MACRO_F1, Metric, Scorer, in_task
+from tuneloop.evals.scoring.metrics import MACRO_F1, OF_ALL_ROWS, Metric, Scorer, in_task
 from tuneloop.evals.scoring.pairing import (
     PairedExample,
     count_changes,
@@ -59,7 +60,8 @@ def summarise(
             name: {"type": part.task.type, "primary": part.primary}
             for name, part in scorer.parts.items()
         },
-        "primary": scorer.primary,
+        "primary": scorer.decides,
+        "row_metric": scorer.primary,
         "confidence": resampling.confidence,
         "num_examples": len({prediction.example_id for prediction in predictions}),
         "num_clusters": len({p.cluster or p.example_id for p in predictions}),
@@ -98,15 +100,15 @@ def compare(
             pair = {"arm": arm, "other": other, "num_both_scored": len(answered)}
             pair |= _compare_pair(answered, scorer, resampling)
             if len(answered) < len(examples) and primary.kind != "number":
-                pair["worst_case"] = _worst_case(examples, scorer.primary)
+                pair["worst_case"] = _worst_case(examples, scorer)
             pairs.append(pair)
     tasks = {in_task(name, part.primary) for name, part in scorer.parts.items()}
     read = [p for p in pairs if p["arm"] == arms[-1] and p["other"] not in no_opponents]
-    _adjust_pairs(read, scorer.primary, tasks)
-    _adjust_pairs([pair for pair in pairs if pair not in read], scorer.primary, tasks)
+    _adjust_pairs(read, scorer.decides, tasks)
+    _adjust_pairs([pair for pair in pairs if pair not in read], scorer.decides, tasks)
     return {
         "schema_version": SCHEMA_VERSION,
-        "primary": scorer.primary,
+        "primary": scorer.decides,
         "confidence": resampling.confidence,
         "margin": margin,
         "pairs": pairs,
@@ -134,9 +136,8 @@ def _summarise_arm(
     reasons = [p.error for p in predictions if p.status == "unscored"]
     if reasons and scorer.metrics[scorer.primary].kind != "number":
         # As if every missing answer were wrong, and as if every one were right.
-        right = float(np.nansum(_raw_values(scored, scorer.primary)))
-        ends = right / len(predictions), (right + len(reasons)) / len(predictions)
-        extra["worst_case"] = {"low": ends[0], "high": ends[1]}
+        ends = (_score_of_all(predictions, scorer, missing) for missing in (0.0, 1.0))
+        extra["worst_case"] = dict(zip(("low", "high"), ends, strict=True))
     return {
         "name": predictions[0].arm,
         "num_scored": len(scored),
@@ -246,15 +247,27 @@ class LabelCounts:
         }
 
 
-def _worst_case(examples: Sequence[PairedExample], name: str) -> dict[str, float]:
-    """Return the mean difference if every missing answer spoke against, or for, the later arm."""
+def _worst_case(examples: Sequence[PairedExample], scorer: Scorer) -> dict[str, float]:
+    """Return the difference if every missing answer spoke against, or for, the later arm."""
 
-    def mean(ours_missing: float, theirs_missing: float) -> float:
-        ours = [e.after.scores.get(name, ours_missing) or 0.0 for e in examples]
-        theirs = [e.before.scores.get(name, theirs_missing) or 0.0 for e in examples]
-        return float(np.mean(np.array(ours) - np.array(theirs)))
+    def score(ours_missing: float, theirs_missing: float) -> float:
+        ours = _score_of_all([e.after for e in examples], scorer, ours_missing)
+        return ours - _score_of_all([e.before for e in examples], scorer, theirs_missing)
 
-    return {"low": mean(0.0, 1.0), "high": mean(1.0, 0.0)}
+    return {"low": score(0.0, 1.0), "high": score(1.0, 0.0)}
+
+
+def _score_of_all(predictions: Sequence[Prediction], scorer: Scorer, missing: float) -> float:
+    """Return the score that decides if every missing answer scored `missing`, 0 or 1."""
+    if scorer.decides == OF_ALL_ROWS:
+        filled = [
+            p if p.status == "scored" else replace(p, completion=p.reference if missing else "")
+            for p in predictions
+        ]
+        counts = LabelCounts(filled, scorer)
+        return float(counts.macro_f1(np.ones((1, len(filled))))[0])
+    scores = [p.scores.get(scorer.primary, missing) or 0.0 for p in predictions]
+    return float(np.mean(scores))
 
 
 def _adjust_pairs(pairs: Sequence[dict[str, Any]], primary: str, tasks: Collection[str]) -> None:

@@ -184,7 +184,10 @@ def _content(scorer: Scorer, answer: JudgedAnswer, known: Background) -> Iterato
         yield _at("refusal", span.text, span)
     expected = language_of(reference)
     languages = [expected] if expected else sorted(known.languages)
-    if languages and (language := foreign_language(completion, languages)):
+    # What shares a third of its words with the reference is in its language.
+    words = set(completion.split())
+    is_like = 3 * len(words & set(reference.split())) >= max(1, len(words))
+    if languages and not is_like and (language := foreign_language(completion, languages)):
         yield Evidence("wrong_language", f"{language}, not {' or '.join(languages)}")
     if answer.is_right:
         return
@@ -193,8 +196,7 @@ def _content(scorer: Scorer, answer: JudgedAnswer, known: Background) -> Iterato
     if scorer.task.type == "classification":
         spans = []
     else:
-        vocabulary = " ".join(known.vocabulary)
-        spans = find_unsupported(completion, f"{question}\n{reference}\n{vocabulary}")
+        spans = find_unsupported(completion, f"{question}\n{reference}", known.vocabulary)
     if spans:
         names = list(dict.fromkeys(span.text for span in spans))
         yield _at("unsupported", ", ".join(names[:_SHOWN_ITEMS]), spans[0])

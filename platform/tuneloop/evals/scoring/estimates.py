@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from tuneloop.evals.scoring.clusters import (
     ClusteredEstimate,
@@ -109,7 +110,7 @@ def describe_statistic(
     scale: Scale,
     resampling: Resampling,
 ) -> dict[str, Any]:
-    """Return a statistic of weighted rows with its interval.
+    """Return a statistic of weighted rows with its interval; of a difference also the p-value.
 
     Args:
         statistic: From weights of shape (R, n) to values of shape (R,), for example macro-F1.
@@ -122,7 +123,10 @@ def describe_statistic(
     n = len(clusters.index)
     if clusters.singletons:
         plain = estimate_statistic(n, statistic, num_effective, scale, resampling)
-        return dataclasses.asdict(plain) | {"num_clusters": plain.n}
+        described = dataclasses.asdict(plain) | {"num_clusters": plain.n}
+        if scale == "unit":
+            described = {k: v for k, v in described.items() if k not in ("p_value", "test")}
+        return described
     estimate = estimate_clustered_statistic(statistic, clusters, scale, resampling.confidence)
     low, high, value = estimate.low, estimate.high, estimate.value
     if low is not None and low == high and value is not None:
@@ -137,7 +141,16 @@ def describe_statistic(
     if low is not None and high is not None:
         least = 0.0 if scale == "unit" else -1.0
         estimate = dataclasses.replace(estimate, low=max(least, low), high=min(1.0, high))
-    return dataclasses.asdict(estimate)
+    described = dataclasses.asdict(estimate)
+    if scale == "unit" or estimate.value is None:
+        return described
+    p_value = None
+    if error := estimate.std_error:
+        df = max(1, len(clusters.sizes) - 1)
+        p_value = float(2 * stats.t.sf(abs(estimate.value) / error, df))
+    elif len(clusters.sizes) > 1:
+        p_value = 1.0
+    return described | {"p_value": p_value, "test": "t, jackknife over clusters"}
 
 
 def _is_plain(values: Floats, clusters: Clusters, scale: Scale, resampling: Resampling) -> bool:

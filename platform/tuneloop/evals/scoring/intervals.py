@@ -8,6 +8,7 @@ answers are right, a bootstrap would claim certainty. Other scores get the BCa b
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ Floats = NDArray[np.float64]
 # `binary` is 0 or 1, `unit` lies in [0, 1].
 Scale = Literal["binary", "unit", "unbounded"]
 _CHUNK_CELLS = 4_000_000
+# Of at most two bytes each below 65,536 rows: 200 MB.
+_KEPT_CELLS = 100_000_000
 _MAX_ENUMERATED_FLIPS = 14
 
 
@@ -216,8 +219,10 @@ def estimate_statistic(
     num_effective: float,
     scale: Scale,
     resampling: Resampling,
-) -> IntervalEstimate:
+) -> DifferenceEstimate:
     """Return a statistic of weighted examples with its percentile bootstrap interval.
+
+    Of a difference the p-value is that of a normal test with the spread of the resamples.
 
     Args:
         n: Number of examples.
@@ -228,7 +233,7 @@ def estimate_statistic(
         resampling: Level, resamples and seed.
     """
     if n == 0:
-        return IntervalEstimate(None, None, None, 0, "no examples")
+        return DifferenceEstimate(None, None, None, 0, "no examples", None, "none")
     value = float(statistic(np.ones((1, n)))[0])
     draws = []
     for chunk in _resamples(n, resampling):
@@ -241,9 +246,11 @@ def estimate_statistic(
     if np.ptp(drawn) == 0:
         least = 0.0 if scale == "unit" else -1.0
         ends = ends_of_equal(value, least, num_effective, resampling.confidence)
-        return IntervalEstimate(value, *ends, n, "all equal: Wilson")
+        return DifferenceEstimate(value, *ends, n, "all equal: Wilson", 1.0, "none")
     low, high = np.quantile(drawn, (tail, 1 - tail))
-    return IntervalEstimate(value, float(low), float(high), n, "percentile bootstrap")
+    p_value = 2 * _normal_cdf(-abs(value) / float(drawn.std()))
+    method, test = "percentile bootstrap", "normal, bootstrap spread"
+    return DifferenceEstimate(value, float(low), float(high), n, method, p_value, test)
 
 
 def mcnemar_p(fixed: int, introduced: int) -> float:
@@ -316,10 +323,24 @@ def ends_of_equal(value: float, least: float, n: float, confidence: float) -> tu
     return value - share * (value - least), value + share * (1 - value)
 
 
-def _resamples(n: int, resampling: Resampling) -> Iterator[NDArray[np.int64]]:
+def _resamples(n: int, resampling: Resampling) -> Iterator[NDArray[np.integer]]:
     """Yield indices of shape (R, n) in chunks that bound the memory."""
-    generator = np.random.default_rng(resampling.seed)
-    for size in _chunks(resampling.num_resamples, n):
+    if n * resampling.num_resamples <= _KEPT_CELLS:
+        yield from _kept_resamples(n, resampling.num_resamples, resampling.seed)
+    else:
+        yield from _draw(n, resampling.num_resamples, resampling.seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_resamples(n: int, num_resamples: int, seed: int) -> list[NDArray[np.integer]]:
+    # Every metric of an arm has them: drawing them takes longer than all the means.
+    small = np.min_scalar_type(n)
+    return [chunk.astype(small) for chunk in _draw(n, num_resamples, seed)]
+
+
+def _draw(n: int, num_resamples: int, seed: int) -> Iterator[NDArray[np.integer]]:
+    generator = np.random.default_rng(seed)
+    for size in _chunks(num_resamples, n):
         yield generator.integers(0, n, (size, n))
 
 

@@ -66,6 +66,8 @@ PERPLEXITY_METRICS = {
     REFERENCE_BITS: Metric("bits per byte of the reference", better="lower", kind="number"),
 }
 MACRO_F1 = Metric("mean F1 over the labels")
+# Its name: of all answers together, not of one; always there for a classification.
+OF_ALL_ROWS = "macro_f1"
 PRECISION_PREFIX = "precision_"
 
 # SQuAD removes these and so joins what they part (`don't`); other punctuation parts words.
@@ -103,6 +105,10 @@ class Scorer:
         task_of: In a mixture, the task of every test row by its id.
         metrics: What is measured in place of the task's own metrics.
         primary: The metric that decides in place of the task's own.
+        by_task: In a mixture, what is measured in place of a task's own metrics.
+
+    The metric that decides, `decides`, is `primary`, which each answer has by itself; but macro-F1
+    looks at all answers together, and single ones go by accuracy then.
 
     Raises:
         DataError: References that cannot be scored against, for example one that is not JSON.
@@ -115,15 +121,20 @@ class Scorer:
         task_of: Mapping[str, str] | None = None,
         metrics: Mapping[str, Metric] | None = None,
         primary: str = "",
+        by_task: Mapping[str, Mapping[str, Metric]] | None = None,
     ) -> None:
         self.task = task
         self.parts: dict[str, Scorer] = {}
         if isinstance(task, TaskConfig) and task.tasks:
-            self._mix(task, references, task_of or {})
+            self._mix(task, references, task_of or {}, by_task or {})
             return
         definition = TASK_METRICS[task.type]
-        self.primary = primary or definition.primary
         self.metrics = dict(metrics or definition.metrics)
+        self.primary = primary or definition.primary
+        if self.primary == OF_ALL_ROWS:
+            usual = definition.primary
+            self.primary = usual if usual in self.metrics else next(iter(self.metrics))
+        self._is_of_all_rows = primary == OF_ALL_ROWS
         if task.type == "extraction":
             parsed = self._parse_references(references)
             fields = task.fields or dict.fromkeys(name for value in parsed for name in value)
@@ -151,16 +162,29 @@ class Scorer:
                     # Words in common say nothing of a call.
                     self.primary, self.metrics = "function_call", {"function_call": FUNCTION_CALL}
 
+    @property
+    def decides(self) -> str:
+        """The metric that the headline reads."""
+        return OF_ALL_ROWS if self._is_of_all_rows else self.primary
+
     def of(self, task: str) -> Scorer:
         """Return the scorer of one of a mixture's tasks; this one where there is no mixture."""
         return self.parts[task] if self.parts else self
 
     def _mix(
-        self, task: TaskConfig, references: Mapping[str, str], task_of: Mapping[str, str]
+        self,
+        task: TaskConfig,
+        references: Mapping[str, str],
+        task_of: Mapping[str, str],
+        by_task: Mapping[str, Mapping[str, Metric]],
     ) -> None:
+        self._is_of_all_rows = False
         for name, one in task.tasks.items():
             of_task = {key: text for key, text in references.items() if task_of[key] == name}
-            self.parts[name] = Scorer(one, of_task)
+            metrics = by_task.get(name)
+            self.parts[name] = Scorer(
+                one, of_task, metrics=metrics, primary=deciding_of(one, metrics) if metrics else ""
+            )
         primaries = [part.metrics[part.primary] for part in self.parts.values()]
         is_binary = all(metric.kind == "binary" for metric in primaries)
         self.primary = MIXTURE_SCORE
@@ -221,6 +245,15 @@ class Scorer:
             allowed=", ".join(self.task.labels),
             remedy="fix the row, or add the label to `task.labels`",
         )
+
+
+def deciding_of(task: OneTaskConfig, metrics: Mapping[str, Metric]) -> str:
+    """Return which of the chosen metrics decides: the task's own, else the first that can."""
+    usual = TASK_METRICS[task.type].primary
+    if usual in metrics:
+        return usual
+    answers = {name: m for name, m in metrics.items() if name not in PERPLEXITY_METRICS}
+    return next((n for n, m in answers.items() if m.better != "neither"), next(iter(answers)))
 
 
 def without_thought(text: str) -> str:

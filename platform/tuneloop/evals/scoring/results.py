@@ -77,6 +77,12 @@ class Evaluation:
         return str(self.metrics["primary"])
 
     @property
+    def row_metric(self) -> str:
+        """The metric by which single answers are right or wrong: macro-F1 is of all together."""
+        # An evaluation of an earlier version does not say.
+        return str(self.metrics.get("row_metric", self.primary))
+
+    @property
     def arms(self) -> list[dict[str, Any]]:
         return list(self.metrics["arms"])
 
@@ -123,10 +129,10 @@ class Evaluation:
         Args:
             before: Name of the arm to compare with.
             after: Name of the arm that is compared.
-            metric: What decides; the primary metric if empty.
+            metric: What decides about an answer; `row_metric` if empty.
             task: The only one of a mixture's tasks to look at.
         """
-        name = metric or self.primary
+        name = metric or self.row_metric
         # In a mixture a metric may be that of one task alone.
         only = task or (name.rpartition("/")[0] if self.tasks else "")
         rows = [p for p in self.predictions if only in ("", p.task)]

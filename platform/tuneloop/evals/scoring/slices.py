@@ -11,10 +11,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from scipy import stats
 
 from tuneloop.artifacts import Artifact
@@ -26,7 +27,7 @@ from tuneloop.evals.scoring.estimates import (
 )
 from tuneloop.evals.scoring.intervals import Floats, Resampling
 from tuneloop.evals.scoring.metrics import Metric, Scorer
-from tuneloop.evals.scoring.pairing import PairedExample, last_question, pair_arms
+from tuneloop.evals.scoring.pairing import last_question, pair_arms
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.row_clusters import BY_QUESTION
 from tuneloop.words import split_words
@@ -137,13 +138,13 @@ def _parts(values: Mapping[str, Any]) -> dict[str, frozenset[str]]:
     if len(numbers) == len(known) and len(set(numbers)) > _MOST_VALUES:
         edges = sorted(set(np.quantile(numbers, (0, 0.25, 0.5, 0.75, 1), method="higher").tolist()))
         last = len(edges) - 2
+        is_whole = all(isinstance(number, int) for number in numbers)
 
         def quarter(value: Any) -> str:
             index = min(last, int(np.searchsorted(edges, value, side="right")) - 1)
             start, end = edges[index], edges[index + 1]
             if index == last:
                 return f"{start:g} to {end:g}"
-            is_whole = all(isinstance(number, int) for number in numbers)
             return f"{start:g} to {end - 1:g}" if is_whole else f"{start:g} to below {end:g}"
 
         named = quarter
@@ -183,14 +184,27 @@ def describe_slices(
     by_arm = {}
     for arm in arms:
         rows = [p for p in predictions if p.arm == arm and p.scores.get(name) is not None]
-        parts = [_describe(part, rows, name, metric, settings) for part in slices]
+        values = np.array([p.scores[name] for p in rows], float)
+        scored = _Scored.of(rows)
+        parts = [_describe(part, values, scored, metric, settings) for part in slices]
         by_arm[arm] = _worst_first(parts, metric)
     pairs = []
     for other in reversed(arms[:-1]):
         examples = [
             e for e in pair_arms(predictions, other, arms[-1], name, metric) if e.gain is not None
         ]
-        changes = [_describe_change(part, examples, name, metric, settings) for part in slices]
+        ours = np.array([e.after.scores[name] for e in examples], float)
+        theirs = np.array([e.before.scores[name] for e in examples], float)
+        scored = _Scored.of([e.after for e in examples])
+        changes = []
+        for part in slices:
+            inside = scored.inside(part)
+            clusters = scored.clusters(part, inside)
+            difference = describe_difference(
+                ours[inside], theirs[inside], clusters, metric, settings
+            )
+            kept = ("value", "low", "high", "n", "num_clusters", "p_value", "method", "test")
+            changes.append(_named(part, {key: difference[key] for key in kept}))
         pairs.append({"arm": arms[-1], "other": other, "slices": _worst_first(changes, metric)})
     return {
         "schema_version": SCHEMA_VERSION,
@@ -204,50 +218,44 @@ def describe_slices(
     }
 
 
+class _Scored(NamedTuple):
+    """Rows with a score: the place of each by its id, and their clusters as numbers, shape (n,)."""
+
+    places: dict[str, int]
+    numbers: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, rows: Sequence[Prediction]) -> _Scored:
+        names = [p.cluster or p.example_id for p in rows]
+        return cls({p.example_id: i for i, p in enumerate(rows)}, Clusters.of(names).index)
+
+    def inside(self, part: Slice) -> NDArray[np.bool_]:
+        """Return whether each row is in a slice, shape (n,)."""
+        inside = np.zeros(len(self.numbers), bool)
+        inside[[self.places[key] for key in part.example_ids if key in self.places]] = True
+        return inside
+
+    def clusters(self, part: Slice, chosen: NDArray[np.bool_] | None = None) -> Clusters:
+        """Return the clusters of the chosen rows; within one cluster each row is its own."""
+        index = np.arange(len(self.numbers)) if part.is_cluster else self.numbers
+        return Clusters.of(index if chosen is None else index[chosen])
+
+
 def _describe(
-    part: Slice, rows: Sequence[Prediction], name: str, metric: Metric, settings: Resampling
+    part: Slice, values: Floats, scored: _Scored, metric: Metric, settings: Resampling
 ) -> dict[str, Any]:
-    values = np.array([p.scores[name] for p in rows], float)
-    inside = np.array([p.example_id in part.example_ids for p in rows], bool)
-    clusters = _clusters(part, rows)
-    mean = describe_mean(values[inside], _among(clusters, inside), metric, settings)
+    inside = scored.inside(part)
+    mean = describe_mean(values[inside], scored.clusters(part, inside), metric, settings)
     rest = float(values[~inside].mean()) if (~inside).any() else None
-    return {
-        "by": part.by,
-        "slice": part.value,
-        **{key: mean[key] for key in ("value", "low", "high", "n", "num_clusters", "method")},
-        **({"num_clusters": 1} if part.is_cluster else {}),
-        "rest": rest,
-        "p_value": differs_from_rest(values, inside, clusters, metric.kind == "binary"),
-    }
+    is_binary = metric.kind == "binary"
+    p_value = differs_from_rest(values, inside, scored.clusters(part), is_binary)
+    kept = ("value", "low", "high", "n", "num_clusters", "method")
+    return _named(part, {key: mean[key] for key in kept} | {"rest": rest, "p_value": p_value})
 
 
-def _describe_change(
-    part: Slice,
-    examples: Sequence[PairedExample],
-    name: str,
-    metric: Metric,
-    settings: Resampling,
-) -> dict[str, Any]:
-    chosen = [e for e in examples if e.example_id in part.example_ids]
-    ours = np.array([e.after.scores[name] for e in chosen], float)
-    theirs = np.array([e.before.scores[name] for e in chosen], float)
-    clusters = _clusters(part, [e.after for e in chosen])
-    difference = describe_difference(ours, theirs, clusters, metric, settings)
-    kept = ("value", "low", "high", "n", "num_clusters", "p_value", "method", "test")
-    described = {"by": part.by, "slice": part.value, **{key: difference[key] for key in kept}}
-    return described | ({"num_clusters": 1} if part.is_cluster else {})
-
-
-def _clusters(part: Slice, rows: Sequence[Prediction]) -> Clusters:
-    """Return the clusters of rows; within one cluster each row is its own."""
-    if part.is_cluster:
-        return Clusters.of([p.example_id for p in rows])
-    return Clusters.of([p.cluster or p.example_id for p in rows])
-
-
-def _among(clusters: Clusters, inside: np.ndarray) -> Clusters:
-    return Clusters.of(clusters.index[inside])
+def _named(part: Slice, estimate: dict[str, Any]) -> dict[str, Any]:
+    named = {"by": part.by, "slice": part.value} | estimate
+    return named | ({"num_clusters": 1} if part.is_cluster else {})
 
 
 def _worst_first(parts: list[dict[str, Any]], metric: Metric) -> list[dict[str, Any]]:
@@ -263,7 +271,7 @@ def _worst_first(parts: list[dict[str, Any]], metric: Metric) -> list[dict[str, 
 
 
 def differs_from_rest(
-    values: Floats, inside: np.ndarray, clusters: Clusters, is_binary: bool
+    values: Floats, inside: NDArray[np.bool_], clusters: Clusters, is_binary: bool
 ) -> float | None:
     """Return the two-sided p-value that rows of a slice score like the others.
 
@@ -296,7 +304,7 @@ def differs_from_rest(
     return min(1.0, p_value)
 
 
-def _fisher_mid_p(right: np.ndarray, inside: np.ndarray) -> float:
+def _fisher_mid_p(right: NDArray[np.bool_], inside: NDArray[np.bool_]) -> float:
     """Return Fisher's two-sided p-value; what is as likely as the observed counts half."""
     n, size, total = len(right), int(inside.sum()), int(right.sum())
     counts = np.arange(max(0, size + total - n), min(size, total) + 1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import regex
 
@@ -33,7 +34,7 @@ _TITLE = re.compile(r"\b(?:Dr|Mr|Mrs|Ms|Prof|St|vs|No|Inc|Ltd|Co|[A-Z])\.\s*\Z")
 _HEADING_WORDS = 2
 
 
-def find_unsupported(answer: str, sources: str) -> list[Span]:
+def find_unsupported(answer: str, sources: str, vocabulary: Collection[str] = ()) -> list[Span]:
     """Return the numbers and names of an answer that its sources do not have, in their order.
 
     Numbers are compared by value (`1,000` is `1000`, `three` is 3); those in code, those that
@@ -45,10 +46,11 @@ def find_unsupported(answer: str, sources: str) -> list[Span]:
     Args:
         answer: What is looked through.
         sources: The question and the reference, as one text.
+        vocabulary: Words, in lower case, that are no names here.
     """
     # Blanked and not cut out, so that places stay.
     text = _CODE.sub(lambda match: " " * len(match[0]), answer)
-    found = [*_numbers(text, sources), *_names(text, sources)]
+    found = [*_numbers(text, sources), *_names(text, sources, vocabulary)]
     return sorted(found, key=lambda span: span.start)
 
 
@@ -76,8 +78,10 @@ def _value(number: str) -> str:
     return f"{whole}.{fraction}" if point and fraction else whole
 
 
-def _names(text: str, sources: str) -> Iterator[Span]:
+def _names(text: str, sources: str, vocabulary: Collection[str]) -> Iterator[Span]:
     words = list(_WORD.finditer(text))
+    if not any(match[0][0].isupper() for match in words):
+        return
     inner = [
         match
         for match in words
@@ -88,8 +92,9 @@ def _names(text: str, sources: str) -> Iterator[Span]:
     num_capitals = sum(match[0][0].isupper() for match in inner)
     if num_capitals > max(_FEW_CAPITALS, _MANY_CAPITALS * len(inner)):
         return
-    known = {_stem(part) for part in _PART.findall(sources.casefold())}
-    initials = "".join(part[0] for part in _PART.findall(sources.casefold()))
+    given = _PART.findall(sources.casefold())
+    known = {_stem(part) for part in given}
+    initials = "".join(part[0] for part in given)
     starts = {match.start() for match in inner}
     headings = _headings(text)
     for match in words:
@@ -102,8 +107,11 @@ def _names(text: str, sources: str) -> Iterator[Span]:
         if not is_inner and (is_known(word.casefold()) or "'" in word or "’" in word):
             continue
         plain = re.sub(r"['’]s?\Z", "", word)
-        parts = [_stem(part) for part in _PART.findall(plain.casefold())]
-        if all(part in known for part in parts) or _stem(plain.casefold()) in known:
+        lowered = plain.casefold()
+        if lowered in vocabulary or lowered.removesuffix("s") in vocabulary:
+            continue
+        parts = [_stem(part) for part in _PART.findall(lowered)]
+        if all(part in known for part in parts) or _stem(lowered) in known:
             continue
         is_acronym = plain.rstrip("s").isupper() and plain.rstrip("s").casefold() in initials
         if not is_acronym:
@@ -123,6 +131,7 @@ def _headings(text: str) -> list[tuple[int, int]]:
     return spans
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def _stem(word: str) -> str:
     """Return a word without the ending of a plural."""
     for ending, rest in (("ies", "y"), ("es", ""), ("s", "")):
