@@ -17,6 +17,7 @@ from tuneloop.data.diff import diff_datasets
 from tuneloop.data.schema import SPLITS
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import read_card, read_json
+from tuneloop.marks import MarkKind
 from tuneloop.records import Message
 from tuneloop.review.rows import (
     Query,
@@ -29,6 +30,8 @@ from tuneloop.review.rows import (
 )
 
 PAGE_SIZE = 10
+# Plain text has no answer that could be wrong.
+WITHOUT_ANSWER: tuple[MarkKind, ...] = ("bad_row", "more_like_this", "fine", "note")
 CARD, REMOVED, CONFLICTS, CHANGES = "Card", "Removed rows", "Conflicts", "Changes"
 
 
@@ -130,8 +133,12 @@ def show_row(row: dict[str, Any], folder: str, number: int, query: Query) -> Non
     with st.container(border=True, gap="xsmall"):
         st.html(f'<div class="tl-head"><b>{html.escape(row_id)}</b>{"".join(chips)}</div>{body}')
         with st.container(horizontal=True, vertical_alignment="center"):
-            marked = MarkedRow(row_id, answer_of(row), kinds_of(folder))
-            marking.button(marked, number)
+            # Documents are marked, and a packed row holds several.
+            documents = row.get("document_ids") or [row_id]
+            kinds = WITHOUT_ANSWER if "document_ids" in query.types else kinds_of(folder)
+            marked = MarkedRow(documents[0].partition(".")[0], answer_of(row), kinds)
+            if len(documents) == 1:
+                marking.button(marked, number)
             st.page_link("views/lineage.py", label="Follow", query_params={"id": row_id})
             if "input_ids" in query.types:
                 with st.popover("Tokens", type="tertiary"):
@@ -139,12 +146,12 @@ def show_row(row: dict[str, Any], folder: str, number: int, query: Query) -> Non
         marking.form(marked)
 
 
-def kinds_of(folder: str) -> tuple[Any, ...]:
+def kinds_of(folder: str) -> tuple[MarkKind, ...]:
     """Return the marks that make sense for the rows of a split."""
-    both = ("bad_reference", "bad_row", "more_like_this", "fine", "note")
-    return {"test": ("accept", *both), "removed": ("note", "more_like_this", "fine")}.get(
-        folder, both
-    )
+    if folder == "removed":
+        return ("note", "more_like_this", "fine")
+    both: tuple[MarkKind, ...] = ("bad_reference", *WITHOUT_ANSWER)
+    return both if folder == "train" else ("accept", *both)
 
 
 def answer_of(row: dict[str, Any]) -> str:

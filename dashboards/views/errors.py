@@ -19,6 +19,7 @@ from tuneloop.evals.reporting.error_analysis import (
     TAG_CHANGE_LABELS,
     Against,
     Filter,
+    TagCount,
 )
 from tuneloop.evals.reporting.views import evidence_of, show_slices
 from tuneloop.evals.scoring.pairing import Change, PairedExample, count_changes
@@ -32,11 +33,32 @@ ALL_TASKS = "all tasks"
 AGAINST: dict[Against, str] = {"reference": "from the reference", "other": "between the two"}
 
 
-@st.cache_resource(max_entries=8, show_spinner="Comparing the answers")
+class Paired(NamedTuple):
+    """The examples of two arms with what is counted of them."""
+
+    examples: list[PairedExample]
+    counts: dict[Change, int]
+    tags: list[TagCount]
+
+
+# What goes over all answers is done once, and not at every click.
+@st.cache_resource(max_entries=4, show_spinner="Comparing the answers")
 def pair(
     location: str, _evaluation: Evaluation, before: str, after: str, metric: str, task: str | None
-) -> list[PairedExample]:
-    return _evaluation.pair(before, after, metric, task)
+) -> Paired:
+    examples = _evaluation.pair(before, after, metric, task)
+    counts = {change: count for change, count in count_changes(examples).items() if count}
+    return Paired(examples, counts, analysis.count_tags(examples))
+
+
+@st.cache_data(max_entries=8)
+def metrics_of(location: str, _evaluation: Evaluation, task: str | None) -> list[str]:
+    return analysis.judged_metrics(_evaluation, task)
+
+
+def identity(artifact: Artifact) -> str:
+    """Return what the caches know the answers by: both evaluations, if there are two."""
+    return f"{artifact.location} {st.session_state.get('with')}"
 
 
 class Comparison(NamedTuple):
@@ -98,7 +120,7 @@ def choose() -> Comparison:
     after = middle.selectbox("After", names, len(names) - 1, key="after", bind="query-params")
     metric = right.selectbox(
         "Right or wrong by",
-        analysis.judged_metrics(evaluation, task),
+        metrics_of(identity(artifact), evaluation, task),
         format_func=lambda name: evaluation.metric(name).label.replace("`", ""),
         key="metric",
         bind="query-params",
@@ -201,18 +223,14 @@ artifact, evaluation, before, after, metric, task, workspace = comparison
 if evaluation.metrics["task_type"] == "language_modeling":
     st.info("Plain text is scored by likelihood: there are no answers to compare.")
     st.stop()
-examples = pair(
-    f"{artifact.location} {st.session_state.get('with')}", evaluation, before, after, metric, task
-)
+examples, counts, tags = pair(identity(artifact), evaluation, before, after, metric, task)
 if not examples:
     st.info("The two have no example in common.")
     st.stop()
-counts = {change: count for change, count in count_changes(examples).items() if count}
 st.markdown(f"**From {before} to {after}**, {len(examples):,} examples:")
 st.html(theme.change_bar([(name, CHANGE_LABELS[name], count) for name, count in counts.items()]))
 
 st.subheader("Errors")
-tags = analysis.count_tags(examples)
 if tags:
     with st.container(key="tags"):
         st.table(
@@ -231,7 +249,8 @@ if slices := show_slices(evaluation, after, before):
 
 st.subheader("Examples")
 chosen = choose_filter(counts, [count.tag for count in tags])
-matches = [example for example in examples if chosen.admits(example)]
+is_all = chosen == Filter()
+matches = examples if is_all else [e for e in examples if chosen.admits(e)]
 _, num_pages = analysis.paginate(matches, 1, PAGE_SIZE)
 with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
     against = st.segmented_control(

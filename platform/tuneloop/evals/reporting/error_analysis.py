@@ -76,23 +76,20 @@ class Filter:
         """Return whether an example is to be shown."""
         if self.change is not None and example.change != self.change:
             return False
-        tags = {*example.before.error_tags, *example.after.error_tags}
-        tag_changes = {example.tag_change(tag) for tag in ([self.tag] if self.tag else tags)}
-        if (self.tag and tag_changes == {None}) or (
-            self.tag_change and self.tag_change not in tag_changes
-        ):
-            return False
+        if self.tag or self.tag_change:
+            tags = {*example.before.error_tags, *example.after.error_tags}
+            tag_changes = {example.tag_change(tag) for tag in ([self.tag] if self.tag else tags)}
+            if (self.tag and tag_changes == {None}) or (
+                self.tag_change and self.tag_change not in tag_changes
+            ):
+                return False
         if not self.text.strip():
             return True
-        haystack = "\n".join(
-            (
-                example.example_id,
-                example.question,
-                example.reference,
-                example.before.completion,
-                example.after.completion,
-            )
-        ).casefold()
+        texts = (
+            *(example.example_id, example.reference, example.question),
+            *(example.before.completion, example.after.completion),
+        )
+        haystack = "\n".join(texts).casefold()
         return all(word in haystack for word in self.text.casefold().split())
 
 

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 from tuneloop.records import FinishReason, Status
 
 FILE = "predictions.parquet"
+_BATCH_ROWS = 8192
+_SHARED = ("example_id", "arm", "prompt", "reference", "status", "error", "cluster", "task")
 _EVIDENCE = pa.struct(
     [("tag", pa.string()), ("detail", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
 )
@@ -97,7 +99,14 @@ def read_predictions(folder: Path, metrics: Sequence[str]) -> list[Prediction]:
     stored = pq.read_schema(folder / FILE).names
     scored = [name for name in metrics if name in stored]
     fields = [field.name for field in dataclasses.fields(Prediction) if field.name in stored]
-    for row in pq.read_table(folder / FILE, columns=[*fields, *scored]).to_pylist():
-        scores = {name: row.pop(name) for name in scored}
-        predictions.append(Prediction(**row, scores=scores if row["status"] == "scored" else {}))
+    # Arms have texts in common: each is held once.
+    same: dict[str, str] = {}
+    shared = [name for name in _SHARED if name in stored]
+    with pq.ParquetFile(folder / FILE) as file:
+        for batch in file.iter_batches(_BATCH_ROWS, columns=[*fields, *scored]):
+            for row in batch.to_pylist():
+                scores = {name: row.pop(name) for name in scored}
+                row |= {name: same.setdefault(row[name], row[name]) for name in shared}
+                is_scored = row["status"] == "scored"
+                predictions.append(Prediction(**row, scores=scores if is_scored else {}))
     return predictions
