@@ -672,7 +672,10 @@ def _describe_source(arm: Arm) -> str:
     if arm.choose:
         return f"{text}, with the solved train rows most like each question"
     if arm.shots:
-        return f"{text}, with {len(arm.shots)} solved train rows before each question"
+        # A mixture's question is shown those of its own task.
+        num_shots = max(Counter(shot.task for shot in arm.shots).values())
+        same = " of the same task" if any(shot.task for shot in arm.shots) else ""
+        return f"{text}, with {num_shots} solved train rows{same} before each question"
     return text
 
 
