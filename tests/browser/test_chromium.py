@@ -140,6 +140,9 @@ def test_filter_vote_reload_and_the_vote_is_there(visit, served, filled):
     page.get_by_label("Search").press("Enter")
     page.get_by_text("1 of 30 answers").wait_for()
     assert "find=r29" in page.url
+    # The count stands above the answers: those of before go a moment later.
+    page.get_by_text("r28", exact=True).wait_for(state="detached")
+    page.wait_for_timeout(1000)
     # Out of the field, a digit marks the row of this place.
     page.get_by_role("heading", name="Answers", exact=True).last.click()
     page.keyboard.press("1")
