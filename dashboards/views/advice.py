@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 import streamlit as st
 
 import theme
@@ -27,8 +29,12 @@ for number, action in enumerate(advice.actions, 1):
     chips = [theme.chip(f"gain: {action.describe_gain(advice.metric)}", tone)]
     chips.append(theme.chip(f"cost: {action.describe_cost()}"))
     with st.container(border=True, gap="xsmall"):
-        st.html(theme.box(f"{number}. {action.title}", chips, theme.text(action.why)))
-        st.code(action.command, language=None)
+        title = html.escape(f"{number}. {action.title}".replace("`", ""))
+        st.html(
+            f'<div class="tl-head"><b>{title}</b>{"".join(chips)}</div>{theme.text(action.why)}'
+        )
+        if not action.command.startswith("tuneloop dashboard"):
+            st.code(action.command, language=None)
         if action.page:
             page, _, query = action.page.partition("?")
             asked = dict(part.split("=", 1) for part in query.split("&") if part)

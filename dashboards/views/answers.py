@@ -180,7 +180,7 @@ def show_summary(about: dict[str, Any], arm: dict[str, Any], metric: str) -> Non
             )
             bars = chart.mark_bar(height=12)
             column.markdown(f"**{title}**")
-            column.altair_chart(bars.properties(height=max(60, 26 * len(rows))))
+            column.altair_chart(bars.properties(height=80 + 26 * len(rows)))
 
 
 def show_answer(

@@ -34,15 +34,15 @@ st.dataframe(
     [
         {
             "version": i.ref,
-            "made (UTC)": i.created_at[:16].replace("T", " "),
-            "model": i.arm,
             i.metric: i.value,
             "low": i.low,
             "high": i.high,
             "fixed": i.num_fixed,
             "introduced": i.num_introduced,
-            "shared rows": i.num_shared,
             "what changed": i.changed,
+            "shared rows": i.num_shared,
+            "model": i.arm,
+            "made (UTC)": i.created_at[:16].replace("T", " "),
             "took (s)": round(i.took_s),
         }
         for i in reversed(iterations)
