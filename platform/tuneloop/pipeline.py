@@ -14,10 +14,18 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
+from pydantic import ValidationError
+
 from tuneloop import contest
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect, refuse_unshared
-from tuneloop.config import API_KEY_VARIABLE, NO_DIFFERENCE, ServingConfig, TuneloopConfig
+from tuneloop.config import (
+    API_KEY_VARIABLE,
+    NO_DIFFERENCE,
+    Section,
+    ServingConfig,
+    TuneloopConfig,
+)
 from tuneloop.contest import Contest
 from tuneloop.errors import ConfigError
 from tuneloop.evals.scoring.harness import make_environment
@@ -251,24 +259,31 @@ def _newest_finetuned(
     """
     artifacts = workspace.published()
     trained = [a for a in artifacts if (a.kind, a.name) == ("models", config.name)]
-    settings = config.model_dump(mode="json")
     datasets = {
         a.train_fingerprint
         for a in artifacts
         if a.kind == "datasets"
-        and (a.manifest["config"].get("data"), a.manifest["config"].get("task"))
-        == (settings["data"], settings["task"])
+        and _is_told(config.data, a.manifest["config"].get("data"))
+        and _is_told(config.task, a.manifest["config"].get("task"))
     }
     same = [
         model
         for model in trained
-        if model.manifest["config"]["training"] == settings["training"]
+        if _is_told(config.training, model.manifest["config"]["training"])
         and model.manifest["config"]["base_fingerprint"] == base.fingerprint
         and model.manifest["config"]["dataset"] in datasets
     ]
     if trained and not same:
         logger.warning("no model was trained with exactly this configuration: serving the newest")
     return workspace.open((same or trained)[-1].ref) if trained else None
+
+
+def _is_told(settings: Section, told: object) -> bool:
+    """Return whether a manifest tells these settings; what it does not know has its default."""
+    try:
+        return type(settings).model_validate(told) == settings
+    except ValidationError:
+        return False
 
 
 def _check_served(url: str, models: dict[str, ServedModel]) -> dict[str, Parity]:
