@@ -157,11 +157,9 @@ def ranking(server: ModelServer, rounds: int) -> None:
         "99% of the probability": {"ranking": {"answers": labels, "coverage": 0.99}},
         "all": {"ranking": {"answers": labels, "coverage": 1.0}},
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, more in ways.items():
-            seconds[name].append(timed(server, bodies(**more)))
-    print(json.dumps({name: round(statistics.median(s), 2) for name, s in seconds.items()}))
+    for name, more in ways.items():
+        seconds = statistics.median(timed(server, bodies(**more)) for _ in range(rounds))
+        print(json.dumps({"way": name, "seconds": round(seconds, 2)}), flush=True)
 
 
 if __name__ == "__main__":
