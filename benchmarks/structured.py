@@ -138,28 +138,46 @@ def valid(server: ModelServer, rounds: int) -> None:
 
 
 def ranking(server: ModelServer, rounds: int) -> None:
-    """Print the time of ranked answers over that of free answers as long as a label."""
+    """Print the seconds of ranked answers beside those of free answers as long as a label.
+
+    Of a model that is sure, here by solved examples of a task that is to repeat a label, and of one
+    that is not.
+    """
     labels = [f"{room} {action}" for room in ROOMS for action in ACTIONS]
     instruction = "Answer with one of these labels only: " + ", ".join(labels)
-
-    def bodies(**more: Any) -> list[dict[str, Any]]:
-        return [
-            {"model": "m", "temperature": 0, **more,
-             "messages": [{"role": "system", "content": instruction},
-                          {"role": "user", "content": f"I have a question about {one}, please."}]}
-            for one in (SUBJECTS * 8)[:32]
-        ]  # fmt: skip
-
-    timed(server, bodies(max_tokens=1))
+    system = {"role": "system", "content": instruction}
+    asked = [labels[(37 * i) % len(labels)] for i in range(32)]
+    solved = [
+        turn
+        for label in labels[5::40]
+        for turn in (
+            {"role": "user", "content": f"The label is: {label}"},
+            {"role": "assistant", "content": label},
+        )
+    ]
+    kinds: dict[str, list[list[dict[str, str]]]] = {
+        "sure": [
+            [system, *solved, {"role": "user", "content": f"The label is: {label}"}]
+            for label in asked
+        ],
+        "unsure": [
+            [system, {"role": "user", "content": f"I have a question about {one}, please."}]
+            for one in (SUBJECTS * 6)[:32]
+        ],
+    }
     ways: dict[str, dict[str, Any]] = {
         "free, 5 tokens": {"max_tokens": 5},
         "the most probable": {"ranking": {"answers": labels}},
         "99% of the probability": {"ranking": {"answers": labels, "coverage": 0.99}},
         "all": {"ranking": {"answers": labels, "coverage": 1.0}},
     }
-    for name, more in ways.items():
-        seconds = statistics.median(timed(server, bodies(**more)) for _ in range(rounds))
-        print(json.dumps({"way": name, "seconds": round(seconds, 2)}), flush=True)
+    for kind, questions in kinds.items():
+        bodies = [{"model": "m", "temperature": 0, "messages": one} for one in questions]
+        timed(server, [body | {"max_tokens": 1} for body in bodies])
+        for name, more in ways.items():
+            taken = [timed(server, [body | more for body in bodies]) for _ in range(rounds)]
+            measured = {"model": kind, "way": name, "seconds": round(statistics.median(taken), 2)}
+            print(json.dumps(measured), flush=True)
 
 
 if __name__ == "__main__":
