@@ -106,9 +106,6 @@ class TrialSearch(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Take note of how the trial ended."""
-        if result and PERCENT in result:
-            # Tune keeps the report that ended a trial for the end.
-            self.on_trial_result(trial_id, result)
         number = self.numbers[trial_id]
         cell = self.study.jobs[number].cell
         self.study.end(number, *self.how_it_ended(cell, result or {}))

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -30,7 +30,14 @@ from tuneloop.sweeps.search import PERCENT, TrialSearch, order_file
 from tuneloop.sweeps.study import Job, Study
 from tuneloop.training.fit.assess import PreparedRows, assess
 from tuneloop.training.fit.refusals import refuse_small_cluster
-from tuneloop.training.progress import PROGRESS_FILE, TrainingProgress, run_in_thread
+from tuneloop.training.progress import (
+    MAY_STOP_FILE,
+    PROGRESS_FILE,
+    STOP_FILE,
+    TrainingProgress,
+    TrainingStopped,
+    run_in_thread,
+)
 from tuneloop.training.rows import open_rows, store_rows
 
 logger = logging.getLogger("tuneloop.sweeps")
@@ -52,10 +59,13 @@ def train_all(study: Study, config: TuneloopConfig, workspace: Workspace, folder
     assert config.sweep is not None
     refuse_small_cluster(config.resources, cpus_per_trial=_TRIAL_CPUS)
 
+    may_stop = config.sweep.scheduler is not None
+
     def trial(params: dict[str, Any]) -> None:
         logging.basicConfig(level=logging.WARNING, force=True)
         order = json.loads(order_file(folder, params["cell"]).read_text(encoding="utf-8"))
-        train_one(TuneloopConfig.model_validate(order["config"]), workspace, order["dataset"])
+        one = TuneloopConfig.model_validate(order["config"])
+        train_one(one, workspace, order["dataset"], may_stop)
 
     def how_it_ended(cell: Cell, report: dict[str, Any]) -> tuple[Trial, float | None]:
         wall_s = float(report.get("wall_s") or report.get("time_total_s") or 0.0)
@@ -66,12 +76,10 @@ def train_all(study: Study, config: TuneloopConfig, workspace: Workspace, folder
             logger.warning("%s cannot be trained: %s", cell.label, problems)
             may_pass = not report["by_its_settings"]
             return Trial(cell, None, problems, wall_s, may_pass, "failed"), None
-        if PERCENT in report:
-            problem = (
-                f"stopped at {report[PERCENT]:.0f}% of its training: validation loss "
-                f"{report[VALIDATION_LOSS]:.4g}"
-            )
-            return Trial(cell, None, problem, wall_s, status="stopped"), report[VALIDATION_LOSS]
+        if "stopped_at" in report:
+            loss, percent = report["loss"], report["stopped_at"]
+            problem = f"stopped at {percent:.0f}% of its training: validation loss {loss:.4g}"
+            return Trial(cell, None, problem, wall_s, status="stopped"), loss
         return Trial(cell, None, "it failed twice", wall_s, may_pass=True, status="failed"), None
 
     # Only the scheduler needs a loss, and the last report of a trial has none.
@@ -83,14 +91,18 @@ def train_all(study: Study, config: TuneloopConfig, workspace: Workspace, folder
         ", ".join(config.sweep.parameters),
     )
     storage = folder / "tune"
-    scheduler = make_scheduler(config.sweep, study)
+
+    def stop(number: int) -> None:
+        made = study.jobs[number].fingerprint
+        (workspace.work_folder("models", config.name, made) / "scratch" / STOP_FILE).touch()
+
+    scheduler = make_scheduler(config.sweep, study, stop)
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": _TRIAL_CPUS}),
         tune_config=tune.TuneConfig(
             search_alg=TrialSearch(study, folder, how_it_ended),
             scheduler=scheduler,
             num_samples=-1,
-            reuse_actors=False,  # a stopped trial ends with its actor, and its workers with it
             max_concurrent_trials=config.resources.num_concurrent_trials,
         ),
         run_config=tune.RunConfig(
@@ -154,13 +166,22 @@ def refuse_unfit(jobs: Sequence[Job], trials: Mapping[int, Trial]) -> None:
         raise UserError(*problems)
 
 
-def train_one(config: TuneloopConfig, workspace: Workspace, dataset_ref: str) -> None:
-    """Train the model of a trial, and tell Ray Tune its validation losses and how it ended."""
+def train_one(
+    config: TuneloopConfig, workspace: Workspace, dataset_ref: str, may_stop: bool
+) -> None:
+    """Train the model of a trial, and tell Ray Tune its validation losses and how it ended.
+
+    Args:
+        may_stop: The scheduler may end it early.
+    """
     started = time.monotonic()
     try:
         dataset, base = workspace.open(dataset_ref), resolve_base(config.model.base)
         made, _ = pipeline.finetuned_identities(config, base, dataset)
         progress = workspace.work_folder("models", config.name, made) / "scratch" / PROGRESS_FILE
+        if may_stop:
+            progress.parent.mkdir(parents=True, exist_ok=True)
+            (progress.parent / MAY_STOP_FILE).touch()
         with _reported(progress):
             model = pipeline.train_model(config, workspace, base, dataset).artifact
     except Exception as error:
@@ -168,6 +189,17 @@ def train_one(config: TuneloopConfig, workspace: Workspace, dataset_ref: str) ->
         mistake = find_user_error(error)
         if mistake is None:
             raise
+        if isinstance(mistake, TrainingStopped):
+            rows = [json.loads(line) for line in progress.read_bytes().splitlines()]
+            last = [row for row in rows if row[VALIDATION_LOSS] is not None][-1]
+            tune.report(
+                {
+                    "stopped_at": 100 * last["step"] / last["num_steps"],
+                    "loss": last[VALIDATION_LOSS],
+                    "wall_s": time.monotonic() - started,
+                }
+            )
+            return
         tune.report(
             {
                 "problems": [vars(problem) for problem in mistake.problems],
@@ -222,14 +254,40 @@ class _Earlier(NamedTuple):
     trial_id: str
 
 
-def make_scheduler(sweep: SweepConfig, study: Study) -> TrialScheduler | None:
+class GentleASHA(ASHAScheduler):
+    """ASHA that asks a training to end, in place of killing its trial.
+
+    Ray Tune kills the actor of a trial that it stops, and Ray Train's controller with it. What the
+    workers had reserved is then freed by a helper that asks Ray's state API, which a Ray without
+    a dashboard does not have: the next trial would wait for ever.
+    """
+
+    stop: Callable[[int], None] | None = None
+
+    def on_trial_result(
+        self, tune_controller: TuneController, trial: TuneTrial, result: dict[str, Any]
+    ) -> str:
+        """Return CONTINUE, and ask a training to end that ASHA stops."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP and self.stop is not None:
+            self.stop(trial.config["cell"])
+            return str(TrialScheduler.CONTINUE)
+        return str(decision)
+
+
+def make_scheduler(
+    sweep: SweepConfig, study: Study, stop: Callable[[int], None] | None = None
+) -> TrialScheduler | None:
     """Return what stops trainings early, knowing those of earlier calls; None: nothing does.
+
+    Args:
+        stop: Asks the training of a job's number to end; None: the scheduler says STOP.
 
     Source: Li et al. 2020, "A system for massively parallel hyperparameter tuning", algorithm 2.
     """
     if sweep.scheduler is None:
         return None
-    scheduler = ASHAScheduler(
+    scheduler = GentleASHA(
         time_attr=PERCENT,
         metric=VALIDATION_LOSS,
         mode="min",
@@ -245,6 +303,7 @@ def make_scheduler(sweep: SweepConfig, study: Study) -> TrialScheduler | None:
         for one in study.measured.get(number, []):
             report = {PERCENT: one.percent, VALIDATION_LOSS: one.loss}
             scheduler.on_trial_result(controller, earlier, report)
+    scheduler.stop = stop
     return scheduler
 
 

@@ -43,7 +43,13 @@ from tuneloop.training.deepspeed_engine import (
 from tuneloop.training.loss import loss_and_hits, row_layout
 from tuneloop.training.methods import METHODS
 from tuneloop.training.packed import forget_draws
-from tuneloop.training.progress import NOTE_FILE, PROGRESS_FILE
+from tuneloop.training.progress import (
+    MAY_STOP_FILE,
+    NOTE_FILE,
+    PROGRESS_FILE,
+    STOP_FILE,
+    TrainingStopped,
+)
 from tuneloop.training.proof import packing_fault, padding_fault
 from tuneloop.training.results import StepRecord, TrainingResult
 from tuneloop.training.rows import Rows
@@ -128,6 +134,7 @@ def train_rows(
     Raises:
         ModelError: The loss is not finite, the model mixes rows, an export differs from
             the live model, or the checkpoint is of another model.
+        TrainingStopped: It was asked to stop before its end.
         ResourceError: A checkpoint cannot be written.
     """
     config, schedule = job.config, job.schedule(rows)
@@ -136,6 +143,7 @@ def train_rows(
     log = resume(engine, job, worker)
     engine.train()
     started = time.monotonic() - (log[-1]["elapsed_s"] if log else 0.0)
+    may_stop = (job.progress / MAY_STOP_FILE).exists()
     while not is_finished(log, config, schedule):
         step = len(log)
         record = train_step(engine, rows, schedule, step, worker)
@@ -145,6 +153,8 @@ def train_rows(
         record["elapsed_s"] = round(time.monotonic() - started, 3)
         if worker.rank == 0:
             _write_progress(job.progress, record, schedule.num_steps)
+        if may_stop and _is_asked_to_stop(job, worker):
+            raise TrainingStopped(Problem("asked to stop", where=f"step {len(log)}"))
         if len(log) % job.checkpoint_every_steps == 0 or is_finished(log, config, schedule):
             keep_checkpoint(engine, job, worker, log)
     best = best_step(log)
@@ -322,6 +332,13 @@ def resume(engine: DeepSpeedEngine, job: TrainingJob, worker: Worker) -> list[St
         newest = [newest_complete(job.checkpoints)]
     dist.broadcast_object_list(newest, src=0)
     return [] if newest[0] is None else load_engine(engine, newest[0], job.identity)
+
+
+def _is_asked_to_stop(job: TrainingJob, worker: Worker) -> bool:
+    """Return whether the training is to end now. All workers call it together."""
+    asked = [worker.rank == 0 and (job.progress / STOP_FILE).exists()]
+    dist.broadcast_object_list(asked, src=0)
+    return asked[0]
 
 
 def _validate(

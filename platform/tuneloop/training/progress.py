@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tuneloop.cluster import WaitingNotice
+from tuneloop.errors import UserError
 from tuneloop.progress import Progress
 from tuneloop.text import format_duration
 
@@ -27,7 +28,14 @@ PADDED_NOTICE = (
     "rows of this model cannot be packed (%s): each is computed by itself, padded, in the model's "
     "own attention; the result is right, the training slower"
 )
+# Whether somebody may ask the training to stop before its end, and who does so puts this there.
+MAY_STOP_FILE = "may_stop"
+STOP_FILE = "stop"
 T = TypeVar("T")
+
+
+class TrainingStopped(UserError):
+    """The training was asked to stop before its end; its workers ended as after any training."""
 
 
 def run_in_thread(run: Callable[[], T], poll: Callable[[], int]) -> T:

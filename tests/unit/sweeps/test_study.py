@@ -272,3 +272,11 @@ def test_early_stopping_knows_the_trials_of_earlier_calls(tmp_path: Path) -> Non
     study.end(0, Trial(jobs[0].cell, None, "", 1.0, status="stopped"), 1.0)
     assert decide(2.0) == "STOP"
     assert decide(0.5) == "CONTINUE"
+    # In a sweep the training is asked to end, and its trial goes on until it has.
+    asked: list[int] = []
+    scheduler: Any = make_scheduler(settings.sweep, study, asked.append)
+    trial: Any = SimpleNamespace(trial_id="now", config={"cell": 1})
+    scheduler.on_trial_add(None, trial)
+    report = {PERCENT: 20.0, "validation_loss": 2.0}
+    assert scheduler.on_trial_result(None, trial, report) == "CONTINUE"
+    assert asked == [1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import resource
 import shutil
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from transformers import (
 
 from tuneloop.compat.deepspeed import import_deepspeed
 from tuneloop.config import TrainingConfig
-from tuneloop.errors import ModelError, ResourceError
+from tuneloop.errors import ModelError, Problem, ResourceError
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.parity import LiveAnswer, compare
 from tuneloop.records import SamplingParams
@@ -36,6 +37,12 @@ from tuneloop.training.checkpoint import newest_complete
 from tuneloop.training.deepspeed_engine import Execution, learning_rate_factor
 from tuneloop.training.dry_run import dry_run, stage_of
 from tuneloop.training.loop import TrainingJob, Worker, train_rows
+from tuneloop.training.progress import (
+    MAY_STOP_FILE,
+    PROGRESS_FILE,
+    STOP_FILE,
+    TrainingStopped,
+)
 from tuneloop.training.results import TrainingResult
 from tuneloop.training.rows import Rows, make_rows
 
@@ -107,6 +114,22 @@ def keep(job: TrainingJob, metrics: dict[str, Any], checkpoint: Path | None) -> 
 
 def losses(result: TrainingResult) -> list[float]:
     return [row["loss"] for row in result.log]
+
+
+def test_a_training_that_is_asked_to_stop_ends_at_the_next_step(
+    tiny_model: Path, rows: Rows, tmp_path: Path
+) -> None:
+    progress = make_job(tiny_model, tmp_path).progress
+    # Only one that may be stopped looks: otherwise this is somebody else's file.
+    for name in (MAY_STOP_FILE, STOP_FILE):
+        (progress / name).touch()
+    with pytest.raises(TrainingStopped, match="step 1"):
+        run(tiny_model, rows, tmp_path)
+    assert pickle.loads(pickle.dumps(TrainingStopped(Problem("asked to stop")))).problems
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert len((progress / PROGRESS_FILE).read_text().splitlines()) == 1
+    (progress / MAY_STOP_FILE).unlink()
+    assert len(run(tiny_model, rows, tmp_path).log) == 12
 
 
 @pytest.fixture(scope="module")
