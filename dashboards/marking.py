@@ -142,20 +142,26 @@ def marking_of(workspace: Workspace, evaluation: Artifact) -> Marking:
 
 def ask(marking: Marking, row: MarkedRow) -> None:
     """Ask what is to be said of a row, and store it."""
+    # Keys have the row: what was written about one row must not stand in the form of another.
     kind: MarkKind = st.radio(
-        "Your mark", row.kinds, format_func=lambda k: MARK_LABELS[k], horizontal=True, key="kind"
-    )
+        "Your mark", row.kinds, format_func=lambda k: MARK_LABELS[k], horizontal=True,
+        key=f"kind {row.row_id}",
+    )  # fmt: skip
     answer = ""
     if kind in WITH_ANSWER:
         labels = marking.labels(row)
         start = row.said if kind == "accept" else row.answer
         if labels:
             options = list(labels)
-            place = options.index(start) if start in options else 0
-            answer = st.selectbox("Right answer", options, place) or ""
+            place = options.index(start) if start in options else None
+            key = f"label {kind} {row.row_id}"
+            answer = st.selectbox("Right answer", options, place, key=key) or ""
         else:
-            answer = st.text_area("Right answer", start, key=f"answer {kind}") or ""
-    note = st.text_input("Note", placeholder="optional: why", max_chars=2000) or ""
+            key = f"answer {kind} {row.row_id}"
+            answer = st.text_area("Right answer", start, key=key) or ""
+    note = st.text_input(
+        "Note", placeholder="optional: why", max_chars=2000, key=f"note {row.row_id}"
+    )
     reviewer = st.session_state.get("judge", "")
     if not reviewer:
         reviewer = st.text_input(
@@ -176,7 +182,7 @@ def ask(marking: Marking, row: MarkedRow) -> None:
             marking.reference,
             reviewer.strip(),
             answer.strip() if kind in WITH_ANSWER else "",
-            note.strip(),
+            (note or "").strip(),
             marking.evaluation,
         )
         assert marking.store is not None

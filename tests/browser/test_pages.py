@@ -340,6 +340,11 @@ def test_rows_are_marked_listed_and_followed(open_page, own):
     button(app, "Store the mark").click().run()
     assert "the answer that the data have" in app.error[0].value
     app.text_area[0].set_value('{"colour": "blue", "number": 30}').run()
+    # What was written about one row does not stand in the form of another.
+    next(b for b in app.button if b.key == "mark 1 r28").click().run()
+    assert json.loads(app.text_area[0].value)["number"] == 28
+    next(b for b in app.button if b.key == "mark 2 r29").click().run()
+    app.text_area[0].set_value('{"colour": "blue", "number": 30}').run()
     button(app, "Store the mark").click().run()
     assert not app.error
     assert "ann: the answer is wrong" in page_html(app)
