@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -322,10 +323,11 @@ def _headline(artifact: Artifact) -> str:
 
 def _fixes(arguments: argparse.Namespace, output: IO[str]) -> int:
     config = _load(arguments)
+    from tuneloop.data.corrections import refusal_by_task
     from tuneloop.marks import write_marks
     from tuneloop.review.fixes import MarkState, mark_states
 
-    states = mark_states(config, Workspace(config.workspace))
+    states = mark_states(config, Workspace(config.workspace), partial(refusal_by_task, config.task))
     if arguments.output:
         write_marks((state.mark for state in states), Path(arguments.output))
     if arguments.json:

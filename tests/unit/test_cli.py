@@ -106,6 +106,11 @@ def test_marks_are_listed_written_and_read_again(
     assert cli.main(["fixes", str(config), "--json", f"data.fixes={written}"]) == 0
     (told,) = json.loads(capfd.readouterr().out)["marks"]
     assert (told["reviewer"], told["answer"], told["state"]) == ("ann", "[red]42", "waiting")
+    labels = "task={type: classification, labels: [red, blue]}"
+    assert cli.main(["fixes", str(config), "--json", labels]) == 0
+    (told,) = json.loads(capfd.readouterr().out)["marks"]
+    assert told["state"] == "not applied"
+    assert "the given answer breaks the task: the answer is not one of task.labels" in told["why"]
     assert cli.main(["fixes", str(config), "--json", "data.fixes=false"]) == 0
     assert json.loads(capfd.readouterr().out)["marks"][0]["why"] == "data.fixes is false"
     Path(written).write_text("{}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tuneloop.config import OneTaskConfig
+from tuneloop.config import OneTaskConfig, TaskConfig
 from tuneloop.data.sources.formats import AnswerError, check_answer
 from tuneloop.marks import Fix
 from tuneloop.records import Message
@@ -20,6 +20,17 @@ def corrected(messages: Sequence[dict[str, Any]], answer: str) -> list[dict[str,
     """Return a conversation with another last answer; what was thought before it is left out."""
     last = replace(Message.of(messages[-1]), content=answer, reasoning_content="")
     return [*messages[:-1], last.as_dict()]
+
+
+def refusal_by_task(task: TaskConfig, fix: Fix) -> str:
+    """Return why a task does not allow what marks ask for, whatever their row says; empty if so.
+
+    Of a mixture only the row knows which task is its own: `prepare` tells it.
+    """
+    if task.tasks or task.type == "language_modeling":
+        return ""
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    return refusal(fix, turns, task)
 
 
 def refusal(fix: Fix, messages: Sequence[dict[str, Any]], task: OneTaskConfig) -> str:

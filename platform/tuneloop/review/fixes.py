@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig
-from tuneloop.marks import MARK_LABELS, Mark, decide, read_marks
+from tuneloop.marks import MARK_LABELS, Fix, Mark, decide, read_marks
 from tuneloop.review.store import ReviewStore, has_store
 
 SCORED_SUFFIX = "-scored"
@@ -72,8 +72,13 @@ def marks_for(config: TuneloopConfig, workspace: Workspace, scored: bool = False
     return ReviewStore(workspace.location).marks(name)
 
 
-def mark_states(config: TuneloopConfig, workspace: Workspace) -> list[MarkState]:
+def mark_states(
+    config: TuneloopConfig, workspace: Workspace, refusal: Callable[[Fix], str]
+) -> list[MarkState]:
     """Return every mark on the rows of a configuration with what has become of it, oldest first.
+
+    Args:
+        refusal: Why the task does not allow what a mark asks for; empty if it does.
 
     Raises:
         DataError: `data.fixes` names a file that is none of marks.
@@ -87,7 +92,7 @@ def mark_states(config: TuneloopConfig, workspace: Workspace) -> list[MarkState]
         marks = marks_for(config, workspace, is_scored)
         name = config.name + (SCORED_SUFFIX if is_scored else "")
         versions = [a for a in workspace.published() if (a.kind, a.name) == ("datasets", name)]
-        found = states_of(marks, versions)
+        found = states_of(marks, versions, refusal)
         states += [
             s._replace(state="not applied", why="data.fixes is false")
             if is_off and s.state == "waiting"
@@ -97,8 +102,16 @@ def mark_states(config: TuneloopConfig, workspace: Workspace) -> list[MarkState]
     return states
 
 
-def states_of(marks: Sequence[Mark], versions: Sequence[Artifact]) -> list[MarkState]:
-    """Return what has become of marks in the versions of their dataset, oldest version first."""
+def states_of(
+    marks: Sequence[Mark],
+    versions: Sequence[Artifact],
+    refusal: Callable[[Fix], str] = lambda fix: "",
+) -> list[MarkState]:
+    """Return what has become of marks in the versions of their dataset, oldest version first.
+
+    Args:
+        refusal: Why the task does not allow what a mark asks for; empty if it does.
+    """
     asked = decide(marks)
     fixes = [(artifact.ref, fixes_of(artifact)) for artifact in versions]
     first_in: dict[str, str] = {}
@@ -109,13 +122,20 @@ def states_of(marks: Sequence[Mark], versions: Sequence[Artifact]) -> list[MarkS
     newest = fixes[-1][1] if fixes else {"applied": [], "refused": {}}
     in_newest = {uid for item in newest["applied"] for uid in item["marks"]}
     # What a later preparation refused holds for the answers that it was given.
-    refused: dict[str, str] = newest["refused"]
+    refused: dict[str, str] = dict(newest["refused"])
     # Whoever agrees with a mark that is applied has it applied too.
     agreed = {
         mark.uid
         for fix in asked.fixes
         if any(other.uid in in_newest for other in fix.marks)
         for mark in fix.marks
+    }
+    refused |= {
+        mark.uid: why
+        for fix in asked.fixes
+        if (why := refusal(fix))
+        for mark in fix.marks
+        if mark.uid not in refused
     }
     states = []
     for mark in marks:
