@@ -280,7 +280,8 @@ def show_changes() -> None:
     try:
         old = workspace.open(other)
         diff = load_diff(artifact.ref, old.ref, artifact, old)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, KeyError) as error:
+        # Rows that were only scored have no card to compare.
         refuse("These versions cannot be compared.", error)
     rows = [
         {"rows": name, old.ref: before, artifact.ref: after, "change": f"{after - before:+,}"}

@@ -1,0 +1,52 @@
+"""Rows of the user's own to score: marks change what is right for them too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tuneloop.artifacts import Workspace
+from tuneloop.config import TuneloopConfig
+from tuneloop.data.scored_rows import prepare_scored_rows
+from tuneloop.evals.scoring.questions import read_questions
+from tuneloop.marks import Mark
+
+
+def test_marks_correct_accept_and_drop(tmp_path: Path) -> None:
+    rows = ({"question": f"q {i}?", "answer": f"a {i}"} for i in range(4))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": str(file), "format": "question_answer"}]
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "faq",
+            "task": {"type": "generation"},
+            "model": {"base": "x"},
+            "data": {"sources": sources},
+            "evaluation": {"sources": sources},
+        }
+    )
+    workspace = Workspace(tmp_path / "ws")
+    first = prepare_scored_rows(config, workspace).artifact
+    ids = [question.example_id for question in read_questions(first)]
+
+    def mark(kind: str, row_id: str, answer: str = "") -> Mark:
+        return Mark(kind, row_id, first.ref, "ann", answer, created_at="2026-11-28")  # type: ignore[arg-type]
+
+    marks = [
+        mark("bad_reference", ids[0], "right"),
+        mark("accept", ids[1], "also"),
+        mark("bad_row", ids[2]),
+        mark("bad_row", "0" * 20),
+    ]
+    second = prepare_scored_rows(config, workspace, marks).artifact
+    assert second.ref == "datasets/faq-scored@v2"
+    assert [(q.reference, q.accepted) for q in read_questions(second)] == [
+        ("right", ()), ("a 1", ("also",)), ("a 3", ()),
+    ]  # fmt: skip
+    fixes = json.loads((second.path / "card.json").read_text())["fixes"]
+    assert [item["action"] for item in fixes["applied"]] == ["correct", "accept", "drop"]
+    assert fixes["applied"][0]["before"] == "a 0"
+    assert list(fixes["refused"]) == [marks[3].uid]
+    assert prepare_scored_rows(config, workspace, marks).reused
+    assert prepare_scored_rows(config, workspace).artifact.ref == first.ref
