@@ -1152,6 +1152,15 @@ class TuneloopConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_floor_is_of_a_score(self) -> TuneloopConfig:
+        if self.evaluation.floors and self.task.type == "language_modeling":
+            raise ValueError(
+                "evaluation.floors need a score where higher is better: of plain text there is "
+                "only bits per byte"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_shared_gpu_has_one_worker(self) -> TuneloopConfig:
         if 0 < self.resources.gpus_per_worker < 1 and self.resources.worker_counts[-1] > 1:
             raise ValueError(

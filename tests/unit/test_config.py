@@ -48,6 +48,19 @@ def test_a_good_file_loads_and_overrides_win(tmp_path: Path) -> None:
     assert load_config(path).training.learning_rate == 1e-3
 
 
+def test_a_floor_is_of_a_column_and_of_a_score_where_higher_is_better(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    floors = load_config(
+        path, ["evaluation.floors=[{at_least: 0.5, by: year, value: 2024}]"]
+    ).evaluation.floors
+    assert (floors[0].by, floors[0].value) == ("year", "2024")
+    (found,) = problems(path, "evaluation.floors=[{at_least: 0.5, value: a}]")
+    assert "`value` needs `by`" in found
+    plain = ["task.type=language_modeling", "data.sources.0.format=text"]
+    (found,) = problems(path, *plain, "evaluation.floors=[{at_least: 0.5}]")
+    assert "higher is better" in found
+
+
 def test_a_default_written_out_has_the_same_fingerprint(tmp_path: Path) -> None:
     bare = load_config(write(tmp_path, GOOD))
     written = TuneloopConfig.model_validate(json.loads(bare.model_dump_json()))

@@ -20,8 +20,6 @@ from tuneloop.evals.scoring.clusters import (
     estimate_over_seeds,
     holm,
     intraclass_correlation,
-    is_not_worse,
-    judge,
     rows_needed,
     satterthwaite_df,
     sign_flip_p,
@@ -229,28 +227,6 @@ def test_holm_by_hand():
     adjusted = holm(np.array([0.01, 0.04, np.nan, 0.03, 0.5]))
     assert adjusted.tolist() == pytest.approx([0.04, 0.09, np.nan, 0.09, 0.5], nan_ok=True)
     assert holm(np.array([0.6, 0.7])).tolist() == [1, 1]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "margin", "verdict"),
-    [
-        (0.01, 0.2, 0.0, "better"),
-        (-0.01, 0.2, 0.02, "not worse"),
-        (-0.015, -0.005, 0.02, "not worse"),
-        (-0.2, -0.01, 0.02, "worse"),
-        (-0.2, 0.1, 0.02, "cannot tell"),
-        (-0.01, 0.1, 0.0, "cannot tell"),
-        (0.0, 0.1, 0.0, "cannot tell"),
-        (None, None, 0.5, "cannot tell"),
-    ],
-)
-def test_verdicts(low, high, margin, verdict):
-    assert judge(low, high, margin) == verdict
-
-
-def test_not_worse_needs_the_whole_interval_above_the_margin():
-    assert is_not_worse(-0.019, 0.02)
-    assert not is_not_worse(-0.02, 0.02)
 
 
 def test_detectable_difference_of_independent_rows_is_the_textbook_formula():

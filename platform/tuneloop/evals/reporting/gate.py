@@ -92,7 +92,7 @@ def decide(
         is_same: Both arms are one model: it is not worse than itself.
 
     Raises:
-        ConfigError: A floor for rows that there are not, or for a metric where lower is better.
+        ConfigError: A floor for rows that there are not.
     """
     (pair,) = evaluation.candidate_pairs()
     metric = evaluation.metric(evaluation.primary)
@@ -182,15 +182,6 @@ def _unseen(evaluation: Evaluation) -> list[GateCheck]:
 def _floors(
     evaluation: Evaluation, floors: Sequence[FloorConfig], metric: Metric
 ) -> list[GateCheck]:
-    if floors and metric.better == "lower":
-        raise ConfigError(
-            Problem(
-                "a floor needs a score where higher is better",
-                where="evaluation.floors",
-                got=evaluation.primary,
-                remedy="leave the floors out, or choose another evaluation.primary",
-            )
-        )
     parts = evaluation.slices["arms"][evaluation.candidate["name"]]
     checks, problems = [], []
     for number, floor in enumerate(floors):

@@ -15,15 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
 from tuneloop.evals.scoring.intervals import Floats, Scale
-
-Verdict = Literal["better", "not worse", "worse", "cannot tell"]
 
 # The prior of the intraclass correlation: 30% that rows are as good as independent, the rest
 # uniform in the square root, from 0.0002 to 0.98.
@@ -344,35 +341,6 @@ def holm(p_values: Floats) -> Floats:
     factors = np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p_values[order] * factors))
     return adjusted
-
-
-def is_not_worse(low: float, margin: float) -> bool:
-    """Return whether the interval's lower end excludes a loss of the margin or more.
-
-    Read from a 95% interval this is a one-sided test at 2.5%.
-    """
-    return low > -margin
-
-
-def judge(low: float | None, high: float | None, margin: float = 0.0) -> Verdict:
-    """Return what an interval of a difference says; above zero is better.
-
-    Args:
-        low: Lower end; None where no interval could be computed.
-        high: Upper end.
-        margin: Loss that does not matter, at least 0, in the units of the difference.
-
-    Returns:
-        `better` if all of the interval is above zero; `not worse` if it excludes a loss of the
-        margin or more; `worse` if all of it is below zero; `cannot tell` otherwise.
-    """
-    if low is None or high is None:
-        return "cannot tell"
-    if low > 0:
-        return "better"
-    if is_not_worse(low, margin):
-        return "not worse"
-    return "worse" if high < 0 else "cannot tell"
 
 
 @dataclass(frozen=True)
