@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tuneloop.config import TaskConfig
+from tuneloop.evals.scoring import nearest
 from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.nearest import (
     NearestRows,
@@ -72,6 +73,13 @@ def test_the_nearest_rows_come_first_and_twins_ask_nearly_the_same() -> None:
     assert near[0].similarity == pytest.approx(1.0)
     assert [one.row_id for one in rows.twins([question])["q"]] == ["b"]
     assert rows.twins([ask("zebra")]) == {"q": []}
+
+
+def test_so_many_characters_are_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "MOST_CHARACTERS", 40)
+    rows = [row(name, f"open the {name} door", "Push.") for name in ("red", "blue", "green")]
+    near = NearestRows(rows, WRITING).explain([ask("open the green door")])["q"]
+    assert [one.row_id for one in near] == ["red", "blue"]
 
 
 def test_a_label_that_its_neighbours_deny_is_among_the_five() -> None:

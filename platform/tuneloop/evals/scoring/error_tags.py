@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from tuneloop.evals.scoring.function_calls import without_accepted
 from tuneloop.evals.scoring.metrics import Scorer, parse_object
@@ -44,6 +45,8 @@ _TERM_ROWS = 3
 _SHOWN_ITEMS, _SHOWN_CHARACTERS = 5, 120
 # A language of fewer of the references is an exception.
 _NOTABLE_LANGUAGE = 0.05
+# A millisecond each; rows are in random order.
+_FIRST_REFERENCES = 2_000
 _COMMON_SHARE = 0.05
 _VOCABULARY_WORD = re.compile(r"[^\W\d_]{2,}")
 # Where the reference itself is mostly not English, an English dictionary says nothing.
@@ -224,8 +227,12 @@ def tags_of(predictions: Iterable[Prediction]) -> list[str]:
 
 
 def languages_of(references: Iterable[str]) -> frozenset[str]:
-    """Return the languages that at least a twentieth of the longer references are in."""
-    counts = Counter(language for text in references if (language := language_of(text)))
+    """Return the languages that at least a twentieth of the first longer references are in."""
+    counts = Counter(
+        language
+        for text in islice(references, _FIRST_REFERENCES)
+        if (language := language_of(text))
+    )
     total = counts.total()
     return frozenset(name for name, count in counts.items() if count >= _NOTABLE_LANGUAGE * total)
 

@@ -31,8 +31,11 @@ from tuneloop.records import Conversation
 _log = logging.getLogger("tuneloop.evals")
 FILE = "nearest.parquet"
 NUM_NEAREST = 5
-# Rows that are compared at most; of more the first by row id, which is a hash.
-MOST_ROWS = 100_000
+# Rows that are compared at most, and characters of what they ask; of more the first by row id,
+# which is a hash.
+MOST_ROWS, MOST_CHARACTERS = 100_000, 20_000_000
+# Of a longer text the end: what is asked mostly stands there.
+_LONGEST_TEXT = 4_000
 # From this similarity on two questions ask the same.
 SAME_QUESTION = 0.8
 # Of a classification so many rows are looked through for labels that their own neighbours deny.
@@ -81,11 +84,13 @@ class NearestRows:
     """
 
     def __init__(self, rows: Sequence[Conversation], task: OneTaskConfig) -> None:
-        if len(rows) > MOST_ROWS:
-            _log.info("nearest rows are looked for in %d of %d rows", MOST_ROWS, len(rows))
-        self._rows = rows[:MOST_ROWS]
         self._task = task
-        self._texts, _ = asked_texts(self._rows, ())
+        texts = [text[-_LONGEST_TEXT:] for text in asked_texts(rows[:MOST_ROWS], ())[0]]
+        ends = np.cumsum([len(text) for text in texts])
+        count = max(1, int(np.searchsorted(ends, MOST_CHARACTERS, side="right")))
+        self._rows, self._texts = rows[:count], texts[:count]
+        if count < len(rows):
+            _log.info("nearest rows are looked for in %d of %d rows", count, len(rows))
         is_many = len(self._rows) >= _MANY_ROWS
         self._vectorizer = vectorizer_of_words(most_rows=_MOST_COMMON if is_many else 1.0)
         try:
@@ -155,7 +160,7 @@ class NearestRows:
     def _look_up(self, questions: Sequence[Question], count: int) -> Iterator[list[_Alike]]:
         # The rows say whether the system messages count.
         asked = asked_texts(self._rows, questions)[1]
-        return self._alike(asked, count)
+        return self._alike([text[-_LONGEST_TEXT:] for text in asked], count)
 
     def _alike(self, texts: Sequence[str], count: int) -> Iterator[list[_Alike]]:
         """Yield for each text the rows that share words with it, the most alike first."""
