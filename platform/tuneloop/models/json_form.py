@@ -18,9 +18,13 @@ _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 def json_grammar(schema: Mapping[str, Any]) -> str:
     """Return the grammar of a JSON Schema, in llguidance's own format.
 
+    The schema may say how values are laid out, in `x-guidance` as llguidance has it.
+
     Raises:
         ValueError: It is no schema.
     """
+    if "x-guidance" in schema:
+        return LLMatcher.grammar_from_json_schema(dict(schema))
     return LLMatcher.grammar_from_json_schema(
         dict(schema), overrides={"whitespace_pattern": _WHITE_SPACE}
     )

@@ -24,7 +24,7 @@ from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.runner import evaluate
 from tuneloop.evals.scoring.calibration import describe_calibration
 from tuneloop.evals.scoring.cheapest import find_cheapest
-from tuneloop.evals.scoring.constrained import constrain, schema_of, unwrap
+from tuneloop.evals.scoring.constrained import constrain, layout_of, schema_of, unwrap
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
@@ -91,6 +91,22 @@ def test_the_schema_of_the_train_rows() -> None:
     assert has_form('{"b": "ü", "a": 1, "tags": ["v", "w"]}', schema)
     assert not has_form('{"a": 1, "b": "x"}', schema)  # a server writes them in order
     assert not has_form('{"b": "x", "a": 1', schema)
+
+
+@pytest.mark.parametrize(
+    ("answers", "fits", "other"),
+    [
+        (['{"a": 1, "b": [1, 2]}', '{"a": "ü"}'], '{"a": "x", "b": [1, 2]}', '{"a":1}'),
+        (['{"a":1,"b":[1,2]}'], '{"a":2,"b":[]}', '{"a": 1, "b": []}'),
+        (['{"a": 1}', '{"a":1}'], '{\n  "a": 1\n}', '{"a": "x"}'),
+    ],
+)
+def test_answers_are_laid_out_like_those_of_the_train_rows(
+    answers: list[str], fits: str, other: str
+) -> None:
+    schema = schema_of(answers) | layout_of(answers)
+    assert has_form(fits, schema)
+    assert not has_form(other, schema)
 
 
 def test_what_no_answer_can_be_bound_to_is_told(tmp_path: Path) -> None:

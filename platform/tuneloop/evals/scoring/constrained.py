@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TaskConfig
@@ -67,13 +67,14 @@ def _own_form(
     if one.type == "classification":
         coverage = _COVERAGE if calibration else 0.0
         return {"ranking": {"answers": list(one.labels), "coverage": coverage}}
-    return _json_form(_read_schema(name, dataset, task), strict=True)
+    schema, layout = _read_schema(name, dataset, task)
+    return _json_form(schema | layout, strict=True)
 
 
 def _endpoint_form(name: str, dataset: Artifact | None, task: TaskConfig) -> dict[str, Any]:
     one = task.of(name)
     if one.type == "extraction":
-        schema = _read_schema(name, dataset, task)
+        schema, _ = _read_schema(name, dataset, task)
         # What OpenAI calls strict has no property that may be left out.
         is_strict = set(schema.get("properties", ())) == set(schema.get("required", ()))
         return _json_form(schema, strict=is_strict)
@@ -101,13 +102,37 @@ def unwrap(text: str, key: str) -> str:
     return value if isinstance(value, str) else text
 
 
-def _read_schema(name: str, dataset: Artifact | None, task: TaskConfig) -> dict[str, Any]:
+class _Form(NamedTuple):
+    """A schema, and how the answers of the train rows are laid out where they are all alike."""
+
+    schema: dict[str, Any]
+    layout: dict[str, Any]
+
+
+def _read_schema(name: str, dataset: Artifact | None, task: TaskConfig) -> _Form:
     assert dataset is not None, "`needs_dataset` said so"
     rows = read_solved(dataset, list(task.tasks))
-    schema = schema_of([row.messages[-1].text for row in rows if row.task == name])
+    answers = [row.messages[-1].text for row in rows if row.task == name]
+    schema = schema_of(answers)
     if reason := why_unusable(schema):
         raise DataError(Problem(_UNBOUND, where=dataset.ref, got=reason))
-    return schema
+    return _Form(schema, layout_of(answers))
+
+
+def layout_of(answers: Sequence[str]) -> dict[str, Any]:
+    """Return how JSON answers are written, for llguidance, if all are on one line in one way.
+
+    Another model would write line breaks and indents, and use up its tokens with them.
+    """
+    for item, key in ((", ", ": "), (",", ":")):
+        written = (
+            json.dumps(json.loads(one), ensure_ascii=one.isascii(), separators=(item, key)) == one
+            for one in answers
+        )
+        if all(written):
+            separators = {"item_separator": item, "key_separator": key}
+            return {"x-guidance": {"whitespace_flexible": False, **separators}}
+    return {}
 
 
 def schema_of(answers: Sequence[str]) -> dict[str, Any]:
