@@ -353,7 +353,8 @@ def test_a_wrong_sweep_is_told_before_anything_is_trained(
     assert code == 2
     assert expected in err
     assert "Traceback" not in err
-    assert Workspace(tmp_path / "w").published() == []
+    # Whether a model fits is known when its rows are.
+    assert {artifact.kind for artifact in Workspace(tmp_path / "w").published()} <= {"datasets"}
 
 
 def descendants(pid: int) -> list[psutil.Process]:
