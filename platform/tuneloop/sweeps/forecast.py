@@ -219,30 +219,40 @@ class Noise(NamedTuple):
     vectors: Floats
 
 
-def _curves(places: Floats, sizes: Floats) -> tuple[Floats, Floats, Floats, Floats, Floats]:
-    """Return floor, drop, half, exponent and scatter at places in the unit cube, shape (P, 5)."""
+class Curves(NamedTuple):
+    """Learning curves by their parameters, each of shape (P,)."""
+
+    floor: Floats
+    drop: Floats
+    half: Floats
+    exponent: Floats
+    scatter: Floats
+
+
+def _curves(places: Floats, sizes: Floats) -> Curves:
+    """Return the curves at places in the unit cube, shape (P, 5)."""
     low, high = math.log(sizes.min() / _HALF_BEYOND), math.log(sizes.max() * _HALF_BEYOND)
     floor = places[:, 0] ** 2  # more often low than high
     drop = places[:, 1] * (1 - floor)
     half = np.exp(low + places[:, 2] * (high - low))
     exponent = _EXPONENT[0] + places[:, 3] * (_EXPONENT[1] - _EXPONENT[0])
     scatter = _SCATTER[0] * (_SCATTER[1] / _SCATTER[0]) ** places[:, 4]
-    return floor, drop, half, exponent, scatter
+    return Curves(floor, drop, half, exponent, scatter)
 
 
-def _expected(curves: tuple[Floats, Floats, Floats, Floats, Floats], sizes: Floats) -> Floats:
+def _expected(curves: Curves, sizes: Floats) -> Floats:
     """Return the errors of the curves at the sizes. Shape (P, K)."""
     floor, drop, half, exponent, _ = (value[:, None] for value in curves)
     return floor + drop / (1 + (sizes / half) ** exponent)
 
 
 def _log_likelihood(
-    curves: tuple[Floats, Floats, Floats, Floats, Floats],
+    curves: Curves,
     sizes: Floats,
     errors: Floats,
     noise: Noise,
 ) -> Floats:
-    variance = noise.values + curves[-1][:, None] ** 2
+    variance = noise.values + curves.scatter[:, None] ** 2
     residuals = (errors - _expected(curves, sizes)) @ noise.vectors
     return -0.5 * (residuals**2 / variance + np.log(variance)).sum(axis=1)
 

