@@ -377,6 +377,20 @@ def titles(actions: list[Action]) -> list[str]:
     return [action.title for action in actions]
 
 
+def test_one_model_in_two_forms_is_one_opinion_of_a_reference() -> None:
+    doubt = "Look whether these references are right"
+    two = {"base": 5, "finetuned+constrained": 80, "finetuned": 80}
+    evaluation = make_evaluation(two)
+    (doubtful,) = (a for a in advise(situation(evaluation)) if a.title == doubt)
+    assert doubtful.gain is not None
+    assert doubtful.gain.value == pytest.approx(0.2)
+    del two["base"]
+    evaluation = make_evaluation(two)
+    bound = next(arm for arm in evaluation.arms if arm["name"] == "finetuned+constrained")
+    bound["free_arm"] = "finetuned"
+    assert doubt not in titles(advise(situation(evaluation)))
+
+
 def test_bounds_are_the_share_of_what_is_wrong() -> None:
     evaluation = make_evaluation({"base": 5, "finetuned": 80}, finish="length")
     actions = advise(situation(evaluation))

@@ -8,7 +8,6 @@ Only a sweep's forecast says more. Where nothing says how much, none is told.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -209,17 +208,20 @@ def _about_answers(
 
 
 def _agreed_otherwise(evaluation: Evaluation, wrong: Sequence[Prediction]) -> set[str]:
-    """Return the examples to which at least two arms give one and the same wrong answer."""
-    said: dict[str, Counter[str]] = {}
+    """Return the examples to which at least two arms give one and the same wrong answer.
+
+    An arm with its answers held to their form is the same model again, and no second opinion.
+    """
+    asked = {arm["name"]: arm.get("free_arm") or arm["name"] for arm in evaluation.arms}
+
+    def said(p: Prediction) -> tuple[str, str]:
+        return p.example_id, " ".join(p.completion.split())
+
+    who: dict[tuple[str, str], set[str]] = {}
     for p in evaluation.predictions:
         if p.status == "scored" and not p.scores.get(evaluation.primary):
-            said.setdefault(p.example_id, Counter())[" ".join(p.completion.split())] += 1
-    return {
-        p.example_id
-        for p in wrong
-        if p.completion.strip()
-        and said.get(p.example_id, Counter())[" ".join(p.completion.split())] > 1
-    }
+            who.setdefault(said(p), set()).add(asked[p.arm])
+    return {p.example_id for p in wrong if p.completion.strip() and len(who.get(said(p), ())) > 1}
 
 
 def _about_fields(
