@@ -803,7 +803,7 @@ class EvaluationConfig(Section):
         None,
         description="The column of the rows that belong together: they are right and wrong "
         "together, and intervals and tests know it. Default: the column of `data.split.group_by`, "
-        "else rows with the same question.",
+        "else rows with the same question or nearly the same.",
     )
     margin: float | None = Field(
         None,

@@ -378,6 +378,15 @@ def test_rows_with_the_same_question_are_a_cluster(workspace):
     assert clusters.by == "question"
 
 
+def test_near_duplicates_are_a_cluster(workspace):
+    rows = [row(index, word) for index, word in enumerate(["apple", "apples", "pear", "plum"])]
+    units = ["row-000", "row-000", "row-002", None]
+    test = [r | {"split_unit": unit} for r, unit in zip(rows, units, strict=True)]
+    clusters = read_clusters(publish_dataset(workspace, test, []))
+    assert list(clusters.names.values()) == ["row-000", "row-000", "row-002", "row-003"]
+    assert clusters.by == "question"
+
+
 def test_a_scorer_that_fails_in_the_middle_publishes_nothing_and_loses_no_answer(
     model_server, config, workspace, dataset, tmp_path, monkeypatch
 ):

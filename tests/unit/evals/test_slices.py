@@ -76,6 +76,7 @@ def test_the_columns_of_a_split_are_the_users_own_and_the_files(tmp_path: Path) 
             "source": "faq.jsonl:12",
             "messages": [{"role": "user", "content": "q"}],
             "num_tokens": 3,
+            "split_unit": "a",
             "original_text": "t",
             "tags": ["x"],
             "topic": None,

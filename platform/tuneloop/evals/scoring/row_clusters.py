@@ -13,13 +13,15 @@ from tuneloop.errors import ConfigError, Problem
 
 # What clusters are called where no column says which rows belong together.
 BY_QUESTION = "question"
+# The column of a dataset that tells rows with one prompt, and near-duplicates, to be one unit.
+_UNIT = "split_unit"
 
 
 class RowClusters(NamedTuple):
     """The cluster of every row that is answered.
 
     Args:
-        by: The column that names them; `question` for rows that ask the same.
+        by: The column that names them; `question` for rows that ask the same or nearly the same.
         names: Name of the cluster by row id.
     """
 
@@ -35,8 +37,8 @@ def read_clusters(
     Args:
         dataset: Artifact with this split.
         group_by: The column that names the clusters. Default: the one by which the dataset was
-            split; without one, or if the dataset does not carry it, rows with the same question
-            are a cluster.
+            split; without one, or if the dataset does not carry it, near-duplicates and rows with
+            the same question are a cluster.
         split: `test` or `validation`.
 
     Raises:
@@ -61,8 +63,10 @@ def read_clusters(
                     remedy="name a column of the rows, or leave the setting out",
                 )
             )
-        column = choices[0] if choices else "messages" if "messages" in stored else ""
         found = found or ("" if not choices else str(wanted))
+        if not choices and _UNIT in stored:
+            choices = [_UNIT]
+        column = choices[0] if choices else "messages" if "messages" in stored else ""
         table = pq.read_table(file, columns=["row_id", *([column] if column else [])])
         for row in table.to_pylist():
             value = row.get(column)

@@ -45,7 +45,7 @@ LENGTH, REFERENCE_LENGTH, LABEL, TASK, SOURCE = (
 # What every dataset has beside the columns of the user.
 _OF_DATASETS = frozenset(
     {"row_id", "source", "messages", "text", "input_ids", "loss_mask", "num_tokens"}
-    | {"task", "tools", "accepted"}
+    | {"task", "tools", "accepted", "split_unit"}
 )
 _MOST_VALUES = 10
 _LONGEST_VALUE = 80
