@@ -133,6 +133,14 @@ def test_preferences_are_refused_with_a_remedy() -> None:
     assert "mend: [preferences]" in caught.value.remedy
 
 
+def test_an_answer_that_is_called_bad_is_not_learned() -> None:
+    with pytest.raises(RowError, match="a bad one"):
+        chat("prompt_completion", prompt="a", completion="b", label=False)
+    for fine in (True, "no", 0):
+        found = chat("prompt_completion", prompt="a", completion="b", label=fine)
+        assert said(found)[-1] == ("assistant", "b", 1)
+
+
 def test_of_preferences_the_preferred_answer_is_taken_on_request() -> None:
     wanted = [("user", "a", 1), ("assistant", "b", 1)]
     mend = ("preferences",)

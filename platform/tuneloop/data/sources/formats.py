@@ -156,6 +156,14 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
             remedy="preferences are not learned here; data.sources[*].mend: [preferences] learns "
             "the preferred answers, and nothing of the others",
         )
+    if source.format == "prompt_completion" and row.get("label") is False:
+        raise RowError(
+            "the row says that its answer is a bad one",
+            got="label false, as rows for KTO have it",
+            allowed="answers to learn",
+            remedy="leave rows with label false out; or, where the column means something else, "
+            "set data.sources[*].format: columns and name prompt and completion",
+        )
     tools = ""
     if source.format == "alpaca" and "instances" in row and "output" not in row:
         row = {**row, **_only_instance(row["instances"])}
