@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
 from tuneloop.artifacts import Artifact, Workspace, sha256_file
 from tuneloop.config import ArmConfig, EvaluationConfig, TuneloopConfig
 from tuneloop.data.decontamination.seen import datasets_of
-from tuneloop.errors import ArtifactError, ConfigError, Problem
+from tuneloop.errors import ArtifactError, ConfigError, ModelError, Problem
 from tuneloop.evals.scoring.questions import Question, read_questions
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.models.chat.renderer import Renderer
@@ -32,9 +35,9 @@ from tuneloop.records import Endpoint, SamplingParams
 logger = logging.getLogger("tuneloop.export")
 
 CODE_VERSION = 1
-FORMATS = ("gguf", "ollama", "vllm", "hub")
 MODEL = "the model"
 MARKER = "export.json"
+_DRAFT = ".draft"  # the folder is ours, and not whole
 NUM_SLOTS = 4
 NUM_COMPARED = 50
 NUM_TIMED = 8
@@ -118,7 +121,7 @@ def export(
 
     Args:
         reference: Such as `models/faq@v2`.
-        to: One of `FORMATS`; `hub` writes the folder that `push` sends.
+        to: `gguf`, `ollama`, `vllm`, or `hub`, which writes the folder that `push` sends.
         folder: Where to; made if it is not there.
         config: Says how answers are scored. With it, GGUF files get price tags.
 
@@ -142,11 +145,17 @@ def export(
     dataset = _dataset(workspace, model, is_needed=scoring is not None)
     questions = _questions(dataset) if dataset else []
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _DRAFT).touch()
     tags: list[PriceTag] = []
     notes: list[str] = []
     metric = ""
     if is_gguf:
-        files, answers, speeds, notes = _write_gguf(model, to, folder, questions, scoring)
+        try:
+            files, answers, speeds, notes = _write_gguf(model, to, folder, questions, scoring)
+        except ModelError:
+            # Nobody is to run a file that was found to be wrong.
+            shutil.rmtree(folder)
+            raise
         if config and dataset and answers:
             named = _with_arms(config, model, answers)
             name = f"{config.name}-export"
@@ -162,6 +171,7 @@ def export(
     draft = folder / f".{MARKER}"
     draft.write_text(json.dumps(marker, ensure_ascii=False, indent=1), encoding="utf-8")
     draft.replace(folder / MARKER)
+    (folder / _DRAFT).unlink()
     return result
 
 
@@ -171,9 +181,6 @@ def push(result: Export, repository: str) -> str:
     Raises:
         ConfigError: The Hub refuses.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     api = HfApi()
     try:
         url = api.create_repo(repository, private=True, exist_ok=True)
@@ -181,7 +188,7 @@ def push(result: Export, repository: str) -> str:
             folder_path=result.folder,
             repo_id=repository,
             commit_message=f"{result.model}, exported by tuneloop",
-            ignore_patterns=[MARKER],
+            ignore_patterns=[MARKER, _DRAFT],
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ConfigError(
@@ -220,7 +227,7 @@ def _read(folder: Path, identity: dict[str, Any]) -> Export | None:
     if not marker.is_file():
         # What a killed export left has our names and no marker.
         foreign = [f.name for f in folder.iterdir()] if folder.is_dir() else []
-        if foreign and not (folder / ".draft").exists():
+        if foreign and not (folder / _DRAFT).exists():
             raise ConfigError(
                 Problem(
                     "the folder holds other files",
@@ -298,7 +305,6 @@ def _write_gguf(
     longest = max((len(renderer.prompt_ids(q.messages)) for q in questions), default=1024)
     max_tokens = scoring.max_tokens if scoring else 256
     context = -(-(longest + max_tokens) // 256) * 256
-    (folder / ".draft").touch()
     name = model.name
     if to == "ollama":
         systems = {q.messages[0].text for q in questions if q.messages[0].role == "system"}
@@ -335,7 +341,6 @@ def _write_gguf(
                 logger.info("llama.cpp answers %d test rows with %s", len(asked), file.name)
                 answers[kind] = folder / f"answers-{kind}.jsonl"
                 speeds[kind] = asyncio.run(_answer(address, asked, max_tokens, answers[kind]))
-    (folder / ".draft").unlink()
     return _Written(list(files.values()), answers, speeds, notes)
 
 

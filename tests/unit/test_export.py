@@ -16,7 +16,7 @@ import pytest
 
 from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
-from tuneloop.errors import ArtifactError, ConfigError
+from tuneloop.errors import ArtifactError, ConfigError, ModelError, Problem
 from tuneloop.export import MARKER, export
 
 
@@ -64,8 +64,34 @@ def test_nothing_is_written_over_other_things(workspace: Workspace, tmp_path: Pa
     with pytest.raises(ConfigError, match=r"chapter\.txt"):
         export(workspace, "models/faq", "vllm", tmp_path / "thesis")
     export(workspace, "models/faq", "vllm", tmp_path / "b")
+    assert not (tmp_path / "b" / ".draft").exists()
     with pytest.raises(ConfigError, match="holds another export"):
         export(workspace, "models/faq", "hub", tmp_path / "b")
+
+
+def test_an_export_that_was_killed_is_written_again_and_a_refused_one_leaves_nothing(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("tuneloop.export.shutil.copyfile", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(workspace, "models/faq", "vllm", folder)
+    assert not (folder / MARKER).exists()
+    assert not export(workspace, "models/faq", "vllm", folder).reused
+    assert (folder / MARKER).exists()
+
+    def refuse(*arguments: object) -> None:
+        (tmp_path / "g" / "faq-F16.gguf").write_bytes(b"wrong")
+        raise ModelError(Problem("llama.cpp renders the chat template otherwise"))
+
+    monkeypatch.setattr("tuneloop.export.convert", refuse)
+    with pytest.raises(ModelError, match="renders the chat template otherwise"):
+        export(workspace, "models/faq", "gguf", tmp_path / "g")
+    assert not (tmp_path / "g").exists()
 
 
 class _Hub(BaseHTTPRequestHandler):

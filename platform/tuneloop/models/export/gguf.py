@@ -183,7 +183,7 @@ def compare_prompts(
     with httpx.Client(base_url=address, timeout=60) as client:
         for messages in prompts:
             ids = renderer.prompt_ids(messages)
-            expected = renderer.tokenizer.decode(ids, skip_special_tokens=False)
+            expected = _text(renderer, ids)
             body = {"messages": [message.as_dict() for message in messages]}
             answer = client.post("/apply-template", json=body)
             text = str(answer.json().get("prompt", answer.text[:300]))
@@ -209,8 +209,13 @@ def compare_prompts(
                     )
                 )
             at = _first_difference(found, ids)
-            others.append(renderer.tokenizer.decode(ids[max(0, at - 5) : at + 5]))
+            others.append(_text(renderer, ids[max(0, at - 5) : at + 5]))
     return Agreement(len(prompts), len(others), others[0] if others else "")
+
+
+def _text(renderer: Renderer, ids: Sequence[int]) -> str:
+    """Return all that ids say, special tokens included."""
+    return str(renderer.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def _first_difference(left: Sequence[object], right: Sequence[object]) -> int:

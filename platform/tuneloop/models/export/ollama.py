@@ -51,7 +51,7 @@ def modelfile(renderer: Renderer, file: str, instruction: str, context: int) -> 
 
 def _prompt(renderer: Renderer, turns: Sequence[Message]) -> str:
     ids = renderer.prompt_ids(turns)
-    return str(renderer.tokenizer.decode(ids, skip_special_tokens=False))
+    return str(renderer.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _pieces(renderer: Renderer) -> _Pieces:
