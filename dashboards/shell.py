@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 import streamlit as st
 
@@ -130,3 +131,18 @@ def _show_empty(workspace: Workspace) -> None:
     st.write("If you expected to see something, start the dashboard with another workspace:")
     st.code("tuneloop dashboard --workspace DIRECTORY_OR_URI", language=None)
     st.stop()
+
+
+def choose_project(artifacts: Sequence[Artifact]) -> str:
+    """Return the project chosen on the page; without any the page ends.
+
+    The newest first, and before them those with a model: a sweep, a gate or an export leaves
+    evaluations under names of its own.
+    """
+    names = list(dict.fromkeys(a.name for a in reversed(artifacts) if a.kind == "evaluations"))
+    trained = {a.name for a in artifacts if a.kind == "models"}
+    names.sort(key=lambda name: name not in trained)
+    if not names:
+        st.info("No evaluation yet: `tuneloop run CONFIG.yaml` makes one.")
+        st.stop()
+    return st.selectbox("Project", names, key="project", bind="query-params") or names[0]

@@ -7,16 +7,12 @@ import html
 import streamlit as st
 
 import theme
-from shell import open_workspace, refuse
+from shell import choose_project, open_workspace, refuse
 from tuneloop.advice import advice_for
 from tuneloop.errors import UserError
 
 workspace, artifacts = open_workspace()
-names = list(dict.fromkeys(a.name for a in reversed(artifacts) if a.kind == "evaluations"))
-if not names:
-    st.info("No evaluation yet: `tuneloop run CONFIG.yaml` makes one.")
-    st.stop()
-name = st.selectbox("Project", names, key="project", bind="query-params") or names[0]
+name = choose_project(artifacts)
 models = [a for a in artifacts if (a.kind, a.name) == ("models", name)]
 training = models[-1].manifest["config"].get("training", {}) if models else {}
 try:

@@ -5,16 +5,12 @@ from __future__ import annotations
 import altair as alt
 import streamlit as st
 
-from shell import open_workspace, refuse
+from shell import choose_project, open_workspace, refuse
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.history import history
 
 workspace, artifacts = open_workspace()
-names = list(dict.fromkeys(a.name for a in reversed(artifacts) if a.kind == "evaluations"))
-if not names:
-    st.info("No evaluation yet: `tuneloop run CONFIG.yaml` makes one.")
-    st.stop()
-name = st.selectbox("Project", names, key="project", bind="query-params") or names[0]
+name = choose_project(artifacts)
 try:
     iterations = history([workspace.open(a.ref) if a.kind == "evaluations" and a.name == name else a
                           for a in artifacts], name)  # fmt: skip
