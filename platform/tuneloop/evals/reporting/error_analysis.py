@@ -237,10 +237,12 @@ def slice_rows(slices: dict[str, Any]) -> list[dict[str, str]]:
     """Return what `views.show_slices` gives as a table, with the arms' names in its columns."""
     rows = []
     for part in slices["rows"]:
+        # One cluster has no interval.
+        ends = f" ({part['interval']})" if part["interval"] else ""
         row = {
             "rows": part["name"],
             "": part["rows"],
-            slices["arm"]: f"{part['score']} ({part['interval']})",
+            slices["arm"]: part["score"] + ends,
             "other rows": part["rest"],
             "p": part["p"],
         }
