@@ -9,12 +9,6 @@ from shell import choose_project, open_workspace, refuse
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.history import history
 
-
-def number(count: int | None) -> str:
-    """Return a count as text; the first version is compared with none."""
-    return "–" if count is None else f"{count:,}"
-
-
 workspace, artifacts = open_workspace()
 name = choose_project(artifacts)
 try:
@@ -39,10 +33,10 @@ st.dataframe(
             i.metric: i.value,
             "low": i.low,
             "high": i.high,
-            "fixed": number(i.num_fixed),
-            "introduced": number(i.num_introduced),
+            "fixed": i.num_fixed,
+            "introduced": i.num_introduced,
             "what changed": i.changed,
-            "shared rows": number(i.num_shared),
+            "shared rows": i.num_shared,
             "model": i.arm,
             "made (UTC)": i.created_at[:16].replace("T", " "),
             "took (s)": round(i.took_s),
