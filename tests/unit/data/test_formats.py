@@ -253,6 +253,57 @@ def test_the_dialects_of_sharegpt() -> None:
     assert "sharegpt" in caught.value.remedy
 
 
+def weather(**more: Any) -> list[dict[str, Any]]:
+    """Return the list of one tool: `city`, which it requires, and `unit`."""
+    properties = {"city": {"type": "string"}, "unit": {"type": "string"}}
+    schema = {"type": "object", "properties": properties, "required": ["city"], **more}
+    return [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+
+
+def taught(arguments: Any, tools: Any, name: str = "weather", weight: int = 1) -> Chat:
+    turns = [user("a"), assistant(None, tool_calls=called(arguments, name), weight=weight)]
+    return chat("messages", messages=[*turns, user("b"), assistant("c")], tools=tools)
+
+
+def test_calls_fit_the_tools_of_their_row() -> None:
+    assert taught('{"city": "Oslo", "unit": "C"}', weather()).changes == ()
+    with pytest.raises(RowError, match="function that is not among the row's tools") as caught:
+        taught("{}", weather(), name="wether")
+    assert (caught.value.got, caught.value.allowed) == ("`wether`", "weather")
+    with pytest.raises(RowError, match="argument that its tool does not have") as caught:
+        taught('{"city": "Oslo", "town": "Oslo"}', weather())
+    assert (caught.value.got, caught.value.allowed) == ("`town` of `weather`", "city, unit")
+    # The second of two calls at once; the older layout; ShareGPT.
+    parallel = [*called('{"city": "Oslo"}', "weather"), *called("{}", "f")]
+    with pytest.raises(RowError, match="not among the row's tools"):
+        chat("messages", messages=[user("a"), assistant("", tool_calls=parallel)], tools=weather())
+    older = assistant(None, function_call={"name": "f", "arguments": "{}"})
+    with pytest.raises(RowError, match="not among the row's tools"):
+        chat("messages", messages=[user("a"), older], functions=[{"name": "weather"}])
+    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "f"}'}]
+    with pytest.raises(RowError, match="not among the row's tools"):
+        chat("sharegpt", conversations=turns, tools=json.dumps(weather()))
+
+
+def test_what_the_tools_of_a_row_leave_open_is_allowed() -> None:
+    assert taught('{"any": 1}', None, name="f").changes == ()
+    # Context, such as a mistake that the row goes on to mend.
+    assert taught('{"town": 1}', weather(), name="f", weight=0).changes == ()
+    # Any argument: a schema that says so, that says it elsewhere, or none.
+    for tools in (
+        weather(additionalProperties=True),
+        weather(additionalProperties={}),
+        weather(anyOf=[{"required": ["town"]}]),
+        [{"function": {"name": "weather"}}],
+    ):
+        assert taught('{"city": "Oslo", "town": "Oslo"}', tools).changes == ()
+    with pytest.raises(RowError, match="argument"):
+        taught('{"town": "Oslo"}', weather(additionalProperties=False))
+    # A required argument that is left out may have a default that the schema does not tell.
+    told = "a call leaves out an argument that its tool requires; learned as it is"
+    assert taught('{"unit": "C"}', weather()).changes == (told,)
+
+
 @pytest.mark.parametrize("history", [[["q", "a"]], '[["q", "a"]]'])
 def test_alpaca_with_system_and_history(history: Any) -> None:
     row = {"instruction": "And Spain?", "input": "", "output": "Madrid", "system": "One word."}

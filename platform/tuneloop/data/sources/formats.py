@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from tuneloop.config import OneTaskConfig, SourceConfig
 from tuneloop.data.schema import ReasonCode, Rejection, Stage
+from tuneloop.data.sources.calls import fitted_calls
 from tuneloop.data.sources.mending import is_preference, mended, preference_columns
 from tuneloop.records import Message, Role
 
@@ -36,6 +37,7 @@ _TURN_KEYS = frozenset(
     {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name"}
 ).union(_THOUGHTS, _WEIGHTS)
 _CUT = "turns after the last answer to learn left out"
+_INCOMPLETE = "a call leaves out an argument that its tool requires; learned as it is"
 _PAIRS = {
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
@@ -122,7 +124,7 @@ class Chat:
     Args:
         messages: Turns; the last is an answer to learn.
         tools: JSON of the tools that may be called, a list in OpenAI's layout; empty for none.
-        changes: What was mended or left out, worded alike for all such rows.
+        changes: What was mended, left out or is odd, worded alike for all such rows.
     """
 
     messages: list[Message]
@@ -144,8 +146,8 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
 
     Raises:
         RowError: A column is missing, empty or of the wrong type, a turn has a key that is not
-            understood, the turns are not a conversation, or the answer is none that the task
-            allows.
+            understood, the turns are not a conversation, a call fits none of the row's tools, or
+            the answer is none that the task allows.
     """
     row, changes = mended(row, source)
     if is_preference(row, source.format) and "preferences" not in source.mend:
@@ -183,8 +185,15 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
             remedy="give one of them weight 1, or leave the row out",
         )
     check_answer(messages[last].content, task)
-    left_out = [_CUT] if last + 1 < len(messages) else []
-    return Chat(messages[: last + 1], tools, (*changes, *left_out))
+    calls = fitted_calls(messages[: last + 1], tools)
+    if calls.misfit is not None:
+        raise AnswerError(
+            *calls.misfit,
+            remedy="list the tool, or mend the call; a turn with weight 0 may call anything",
+        )
+    told = [_CUT] if last + 1 < len(messages) else []
+    told += [_INCOMPLETE] if calls.is_incomplete else []
+    return Chat(messages[: last + 1], tools, (*changes, *told))
 
 
 def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> list[Message]:
