@@ -151,7 +151,7 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
         files = [Path(name) for name in sorted(glob.glob(source["path"], recursive=True))]
         if not files or _is_shared(source["path"]):
             continue
-        # The part before the first wildcard belongs to this machine; the rest is kept.
+        # What is before the first wildcard or column belongs to this machine; the rest is kept.
         fixed = _fixed_part(Path(source["path"]))
         target = Path("data") / str(number)
         plan += [(file, target / file.relative_to(fixed)) for file in files if not file.is_dir()]
@@ -240,10 +240,10 @@ def _is_shared(path: str) -> bool:
 
 
 def _fixed_part(path: Path) -> Path:
-    """Return the directory that a pattern starts from."""
+    """Return the directory that a pattern starts from; a folder `lang=en` is a column of rows."""
     parts = path.parts[:-1]
     for number, part in enumerate(parts):
-        if glob.has_magic(part):
+        if glob.has_magic(part) or "=" in part:
             return Path(*parts[:number])
     return Path(*parts)
 

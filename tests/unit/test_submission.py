@@ -76,6 +76,23 @@ def test_the_bundle_holds_what_the_configuration_names_and_nothing_else(
     assert sent.model.base == "model/model"
 
 
+def test_folders_that_are_columns_are_sent_with_their_names(config: Path, tmp_path: Path) -> None:
+    here = tmp_path / "here" / "lang=en"
+    (here / "deep").mkdir(parents=True)
+    (here / "deep" / "a.jsonl").write_text("{}\n")
+    paths = [str(here / "deep" / "a.jsonl"), f"{here}/*/*.jsonl", str(here / "deep")]
+    (tmp_path / "bundle").mkdir()
+    rows = [{"path": path, "format": "question_answer"} for path in paths]
+    named = load_config(config, [f"data.sources={json.dumps(rows)}"])
+    write_bundle(named, tmp_path / "bundle")
+    sent = load_config(tmp_path / "bundle" / "config.yaml").data.sources
+    assert [source.path for source in sent] == [
+        "data/0/lang=en/deep/a.jsonl",
+        "data/1/lang=en/*/*.jsonl",
+        "data/2/lang=en/deep",
+    ]
+
+
 def test_rows_and_answers_to_score_are_sent_with_the_arms(config: Path, tmp_path: Path) -> None:
     given = tmp_path / "given.jsonl"
     given.write_text('{"prompt": "a", "completion": "b"}')

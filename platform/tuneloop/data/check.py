@@ -181,7 +181,8 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     findings, notices = _findings(config, bad, too_long, total)
     if truncated:
         notices.append(truncated_problem(truncated, total, config.data))
-    notices += file_notices([*files, *evaluation_files], [*config.data.sources, *held_out])
+    named = [*config.data.sources, *held_out, *config.evaluation.sources]
+    notices += file_notices([*files, *evaluation_files], named)
     columns = merged_shapes([columns, shapes_of(extras)])
     notices += json_text_notice(schema_of(columns))
     findings += _cluster_findings(config, columns)

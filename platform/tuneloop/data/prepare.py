@@ -45,7 +45,7 @@ from tuneloop.repetition import REPETITION_VERSION
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 13
+CODE_VERSION = 14
 
 
 def prepare(

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
+from pyarrow import dataset, parquet
 
 from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.schema import SourceRow
@@ -317,6 +317,103 @@ def test_hidden_folders_and_descriptions_are_passed_over_and_told(tmp_path: Path
     found = find_files(config_for(tmp_path).data.sources)
     assert [Path(file.name).name for file in found] == ["a.jsonl", "one.json"]
     assert notices(tmp_path) == ["4 files are passed over"]
+
+
+def test_a_glob_passes_over_what_is_hidden_unless_it_names_it(tmp_path: Path) -> None:
+    names = [
+        "a.jsonl",
+        "b/a.jsonl",
+        "_temporary/0/a.jsonl",
+        "b/_delta_log/a.jsonl",
+        "b/.old/a.jsonl",
+    ]
+    names += ["_part=1/_a.jsonl", "_part=1/a.jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_lines(tmp_path / name, pairs({}))
+
+    def found(pattern: str, root: str = str(tmp_path)) -> set[str]:
+        files = find_files(config_for(f"{root}/{pattern}").data.sources)
+        return {file.name.removeprefix(f"{root}/") for file in files}
+
+    # `_part=1` is a column, not hidden.
+    plain = {"a.jsonl", "b/a.jsonl", "_part=1/a.jsonl"}
+    assert found("**/*.jsonl") == found("") == plain
+    assert found("**/*.jsonl", f"file://{tmp_path}") == found("", f"file://{tmp_path}") == plain
+    assert notices(tmp_path / "**" / "*.jsonl") == ["4 files are passed over"]
+    assert found("**/_delta_log/*.jsonl") == {"b/_delta_log/a.jsonl"}
+    assert found("**/_delta_log/*.jsonl", f"file://{tmp_path}") == {"b/_delta_log/a.jsonl"}
+    assert found("_temporary/*/*.jsonl") == {"_temporary/0/a.jsonl"}
+    assert found("_part=1/_*.jsonl") == {"_part=1/_a.jsonl"}
+    assert found("b/.old") == {"b/.old/a.jsonl"}
+    with pytest.raises(DataError, match="a glob matches no file"):
+        found("b/_*/../*/_a.jsonl")
+
+
+# --- columns in the names of folders -----------------------------------------------------------
+
+
+def write_partitions(root: Path, *folders: str, **more: Any) -> None:
+    for number, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        rows = [{"question": f"q{number}", "answer": f"a{number}", **more}]
+        write_lines(root / folder / "a.jsonl", rows)
+
+
+def test_the_columns_of_folders_are_those_of_pyarrow(tmp_path: Path) -> None:
+    folders = [
+        "lang=en/month=01",
+        "lang=d%20e=/month=11",
+        "lang=__HIVE_DEFAULT_PARTITION__/month=2",
+    ]
+    write_partitions(tmp_path, *folders)
+    rows = read(tmp_path, split={"stratify_by": "month"})
+    expected = dataset.dataset(tmp_path, format="json", partitioning="hive").to_table().to_pylist()
+    own = [json.loads(row["extra"]) for row in rows]
+    assert own == [{name: row[name] for name in ("lang", "month")} for row in expected]
+    assert {row["month"] for row in own} == {1, 2, 11}
+    # One that is no whole number makes all of them text.
+    write_partitions(tmp_path, "lang=fr/month=May")
+    months = {json.loads(row["extra"])["month"] for row in read(tmp_path)}
+    assert months == {"01", "11", "2", "May"}
+
+
+def test_rows_are_grouped_and_answered_by_the_columns_of_folders(tmp_path: Path) -> None:
+    write_partitions(tmp_path, "label=0/site=a", "label=1/site=b")
+    rows = read(
+        tmp_path / "*" / "*" / "*.jsonl", split={"group_by": "site", "stratify_by": "label"}
+    )
+    assert [(row["group"], row["stratum"]) for row in rows] == [("a", "0"), ("b", "1")]
+    columns = {"prompt": "question", "completion": "label"}
+    source = {"path": str(tmp_path), "format": "columns", "columns": columns}
+    config = config_for(tmp_path, sources=[source])
+    files = find_files(config.data.sources)
+    found = [row for at, file in enumerate(files) for row in read_source(file, at, config)]
+    assert texts(found) == [("q0", "0"), ("q1", "1")]
+    # Where rows lie is what they say: the same files in other folders are other data.
+    before = identities(files)
+    (tmp_path / "label=0").rename(tmp_path / "label=2")
+    assert identities(find_files(config.data.sources)) != before
+
+
+@pytest.mark.parametrize(("value", "is_same"), [("en", True), (None, True), ("de", False)])
+def test_a_column_that_contradicts_its_folder_is_refused(
+    value: Any, is_same: bool, tmp_path: Path
+) -> None:
+    write_partitions(tmp_path, "lang=en", lang=value)
+    (row,) = read(tmp_path)
+    if is_same:
+        assert json.loads(row["extra"]) == {"lang": "en"}
+    else:
+        assert row["rejection"] is not None
+        assert row["rejection"].is_fatal
+        assert row["rejection"].got == "de in a folder lang=en"
+
+
+@pytest.mark.parametrize("own", [7, 7.0, "07", "7"])
+def test_a_number_in_a_file_and_in_its_folder_are_the_same(own: Any, tmp_path: Path) -> None:
+    write_partitions(tmp_path, "month=07", month=own)
+    assert json.loads(read(tmp_path)[0]["extra"]) == {"month": 7}
 
 
 def test_workers_in_another_directory_open_relative_paths(

@@ -53,7 +53,9 @@ def fitted_calls(messages: Sequence[Message], tools: str) -> FoundCalls:
             return FoundCalls(Misfit(what, f"`{name}`", ", ".join(listed)), False)
         arguments = json.loads(function["arguments"])
         known = _argument_names(listed[name])
-        unknown = [argument for argument in arguments if known is not None and argument not in known]
+        unknown = [
+            argument for argument in arguments if known is not None and argument not in known
+        ]
         if unknown:
             what = "a call has an argument that its tool does not have"
             got, allowed = f"`{unknown[0]}` of `{name}`", ", ".join(known or ()) or "no argument"

@@ -108,7 +108,7 @@ def file_notices(files: Sequence[SourceFile], sources: Sequence[SourceConfig]) -
                 f"{len(left):,} file{'s are' if len(left) > 1 else ' is'} passed over",
                 where=_places(left),
                 got="hidden, in a hidden folder, or a description of the data",
-                remedy="to read one, name it as a source",
+                remedy="to read one, name it, or its folder, as a source",
             )
         )
     return notices

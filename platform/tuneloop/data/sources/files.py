@@ -7,9 +7,9 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from pyarrow import fs
 from tuneloop.config import SourceConfig
 from tuneloop.data.sources.docstrings import read_docstrings
 from tuneloop.data.sources.formats import used_columns
+from tuneloop.data.sources.partitions import PartitionValue, partitions_of
 from tuneloop.data.sources.splits import choose_splits, files_of_split, repository_of
 from tuneloop.errors import DataError, Problem
 
@@ -41,12 +42,14 @@ class SourceFile:
         content: The bytes themselves, where there is no file.
         name: What people know it by: its path as it was given, unless that is in a cache or holds
             a secret.
+        columns: Names and values of columns that its folders name, such as `lang=en`.
     """
 
     path: str
     source: int
     content: bytes | None = None
     name: str = ""
+    columns: Mapping[str, PartitionValue] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.path)
@@ -89,10 +92,17 @@ class SourceFile:
 def identities(files: Sequence[SourceFile]) -> list[tuple[int, str, str]]:
     """Return what identifies some files wherever they lie: source, last part of the name, digest.
 
+    The name has folders before it where they are columns.
+
     Raises:
         OSError: One cannot be read.
     """
-    return [(file.source, PurePosixPath(file.name).name, file.sha256()) for file in files]
+    return [(file.source, _identifying_name(file), file.sha256()) for file in files]
+
+
+def _identifying_name(file: SourceFile) -> str:
+    folders = (f"{name}={value!r}" for name, value in file.columns.items())
+    return "/".join([*folders, PurePosixPath(file.name).name])
 
 
 def find_files(sources: Sequence[SourceConfig], key: str = "data.sources") -> list[SourceFile]:
@@ -126,7 +136,8 @@ def find_files(sources: Sequence[SourceConfig], key: str = "data.sources") -> li
         seen[file.path] = file.source
     if problems:
         raise DataError(*problems)
-    return files
+    columns = partitions_of([file.name for file in files])
+    return [replace(file, columns=own) for file, own in zip(files, columns, strict=True)]
 
 
 def _find(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
@@ -141,7 +152,7 @@ def _find(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
         return _usable(files, source, f"{where}.path")
     is_remote = "://" in source.path
     try:
-        paths = _remote_paths(source.path) if is_remote else _local_paths(source, where)
+        paths = _listed(source.path).kept if is_remote else _local_paths(source, where)
     except OSError as error:
         raise DataError(
             Problem(
@@ -215,8 +226,7 @@ def _local_paths(source: SourceConfig, where: str) -> list[str]:
     if expanded.is_file():
         return [source.path]
     if not expanded.is_dir():
-        found = glob.glob(str(expanded), recursive=True)
-        return sorted(entry for entry in found if Path(entry).is_file())
+        return _matches(expanded).kept
     if (expanded / "dataset_dict.json").is_file():
         # Written by `DatasetDict.save_to_disk`: one directory for each split.
         splits = sorted(entry.name for entry in expanded.iterdir() if entry.is_dir())
@@ -229,15 +239,15 @@ def _local_paths(source: SourceConfig, where: str) -> list[str]:
     return files_of_split(_of_folder(expanded, source).kept, source, where, DOCUMENTS)
 
 
-class _Folder(NamedTuple):
-    """Paths of the files in a folder, sorted, and of those that are passed over."""
+class _Found(NamedTuple):
+    """Paths of the files in a folder or of a glob, sorted, and of those that are passed over."""
 
     kept: list[str]
     passed_over: list[str]
 
 
-def _of_folder(folder: Path, source: SourceConfig) -> _Folder:
-    found = _Folder([], [])
+def _of_folder(folder: Path, source: SourceConfig) -> _Found:
+    found = _Found([], [])
     for entry in sorted(folder.rglob("*"), key=str):
         if entry.is_file():
             is_data = not _is_hidden(entry.relative_to(folder)) and not _describes(entry, source)
@@ -245,28 +255,57 @@ def _of_folder(folder: Path, source: SourceConfig) -> _Folder:
     return found
 
 
+def _matches(pattern: Path) -> _Found:
+    """Return the local files that a glob matches."""
+    found = _Found([], [])
+    for path in sorted(glob.glob(str(pattern), recursive=True, include_hidden=True)):
+        if Path(path).is_file():
+            is_hidden = _is_hidden(Path(path), pattern.parts)
+            (found.passed_over if is_hidden else found.kept).append(path)
+    return found
+
+
 def passed_over(sources: Sequence[SourceConfig]) -> list[str]:
-    """Return the files in the sources' local folders that could hold rows and are not read."""
-    folders = [(Path(source.path).expanduser(), source) for source in sources]
+    """Return the files in the sources' folders and globs that could hold rows and are not read."""
     return [
         path
-        for folder, source in folders
-        if folder.is_dir()
-        and repository_of(source, TABLES) is None
-        and not _saved_files(folder)
-        and not (folder / "dataset_dict.json").is_file()
-        for path in _of_folder(folder, source).passed_over
+        for source in sources
+        for path in _passed_over(source)
         if SourceFile(path, 0).suffix in TABLES
     ]
 
 
-def _is_hidden(path: PurePath) -> bool:
+def _passed_over(source: SourceConfig) -> list[str]:
+    if repository_of(source, TABLES) is not None:
+        return []
+    if "://" in source.path:
+        try:
+            return [_public_name(path) for path in _listed(source.path).passed_over]
+        except OSError:
+            return []
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        is_saved = bool(_saved_files(path)) or (path / "dataset_dict.json").is_file()
+        return [] if is_saved else _of_folder(path, source).passed_over
+    return [] if path.is_file() else _matches(path).passed_over
+
+
+def _is_hidden(path: PurePath, pattern: Sequence[str] = ()) -> bool:
     """Return whether programs keep such a file for themselves, as `.ipynb_checkpoints` or `_logs`.
 
     Args:
-        path: From the folder that is read.
+        path: From the folder that is read, or as a glob found it.
+        pattern: Parts of the glob. What one of them names, `_logs` or `_*`, is not hidden; a part
+            that begins with a wildcard names nothing.
     """
-    return any(part.startswith((".", "_")) for part in path.parts)
+    hidden = [part for part in path.parts if part.startswith((".", "_")) and not _is_column(part)]
+    naming = [part for part in pattern if not part.startswith(("*", "?"))]
+    return any(not any(fnmatchcase(part, name) for name in naming) for part in hidden)
+
+
+def _is_column(folder: str) -> bool:
+    """Return whether a folder is `_name=value`, as Spark and Hive write columns."""
+    return folder.startswith("_") and "=" in folder
 
 
 def _describes(entry: Path, source: SourceConfig) -> bool:
@@ -287,7 +326,7 @@ def _saved_files(folder: Path) -> list[str]:
     return sorted(str(entry) for entry in folder.glob("*.arrow"))
 
 
-def _remote_paths(uri: str) -> list[str]:
+def _listed(uri: str) -> _Found:
     """Return the URIs that a remote path, directory or glob stands for.
 
     What follows a `?` says how to reach the place, for example an endpoint; it is kept.
@@ -298,21 +337,30 @@ def _remote_paths(uri: str) -> list[str]:
     fixed = uri.split("*", 1)[0]
     filesystem, root = _filesystem((uri if fixed == uri else fixed.rpartition("/")[0]) + query)
     info = filesystem.get_file_info(root)
+    found = _Found([], [])
     if info.type == fs.FileType.File:
-        return [whole]
+        return _Found([whole], [])
     if info.type != fs.FileType.Directory:
-        return []
-    entries = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    paths = [
-        f"{scheme}://{entry.path.lstrip('/')}"
-        for entry in entries
-        if entry.is_file
-        and not _is_hidden(PurePosixPath(entry.path.removeprefix(root).lstrip("/")))
-    ]
-    if scheme == "file":
-        paths = [f"file:///{path.removeprefix('file://')}" for path in paths]
-    found = sorted(path for path in paths if fixed == uri or fnmatchcase(path, uri))
-    return [path + query for path in found]
+        return found
+    pattern = PurePosixPath(uri).parts if fixed != uri else ()
+    for entry in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
+        path = f"{scheme}://{entry.path.lstrip('/')}"
+        if scheme == "file":
+            path = f"file:///{entry.path.lstrip('/')}"
+        if entry.is_file and (not pattern or _fits(PurePosixPath(path).parts, pattern)):
+            inner = PurePosixPath(entry.path.removeprefix(root).lstrip("/"))
+            is_hidden = _is_hidden(inner, pattern)
+            (found.passed_over if is_hidden else found.kept).append(path + query)
+    return _Found(sorted(found.kept), sorted(found.passed_over))
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Return whether the parts of a path are those of a glob, in which `**` is any number."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_fits(parts[number:], pattern[1:]) for number in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _public_name(path: str) -> str:
@@ -339,7 +387,9 @@ def _nothing_found(path: str, where: str) -> Problem:
             "a glob matches no file",
             where=where,
             got=path,
-            remedy=f"relative paths start from {Path.cwd()}" if "://" not in path else "",
+            remedy="files and folders whose names begin with `.` or `_` are passed over unless the "
+            "glob names them"
+            + (f"; relative paths start from {Path.cwd()}" if "://" not in path else ""),
         )
     if "://" in path:
         return Problem("no such file", where=where, got=path)

@@ -45,6 +45,7 @@ from tuneloop.data.sources.formats import (
     to_document,
     used_columns,
 )
+from tuneloop.data.sources.partitions import PartitionValue, other_value
 from tuneloop.records import Message
 
 # Columns of the dataset artifact: a user's column of the same name is kept as `original_NAME`.
@@ -247,7 +248,28 @@ def with_instruction(messages: list[Message], task: OneTaskConfig) -> list[Messa
 
 
 def read_records(file: SourceFile) -> Iterator[Record]:
-    """Yield what stands in a file, row by row, as it is laid out there."""
+    """Yield what stands in a file, row by row, with the columns that its folders name."""
+    for record in _records(file):
+        content = record.content
+        if file.columns and not isinstance(content, RowError):
+            name = other_value(content, file.columns)
+            if name is not None:
+                yield Record(record.line, _contradiction(name, content[name], file.columns[name]))
+                return
+            record = Record(record.line, {**content, **file.columns})
+        yield record
+
+
+def _contradiction(name: str, own: Any, value: PartitionValue) -> FileError:
+    return FileError(
+        f"the folder is named for a column `{name}` that the file has with another value",
+        got=f"{_shortened(str(own))} in a folder {name}={value}",
+        allowed="the same value, or no such column in the file",
+        remedy="rename the folder, or the column",
+    )
+
+
+def _records(file: SourceFile) -> Iterator[Record]:
     try:
         with file.open() as stream:
             reader = _FORMATS[file.suffix]
