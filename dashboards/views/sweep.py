@@ -8,8 +8,8 @@ import streamlit as st
 
 from shell import choose_artifact, show_origin
 from tuneloop.sweeps.advice import advise
-from tuneloop.sweeps.report import show_break_even, show_candidates
-from tuneloop.sweeps.table import SweepView, read_files, view_of
+from tuneloop.sweeps.report import show_break_even, show_candidates, show_effects, show_tasks
+from tuneloop.sweeps.table import SweepView, read_files, task_sentences, view_of
 
 
 def chart(sweep: SweepView) -> dict[str, Any]:
@@ -92,6 +92,14 @@ if sweep.points:
     if break_even := show_break_even(curve, trials):
         st.subheader("Rows until finetuning passes what needs no training")
         st.table(break_even, border="horizontal", hide_index=True)
+    if tasks := show_tasks(curve, trials):
+        st.subheader("Task by task")
+        st.caption("Each task's own score on its own validation rows.")
+        st.table(tasks, border="horizontal", hide_index=True)
+        st.markdown("\n".join(f"- {sentence}" for sentence in task_sentences(curve)))
+        if effects := show_effects(curve):
+            st.caption("The same rows of a task, trained on alone and with those of the others.")
+            st.table(effects, border="horizontal", hide_index=True)
     if candidates := show_candidates(curve, trials):
         st.subheader("Score, cost and latency")
         st.caption("A star marks what nothing else beats in all three. Means over seeds.")

@@ -130,7 +130,7 @@ def check_trials(
     problems = list(result.problems)
     by_data: dict[str, list[TuneloopConfig]] = {}
     for trial in trials:
-        smaller = trial.data.model_copy(update={"num_train_examples": None})
+        smaller = trial.data.model_copy(update={"num_train_examples": None, "train_tasks": None})
         rows = trial.model_copy(update={"data": smaller})
         key = rows.model_dump_json(include={"data", "task", "model"})
         by_data.setdefault(key, []).append(trial)

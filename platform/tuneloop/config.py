@@ -365,6 +365,12 @@ class DataConfig(Section):
         description="Train on the first N rows of the shuffled train split, so smaller subsets "
         "are contained in larger ones. Default: all rows.",
     )
+    train_tasks: list[TaskName] | None = Field(
+        None,
+        min_length=1,
+        description="For `task.type: mixture`: train only on the rows of these tasks that a "
+        "training on all of them would have; all tasks are evaluated. Default: all tasks.",
+    )
     max_seq_len: int = Field(512, ge=8, description="Longest row allowed, in tokens.")
     too_long: Literal["error", "drop", "truncate"] = Field(
         "error",
@@ -1133,6 +1139,10 @@ class TuneloopConfig(Section):
             task.weight for task in self.task.tasks.values()
         ):
             wrong.append("both sources and tasks have a `weight`; give it to one kind only")
+        trained = self.data.train_tasks or []
+        wrong += [f"data.train_tasks names {name}" for name in trained if name not in names]
+        if len(set(trained)) < len(trained):
+            wrong.append("data.train_tasks names a task twice")
         if wrong:
             allowed = f"tasks are {', '.join(names)}" if names else "task.type is not mixture"
             raise ValueError(f"{'; '.join(wrong)} ({allowed})")

@@ -15,6 +15,7 @@ from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.prepare import prepare
 from tuneloop.models.bases.source import BaseModel
+from tuneloop.sweeps.tasks import train_rows_of
 
 WORDS = [a + b + c for a in ("ka", "lo", "mi", "ru") for b in ("ta", "ne", "so") for c in "xyzw"]
 NUM_DOCUMENTS = 120
@@ -131,3 +132,13 @@ def test_tasks_share_documents_and_neither_lose_nor_leak_them(
     assert [r["row_id"] for r in rows_of(weighted, "test")] == [r["row_id"] for r in test]
     left_out = {row["reason"] for row in rows_of(weighted, "removed") if row["stage"] == "split"}
     assert "beyond its task's part of the mixture" in left_out
+
+    # A task alone has the same rows of its own, and the test stays whole.
+    config = mixed(tmp_path, (1, 3))
+    data = config.data.model_copy(update={"train_tasks": ["title"]})
+    config = config.model_copy(update={"data": data})
+    alone = prepare(config, Workspace(tmp_path / "ws"), base).artifact
+    titles = {row["row_id"] for row in rows_of(weighted, "train") if row["task"] == "title"}
+    assert {row["row_id"] for row in rows_of(alone, "train")} == titles
+    assert [r["row_id"] for r in rows_of(alone, "test")] == [r["row_id"] for r in test]
+    assert train_rows_of(alone) == {"label": 0, "title": len(titles)}

@@ -173,6 +173,8 @@ def test_a_mixture_has_tasks_and_each_source_has_one_of_them(tmp_path: Path) -> 
         ("data.sources.1.task=titel", "data.sources.1.task is titel; no source has rows for"),
         ("data.sources.1.task=null", "data.sources.1.task is missing"),
         ("task.type=generation", "`tasks` belong to task.type mixture"),
+        ("data.train_tasks=[label, topic]", "data.train_tasks names topic"),
+        ("data.train_tasks=[label, label]", "data.train_tasks names a task twice"),
         ("task.tasks.title=null", "task.tasks.title"),
         ("task.tasks.title.weight=null", "`weight` is given for 1 of 2 tasks"),
         ("task.tasks.title.type=language_modeling", "is not allowed"),

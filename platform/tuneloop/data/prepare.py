@@ -79,6 +79,7 @@ def prepare(
                 "sources": {"__all__": {"path"}},
                 # What they come to counts, wherever they are stored.
                 "fixes": True,
+                "train_tasks": True,
                 "decontamination": {"sources": {"__all__": {"path"}}},
             }
         ),
@@ -86,6 +87,8 @@ def prepare(
         "files": contents,
         "evaluation_files": evaluation_contents,
     }
+    if config.data.train_tasks:
+        parts["train_tasks"] = sorted(config.data.train_tasks)
     if config.data.filters.repetition:
         parts["repetition"] = REPETITION_VERSION
     fixes = decide(marks).fixes

@@ -98,6 +98,7 @@ class ReasonCode(StrEnum):
     GROUP_SURPLUS = "group_surplus"
     MIXTURE_SURPLUS = "mixture_surplus"
     TRAIN_LIMIT = "train_limit"
+    OTHER_TASK = "other_task"
     # Generating pairs.
     NO_REPLY = "no_reply"
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tuneloop.sweeps.curve import ROWS_KEY, series_of
-from tuneloop.sweeps.table import HARDLY, SURELY_LESS
+from tuneloop.sweeps.table import HARDLY, SURELY_LESS, difference_in_words
 
 MODEL_KEY = "model.base"
 Kind = Literal["rows", "model", "setting", "prompt", "stop", "unclear"]
@@ -105,7 +105,7 @@ def advise(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> lis
     rows, model = _rows(sweep), _larger_model(sweep)
     settings = _edges(sweep)
     prompt = _prompt(sweep)
-    found = [*prompt, rows[1], *([model[1]] if model[1] else []), *settings]
+    found = [*prompt, rows[1], *([model[1]] if model[1] else []), *settings, *_tasks(sweep)]
     worth = [one for one in found if one.kind in ("prompt", "rows", "model", "setting")]
     if worth:
         rest = [one for one in found if one not in worth]
@@ -209,7 +209,9 @@ def _edges(sweep: Sweep) -> list[Advice]:
     """Return the settings whose best value is the last one that was tried on its side."""
     found = []
     for key in sweep.curve["keys"]:
-        values = {trial[key] for trial in sweep.trials if trial["status"] in ("done", "stopped")}
+        # A value may be a list.
+        values = [trial[key] for trial in sweep.trials if trial["status"] in ("done", "stopped")]
+        values = [value for number, value in enumerate(values) if value not in values[:number]]
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
         if key == ROWS_KEY or len(numbers) < 3 or len(numbers) < len(values):
             continue
@@ -225,6 +227,22 @@ def _edges(sweep: Sweep) -> list[Advice]:
                 f"{len(numbers)} that were tried.",
             )
         )
+    return found
+
+
+def _tasks(sweep: Sweep) -> list[Advice]:
+    """Return the tasks of a mixture to which training with the others does harm."""
+    found = []
+    for one in sweep.curve.get("task_effects", []):
+        if one["effect"] == "hurt":
+            found.append(
+                Advice(
+                    "setting",
+                    f"Train `{one['task']}` by itself",
+                    f"Beside the other tasks it has {difference_in_words(one)}, on the same "
+                    f"{one['num_train_examples']:,} rows of its own.",
+                )
+            )
     return found
 
 

@@ -33,38 +33,46 @@ class Score:
         return cls(estimate["value"], estimate["low"], estimate["high"])
 
 
-def score_trial(evaluation: Evaluation, rows: Collection[str] | None = None) -> Score:
-    """Return the primary score of a model that was evaluated alone.
+def score_trial(
+    evaluation: Evaluation, rows: Collection[str] | None = None, metric: str = ""
+) -> Score:
+    """Return the score of a model that was evaluated alone.
 
     Args:
         rows: Ids of the only rows that count; None: all.
+        metric: The primary one if empty.
     """
     (arm,) = evaluation.arms
+    metric = metric or evaluation.primary
     if rows is None:
-        return Score.of(arm["scores"][evaluation.primary])
-    values, clusters = _row_scores([evaluation], rows)
+        return Score.of(arm["scores"][metric])
+    values, clusters = seeds_by_row([evaluation], rows, metric)
     confidence = float(evaluation.metrics["confidence"])
-    metric = evaluation.metric(evaluation.primary)
-    return Score.of(describe_mean(values[0], clusters, metric, Resampling(confidence)))
+    meaning = evaluation.metric(metric)
+    return Score.of(describe_mean(values[0], clusters, meaning, Resampling(confidence)))
 
 
-def score_seeds(evaluations: Sequence[Evaluation], rows: Collection[str] | None = None) -> Score:
+def score_seeds(
+    evaluations: Sequence[Evaluation], rows: Collection[str] | None = None, metric: str = ""
+) -> Score:
     """Return the mean of one cell's seeds, with an interval for other seeds and other rows.
 
     Args:
         evaluations: Of the same rows, one for each seed.
         rows: Ids of the only rows that count; None: all.
+        metric: The primary one if empty.
     """
     first = evaluations[0]
+    metric = metric or first.primary
     if len(evaluations) == 1:
-        return score_trial(first, rows)
-    values, clusters = _row_scores(evaluations, rows)
+        return score_trial(first, rows, metric)
+    values, clusters = seeds_by_row(evaluations, rows, metric)
     if not values.size:  # a score of all answers together, such as macro-F1
-        scores = [score_trial(evaluation).value for evaluation in evaluations]
+        scores = [score_trial(evaluation, metric=metric).value for evaluation in evaluations]
         known = [score for score in scores if score is not None]
         return Score(sum(known) / len(known) if known else None)
     estimate = estimate_over_seeds(
-        values, clusters, scale_of(first.metric(first.primary)), float(first.metrics["confidence"])
+        values, clusters, scale_of(first.metric(metric)), float(first.metrics["confidence"])
     )
     return Score(estimate.value, estimate.low, estimate.high)
 
@@ -100,16 +108,19 @@ def optimism(chosen_by: Score, test: Score, higher_is_better: bool) -> Score:
     return Score(value, value - below, value + above)
 
 
-def row_scores(evaluations: Sequence[Evaluation], arm: str | None = None) -> dict[str, float]:
-    """Return the primary score of each row, averaged over evaluations of other seeds.
+def row_scores(
+    evaluations: Sequence[Evaluation], arm: str | None = None, metric: str = ""
+) -> dict[str, float]:
+    """Return the score of each row that has one, averaged over evaluations of other seeds.
 
     Args:
         arm: Whose answers; None: those of the only arm.
+        metric: The primary one if empty.
     """
     totals: dict[str, list[float]] = {}
     for evaluation in evaluations:
         for p in evaluation.predictions:
-            score = p.scores.get(evaluation.primary)
+            score = p.scores.get(metric or evaluation.primary)
             if score is not None and arm in (None, p.arm):
                 totals.setdefault(p.example_id, []).append(score)
     whole = {row: scores for row, scores in totals.items() if len(scores) == len(evaluations)}
@@ -142,16 +153,16 @@ def covariance_of_means(
     return totals @ totals.T * (num_clusters / (num_clusters - 1) / len(rows) ** 2)
 
 
-def _row_scores(
-    evaluations: Sequence[Evaluation], rows: Collection[str] | None
+def seeds_by_row(
+    evaluations: Sequence[Evaluation], rows: Collection[str] | None, metric: str
 ) -> tuple[Floats, Clusters]:
-    """Return the rows' primary scores, shape (S, n), of rows that all have one; and their clusters.
+    """Return the rows' scores, shape (S, n), of rows that all have one; and their clusters.
 
     Without any such row the shape is (S, 0).
     """
     of_rows = []
     for evaluation in evaluations:
-        scores = {p.example_id: p.scores.get(evaluation.primary) for p in evaluation.predictions}
+        scores = {p.example_id: p.scores.get(metric) for p in evaluation.predictions}
         of_rows.append({key: score for key, score in scores.items() if score is not None})
     common = [
         p

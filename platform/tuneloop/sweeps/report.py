@@ -14,7 +14,13 @@ from tuneloop.evals.reporting.formatting import format_number
 from tuneloop.evals.reporting.report import page_style, with_code
 from tuneloop.sweeps.advice import Sweep, advise
 from tuneloop.sweeps.curve import ROWS_KEY
-from tuneloop.sweeps.table import SweepView, view_of
+from tuneloop.sweeps.table import (
+    SweepView,
+    difference_in_words,
+    in_words,
+    task_sentences,
+    view_of,
+)
 from tuneloop.text import format_duration
 
 _COLOURS = 6
@@ -47,7 +53,9 @@ def render_sweep(name: str, curve: Mapping[str, Any], trials: Sequence[Mapping[s
         chart=Markup(draw_chart(view, curve)) if _num_sizes(view) > 1 else "",
         candidates=show_candidates(curve, trials),
         break_even=show_break_even(curve, trials),
-        tasks=_tasks(curve, trials),
+        tasks=show_tasks(curve, trials),
+        task_sentences=task_sentences(curve),
+        effects=show_effects(curve),
         spent=_spent(trials),
     )
 
@@ -155,7 +163,7 @@ def _mean(values: Sequence[float]) -> float:
 def _name_of(values: Mapping[str, Any]) -> str:
     """Return a combination's values with the last parts of their keys."""
     last = {key: "rows" if key == ROWS_KEY else key.rpartition(".")[2] for key in values}
-    return ", ".join(f"{last[key]} {value}" for key, value in values.items())
+    return ", ".join(f"{last[key]} {in_words(value)}" for key, value in values.items())
 
 
 def show_break_even(
@@ -183,17 +191,52 @@ def show_break_even(
     return rows
 
 
-def _tasks(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def show_tasks(
+    curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]
+) -> list[dict[str, str]]:
     """Return each combination with every task's own score, where the trials are of a mixture."""
     sweep = Sweep(curve, trials)
+    measured = {
+        (line["task"], *cell["trials"]): cell
+        for line in curve.get("task_curves", [])
+        for cell in line["cells"]
+    }
     rows = []
     for cell in curve["cells"] if curve.get("tasks") else []:
         row = {"": _name_of(cell["values"])}
         for task, column in curve["tasks"].items():
             value = _mean_of([trials[number].get(column) for number in cell["trials"]])
             row[task] = "–" if value is None else sweep.score(value)
+            if of_task := measured.get((task, *cell["trials"])):
+                if of_task["low"] is not None:
+                    ends = (sweep.score(of_task[end]) for end in ("low", "high"))
+                    row[task] += f" ({' to '.join(ends)})"
+                row[task] += f", {of_task['num_train_examples']:,} rows"
+            elif "task_curves" in curve:
+                row[task] += ", not trained"
         rows.append(row)
     return rows
+
+
+def show_effects(curve: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return what the other tasks of a mixture do to each of them, as a table."""
+    return [
+        {
+            "task": one["task"],
+            "trained with": _name_of(one["values"]) or "–",
+            "its rows": f"{one['num_train_examples']:,}",
+            "rows of the others": f"{one['num_others']:,}",
+            "alone": _task_score(one["alone"], one["is_share"]),
+            "with the others": _task_score(one["mixed"], one["is_share"]),
+            "difference": difference_in_words(one),
+            "the others": one["effect"],
+        }
+        for one in curve.get("task_effects", [])
+    ]
+
+
+def _task_score(value: float | None, is_share: bool) -> str:
+    return "–" if value is None else _score(value, is_share)
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:

@@ -72,8 +72,13 @@ def score_cell(
     scored: Sequence[ScoredTrial], numbers: Sequence[int], rows: frozenset[str] | None
 ) -> Score:
     """Return the score over the seeds of a cell that were trained."""
-    evaluations = [e for number in numbers if (e := scored[number].evaluation) is not None]
+    evaluations = evaluations_of(scored, numbers)
     return score_seeds(evaluations, rows) if evaluations else Score(None)
+
+
+def evaluations_of(scored: Sequence[ScoredTrial], numbers: Sequence[int]) -> list[Evaluation]:
+    """Return the evaluations of those of these trials that have one."""
+    return [e for number in numbers if (e := scored[number].evaluation) is not None]
 
 
 def loss_of(one: ScoredTrial) -> float | None:
@@ -200,15 +205,24 @@ def describe_choice(
 
 
 class Untrained(NamedTuple):
-    """What is reached without training: scores to pass, and the evaluation they are from."""
+    """What is reached without training."""
 
-    bars: list[Bar]
     evaluation: Evaluation
+
+    def bars_of(self, metric: str) -> list[Bar]:
+        """Return the scores to pass in a metric."""
+        scores = {arm["name"]: arm["scores"].get(metric) for arm in self.evaluation.arms}
+        return [
+            Bar(name, score["value"], score["low"], score["high"])
+            for name, score in scores.items()
+            if score and score["low"] is not None
+        ]
 
     def described(self) -> list[dict[str, Any]]:
         """Return the bars as `curve.json` keeps them, with the time to answer."""
         return [
-            bar._asdict() | {"latency_s": latency_of(self.evaluation, bar.arm)} for bar in self.bars
+            bar._asdict() | {"latency_s": latency_of(self.evaluation, bar.arm)}
+            for bar in self.bars_of(self.evaluation.primary)
         ]
 
 
@@ -222,20 +236,36 @@ def add_forecast(
     """Add to a learning curve what more rows are expected to bring."""
     cells = [cell for cell in choice["cells"] if series_of(cell["values"], keys) == curve["series"]]
     first = scored[cells[0]["trials"][0]]
-    evaluation = next(one.evaluation for one in scored if one.evaluation)
     without = untrained.get(first.trial.cell.config.model.base)
-    bars = without.bars if without else []
-    scores = [
-        row_scores([e for number in cell["trials"] if (e := scored[number].evaluation) is not None])
-        for cell in cells
-    ]
+    curve["forecast"] = forecast_of(cells, scored, choice["confidence"], without)
+
+
+def forecast_of(
+    cells: Sequence[Mapping[str, Any]],
+    scored: Sequence[ScoredTrial],
+    confidence: float,
+    without: Untrained | None,
+    metric: str = "",
+) -> dict[str, Any]:
+    """Return what more rows are expected to bring to the cells of one curve.
+
+    Args:
+        cells: `trials` (numbers), `num_train_examples`, `value`, `low`, `high`.
+        confidence: Level of their intervals.
+        without: What is reached without training.
+        metric: The primary one if empty.
+    """
+    evaluation = next(one.evaluation for one in scored if one.evaluation)
+    metric = metric or evaluation.primary
+    bars = without.bars_of(metric) if without else []
+    scores = [row_scores(evaluations_of(scored, cell["trials"]), metric=metric) for cell in cells]
     if without:
-        scores += [row_scores([without.evaluation], bar.arm) for bar in bars]
+        scores += [row_scores([without.evaluation], bar.arm, metric) for bar in bars]
     clusters = {p.example_id: p.cluster for p in evaluation.predictions}
-    curve["forecast"] = describe_forecast(
+    return describe_forecast(
         cells,
-        evaluation.metric(evaluation.primary),
-        choice["confidence"],
+        evaluation.metric(metric),
+        confidence,
         bars,
         covariance_of_means(scores, clusters) if all(scores) else None,
     )

@@ -32,7 +32,6 @@ from tuneloop.sweeps.choice import (
 )
 from tuneloop.sweeps.curve import (
     ROWS_KEY,
-    Bar,
     learning_curves,
 )
 from tuneloop.sweeps.grid import VALIDATION_LOSS, Trial, evaluated_on, expand
@@ -51,10 +50,11 @@ from tuneloop.sweeps.results import (
     score_cell,
     trial_row,
 )
+from tuneloop.sweeps.tasks import task_curves, task_effects, train_rows_of
 
 logger = logging.getLogger("tuneloop.sweeps")
 
-CODE_VERSION = 5
+CODE_VERSION = 6
 
 
 def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
@@ -137,6 +137,13 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             "price_per_row": config.sweep.price_per_row,
             "price_per_hour": config.resources.price_per_hour,
         }
+        if choice["tasks"]:
+            rows_of = {dataset.ref: train_rows_of(dataset) for dataset in datasets}
+            num_rows = [rows_of[dataset.ref] for dataset in datasets]
+            content |= {
+                "task_curves": task_curves(choice, keys, scored, num_rows, untrained),
+                "task_effects": task_effects(choice, scored, num_rows),
+            }
         write(draft.path, table, content)
         report = render_sweep(f"sweeps/{config.name}", content, table)
         (draft.path / "report.html").write_text(report, encoding="utf-8")
@@ -239,13 +246,7 @@ def _score_untrained(scored: Sequence[ScoredTrial], workspace: Workspace) -> dic
         if published is None:
             continue
         evaluation = Evaluation.load(published.artifact)
-        scores = {arm["name"]: arm["scores"][evaluation.primary] for arm in evaluation.arms}
-        bars = [
-            Bar(name, score["value"], score["low"], score["high"])
-            for name, score in scores.items()
-            if score["low"] is not None
-        ]
-        untrained[config.model.base] = Untrained(bars, evaluation)
+        untrained[config.model.base] = Untrained(evaluation)
     return untrained
 
 

@@ -60,7 +60,12 @@ class SweepView:
 def read_files(sweep: Artifact) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return what is in `curve.json` and the rows of `trials.parquet`."""
     trials = pq.read_table(sweep.path / "trials.parquet").to_pylist()
-    return json.loads((sweep.path / "curve.json").read_text(encoding="utf-8")), trials
+    curve = json.loads((sweep.path / "curve.json").read_text(encoding="utf-8"))
+    for cell in curve.get("cells", []):
+        for number in cell["trials"]:
+            # A column of values of several types holds them as JSON.
+            trials[number] |= cell["values"]
+    return curve, trials
 
 
 def read_sweep(sweep: Artifact) -> SweepView:
@@ -108,7 +113,7 @@ def view_of(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Sw
         rows.append(
             {
                 "": "best" if is_best else "",
-                **{key: str(trial[key]) for key in keys},
+                **{key: in_words(trial[key]) for key in keys},
                 **({"seed": str(trial["seed"])} if has_seeds else {}),
                 **(
                     {}
@@ -203,6 +208,33 @@ def _with_interval(score: dict[str, Any], percent: bool) -> str:
 
 def _difference(value: float, percent: bool) -> str:
     return (f"{100 * value:+.1f} points" if percent else f"{value:+.3f}").replace("-", "−")
+
+
+def task_sentences(curve: Mapping[str, Any]) -> list[str]:
+    """Return what each task of a mixture learns from how many rows of its own."""
+    return [
+        f"`{line['task']}`, {_line_in_words(line, line['is_share'])}"
+        for line in curve.get("task_curves", [])
+        if len({size for size, _ in line["points"]}) > 1
+    ]
+
+
+def difference_in_words(effect: Mapping[str, Any]) -> str:
+    """Return what training with the other tasks makes of a task's score."""
+    gap, percent = effect["difference"], effect["is_share"]
+    if gap["value"] is None:
+        return "–"
+    value = _difference(gap["value"], percent)
+    if gap["low"] is None:
+        return value
+    return f"{value} ({_difference(gap['low'], percent)} to {_difference(gap['high'], percent)})"
+
+
+def in_words(value: Any) -> str:
+    """Return a swept value as people read it."""
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return "default" if value is None else str(value)
 
 
 def _spread_out(points: list[dict[str, Any]]) -> None:

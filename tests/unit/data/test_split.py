@@ -291,6 +291,14 @@ def test_sources_are_mixed_by_weight_without_taking_a_row_twice() -> None:
     fewer = limit_train(everyone, np.array([], dtype=np.int64), small, mixture(source, [1, 2, 1]))
     assert Counter(source[i] for i in fewer.train) == {0: 25, 1: 50, 2: 25}
     assert set(fewer.train) < set(mixed.train)
+    # A part trained alone has exactly those of its rows that it has beside the others.
+    other = np.flatnonzero(np.array(source) != 1)
+    no_rows = np.array([], dtype=np.int64)
+    alone = limit_train(everyone, no_rows, small, mixture(source, [1, 2, 1]), other)
+    assert alone.train.tolist() == [i for i in fewer.train if source[i] == 1]
+    assert {alone.surplus[i].code for i in set(fewer.train) - set(alone.train)} == {"other_task"}
+    with pytest.raises(DataError, match="the tasks that are trained on have no train row"):
+        limit_train(everyone, no_rows, config, None, np.arange(1000))
     with pytest.raises(DataError, match="without the weights"):
         large = DataConfig.model_validate({**data, "num_train_examples": 600})
         limit_train(everyone, np.array([], dtype=np.int64), large, mixture(source, [1, 2, 1]))

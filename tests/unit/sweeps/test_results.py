@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.sweeps.advice import advise
 from tuneloop.sweeps.choice import score_trial
-from tuneloop.sweeps.curve import ROWS_KEY, Bar, learning_curves
+from tuneloop.sweeps.curve import ROWS_KEY, learning_curves
 from tuneloop.sweeps.grid import Measurement, Trial, expand
 from tuneloop.sweeps.report import render_sweep
 from tuneloop.sweeps.results import (
@@ -28,6 +30,7 @@ from tuneloop.sweeps.results import (
     trial_row,
 )
 from tuneloop.sweeps.run import write
+from tuneloop.sweeps.table import read_files
 
 NUM_ROWS = 300
 SIZES = [50, 100, 200, 400]
@@ -109,10 +112,7 @@ def measured() -> tuple[TuneloopConfig, list[ScoredTrial], dict[str, Untrained]]
         evaluated = artifact("evaluations")
         scored.append(ScoredTrial(trial, dataset, evaluated, one, score_trial(one)))
     bars = evaluation({"base+few-shot": 0.45}, 99, difficulty)
-    (arm,) = bars.arms
-    score = arm["scores"]["exact_match"]
-    bar = Bar("base+few-shot", score["value"], score["low"], score["high"])
-    return config, scored, dict.fromkeys(MODELS, Untrained([bar], bars))
+    return config, scored, dict.fromkeys(MODELS, Untrained(bars))
 
 
 def test_rows_curves_steps_and_page_are_of_the_trials(
@@ -159,6 +159,28 @@ def test_rows_curves_steps_and_page_are_of_the_trials(
     assert pq.read_table(tmp_path / "trials.parquet").num_rows == len(scored)
     assert json.loads((tmp_path / "curve.json").read_text())["cells"][0]["num_seeds"] == 2
     assert "A larger model helps" in render_sweep("sweeps/s", content, table)
+
+
+def test_values_that_are_lists_or_of_several_types_are_read_as_they_were(
+    measured: tuple[TuneloopConfig, list[ScoredTrial], dict[str, Untrained]], tmp_path: Path
+) -> None:
+    config, scored, _ = measured
+    key = "training.lora.target_modules"
+    values = [["q_proj", "v_proj"], "all-linear"]
+    scored = [
+        one._replace(trial=replace(one.trial, cell=replace(one.trial.cell, values={key: value})))
+        for one, value in zip(scored, values, strict=False)
+    ]
+    winner = Winner(0, artifact("evaluations", num_examples=30), scored[0].score, True)
+    table = [trial_row(one, winner if not n else None, config) for n, one in enumerate(scored)]
+    content = {"keys": [key], "curves": learning_curves(table, [key])}
+    content |= describe_choice(scored, winner, None)
+    page = render_sweep("sweeps/s", content, table)
+    assert "<td>q_proj+v_proj</td>" in page
+    write(tmp_path, table, content)
+    curve, trials = read_files(Artifact("sweeps", "s", 1, tmp_path, "", {}))
+    assert [trial[key] for trial in trials] == values
+    assert advise(curve, trials) == advise(content, table)
 
 
 def test_a_trial_without_a_model_has_a_row_all_the_same(

@@ -72,6 +72,15 @@ def unit_ids(row_ids: pa.StringArray, rows: Indices, unit: Indices) -> pa.String
     return row_ids.take(leader)
 
 
+def _of_other_tasks(config: TuneloopConfig, task_ids: Indices) -> Indices | None:
+    """Return the rows of tasks that are not trained on; None where all tasks are."""
+    trained = config.data.train_tasks
+    if trained is None:
+        return None
+    numbers = [number for number, name in enumerate(config.task.tasks) if name in trained]
+    return np.flatnonzero(~np.isin(task_ids, numbers))
+
+
 def assign_sides(ledger: Ledger, config: TuneloopConfig) -> Split:
     """Put the rows on their sides, once contaminated rows are known, and return the final split.
 
@@ -83,7 +92,8 @@ def assign_sides(ledger: Ledger, config: TuneloopConfig) -> Split:
     assert ledger.contamination is not None
     num_tokens = ledger.table["num_tokens"].to_numpy()
     mixture = mixture_of(config, ledger.source, ledger.task_ids, num_tokens)
-    split = limit_train(ledger.split, ledger.contamination.removed, config.data, mixture)
+    removed, other = ledger.contamination.removed, _of_other_tasks(config, ledger.task_ids)
+    split = limit_train(ledger.split, removed, config.data, mixture, other)
     for side, indices in (
         (Side.TRAIN, split.train),
         (Side.TEST, split.test),

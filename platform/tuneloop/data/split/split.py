@@ -136,15 +136,23 @@ def split_rows(
 
 
 def limit_train(
-    split: Split, left_out: Indices, data: DataConfig, mixture: Mixture | None = None
+    split: Split,
+    left_out: Indices,
+    data: DataConfig,
+    mixture: Mixture | None = None,
+    other_task: Indices | None = None,
 ) -> Split:
     """Return the split with only the first `num_train_examples` train rows, in their mixture.
+
+    Of these only the rows of `train_tasks` stay: a task is trained on the same rows alone and
+    beside the others.
 
     Args:
         split: The sides of all rows.
         left_out: Indices of train rows that may not be trained on.
         data: `num_train_examples`.
         mixture: Weights of sources or tasks, if they have any.
+        other_task: Indices of the rows of tasks that are not trained on.
 
     Raises:
         DataError: Fewer rows are left than `num_train_examples`, or none.
@@ -178,6 +186,21 @@ def limit_train(
     reason = Reason(ReasonCode.TRAIN_LIMIT, text, text)
     surplus |= {int(index): reason for index in (train[limit:] if limit else ())}
     kept = everyone[np.isin(everyone, train[:limit])]  # shuffled, as all of them are
+    if other_task is not None:
+        text = "of a task that is not in data.train_tasks"
+        other = np.isin(kept, other_task)
+        reason = Reason(ReasonCode.OTHER_TASK, text, text)
+        surplus |= {int(index): reason for index in kept[other]}
+        kept = kept[~other]
+        if not len(kept):
+            raise DataError(
+                Problem(
+                    "the tasks that are trained on have no train row",
+                    where="data.train_tasks",
+                    got=f"{len(other):,} train rows, all of other tasks",
+                    remedy="raise data.num_train_examples, or name other tasks",
+                )
+            )
     return replace(split, train=kept, surplus=split.surplus | surplus)
 
 
