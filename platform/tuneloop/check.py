@@ -23,9 +23,10 @@ from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.review.fixes import marks_for
 from tuneloop.text import format_duration
-from tuneloop.training.fit.assess import assess
+from tuneloop.training.fit.assess import Fit, assess
 from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
 from tuneloop.training.rows import make_rows
+from tuneloop.training.worked import far_from_worked
 
 _SHOWN_TOKENS = 400
 
@@ -50,8 +51,10 @@ class CheckResult:
         data: The rows, their lengths, and some samples.
         estimate: Memory and time of the training; None when the data cannot be used, or when the
             model allows no estimate.
-        no_estimate: Why the model allows none; empty otherwise.
         problems: Everything that would stop the run; empty when it can start.
+        no_estimate: Why the model allows none; empty otherwise.
+        sweep: What the trainings of a sweep need.
+        notices: Settings of the training that are far from those that have worked.
     """
 
     data: DataCheck
@@ -59,6 +62,7 @@ class CheckResult:
     problems: list[Problem] = field(default_factory=list)
     no_estimate: str = ""
     sweep: SweepEstimate | None = None
+    notices: list[Problem] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -68,6 +72,7 @@ class CheckResult:
         return {
             "ok": not self.problems,
             "problems": [asdict(problem) for problem in self.problems],
+            "notices": [asdict(notice) for notice in self.notices],
             "data": data,
             "estimate": None if self.estimate is None else asdict(self.estimate),
             "no_estimate": self.no_estimate,
@@ -95,7 +100,24 @@ def check(config: TuneloopConfig) -> CheckResult:
     problems = [*data.findings, *fit.problems, *_evaluation_problems(config)]
     problems += _mark_problems(config)
     problems += _metric_problems(config, base, data)
-    return CheckResult(data, expected, problems, unknown)
+    return CheckResult(data, expected, problems, unknown, notices=_far(config, fit, data))
+
+
+def _far(config: TuneloopConfig, fit: Fit, data: DataCheck) -> list[Problem]:
+    """Return which settings are far from those that have worked; a sweep's own keys are not."""
+    if fit.prediction is None:
+        return []
+    split, usable = config.data.split, data.num_usable
+    held_out = (split.num_test_examples or split.test_ratio * usable) + (
+        split.num_validation_examples or (split.validation_ratio or 0.0) * usable
+    )
+    share = min(1.0, (config.data.num_train_examples or usable) / max(1.0, usable - held_out))
+    num_rows = (usable - held_out) * share
+    if config.task.type == "language_modeling":
+        num_rows *= data.num_tokens / usable / config.data.max_seq_len  # packed
+    far = far_from_worked(config.training, max(1, round(num_rows)), fit.prediction.num_parameters)
+    swept = config.sweep.parameters if config.sweep else {}
+    return [notice for notice in far if notice.where not in swept]
 
 
 def _row_totals(config: TuneloopConfig, data: DataCheck) -> RowTotals | None:
@@ -233,7 +255,7 @@ def report(result: CheckResult, output: IO[str]) -> None:
     if result.no_estimate:
         why = f"memory and time cannot be estimated for this model: {result.no_estimate}"
         console.print(f"training   {why}", markup=False)
-    for notice in data.notices:
+    for notice in (*data.notices, *result.notices):
         console.print(f"notice     {notice}", markup=False)
     for sample in data.samples:
         console.print(f"\n{sample.source}", style="bold", markup=False)

@@ -51,9 +51,10 @@ def make_model(
     fit = assess(config, base, PreparedRows(dataset, rows, validation, draft.scratch))
     if fit.prediction is None:
         shutil.rmtree(draft.scratch / "rows")
-    workload, expected, unknown = fit.require()
+    prediction = fit.require()
+    workload, expected = prediction.workload, prediction.estimate
     _mention_idle_gpus(config.resources)
-    _announce(rows, expected, unknown)
+    _announce(rows, expected, prediction.unknown)
     stored = StoredRows(folders[0], folders[1] if len(validation) else None)
     measured = None
     seconds = None if expected is None else expected.training_s

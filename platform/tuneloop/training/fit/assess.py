@@ -45,11 +45,13 @@ class Prediction(NamedTuple):
 
     Attributes:
         estimate: None where it cannot be made.
+        num_parameters: Of the base model.
         unknown: Why it cannot; empty where it can.
     """
 
     workload: Workload
     estimate: ResourceEstimate | None
+    num_parameters: int
     unknown: str = ""
 
 
@@ -124,8 +126,8 @@ def assess(config: TuneloopConfig, base: BaseModel, rows: RowTotals | PreparedRo
 
 def _predict(config: TuneloopConfig, shape: ModelShape, work: Workload) -> Prediction:
     if shape.unknown:
-        return Prediction(work, None, shape.unknown)
-    return Prediction(work, estimate(config, shape, work))
+        return Prediction(work, None, shape.num_parameters, shape.unknown)
+    return Prediction(work, estimate(config, shape, work), shape.num_parameters)
 
 
 def _errors(*checks: Callable[[], None]) -> list[UserError]:

@@ -1,0 +1,75 @@
+"""What is far from everything that has worked is told, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tuneloop.config import TrainingConfig
+from tuneloop.training.worked import WORKED, far_from_worked
+
+SMALL, LARGE = 135_000_000, 7_000_000_000
+ROOT = Path(__file__).parents[3]
+
+
+def told(num_rows: int = 400, num_parameters: int = SMALL, **training: Any) -> list[str]:
+    config = TrainingConfig.model_validate(training)
+    return [problem.where for problem in far_from_worked(config, num_rows, num_parameters)]
+
+
+def test_all_that_has_worked_is_told_nothing_but_too_few_steps() -> None:
+    for one in WORKED:
+        where = told(
+            one.num_rows, one.num_parameters * 10**6, method=one.method,
+            learning_rate=one.learning_rate, num_epochs=one.num_epochs,
+        )  # fmt: skip
+        assert where == ["training.num_epochs"] * (one.num_steps < 20), one
+
+
+@pytest.mark.parametrize(
+    ("training", "where"),
+    [
+        ({}, []),
+        ({"learning_rate": 1e-5}, ["training.learning_rate"]),
+        ({"learning_rate": 2e-2, "method": "qlora"}, ["training.learning_rate"]),
+        ({"learning_rate": 2e-2, "num_parameters": LARGE}, []),
+        ({"learning_rate": 1e-2, "num_parameters": 100_000}, []),
+        ({"num_rows": 100}, ["training.num_epochs"]),
+        ({"num_rows": 100, "num_epochs": 2}, []),
+        ({"num_rows": 100, "max_steps": 4}, []),
+        ({"num_epochs": 12}, ["training.num_epochs"]),
+        ({"num_epochs": 12, "keep": "best"}, []),
+        ({"num_epochs": 12, "early_stopping_patience": 2}, []),
+        ({"num_rows": 8, "learning_rate": 1.0}, ["training.learning_rate", "training.num_epochs"]),
+    ],
+)
+def test_a_setting_is_told_where_it_is_far(training: dict[str, Any], where: list[str]) -> None:
+    assert told(**training) == where
+
+
+def test_the_remedy_of_few_steps_is_enough() -> None:
+    (problem,) = far_from_worked(TrainingConfig(), 50, SMALL)
+    assert problem.got.startswith("7 steps")
+    assert problem.remedy.startswith("set training.num_epochs=3,")
+    assert far_from_worked(TrainingConfig(num_epochs=3), 50, SMALL) == []
+
+
+def test_the_table_is_in_the_documentation() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    for one in WORKED:
+        rank = "–" if one.rank is None else one.rank
+        row = (
+            f"| {one.task} | {one.model} | `{one.method}` | {rank} | {one.learning_rate:g} | "
+            f"{one.num_rows} | {one.num_epochs} | {one.num_steps} | {one.result} |"
+        )
+        assert row in page
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ids=str)
+def test_no_recipe_is_far(path: Path) -> None:
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    num_rows = config["data"].get("num_train_examples", 100)
+    assert told(num_rows, **{"num_epochs": 2} | config["training"]) == []
