@@ -18,6 +18,7 @@ from tuneloop.sweeps.table import (
     SweepView,
     difference_in_words,
     in_words,
+    short_key,
     task_sentences,
     view_of,
 )
@@ -48,6 +49,7 @@ def render_sweep(name: str, curve: Mapping[str, Any], trials: Sequence[Mapping[s
         name=name,
         style=Markup(page_style()),
         view=view,
+        columns=[short_key(name, view.keys) for name in view.trials[0]],
         tone={"stop": "good", "unclear": "unclear"}.get(advice[0].kind if advice else "", "mixed"),
         advice=advice,
         chart=Markup(draw_chart(view, curve)) if _num_sizes(view) > 1 else "",
@@ -129,17 +131,18 @@ def show_candidates(
     curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, str]]:
     """Return what could be used as a table, the Pareto front with a star."""
-    sweep = Sweep(curve, trials)
+    sweep, candidates = Sweep(curve, trials), list_candidates(curve, trials)
+    has_price = any(one.price is not None for one in candidates)
     return [
         {
             "": one.name,
             "score": sweep.score(one.score),
             "training": f"{one.hours:.2f} h" if one.hours else "–",
-            "training and labels, price": format_number(one.price, 2),
+            **({"training and labels, price": format_number(one.price, 2)} if has_price else {}),
             "answer, median s": format_number(one.latency_s, 2),
             "Pareto front": "★" if one.is_on_front else "",
         }
-        for one in list_candidates(curve, trials)
+        for one in candidates
     ]
 
 
@@ -290,11 +293,7 @@ class _Scale(NamedTuple):
 
 def draw_chart(view: SweepView, curve: Mapping[str, Any]) -> str:
     """Return the learning curves as SVG: points with intervals, laws with theirs, bars to pass."""
-    bars = {
-        bar["arm"]: bar["score"]
-        for line in curve["curves"]
-        for bar in line.get("forecast", {}).get("break_even", [])
-    }
+    bars = _bars_of(curve)
     sizes = sorted({point["rows"] for point in view.points} | set(view.forecast_rows))
     scores = [one[end] for one in (*view.points, *view.lines) for end in ("low", "high", "score")]
     known = [score for score in (*scores, *bars.values()) if score is not None]
@@ -302,12 +301,14 @@ def draw_chart(view: SweepView, curve: Mapping[str, Any]) -> str:
     scale = _Scale((sizes[0] / 1.15, sizes[-1] * 1.15), (min(known) - pad, max(known) + pad))
     series = list(dict.fromkeys(point["series"] for point in view.points))
     parts = [*_axes(scale, sizes, view.percent)]
-    for arm, score in bars.items():
+    for number, (arm, score) in enumerate(bars.items()):
         y = scale.y(score)
         label = Markup.escape(f"{arm} {_score(score, view.percent)}")
+        # Beside one another: their scores may be close.
+        end, anchor = ((_WIDTH - _RIGHT, "end"), (_LEFT + 4, "start"))[number % 2]
         parts.append(
             f'<line class="pass" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>'
-            f'<text class="pass" x="{_WIDTH - _RIGHT}" y="{y - 5}" text-anchor="end">{label}</text>'
+            f'<text class="pass" x="{end}" y="{y - 5}" text-anchor="{anchor}">{label}</text>'
         )
     for number, name in enumerate(series):
         colour = f"c{number % _COLOURS}"
@@ -341,6 +342,19 @@ def draw_chart(view: SweepView, curve: Mapping[str, Any]) -> str:
         f'aria-label="score by training rows">{"".join(parts)}</svg>'
         f'<div class="legend">{legend}</div>'
     )
+
+
+def _bars_of(curve: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scores that need no training, by a name that tells base models apart."""
+    scores: dict[str, dict[str, float]] = {}
+    for base, bars in curve.get("untrained", {}).items():
+        for bar in bars:
+            scores.setdefault(bar["arm"], {})[base] = bar["score"]
+    return {
+        arm if len(set(by_base.values())) == 1 else f"{arm} of {base}": score
+        for arm, by_base in scores.items()
+        for base, score in by_base.items()
+    }
 
 
 def _axes(scale: _Scale, sizes: Sequence[int], percent: bool) -> list[str]:

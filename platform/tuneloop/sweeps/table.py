@@ -189,13 +189,8 @@ def _choice_in_words(curve: Mapping[str, Any], num_scored: int, percent: bool) -
     gap = best["optimism"]
     if gap["value"] is None:
         return [*sentences, words + "."]
-    size = _difference(gap["value"], percent)
-    ends = (
-        ""
-        if gap["low"] is None
-        else f" ({_difference(gap['low'], percent)} to {_difference(gap['high'], percent)})"
-    )
-    words += f". Reporting the score it was chosen by would have added {size}{ends}."
+    added = _with_ends(gap, percent)
+    words += f". Reporting the score it was chosen by would have added {added}."
     return [*sentences, words]
 
 
@@ -224,6 +219,10 @@ def difference_in_words(effect: Mapping[str, Any]) -> str:
     gap, percent = effect["difference"], effect["is_share"]
     if gap["value"] is None:
         return "–"
+    return _with_ends(gap, percent)
+
+
+def _with_ends(gap: Mapping[str, Any], percent: bool) -> str:
     value = _difference(gap["value"], percent)
     if gap["low"] is None:
         return value
@@ -291,13 +290,12 @@ def _forecast_in_words(line: dict[str, Any], percent: bool) -> str:
     forecast = line["forecast"]
     smallest, largest = (pick(size for size, _ in line["points"]) for pick in (min, max))
     expected = [
-        f"{_difference(one['gain']['value'], percent)} with {one['num_examples']:,} "
-        f"({_score(one['low'], percent)} to {_score(one['high'], percent)})"
+        f"{_with_ends(one['gain'], percent)} with {one['num_examples']:,}"
         for one in forecast["forecasts"]
     ]
     words = (
         f"compared with {largest:,} training rows, {' and '.join(expected)} are expected, with "
-        f"{forecast['confidence']:.0%} intervals of the score."
+        f"{forecast['confidence']:.0%} intervals."
     )
     gain = forecast["forecasts"][0]["gain"]
     if percent and gain["value"] < HARDLY and gain["high"] < SURELY_LESS:
@@ -340,7 +338,7 @@ def sweep_table(sweep: Artifact) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     for name in columns:
         table.add_column(
-            _short_key(name, view.keys), justify="left" if name in view.keys else "right"
+            short_key(name, view.keys), justify="left" if name in view.keys else "right"
         )
     for trial in view.trials:
         table.add_row(*(trial[name] for name in columns), style="bold" if trial[""] else None)
@@ -348,7 +346,7 @@ def sweep_table(sweep: Artifact) -> RenderableType:
     return Group(table, "", *view.sentences, *view.choice, best, "")
 
 
-def _short_key(key: str, keys: Sequence[str]) -> str:
+def short_key(key: str, keys: Sequence[str]) -> str:
     """Return the last part of a dotted key, where it tells the key from the others."""
     if key == ROWS_KEY:
         return "train rows"

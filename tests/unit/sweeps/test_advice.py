@@ -168,6 +168,19 @@ def test_the_page_loads_nothing_and_shows_curve_front_and_advice() -> None:
     assert "★" in page
     assert "src=" not in page
     assert "http" not in page.replace("http-equiv", "")
+    # Two base models have two prompts, and one simple arm.
+    bars = {"simple": 0.2, "base+few-shot": 0.45}
+    content["untrained"] = {
+        base: [
+            {"arm": arm, "score": score + more * (arm != "simple"), "latency_s": 0.9}
+            for arm, score in bars.items()
+        ]
+        for base, more in (("m", 0.0), ("n", 0.1))
+    }
+    page = render_sweep("sweeps/s@v1", content, trials)
+    for label in ("base+few-shot of m 45.0%", "base+few-shot of n 55.0%"):
+        assert page.count(f">{label}<") == 1
+    assert page.count(">simple 20.0%<") == 1
     # What users wrote is text, not markup.
     content["keys"] = [ROWS_KEY, "model.base"]
     for trial in trials:

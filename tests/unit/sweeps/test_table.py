@@ -148,7 +148,8 @@ def test_a_forecast_is_drawn_and_told(tmp_path: Path) -> None:
     assert view.lines[-1]["low"] < view.lines[-1]["score"] < view.lines[-1]["high"]
     (told,) = view.sentences
     assert "compared with 800 training rows, +" in told
-    assert "with 1,600 (" in told
+    assert "points (" in told
+    assert ") with 1,600 and +" in told
     assert "passes base+few-shot (45.0%) at about" in told
     assert "past simple (2.0%) with 100 rows already" in told
 
