@@ -66,6 +66,38 @@ def test_layout_and_task_are_found(tmp_path: Path, rows: Any, layout: Any, task:
     assert found.fields == (["name", "n"] if task == "extraction" else [])
 
 
+def test_rows_of_an_annotation_tool_are_those_that_were_accepted(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"t{i}", "label": "ab"[i % 2], "_task_hash": i, "answer": "accept"}
+        for i in range(12)
+    ]
+    found = look(lines(tmp_path / "rows.jsonl", [*rows, {**rows[0], "answer": "reject"}]))
+    assert found.layout == Layout("columns", {"prompt": "text", "completion": "label"})
+    assert [row.rejection.what for row in found.refused] == [
+        "the row was turned down by its annotator"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (
+            {"title": "t", "mapping": {"a": {"message": None, "children": ["b"]}}},
+            "an export of a chat",
+        ),
+        ({"name": "t", "chat_messages": [{"sender": "human", "text": "a"}]}, "an export of a chat"),
+        # A context is no answer, an id no question.
+        ({"question": "q", "context": "c d"}, "no two columns look like"),
+        ({"id": "x1", "request": {"a": 1}, "response": {"b": 1}}, "no two columns look like"),
+    ],
+)
+def test_what_only_looks_like_questions_and_answers_is_refused(
+    row: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=told):
+        look(lines(tmp_path / "rows.jsonl", [{**row, "n": i} for i in range(3)]))
+
+
 def test_what_is_no_question_and_answer_is_told(tmp_path: Path) -> None:
     path = lines(tmp_path / "rows.jsonl", [{"a": "x", "b": "y", "c": "z"}])
     with pytest.raises(DataError, match="no two columns look like") as caught:

@@ -56,6 +56,9 @@ _ROWS_AT_ONCE = 1000
 _FEWEST_UNITS = 2
 _MOST_TOKENS_OF_A_CHARACTER = 4
 _CUT = "cut to data.max_seq_len"
+_PARTS_OF_PROMPTS = frozenset(
+    {"context", "contexts", "passage", "system", "system_prompt", "instruction", "input", "history"}
+)
 T = TypeVar("T")
 
 
@@ -185,6 +188,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     notices += file_notices([*files, *evaluation_files], named)
     columns = merged_shapes([columns, shapes_of(extras)])
     notices += json_text_notice(schema_of(columns))
+    notices += _unseen_context(config, columns)
     findings += _cluster_findings(config, columns)
     if dropped and len(dropped) + len(bad) + len(too_long) == total:
         findings.append(nothing_left_problem(dropped))
@@ -313,6 +317,23 @@ def _cluster_findings(config: TuneloopConfig, columns: Mapping[str, Shape]) -> l
             got=name,
             allowed=", ".join(columns) or "no column is carried along",
             remedy="name a column of the rows, or leave the setting out",
+        )
+    ]
+
+
+def _unseen_context(config: TuneloopConfig, columns: Mapping[str, Shape]) -> list[Problem]:
+    """Return the notice of columns beside pairs whose names say that the prompt needs them."""
+    formats = {source.format for source in config.data.sources}
+    unseen = [name for name in columns if name.lower() in _PARTS_OF_PROMPTS]
+    if not unseen or not formats & {"question_answer", "prompt_completion", "columns"}:
+        return []
+    return [
+        Problem(
+            "a column has the name of a part of the prompt, and the model does not see it",
+            where="data.sources",
+            got=", ".join(unseen),
+            remedy="if the answer depends on it, write it into the column of the prompt, or take "
+            "format: alpaca with `instruction`, `input` and `output`",
         )
     ]
 

@@ -59,6 +59,23 @@ def test_rows_that_cannot_be_split_are_told(
     assert [told in problem.what for problem in found.findings] == [True] * bool(told)
 
 
+def test_a_part_of_the_prompt_that_is_not_read_is_told(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"question": f"q {i}", "answer": f"a {i}", "context": f"c {i}"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def told(source: dict[str, Any]) -> list[str]:
+        data = {"sources": [{"path": str(tmp_path / "rows.jsonl"), **source}]}
+        task = {"type": "generation"}
+        model = {"base": str(tiny_model)}
+        made = {"name": "t", "task": task, "model": model, "data": data}
+        config = TuneloopConfig.model_validate(made)
+        return [notice.got for notice in check(config, resolve_base(config.model.base)).notices]
+
+    assert told({"format": "question_answer"}) == ["context"]
+    columns = {"prompt": "context", "completion": "answer"}
+    assert told({"format": "columns", "columns": columns}) == []
+
+
 @pytest.mark.parametrize(("column", "num_findings"), [("unit", 0), ("unti", 1)])
 def test_a_column_to_group_by_has_to_be_there(
     tmp_path: Path, tiny_model: Path, column: str, num_findings: int

@@ -304,6 +304,17 @@ def test_an_arrow_file_is_read_like_a_stream(tmp_path: Path) -> None:
     assert texts(read(tmp_path / "a.arrow")) == [("q0", "a0"), ("q1", "a1")]
 
 
+def test_empty_rows_of_a_spreadsheet_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer,\nq0,a0,\n,,\nq1,a1,\n,,\n")
+    assert texts(read(tmp_path / "a.csv")) == [("q0", "a0"), ("q1", "a1")]
+
+
+def test_a_file_without_anything_in_it_is_told(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", pairs({}))
+    (tmp_path / "b.jsonl").write_text("\n")
+    assert notices(tmp_path) == ["the file is empty"]
+
+
 # --- folders and places -------------------------------------------------------------------------
 
 

@@ -304,6 +304,89 @@ def test_what_the_tools_of_a_row_leave_open_is_allowed() -> None:
     assert taught('{"unit": "C"}', weather()).changes == (told,)
 
 
+def result(call: str, text: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call, "content": text}
+
+
+def several(*ids: str) -> dict[str, Any]:
+    """Return a turn with calls made at once, the first of city 0; without ids for empty ones."""
+    calls = [called(json.dumps({"city": str(n)}), "weather")[0] for n in range(len(ids))]
+    return assistant(
+        None, tool_calls=[call | {"id": i} for call, i in zip(calls, ids, strict=True)]
+    )
+
+
+def results(*turns: dict[str, Any]) -> tuple[list[str], tuple[str, ...]]:
+    found = chat("messages", messages=[user("a"), *turns, assistant("b")])
+    return [m.content for m in found.messages if m.role == "tool"], found.changes
+
+
+def test_results_stand_in_the_order_of_their_calls() -> None:
+    changed = ("results of tools put in the order of their calls",)
+    calls = several("x", "y")
+    assert results(calls, result("y", "1"), result("x", "0")) == (["0", "1"], changed)
+    assert results(calls, result("x", "0"), result("y", "1")) == (["0", "1"], ())
+    # The second round has ids of its own.
+    again = [several("z", "w"), result("w", "3"), result("z", "2")]
+    in_order = [calls, result("x", "0"), result("y", "1"), *again]
+    assert results(*in_order) == (["0", "1", "2", "3"], changed)
+    with pytest.raises(RowError, match="names a call that is not before it") as caught:
+        results(calls, result("x", "0"), result("v", "1"))
+    assert (caught.value.got, caught.value.allowed) == ("`v`", "x, y")
+    # Without ids the place has to do.
+    assert results(several("", ""), result("y", "1"), result("x", "0")) == (["1", "0"], ())
+    assert results(calls, result("", "1"), result("", "0")) == (["1", "0"], ())
+
+
+@pytest.mark.parametrize(
+    ("layout", "row", "column"),
+    [
+        (
+            "sharegpt",
+            {"conversations": [user("<image>\nWhat?"), assistant("a")], "image": "a"},
+            "image",
+        ),
+        ("sharegpt", {"conversations": [user("What?"), assistant("a")], "images": ["a"]}, "images"),
+        ("messages", {"messages": [user("<video>?"), assistant("a")], "videos": ["a"]}, "videos"),
+        ("alpaca", {"instruction": "<audio>?", "output": "a", "audios": ["a"]}, "audios"),
+    ],
+)
+def test_rows_about_images_are_refused(layout: str, row: dict[str, Any], column: str) -> None:
+    with pytest.raises(RowError, match=f"more than text: it has `{column}`"):
+        chat(layout, **row)
+    # Without the images it is a text; a column of the user's own is no part of a conversation.
+    chat(layout, **{**row, column: []})
+    chat("question_answer", question="q", answer="a", image="https://a/b.png", images="3")
+
+
+def test_rows_that_an_annotator_turned_down_are_refused() -> None:
+    source = {
+        "path": "a",
+        "format": "columns",
+        "columns": {"prompt": "text", "completion": "label"},
+    }
+    row = {"text": "a", "label": "b", "_task_hash": 1}
+    kept = to_chat({**row, "answer": "accept"}, SourceConfig.model_validate(source), TASK)
+    assert kept.messages[-1].content == "b"
+    with pytest.raises(RowError, match="turned down by its annotator"):
+        to_chat({**row, "answer": "reject"}, SourceConfig.model_validate(source), TASK)
+
+
+def test_missing_values_that_programs_wrote_as_text_are_told() -> None:
+    found = chat("question_answer", question="q", answer=" #N/A ")
+    told = "a text is `#N/A`: what a program writes for a missing value; learned as it is"
+    assert (found.messages[-1].content, found.changes) == ("#N/A", (told,))
+    assert chat("question_answer", question="Is nan a number?", answer="No").changes == ()
+
+
+def test_a_prompt_and_a_completion_of_turns_are_read_as_trl_has_them() -> None:
+    system = {"role": "system", "content": "s"}
+    found = chat("prompt_completion", prompt=[system, user("a")], completion=[assistant("b")])
+    assert said(found) == [("system", "s", 1), ("user", "a", 1), ("assistant", "b", 1)]
+    with pytest.raises(RowError, match="`completion` is not"):
+        chat("prompt_completion", prompt=[user("a")], completion="b")
+
+
 @pytest.mark.parametrize("history", [[["q", "a"]], '[["q", "a"]]'])
 def test_alpaca_with_system_and_history(history: Any) -> None:
     row = {"instruction": "And Spain?", "input": "", "output": "Madrid", "system": "One word."}

@@ -1,4 +1,4 @@
-"""Whether the calls of a row fit the tools that it lists."""
+"""Whether the calls of a row fit the tools that it lists, and results their calls."""
 
 from __future__ import annotations
 
@@ -62,6 +62,42 @@ def fitted_calls(messages: Sequence[Message], tools: str) -> FoundCalls:
             return FoundCalls(Misfit(what, got, allowed), False)
         is_incomplete = is_incomplete or not _required(listed[name]) <= arguments.keys()
     return FoundCalls(None, is_incomplete)
+
+
+def results_in_order(messages: Sequence[Message]) -> list[Message] | Misfit:
+    """Return the turns with the results of calls made at once in the order of the calls.
+
+    Most templates write no ids, so the place alone says which result is whose. Results without an
+    id, and calls whose ids a reader made up, are left as they are.
+    """
+    ordered = list(messages)
+    for at, message in enumerate(messages):
+        if not message.tool_calls:
+            continue
+        ids = [call["id"] for call in json.loads(message.tool_calls)]
+        end = at + 1
+        while end < len(messages) and messages[end].role == "tool":
+            end += 1
+        results = ordered[at + 1 : end]
+        named = [result.tool_call_id for result in results]
+        is_made_up = ids == [made_up_id(number) for number in range(len(ids))]
+        if (
+            not all(named)
+            or len(set(ids)) < len(ids)
+            or (is_made_up and not set(named) <= set(ids))
+        ):
+            continue
+        strange = [name for name in named if name not in ids]
+        if strange:
+            what = "the result of a tool names a call that is not before it"
+            return Misfit(what, f"`{strange[0]}`", ", ".join(ids))
+        ordered[at + 1 : end] = sorted(results, key=lambda result: ids.index(result.tool_call_id))
+    return ordered
+
+
+def made_up_id(number: int) -> str:
+    """Return the id of a turn's call that has none."""
+    return f"call_{number}"
 
 
 def _learned_calls(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:

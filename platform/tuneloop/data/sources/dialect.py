@@ -131,6 +131,8 @@ def _unusual(file: SourceFile) -> list[str]:
         text = first.decode(encoding, "ignore")
     except OSError:
         return []
+    if not text.strip() and len(first) < SAMPLE_BYTES:
+        return ["the file is empty"]
     found = []
     if encoding != "utf-8-sig":
         found.append(f"the file is {encoding.upper()[:6]}")

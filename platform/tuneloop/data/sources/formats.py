@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 from tuneloop.config import OneTaskConfig, SourceConfig
 from tuneloop.data.schema import ReasonCode, Rejection, Stage
-from tuneloop.data.sources.calls import fitted_calls
+from tuneloop.data.sources.calls import Misfit, fitted_calls, made_up_id, results_in_order
 from tuneloop.data.sources.mending import is_preference, mended, preference_columns
+from tuneloop.data.sources.unfit import is_turned_down, media_of
 from tuneloop.records import Message, Role
 
 _ROLES: dict[str, Role] = {
@@ -37,6 +38,12 @@ _TURN_KEYS = frozenset(
     {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name"}
 ).union(_THOUGHTS, _WEIGHTS)
 _CUT = "turns after the last answer to learn left out"
+_ORDERED = "results of tools put in the order of their calls"
+_MISSING = "a text is `{}`: what a program writes for a missing value; learned as it is"
+# Words for a missing value that are hardly ever meant, of spreadsheets and of pandas.
+_NO_VALUES = frozenset(
+    {"#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!", "nan", "NaN", "<NA>"}
+)
 _INCOMPLETE = "a call leaves out an argument that its tool requires; learned as it is"
 _PAIRS = {
     "prompt_completion": ("prompt", "completion"),
@@ -166,11 +173,21 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
             remedy="leave rows with label false out; or, where the column means something else, "
             "set data.sources[*].format: columns and name prompt and completion",
         )
+    if is_turned_down(row):
+        raise RowError(
+            "the row was turned down by its annotator",
+            got=f"answer: {row['answer']}, as Prodigy writes it",
+            allowed="answer: accept",
+            remedy="leave such rows out",
+        )
     tools = ""
     if source.format == "alpaca" and "instances" in row and "output" not in row:
         row = {**row, **_only_instance(row["instances"])}
     if source.format in ("messages", "sharegpt"):
         messages = _turns(row, source.format)
+        tools = _tools(row)
+    elif source.format == "prompt_completion" and isinstance(row.get("prompt"), list):
+        messages = _turns({"messages": _both_lists(row)}, "messages")
         tools = _tools(row)
     else:
         messages = _pair(row, source, task)
@@ -185,6 +202,18 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
             remedy="give one of them weight 1, or leave the row out",
         )
     check_answer(messages[last].content, task)
+    if medium := media_of(row, messages, source.format):
+        raise RowError(
+            f"the row is about more than text: it has `{medium}`",
+            got=_short(row[medium]),
+            allowed="rows of text alone",
+            remedy="only text is learned; leave such rows out, or the column if it is not needed",
+        )
+    ordered = results_in_order(messages)
+    if isinstance(ordered, Misfit):
+        raise RowError(*ordered, remedy="give the result the id of its call")
+    if ordered != messages:
+        messages, changes = ordered, [*changes, _ORDERED]
     calls = fitted_calls(messages[: last + 1], tools)
     if calls.misfit is not None:
         raise AnswerError(
@@ -193,6 +222,7 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
         )
     told = [_CUT] if last + 1 < len(messages) else []
     told += [_INCOMPLETE] if calls.is_incomplete else []
+    told += sorted({_MISSING.format(m.content) for m in messages if m.content in _NO_VALUES})
     return Chat(messages[: last + 1], tools, (*changes, *told))
 
 
@@ -233,6 +263,17 @@ def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> 
         Message("user", prompt.rstrip().lstrip("\r\n")),
         Message("assistant", completion.strip()),
     ]
+
+
+def _both_lists(row: Mapping[str, Any]) -> list[Any]:
+    """Return the turns of a prompt and a completion that are lists of turns, as TRL has them."""
+    if not isinstance(row.get("completion"), list):
+        raise RowError(
+            "`prompt` is a list of turns and `completion` is not",
+            got=_short(row.get("completion")),
+            allowed="both lists of turns, or both texts",
+        )
+    return [*row["prompt"], *row["completion"]]
 
 
 def _only_instance(instances: Any) -> dict[str, Any]:
@@ -402,7 +443,7 @@ def _calls(calls: Any) -> str:
         arguments = function.get("arguments", function.get("parameters"))
         found.append(
             {
-                "id": str(call.get("id") or f"call_{number}"),
+                "id": str(call.get("id") or made_up_id(number)),
                 "type": "function",
                 "function": {"name": function["name"], "arguments": _arguments(arguments)},
             }

@@ -9,6 +9,7 @@ from typing import Any
 
 from tuneloop.data.sources.formats import RowError
 from tuneloop.data.sources.mending import is_preference
+from tuneloop.data.sources.unfit import is_chat_export, is_prodigy
 from tuneloop.errors import DataError, Problem
 
 # Names of columns, the more telling first.
@@ -22,6 +23,10 @@ _COMPLETIONS = (
     *("extracted", "json", "fields", "result"),
 )
 _SYSTEMS = ("system", "system_prompt")
+# What a question is asked about: never its answer.
+_CONTEXTS = frozenset({"context", "passage", "document", "article"})
+# Neither question nor answer.
+_IDS = frozenset({"id", "uuid", "uid", "guid", "key", "index", "object", "created_at", "timestamp"})
 # Documents, unless a column beside them has the name of an answer.
 _DOCUMENT = "text"
 _SHOWN_COLUMNS = 12
@@ -66,6 +71,11 @@ def find_layout(records: Iterable[Mapping[str, Any] | RowError], where: str) -> 
             continue
         constants = _same(constants, record) if num_rows else dict(record)
         num_rows += 1
+        if is_chat_export(record):
+            raise DataError(_chat_export(where))
+        if is_prodigy(record):
+            # What the annotator did, no answer to learn.
+            record = {name: value for name, value in record.items() if name != "answer"}
         values.update(name for name, value in record.items() if value not in (None, ""))
         texts.update(name for name, value in record.items() if _is_text(value))
         objects.update(name for name, value in record.items() if value and isinstance(value, dict))
@@ -79,6 +89,7 @@ def find_layout(records: Iterable[Mapping[str, Any] | RowError], where: str) -> 
     often = [name for name in values if values[name] * 2 >= num_rows]
     # What is the same in all rows is neither a question nor an answer.
     told = [name for name in often if num_rows == 1 or name not in constants] or often
+    told = [name for name in told if name.lower() not in _IDS and not name.endswith("_id")]
     columns = _columns(
         [name for name in told if texts[name] * 2 >= values[name]],
         [name for name in told if objects[name] * 2 >= values[name]],
@@ -129,6 +140,7 @@ def _columns(texts: list[str], objects: list[str], often: list[str]) -> Layout |
     completion = _first_named(_COMPLETIONS, [name for name in often if name != prompt])
     if prompt is None or completion is None:
         rest = [name for name in texts if name not in (prompt, completion)]
+        rest = [name for name in rest if prompt is None or name.lower() not in _CONTEXTS]
         if prompt is None and completion is None and len(rest) == 2:
             prompt, completion = rest
         elif prompt is None and completion is not None and len(rest) == 1:
@@ -149,6 +161,15 @@ def _columns(texts: list[str], objects: list[str], often: list[str]) -> Layout |
 def _first_named(names: Iterable[str], columns: list[str]) -> str | None:
     plain = {column.strip().lower(): column for column in reversed(columns)}
     return next((plain[name] for name in names if name in plain), None)
+
+
+def _chat_export(where: str) -> Problem:
+    return Problem(
+        "the file is an export of a chat application: trees or lists of its own messages",
+        where=where,
+        allowed='a list of turns in each row: {"messages": [{"role": "user", "content": …}, …]}',
+        remedy="write the turns of each conversation so, in the order in which they were said",
+    )
 
 
 def _unknown(columns: list[str], where: str, error: RowError | None) -> Problem:

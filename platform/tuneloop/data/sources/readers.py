@@ -481,6 +481,9 @@ def _separated(buffered: io.BufferedReader, delimiter: str) -> Iterator[Record]:
                 yield Record(line, FileError("two columns have one name", got, remedy=remedy))
                 return
             header = _named(header)
+        elif not any(values) and len(lines.taken) == 1:
+            # Commas alone: an empty row of a spreadsheet.
+            continue
         elif len(values) == len(header):
             yield Record(line, dict(zip(header, values, strict=True)))
         elif values:
