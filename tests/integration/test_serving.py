@@ -123,10 +123,10 @@ def test_openai_client(url: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**asked, tool_choice="required")
     assert caught.value.body == {
-        "message": "`tool_choice` is not supported",
+        "message": "`tool_choice` is required, which is none of `tools` (given: none)",
         "type": "invalid_request_error",
         "param": "tool_choice",
-        "code": "unsupported_parameter",
+        "code": None,
     }
     form = {"name": "it", "schema": {"enum": ["yes", "no"]}}
     bound = client.chat.completions.create(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tuneloop.models.chat.calls import Call
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.serving.protocol import ChatRequest, CompletionRequest
 from tuneloop.serving.requests import DecodeResult, TokenScore
@@ -19,6 +20,28 @@ class TextPrompt(NamedTuple):
 
     text: str
     token_ids: Sequence[int]
+
+
+class Said(NamedTuple):
+    """What an answer says: its text, and its calls as OpenAI has them."""
+
+    content: str
+    tool_calls: Sequence[dict[str, Any]] = ()
+
+    def finish_reason(self, result: DecodeResult) -> str:
+        """Return why the answer ended, as OpenAI has it."""
+        return (
+            "tool_calls"
+            if self.tool_calls and result.finish_reason == "stop"
+            else (result.finish_reason)
+        )
+
+
+def tool_call(call: Call, call_id: str) -> dict[str, Any]:
+    """Return a call as OpenAI has it."""
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call_id, "type": "function", "function": function}
 
 
 class ScoredToken(NamedTuple):
@@ -42,17 +65,25 @@ def chat_response(
     request: ChatRequest,
     prompt_ids: Sequence[int],
     results: Sequence[DecodeResult],
+    said: Sequence[Said],
     renderer: Renderer,
 ) -> dict[str, Any]:
-    """Return the answer to a chat request; one choice for each result."""
+    """Return the answer to a chat request; one choice for each result.
+
+    Args:
+        said: What each result says.
+    """
     choices = []
-    for index, result in enumerate(results):
+    for index, (result, (content, calls)) in enumerate(zip(results, said, strict=True)):
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
         tokens = list(map(ScoredToken, result.token_ids, result.scores or ()))
         choice: dict[str, Any] = {
             "index": index,
-            "message": {"role": "assistant", "content": result.text, "refusal": None},
+            "message": message,
             "logprobs": chat_logprobs(tokens, renderer) if request.logprobs else None,
-            "finish_reason": result.finish_reason,
+            "finish_reason": said[index].finish_reason(result),
         }
         if request.return_token_ids:
             choice["token_ids"] = result.token_ids
@@ -159,9 +190,17 @@ class Chunks:
         """
         return self._event(index, {"content": delta} if self._is_chat else delta, logprobs)
 
-    def end(self, result: DecodeResult, index: int = 0) -> str:
+    def call(self, call: Mapping[str, Any], number: int, index: int = 0) -> str:
+        """Return the event that adds a whole call to a choice.
+
+        Args:
+            number: Of the choice's calls before it.
+        """
+        return self._event(index, {"tool_calls": [{"index": number, **call}]})
+
+    def end(self, reason: str, index: int = 0) -> str:
         """Return the event that ends a choice."""
-        return self._event(index, {} if self._is_chat else "", reason=result.finish_reason)
+        return self._event(index, {} if self._is_chat else "", reason=reason)
 
     def last(self, results: Sequence[DecodeResult]) -> list[str]:
         """Return the events behind all choices."""
@@ -174,7 +213,7 @@ class Chunks:
     def _event(
         self,
         index: int,
-        delta: dict[str, str] | str,
+        delta: dict[str, Any] | str,
         logprobs: dict[str, Any] | None = None,
         reason: str | None = None,
     ) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -34,8 +34,6 @@ from tuneloop.serving.requests import AnswerForm, Shaping
 # Fields of the protocol that are not implemented, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (False, True),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -175,6 +173,19 @@ class ChatMessage(_Body):
         elif not isinstance(content, str):
             content = "".join(part.text for part in content)
         return Message.of(self.model_dump() | {"content": content})
+
+
+class FunctionName(_Body):
+    """The function that has to be called."""
+
+    name: str = Field(max_length=MAX_CHOICE_CHARACTERS)
+
+
+class NamedToolChoice(_Body):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class StreamOptions(_Body):
@@ -335,6 +346,10 @@ class ChatRequest(_Sampling):
 
     messages: _Messages
     tools: _Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
+        None, description="`none`: the model is not told of the tools."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INTEGER)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -343,6 +358,26 @@ class ChatRequest(_Sampling):
     def conversation(self) -> list[Message]:
         """Return the messages with text parts joined."""
         return [message.message() for message in self.messages]
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def may_call(self) -> bool:
+        """Whether calls are looked for in the answer; a form or a ranking excludes them."""
+        return bool(self.offered_tools) and self.ranking is None and self.form() is None
+
+    @property
+    def demanded_tools(self) -> list[dict[str, Any]]:
+        """The tools of which one has to be called; none where the model may answer otherwise."""
+        if self.tool_choice == "required":
+            return self.tools or []
+        if isinstance(self.tool_choice, NamedToolChoice):
+            wanted = self.tool_choice.function.name
+            return [tool for tool in self.tools or () if _tool_name(tool) == wanted]
+        return []
 
 
 class CompletionRequest(_Sampling):
@@ -400,6 +435,7 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
         _refuse_beside_ranking(request, request.ranking)
     _refuse_stream_options(request)
     _refuse_without_content(request.messages)
+    _refuse_tool_choice(request)
     return request
 
 
@@ -508,7 +544,9 @@ def _parse(kind: type[_Asked], asked: dict[str, Any]) -> _Asked:
         raise ProtocolError(400, message, param[:100]) from error
 
 
-_ALTERNATIVE = re.compile(r"(str|int|float|bool)$|(constrained-|list\[|nullable|function-)")
+_ALTERNATIVE = re.compile(
+    r"(str|int|float|bool|NamedToolChoice)$|(constrained-|list\[|literal\[|nullable|function-)"
+)
 
 
 def _shown(value: Any) -> str:
@@ -546,6 +584,32 @@ def _refuse_beside_ranking(request: ChatRequest, ranking: RankingRequest) -> Non
         raise ProtocolError(400, f"`ranking` excludes `{beside}`", "ranking")
     if len(set(ranking.answers)) < len(ranking.answers):
         raise ProtocolError(400, "`ranking.answers` has a text twice", "ranking")
+
+
+def _tool_name(tool: Mapping[str, Any]) -> object:
+    function = tool.get("function", tool)
+    return function.get("name") if isinstance(function, Mapping) else None
+
+
+def _refuse_tool_choice(request: ChatRequest) -> None:
+    """Fail for a call that has to be made and cannot be."""
+    names = [_tool_name(tool) for tool in request.tools or ()]
+    wrong = next((i for i, name in enumerate(names) if not isinstance(name, str) or not name), None)
+    if wrong is not None:
+        where = f"tools.{wrong}.function.name"
+        raise ProtocolError(400, f"`{where}` is missing or no text", "tools")
+    if request.tool_choice in (None, "none", "auto"):
+        return
+    param = "tool_choice"
+    if not request.demanded_tools:
+        wanted = request.tool_choice
+        shown = wanted if isinstance(wanted, str) else f"{wanted.function.name[:100]!r}"
+        given = ", ".join(map(str, names[:20])) or "none"
+        message = f"`tool_choice` is {shown}, which is none of `tools` (given: {given})"
+        raise ProtocolError(400, message, param)
+    beside = "ranking" if request.ranking else "response_format" if request.form() else ""
+    if beside:
+        raise ProtocolError(400, f"`tool_choice` excludes `{beside}`", param)
 
 
 def _refuse_without_content(messages: Sequence[ChatMessage]) -> None:

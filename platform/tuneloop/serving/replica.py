@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from tuneloop.errors import ModelError, Problem, UserError
+from tuneloop.models.chat.calls import CallReader, CallSyntax, Written
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
 from tuneloop.models.export.layout import ADAPTER, recorded_renderer
@@ -22,6 +23,7 @@ from tuneloop.records import Message, SamplingParams
 from tuneloop.serving import protocol
 from tuneloop.serving.answers import (
     Chunks,
+    Said,
     ScoredToken,
     TextOffsets,
     TextPrompt,
@@ -30,6 +32,7 @@ from tuneloop.serving.answers import (
     completion_logprobs,
     completion_response,
     event,
+    tool_call,
 )
 from tuneloop.serving.protocol import (
     ChatRequest,
@@ -49,7 +52,7 @@ from tuneloop.serving.requests import (
     Ranking,
     TokenScore,
 )
-from tuneloop.serving.text import StreamedText
+from tuneloop.serving.text import Decode, StreamedText
 
 if TYPE_CHECKING:
     from tuneloop.serving.constraint import Constraint, Constraints
@@ -127,6 +130,17 @@ class _Loaded:
         return _load_renderer(self.model)
 
     @cached_property
+    def syntax(self) -> CallSyntax:
+        """How the model's template writes tool calls."""
+        return CallSyntax.of(self.renderer)
+
+    @cached_property
+    def decode_calls(self) -> Decode:
+        """Ids to text with the special tokens that calls are written with."""
+        kept = self.syntax.special_ids(self.renderer)
+        return partial(self.renderer.decode_with, kept) if kept else self.renderer.decode
+
+    @cached_property
     def max_text_bytes(self) -> int:
         """More bytes than a prompt of the model's length can have."""
         longest = max(len(name.encode()) for name in self.renderer.tokenizer.get_vocab())
@@ -170,7 +184,7 @@ class _Loaded:
         """
         if request.ranking is None:
             return None
-        answers, tools = tuple(request.ranking.answers), request.tools or ()
+        answers, tools = tuple(request.ranking.answers), request.offered_tools
         loop = asyncio.get_running_loop()
         tree = await loop.run_in_executor(self.reader, self._usual_tree, answers)
         # An answer has the same tokens behind every question, but for unusual templates.
@@ -216,6 +230,37 @@ class _Asked:
     request: ChatRequest | CompletionRequest
     prompts: list[TextPrompt]
     decoding: list[DecodeRequest]
+
+    @property
+    def decode(self) -> Decode:
+        """Ids to the text in which content and calls are told apart."""
+        request, model = self.request, self.model
+        may_call = isinstance(request, ChatRequest) and request.may_call
+        return model.decode_calls if may_call else model.renderer.decode
+
+    def text(self, result: DecodeResult) -> str:
+        """Return the text of an answer up to a stop string."""
+        if self.decode == self.model.renderer.decode:
+            return result.text
+        text = self.decode(result.token_ids)
+        ends = [text.find(stop) for stop in self.request.stop_strings if stop in text]
+        return text[: min(ends, default=len(text))]
+
+    def call_reader(self) -> CallReader | None:
+        """Return what tells an answer's calls from its content, where it may have some."""
+        request = self.request
+        if not isinstance(request, ChatRequest) or not request.may_call:
+            return None
+        most = 1 if request.parallel_tool_calls is False else None
+        return CallReader(self.model.syntax, request.offered_tools, most)
+
+    def said(self, result: DecodeResult) -> Said:
+        """Return what an answer says."""
+        reader = self.call_reader()
+        if reader is None:
+            return Said(result.text)
+        content, calls = reader.finish(self.text(result))
+        return Said(content, [tool_call(one, self.model.syntax.new_id()) for one in calls])
 
 
 class ModelServer:
@@ -373,17 +418,32 @@ class _Choice:
     """What of one choice has been written and not yet sent."""
 
     def __init__(self, asked: _Asked) -> None:
+        self._asked = asked
         self._request, self._renderer = asked.request, asked.model.renderer
-        self.text = StreamedText(self._renderer.decode, asked.request.stop_strings)
+        self._text = StreamedText(asked.decode, asked.request.stop_strings)
+        self._reader = asked.call_reader()
+        self.calls: list[dict[str, Any]] = []
         self._tokens: list[ScoredToken] = []
         self._offsets = TextOffsets(self._renderer)
         self._wants_logprobs = asked.decoding[0].params.logprobs
 
-    def push(self, token: ScoredToken) -> str:
-        """Return the text that can be sent after this token."""
+    def push(self, token: ScoredToken) -> Said:
+        """Return what can be sent after this token."""
         if self._wants_logprobs:
             self._tokens.append(token)
-        return self.text.push(token.token_id)
+        text = self._text.push(token.token_id)
+        return self._said(Written(text, ()) if self._reader is None else self._reader.push(text))
+
+    def finish(self, result: DecodeResult) -> Said:
+        """Return what is left to send of the whole answer."""
+        text = self._text.finish(self._asked.text(result))
+        return self._said(Written(text, ()) if self._reader is None else self._reader.finish(text))
+
+    def _said(self, written: Written) -> Said:
+        syntax = self._asked.model.syntax
+        calls = [tool_call(call, syntax.new_id()) for call in written.calls]
+        self.calls += calls
+        return Said(written.content, calls)
 
     def logprobs(self) -> dict[str, Any] | None:
         """Return the log-probabilities of the tokens since the last call, if any are to be sent."""
@@ -409,18 +469,27 @@ async def _events(
         index, token = await news.get()
         choice = choices[index]
         if token is not None:
-            delta = choice.push(token)
-            if delta:
-                yield chunks.text(delta, index, choice.logprobs())
+            for item in _told(chunks, index, choice, choice.push(token)):
+                yield item
             continue
         num_open -= 1
         result = generations.tasks[index].result()
-        rest, logprobs = choice.text.finish(result.text), choice.logprobs()
-        if rest or logprobs:
-            yield chunks.text(rest, index, logprobs)
-        yield chunks.end(result, index)
+        for item in _told(chunks, index, choice, choice.finish(result)):
+            yield item
+        if logprobs := choice.logprobs():
+            yield chunks.text("", index, logprobs)
+        yield chunks.end(Said("", choice.calls).finish_reason(result), index)
     for item in chunks.last([task.result() for task in generations.tasks]):
         yield item
+
+
+def _told(chunks: Chunks, index: int, choice: _Choice, said: Said) -> Iterator[str]:
+    """Yield the events of what can be sent of a choice."""
+    if said.content:
+        yield chunks.text(said.content, index, choice.logprobs())
+    first = len(choice.calls) - len(said.tool_calls)
+    for number, call in enumerate(said.tool_calls, first):
+        yield chunks.call(call, number, index)
 
 
 def _load(models: Mapping[str, ServedModel], max_batch_size: int) -> dict[str, _Loaded]:
@@ -509,6 +578,10 @@ async def _read(route: Route, body: dict[str, Any], model: _Loaded) -> _Asked:
         if max_tokens is None:
             max_tokens = protocol.DEFAULT_COMPLETION_TOKENS
     form = request.form()
+    if isinstance(request, ChatRequest) and (tools := request.demanded_tools):
+        is_parallel = request.tool_choice == "required" and request.parallel_tool_calls is not False
+        grammar = model.syntax.grammar(tools, is_parallel, model.renderer)
+        form = AnswerForm("lark", grammar, "tool_choice")
     constraint = None if form is None else await model.constraint(form)
     ranking = None
     if isinstance(request, ChatRequest):
@@ -539,7 +612,7 @@ def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
 
 async def _chat_prompt(request: ChatRequest | TokenizeRequest, model: _Loaded) -> TextPrompt:
     messages = [message.message() for message in request.messages or ()]
-    tools = request.tools or ()
+    tools = request.offered_tools if isinstance(request, ChatRequest) else request.tools or ()
     said = [text for m in messages for text in (m.content, m.tool_calls, m.reasoning_content)]
     size = sum(len(text.encode()) for text in [*said, *map(str, tools)])
     # Each turn costs a rendering of all before it.
@@ -578,7 +651,8 @@ async def _text(ids: Sequence[int], model: _Loaded) -> str:
 
 def _answer(asked: _Asked, results: Sequence[DecodeResult], renderer: Renderer) -> dict[str, Any]:
     if isinstance(asked.request, ChatRequest):
-        return chat_response(asked.request, asked.prompts[0].token_ids, results, renderer)
+        said = [asked.said(result) for result in results]
+        return chat_response(asked.request, asked.prompts[0].token_ids, results, said, renderer)
     return completion_response(asked.request, asked.prompts, results, renderer)
 
 

@@ -69,12 +69,12 @@ class AnswerForm(NamedTuple):
     """A form that an answer has to have.
 
     Args:
-        text: A JSON schema, a regular expression, a grammar (Lark or GBNF), or a JSON list of
-            texts.
+        text: A JSON schema, a regular expression, a grammar (`grammar`: Lark or GBNF), or a JSON
+            list of texts.
         param: The field of the request that asks for it.
     """
 
-    kind: Literal["json", "regex", "grammar", "choice"]
+    kind: Literal["json", "regex", "grammar", "lark", "choice"]
     text: str
     param: str
 

@@ -17,7 +17,9 @@ def server(tiny_model: Path) -> Iterator[ModelServer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tuneloop.serving.engine.num_threads", lambda: 1)
         patch.setattr("tuneloop.serving.model.num_threads", lambda: 1)
-        server = ModelServer({"m": ServedModel(tiny_model)}, max_batch_size=4)
+        # The second has a template that writes tools and their calls.
+        models = {"m": ServedModel(tiny_model), "t": ServedModel(tiny_model, "chatml_tools")}
+        server = ModelServer(models, max_batch_size=4)
         yield server
         server._loading.result()["m"].engine.close()
 

@@ -10,21 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from tuneloop.config import OneTaskConfig
+from tuneloop.models.chat.calls import Call, find_calls
 
-# Reading every place where JSON may begin costs time; no call is longer.
-_MOST_CHARACTERS = 20_000
 _ACCEPTED = '{"accepted"'
 _IGNORED_IN_TEXT = str.maketrans("", "", " ,./-_*^'\"")
-
-
-class Call(NamedTuple):
-    """A function's name and arguments."""
-
-    name: str
-    arguments: Mapping[str, Any]
 
 
 def function_call(reference: str, completion: str, _task: OneTaskConfig) -> float | None:
@@ -85,42 +77,6 @@ def without_accepted(reference: str) -> str:
     """Return a reference without its line of accepted values: what an answer looks like."""
     before, _, last = reference.rpartition("\n")
     return before if last.startswith(_ACCEPTED) else reference
-
-
-def find_calls(text: str) -> list[Call]:
-    """Return the calls in a text: JSON objects with a name and arguments, alone or in a list."""
-    text = text[:_MOST_CHARACTERS]
-    decoder = json.JSONDecoder()
-    found: list[Call] = []
-    place = 0
-    while (place := _next_json(text, place)) >= 0:
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError):
-            place += 1
-            continue
-        items = value if isinstance(value, list) else [value]
-        found += [call for item in items if (call := _call(item)) is not None]
-    return found
-
-
-def _next_json(text: str, place: int) -> int:
-    places = [found for mark in "{[" if (found := text.find(mark, place)) >= 0]
-    return min(places, default=-1)
-
-
-def _call(value: Any) -> Call | None:
-    if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        value = value["function"]
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    arguments = value.get("arguments", value.get("parameters"))
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            return None
-    return Call(value["name"], arguments) if isinstance(arguments, dict) else None
 
 
 def _fits(call: Call, accepted: Call) -> bool:

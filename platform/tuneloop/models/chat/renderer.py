@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -277,6 +277,15 @@ class Renderer:
                 list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+    def decode_with(self, kept: Collection[int], ids: Sequence[int]) -> str:
+        """Return the text of ids with the names of some special tokens and without the others."""
+        parts, start = [], 0
+        for place, token in enumerate(ids):
+            if token in kept:
+                parts += [self.decode(ids[start:place]), self._added_tokens[token]]
+                start = place + 1
+        return "".join([*parts, self.decode(ids[start:])])
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for, which may be a part of a character.

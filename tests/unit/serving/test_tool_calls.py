@@ -1,0 +1,155 @@
+"""Tools over the whole protocol, asked with OpenAI's own client: a tiny model bound to calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+from starlette.testclient import TestClient
+
+from tuneloop.serving.api import build_api
+from tuneloop.serving.replica import ModelServer
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"c": {"enum": ["a", "b"]}},
+    "required": ["c"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": name, "parameters": PARAMETERS}}
+    for name in ("f", "g")
+]
+ASKED: dict[str, Any] = {
+    "model": "t",
+    "messages": [{"role": "user", "content": "a"}],
+    "tools": TOOLS,
+    "temperature": 0,
+    "max_tokens": 120,
+}
+NAMED = {"type": "function", "function": {"name": "g"}}
+
+
+@pytest.fixture(scope="module")
+def client(server: ModelServer) -> Iterator[openai.OpenAI]:
+    api = build_api({"m": server, "t": server})
+    with (
+        TestClient(api, base_url="http://test/v1") as http,
+        openai.OpenAI(base_url="http://test/v1", api_key="none", http_client=http) as client,
+    ):
+        yield client
+
+
+def test_a_demanded_call_is_made_and_fits_the_schema(client: openai.OpenAI) -> None:
+    first = client.chat.completions.create(**ASKED, tool_choice=NAMED)
+    choice = first.choices[0]
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    (call,) = choice.message.tool_calls or ()
+    assert (call.type, call.function.name, call.id[:5]) == ("function", "g", "call_")
+    jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
+    # What was called goes back with its result, and is rendered.
+    messages = [
+        *ASKED["messages"],
+        choice.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "done"},
+    ]
+    again = client.chat.completions.create(**{**ASKED, "messages": messages, "max_tokens": 4})
+    assert again.usage is not None
+    assert first.usage is not None
+    assert again.usage.prompt_tokens > first.usage.total_tokens
+
+
+def test_calls_are_streamed_whole_and_are_those_of_the_whole_answer(client: openai.OpenAI) -> None:
+    asked = {**ASKED, "tool_choice": "required", "seed": 3, "temperature": 1, "n": 2}
+    asked["parallel_tool_calls"] = False
+    whole = client.chat.completions.create(**asked)
+    with client.chat.completions.stream(**asked) as stream:
+        events = list(stream)
+        streamed = stream.get_final_completion()
+    for one, other in zip(whole.choices, streamed.choices, strict=True):
+        assert other.finish_reason == one.finish_reason
+        assert (other.message.content or None) == one.message.content
+        made = [call.function for call in one.message.tool_calls or ()]
+        sent = [call.function for call in other.message.tool_calls or ()]
+        assert [(f.name, f.arguments) for f in sent] == [(f.name, f.arguments) for f in made]
+        for function in made:
+            assert function.name in ("f", "g")
+            jsonschema.validate(json.loads(function.arguments), PARAMETERS)
+    assert any(choice.message.tool_calls for choice in whole.choices)
+    assert "tool_calls.function.arguments.done" in {event.type for event in events}
+
+
+def test_one_call_at_most_where_calls_are_not_parallel(client: openai.OpenAI) -> None:
+    asked = {**ASKED, "tool_choice": "required", "temperature": 2, "seed": 1, "n": 4}
+    counts = [
+        [len(choice.message.tool_calls or ()) for choice in answer.choices]
+        for answer in (
+            client.chat.completions.create(**asked),
+            client.chat.completions.create(**asked, parallel_tool_calls=False),
+        )
+    ]
+    assert max(counts[0]) > 1
+    assert set(counts[1]) == {1}
+
+
+def test_a_call_that_is_cut_off_is_text(client: openai.OpenAI) -> None:
+    asked = {**ASKED, "tool_choice": "required", "max_tokens": 15}
+    choice = client.chat.completions.create(**asked).choices[0]
+    assert (choice.finish_reason, choice.message.tool_calls) == ("length", None)
+    assert str(choice.message.content).startswith("<tool_call>")
+    pieces = client.chat.completions.create(**asked, stream=True)
+    deltas = [piece.choices[0].delta.content or "" for piece in pieces if piece.choices]
+    assert "".join(deltas) == choice.message.content
+
+
+def test_a_model_is_not_told_of_tools_it_may_not_call(client: openai.OpenAI) -> None:
+    plain = {key: value for key, value in ASKED.items() if key != "tools"} | {"max_tokens": 8}
+    short = {**ASKED, "max_tokens": 8}
+    none = client.chat.completions.create(**short, tool_choice="none")
+    assert none.usage == client.chat.completions.create(**plain).usage
+    for choice in ("auto", openai.omit):
+        auto = client.chat.completions.create(**short, tool_choice=choice)
+        assert auto.usage is not None and none.usage is not None
+        assert auto.usage.prompt_tokens > none.usage.prompt_tokens
+        assert auto.choices[0].message.tool_calls is None
+        assert auto.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "told"),
+    [
+        ({"model": "m"}, "messages", "no place for `tools`"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice", "given: none"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "other"}}},
+            "tool_choice",
+            "'other', which is none of `tools` (given: f, g)",
+        ),
+        ({"tool_choice": "always"}, "tool_choice", "`tool_choice`"),
+        ({"tools": [{"type": "function"}]}, "tools", "`tools.0.function.name` is missing"),
+        (
+            {"tool_choice": "required", "response_format": {"type": "json_object"}},
+            "tool_choice",
+            "excludes `response_format`",
+        ),
+        (
+            {
+                "tools": [{"function": {"name": "f", "parameters": {"type": "no"}}}],
+                "tool_choice": "required",
+            },
+            "tool_choice",
+            "cannot have this form",
+        ),
+    ],
+)
+def test_a_call_that_cannot_be_made_is_refused(
+    client: openai.OpenAI, change: dict[str, Any], param: str, told: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{**ASKED, **change})
+    assert caught.value.body["param"] == param  # type: ignore[index]
+    assert told in caught.value.body["message"]  # type: ignore[index]
