@@ -22,6 +22,7 @@ from tuneloop.evals.scoring.choosable import try_scorers
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.review.fixes import marks_for
+from tuneloop.serving.keys import serving_problems
 from tuneloop.text import format_duration
 from tuneloop.training.fit.assess import Fit, assess
 from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
@@ -99,6 +100,7 @@ def check(config: TuneloopConfig) -> CheckResult:
     unknown = "" if fit.prediction is None else fit.prediction.unknown
     problems = [*data.findings, *fit.problems, *_evaluation_problems(config)]
     problems += _mark_problems(config)
+    problems += serving_problems(config.serving)
     problems += _metric_problems(config, base, data)
     return CheckResult(data, expected, problems, unknown, notices=_far(config, fit, data))
 

@@ -261,19 +261,22 @@ def _serve(arguments: argparse.Namespace, output: IO[str]) -> int:
             print(json.dumps({"url": url, "models": models}), file=output, flush=True)
         else:
             print(f"serving {', '.join(models)} at {url}; Ctrl-C stops it\n", file=output)
-            print(_curl_line(url, models[-1]), file=output, flush=True)
+            has_file = bool(config.serving.api_keys_file)
+            print(_curl_line(url, models[-1], has_file), file=output, flush=True)
         signal.pause()
     return 0
 
 
-def _curl_line(url: str, model: str) -> str:
-    """Return a shell command that asks a served model, with the key if there is one."""
+def _curl_line(url: str, model: str, has_file: bool = False) -> str:
+    """Return a shell command that asks a served model, with the key if one is asked for.
+
+    Args:
+        has_file: There is a file of keys, which holds their hashes only.
+    """
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
-    key = f'-H "Authorization: Bearer ${API_KEY_VARIABLE}" '
-    return (
-        f"curl {url}/chat/completions -H 'Content-Type: application/json' "
-        f"{key if os.environ.get(API_KEY_VARIABLE) else ''}-d '{body}'"
-    )
+    variable = API_KEY_VARIABLE if os.environ.get(API_KEY_VARIABLE) else "KEY" * has_file
+    key = f'-H "Authorization: Bearer ${variable}" ' if variable else ""
+    return f"curl {url}/chat/completions -H 'Content-Type: application/json' {key}-d '{body}'"
 
 
 def _dashboard(arguments: argparse.Namespace, output: IO[str]) -> int:

@@ -481,6 +481,11 @@ class ServingConfig(Section):
         8000, ge=0, le=65535, description="Port of `tuneloop serve`; 0 takes a free port."
     )
     max_batch_size: int = Field(64, ge=1, description="Sequences decoded together.")
+    api_keys_file: str = Field(
+        "",
+        description="YAML file of those who may ask `tuneloop serve`: a name and "
+        "`{sha256, models, requests_per_minute}` for each.",
+    )
     models: dict[Name, str] = Field(
         default_factory=dict,
         description="Models that `tuneloop serve` serves in addition to `base` and `finetuned`, by "

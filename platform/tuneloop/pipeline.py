@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -35,6 +36,7 @@ from tuneloop.models.export.parity import check_served
 from tuneloop.records import BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, Parity
 from tuneloop.review.fixes import marks_for
 from tuneloop.serving import app
+from tuneloop.serving.keys import keyring, refuse_exposed
 from tuneloop.serving.replica import ServedModel
 
 logger = logging.getLogger("tuneloop.pipeline")
@@ -226,11 +228,18 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
             model answers differently from the trained one.
         ArtifactError: `serving.models` names an artifact that is not there.
         ResourceError: The port is taken, or there is no room for the models.
+        ConfigError: The keys are wrong, or other machines would reach the models without one.
     """
+    keys, own = keyring(config.serving), ""
+    refuse_exposed(config.serving, keys)
+    if keys:
+        # The check of what is served needs a key as well, which ends with this process.
+        own = secrets.token_hex(24)
+        keys = keys.with_secret("tuneloop", own)
     app.free_port(config.serving)  # a taken one is an error before Ray starts
     models = served_models(config, workspace)
-    with connect(config.resources), app.serve(models, config.serving) as url:
-        _check_served(url, models)
+    with connect(config.resources), app.serve(models, config.serving, keys) as url:
+        _check_served(url, models, own)
         yield url, list(models)
 
 
@@ -286,13 +295,12 @@ def _is_told(settings: Section, told: object) -> bool:
         return False
 
 
-def _check_served(url: str, models: dict[str, ServedModel]) -> dict[str, Parity]:
+def _check_served(url: str, models: dict[str, ServedModel], key: str) -> dict[str, Parity]:
     """Return, by name, how close each served model is to its recorded answers.
 
     Raises:
         ModelError: One of them answers differently.
     """
-    key = os.environ.get(API_KEY_VARIABLE, "")
     outcomes = {}
     for name, model in models.items():
         outcome = check_served(Endpoint(url, name, key), model.folder)
@@ -416,8 +424,8 @@ def _evaluate(
         serving = _any_port(config)
         url = address() if address else stack.enter_context(app.listen(serving))
         app.host(models, serving, url)
-        outcomes = _check_served(url, models)
         key = os.environ.get(API_KEY_VARIABLE, "")
+        outcomes = _check_served(url, models, key)
         arms = [
             replace(
                 arm,
@@ -432,8 +440,14 @@ def _evaluate(
 
 
 def _any_port(config: TuneloopConfig) -> ServingConfig:
-    """Return settings with any free port: `tuneloop serve` may be using the configured one."""
-    return config.serving.model_copy(update={"port": 0})
+    """Return settings with any free port: `tuneloop serve` may be using the configured one.
+
+    Those who may ask `tuneloop serve` do not ask here; without a key nobody from outside does.
+    """
+    changed: dict[str, Any] = {"port": 0, "api_keys_file": ""}
+    if not os.environ.get(API_KEY_VARIABLE):
+        changed["host"] = "127.0.0.1"
+    return config.serving.model_copy(update=changed)
 
 
 def _log_published(published: Published) -> Published:

@@ -7,7 +7,6 @@ protocol can be used and tested in one process.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -25,6 +24,7 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 
 from tuneloop.serving.answers import event, model_card, model_list
+from tuneloop.serving.keys import Holder, Keyring
 from tuneloop.serving.protocol import (
     MAX_BODY_BYTES,
     ChatRequest,
@@ -64,15 +64,15 @@ class Backend(Protocol):
         """Yield status and JSON, then, if the status is 200, server-sent events."""
 
 
-def build_api(models: Mapping[str, Backend], api_key: str = "") -> FastAPI:
+def build_api(models: Mapping[str, Backend], keys: Keyring | None = None) -> FastAPI:
     """Return the HTTP application.
 
     Args:
         models: What answers, by the name that requests call; several names may share one.
-        api_key: What clients have to send; empty: nothing.
+        keys: One of which clients have to send; without any: nothing.
     """
     api = FastAPI(title="tuneloop", version="1")
-    side = _HttpSide(models, api_key)
+    side = _HttpSide(models, keys or Keyring({}))
     api.add_exception_handler(ProtocolError, _on_protocol_error)
     api.add_exception_handler(HTTPException, _on_http_error)
     api.add_exception_handler(Exception, _on_failure)
@@ -85,9 +85,9 @@ def build_api(models: Mapping[str, Backend], api_key: str = "") -> FastAPI:
 class _HttpSide:
     """What the routes share."""
 
-    def __init__(self, models: Mapping[str, Backend], api_key: str) -> None:
+    def __init__(self, models: Mapping[str, Backend], keys: Keyring) -> None:
         self.models = models
-        self.api_key = api_key.encode()
+        self.keys = keys
         self.created = int(time.time())
         self.metrics = _Metrics()
 
@@ -96,10 +96,14 @@ class _HttpSide:
         request: Request,
         _: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
     ) -> None:
-        """Return if the request has the key."""
+        """Note whose key the request has; one without is refused where keys are asked for."""
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.api_key and not hmac.compare_digest(key.encode("latin-1"), self.api_key):
-            raise ProtocolError(401, "the API key is missing or wrong", code="invalid_api_key")
+        request.state.holder = self.keys.holder(key.encode("latin-1"))
+
+    def served(self, request: Request) -> list[str]:
+        """Return the names that the request's key may ask."""
+        holder: Holder = request.state.holder
+        return holder.served(list(self.models))
 
     async def answer(self, route: Route, request: Request) -> Response:
         """Answer one request for a model."""
@@ -107,8 +111,15 @@ class _HttpSide:
         name = body.get("model")
         backend = self.models.get(name) if isinstance(name, str) else None
         if not isinstance(name, str) or backend is None:
-            raise unknown_model(name, list(self.models))
-        asked = _Asked(self.metrics, name, route, request.headers.get("x-request-id", "")[:200])
+            raise unknown_model(name, self.served(request))
+        holder: Holder = request.state.holder
+        asked = _Asked(self.metrics, name, route, request)
+        try:
+            holder.refuse_other(name, list(self.models))
+            holder.count()
+        except ProtocolError as error:
+            asked.ended(error.status)
+            raise
         try:
             if body.get("stream") is True and route in ("chat", "completions"):
                 items = backend.stream(route, body, asked.request_id)
@@ -188,9 +199,10 @@ _ENGINE_METRICS = {
 class _Asked:
     """One request, for log and metrics."""
 
-    def __init__(self, metrics: _Metrics, model: str, route: Route, request_id: str) -> None:
+    def __init__(self, metrics: _Metrics, model: str, route: Route, request: Request) -> None:
         self._metrics, self._model, self._route = metrics, model, route
-        self.request_id = request_id
+        self.request_id = request.headers.get("x-request-id", "")[:200]
+        self._holder = request.state.holder.name
         self._started = time.perf_counter()
 
     def wrote(self) -> None:
@@ -205,8 +217,9 @@ class _Asked:
         self._metrics.seconds.labels(self._model, self._route).observe(seconds)
         level = logging.WARNING if status >= 500 else logging.INFO
         log.log(
-            level, "request %r: %s of %s answered %d in %.3f s",
-            self.request_id, self._route, self._model, status, seconds,
+            level, "request %r%s: %s of %s answered %d in %.3f s",
+            self.request_id, f" of {self._holder}" * bool(self._holder),
+            self._route, self._model, status, seconds,
         )  # fmt: skip
 
 
@@ -263,15 +276,16 @@ async def _read_body(request: Request) -> dict[str, Any]:
     return body
 
 
-def _json(content: dict[str, Any], status: int = 200) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
+def _json(content: dict[str, Any], status: int = 200, retry_after_s: int | None = None) -> Response:
+    wait_s = retry_after_s or RETRY_AFTER_S
+    headers = {"Retry-After": str(wait_s)} if status in (429, 503) else None
     data = to_json(content, inf_nan_mode="null")
     return Response(data, status, headers, media_type="application/json")
 
 
 async def _on_protocol_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ProtocolError)
-    return _json(error.body(), error.status)
+    return _json(error.body(), error.status, error.retry_after_s)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -291,6 +305,7 @@ async def _on_failure(request: Request, error: Exception) -> Response:
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is wrong."},
     401: {"model": ErrorBody, "description": "The key is missing or wrong."},
+    403: {"model": ErrorBody, "description": "The key may not ask this model."},
     404: {"model": ErrorBody, "description": "The model is not served here."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     429: {"model": ErrorBody, "description": "Too many requests wait; see Retry-After."},
@@ -326,15 +341,16 @@ def _add_routes(api: FastAPI, side: _HttpSide) -> None:
     refused: dict[int | str, dict[str, Any]] = {401: _ERRORS[401]}
 
     @api.get("/v1/models", dependencies=keyed, responses=refused)
-    async def models() -> JSONResponse:
-        """The models that are served."""
-        return JSONResponse(model_list(list(side.models), side.created))
+    async def models(request: Request) -> JSONResponse:
+        """The models that the key may ask."""
+        return JSONResponse(model_list(side.served(request), side.created))
 
     @api.get("/v1/models/{name:path}", dependencies=keyed, responses=refused | {404: _ERRORS[404]})
-    async def model(name: str) -> JSONResponse:
+    async def model(name: str, request: Request) -> JSONResponse:
         """One model."""
-        if name not in side.models:
-            raise unknown_model(name, list(side.models))
+        served = side.served(request)
+        if name not in served:
+            raise unknown_model(name, served)
         return JSONResponse(model_card(name, side.created))
 
     @api.get("/metrics", dependencies=keyed, responses=refused, response_class=PlainTextResponse)

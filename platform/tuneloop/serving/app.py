@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import socket
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -25,9 +24,10 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from tuneloop.cluster import end_abandoned_serving, served_name
-from tuneloop.config import API_KEY_VARIABLE, ServingConfig
+from tuneloop.config import ServingConfig
 from tuneloop.errors import Problem, ResourceError, find_user_error
 from tuneloop.serving.api import build_api
+from tuneloop.serving.keys import Keyring, keyring, refuse_exposed
 from tuneloop.serving.protocol import ProtocolError
 from tuneloop.serving.replica import ModelServer, Route, ServedModel
 from tuneloop.serving.requests import Activity
@@ -92,13 +92,17 @@ def _lost(error: Exception, request_id: str) -> ProtocolError:
 
 
 def build_application(
-    models: Mapping[str, ServedModel], serving: ServingConfig, model_options: dict[str, Any]
+    models: Mapping[str, ServedModel],
+    serving: ServingConfig,
+    model_options: dict[str, Any],
+    keys: Keyring,
 ) -> ray_serve.Application:
     """Return the Serve application, for `serve.run` or a `serve deploy` configuration.
 
     Args:
         models: What to serve, by the name requests call it.
         model_options: `ray_actor_options` of each replica.
+        keys: Who may ask.
     """
     server = ray_serve.deployment(ModelServer)
     deployments: dict[str, str] = {}
@@ -117,7 +121,7 @@ def build_application(
         deployments |= dict.fromkeys(group, deployment)
     # In the order asked for, which is the order they are listed in.
     deployments = {name: deployments[name] for name in models}
-    api_key = os.environ.get(API_KEY_VARIABLE, "")
+    named = keys.keys
 
     def api() -> FastAPI:
         """Return the HTTP side; called in the ingress' replica."""
@@ -125,7 +129,7 @@ def build_application(
             deployment: RayBackend(ray_serve.get_deployment_handle(deployment))
             for deployment in deployments.values()
         }
-        return build_api({name: backends[d] for name, d in deployments.items()}, api_key)
+        return build_api({name: backends[d] for name, d in deployments.items()}, Keyring(named))
 
     ingress = ray_serve.deployment(ray_serve.ingress(api)()).options(
         name="ingress",
@@ -139,10 +143,13 @@ def build_application(
 
 
 @contextlib.contextmanager
-def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator[str]:
+def serve(
+    models: Mapping[str, ServedModel], serving: ServingConfig, keys: Keyring | None = None
+) -> Iterator[str]:
     """Serve models inside the `with` block; needs a connected Ray.
 
-    The API key, if any, is taken from the environment variable TUNELOOP_API_KEY.
+    Args:
+        keys: Who may ask; None: as `keyring` has it.
 
     Yields:
         The base URL, which ends in `/v1`, once every model is loaded.
@@ -150,14 +157,16 @@ def serve(models: Mapping[str, ServedModel], serving: ServingConfig) -> Iterator
     Raises:
         ResourceError: The port is taken, no CPU is free, or Serve runs already.
         ModelError: A model cannot be loaded.
+        ConfigError: The keys are wrong, or other machines would reach the models without one.
     """
-    with listen(serving) as url:
-        host(models, serving, url)
+    keys = keyring(serving) if keys is None else keys
+    with listen(serving, keys) as url:
+        host(models, serving, url, keys)
         yield url
 
 
 @contextlib.contextmanager
-def listen(serving: ServingConfig) -> Iterator[str]:
+def listen(serving: ServingConfig, keys: Keyring | None = None) -> Iterator[str]:
     """Listen at one address inside the `with` block, for models that come and go: see `host`.
 
     Yields:
@@ -165,7 +174,9 @@ def listen(serving: ServingConfig) -> Iterator[str]:
 
     Raises:
         ResourceError: The port is taken, or Serve runs already.
+        ConfigError: Other machines would reach the models without a key.
     """
+    refuse_exposed(serving, keyring(serving) if keys is None else keys)
     _refuse_running_serve()
     port = free_port(serving)
     # Its warnings are about queue lengths of replicas that still load.
@@ -182,13 +193,20 @@ def listen(serving: ServingConfig) -> Iterator[str]:
         ray_serve.shutdown()
 
 
-def host(models: Mapping[str, ServedModel], serving: ServingConfig, url: str) -> None:
+def host(
+    models: Mapping[str, ServedModel],
+    serving: ServingConfig,
+    url: str,
+    keys: Keyring | None = None,
+) -> None:
     """Serve models at the address of `listen`, in place of those before. Raises as `serve`."""
+    keys = keyring(serving) if keys is None else keys
     name = served_name()
     if name in ray_serve.status().applications:
         ray_serve.delete(name)
     options = _model_options(len(_by_weights(models)))
-    ray_serve.run(build_application(models, serving, options), name=name, logging_config=_QUIET)
+    application = build_application(models, serving, options, keys)
+    ray_serve.run(application, name=name, logging_config=_QUIET)
     _await_models(models)
     _await_route(url)
     log.info("serving %s at %s", ", ".join(models), url)

@@ -13,6 +13,7 @@ from ray.serve import Application
 
 from tuneloop.config import Section, ServingConfig
 from tuneloop.serving.app import MODEL_CPUS, REPLICA_ENVIRONMENT, ServedModel, build_application
+from tuneloop.serving.keys import keyring
 
 
 class DeployedModel(Section):
@@ -31,6 +32,7 @@ class DeployArguments(Section):
     max_batch_size: int = Field(
         ServingConfig().max_batch_size, ge=1, description="Sequences decoded together."
     )
+    api_keys_file: str = Field("", description="As `serving.api_keys_file`, on the head node.")
     cpus_per_model: float = Field(MODEL_CPUS, gt=0, description="Reserved for each replica.")
     gpus_per_model: float = Field(0, ge=0, description="Reserved for each replica.")
 
@@ -38,8 +40,8 @@ class DeployArguments(Section):
 def application(arguments: DeployArguments) -> Application:
     """Return the Serve application; Serve calls this on the cluster.
 
-    Host and port are the config file's own `http_options`; the API key, if any, is taken from the
-    environment variable TUNELOOP_API_KEY.
+    Host and port are the config file's own `http_options`; keys are those of `api_keys_file` and of
+    the environment variable TUNELOOP_API_KEY.
     """
     models = {
         name: ServedModel(Path(model.path), model.chat_template)
@@ -48,6 +50,7 @@ def application(arguments: DeployArguments) -> Application:
     options = {"num_cpus": arguments.cpus_per_model, "runtime_env": REPLICA_ENVIRONMENT}
     if arguments.gpus_per_model:
         options["num_gpus"] = arguments.gpus_per_model
-    return build_application(
-        models, ServingConfig(max_batch_size=arguments.max_batch_size), options
+    serving = ServingConfig(
+        max_batch_size=arguments.max_batch_size, api_keys_file=arguments.api_keys_file
     )
+    return build_application(models, serving, options, keyring(serving))

@@ -91,13 +91,20 @@ class ProtocolError(Exception):
         status: HTTP status.
         param: The field that is wrong.
         code: Short machine-readable reason.
+        retry_after_s: When to ask again, where that is known.
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
-        super().__init__(status, message, param, code)
+        super().__init__(status, message, param, code, retry_after_s)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return self.message

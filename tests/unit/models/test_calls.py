@@ -38,7 +38,7 @@ OTHERS = {
 {{%- endfor %}}{{{{- '</tool_call>' }}}}{{% endfor %}}{END}""",
     "mistral-v11": f"""{TURN}{CALLS}
 {{{{- '[TOOL_CALLS]' + f.name + '[ARGS]' + f.arguments | tojson }}}}{{% endfor %}}{END}""",
-    "deepseek": f"""{TURN}{CALLS}{{%- if loop.first %}}<calls>{{% else %}}{{{{ '\\n' }}}}{{% endif %}}
+    "deepseek": f"""{TURN}{CALLS}{{{{- '<calls>' if loop.first else '\\n' }}}}
 {{{{- '<call>function<sep>' + f.name + '\\n```json\\n' + f.arguments | tojson + '\\n```</call>' }}}}
 {{%- if loop.last %}}</calls>{{% endif %}}{{% endfor %}}{END}""",
 }

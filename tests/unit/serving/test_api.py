@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.serving.answers import ScoredToken, chat_logprobs
 from tuneloop.serving.api import build_api
+from tuneloop.serving.keys import ApiKey, Keyring, hash_of
 from tuneloop.serving.protocol import MAX_BODY_BYTES
 from tuneloop.serving.replica import ModelServer, ServedModel
 from tuneloop.serving.requests import QueueFull, TokenScore
@@ -67,7 +68,7 @@ def chunks_of(api: FastAPI, path: str, body: dict[str, Any]) -> list[dict[str, A
 
 
 def test_addresses_and_their_keys(server: ModelServer) -> None:
-    api = build_api({"m": server}, "sécret")
+    api = build_api({"m": server}, Keyring({}).with_secret("ann", "sécret"))
     for path in ("/health", "/openapi.json", "/docs"):
         assert ask(api, "GET", path).status_code == 200
     for path in ("/v1/models", "/v1/models/m", "/metrics"):
@@ -75,6 +76,31 @@ def test_addresses_and_their_keys(server: ModelServer) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
         key = {"authorization": "Bearer sécret".encode()}
         assert ask(api, "GET", path, headers=key).status_code == 200
+
+
+def test_a_key_asks_its_own_models_as_often_as_it_may(
+    server: ModelServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = ApiKey(sha256=hash_of(b"k"), models=["m"], requests_per_minute=2)
+    api = build_api({"m": server, "other": server}, Keyring({"demo": key}))
+    headers = {"authorization": "Bearer k", "x-request-id": "abc"}
+
+    async def use(client: httpx.AsyncClient) -> None:
+        listed = await client.get("/v1/models", headers=headers)
+        assert [one["id"] for one in listed.json()["data"]] == ["m"]
+        other = await client.post(CHATS, json=CHAT | {"model": "other"}, headers=headers)
+        assert (other.status_code, other.json()["error"]["code"]) == (403, "model_not_found")
+        missing = await client.post(CHATS, json=CHAT | {"model": "x"}, headers=headers)
+        assert missing.json()["error"]["message"].endswith("served: m")
+        for _ in range(2):
+            assert (await client.post(CHATS, json=CHAT, headers=headers)).status_code == 200
+        late = await client.post(CHATS, json=CHAT, headers=headers)
+        assert (late.status_code, late.json()["error"]["type"]) == (429, "rate_limit_error")
+        assert 50 <= int(late.headers["retry-after"]) <= 60
+
+    with caplog.at_level(logging.INFO, "tuneloop.serving"):
+        with_client(api, use)
+    assert "request 'abc' of demo: chat of m answered 429" in caplog.text
 
 
 def test_ready_when_the_models_are_loaded(

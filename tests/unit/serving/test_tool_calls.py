@@ -113,7 +113,8 @@ def test_a_model_is_not_told_of_tools_it_may_not_call(client: openai.OpenAI) -> 
     assert none.usage == client.chat.completions.create(**plain).usage
     for choice in ("auto", openai.omit):
         auto = client.chat.completions.create(**short, tool_choice=choice)
-        assert auto.usage is not None and none.usage is not None
+        assert auto.usage is not None
+        assert none.usage is not None
         assert auto.usage.prompt_tokens > none.usage.prompt_tokens
         assert auto.choices[0].message.tool_calls is None
         assert auto.choices[0].finish_reason == "length"
