@@ -273,7 +273,7 @@ class CallSyntax:
             shown = json.dumps(name, ensure_ascii=False)[1:-1] if self.has_object else name
             schema = function.get("parameters") or {"type": "object", "properties": {}}
             if isinstance(schema, Mapping):
-                schema = {"x-guidance": self._layout} | schema
+                schema = {"x-guidance": self._layout, **schema}
             before = _literal(f"{self.before_name}{shown}", renderer)
             if self.parameters is None:
                 arguments = f"args_{index}"
