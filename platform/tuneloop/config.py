@@ -371,6 +371,13 @@ class DataConfig(Section):
         description="For `task.type: mixture`: train only on the rows of these tasks that a "
         "training on all of them would have; all tasks are evaluated. Default: all tasks.",
     )
+    max_synthetic_ratio: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="Largest share of rows with `synthetic: true` among the train rows; more are "
+        "left out. They are never tested on. 1 takes them all.",
+    )
     max_seq_len: int = Field(512, ge=8, description="Longest row allowed, in tokens.")
     too_long: Literal["error", "drop", "truncate"] = Field(
         "error",

@@ -26,6 +26,7 @@ from tuneloop.data.sources.bad_rows import (
 from tuneloop.data.sources.dialect import file_notices
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
+from tuneloop.data.split.synthetic import no_people_problem
 from tuneloop.data.tokenize.rendering import (
     NUM_VERIFIED,
     Rendering,
@@ -132,6 +133,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     dropped: list[str] = []
     lengths: list[int] = []
     targets: list[int] = []
+    num_synthetic = 0
     prompts: set[str] = set()
     groups: set[str] = set()
     columns: dict[str, Shape] = {}
@@ -172,9 +174,10 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
             truncated.append(long)
             sample = fitted.sample
         changed += [ChangedRow(row["source"], what) for what in row["changes"].split(", ") if what]
-        if len(prompts) < _FEWEST_UNITS:
+        num_synthetic += row["synthetic"]
+        if not row["synthetic"] and len(prompts) < _FEWEST_UNITS:
             prompts.add(_plain_prompt(row))
-        if len(groups) < _FEWEST_UNITS:
+        if not row["synthetic"] and len(groups) < _FEWEST_UNITS:
             groups.add(row["group"])
         lengths.append(len(sample.input_ids))
         targets.append(sum(sample.loss_mask))
@@ -195,7 +198,11 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     elif not findings:
         is_grouped = config.data.split.group_by is not None
         num_units = min(len(prompts), len(groups)) if is_grouped else len(prompts)
-        findings += _split_findings(len(lengths), num_units, config.data)
+        if num_synthetic and num_synthetic == len(lengths):
+            findings.append(no_people_problem(num_synthetic))
+        else:
+            num_people = len(lengths) - num_synthetic
+            findings += _split_findings(num_people, num_synthetic, num_units, config.data)
     if dropped and len(dropped) + len(bad) + len(too_long) < total:
         notices.append(dropped_problem(dropped, total))
     notices += changed_problems(changed, total)
@@ -244,11 +251,14 @@ def _plain_prompt(row: SourceRow) -> str:
     return " ".join(" ".join(texts).lower().split())
 
 
-def _split_findings(num_rows: int, num_units: int, data: DataConfig) -> list[Problem]:
+def _split_findings(
+    num_rows: int, num_synthetic: int, num_units: int, data: DataConfig
+) -> list[Problem]:
     """Return why rows cannot be split even if none is removed as a duplicate.
 
     Args:
-        num_rows: Usable ones.
+        num_rows: Usable ones that people wrote.
+        num_synthetic: Usable ones that a model wrote: they are only trained on.
         num_units: Prompts, or groups of `split.group_by`, that differ; more than two need not be
             counted.
     """
@@ -265,12 +275,14 @@ def _split_findings(num_rows: int, num_units: int, data: DataConfig) -> list[Pro
                 remedy="add rows, or group by another column",
             )
         ]
-    if held_out >= num_rows or (limit is not None and limit + held_out > num_rows):
+    in_all = num_rows + num_synthetic
+    if held_out >= num_rows or (limit is not None and limit + held_out > in_all):
         return [
             Problem(
                 "not enough rows for the splits",
                 where="data.split, data.num_train_examples",
-                got=f"{num_rows:,} usable rows",
+                got=f"{num_rows:,} usable rows"
+                + f" that people wrote and {num_synthetic:,} synthetic ones" * bool(num_synthetic),
                 allowed=f"at least {held_out + (limit or 1):,}: {tested:,} to test, "
                 f"{held_out - tested:,} to validate, {limit or 1:,} to train on",
                 remedy="lower the numbers, or add data",

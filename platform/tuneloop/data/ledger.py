@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tuneloop.data.decontamination.decontaminate import Contamination
     from tuneloop.data.dedup.conflicts import Conflicts
     from tuneloop.data.fixes import Fixes
+    from tuneloop.data.synthetic_rows import SyntheticRows
 
 
 class Removal(NamedTuple):
@@ -57,6 +58,7 @@ class Ledger:
         conflicts: Rows with the same prompt and different answers; None for documents.
         fixes: What became of people's marks; None before they are applied.
         wording: How varied the train rows are.
+        synthetic: How synthetic train rows differ from people's; None without both.
         filtered: What the filters changed and dropped.
         notices: What is unusual in the files and the user's own columns.
         seconds: Time of each step.
@@ -78,6 +80,7 @@ class Ledger:
     conflicts: Conflicts | None = None
     fixes: Fixes | None = None
     wording: Wording | None = None
+    synthetic: SyntheticRows | None = None
     filtered: FilterEffects | None = None
     notices: list[Problem] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

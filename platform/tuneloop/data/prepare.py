@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,12 @@ from tuneloop.cluster import await_cpu
 from tuneloop.config import TuneloopConfig
 from tuneloop.data import ray_rows
 from tuneloop.data.card.card import write_card
-from tuneloop.data.card.composition import describe_filters, describe_sources, describe_wording
+from tuneloop.data.card.composition import (
+    describe_filters,
+    describe_sources,
+    describe_synthetic,
+    describe_wording,
+)
 from tuneloop.data.decontamination.decontaminate import decontaminate
 from tuneloop.data.decontamination.held_out import EvaluationRows, read_evaluations
 from tuneloop.data.dedup.conflicts import find_conflicts
@@ -28,7 +34,7 @@ from tuneloop.data.dedup.deduplicate import deduplicate
 from tuneloop.data.fixes import apply_fixes, train_fixes
 from tuneloop.data.hashing.content import Content
 from tuneloop.data.ledger import Ledger
-from tuneloop.data.schema import Side, Stage
+from tuneloop.data.schema import ReasonCode, Side, Stage
 from tuneloop.data.sources.bad_rows import refuse_mismatched_formats
 from tuneloop.data.sources.dialect import file_notices
 from tuneloop.data.sources.files import SourceFile, find_files, identities
@@ -174,8 +180,10 @@ def _build(
     logger.info(f"removed {len(ledger.contamination.removed):,} contaminated train rows")
     ledger.forget_bands()
     ledger.split = assign_sides(ledger, config)
+    _log_synthetic(ledger, config)
     with _timed("describe", seconds):
         ledger.wording = describe_wording(ledger, rows, content)
+        ledger.synthetic = describe_synthetic(ledger, rows, content)
     with _timed("write", seconds):
         written = write_rows(rows, ledger, rendering, config, draft.path)
     counts = {side.folder: side_written.num_rows for side, side_written in written.items()}
@@ -204,6 +212,17 @@ def _build(
             origin.name: origin.contamination_ratio for origin in ledger.contamination.origins
         },
     }
+
+
+def _log_synthetic(ledger: Ledger, config: TuneloopConfig) -> None:
+    codes = Counter(removal.reason.code for removal in ledger.removals.values())
+    if num_of_held_out := codes[ReasonCode.MADE_OF_HELD_OUT]:
+        logger.info(f"removed {num_of_held_out:,} synthetic rows that belong with held-out rows")
+    if num_beyond := codes[ReasonCode.SYNTHETIC_SURPLUS]:
+        logger.warning(
+            f"left out {num_beyond:,} synthetic rows: data.max_synthetic_ratio is "
+            f"{config.data.max_synthetic_ratio:g}"
+        )
 
 
 def _log_fixes(ledger: Ledger) -> None:

@@ -99,7 +99,9 @@ class ReasonCode(StrEnum):
     MIXTURE_SURPLUS = "mixture_surplus"
     TRAIN_LIMIT = "train_limit"
     OTHER_TASK = "other_task"
-    # Generating pairs.
+    MADE_OF_HELD_OUT = "made_of_held_out"
+    SYNTHETIC_SURPLUS = "synthetic_surplus"
+    # Generating rows.
     NO_REPLY = "no_reply"
 
 

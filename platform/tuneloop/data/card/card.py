@@ -87,6 +87,7 @@ def _card(config: TuneloopConfig, ledger: Ledger, written: dict[Side, Written]) 
         "packing": _packing(config, ledger, written[Side.TRAIN].num_tokens),
         "synthetic_ratio": round(float(np.mean(ledger.table["synthetic"].to_numpy())), 4),
         "synthetic_ratios": _synthetic_ratios(ledger),
+        "synthetic_rows": asdict(ledger.synthetic) if ledger.synthetic else None,
         "max_seq_len": config.data.max_seq_len,
         "seed": config.data.seed,
         "samples": {

@@ -20,6 +20,7 @@ from tuneloop.data.hashing.columns import Indices
 from tuneloop.data.hashing.content import Content, texts_of_rows
 from tuneloop.data.ledger import Ledger
 from tuneloop.data.schema import Side, Stage
+from tuneloop.data.synthetic_rows import MOST_ROWS, RowText, SyntheticRows, compare
 from tuneloop.spelling import words_by_frequency
 
 # Rows whose wording is looked at: the first of the shuffled train split.
@@ -189,6 +190,22 @@ def _wording(table: pa.Table, keys: Indices, content: Content) -> pa.Table:
     words = [sorted(long_words(text)) for text in texts["text"].to_pylist()]
     leads = [lead_word(prompt) for prompt in texts["prompt"].to_pylist()]
     return pa.table({"lead": leads, "words": pa.array(words, pa.list_(pa.string()))})
+
+
+def describe_synthetic(ledger: Ledger, rows: Dataset, content: Content) -> SyntheticRows | None:
+    """Return how the synthetic train rows differ from people's; None without rows of both kinds."""
+    is_synthetic = ledger.table["synthetic"].to_numpy(zero_copy_only=False)
+    train = np.flatnonzero(ledger.is_on(Side.TRAIN))
+    train = train[np.argsort(ledger.rank[train], kind="stable")]
+    kinds = [train[is_synthetic[train] == kind][:MOST_ROWS] for kind in (False, True)]
+    if min(map(len, kinds)) < 2:
+        return None
+    keys = ledger.table["key"].to_numpy()
+    wanted = [keys[kind] for kind in kinds]
+    texts = ray_rows.fetch_texts(rows, np.sort(np.concatenate(wanted)), content)
+    found = [[texts[int(key)] for key in kind] for kind in wanted]
+    people, synthetic = ([RowText(t.prompt, t.answer or t.text) for t in kind] for kind in found)
+    return compare(people, synthetic)
 
 
 def cluster_sizes(cluster: Indices) -> dict[str, int]:

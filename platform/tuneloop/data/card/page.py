@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from tuneloop.data.schema import Stage
+from tuneloop.data.synthetic_rows import synthetic_lines
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
 from tuneloop.records import Message
 from tuneloop.text import shorten
@@ -40,6 +41,7 @@ def readme(card: dict[str, Any]) -> str:
         *_notices(card["notices"]),
         *_tasks(card["tasks"]),
         _synthetic_text(card["synthetic_ratios"]),
+        *(["\n".join(synthetic_lines(found))] if (found := card["synthetic_rows"]) else []),
         "## What happened to the rows",
         _table(
             ["stage", "removed", "rows left", "tokens left"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +20,10 @@ from tuneloop.data.split.split import (
     Split,
     is_stratified,
     limit_train,
+    rank_rows,
     split_rows,
 )
+from tuneloop.data.split.synthetic import add_synthetic, refuse_without_people
 
 
 def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
@@ -32,18 +35,30 @@ def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
     stays = np.ones(len(ledger.usable), dtype=bool)
     stays[ledger.duplicates.removed] = False
     rows = ledger.usable[stays]
-    table = ledger.table.select(["group", "stratum", "prompt_key"]).take(rows)
+    is_synthetic = ledger.table["synthetic"].to_numpy(zero_copy_only=False)[rows]
+    refuse_without_people(is_synthetic)
+    people = np.flatnonzero(~is_synthetic)
+    row_ids = ledger.row_ids.take(rows)
+    table = ledger.table.select(["group", "stratum", "prompt_key", "source"]).take(rows)
+    of_people = table.take(people)
+    links = {
+        NEAR_DUPLICATES: ledger.duplicates.cluster[stays],
+        SAME_PROMPT: table["prompt_key"].to_numpy(),
+    }
     split = split_rows(
-        ledger.row_ids.take(rows).to_pylist(),
-        table["group"].to_pylist(),
-        {
-            NEAR_DUPLICATES: ledger.duplicates.cluster[stays],
-            SAME_PROMPT: table["prompt_key"].to_numpy(),
-        },
+        row_ids.take(people).to_pylist(),
+        of_people["group"].to_pylist(),
+        {name: labels[people] for name, labels in links.items()},
         config.data,
-        table["stratum"].to_pylist() if is_stratified(config) else (),
-        ledger.table["source"].take(rows).to_pylist(),
+        of_people["stratum"].to_pylist() if is_stratified(config) else (),
+        of_people["source"].to_pylist(),
     )
+    if len(people) < len(rows):
+        bonds: dict[str, Any] = dict(links)
+        if config.data.split.group_by is not None:
+            bonds["group"] = table["group"].to_pylist()
+        ranks = rank_rows(config.data.seed, row_ids.to_pylist())
+        split = add_synthetic(split, is_synthetic, bonds, ranks)
     ledger.unit_ids = unit_ids(ledger.row_ids, rows, split.unit)
     # From here on the split speaks of all rows.
     unit = np.full(len(ledger.side), -1, dtype=np.int64)
@@ -93,7 +108,8 @@ def assign_sides(ledger: Ledger, config: TuneloopConfig) -> Split:
     num_tokens = ledger.table["num_tokens"].to_numpy()
     mixture = mixture_of(config, ledger.source, ledger.task_ids, num_tokens)
     removed, other = ledger.contamination.removed, _of_other_tasks(config, ledger.task_ids)
-    split = limit_train(ledger.split, removed, config.data, mixture, other)
+    is_synthetic = ledger.table["synthetic"].to_numpy(zero_copy_only=False)
+    split = limit_train(ledger.split, removed, config.data, mixture, other, is_synthetic)
     for side, indices in (
         (Side.TRAIN, split.train),
         (Side.TEST, split.test),

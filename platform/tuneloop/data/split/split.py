@@ -23,6 +23,7 @@ from tuneloop.data.dedup.minhash import connected
 from tuneloop.data.hashing.columns import Hashes, Indices
 from tuneloop.data.schema import Reason, ReasonCode
 from tuneloop.data.split.mixture import Mixture
+from tuneloop.data.split.synthetic import SURPLUS, cap_synthetic
 from tuneloop.errors import DataError, Problem
 
 SIDES = ("train", "test", "validation")
@@ -91,7 +92,7 @@ def split_rows(
         DataError: There are not enough rows, or too many of them stay together.
     """
     count = len(row_ids)
-    ranks = _ranks(data.seed, row_ids)
+    ranks = rank_rows(data.seed, row_ids)
     bonds = dict(links)
     names = row_ids
     if data.split.group_by is not None:
@@ -104,8 +105,8 @@ def split_rows(
     sizes = np.bincount(unit, minlength=num_units)
 
     stratum = strata_of_units(unit, num_units, strata) if len(strata) else None
-    choice = _ranks(data.seed, names, "unit\0")
-    place = _unit_places(unit, _ranks(data.seed, names), choice)
+    choice = rank_rows(data.seed, names, "unit\0")
+    place = _unit_places(unit, rank_rows(data.seed, names), choice)
     target = _Target(data.split.num_test_examples, data.split.test_ratio)
     chosen = _choose_units(place, sizes, target, stratum)
     if num_units < 2 or not 0 < _num_units(chosen) < num_units:
@@ -118,7 +119,7 @@ def split_rows(
     validation = _HeldOutRows(np.zeros(0, dtype=np.int64), {})
     if data.split.validates:
         # A hash of its own: what is validated does not depend on how many rows are tested.
-        place = _unit_places(unit, _ranks(data.seed, names, "validation\0"), choice)
+        place = _unit_places(unit, rank_rows(data.seed, names, "validation\0"), choice)
         left = np.flatnonzero(side == 0)
         target = _Target(data.split.num_validation_examples, data.split.validation_ratio or 0.0)
         stratum_left = None if stratum is None else stratum[left]
@@ -141,6 +142,7 @@ def limit_train(
     data: DataConfig,
     mixture: Mixture | None = None,
     other_task: Indices | None = None,
+    is_synthetic: NDArray[np.bool_] | None = None,
 ) -> Split:
     """Return the split with only the first `num_train_examples` train rows, in their mixture.
 
@@ -150,9 +152,10 @@ def limit_train(
     Args:
         split: The sides of all rows.
         left_out: Indices of train rows that may not be trained on.
-        data: `num_train_examples`.
+        data: `num_train_examples` and `max_synthetic_ratio`.
         mixture: Weights of sources or tasks, if they have any.
         other_task: Indices of the rows of tasks that are not trained on.
+        is_synthetic: Which of all rows a model wrote; None: none. Shape (N,).
 
     Raises:
         DataError: Fewer rows are left than `num_train_examples`, or none.
@@ -164,6 +167,10 @@ def limit_train(
         beyond = np.setdiff1d(everyone, train).tolist()
         text = f"beyond its {mixture.what}'s part of the mixture"
         surplus = dict.fromkeys(beyond, Reason(ReasonCode.MIXTURE_SURPLUS, text, text))
+    num_mixed = len(train)
+    if is_synthetic is not None:
+        mixed, train = train, cap_synthetic(train, is_synthetic, data.max_synthetic_ratio)
+        surplus |= dict.fromkeys(np.setdiff1d(mixed, train).tolist(), SURPLUS)
     limit = data.num_train_examples
     if len(train) < (limit or 1):
         held_out = f"the test split{' and the validation split' * data.split.validates}"
@@ -171,6 +178,8 @@ def limit_train(
             held_out += f", and {len(left_out):,} contaminated rows"
         if mixture is not None:
             held_out += f"; {len(everyone):,} without the weights of the {mixture.what}s"
+        if len(train) < num_mixed:
+            held_out += f"; {num_mixed:,} without data.max_synthetic_ratio"
         raise DataError(
             Problem(
                 "not enough rows to train on",
@@ -204,7 +213,8 @@ def limit_train(
     return replace(split, train=kept, surplus=split.surplus | surplus)
 
 
-def _ranks(seed: int, names: Sequence[str], prefix: str = "") -> Hashes:
+def rank_rows(seed: int, names: Sequence[str], prefix: str = "") -> Hashes:
+    """Return a uniform 64-bit number for each name. Shape (N,)."""
     ranks = (hash_rank(seed, prefix + name) for name in names)
     return np.fromiter(ranks, np.uint64, len(names))
 
