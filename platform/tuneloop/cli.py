@@ -31,7 +31,7 @@ start
   doctor      show what this machine has and what is missing
 data
   prepare     clean, deduplicate, split and tokenize the data
-  generate    let a larger model write training pairs from documents
+  generate    let a larger model write training rows, within a budget
 train
   train       finetune (prepares the data first if needed)
   run         the whole loop: prepare, baseline, train, evaluate

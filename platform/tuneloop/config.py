@@ -12,7 +12,7 @@ import difflib
 import os
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -165,6 +165,7 @@ class SourceConfig(Section):
         "docstrings of the standard library of the running Python."
     )
     format: SourceFormat = Field(description="The layout of a row.")
+    needed_columns: ClassVar[frozenset[str]] = frozenset({"prompt", "completion"})
     columns: dict[Literal["prompt", "completion", "system"], str] = Field(
         default_factory=dict,
         description="For `columns`: the column of the file that holds the prompt, the completion, "
@@ -188,13 +189,20 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _columns_name_both_sides(self) -> SourceConfig:
-        if self.format == "columns" and not {"prompt", "completion"} <= set(self.columns):
-            raise ValueError("format `columns` needs columns.prompt and columns.completion")
+        if self.format == "columns" and not self.needed_columns <= set(self.columns):
+            needed = " and ".join(f"columns.{name}" for name in sorted(self.needed_columns)[::-1])
+            raise ValueError(f"format `columns` needs {needed}")
         if self.columns and self.format != "columns":
             raise ValueError("`columns` belong to format `columns`")
         if self.mend and self.format not in ("messages", "sharegpt", "alpaca"):
             raise ValueError("`mend` belongs to the formats `messages`, `sharegpt` and `alpaca`")
         return self
+
+
+class InputSourceConfig(SourceConfig):
+    """Where inputs without answers come from."""
+
+    needed_columns: ClassVar[frozenset[str]] = frozenset({"prompt"})
 
 
 class MixedSourceConfig(SourceConfig):
@@ -616,10 +624,10 @@ class ArmConfig(Section):
 
 
 class BudgetConfig(Section):
-    """What the endpoints of an evaluation may cost, all tries together."""
+    """What the endpoints of an evaluation or a generation may cost, all tries together."""
 
     money: float | None = Field(
-        None, gt=0, description="Most money, in the currency of the arms' `price`. Default: any."
+        None, gt=0, description="Most money, in the currency of `price`. Default: any."
     )
     tokens: int | None = Field(
         None, ge=1, description="Most tokens of prompts and answers. Default: any number."
@@ -995,22 +1003,64 @@ class SweepConfig(Section):
 
 
 class GenerationConfig(Section):
-    """Pairs that a larger model writes from documents: `tuneloop generate`."""
+    """Rows that a larger model writes: `tuneloop generate`."""
 
+    kind: Literal["pairs", "answers", "self_instruct", "paraphrases", "harder"] = Field(
+        "pairs",
+        description="`pairs`: questions and answers about documents. `answers`: to inputs that "
+        "have none. `self_instruct`: new inputs like some train rows, and their answers. "
+        "`paraphrases`: train rows with their input in other words. `harder`: harder variants of "
+        "train inputs, and their answers.",
+    )
     endpoint: str = Field(
         pattern=r"^https?://",
         description="Base URL of an OpenAI-compatible server, ending in `/v1`. An API key is read "
         "from TUNELOOP_GENERATION_API_KEY.",
     )
     model: str = Field(description="Name of the model on that server.")
-    sources: list[SourceConfig] = Field(
-        min_length=1, description="The documents; written like `data.sources`, format `text`."
+    sources: list[InputSourceConfig] = Field(
+        default_factory=list,
+        description="For `pairs`: the documents, format `text`. For `answers`: the inputs, laid "
+        "out like `data.sources` without answers. The others are made from the train rows.",
     )
     instruction: str = Field(
-        "Write {num_pairs} questions that the following text answers, each with its answer. "
-        "Use only what the text says. A question has to be understood without the text.",
-        description="The instruction to the model; `{num_pairs}` stands for the number of pairs. A "
-        "request for a JSON list is appended.",
+        "",
+        description="What the model is told to write. Default: a text for each kind. For `pairs`, "
+        "`{num_pairs}` stands for the number of pairs and a request for a JSON list is appended. "
+        "For `answers` it is added to `task.instruction`, which answers are asked for with.",
+    )
+    num_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Inputs to ask for or to answer; not for `pairs`. Default: one for each train "
+        "row, or all of `sources`.",
+    )
+    num_shots: int = Field(
+        3, ge=0, description="Solved train rows before each input that is answered."
+    )
+    num_samples: int = Field(
+        1, ge=1, description="Answers to ask for to each input; the most frequent one is taken."
+    )
+    min_agreement: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Smallest share of the answers to an input that have to say the same. Of "
+        "free text, the same is ROUGE-L of 0.7 or more.",
+    )
+    max_similarity: float = Field(
+        0.7,
+        gt=0,
+        le=1,
+        description="A new input with ROUGE-L of so much or more with a train row's, or with one "
+        "that was written before, is rejected.",
+    )
+    min_rating: float | None = Field(
+        None,
+        ge=1,
+        le=5,
+        description="Smallest rating, 1 to 5, that the model of `evaluation.judge` has to give a "
+        "row. Default: no row is rated.",
     )
     num_pairs_per_passage: int = Field(3, ge=1, description="Pairs to ask for per passage.")
     max_characters: int = Field(
@@ -1019,18 +1069,36 @@ class GenerationConfig(Section):
     max_tokens: int = Field(1024, ge=16, description="Longest reply, in tokens.")
     temperature: float = Field(0.7, ge=0, description="Sampling temperature.")
     concurrency: int = Field(8, ge=1, description="Requests in flight.")
-    seed: int = Field(0, description="Seed of the sampling.")
+    requests_per_minute: float | None = Field(
+        None, gt=0, description="Most requests begun in a minute. Default: as many as are answered."
+    )
+    price: PriceConfig | None = Field(
+        None, description="What the server charges, for `budget.money` and the card."
+    )
+    budget: BudgetConfig = BudgetConfig()
+    seed: int = Field(0, description="Seed of the sampling and of the train rows that are shown.")
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> GenerationConfig:
-        if any(source.format != "text" for source in self.sources):
-            raise ValueError("generation.sources take documents: format `text`")
-        try:
-            self.instruction.format(num_pairs=self.num_pairs_per_passage)
-        except (KeyError, IndexError, ValueError) as error:
+        takes_sources = self.kind in ("pairs", "answers")
+        if takes_sources and not self.sources:
+            raise ValueError(f"generation.kind `{self.kind}` needs generation.sources")
+        if self.sources and not takes_sources:
             raise ValueError(
-                f"generation.instruction: only {{num_pairs}} may stand in braces ({error!r})"
-            ) from error
+                f"generation.kind `{self.kind}` is made from the train rows: leave out "
+                "generation.sources"
+            )
+        if self.kind == "pairs" and any(source.format != "text" for source in self.sources):
+            raise ValueError("generation.sources take documents for `pairs`: format `text`")
+        if self.kind == "pairs":
+            try:
+                self.instruction.format(num_pairs=self.num_pairs_per_passage)
+            except (KeyError, IndexError, ValueError) as error:
+                raise ValueError(
+                    f"generation.instruction: only {{num_pairs}} may stand in braces ({error!r})"
+                ) from error
+        if self.budget.money is not None and self.price is None:
+            raise ValueError("generation.budget.money needs generation.price")
         return self
 
 
@@ -1158,6 +1226,24 @@ class TuneloopConfig(Section):
         if wrong:
             allowed = f"tasks are {', '.join(names)}" if names else "task.type is not mixture"
             raise ValueError(f"{'; '.join(wrong)} ({allowed})")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_can_be_generated(self) -> TuneloopConfig:
+        generation = self.generation
+        if generation is None:
+            return self
+        if generation.min_rating is not None and self.evaluation.judge is None:
+            raise ValueError("generation.min_rating needs evaluation.judge, the model that rates")
+        judge = self.evaluation.judge if generation.min_rating is not None else None
+        if generation.budget.money is not None and judge and judge.price is None:
+            raise ValueError("generation.budget.money needs evaluation.judge.price")
+        of_documents = self.task.type == "language_modeling" or bool(self.task.tasks)
+        if generation.kind != "pairs" and of_documents:
+            raise ValueError(
+                f"generation.kind `{generation.kind}` needs a single task with answers, not "
+                f"task.type {self.task.type}"
+            )
         return self
 
     @model_validator(mode="after")

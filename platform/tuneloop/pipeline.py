@@ -28,7 +28,7 @@ from tuneloop.config import (
     TuneloopConfig,
 )
 from tuneloop.contest import Contest
-from tuneloop.errors import ConfigError
+from tuneloop.errors import ConfigError, Problem
 from tuneloop.evals.scoring.harness import make_environment
 from tuneloop.evals.scoring.judging import Judging
 from tuneloop.models.bases.source import BaseModel, resolve_base
@@ -68,10 +68,32 @@ def prepare(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
 
 
 def generate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
-    """Return the dataset of pairs that a larger model writes, in a list, made or reused."""
+    """Return the dataset of rows that a larger model writes, in a list, made or reused.
+
+    Pairs need documents alone; all other kinds need the train rows, which are prepared first.
+
+    Raises:
+        ConfigError: There is no `generation` section.
+    """
+    from tuneloop.synthesis.generate import generate_rows
     from tuneloop.synthesis.pairs import generate as generate_pairs
 
-    return [_log_published(generate_pairs(config, workspace, resolve_base(config.model.base)))]
+    if config.generation is None:
+        raise ConfigError(
+            Problem(
+                "nothing says what to generate",
+                where="generation",
+                got="no such section",
+                remedy="give generation.endpoint, generation.model and generation.sources",
+            )
+        )
+    base = resolve_base(config.model.base)
+    if config.generation.kind == "pairs":
+        return [_log_published(generate_pairs(config, workspace, base))]
+    config = with_labels(config)
+    with connect(config.resources):
+        dataset = prepare_dataset(config, workspace, base).artifact
+    return [_log_published(generate_rows(config, workspace, base, dataset))]
 
 
 def train(config: TuneloopConfig, workspace: Workspace) -> list[Published]:

@@ -22,6 +22,7 @@ from tuneloop.data.decontamination import distributed as overlaps
 from tuneloop.data.dedup import distributed as comparing
 from tuneloop.data.dedup import minhash as dedup
 from tuneloop.data.diff import diff_datasets
+from tuneloop.data.hashing.content import content_id
 from tuneloop.data.prepare import prepare
 from tuneloop.data.write import assemble as finishing
 from tuneloop.errors import DataError
@@ -493,7 +494,11 @@ def test_sources_are_mixed_stratified_and_described_whatever_the_blocks(
     people[16]["answer"] = "As an AI language model, I cannot say. " + people[16]["answer"]
     people[31]["question"] += "\nThis site uses cookies to remember you."
     people[32]["answer"] = people[32]["answer"].replace("e", "qe")
+    # The last forty of the made rows say that they were made from rows of people.
     made = [row("m", i, topic="ab"[i % 4 == 0], synthetic=True) for i in range(180)]
+    for one, seed in zip(made[-40:], people[40:80], strict=True):
+        turns = [("user", seed["question"]), ("assistant", seed["answer"])]
+        one["seed_row_id"] = content_id([{"role": r, "content": c} for r, c in turns], "")
     filters = {"languages": ["en", "de"], "boilerplate": "drop", "max_misspelt_ratio": 0.2}
 
     def prepared(folder: Path, num_files: int, block: int, kept_from: int) -> Artifact:
@@ -555,7 +560,10 @@ def test_sources_are_mixed_stratified_and_described_whatever_the_blocks(
     assert kept[False] == 92 - len(sides["test"])
     assert abs(kept[True] - kept[False] / 2) <= 1
     beyond = [r for r in sides["removed"] if r["reason"].startswith("beyond its source's part")]
-    assert len(beyond) == 180 - kept[True]
+    tested = {row["row_id"] for row in sides["test"]}
+    of_tested = [r for r in sides["removed"] if r["reason_code"] == "made_of_held_out"]
+    assert len(of_tested) == sum(one["seed_row_id"] in tested for one in made[-40:]) > 0
+    assert len(beyond) == 180 - kept[True] - len(of_tested)
 
     card = json.loads((artifact.path / "card.json").read_text())
     first, second = card["sources"]

@@ -103,6 +103,13 @@ class ReasonCode(StrEnum):
     SYNTHETIC_SURPLUS = "synthetic_surplus"
     # Generating rows.
     NO_REPLY = "no_reply"
+    TOO_SIMILAR = "too_similar"
+    UNRELATED = "unrelated"
+    UNSUPPORTED = "unsupported"
+    UNUSUAL_LENGTH = "unusual_length"
+    LOST_DETAIL = "lost_detail"
+    NO_AGREEMENT = "no_agreement"
+    LOW_RATING = "low_rating"
 
 
 class Reason(NamedTuple):
@@ -158,7 +165,8 @@ class SourceRow(TypedDict):
     """A row between reading and tokenizing, by `row_schema`.
 
     `rejection` is None for a usable row. `changes` is what filters repaired in it; `task` a name of
-    `task.tasks`, if there are any; `stratum` its task and value of `split.stratify_by`; `tools`
+    `task.tasks`, if there are any; `stratum` its task and value of `split.stratify_by`;
+    `seed_row_id` the row that a synthetic one was made from, or empty; `tools`
     the JSON of what may be called; `extra` the JSON of the user's own columns, whose types need not
     agree between files.
     """
@@ -174,6 +182,7 @@ class SourceRow(TypedDict):
     group: str
     stratum: str
     synthetic: bool
+    seed_row_id: str
     extra: str
 
 
@@ -207,6 +216,7 @@ def row_schema() -> pa.Schema:
             ("group", pa.string()),
             ("stratum", pa.string()),
             ("synthetic", pa.bool_()),
+            ("seed_row_id", pa.string()),
             ("extra", pa.string()),
         ]
     )

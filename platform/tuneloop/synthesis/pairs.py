@@ -8,14 +8,10 @@ Source: Wang et al. 2022, Self-Instruct, arXiv:2212.10560; Alberti et al. 2019, 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import os
 import re
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,19 +31,26 @@ from tuneloop.data.hashing.content import content_id
 from tuneloop.data.schema import ReasonCode, Stage, dataset_schema, removed_schema
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
-from tuneloop.errors import ConfigError, DataError, EndpointError, Problem
+from tuneloop.errors import DataError, Problem
 from tuneloop.languages import refuse_unknown_languages
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
-from tuneloop.models.client.client import Client, RequestError, ask_each
-from tuneloop.progress import Progress
-from tuneloop.records import Endpoint, Message, SamplingParams
+from tuneloop.records import Message, SamplingParams
+from tuneloop.synthesis.generate import REPLIES, reasons, teacher_of
+from tuneloop.synthesis.teacher import Asked, Replies, Reply, Teacher
 
 logger = logging.getLogger("tuneloop.data")
 
-API_KEY_VARIABLE = "TUNELOOP_GENERATION_API_KEY"
 CODE_VERSION = 1
+_KEYS = {
+    *("endpoint", "model", "num_pairs_per_passage", "max_characters", "max_tokens"),
+    *("temperature", "seed"),
+}
+_INSTRUCTION = (
+    "Write {num_pairs} questions that the following text answers, each with its answer. Use only "
+    "what the text says. A question has to be understood without the text."
+)
 _FORMAT = 'Answer with a JSON list only: [{"question": "...", "answer": "..."}, ...]'
 _WORD = re.compile(r"\w{4,}")
 
@@ -64,15 +67,6 @@ class Passage:
     passage_id: str
     source: str
     text: str
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model wrote about one passage; `error` says why it wrote nothing."""
-
-    text: str = ""
-    finish_reason: str = ""
-    error: str = ""
 
 
 class Pair(NamedTuple):
@@ -109,26 +103,19 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
         base: Whose tokenizer and chat template the pairs are rendered with.
 
     Raises:
-        ConfigError: There is no `generation` section.
         DataError: No document can be read, or no reply holds a pair.
-        EndpointError: The endpoint is unusable, or answered no request.
+        EndpointError: The endpoint is unusable, or replied to no request.
     """
     generation = config.generation
-    if generation is None:
-        raise ConfigError(
-            Problem(
-                "nothing says what to generate",
-                where="generation",
-                got="no such section",
-                remedy="give generation.endpoint, generation.model and generation.sources",
-            )
-        )
+    assert generation is not None, "the caller looked"
     passages = list(_passages(config, generation))
     if not passages:
         raise DataError(Problem("the sources hold no text", where="generation.sources"))
     renderer = Renderer.load(base.path, config.model.chat_template)
     parts = {
-        "generation": generation.model_dump(mode="json", exclude={"concurrency", "sources"}),
+        # The keys that this kind had from the start: what is published stays as it is.
+        "generation": generation.model_dump(mode="json", include=_KEYS)
+        | {"instruction": generation.instruction or _INSTRUCTION},
         "filters": config.data.filters.model_dump(mode="json"),
         "passages": content_id([], " ".join(passage.passage_id for passage in passages)),
         "renderer": renderer.hash,
@@ -140,25 +127,30 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
         return Published(existing, reused=True)
     known = {} if existing is None else _published_replies(existing)
     with workspace.draft("datasets", name, identity) as draft:
-        replies = _replies(passages, generation, draft.scratch / "replies.jsonl", known)
+        teacher = teacher_of(generation, Replies(draft.scratch / REPLIES))
+        replies = _replies(passages, generation, teacher, known)
         num_missing = sum(bool(reply.error) for reply in replies.values())
         if existing is not None and num_missing >= existing.manifest["metrics"]["num_unanswered"]:
             logger.warning("%d replies are still missing from %s", num_missing, existing.ref)
             return Published(existing, reused=True)
         rows = _rows(passages, replies, renderer)
         if not rows.train:
-            reasons = _reasons(rows.removed)
+            removed = reasons(rows.removed)
             raise DataError(
                 Problem(
                     "no reply holds a pair that can be used",
                     where=f"{generation.model} at {generation.endpoint}",
-                    got=", ".join(f"{reason} ({n} times)" for reason, n in reasons.most_common(3)),
+                    got=", ".join(f"{reason} ({n} times)" for reason, n in removed.most_common(3)),
                     allowed="a JSON list of objects with `question` and `answer`",
                     remedy="take a larger model, raise generation.max_tokens, or say it more "
                     "clearly in generation.instruction",
                 )
             )
-        metrics = _metrics(passages, replies, rows)
+        metrics = _metrics(passages, replies, rows) | {
+            "num_requests": teacher.replies.num_requests,
+            "spent_tokens": teacher.replies.spent.tokens,
+            "spent_money": round(teacher.replies.spent.money, 6) if teacher.price else None,
+        }
         _write(draft.path, name, rows, metrics, generation)
         artifact = draft.publish(
             config=parts,
@@ -239,84 +231,30 @@ def _published_replies(dataset: Artifact) -> dict[str, Reply]:
 
 
 def _replies(
-    passages: list[Passage], generation: GenerationConfig, path: Path, known: Mapping[str, Reply]
+    passages: list[Passage],
+    generation: GenerationConfig,
+    teacher: Teacher,
+    known: Mapping[str, Reply],
 ) -> dict[str, Reply]:
     """Return the reply to each passage, asking for those that neither the file nor `known` has."""
-    replies = dict(known)
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                passage_id = record.pop("passage_id")
-                replies[passage_id] = Reply(**record)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # cut off by a crash
-    todo = [passage for passage in passages if passage.passage_id not in replies]
-    if len(todo) < len(passages):
-        logger.info("%d of %d replies are already there", len(passages) - len(todo), len(passages))
-    started = time.monotonic()
-    done = num_pairs = 0
-    asking = Progress("asking", len(todo), "passages")
-    with asking as progress, path.open("a", encoding="utf-8") as file:
-        file.write("\n")  # after a line that a crash cut off
-
-        def keep(passage: Passage, reply: Reply) -> None:
-            nonlocal done, num_pairs
-            replies[passage.passage_id] = reply
-            if reply.error:
-                logger.warning("no reply about %s: %s", passage.source, reply.error)
-            else:
-                record = {"passage_id": passage.passage_id} | vars(reply)
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-            done += 1
-            num_pairs += len(parse_pairs(reply).pairs)
-            progress.update(done, f"{num_pairs:,} pairs")
-            left = (time.monotonic() - started) / done * (len(todo) - done)
-            line = "asked about %d/%d passages, %d pairs, %.0f s left"
-            is_last = done == len(todo)
-            progress.log(logger, line, done, len(todo), num_pairs, left, now=is_last)
-
-        if todo:
-            asyncio.run(_ask(todo, generation, keep))
-    errors = Counter(reply.error for reply in replies.values() if reply.error)
-    if errors.total() == len(passages):
-        reason, count = errors.most_common(1)[0]
-        raise EndpointError(
-            Problem(
-                "no request was answered",
-                where=f"{generation.endpoint}, model {generation.model}",
-                got=f"{count} of {len(passages)} times: {reason}",
-                remedy="look at the server's log",
-            )
-        )
-    return replies
-
-
-async def _ask(
-    todo: list[Passage], generation: GenerationConfig, keep: Callable[[Passage, Reply], None]
-) -> None:
     params = SamplingParams(
         max_tokens=generation.max_tokens, temperature=generation.temperature, seed=generation.seed
     )
-    endpoint = Endpoint(generation.endpoint, generation.model, os.environ.get(API_KEY_VARIABLE, ""))
-    async with Client(endpoint) as client:
-        await client.check()
-
-        async def ask(passage: Passage) -> None:
-            try:
-                completion = await client.generate(prompt(passage, generation), params)
-                reply = Reply(completion.text, completion.finish_reason)
-            except RequestError as error:
-                reply = Reply(error=str(error))
-            keep(passage, reply)
-
-        await ask_each(todo, generation.concurrency, ask)
+    asked = {p.passage_id: Asked(tuple(prompt(p, generation)), params) for p in passages}
+    todo = [request for name, request in asked.items() if name not in known]
+    teacher.ask(todo, may_fail=bool(known))
+    missing = Reply(error=teacher.stopped.what if teacher.stopped else "the request failed")
+    return {
+        name: known.get(name) or teacher.reply(request) or missing
+        for name, request in asked.items()
+    }
 
 
 def prompt(passage: Passage, generation: GenerationConfig) -> list[Message]:
     """Return what the model is asked about a passage."""
-    asked = generation.instruction.format(num_pairs=generation.num_pairs_per_passage)
+    asked = (generation.instruction or _INSTRUCTION).format(
+        num_pairs=generation.num_pairs_per_passage
+    )
     return [Message("system", f"{asked}\n{_FORMAT}"), Message("user", passage.text)]
 
 
@@ -402,11 +340,6 @@ def _rows(passages: list[Passage], replies: dict[str, Reply], renderer: Renderer
     return GeneratedRows(list(rows.values()), removed)
 
 
-def _reasons(removed: list[dict[str, Any]]) -> Counter[str]:
-    """Return how often rows were removed for which reason, without its details."""
-    return Counter(row["reason"].partition(":")[0] for row in removed)
-
-
 def _metrics(
     passages: list[Passage], replies: dict[str, Reply], rows: GeneratedRows
 ) -> dict[str, Any]:
@@ -439,8 +372,8 @@ def _write(
         (path / side).mkdir()
         table = pa.Table.from_pylist(content, schema)
         parquet.write_table(table, path / side / "part-00000.parquet", compression="zstd")
-    reasons = _reasons(rows.removed)
-    card = {"name": name, "synthetic_ratio": 1.0, **metrics, "removed": dict(reasons)}
+    removed = reasons(rows.removed)
+    card = {"name": name, "synthetic_ratio": 1.0, **metrics, "removed": dict(removed)}
     (path / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False))
     doubtful = sorted(
         (row for row in rows.train if row["support_ratio"] is not None),
@@ -454,7 +387,7 @@ def _write(
         "you train on them, and test on rows that people wrote.",
         "",
         f"- {metrics['num_unanswered']} requests got no answer",
-        *(f"- {count} times: {reason}" for reason, count in reasons.most_common()),
+        *(f"- {count} times: {reason}" for reason, count in removed.most_common()),
         "",
         "Use them as a source of `prepare`: `{path: WORKSPACE/datasets/"
         f"{name}/vN/train, format: messages}}`.",

@@ -14,7 +14,8 @@ from tuneloop.config import DataConfig, load_config
 from tuneloop.data.schema import ReasonCode
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
-from tuneloop.synthesis.pairs import ParsedReply, Reply, cut, parse_pairs, support_ratio
+from tuneloop.synthesis.pairs import ParsedReply, cut, parse_pairs, support_ratio
+from tuneloop.synthesis.teacher import Reply
 
 FACTS = {
     "parrots.txt": "Parrots live in warm forests and can imitate speech.",

@@ -97,6 +97,7 @@ def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iter
             "group": "",
             "stratum": source.task or "",
             "synthetic": False,
+            "seed_row_id": "",
             "extra": "{}",
         }
         try:
@@ -148,6 +149,8 @@ def _fill(
         # No name of a task has a comma, so no two strata are called the same.
         row["stratum"] = f"{row['task']}, {label}" if row["task"] else label
     row["synthetic"] = bool(_truth(record.get("synthetic")))
+    if row["synthetic"] and isinstance(record.get("seed_row_id"), str):
+        row["seed_row_id"] = record["seed_row_id"]
 
 
 def _without_marks(record: dict[str, Any], used: Set[str]) -> dict[str, Any]:

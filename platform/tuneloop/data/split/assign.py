@@ -54,7 +54,9 @@ def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
         of_people["source"].to_pylist(),
     )
     if len(people) < len(rows):
-        bonds: dict[str, Any] = dict(links)
+        seeds = ledger.table["seed_row_id"].take(rows).to_pylist()
+        named = zip(row_ids.to_pylist(), seeds, strict=True)
+        bonds: dict[str, Any] = {**links, "seed": [seed or row_id for row_id, seed in named]}
         if config.data.split.group_by is not None:
             bonds["group"] = table["group"].to_pylist()
         ranks = rank_rows(config.data.seed, row_ids.to_pylist())

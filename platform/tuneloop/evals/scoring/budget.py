@@ -69,16 +69,22 @@ def cost_per_1000(arm: Arm, predictions: Sequence[Prediction]) -> float | None:
     return 1000 * (prompt * arm.price.input + completion * arm.price.output) / 1e6
 
 
+class BudgetError(EndpointError):
+    """The next request could pass the budget."""
+
+
 class Budget:
     """Keeps what is spent and what is on its way below the limits.
 
     Args:
         limits: The limits.
         spent: What answers have cost that an interrupted run left.
+        where: Dotted key of the limits.
     """
 
-    def __init__(self, limits: BudgetConfig, spent: Cost) -> None:
+    def __init__(self, limits: BudgetConfig, spent: Cost, where: str = "evaluation.budget") -> None:
         self.limits = limits
+        self.where = where
         self.spent = spent
         self._on_its_way = Cost()
         self._num_on_its_way = 0
@@ -88,12 +94,12 @@ class Budget:
         """Return when a request that costs at most this can be sent.
 
         Raises:
-            EndpointError: It would pass the budget, even when all others are answered.
+            BudgetError: It would pass the budget, even when all others are answered.
         """
         async with self._changed:
             while not self._fits(cost):
                 if self._num_on_its_way == 0:
-                    raise EndpointError(self._problem(cost))
+                    raise BudgetError(self._problem(cost))
                 await self._changed.wait()
             self._on_its_way += cost
             self._num_on_its_way += 1
@@ -123,11 +129,11 @@ class Budget:
             parts.append(("money", f"{self.limits.money:g}", spent, coming))
         return Problem(
             "the next question could pass the budget",
-            where=" and ".join(f"evaluation.budget.{name}" for name, *_ in parts),
+            where=" and ".join(f"{self.where}.{name}" for name, *_ in parts),
             got="; ".join(
                 f"{spent} {name} spent, the next question takes up to {more}"
                 for name, _, spent, more in parts
             ),
             allowed=", ".join(f"{limit} {name}" for name, limit, *_ in parts),
-            remedy="raise it and run again (what is paid for is kept), or score fewer rows",
+            remedy="raise it and run again (what is paid for is kept), or ask about fewer rows",
         )

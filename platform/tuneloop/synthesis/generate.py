@@ -1,0 +1,351 @@
+"""`tuneloop generate`: rows that a larger model writes, as a dataset that `prepare` reads again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
+from tuneloop.config import GenerationConfig, JudgeConfig, PriceConfig, TuneloopConfig
+from tuneloop.data.hashing.content import content_id
+from tuneloop.data.schema import ReasonCode, dataset_schema, removed_schema
+from tuneloop.data.sources.files import find_files, identities
+from tuneloop.data.sources.unlabelled import UnlabelledRow, read_unlabelled
+from tuneloop.data.synthetic_rows import RowText, compare, synthetic_lines
+from tuneloop.errors import ConfigError, DataError, Problem
+from tuneloop.evals.scoring.constrained import KINDS, constrain
+from tuneloop.models.bases.source import BaseModel
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.chat.template import RenderError
+from tuneloop.records import Endpoint, Message, Price
+from tuneloop.synthesis.filters import Rejected
+from tuneloop.synthesis.rows import Candidate, RowWriter, SeedRow, Written, read_seeds
+from tuneloop.synthesis.teacher import Rates, Replies, Teacher
+from tuneloop.text import shorten
+
+API_KEY_VARIABLE = "TUNELOOP_GENERATION_API_KEY"
+CODE_VERSION = 1
+REPLIES = "replies.jsonl"
+# What is paid and how fast does not change what is written.
+_HOW = {"concurrency", "requests_per_minute", "price", "budget", "sources"}
+_SHOWN, _CHARACTERS = 10, 300
+
+
+class GeneratedRows(NamedTuple):
+    """The rows of `train/` and of `removed/`."""
+
+    train: list[dict[str, Any]]
+    removed: list[dict[str, Any]]
+
+
+def generate_rows(
+    config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
+) -> Published:
+    """Return `datasets/<config.name>-generated`, made or reused.
+
+    Replies are kept as they come; the same call asks for the missing ones only, after a crash and
+    where a published dataset lacks some.
+
+    Args:
+        config: `generation` says what is asked and whom; labels are known.
+        workspace: Where the artifact goes.
+        base: Whose tokenizer and chat template the rows are rendered with.
+        dataset: Whose train rows are shown to the model.
+
+    Raises:
+        ConfigError: The judge's key is missing.
+        DataError: No train row can be shown, no input can be read, or no row was taken.
+        EndpointError: The endpoint is unusable, or answered no request.
+    """
+    generation = config.generation
+    assert generation is not None, "the caller looked"
+    files = find_files(generation.sources, "generation.sources") if generation.sources else []
+    renderer = Renderer.load(base.path, config.model.chat_template)
+    judge = config.evaluation.judge if generation.min_rating is not None else None
+    judge_key = _judge_key(judge)
+    seeds = read_seeds(dataset)
+    parts = {
+        "generation": generation.model_dump(mode="json", exclude=_HOW),
+        "layouts": [s.model_dump(mode="json", exclude={"path"}) for s in generation.sources],
+        "files": identities(files),
+        "task": config.task.model_dump(mode="json"),
+        # Not the dataset as a whole: generated rows that are added to it change no request.
+        "seeds": _seeds_identity(seeds),
+        "renderer": renderer.hash,
+        "judge": judge and judge.model_dump(mode="json", include={"endpoint", "model", "criteria"}),
+    }
+    name = f"{config.name}-generated"
+    identity = fingerprint("generate_rows", CODE_VERSION, **parts)
+    existing = workspace.find("datasets", name, identity)
+    if existing is not None and not existing.manifest["metrics"]["num_unanswered"]:
+        return Published(existing, reused=True)
+    unlabelled = _inputs(files, generation, config)
+    with workspace.draft("datasets", name, identity) as draft:
+        path = draft.scratch / REPLIES
+        if existing is not None and not path.exists():
+            shutil.copyfile(existing.path / REPLIES, path)
+        replies = Replies(path, _earlier_files(workspace, name, identity))
+        teacher = teacher_of(generation, replies)
+        writer = RowWriter(generation, config.task, seeds, teacher)
+        if config.task.type in KINDS:
+            writer.bind(constrain(writer.arm, config.task, dataset))
+        written = writer.write(unlabelled)
+        if judge is not None:
+            writer.rate(written, _judge(judge, judge_key, generation, replies), judge)
+        if existing is not None and (
+            written.num_unanswered >= existing.manifest["metrics"]["num_unanswered"]
+        ):
+            return Published(existing, reused=True)
+        rows = _rendered(written, renderer)
+        if not rows.train:
+            raise _nothing_taken(rows, written, teacher, generation)
+        metrics = _metrics(rows, written, teacher)
+        _write(draft.path, rows, metrics, writer.seeds, config)
+        shutil.copyfile(path, draft.path / REPLIES)
+        artifact = draft.publish(
+            config=parts,
+            resources={"concurrency": generation.concurrency},
+            inputs=[dataset.ref, *(file.name for file in files)]
+            + [f"{generation.model} at {generation.endpoint}"],
+            metrics=metrics,
+        )
+    return Published(artifact, reused=False)
+
+
+def _seeds_identity(seeds: Sequence[SeedRow]) -> str:
+    turns = ([turn.as_dict() for turn in seed.messages] for seed in seeds)
+    return content_id([], json.dumps([*turns], ensure_ascii=False))
+
+
+def _earlier_files(workspace: Workspace, name: str, identity: str) -> list[Path]:
+    """Return the replies of other versions: what they hold is not asked for again."""
+    versions = (a for a in workspace.published() if (a.kind, a.name) == ("datasets", name))
+    files = (a.path / REPLIES for a in versions if a.fingerprint != identity)
+    return [file for file in files if file.is_file()]
+
+
+def _inputs(
+    files: Sequence[Any], generation: GenerationConfig, config: TuneloopConfig
+) -> list[UnlabelledRow]:
+    """Return the inputs of kind `answers`. Raises DataError."""
+    if not files:
+        return []
+    found = read_unlabelled(files, generation.sources, config.task)
+    if found.refused:
+        bad = found.refused[0]
+        details = bad.rejection.got, bad.rejection.allowed, bad.rejection.remedy
+        more = f" (and {len(found.refused) - 1:,} more rows)" * (len(found.refused) > 1)
+        raise DataError(Problem(bad.rejection.what + more, bad.place, *details))
+    if not found.rows:
+        raise DataError(Problem("the sources hold no input", where="generation.sources"))
+    return found.rows
+
+
+def teacher_of(generation: GenerationConfig, replies: Replies) -> Teacher:
+    """Return the model that `generation` names, with what it has said so far."""
+    key = os.environ.get(API_KEY_VARIABLE, "")
+    return Teacher(
+        Endpoint(generation.endpoint, generation.model, key),
+        _price(generation.price),
+        Rates(generation.concurrency, generation.requests_per_minute),
+        generation.budget,
+        replies,
+    )
+
+
+def _judge(judge: JudgeConfig, key: str, generation: GenerationConfig, replies: Replies) -> Teacher:
+    endpoint, rates = Endpoint(judge.endpoint, judge.model, key), Rates(generation.concurrency)
+    return Teacher(endpoint, _price(judge.price), rates, generation.budget, replies)
+
+
+def _price(price: PriceConfig | None) -> Price | None:
+    return Price(price.input, price.output) if price else None
+
+
+def _judge_key(judge: JudgeConfig | None) -> str:
+    if judge is None or judge.api_key_env is None:
+        return ""
+    key = os.environ.get(judge.api_key_env, "")
+    if not key:
+        raise ConfigError(
+            Problem(
+                "the judge's API key is missing",
+                where="evaluation.judge.api_key_env",
+                got=f"the environment variable {judge.api_key_env} is not set",
+                remedy=f"export {judge.api_key_env}=…, or leave api_key_env out",
+            )
+        )
+    return key
+
+
+def _rendered(written: Written, renderer: Renderer) -> GeneratedRows:
+    """Return the rows with their tokens, each once."""
+    rows: dict[str, dict[str, Any]] = {}
+    removed = [
+        _removed_row(gone.row_id, gone.source, gone.why, gone.text) for gone in written.removed
+    ]
+    for row in written.taken:
+        text = f"{row.input}\n{row.answer}"
+        if row.row_id in rows:
+            why = Rejected(ReasonCode.EXACT_DUPLICATE, "written twice", row.row_id)
+            removed.append(_removed_row(row.row_id, row.source, why, text))
+            continue
+        messages = [*row.messages, Message("assistant", row.answer)]
+        try:
+            sample = renderer.sample(messages)
+        except RenderError as error:
+            why = Rejected(ReasonCode.UNRENDERABLE, f"cannot be rendered: {error}")
+            removed.append(_removed_row(row.row_id, row.source, why, text))
+            continue
+        rows[row.row_id] = _train_row(row) | {
+            "input_ids": sample.input_ids,
+            "loss_mask": sample.loss_mask,
+            "num_tokens": len(sample.input_ids),
+        }
+    return GeneratedRows(list(rows.values()), removed)
+
+
+def _train_row(row: Candidate) -> dict[str, Any]:
+    turns = [*row.messages, Message("assistant", row.answer)]
+    return {
+        "row_id": row.row_id,
+        "source": row.source,
+        "synthetic": True,
+        "messages": [{"role": turn.role, "content": turn.content} for turn in turns],
+        "split_unit": row.row_id,
+        "seed_row_id": row.seed.row_id if row.seed else None,
+        "agreement": row.agreement,
+        "rating": row.rating,
+    }
+
+
+def _removed_row(row_id: str, source: str, why: Rejected, text: str) -> dict[str, Any]:
+    return {
+        "row_id": row_id,
+        "stage": "generate",
+        "reason": why.reason,
+        "kept_row_id": why.kept_row_id,
+        "text": text,
+        "source": source,
+        "reason_code": why.code,
+    }
+
+
+def reasons(removed: Sequence[dict[str, Any]]) -> Counter[str]:
+    """Return how often rows were removed for which reason, without its details."""
+    return Counter(row["reason"].partition(":")[0] for row in removed)
+
+
+def _nothing_taken(
+    rows: GeneratedRows, written: Written, teacher: Teacher, generation: GenerationConfig
+) -> DataError:
+    told = ", ".join(f"{why} ({n} times)" for why, n in reasons(rows.removed).most_common(3))
+    if teacher.stopped is not None and not told:
+        return DataError(teacher.stopped)
+    return DataError(
+        Problem(
+            "no row that the model wrote can be used",
+            where=f"{generation.model} at {generation.endpoint}",
+            got=told or f"{written.num_unanswered:,} requests without a reply",
+            remedy="take a larger model, or say it more clearly in generation.instruction",
+        )
+    )
+
+
+def _metrics(rows: GeneratedRows, written: Written, teacher: Teacher) -> dict[str, Any]:
+    num_train, num_removed = len(rows.train), len(rows.removed)
+    spent = teacher.replies.spent
+    return {
+        "num_train_rows": num_train,
+        "num_test_rows": 0,
+        "num_removed": num_removed,
+        "num_unanswered": written.num_unanswered,
+        "num_train_tokens": sum(row["num_tokens"] for row in rows.train),
+        "taken_ratio": round(num_train / max(1, num_train + num_removed), 4),
+        "num_requests": teacher.replies.num_requests,
+        "spent_tokens": spent.tokens,
+        "spent_money": round(spent.money, 6) if teacher.price else None,
+    }
+
+
+def _write(
+    path: Path,
+    rows: GeneratedRows,
+    metrics: dict[str, Any],
+    seeds: Sequence[SeedRow],
+    config: TuneloopConfig,
+) -> None:
+    columns = pa.schema(
+        [("seed_row_id", pa.string()), ("agreement", pa.float64()), ("rating", pa.float64())]
+    )
+    for side, content, schema in (
+        ("train", rows.train, dataset_schema(columns)),
+        # Models are tested on people's rows only.
+        ("test", [], dataset_schema(columns)),
+        ("removed", rows.removed, removed_schema()),
+    ):
+        (path / side).mkdir()
+        table = pa.Table.from_pylist(content, schema)
+        parquet.write_table(table, path / side / "part-00000.parquet", compression="zstd")
+    removed = reasons(rows.removed)
+    made = [RowText(*(turn["content"] for turn in row["messages"][-2:])) for row in rows.train]
+    people = [RowText(seed.messages[-2].text, seed.messages[-1].text) for seed in seeds]
+    found = asdict(compare(people, made)) if len(people) > 1 else None
+    generation = config.generation
+    assert generation is not None, "rows were generated"
+    card = {
+        "name": f"{config.name}-generated",
+        "kind": generation.kind,
+        "model": generation.model,
+        "synthetic_ratio": 1.0,
+        **metrics,
+        "removed": dict(removed),
+        "synthetic_rows": found,
+    }
+    (path / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False))
+    page = _page(card, rows, generation)
+    (path / "README.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+
+
+def _page(card: dict[str, Any], rows: GeneratedRows, generation: GenerationConfig) -> list[str]:
+    """Return the card as a page of Markdown, by its lines."""
+    money = f", {card['spent_money']:g} in money" if card["spent_money"] is not None else ""
+    unanswered = f"- {card['num_unanswered']:,} without a reply: the next run asks for them"
+    step = max(1, len(rows.train) // _SHOWN)
+    return [
+        f"# {card['name']}",
+        "",
+        f"{card['num_train_rows']:,} rows written by `{generation.model}` ({generation.kind}), "
+        f"{card['taken_ratio']:.0%} of what it wrote. All of them are synthetic: read some before "
+        "you train on them. They are never tested on.",
+        "",
+        f"{card['num_requests']:,} requests, {card['spent_tokens']:,} tokens{money}.",
+        "",
+        *([unanswered] if card["num_unanswered"] else []),
+        *(f"- {count:,} rejected: {reason}" for reason, count in card["removed"].items()),
+        "",
+        "Use them as a source of `prepare`: `{path: WORKSPACE/datasets/"
+        f"{card['name']}/vN/train, format: messages}}`.",
+        "",
+        "## Beside the rows of people",
+        "",
+        *(synthetic_lines(card["synthetic_rows"]) if card["synthetic_rows"] else []),
+        "",
+        "## Some of them",
+        "",
+        *(line for row in rows.train[::step][:_SHOWN] for line in _shown(row)),
+    ]
+
+
+def _shown(row: dict[str, Any]) -> list[str]:
+    asked, said = (shorten(turn["content"], _CHARACTERS) for turn in row["messages"][-2:])
+    return ["```text", asked.replace("```", "'''"), f"→ {said}".replace("```", "'''"), "```", ""]

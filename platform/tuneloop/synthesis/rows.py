@@ -1,0 +1,423 @@
+"""Rows that a larger model writes from train rows, or for inputs that have no answers.
+
+Every request and reply is kept; every row that is not taken is kept with its reason. Only train
+rows that people wrote are shown to the model: what is held out is never sent.
+Source: Wang et al. 2022, Self-Instruct, arXiv:2212.10560 (new inputs from some that are drawn anew
+for each); Xu et al. 2023, WizardLM, arXiv:2304.12244 (harder variants).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from pyarrow import parquet
+
+from tuneloop.artifacts import Artifact
+from tuneloop.config import GenerationConfig, JudgeConfig, OneTaskConfig
+from tuneloop.data.hashing.content import content_id
+from tuneloop.data.schema import ReasonCode
+from tuneloop.data.sources.unlabelled import UnlabelledRow
+from tuneloop.errors import DataError, Problem
+from tuneloop.evals.scoring.constrained import KINDS, unwrap
+from tuneloop.evals.scoring.judging import read_rating
+from tuneloop.evals.scoring.metrics import without_thought
+from tuneloop.records import Arm, Message, SamplingParams
+from tuneloop.synthesis.filters import (
+    Filters,
+    Novelty,
+    Rejected,
+    Solved,
+    agreement,
+    cleaned,
+    lost,
+)
+from tuneloop.synthesis.teacher import Asked, Reply, Teacher
+
+# Train rows whose inputs are shown for a new one; of a label, so many of its own.
+_NUM_SHOWN, _NUM_OF_LABEL = 6, 3
+_SYSTEM = ("system", "developer")
+_INSTRUCTIONS = {
+    "self_instruct": "Write one new input for the task below. Its topic and wording have to differ "
+    "from the examples; in kind, length and style it has to be like them. Reply with the input "
+    "alone, without an answer to it.",
+    "paraphrases": "Say the input below in other words. Keep its meaning and every name, number "
+    "and detail, so that the answer to it stays the same. Reply with the new input alone, "
+    "without an answer to it.",
+    "harder": "Write a harder variant of the input below: a rarer case, one more condition, or one "
+    "more step. It has to be of the same task, as long as the input or a little longer, and "
+    "answerable. Reply with the new input alone, without an answer to it.",
+}
+_RATING = (
+    "You rate an answer to a task. {criteria} Its length does not count. Give your reasons in a "
+    "few sentences. Then end with one line that is `Rating: N`, where N is 1 (useless), 2, 3, 4 "
+    "or 5 (nothing to improve)."
+)
+
+
+@dataclass(frozen=True)
+class SeedRow:
+    """A train row that people wrote.
+
+    Args:
+        messages: Its turns, with the task's instruction; the last is the answer.
+    """
+
+    row_id: str
+    messages: tuple[Message, ...]
+
+    @property
+    def solved(self) -> Solved:
+        """Its input and answer alone."""
+        return Solved(self.messages[-2].text, self.messages[-1].text, self.row_id)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row on its way.
+
+    Args:
+        messages: What is asked, with the task's instruction; the last turn is the user's.
+        source: Where its input comes from.
+        seed: The row it was made from, if it was made from one.
+        expected: The answer that its input was written for; empty if any is right.
+        answer: Empty before there is one.
+        agreement: Share of the answers that say the same; None where none was asked for.
+        rating: What a judge gave it; None without one.
+    """
+
+    messages: tuple[Message, ...]
+    source: str
+    seed: SeedRow | None = None
+    expected: str = ""
+    answer: str = ""
+    agreement: float | None = None
+    rating: float | None = None
+
+    @property
+    def input(self) -> str:
+        """What its last turn says."""
+        return self.messages[-1].text
+
+    @property
+    def row_id(self) -> str:
+        """Hash of what is asked, and of the answer once there is one."""
+        turns = [{"role": m.role, "content": m.content} for m in self.messages]
+        return content_id(turns + [{"role": "assistant", "content": self.answer}], "")
+
+
+class Removed(NamedTuple):
+    """Something that was not taken, with what the model wrote."""
+
+    row_id: str
+    source: str
+    why: Rejected
+    text: str
+
+
+@dataclass
+class Written:
+    """What came of the requests.
+
+    Args:
+        taken: Rows, in order.
+        removed: What was rejected.
+        num_unanswered: Inputs, answers and ratings that were not asked for, or got no reply.
+    """
+
+    taken: list[Candidate] = field(default_factory=list)
+    removed: list[Removed] = field(default_factory=list)
+    num_unanswered: int = 0
+
+    def reject(self, row: Candidate, why: Rejected, text: str) -> None:
+        """Keep what is not taken."""
+        self.removed.append(Removed(row.row_id, row.source, why, text))
+
+
+def read_seeds(dataset: Artifact) -> list[SeedRow]:
+    """Return the train rows that people wrote with one question and one answer, by row id.
+
+    Raises:
+        DataError: There is none.
+    """
+    table = parquet.read_table(dataset.path / "train")
+    names = ("row_id", "synthetic", "messages", "tools")
+    seeds = []
+    for row in table.select([name for name in names if name in table.column_names]).to_pylist():
+        messages = tuple(Message.of(turn) for turn in row["messages"] or ())
+        spoken = [m.role for m in messages if m.role not in _SYSTEM]
+        is_plain = spoken == ["user", "assistant"] and not messages[-1].tool_calls
+        if is_plain and not row.get("synthetic") and not row.get("tools"):
+            seeds.append(SeedRow(row["row_id"], messages))
+    if not seeds:
+        raise DataError(
+            Problem(
+                "no train row can be shown to the model",
+                where=dataset.ref,
+                allowed="rows that people wrote, with one question and one answer, without tools",
+            )
+        )
+    return sorted(seeds, key=lambda seed: seed.row_id)
+
+
+class RowWriter:
+    """Writes rows of one kind.
+
+    Args:
+        generation: What is asked.
+        task: Whose rows are written.
+        seeds: Train rows that people wrote, which say what rows look like.
+        teacher: Who writes them.
+    """
+
+    def __init__(
+        self,
+        generation: GenerationConfig,
+        task: OneTaskConfig,
+        seeds: Sequence[SeedRow],
+        teacher: Teacher,
+    ) -> None:
+        self.generation, self.task, self.teacher = generation, task, teacher
+        self.seeds = seeds
+        self.filters = Filters(task, [seed.solved for seed in self.seeds])
+        self._form: Mapping[str, Any] = {}
+        self._answer_key = ""
+        self._shots = self._draw(random.Random(generation.seed), generation.num_shots)
+
+    @property
+    def arm(self) -> Arm:
+        """The model, as evaluation knows it."""
+        return Arm("teacher", self.teacher.endpoint)
+
+    def bind(self, arm: Arm) -> None:
+        """Ask for answers in the form that an arm's have."""
+        self._form, self._answer_key = arm.forms[""], arm.answer_key
+
+    def write(self, unlabelled: Sequence[UnlabelledRow] = ()) -> Written:
+        """Return the rows, and what was rejected.
+
+        Args:
+            unlabelled: The inputs of kind `answers`.
+        """
+        written = Written()
+        if self.generation.kind == "answers":
+            rows = self._without_copies(unlabelled, written)[: self.generation.num_rows]
+        else:
+            rows = self._new_inputs(written)
+        if self.generation.kind == "paraphrases":
+            written.taken = [self._with_own_answer(row) for row in rows]
+        else:
+            written.taken = self._answered(rows, written)
+        return written
+
+    def rate(self, written: Written, judge: Teacher, config: JudgeConfig) -> None:
+        """Keep the rows that a judge rates high enough."""
+        assert self.generation.min_rating is not None
+        system = _RATING.format(criteria=config.criteria)
+        params = SamplingParams(max_tokens=config.max_tokens)
+        requests = [
+            Asked((Message("system", system), Message("user", _shown_to_judge(row))), params)
+            for row in written.taken
+        ]
+        judge.ask(requests)
+        rated, written.taken = written.taken, []
+        for row, request in zip(rated, requests, strict=True):
+            reply = judge.reply(request)
+            if reply is None:
+                written.num_unanswered += 1
+                continue
+            rating = read_rating(without_thought(reply.text))
+            if rating is None or rating < self.generation.min_rating:
+                said = "no rating can be read" if rating is None else f"{rating:g} of 5"
+                why = Rejected(ReasonCode.LOW_RATING, f"the judge's rating is too low: {said}")
+                written.reject(row, why, f"{row.input}\n{row.answer}\n{reply.text}")
+            else:
+                written.taken.append(replace(row, rating=rating))
+
+    def _draw(self, rng: random.Random, count: int) -> list[SeedRow]:
+        return rng.sample(self.seeds, min(count, len(self.seeds)))
+
+    def _without_copies(
+        self, unlabelled: Sequence[UnlabelledRow], written: Written
+    ) -> list[Candidate]:
+        """Return each input once, without those that train rows have answered."""
+        known = {_plain(seed.messages[-2].text): seed.row_id for seed in self.seeds}
+        rows = []
+        for item in unlabelled:
+            row = Candidate(item.messages, item.source)
+            if (earlier := known.get(_plain(row.input))) is not None:
+                why = Rejected(ReasonCode.EXACT_DUPLICATE, "the input is known", earlier)
+                written.reject(row, why, row.input)
+            else:
+                known[_plain(row.input)] = row.row_id
+                rows.append(row)
+        return rows
+
+    def _new_inputs(self, written: Written) -> list[Candidate]:
+        """Return the new inputs that are taken."""
+        asked = [self._ask_for_input(number) for number in range(self._num_inputs())]
+        self.teacher.ask([request for request, _ in asked])
+        novelty = Novelty(self.generation.max_similarity)
+        for seed in self.seeds:
+            novelty.add(seed.messages[-2].text, seed.row_id)
+        rows = []
+        for request, row in asked:
+            reply = self.teacher.reply(request)
+            if reply is None:
+                written.num_unanswered += 1
+                continue
+            text = cleaned(without_thought(reply.text))
+            row = replace(row, messages=(*row.messages[:-1], Message("user", text)))
+            why = (
+                _cut_off(reply)
+                or self.filters.reject_input(text)
+                or self._lost(row, text)
+                or novelty.reject(text)
+            )
+            if why is not None:
+                written.reject(row, why, reply.text)
+                continue
+            novelty.add(text, row.row_id)
+            rows.append(row)
+        return rows
+
+    def _num_inputs(self) -> int:
+        return self.generation.num_rows or len(self.seeds)
+
+    def _ask_for_input(self, number: int) -> tuple[Asked, Candidate]:
+        """Return the request for the new input of this number, and the row it is for."""
+        generation = self.generation
+        rng = random.Random(f"{generation.seed} {number}")
+        told = generation.instruction or _INSTRUCTIONS[generation.kind]
+        seed, expected = None, ""
+        if generation.kind == "self_instruct":
+            shown = self._draw(rng, _NUM_SHOWN)
+            if self.task.type == "classification":
+                # Each label is asked for equally often, whatever the train rows have most of.
+                expected = self.task.labels[number % len(self.task.labels)]
+                own = [s for s in self.seeds if s.messages[-1].text == expected]
+                own = rng.sample(own, min(_NUM_OF_LABEL, len(own)))
+                others = [s for s in shown if s.messages[-1].text != expected]
+                shown = [*others[: _NUM_SHOWN - len(own)], *own]
+            parts = [self._example(place, s) for place, s in enumerate(shown, 1)]
+            if expected:
+                parts.append(f"The answer to the new input has to be: {expected}")
+            asked = "\n\n".join([*parts, "New input:"])
+            like = shown[0]
+        else:
+            # All seeds come once before any comes twice, each time in an order of its own.
+            turn, place = divmod(number, len(self.seeds))
+            shuffled = random.Random(f"{generation.seed} turn {turn}")
+            order = shuffled.sample(self.seeds, len(self.seeds))
+            seed = like = order[place]
+            asked = f"Input:\n{seed.messages[-2].text}"
+        about = f"\n\nThe task: {self.task.instruction.strip()}" if self.task.instruction else ""
+        system = Message("system", told + about)
+        params = replace(self._params(), seed=generation.seed + number)
+        source = f"{generation.kind} {number + 1}" + (f" of {seed.row_id}" if seed else "")
+        row = Candidate(like.messages[:-1], source, seed, expected)
+        return Asked((system, Message("user", asked)), params), row
+
+    def _example(self, place: int, seed: SeedRow) -> str:
+        """Return a train row's input as it is shown, with its label if it has one."""
+        label = f"\n(its answer: {seed.messages[-1].text})" * (self.task.type == "classification")
+        return f"Input {place}:\n{seed.messages[-2].text}{label}"
+
+    def _lost(self, row: Candidate, text: str) -> Rejected | None:
+        if self.generation.kind != "paraphrases" or row.seed is None:
+            return None
+        detail = lost(row.seed.solved, text, self.task)
+        what = "the paraphrase has lost a detail"
+        return Rejected(ReasonCode.LOST_DETAIL, f"{what}: {detail}") if detail else None
+
+    def _with_own_answer(self, row: Candidate) -> Candidate:
+        assert row.seed is not None
+        return replace(row, answer=row.seed.messages[-1].text)
+
+    def _params(self) -> SamplingParams:
+        g = self.generation
+        return SamplingParams(max_tokens=g.max_tokens, temperature=g.temperature, seed=g.seed)
+
+    def _answered(self, rows: Sequence[Candidate], written: Written) -> list[Candidate]:
+        """Return the rows with answers that are taken."""
+        by_row = [
+            [self._ask_to_answer(row, n) for n in range(self.generation.num_samples)]
+            for row in rows
+        ]
+        self.teacher.ask([request for requests in by_row for request in requests])
+        taken = []
+        for row, requests in zip(rows, by_row, strict=True):
+            replies = [reply for r in requests if (reply := self.teacher.reply(r)) is not None]
+            if len(replies) < len(requests):
+                written.num_unanswered += 1
+                continue
+            found = self._settled(row, replies)
+            if isinstance(found, Rejected):
+                text = "\n".join([row.input, *(reply.text for reply in replies)])
+                written.reject(row, found, text)
+            else:
+                taken.append(found)
+        return taken
+
+    def _ask_to_answer(self, row: Candidate, sample: int) -> Asked:
+        system = [m for m in row.messages if m.role in _SYSTEM]
+        if self.generation.kind == "answers" and self.generation.instruction:
+            told = "\n\n".join([*(m.content for m in system), self.generation.instruction])
+            system = [Message("system", told)]
+        turns = [m for m in row.messages if m.role not in _SYSTEM]
+        shots = [s for s in self._shots if row.seed is None or s.row_id != row.seed.row_id]
+        solved = [m for shot in shots for m in shot.messages if m.role not in _SYSTEM]
+        params = replace(self._params(), seed=self.generation.seed + sample)
+        return Asked((*system, *solved, *turns), params, self._form)
+
+    def _settled(self, row: Candidate, replies: Sequence[Reply]) -> Candidate | Rejected:
+        """Return the row with the answer that most replies give, or why there is none."""
+        usable, refusals = [], []
+        for reply in replies:
+            answer = self._answer(reply)
+            why = _cut_off(reply) or self.filters.reject_answer(Solved(row.input, answer))
+            if why is None:
+                usable.append(answer)
+            else:
+                refusals.append(why)
+        if not usable:
+            return refusals[0]
+        settled = agreement(usable, len(replies), self.task)
+        if settled.ratio < self.generation.min_agreement:
+            code, share = ReasonCode.NO_AGREEMENT, f"{settled.ratio:.0%} say the same"
+            return Rejected(code, f"the answers do not agree: {share}")
+        if row.expected and settled.answer != row.expected:
+            code, said = ReasonCode.NO_AGREEMENT, f"{settled.answer}, asked for {row.expected}"
+            return Rejected(code, f"the input is not of the label it was asked for: {said}")
+        return replace(row, answer=settled.answer, agreement=round(settled.ratio, 4))
+
+    def _answer(self, reply: Reply) -> str:
+        """Return the answer that a reply holds, as the rows of the task have it."""
+        text = without_thought(reply.text).strip()
+        if self._answer_key:
+            text = unwrap(text, self._answer_key)
+        if self.task.type not in KINDS:
+            return text
+        text = cleaned(text)
+        if self.task.type == "classification":
+            plain = text.strip(" .!`*").casefold()
+            return next((label for label in self.task.labels if label.casefold() == plain), text)
+        return text
+
+
+def _cut_off(reply: Reply) -> Rejected | None:
+    if reply.finish_reason != "length":
+        return None
+    return Rejected(ReasonCode.CUT_OFF, "cut off at generation.max_tokens")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _shown_to_judge(row: Candidate) -> str:
+    told = "\n\n".join(m.content for m in row.messages if m.role in _SYSTEM)
+    parts = [("Instruction", told), ("Task", row.input), ("Answer", row.answer)]
+    return "\n\n".join(f"[{title}]\n{text}" for title, text in parts if text)

@@ -1,0 +1,362 @@
+"""Rows of every kind, written by a model behind a real HTTP server."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.config import TaskConfig, TuneloopConfig
+from tuneloop.data.schema import dataset_schema
+from tuneloop.data.sources.files import find_files
+from tuneloop.data.sources.unlabelled import read_unlabelled
+from tuneloop.errors import DataError
+from tuneloop.evals.scoring.budget import Cost
+from tuneloop.models.bases.source import resolve_base
+from tuneloop.synthesis.filters import Filters, Novelty, Solved, agreement, cleaned, lost
+from tuneloop.synthesis.generate import generate_rows
+from tuneloop.synthesis.teacher import Replies, Reply
+
+LABELS = ["billing", "delivery"]
+WORDS = "parcel invoice refund courier payment address late wrong broken card box street".split()
+
+
+def asked(number: int) -> str:
+    return " ".join(random.Random(number).choices(WORDS, k=8)) + f" no {number}?"
+
+
+def label_of(text: str) -> str:
+    return LABELS[len(text) % 2]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Artifact:
+    """Thirty train rows of people's, and one that a model wrote."""
+    rows = []
+    for number in range(31):
+        turns = [
+            {"role": "system", "content": "Sort the mail."},
+            {"role": "user", "content": asked(number)},
+            {"role": "assistant", "content": label_of(asked(number))},
+        ]
+        rows.append({"row_id": f"{number:020x}", "source": "x", "synthetic": number == 30})
+        rows[-1] |= {"messages": turns, "input_ids": [1], "loss_mask": [1], "num_tokens": 1}
+    with Workspace(tmp_path / "ws").draft("datasets", "mail", "f" * 64) as draft:
+        (draft.path / "train").mkdir()
+        table = pa.Table.from_pylist(rows, dataset_schema(pa.schema([])))
+        pq.write_table(table, draft.path / "train" / "part-0.parquet")
+        return draft.publish(config={}, resources={}, inputs=[], metrics={"num_unanswered": 0})
+
+
+def config_for(tmp_path: Path, model: Path, url: str, **generation: Any) -> TuneloopConfig:
+    return TuneloopConfig.model_validate(
+        {
+            "name": "mail",
+            "workspace": str(tmp_path / "ws"),
+            "task": {
+                "type": "classification",
+                "labels": LABELS,
+                "instruction": "Sort the mail.",
+            },
+            "model": {"base": str(model)},
+            "data": {"sources": [{"path": "x", "format": "question_answer"}]},
+            "evaluation": {"judge": {"endpoint": url, "model": "parrot", "kind": "rubric"}},
+            "generation": {"endpoint": url, "model": "parrot", "concurrency": 4, **generation},
+        }
+    )
+
+
+def test_inputs_are_answered_filtered_and_paid_for_once(
+    tmp_path: Path, tiny_model: Path, model_server, dataset: Artifact
+) -> None:
+    texts = [*(asked(number) for number in range(100, 124)), asked(3), asked(101)]
+    path = tmp_path / "inputs.csv"
+    path.write_text("mail,number\n" + "".join(f"{text},{n}\n" for n, text in enumerate(texts)))
+    source = {"path": str(path), "format": "columns", "columns": {"prompt": "mail"}}
+    config = config_for(
+        tmp_path, tiny_model, model_server.url, kind="answers", sources=[source], num_samples=3,
+        min_agreement=0.6, price={"input": 1, "output": 2}, budget={"tokens": 100_000},
+    )  # fmt: skip
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        text, sample = body["messages"][-1]["content"], body["seed"]
+        number = int(text.rsplit(" ", 1)[-1][:-1])
+        assert (
+            body["response_format"]["json_schema"]["schema"]["properties"]["label"]["enum"]
+            == LABELS
+        )
+        assert [m["role"] for m in body["messages"]] == [
+            "system",
+            *["user", "assistant"] * 3,
+            "user",
+        ]
+        if number == 105:
+            return {"content": "no label at all"}
+        if number == 106 and sample == 1:
+            return {"content": '{"label": "billing"}', "finish_reason": "length"}
+        said = (
+            LABELS[(len(text) + (number == 107) * sample) % 2]
+            if number != 108
+            else LABELS[sample % 2]
+        )
+        if number == 108 and sample == 2:
+            said = "neither"
+        return {"content": json.dumps({"label": said})}
+
+    model_server.answer = answer
+    model_server.failures = [429, 503]  # tried again
+    base, workspace = resolve_base(str(tiny_model)), Workspace(tmp_path / "ws")
+    made = generate_rows(config, workspace, base, dataset)
+    rows = pq.read_table(made.artifact.path / "train").to_pylist()
+    assert {row["messages"][1]["content"] for row in rows} == set(texts[:24]) - {
+        asked(105),
+        asked(108),
+    }
+    for row in rows:
+        assert row["synthetic"]
+        assert row["messages"][2]["content"] == label_of(row["messages"][1]["content"])
+        assert sum(row["loss_mask"]) > 0
+    by_number = {int(r["messages"][1]["content"].rsplit(" ", 1)[-1][:-1]): r for r in rows}
+    assert by_number[100]["agreement"] == 1
+    assert (
+        by_number[106]["agreement"] == by_number[107]["agreement"] == pytest.approx(2 / 3, abs=1e-3)
+    )
+    removed = pq.read_table(made.artifact.path / "removed").to_pylist()
+    assert Counter(row["reason_code"] for row in removed) == {
+        "exact_duplicate": 2, "wrong_answer": 1, "no_agreement": 1,
+    }  # fmt: skip
+    metrics = made.artifact.manifest["metrics"]
+    assert len(model_server.requests) == 24 * 3 + 2
+    assert (metrics["num_requests"], metrics["num_unanswered"]) == (72, 0)
+    words = sum(len(m["content"].split()) for b in model_server.requests for m in b["messages"])
+    card = json.loads((made.artifact.path / "card.json").read_text())
+    assert card["removed"]["the input is known"] == 2
+    assert card["synthetic_rows"]["synthetic"]["num_rows"] == 22
+    assert 0 < metrics["spent_tokens"] - words < 72 * 5 + 400  # 2 of the prompts were refused
+
+    # The same again: reused. With more inputs only those are asked for.
+    assert generate_rows(config, workspace, base, dataset).reused
+    path.write_text(path.read_text() + f"{asked(200)},99\n")
+    model_server.requests.clear()
+    more = generate_rows(config, workspace, base, dataset)
+    assert more.artifact.ref == "datasets/mail-generated@v2"
+    assert len(model_server.requests) == more.artifact.manifest["metrics"]["num_requests"] == 3
+    assert pq.read_table(more.artifact.path / "train").num_rows == 23
+
+
+def test_the_budget_ends_the_asking_and_the_next_run_goes_on(
+    tmp_path: Path, tiny_model: Path, model_server, dataset: Artifact
+) -> None:
+    (tmp_path / "in.txt").write_text("")
+    lines = "".join(json.dumps({"text": asked(n)}) + "\n" for n in range(300, 320))
+    (tmp_path / "in.jsonl").write_text(lines)
+    source = {"path": str(tmp_path / "in.jsonl"), "format": "text"}
+    model_server.answer = lambda body: {
+        "content": json.dumps({"label": label_of(body["messages"][-1]["content"])})
+    }
+    base, workspace = resolve_base(str(tiny_model)), Workspace(tmp_path / "ws")
+
+    def made(tokens: int) -> Artifact:
+        config = config_for(
+            tmp_path, tiny_model, model_server.url, kind="answers", sources=[source],
+            num_shots=0, max_tokens=16, budget={"tokens": tokens},
+        )  # fmt: skip
+        return generate_rows(config, workspace, base, dataset).artifact
+
+    with pytest.raises(DataError, match="could pass the budget"):
+        made(100)
+    assert model_server.requests == []
+    some = made(400)
+    metrics = some.manifest["metrics"]
+    assert metrics["num_requests"] == len(model_server.requests) < 20
+    assert metrics["num_unanswered"] == 20 - len(model_server.requests) > 0
+    assert metrics["spent_tokens"] <= 400
+    rest = made(100_000)
+    assert rest.ref == "datasets/mail-generated@v2"
+    assert len(model_server.requests) == 20
+    assert rest.manifest["metrics"]["num_requests"] == 20
+    assert rest.manifest["metrics"]["num_unanswered"] == 0
+
+
+def test_new_inputs_are_novel_of_their_label_and_made_of_train_rows(
+    tmp_path: Path, tiny_model: Path, model_server, dataset: Artifact
+) -> None:
+    made_of: list[str] = []
+
+    def write(messages: list[dict[str, str]]) -> tuple[str, str]:
+        text = messages[-1]["content"]
+        if "New input:" in text:
+            made_of.append(text)
+            wanted = text.rpartition("The answer to the new input has to be: ")[2].split()[0]
+            number = len(made_of)
+            if number == 1:
+                return f'"{asked(7)}"', "stop"  # a train row's again
+            if number == 2:
+                return "Sure, here is one more.", "stop"
+            new = f"{' '.join(random.Random(-number).choices('abcdefghijklmnop', k=9))} {number}?"
+            return f"New input: {new}{'' if label_of(new) == wanted else '!'}", "stop"
+        return json.dumps({"label": label_of(text)}), "stop"
+
+    model_server.reply = write
+    config = config_for(
+        tmp_path, tiny_model, model_server.url, kind="self_instruct", num_rows=12, concurrency=1
+    )
+    made = generate_rows(config, Workspace(tmp_path / "ws"), resolve_base(str(tiny_model)), dataset)
+    rows = pq.read_table(made.artifact.path / "train").to_pylist()
+    assert Counter(row["messages"][-1]["content"] for row in rows) == {"billing": 5, "delivery": 5}
+    assert all(row["messages"][0]["content"] == "Sort the mail." for row in rows)
+    assert len(set(made_of)) == 12  # each is shown other rows
+    assert asked(30) not in "".join(made_of)  # what a model wrote is no example
+    removed = {
+        r["reason_code"]: r for r in pq.read_table(made.artifact.path / "removed").to_pylist()
+    }
+    assert {*removed} == {"too_similar", "ai_self_reference"}
+    assert removed["too_similar"]["kept_row_id"] == f"{7:020x}"
+
+
+def test_paraphrases_keep_the_answer_and_name_their_row(
+    tmp_path: Path, tiny_model: Path, model_server, dataset: Artifact
+) -> None:
+    def write(messages: list[dict[str, str]]) -> tuple[str, str]:
+        text = messages[-1]["content"]
+        if "[Answer]" in text:
+            return ("Rating: 2" if "no 6?" in text else "It fits.\n\n**Rating: 5**"), "stop"
+        text = text.removeprefix("Input:\n")
+        *words, number = text.split()
+        new = " ".join(word[::-1] for word in words[:-1])
+        return (new if number == "4?" else f"{new} no {number}"), "stop"
+
+    model_server.reply = write
+    config = config_for(tmp_path, tiny_model, model_server.url, kind="paraphrases", min_rating=4)
+    made = generate_rows(config, Workspace(tmp_path / "ws"), resolve_base(str(tiny_model)), dataset)
+    rows = pq.read_table(made.artifact.path / "train").to_pylist()
+    assert len(rows) == 28
+    for row in rows:
+        number = int(row["seed_row_id"], 16)
+        assert row["messages"][1]["content"].endswith(f" no {number}?")
+        assert row["messages"][2]["content"] == label_of(asked(number))
+        assert row["rating"] == 5
+    removed = pq.read_table(made.artifact.path / "removed").to_pylist()
+    assert {row["reason"] for row in removed} == {
+        "the paraphrase has lost a detail: 4",
+        "the judge's rating is too low: 2 of 5",
+    }
+
+
+def test_rules_that_people_break_are_not_applied() -> None:
+    writing = TaskConfig(type="generation")
+    people = [
+        Solved(f"What is a kite of kind {n}?", f"A kite of kind {n} flies on a line in the wind.")
+        for n in range(40)
+    ]
+    filters = Filters(writing, people)
+    assert all(filters.reject_answer(row) is None for row in people)
+    question = "What is a kite of kind 99?"
+    for answer, code in [
+        ("", "unreadable"),
+        ("A kite flies. A kite flies in wind. " * 4, "repetition"),
+        ("As an AI language model, I know no kite.", "ai_self_reference"),
+        ("I'm sorry, kites are beyond me here.", "ai_self_reference"),
+        (question, "too_similar"),
+        ("Bread needs flour, water, salt and yeast.", "unrelated"),
+        ("A kite flies on a line.\nUser: What of a plane?", "template_marker"),
+        ("A kite.", "unusual_length"),
+    ]:
+        found = filters.reject_answer(Solved(question, answer))
+        assert found is not None, answer
+        assert found.code == code, answer
+    # Where people's answers are such, it is no fault.
+    curt = Filters(writing, [Solved(f"Say {n}", f"Sure, {n}") for n in range(40)])
+    assert curt.reject_answer(Solved("Say 41", "Sure, 41")) is None
+    record = TaskConfig(type="extraction", fields=["city"])
+    cities = [Solved(f"From Rome{n} by train", f'{{"city": "Rome{n}"}}') for n in range(30)]
+    reading = Filters(record, cities)
+    for answer, code in [
+        ('{"city": "Paris"}', "unsupported"),
+        ('{"city": "Rome1", "more": 1}', "wrong_answer"),
+        ("Rome1", "wrong_answer"),
+    ]:
+        found = reading.reject_answer(Solved("From Rome1 by bus", answer))
+        assert found is not None
+        assert found.code == code, answer
+    assert reading.reject_answer(Solved("To Oslo", '{"city": "Oslo"}')) is None
+
+
+def test_novelty_agreement_and_lost_details() -> None:
+    novelty = Novelty(0.7)
+    assert novelty.reject("one two three four") is None
+    novelty.add("one two three four", "r1")
+    found = novelty.reject("one two three five")
+    assert found is not None
+    assert (found.code, found.kept_row_id) == ("too_similar", "r1")
+    assert novelty.reject("one two nine five") is None
+    labels = TaskConfig(type="classification", labels=["a", "b"])
+    assert vars(agreement(["a", "b", "b"], 4, labels)) == {"answer": "b", "ratio": 0.5}
+    record = TaskConfig(type="extraction")
+    pair = agreement(['{"x": 1, "y": 2}', '{"y": 2, "x": 1}'], 2, record)
+    assert vars(pair) == {"answer": '{"x": 1, "y": 2}', "ratio": 1}
+    free = TaskConfig(type="generation")
+    texts = ["It flies high.", "A kite flies on a line", "A kite flies on the line"]
+    assert vars(agreement(texts, 3, free)) == {"answer": texts[1], "ratio": pytest.approx(2 / 3)}
+    seed = Solved("Ann paid 30 to Bob", '{"who": "Ann"}')
+    assert lost(seed, "30 was paid by Ann", record) == ""
+    assert lost(seed, "Bob got 30", record) == "Ann"
+    assert lost(seed, "Bob got money of Ann", record) == "30"
+    assert cleaned('```\nNew input: "Why?"\n```') == "Why?"
+    assert cleaned('He said "yes"') == 'He said "yes"'
+
+
+def test_a_request_that_a_crash_lost_counts_with_the_most_it_can_cost(tmp_path: Path) -> None:
+    path = tmp_path / "replies.jsonl"
+    replies = Replies(path)
+    for key in ("a", "b", "c"):
+        replies.note(key, Cost(100, 1.0))
+    replies.add("a", Reply("said", "stop"), Cost(7, 0.5))
+    replies.add("b", Reply(error="HTTP 500"), Cost(100, 1.0))
+    with path.open("a") as file:
+        file.write('{"key": "d", "cost": [100')  # the crash
+    again = Replies(path)
+    assert again.get("a") == Reply("said", "stop")
+    assert again.get("b") is None
+    assert (again.spent, again.num_requests) == (Cost(207, 2.5), 3)
+    other = Replies(tmp_path / "other.jsonl", [path])
+    assert other.get("a") == Reply("said", "stop")
+    assert (other.spent, other.num_requests) == (Cost(), 0)
+    assert Replies(tmp_path / "other.jsonl").get("a") == Reply("said", "stop")
+
+
+def test_inputs_are_read_in_every_layout(tmp_path: Path) -> None:
+    layouts: list[tuple[str, dict[str, Any], str]] = [
+        ("question_answer", {"question": "Why?", "n": 1}, "Why?"),
+        ("prompt_completion", {"prompt": "Why?", "completion": "old"}, "Why?"),
+        ("alpaca", {"instruction": "Add", "input": "1 2"}, "Add\n\n1 2"),
+        ("alpaca", {"instruction": "Add", "instances": [{"input": "3", "output": ""}]}, "Add\n\n3"),
+        ("messages", {"messages": [{"role": "user", "content": "Why?"}]}, "Why?"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "Why?"}]}, "Why?"),
+        ("text", {"text": "Why?"}, "Why?"),
+    ]
+    task = TaskConfig(type="extraction", instruction="Be brief.")
+    for number, (layout, row, expected) in enumerate(layouts):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(json.dumps(row) + "\nnone\n")
+        config = config_for(
+            tmp_path,
+            tmp_path,
+            "http://x/v1",
+            kind="answers",
+            sources=[{"path": str(path), "format": layout}],
+        )
+        assert config.generation is not None
+        sources = config.generation.sources
+        found = read_unlabelled(find_files(sources), sources, task)
+        assert [row.prompt for row in found.rows] == [expected], layout
+        assert found.rows[0].messages[0].content == "Be brief."
+        assert found.rows[0].source.endswith(":1")
+        assert [bad.rejection.what for bad in found.refused] == ["the line is not valid JSON"]
