@@ -159,7 +159,7 @@ def test_the_configuration_reference_is_up_to_date() -> None:
     assert module.FILE.read_text(encoding="utf-8") == module.reference(), (
         "run `python docs/reference.py`"
     )
-    assert "| `Say which answer" in module.reference()  # text keeps its case
+    assert "| `A good answer is correct" in module.reference()  # text keeps its case
 
 
 def test_jobs_stay_short() -> None:

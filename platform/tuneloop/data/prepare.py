@@ -51,7 +51,7 @@ from tuneloop.repetition import REPETITION_VERSION
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 14
+CODE_VERSION = 15
 
 
 def prepare(
