@@ -44,6 +44,7 @@ serve
   serve       serve the base and the finetuned model until interrupted
   submit      run a command on a cluster as a Ray job
   export      write a model as GGUF, for Ollama, vLLM or the Hugging Face Hub
+  install-engine  install an engine that serves, in an environment of its own
 improve
   next        say what to do next, what it may bring and what it rests on
   fixes       list people's marks on rows, and what became of them
@@ -53,7 +54,7 @@ look around
   show        show one artifact, for example models/demo
   completion  print a script that completes commands and keys in bash or zsh
 """
-_HELP = dict(re.findall(r"^  (\w+) +(.+)$", _DESCRIPTION, re.MULTILINE))
+_HELP = dict(re.findall(r"^  ([\w-]+) +(.+)$", _DESCRIPTION, re.MULTILINE))
 _CONFIG_OF = {
     "export": "use its workspace, and say what each GGUF costs in points on the test rows",
 }
@@ -216,6 +217,11 @@ def _parser() -> argparse.ArgumentParser:
         "--output", metavar="DIR", help="default: exports/NAME-vN-FORMAT in this directory"
     )
     exporting.add_argument("--repo", metavar="ORG/NAME", help="for `--to hub`: where to")
+    installing = command("install-engine")
+    installing.add_argument("engine", choices=("vllm",))
+    installing.add_argument(
+        "--device", choices=("cpu", "gpu"), help="default: gpu where there is one"
+    )
     command("doctor")
     completion = command("completion")
     completion.add_argument("shell", choices=("bash", "zsh"))

@@ -503,6 +503,18 @@ def _doctor(arguments: argparse.Namespace, output: IO[str]) -> int:
     return 0
 
 
+def _install_engine(arguments: argparse.Namespace, output: IO[str]) -> int:
+    from tuneloop.serving.vllm.environment import install
+
+    installed = install(arguments.device or ("gpu" if shutil.which("nvidia-smi") else "cpu"))
+    if arguments.json:
+        print(json.dumps(asdict(installed)), file=output)
+    else:
+        print(f"vLLM {installed.version} for the {installed.device.upper()}", file=output)
+        print("serve with it: tuneloop serve CONFIG.yaml serving.engine=vllm", file=output)
+    return 0
+
+
 def _completion(arguments: argparse.Namespace, output: IO[str]) -> int:
     from argcomplete.shell_integration import shellcode
 
@@ -546,5 +558,6 @@ COMMANDS = {
     "ls": _ls,
     "show": _show,
     "export": _export,
+    "install-engine": _install_engine,
     "completion": _completion,
 }

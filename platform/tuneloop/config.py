@@ -32,6 +32,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
 TaskName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 MixedTaskType = Literal["extraction", "classification", "generation"]
 TaskType = Literal[MixedTaskType, "language_modeling", "mixture"]
+EngineName = Literal["auto", "tuneloop", "vllm"]
 SourceFormat = Literal[
     "alpaca", "prompt_completion", "question_answer", "messages", "sharegpt", "text", "columns"
 ]
@@ -486,6 +487,20 @@ class TrainingConfig(Section):
 API_KEY_VARIABLE = "TUNELOOP_API_KEY"
 
 
+class VllmConfig(Section):
+    """How vLLM is run, where it serves."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Precision of the weights. `auto`: float32 on a CPU, on a GPU that of the "
+        "model's files.",
+    )
+    gpu_memory_share: float = Field(
+        0.9, gt=0, le=1, description="Of the GPU's memory, or of the part reserved for the model."
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that hold the weights together.")
+
+
 class ServingConfig(Section):
     """How models are served."""
 
@@ -495,6 +510,12 @@ class ServingConfig(Section):
     port: int = Field(
         8000, ge=0, le=65535, description="Port of `tuneloop serve`; 0 takes a free port."
     )
+    engine: EngineName = Field(
+        "auto",
+        description="What writes the answers: our own engine (`tuneloop`, and what `auto` takes), "
+        "or vLLM, once `tuneloop install-engine vllm` has installed it.",
+    )
+    vllm: VllmConfig = VllmConfig()
     max_batch_size: int = Field(64, ge=1, description="Sequences decoded together.")
     api_keys_file: str = Field(
         "",

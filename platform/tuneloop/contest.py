@@ -42,6 +42,7 @@ from tuneloop.records import (
 from tuneloop.review.store import ReviewStore, has_store
 from tuneloop.review.verdicts import as_vote
 from tuneloop.serving.replica import ServedModel
+from tuneloop.serving.vllm.environment import require
 
 _CONSTRAINED = (BASE_CONSTRAINED, FINETUNED_CONSTRAINED)
 logger = logging.getLogger("tuneloop.pipeline")
@@ -246,9 +247,20 @@ def _gate_arm(
     return pinned.removeprefix("models/"), ArmConfig(model=pinned)
 
 
+def engine_problems(config: TuneloopConfig) -> list[Problem]:
+    """Return why `serving.engine` cannot serve the base model, and so what is trained from it."""
+    if config.serving.engine != "vllm":
+        return []
+    try:
+        require(resolve_base(config.model.base).path)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
 def judging_problems(config: TuneloopConfig) -> list[Problem]:
-    """Return what is wrong with judge and general tasks that can be known before anything runs."""
-    problems: list[Problem] = []
+    """Return what is wrong with judge, general tasks and engine, before anything runs."""
+    problems = engine_problems(config)
     if judge := config.evaluation.judge:
         try:
             _api_key(judge.api_key_env, "evaluation.judge")

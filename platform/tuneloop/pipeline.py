@@ -28,7 +28,7 @@ from tuneloop.config import (
     TuneloopConfig,
 )
 from tuneloop.contest import Contest
-from tuneloop.errors import ConfigError, Problem
+from tuneloop.errors import ConfigError, ModelError, Problem
 from tuneloop.evals.scoring.harness import make_environment
 from tuneloop.evals.scoring.judging import Judging
 from tuneloop.models.bases.source import BaseModel, resolve_base
@@ -246,12 +246,14 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
         The base URL and the names of the models.
 
     Raises:
-        ModelError: A model cannot be loaded, an adapter belongs to another base, or a served
-            model answers differently from the trained one.
+        ModelError: The engine cannot be used, a model cannot be loaded, an adapter belongs to
+            another base, or a served model answers differently from the trained one.
         ArtifactError: `serving.models` names an artifact that is not there.
         ResourceError: The port is taken, or there is no room for the models.
         ConfigError: The keys are wrong, or other machines would reach the models without one.
     """
+    if problems := contest.engine_problems(config):
+        raise ModelError(*problems)
     keys, own = keyring(config.serving), ""
     refuse_exposed(config.serving, keys)
     if keys:

@@ -30,6 +30,11 @@ def json_grammar(schema: Mapping[str, Any]) -> str:
     )
 
 
+def with_layout(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema such that any program on llguidance makes `json_grammar` of it."""
+    return {"x-guidance": {"whitespace_pattern": _WHITE_SPACE}} | dict(schema)
+
+
 def why_unusable(schema: Mapping[str, Any]) -> str:
     """Return why no answer can be bound to a schema; empty where one can."""
     size = len(json.dumps(schema).encode())

@@ -1,7 +1,7 @@
 """Models on Ray Serve behind one OpenAI-compatible HTTP address.
 
 One small ingress deployment is the HTTP side (`api.py`). Weights are
-a deployment of their own, with a decode engine in the replica; a base model and the adapters on it
+a deployment of their own, with an engine in the replica; a base model and the adapters on it
 share one.
 """
 
@@ -24,7 +24,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from tuneloop.cluster import end_abandoned_serving, served_name
-from tuneloop.config import ServingConfig
+from tuneloop.config import ServingConfig, VllmConfig
 from tuneloop.errors import Problem, ResourceError, find_user_error
 from tuneloop.serving.api import build_api
 from tuneloop.serving.keys import Keyring, keyring, refuse_exposed
@@ -107,6 +107,7 @@ def build_application(
     server = ray_serve.deployment(ModelServer)
     deployments: dict[str, str] = {}
     bound = []
+    vllm = _vllm(serving, model_options)
     for deployment, group in _by_weights(models).items():
         bound.append(
             server.options(
@@ -116,7 +117,7 @@ def build_application(
                 graceful_shutdown_wait_loop_s=0.2,
                 graceful_shutdown_timeout_s=5,
                 logging_config=_QUIET,
-            ).bind(group, serving.max_batch_size)
+            ).bind(group, serving.max_batch_size, vllm)
         )
         deployments |= dict.fromkeys(group, deployment)
     # In the order asked for, which is the order they are listed in.
@@ -140,6 +141,14 @@ def build_application(
         logging_config=_QUIET,
     )
     return ingress.bind(*bound)
+
+
+def _vllm(serving: ServingConfig, model_options: Mapping[str, Any]) -> VllmConfig | None:
+    """Return how a replica runs vLLM, with its part of a GPU that it shares; None: it does not."""
+    if serving.engine != "vllm":
+        return None
+    share = serving.vllm.gpu_memory_share * min(1, model_options.get("num_gpus") or 1)
+    return serving.vllm.model_copy(update={"gpu_memory_share": share})
 
 
 @contextlib.contextmanager
@@ -204,7 +213,7 @@ def host(
     name = served_name()
     if name in ray_serve.status().applications:
         ray_serve.delete(name)
-    options = _model_options(len(_by_weights(models)))
+    options = _model_options(len(_by_weights(models)), serving)
     application = build_application(models, serving, options, keys)
     ray_serve.run(application, name=name, logging_config=_QUIET)
     _await_models(models)
@@ -271,7 +280,7 @@ def _await_models(models: Mapping[str, ServedModel]) -> None:
             log.warning("%s: %s", names, notice)
 
 
-def _model_options(num_models: int) -> dict[str, Any]:
+def _model_options(num_models: int, serving: ServingConfig) -> dict[str, Any]:
     """Return what each replica reserves; small, because an engine works only when asked."""
     free = ray.available_resources()
     share = min(MODEL_CPUS, (free.get("CPU", 0.0) - INGRESS_CPUS) / num_models)
@@ -291,7 +300,8 @@ def _model_options(num_models: int) -> dict[str, Any]:
         "runtime_env": REPLICA_ENVIRONMENT,
     }
     if free.get("GPU", 0) > 0:
-        options["num_gpus"] = _gpu_share(free["GPU"], num_models)
+        size = serving.vllm.tensor_parallel_size if serving.engine == "vllm" else 1
+        options["num_gpus"] = size if size > 1 else _gpu_share(free["GPU"], num_models)
     return options
 
 

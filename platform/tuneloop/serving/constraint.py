@@ -33,15 +33,19 @@ _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
 
 
 class Constraint:
-    """A compiled form; any number of generations can start from it."""
+    """A compiled form; any number of generations can start from it.
 
-    def __init__(self, matcher: LLMatcher, param: str) -> None:
+    Attributes:
+        form: What was compiled.
+    """
+
+    def __init__(self, matcher: LLMatcher, form: AnswerForm) -> None:
         self._matcher = matcher
-        self._param = param
+        self.form = form
 
     def start(self) -> TokenFilter:
         """Return what follows one generation."""
-        return TokenFilter(self._matcher.deep_copy(), self._param)
+        return TokenFilter(self._matcher.deep_copy(), self.form.param)
 
 
 class TokenFilter:
@@ -135,7 +139,7 @@ class Constraints:
         if not any(matcher.compute_bitmask()):
             raise _refusal("no text has it", form.param)
         matcher.reset()
-        return Constraint(matcher, form.param)
+        return Constraint(matcher, form)
 
 
 class _Vocabulary:

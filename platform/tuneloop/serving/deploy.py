@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field
 from ray.serve import Application
 
-from tuneloop.config import Section, ServingConfig
+from tuneloop.config import EngineName, Section, ServingConfig, VllmConfig
 from tuneloop.serving.app import MODEL_CPUS, REPLICA_ENVIRONMENT, ServedModel, build_application
 from tuneloop.serving.keys import keyring
 
@@ -29,6 +29,10 @@ class DeployArguments(Section):
     models: dict[str, DeployedModel] = Field(
         min_length=1, description="By the name that requests call it."
     )
+    engine: EngineName = Field(
+        "auto", description="As `serving.engine`; vLLM has to be installed on every node."
+    )
+    vllm: VllmConfig = Field(VllmConfig(), description="As `serving.vllm`.")
     max_batch_size: int = Field(
         ServingConfig().max_batch_size, ge=1, description="Sequences decoded together."
     )
@@ -51,6 +55,9 @@ def application(arguments: DeployArguments) -> Application:
     if arguments.gpus_per_model:
         options["num_gpus"] = arguments.gpus_per_model
     serving = ServingConfig(
-        max_batch_size=arguments.max_batch_size, api_keys_file=arguments.api_keys_file
+        max_batch_size=arguments.max_batch_size,
+        engine=arguments.engine,
+        vllm=arguments.vllm,
+        api_keys_file=arguments.api_keys_file,
     )
     return build_application(models, serving, options, keyring(serving))

@@ -54,6 +54,7 @@ from tuneloop.serving.requests import (
     DecodeRequest,
     DecodeResult,
     InvalidRequest,
+    Limits,
     QueueFull,
     TokenScore,
 )
@@ -145,7 +146,12 @@ class Engine:
         # Tokens whose keys and values fit into memory, and the longest prompt plus answer.
         self._token_budget = int(MEMORY_SHARE * _free_bytes(model.device) / bytes_per_token)
         positions = getattr(text, "max_position_embeddings", None) or self._token_budget
-        self.max_length: int = min(positions, self._token_budget)
+        self._limits = Limits(
+            self.vocab_size,
+            min(positions, self._token_budget),
+            self.adapters.names,
+            is_memory_bound=self._token_budget <= positions,
+        )
         self._thread = threading.Thread(target=self._run, name="tuneloop-engine", daemon=True)
         self._thread.start()
 
@@ -184,6 +190,11 @@ class Engine:
             speed_up_linear(self.model, num_rows=self.max_batch_size)
         return switch_attention(self.model)
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self._limits.max_length
+
     def submit(self, request: DecodeRequest) -> Future[DecodeResult]:
         """Queue a request and return its future; cancelling the future drops the request.
 
@@ -192,8 +203,7 @@ class Engine:
             QueueFull: `max_waiting` requests wait already.
         """
         self.check(request)
-        if self._closed:
-            raise TuneloopError("the engine is closed")
+        self.refuse_dead()
         if self._inbox.qsize() + len(self._waiting) >= self.max_waiting:
             raise QueueFull(f"{self.max_waiting} requests wait already")
         prompt = Prompt(None, list(request.prompt_ids), request.score_prompt, request.adapter)
@@ -223,30 +233,16 @@ class Engine:
         Raises:
             InvalidRequest: It can never be.
         """
-        ids, params = request.prompt_ids, request.params
-        if request.adapter and request.adapter not in self.adapters.names:
-            raise InvalidRequest(f"there is no adapter `{request.adapter}`")
-        if len(ids) == 0:
-            raise InvalidRequest("the prompt has no tokens")
-        if any(not 0 <= token < self.vocab_size for token in request.shaping.logit_bias):
-            raise InvalidRequest(
-                f"`logit_bias` has a token id outside the vocabulary of {self.vocab_size}"
-            )
-        if params.max_tokens < (0 if request.score_prompt else 1):
-            raise InvalidRequest("max_tokens must be at least 1")
-        total = len(ids) + params.max_tokens
-        if total > self.max_length:
-            limit = "memory holds" if self.max_length == self._token_budget else "the model has"
-            raise InvalidRequest(
-                f"the prompt has {len(ids)} tokens and max_tokens is {params.max_tokens}: "
-                f"together {total}, but {limit} {self.max_length} positions",
-                "context_length_exceeded",
-            )
-        tree = request.ranking.tree if request.ranking else None
-        if tree is not None and params.max_tokens < tree.longest:
-            raise InvalidRequest(f"`max_tokens` must be at least {tree.longest} for these answers")
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            raise InvalidRequest(f"a token id is outside the vocabulary of {self.vocab_size}")
+        self._limits.check(request)
+
+    def refuse_dead(self) -> None:
+        """Return if requests can still be answered.
+
+        Raises:
+            TuneloopError: The engine was closed.
+        """
+        if self._closed:
+            raise TuneloopError("the engine is closed")
 
     def activity(self) -> Activity:
         """Return how much there is to do, and how much has been done."""

@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
+from tuneloop.config import VllmConfig
 from tuneloop.errors import ModelError, Problem, UserError
 from tuneloop.models.chat.calls import CallReader, CallSyntax, Written
 from tuneloop.models.chat.renderer import Renderer
@@ -56,7 +57,7 @@ from tuneloop.serving.text import Decode, StreamedText
 
 if TYPE_CHECKING:
     from tuneloop.serving.constraint import Constraint, Constraints
-    from tuneloop.serving.engine import Engine
+    from tuneloop.serving.requests import DecodeEngine
 
 log = logging.getLogger("tuneloop.serving")
 
@@ -109,7 +110,7 @@ class _Loaded:
 
     model: ServedModel
     renderer: Renderer
-    engine: Engine
+    engine: DecodeEngine
     adapter: str
     reader: ThreadPoolExecutor
     constraints: Constraints | None
@@ -269,12 +270,32 @@ class ModelServer:
     Args:
         models: By the name requests call them; `path` is the same for all.
         max_batch_size: Sequences decoded together, whichever model they ask for.
+        vllm: How vLLM is run; None: our own engine decodes.
     """
 
-    def __init__(self, models: Mapping[str, ServedModel], max_batch_size: int) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        max_batch_size: int,
+        vllm: VllmConfig | None = None,
+    ) -> None:
         self._loading: Future[dict[str, _Loaded]] = ThreadPoolExecutor(1).submit(
-            _load, models, max_batch_size
+            _load, models, max_batch_size, vllm
         )
+
+    def __del__(self) -> None:
+        """End the engine; Ray Serve calls this when a replica ends."""
+        if self._loading.done() and self._loading.exception() is None:
+            next(iter(self._loading.result().values())).engine.close()
+
+    def check_health(self) -> None:
+        """Return if requests can be answered, or will be; Ray Serve replaces a replica else.
+
+        Raises:
+            TuneloopError: The engine has ended.
+        """
+        if self._loading.done() and self._loading.exception() is None:
+            next(iter(self._loading.result().values())).engine.refuse_dead()
 
     async def ready(self) -> str:
         """Return when the models are loaded, with what is to be told of them; mostly nothing.
@@ -492,23 +513,34 @@ def _told(chunks: Chunks, index: int, choice: _Choice, said: Said) -> Iterator[s
         yield chunks.call(call, number, index)
 
 
-def _load(models: Mapping[str, ServedModel], max_batch_size: int) -> dict[str, _Loaded]:
-    # The replica alone needs PyTorch; who only describes it, or passes requests on, does not.
+def _load(
+    models: Mapping[str, ServedModel], max_batch_size: int, vllm: VllmConfig | None
+) -> dict[str, _Loaded]:
+    # The replica alone needs these; who only describes it, or passes requests on, does not.
     from transformers.utils import logging as transformers_logging
-
-    from tuneloop.serving.engine import Engine
 
     transformers_logging.disable_progress_bar()
     renderers = {name: _load_renderer(model) for name, model in models.items()}
     first = next(iter(models))
-    engine = Engine.load(
-        models[first].path,
-        # The same weights have the same tokenizer; templates, and so stop tokens, may differ.
-        decode=renderers[first].decode,
-        stop_ids=renderers[first].stop_ids,
-        max_batch_size=max_batch_size,
-        adapters={n: m.adapter / ADAPTER for n, m in models.items() if m.adapter is not None},
-    )
+    # The same weights have the same tokenizer; templates, and so stop tokens, may differ.
+    decode, stop_ids = renderers[first].decode, renderers[first].stop_ids
+    adapters = {n: m.adapter / ADAPTER for n, m in models.items() if m.adapter is not None}
+    engine: DecodeEngine
+    if vllm is not None:
+        from tuneloop.serving.vllm.engine import ServedWeights, VllmEngine
+
+        weights = ServedWeights(models[first].path, adapters)
+        engine = VllmEngine(weights, vllm, decode, stop_ids, max_batch_size)
+    else:
+        from tuneloop.serving.engine import Engine
+
+        engine = Engine.load(
+            models[first].path,
+            decode=decode,
+            stop_ids=stop_ids,
+            max_batch_size=max_batch_size,
+            adapters=adapters,
+        )
     reader = ThreadPoolExecutor(1, "tuneloop-reader")
     compiler = ThreadPoolExecutor(1, "tuneloop-compiler")
     return {

@@ -1,13 +1,16 @@
-"""What the decode engine is asked and what it answers.
+"""What an engine is asked and what it answers: prompts as token ids, answers as token ids.
 
-Loads no PyTorch, so that the HTTP side and whoever starts a server are up in a third of the time.
+Templates and tokenizers stay on this side, so whichever engine writes, what was trained is what is
+asked. Loads no PyTorch, so that the HTTP side and whoever starts a server are up in a third of the
+time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from tuneloop.errors import TuneloopError
 from tuneloop.records import Completion, SamplingParams
@@ -164,3 +167,100 @@ class Activity:
     waiting: int
     prompt_tokens: int
     generated_tokens: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can be asked for.
+
+    Args:
+        max_length: Tokens of prompt and answer together.
+        adapters: Names of the adapters that requests may use.
+        is_memory_bound: Memory and not the model is what bounds the length.
+    """
+
+    vocab_size: int
+    max_length: int
+    adapters: frozenset[str] = frozenset()
+    is_memory_bound: bool = False
+
+    def check(self, request: DecodeRequest) -> None:
+        """Return if the request can be answered.
+
+        Raises:
+            InvalidRequest: It can never be.
+        """
+        ids, params = request.prompt_ids, request.params
+        if request.adapter and request.adapter not in self.adapters:
+            raise InvalidRequest(f"there is no adapter `{request.adapter}`")
+        if len(ids) == 0:
+            raise InvalidRequest("the prompt has no tokens")
+        if any(not 0 <= token < self.vocab_size for token in request.shaping.logit_bias):
+            raise InvalidRequest(
+                f"`logit_bias` has a token id outside the vocabulary of {self.vocab_size}"
+            )
+        if params.max_tokens < (0 if request.score_prompt else 1):
+            raise InvalidRequest("max_tokens must be at least 1")
+        total = len(ids) + params.max_tokens
+        if total > self.max_length:
+            limit = "memory holds" if self.is_memory_bound else "the model has"
+            raise InvalidRequest(
+                f"the prompt has {len(ids)} tokens and max_tokens is {params.max_tokens}: "
+                f"together {total}, but {limit} {self.max_length} positions",
+                "context_length_exceeded",
+            )
+        tree = request.ranking.tree if request.ranking else None
+        if tree is not None and params.max_tokens < tree.longest:
+            raise InvalidRequest(f"`max_tokens` must be at least {tree.longest} for these answers")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise InvalidRequest(f"a token id is outside the vocabulary of {self.vocab_size}")
+
+
+class DecodeEngine(Protocol):
+    """What writes the answers of the models that share some weights.
+
+    Streams are requests with `on_token`, log-probabilities requests with `params.logprobs` and
+    `score_prompt`, adapters are named by requests, and a request is cancelled by its future.
+    `tests/unit/serving/conformance.py` says what all of it means.
+
+    Attributes:
+        max_batch_size: Sequences that are decoded together.
+        vocab_size: Ids of the model, which may be more than its tokenizer's.
+        notice: What whoever asked for the model should know of how it is served; mostly empty.
+    """
+
+    max_batch_size: int
+    vocab_size: int
+    notice: str
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer together."""
+
+    def check(self, request: DecodeRequest) -> None:
+        """Return if the request can be answered.
+
+        Raises:
+            InvalidRequest: It can never be.
+        """
+
+    def submit(self, request: DecodeRequest) -> Future[DecodeResult]:
+        """Queue a request and return its future; cancelling the future drops the request.
+
+        Raises:
+            InvalidRequest: The request can never be answered.
+            QueueFull: Too many requests wait already.
+        """
+
+    def activity(self) -> Activity:
+        """Return how much there is to do, and how much has been done."""
+
+    def refuse_dead(self) -> None:
+        """Return if requests can still be answered.
+
+        Raises:
+            TuneloopError: The engine has ended, and another one has to be started.
+        """
+
+    def close(self) -> None:
+        """Stop; requests that have not ended fail."""

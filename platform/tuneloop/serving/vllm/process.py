@@ -1,0 +1,140 @@
+"""vLLM's own OpenAI server as a child process that ends with the process that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+
+from tuneloop.errors import ModelError, Problem
+from tuneloop.models.bases.source import cache_directory
+from tuneloop.serving.vllm.environment import Installed
+
+_log = logging.getLogger("tuneloop.serving")
+
+_POLL_S = 0.1
+_STOP_WITHIN_S = 10.0
+_NUM_LOGS = 20
+# Asks the kernel to be told when the parent is gone, however it went, and becomes the server. Not
+# by `preexec_fn`, which may hang in a process with threads.
+_LAUNCH = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+_SERVER = ("-I", "-m", "vllm.entrypoints.openai.api_server")
+# Of our process and not for it: paths of our packages, Ray's one thread for each worker, keys.
+_NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS", "VLLM_API_KEY", "TUNELOOP_API_KEY")
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # Otherwise the first request with log-probabilities waits half a minute for a C++ compiler.
+    "TORCH_COMPILE_DISABLE": "1",
+}
+
+
+class VllmProcess:
+    """A running server, reached through a socket that only this user can open.
+
+    Start it from a thread that lives as long as the server is to live: the kernel takes the end of
+    that thread for the end of the parent.
+
+    Args:
+        arguments: Of the server, without its address.
+        name: Of the log file.
+
+    Attributes:
+        log_file: What the server writes. The newest logs are kept.
+    """
+
+    def __init__(self, installed: Installed, arguments: Sequence[str], name: str) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="tuneloop-vllm-"))
+        self.socket = str(self._folder / "socket")
+        self.log_file = _new_log(name)
+        environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+        command = [str(installed.python), "-I", "-c", _LAUNCH, str(os.getpid()), *_SERVER]
+        command += ["--uds", self.socket, "--disable-uvicorn-access-log", *arguments]
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=environment | _ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the server runs no more."""
+        return self._process.poll() is not None
+
+    def wait_until_ready(self) -> None:
+        """Return when the server answers.
+
+        Raises:
+            ModelError: It ended instead.
+        """
+        transport = httpx.HTTPTransport(uds=self.socket)
+        with httpx.Client(transport=transport, base_url="http://vllm", timeout=5) as client:
+            while not self.has_ended:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/health").is_success:
+                        return
+                time.sleep(_POLL_S)
+        raise self.failure("vLLM cannot serve the model")
+
+    def failure(self, what: str) -> ModelError:
+        """Return the error that tells what the server said last."""
+        return ModelError(
+            Problem(
+                what,
+                where=str(self.log_file),
+                got=_last_error(self.log_file),
+                remedy="read the log; or set serving.engine=auto",
+            )
+        )
+
+    def stop(self) -> None:
+        """End the server and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            self._process.wait(_STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            _log.warning("vLLM does not end by itself and is killed")
+        # Its workers are in its session, which is this child's alone.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _new_log(name: str) -> Path:
+    folder = cache_directory().parent / "engines" / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in sorted(folder.glob("vllm-*.log"), key=lambda file: file.stat().st_mtime)[
+        :-_NUM_LOGS
+    ]:
+        old.unlink(missing_ok=True)
+    safe = re.sub(r"[^\w.-]", "-", name)
+    return folder / f"vllm-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{safe}.log"
+
+
+def _last_error(log_file: Path) -> str:
+    """Return the exception that a log ends with: the root cause stands above what followed it."""
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [m[0] for line in lines if (m := re.search(r"\b\w*(Error|Exception): .+", line))]
+    told = [text for text in found if "root cause" not in text and "EngineDead" not in text]
+    return (told or found or lines or ["nothing"])[-1][:500]
