@@ -1,0 +1,187 @@
+"""What vLLM is asked for, and what is said where it cannot be asked; it need not be installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tuneloop.config import ServingConfig, TuneloopConfig, VllmConfig
+from tuneloop.contest import engine_problems
+from tuneloop.errors import ModelError
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.json_form import json_grammar, with_layout
+from tuneloop.records import SamplingParams
+from tuneloop.serving.constraint import Constraints
+from tuneloop.serving.requests import AnswerForm, DecodeRequest, Shaping
+from tuneloop.serving.vllm.engine import ServedWeights, request_body, server_arguments
+from tuneloop.serving.vllm.environment import Installed, environment_folder, require
+from tuneloop.serving.vllm.process import VllmProcess
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The record of a vLLM that knows one class of models."""
+    monkeypatch.setenv("TUNELOOP_CACHE", str(tmp_path))
+    record = environment_folder() / "installed.json"
+    record.parent.mkdir(parents=True)
+    values = {"folder": "/nowhere", "version": "1", "device": "cpu"}
+    record.write_text(json.dumps(values | {"architectures": ["LlamaForCausalLM"]}))
+    return record
+
+
+def config_of(model: Path, engine: str) -> TuneloopConfig:
+    return TuneloopConfig.model_validate(
+        {
+            "name": "x",
+            "task": {"type": "generation"},
+            "model": {"base": str(model)},
+            "data": {"sources": [{"path": "rows.jsonl", "format": "question_answer"}]},
+            "serving": {"engine": engine},
+        }
+    )
+
+
+def test_an_engine_that_is_not_installed_is_one_problem_with_its_remedy(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNELOOP_CACHE", str(tmp_path))
+    assert engine_problems(config_of(tiny_model, "auto")) == []
+    (problem,) = engine_problems(config_of(tiny_model, "vllm"))
+    assert (problem.where, problem.got) == ("serving.engine", "it is not installed")
+    assert "tuneloop install-engine vllm" in problem.remedy
+
+
+def test_a_kind_of_model_that_vllm_does_not_know_is_refused(
+    tiny_model: Path, tmp_path: Path, installed: Path
+) -> None:
+    assert require(tiny_model).version == "1"
+    (tmp_path / "config.json").write_text('{"architectures": ["OwnForCausalLM"]}')
+    with pytest.raises(ModelError, match="does not take this kind of model") as caught:
+        require(tmp_path)
+    assert caught.value.problems[0].got == "OwnForCausalLM"
+    installed.write_text("{")
+    (problem,) = engine_problems(config_of(tiny_model, "vllm"))
+    assert "installed.json cannot be read" in problem.got
+
+
+def test_a_server_is_told_everything_that_it_would_choose(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"text_config": {"dtype": "bfloat16"}}')
+    adapters = {}
+    for name, settings in {"a": {"r": 4}, "b": {"r": 8, "rank_pattern": {"x": 20}}}.items():
+        adapters[name] = tmp_path / name
+        adapters[name].mkdir()
+        (adapters[name] / "adapter_config.json").write_text(json.dumps(settings))
+    weights = ServedWeights(tmp_path, adapters)
+
+    def told(settings: VllmConfig, device: str, weights: ServedWeights = weights) -> str:
+        return " ".join(server_arguments(weights, settings, 16, device))  # type: ignore[arg-type]
+
+    on_gpu = told(VllmConfig(gpu_memory_share=0.45, tensor_parallel_size=2), "gpu")
+    for part in (
+        "--generation-config vllm", "--max-num-seqs 16", "--dtype bfloat16",
+        "--gpu-memory-utilization 0.45", "--tensor-parallel-size 2", "--max-lora-rank 32",
+        "--max-loras 2", f"--lora-modules a={tmp_path}/a b={tmp_path}/b",
+    ):  # fmt: skip
+        assert part in on_gpu
+    assert "--dtype float32" in told(VllmConfig(), "cpu")
+    assert "--dtype float16" in told(VllmConfig(dtype="float16"), "gpu")
+    assert "lora" not in told(VllmConfig(), "cpu", ServedWeights(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert "--dtype float32" in told(VllmConfig(), "gpu")
+
+
+def test_a_request_leaves_nothing_to_defaults(tiny_model: Path) -> None:
+    shaping = Shaping(logit_bias={5: 2.0}, repetition_penalty=1.2)
+    params = SamplingParams(max_tokens=4, temperature=0.5, seed=3, logprobs=True)
+    body = request_body(DecodeRequest([1, 2], params, num_top=2, shaping=shaping), frozenset([9]))
+    assert body["prompt"] == [1, 2]
+    assert (body["temperature"], body["top_p"], body["seed"], body["logprobs"]) == (0.5, 1, 3, 2)
+    assert (body["ignore_eos"], body["stop_token_ids"]) == (True, [9])
+    assert (body["logit_bias"], body["repetition_penalty"]) == ({"5": 2.0}, 1.2)
+    own_stop = request_body(DecodeRequest([1], params, stop_ids=frozenset([7])), frozenset([9]))
+    assert own_stop["stop_token_ids"] == [7]
+
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    form = AnswerForm("json", json.dumps(schema), "response_format")
+    constraint = Constraints(Renderer.load(tiny_model), 429).compile(form)
+    bound = request_body(DecodeRequest([1], params, constraint=constraint), frozenset())
+    assert bound["structured_outputs"] == {"json": with_layout(schema)}
+    assert not bound["ignore_eos"]
+    ours, theirs = (
+        json.loads(json_grammar(one))["grammars"][0]["json_schema"]
+        for one in (schema, with_layout(schema))
+    )
+    assert ours == theirs
+
+
+def test_a_server_that_ends_says_why_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNELOOP_CACHE", str(tmp_path))
+    folder = tmp_path / "environment" / "bin"
+    folder.mkdir(parents=True)
+    # An interpreter without vLLM: it ends at once, and says so.
+    (folder / "python").symlink_to(sys.executable)
+    process = VllmProcess(Installed(str(folder.parent), "1", "cpu", []), [], "some/model")
+    with pytest.raises(ModelError, match="No module named") as caught:
+        process.wait_until_ready()
+    assert caught.value.problems[0].where == str(process.log_file)
+    process.stop()
+    assert not Path(process.socket).parent.exists()
+    assert process.has_ended
+
+
+# In place of vLLM's server: it answers one request, and waits.
+_STAND_IN = """
+import socket, sys, time
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[sys.argv.index("--uds") + 1])
+listener.listen()
+connection, _ = listener.accept()
+connection.recv(4096)
+connection.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
+time.sleep(600)
+"""
+_PARENT = """
+import os, sys, time
+from tuneloop.serving.vllm.environment import Installed
+from tuneloop.serving.vllm.process import VllmProcess
+process = VllmProcess(Installed(sys.argv[1], "1", "cpu", []), [], "model")
+process.wait_until_ready()
+print(os.path.dirname(process.socket), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    venv.create(tmp_path)
+    (packages,) = tmp_path.glob("lib/python*/site-packages")
+    module = packages / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(_STAND_IN)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", _PARENT, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TUNELOOP_CACHE": str(tmp_path / "cache")},
+    )
+    assert parent.stdout is not None
+    folder = parent.stdout.readline().strip()
+    (server,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    server.wait(30)
+    shutil.rmtree(folder)
+
+
+def test_a_share_of_memory_is_a_share() -> None:
+    with pytest.raises(ValueError, match="gpu_memory_share"):
+        ServingConfig.model_validate({"vllm": {"gpu_memory_share": 1.5}})
