@@ -446,7 +446,9 @@ def request_body(request: DecodeRequest, stop_ids: frozenset[int]) -> dict[str, 
 def _structured(form: AnswerForm) -> dict[str, Any]:
     if form.kind == "json":
         return {"json": with_layout(json.loads(form.text))}
-    return {form.kind: json.loads(form.text) if form.kind == "choice" else form.text}
+    if form.kind == "choice":
+        return {"choice": json.loads(form.text)}
+    return {"regex" if form.kind == "regex" else "grammar": form.text}
 
 
 def _scores(logprobs: Mapping[str, Any] | None, num_top: int) -> list[TokenScore]:
