@@ -81,5 +81,8 @@ def test_changes_of_a_tag() -> None:
     rows = [predict("old", example, 0, tags) for example, tags in before.items()]
     rows += [predict("new", example, 0, tags) for example, tags in after.items()]
     examples = pair_arms(rows, "old", "new", "m", RIGHT)
-    assert count_tag_changes(examples, "cut_off") == {"fixed": 1, "introduced": 1, "both": 1}
+    assert count_tag_changes(examples, ["cut_off", "empty"]) == {
+        "cut_off": {"fixed": 1, "introduced": 1, "both": 1},
+        "empty": {"fixed": 0, "introduced": 0, "both": 0},
+    }
     assert [e.tag_change("empty") for e in examples] == [None, None, None]

@@ -97,7 +97,8 @@ def count_tags(examples: Sequence[PairedExample]) -> list[TagCount]:
     """Return the errors that either arm makes, most frequent first."""
     answered = [example for example in examples if example.is_answered]
     tags = tags_of([p for e in answered for p in (e.before, e.after)])
-    counts = [TagCount(tag, **count_tag_changes(answered, tag)) for tag in tags]
+    changes = count_tag_changes(answered, tags)
+    counts = [TagCount(tag, **changes[tag]) for tag in tags]
     return sorted((count for count in counts if count.total), key=lambda count: -count.total)
 
 

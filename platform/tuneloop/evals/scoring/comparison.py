@@ -176,10 +176,9 @@ def _compare_pair(
     return {
         "differences": differences,
         "outcomes": _outcomes(examples, scorer.metrics[scorer.primary]),
-        "error_tags": {
-            tag: count_tag_changes(examples, tag)
-            for tag in tags_of([p for e in examples for p in (e.before, e.after)])
-        },
+        "error_tags": count_tag_changes(
+            examples, tags_of([p for e in examples for p in (e.before, e.after)])
+        ),
     }
 
 

@@ -6,6 +6,7 @@ The comparison, the report and the dashboard all read the pairs made here.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,10 +99,16 @@ def count_changes(examples: Sequence[PairedExample]) -> dict[Change, int]:
     return {change: sum(e.change == change for e in examples) for change in CHANGES}
 
 
-def count_tag_changes(examples: Sequence[PairedExample], tag: str) -> dict[TagChange, int]:
-    """Return how often an error went away, came up, or stayed."""
-    changes = [example.tag_change(tag) for example in examples]
-    return {change: changes.count(change) for change in TAG_CHANGES}
+def count_tag_changes(
+    examples: Sequence[PairedExample], tags: Sequence[str]
+) -> dict[str, dict[TagChange, int]]:
+    """Return how often each of these errors went away, came up, or stayed."""
+    counts = Counter(
+        (tag, example.tag_change(tag))
+        for example in examples
+        for tag in {*example.before.error_tags, *example.after.error_tags}
+    )
+    return {tag: {change: counts[tag, change] for change in TAG_CHANGES} for tag in tags}
 
 
 def gain(before: Prediction, after: Prediction, name: str, metric: Metric) -> float | None:
