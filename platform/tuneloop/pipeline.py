@@ -56,8 +56,14 @@ def with_labels(config: TuneloopConfig) -> TuneloopConfig:
 
     labelled = resolve_labels(config)
     for notice in labelled.notices:
-        logger.info("%s: %s", notice.what, notice.got)
+        _tell_once(notice.what, notice.got)
     return labelled.config
+
+
+@cache
+def _tell_once(what: str, got: str) -> None:
+    """Log what was found: the trials of a sweep find the same."""
+    logger.info("%s: %s", what, got)
 
 
 def prepare(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
