@@ -123,6 +123,4 @@ def _made_of(columns: Mapping[str, Sequence[Any]]) -> Iterator[Prediction]:
     values = [columns[name] for name in names]
     if names == every[: len(names)]:
         return map(Prediction, *values)
-    return (
-        Prediction(**dict(zip(names, row, strict=True))) for row in zip(*values, strict=True)
-    )
+    return (Prediction(**dict(zip(names, row, strict=True))) for row in zip(*values, strict=True))

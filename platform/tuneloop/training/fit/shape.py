@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -85,6 +86,13 @@ def model_shape(base: BaseModel, config: TrainingConfig, use_gpu: bool = False) 
         ModelError: It is no causal language model of transformers, its files do not hold its
             tensors, or it has no layers that `lora.target_modules` names.
     """
+    # The trials of a sweep differ in rows, seeds and rates, of which the shape knows nothing.
+    return _shape_of(base, config.model_dump_json(include={"method", "lora"}), use_gpu)
+
+
+@lru_cache(maxsize=16)
+def _shape_of(base: BaseModel, settings_of_method: str, use_gpu: bool) -> ModelShape:
+    config = TrainingConfig.model_validate_json(settings_of_method)
     dtype = torch.bfloat16 if use_gpu else torch.float32
     settings = model_settings(base)
     unknown, costs, shares = "", _Costs(0, 0), False
