@@ -143,8 +143,9 @@ class Study:
                 # Drawn again, so that the next draw is the one that would have come.
                 self.drawing.draw(len(self._draws))
                 self._add(entry["values"], ended)
-            else:
+            elif "status" in entry:
                 self._recall(entry)
+        self._count_unnoted({e["began"] for e in entries if "began" in e} - ended)
 
     def next(self) -> int | None:
         """Return the number of the job to train now; None: no more."""
@@ -155,6 +156,7 @@ class Study:
             for number in order:
                 if number not in self.trials and number not in self._running:
                     self._running.add(number)
+                    self.journal.add({"began": self.jobs[number].fingerprint})
                     return number
             if not self._draw():
                 return None
@@ -230,6 +232,13 @@ class Study:
                 measured=tuple(measured),
             )
             self._keep(number, trial, entry["loss"])
+
+    def _count_unnoted(self, fingerprints: Collection[str]) -> None:
+        """Count trainings of earlier calls that were killed after the model, before its entry."""
+        for number, job in enumerate(self.jobs):
+            if job.fingerprint in fingerprints and number in self.trials:
+                self._num_trained += 1
+                self.spent_s += self.trials[number].wall_s
 
     def _look_up(self, number: int, ended: Collection[str] = ()) -> None:
         """Take a model that exists already, of a run or of another sweep.

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import pyarrow.parquet as pq
 from ray import tune
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
@@ -25,9 +26,10 @@ from tuneloop.artifacts import Workspace
 from tuneloop.config import SweepConfig, TuneloopConfig
 from tuneloop.errors import ModelError, Problem, UserError, find_user_error
 from tuneloop.models.bases.source import resolve_base
-from tuneloop.sweeps.grid import VALIDATION_LOSS, Cell, Trial
+from tuneloop.sweeps.grid import VALIDATION_LOSS, Cell, Measurement, Trial
 from tuneloop.sweeps.search import PERCENT, TrialSearch, order_file
 from tuneloop.sweeps.study import Job, Study
+from tuneloop.training.batches import Schedule
 from tuneloop.training.fit.assess import PreparedRows, assess
 from tuneloop.training.fit.refusals import refuse_small_cluster
 from tuneloop.training.progress import (
@@ -275,6 +277,22 @@ class GentleASHA(ASHAScheduler):
         return str(decision)
 
 
+def measured_of(job: Job, trial: Trial) -> list[Measurement]:
+    """Return the validation losses during the training of a model that was there already."""
+    if trial.model is None:
+        return []
+    columns = ["step", VALIDATION_LOSS]
+    log = pq.read_table(trial.model.path / "trainer_log.parquet", columns=columns).to_pylist()
+    num_rows = int(job.dataset.manifest["metrics"]["num_train_rows"])
+    num_steps = Schedule.of(job.cell.config.training, num_rows).num_steps
+    return [
+        Measurement(100 * row["step"] / num_steps, row["step"], row[VALIDATION_LOSS])
+        for row in log
+        # As in a training that goes on: the last loss comes with the model.
+        if row[VALIDATION_LOSS] is not None and row["step"] != num_steps
+    ]
+
+
 def make_scheduler(
     sweep: SweepConfig, study: Study, stop: Callable[[int], None] | None = None
 ) -> TrialScheduler | None:
@@ -296,11 +314,11 @@ def make_scheduler(
         reduction_factor=sweep.reduction_factor,
         stop_last_trials=False,
     )
-    for number in study.trials:
+    for number, trial in study.trials.items():
         earlier = cast(TuneTrial, _Earlier(f"earlier-{number}"))
         controller = cast(TuneController, None)
         scheduler.on_trial_add(controller, earlier)
-        for one in study.measured.get(number, []):
+        for one in study.measured.get(number) or measured_of(study.jobs[number], trial):
             report = {PERCENT: one.percent, VALIDATION_LOSS: one.loss}
             scheduler.on_trial_result(controller, earlier, report)
     scheduler.stop = stop

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tuneloop.artifacts import Artifact
@@ -94,7 +96,27 @@ def test_what_stopped_or_failed_by_its_settings_is_not_repeated(tmp_path: Path) 
     assert again.spent_s == 14
     again.end(2, Trial(jobs[2].cell, None, "", 1.0, status="stopped"), 1.0)
     lines = (tmp_path / "j").read_text().splitlines()
-    assert [json.loads(line)["status"] for line in lines] == ["stopped", "failed", "stopped"]
+    entries = [json.loads(line) for line in lines]
+    ended = [entry["status"] for entry in entries if "status" in entry]
+    assert ended == ["stopped", "failed", "stopped"]
+
+
+def test_a_training_that_was_killed_before_its_entry_counts_for_the_budget(tmp_path: Path) -> None:
+    jobs = [job(cell) for cell in expand(config({"parameters": {RATE: [1e-4, 1e-3, 1e-2]}}))]
+    models = Models()
+    budget = Budget(2, math.inf)
+    study = Study(jobs, budget, Journal(tmp_path / "j"), models.get)
+    train(study, models, 1)
+    number = study.next()
+    assert number == 1
+    models.publish(jobs[1])  # and here the kill
+    again = Study(jobs, budget, Journal(tmp_path / "j"), models.get)
+    assert again.next() is None
+    assert again.spent_s == 10 + 5
+    # One that was killed before its model is begun again, and counts once.
+    del models[jobs[1].fingerprint]
+    again = Study(jobs, budget, Journal(tmp_path / "j"), models.get)
+    assert [values[RATE] for values in train(again, models)] == [1e-3]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +264,7 @@ def test_a_small_space_is_drawn_whole_and_then_ends(tmp_path: Path) -> None:
 
 def test_early_stopping_knows_the_trials_of_earlier_calls(tmp_path: Path) -> None:
     from tuneloop.sweeps.search import PERCENT
-    from tuneloop.sweeps.trials import make_scheduler
+    from tuneloop.sweeps.trials import make_scheduler, measured_of
 
     settings = config({"parameters": {RATE: [1e-4, 1e-3]}, "scheduler": "asha"})
     assert settings.sweep is not None
@@ -254,8 +276,8 @@ def test_early_stopping_knows_the_trials_of_earlier_calls(tmp_path: Path) -> Non
     many = [job(cell) for cell in expand(config({"parameters": {RATE: rates}}))]
     orders = []
     for call in "ab":
-        study = Study(many, ANY, Journal(tmp_path / call), Models().get, order_seed=0)
-        orders.append([values[RATE] for values in train(study, Models())])
+        ordered = Study(many, ANY, Journal(tmp_path / call), Models().get, order_seed=0)
+        orders.append([values[RATE] for values in train(ordered, Models())])
     assert orders[0] == orders[1] != rates
     assert sorted(orders[0], reverse=True) == rates
 
@@ -272,6 +294,18 @@ def test_early_stopping_knows_the_trials_of_earlier_calls(tmp_path: Path) -> Non
     study.end(0, Trial(jobs[0].cell, None, "", 1.0, status="stopped"), 1.0)
     assert decide(2.0) == "STOP"
     assert decide(0.5) == "CONTINUE"
+    # A model that was there already says how it came about: the last loss came with the model.
+    table = pa.table({"step": [1, 2, 3, 4, 5], "validation_loss": [1.0, None, 0.8, None, 0.7]})
+    pq.write_table(table, tmp_path / "trainer_log.parquet")
+    model = Artifact("models", "s", 1, tmp_path, "", {"metrics": {}, "duration_s": 1.0})
+    dataset = Artifact("datasets", "s", 1, Path(), "", {"metrics": {"num_train_rows": 40}})
+    found = Study(
+        [jobs[0]._replace(dataset=dataset)], ANY, Journal(tmp_path / "k"), lambda _: model
+    )
+    expected = [Measurement(20.0, 1, 1.0), Measurement(60.0, 3, 0.8)]
+    assert measured_of(found.jobs[0], found.trials[0]) == expected
+    study = found
+    assert decide(2.0) == "STOP"
     # In a sweep the training is asked to end, and its trial goes on until it has.
     asked: list[int] = []
     scheduler: Any = make_scheduler(settings.sweep, study, asked.append)
