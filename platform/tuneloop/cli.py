@@ -47,6 +47,7 @@ serve
   install-engine  install an engine that serves, in an environment of its own
 improve
   next        say what to do next, what it may bring and what it rests on
+  label-next  choose the inputs that are most worth labelling, and say why
   fixes       list people's marks on rows, and what became of them
   trace       follow one row through datasets, answers, marks and votes
 look around
@@ -184,6 +185,17 @@ def _parser() -> argparse.ArgumentParser:
     gate.add_argument("--junit", metavar="FILE", help="write the checks as JUnit XML")
     gate.add_argument("--markdown", metavar="FILE", help="write the checks as Markdown")
     config_command("next")
+    labelling = command("label-next")
+    labelling.add_argument("rows", metavar="FILE", help="inputs, laid out like data.sources")
+    labelling.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
+    overrides(labelling)
+    labelling.add_argument(
+        "-k", dest="count", type=int, default=50, metavar="N", help="how many; default: %(default)s"
+    )
+    labelling.add_argument(
+        "--out", metavar="FILE", default="next.csv",
+        help="CSV, or tasks of Label Studio if it ends in .json; default: %(default)s",
+    )  # fmt: skip
     fixes = command("fixes")
     fixes.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
     overrides(fixes)

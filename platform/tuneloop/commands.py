@@ -31,6 +31,7 @@ from tuneloop.submission import in_job_directory, refuse_fleeting_workspace, sub
 from tuneloop.text import shorten
 
 log = logging.getLogger("tuneloop")
+_SHOWN_CHOICES = 10
 
 
 def _step(arguments: argparse.Namespace, output: IO[str]) -> int:
@@ -379,6 +380,38 @@ def _next(arguments: argparse.Namespace, output: IO[str]) -> int:
     return 0
 
 
+def _label_next(arguments: argparse.Namespace, output: IO[str]) -> int:
+    config = _load(arguments)
+    if arguments.count < 1:
+        raise ConfigError(Problem("nothing is to be chosen", where="-k", allowed="1 or more"))
+    path = Path(arguments.out)
+    _refuse_unwritable({"--out": path})
+    from tuneloop.labelling import choose_next, write_choices
+
+    chosen = choose_next(config, Workspace(config.workspace), arguments.rows, arguments.count)
+    written = write_choices(chosen, config, path)
+    if arguments.json:
+        rows = [
+            {"source": c.row.source, "score": c.score, "guess": c.guess, "reasons": c.reasons}
+            for c in chosen
+        ]
+        summary = {"path": written.path, "source": written.source, "chosen": rows}
+        print(json.dumps(summary, ensure_ascii=False), file=output)
+        return 0
+    table = Table(box=None, pad_edge=False)
+    for column in ("input", "why"):
+        table.add_column(column, overflow="fold")
+    for choice in chosen[:_SHOWN_CHOICES]:
+        text = shorten(" ".join(choice.row.prompt.split()), 70)
+        table.add_row(Text(text), Text("; ".join(choice.reasons)))
+    Console(file=output).print(table)
+    if len(chosen) > _SHOWN_CHOICES:
+        print(f"and {len(chosen) - _SHOWN_CHOICES:,} more", file=output)
+    print(f"wrote      {written.path}; fill in its answers", file=output)
+    print(f"then       add to data.sources: {json.dumps(written.source)}", file=output)
+    return 0
+
+
 def _trace(arguments: argparse.Namespace, output: IO[str]) -> int:
     workspace = open_workspace(arguments)
     from tuneloop.review.trace import trace, trace_lines
@@ -551,6 +584,7 @@ COMMANDS = {
     "sweep": _sweep,
     "dashboard": _dashboard,
     "next": _next,
+    "label-next": _label_next,
     "fixes": _fixes,
     "trace": _trace,
     "serve": _serve,

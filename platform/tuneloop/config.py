@@ -34,7 +34,14 @@ MixedTaskType = Literal["extraction", "classification", "generation"]
 TaskType = Literal[MixedTaskType, "language_modeling", "mixture"]
 EngineName = Literal["auto", "tuneloop", "vllm"]
 SourceFormat = Literal[
-    "alpaca", "prompt_completion", "question_answer", "messages", "sharegpt", "text", "columns"
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "messages",
+    "sharegpt",
+    "text",
+    "columns",
+    "label_studio",
 ]
 
 # Without `evaluation.margin` a difference of less than this much of a score is none of note.

@@ -43,6 +43,7 @@ _LAYOUTS = {
     "alpaca": "Alpaca's layout",
     "prompt_completion": "prompts and completions",
     "question_answer": "questions and answers",
+    "label_studio": "tasks of Label Studio",
     "columns": "columns of your own",
     "text": "plain text",
 }

@@ -110,6 +110,7 @@ def _files(path: str) -> list[SourceFile]:
         "alpaca",
         "prompt_completion",
         "question_answer",
+        "label_studio",
         "text",
     ):
         try:

@@ -120,6 +120,7 @@ def used_columns(source: SourceConfig) -> tuple[str, ...]:
         "messages": ("messages", "system", "tools", "functions"),
         "sharegpt": ("conversations", "system", "tools"),
         "text": ("text",),
+        "label_studio": ("data", "annotations"),
     }[source.format]
     return (*own, *(preference_columns(source.format) if "preferences" in source.mend else ()))
 
@@ -186,6 +187,8 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
     if source.format in ("messages", "sharegpt"):
         messages = _turns(row, source.format)
         tools = _tools(row)
+    elif source.format == "label_studio":
+        messages = _annotated(row)
     elif source.format == "prompt_completion" and isinstance(row.get("prompt"), list):
         messages = _turns({"messages": _both_lists(row)}, "messages")
         tools = _tools(row)
@@ -274,6 +277,50 @@ def _both_lists(row: Mapping[str, Any]) -> list[Any]:
             allowed="both lists of turns, or both texts",
         )
     return [*row["prompt"], *row["completion"]]
+
+
+def _annotated(row: Mapping[str, Any]) -> list[Message]:
+    """Return a task of Label Studio as a question and the answer that people gave."""
+    data = _decoded(row.get("data"), "data")
+    if not isinstance(data, dict) or "text" not in data:
+        raise RowError(
+            "the task has no `data` with a `text`",
+            got=", ".join(data) if isinstance(data, dict) else _short(data),
+            allowed="tasks as `tuneloop label-next` writes them, exported as JSON",
+            remedy="for other tasks export CSV or JSON-MIN and use format `columns`",
+        )
+    given = _decoded(row.get("annotations"), "annotations") or []
+    results = [
+        one.get("result") or []
+        for one in given
+        if isinstance(one, dict) and not one.get("was_cancelled")
+    ]
+    answers = [text for result in results if (text := _annotation(result))]
+    if not answers:
+        raise RowError(
+            "the task is not labelled yet",
+            remedy="label it, export labelled tasks only, or raise data.max_bad_rows_ratio",
+        )
+    if len(set(answers)) > 1:
+        raise RowError(
+            "people gave the task different answers",
+            got=", ".join(map(_short, dict.fromkeys(answers))),
+            remedy="agree on one, and delete the other annotations",
+        )
+    prompt = _text(data, "text").rstrip().lstrip("\r\n")
+    return [Message("user", prompt), Message("assistant", answers[0].strip())]
+
+
+def _annotation(results: Any) -> str:
+    """Return the choice or the text of an annotation; empty without one."""
+    for result in results if isinstance(results, list) else []:
+        value = result.get("value") if isinstance(result, dict) else None
+        for kind in ("choices", "text"):
+            said = value.get(kind) if isinstance(value, dict) else None
+            said = said[0] if isinstance(said, list) and said else said
+            if isinstance(said, str) and said.strip():
+                return said
+    return ""
 
 
 def _only_instance(instances: Any) -> dict[str, Any]:

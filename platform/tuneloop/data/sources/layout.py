@@ -121,6 +121,8 @@ def _named_layout(row: Mapping[str, Any]) -> str:
         return "alpaca"
     if is_preference(row, "messages"):
         return "messages"
+    if {"data", "annotations"} <= row.keys():
+        return "label_studio"
     if {"prompt", "completion"} <= row.keys():
         return "prompt_completion"
     if {"question", "answer"} <= row.keys():

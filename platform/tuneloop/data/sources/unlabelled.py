@@ -90,6 +90,10 @@ def _row(
 ) -> UnlabelledRow:
     if source.format == "text":
         messages, tools = [Message("user", to_document(record))], ""
+    elif source.format == "label_studio":
+        data = record.get("data")
+        text = {"text": data.get("text")} if isinstance(data, dict) else record
+        messages, tools = [Message("user", to_document(text))], ""
     else:
         chat = to_chat(*_with_answer(record, source), task)
         messages, tools = list(chat.messages[:-1]), chat.tools

@@ -20,6 +20,7 @@ from tuneloop.records import Arm, Conversation, Endpoint, Message
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.multiclass import OneVsRestClassifier
 
 _log = logging.getLogger("tuneloop.evals")
 # Raised when a change here changes an answer.
@@ -124,18 +125,22 @@ def nearest_rows(
 def _classify(
     rows: Sequence[Conversation], labels: Sequence[str], questions: Sequence[Question]
 ) -> list[str]:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.multiclass import OneVsRestClassifier
-
     if len(set(labels)) == 1:
         return [labels[0]] * len(questions)
     texts, asked = asked_texts(rows, questions)
     # With many rows, words that only one of them has tell nothing and cost most: 7,500 rows of 150
     # labels take 2 s of CPU without them and 58 s with them; the multinomial solver takes 48 s.
     vectorizer = vectorizer_of_words(min_rows=2 if len(rows) >= _MANY_ROWS else 1)
-    one = LogisticRegression(C=10.0, solver="liblinear", tol=1e-2)
-    classifier = OneVsRestClassifier(one).fit(vectorizer.fit_transform(texts), labels)
-    return [str(label) for label in classifier.predict(vectorizer.transform(asked))]
+    fitted = classifier().fit(vectorizer.fit_transform(texts), labels)
+    return [str(label) for label in fitted.predict(vectorizer.transform(asked))]
+
+
+def classifier() -> OneVsRestClassifier:
+    """Return the classifier of the simple arm, to be fitted."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multiclass import OneVsRestClassifier
+
+    return OneVsRestClassifier(LogisticRegression(C=10.0, solver="liblinear", tol=1e-2))
 
 
 def vectorizer_of_words(min_rows: int = 1, most_rows: float = 1.0) -> TfidfVectorizer:

@@ -1,0 +1,368 @@
+"""Which inputs to label next: the ones that a model learns most from, each with its reason.
+
+Source: Wei, Iyer and Bilmes 2015, Submodularity in data subset selection and active learning
+(facility location); Settles 2009, Active Learning Literature Survey, section 3.1 (margins).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.config import OneTaskConfig, SourceConfig, TuneloopConfig
+from tuneloop.data.sources.files import find_files
+from tuneloop.data.sources.unlabelled import UnlabelledRow, answer_column, read_unlabelled
+from tuneloop.errors import ConfigError, DataError, Problem
+from tuneloop.evals.scoring.questions import read_questions, read_solved
+from tuneloop.evals.scoring.simple import MOST_ROWS, classifier, vectorizer_of_words
+from tuneloop.evals.scoring.slices import LABEL
+from tuneloop.records import Conversation
+from tuneloop.review.fixes import marks_for
+from tuneloop.text import shorten
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+# All are compared with all.
+_MOST_INPUTS = 4_000
+_AT_ONCE = 512
+_SHOWN_CHARACTERS = 60
+_FLAT = ("question_answer", "prompt_completion", "alpaca", "columns")
+_TEXT, _CHOICE = "text", "answer"
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What there should be more of.
+
+    Args:
+        marked: Inputs of rows that people marked with "needs more like this".
+        weak: Values of columns, or labels, on which the newest evaluation is shown to be worse,
+            with the score there: by column and value.
+        metric: What the scores are of.
+    """
+
+    marked: Sequence[str] = ()
+    weak: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    metric: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An input to label.
+
+    Args:
+        row: The input.
+        score: How much doubt it takes away, in inputs; highest first.
+        guess: The label that a classifier of the train rows gives it; empty for other tasks.
+        reasons: Why it was chosen, in words.
+    """
+
+    row: UnlabelledRow
+    score: float
+    guess: str
+    reasons: tuple[str, ...]
+
+
+class _Doubt(NamedTuple):
+    """How little the train rows say about each of N inputs, 0 to 1, its guess, and in words."""
+
+    values: Numbers
+    guesses: list[str]
+    reasons: list[str]
+
+
+def choose_next(
+    config: TuneloopConfig, workspace: Workspace, path: str, count: int
+) -> list[Choice]:
+    """Return the inputs of a file to label next, the most useful first.
+
+    Args:
+        config: Whose newest dataset, evaluation and marks say what is known and what is weak.
+        workspace: Where these are.
+        path: A file of inputs, laid out like one of `data.sources` with or without answers, or with
+            a column `text`.
+        count: How many to choose.
+
+    Raises:
+        ConfigError: It is a mixture or plain text.
+        DataError: The file holds no input that can be read, or all are train rows.
+        ArtifactError: There is no dataset yet.
+    """
+    if config.task.tasks or config.task.type == "language_modeling":
+        raise ConfigError(
+            Problem(
+                "inputs are chosen for a single task with answers",
+                where="task.type",
+                got=config.task.type,
+                allowed="classification, extraction or generation",
+            )
+        )
+    found = read_inputs(config, path)
+    dataset = workspace.open(f"datasets/{config.name}")
+    train = read_solved(dataset)
+    known = {_plain(conversation.messages[-2].text) for conversation in train}
+    rows = list({_plain(row.prompt): row for row in reversed(found)}.values())[::-1]
+    rows = [row for row in rows if _plain(row.prompt) not in known]
+    if not rows:
+        raise DataError(
+            Problem("all inputs are train rows already", where=path, got=f"{len(found):,} rows")
+        )
+    return choose(rows, train, config.task, find_wanted(config, workspace, dataset), count)
+
+
+def read_inputs(config: TuneloopConfig, path: str) -> list[UnlabelledRow]:
+    """Return the inputs of a file, by the first layout of `data.sources` that reads it.
+
+    Raises:
+        DataError: None does.
+    """
+    layouts: list[SourceConfig] = [
+        source.model_copy(update={"path": path, "split": None, "subset": None})
+        for source in config.data.sources
+    ]
+    layouts.append(SourceConfig(path=path, format="text"))
+    problems: list[Problem] = []
+    for layout in layouts:
+        found = read_unlabelled(find_files([layout], path), [layout], config.task)
+        if found.rows and len(found.refused) <= config.data.max_bad_rows_ratio * len(found.rows):
+            return found.rows
+        for bad in found.refused[:1]:
+            details = bad.rejection.got, bad.rejection.allowed, bad.rejection.remedy
+            more = f" ({len(found.refused):,} rows)"
+            problems.append(Problem(bad.rejection.what + more, bad.place, *details))
+    raise DataError(*(problems[:1] or [Problem("the file holds no input", where=path)]))
+
+
+def find_wanted(config: TuneloopConfig, workspace: Workspace, dataset: Artifact) -> Wanted:
+    """Return what people's marks and the newest evaluation say there should be more of."""
+    marked = {m.content_id for m in marks_for(config, workspace) if m.kind == "more_like_this"}
+    inputs = []
+    if marked:
+        rows = {row.row_id: row.messages[-2].text for row in read_solved(dataset)}
+        rows |= {q.example_id: q.messages[-1].text for q in read_questions(dataset)}
+        inputs = [text for row_id, text in rows.items() if row_id.partition("-")[0] in marked]
+    versions = [
+        a for a in workspace.published() if (a.kind, a.name) == ("evaluations", config.name)
+    ]
+    file = versions[-1].path / "slices.json" if versions else None
+    if file is None or not file.is_file():
+        return Wanted(inputs)
+    slices = json.loads(file.read_text(encoding="utf-8"))
+    parts = [*slices["arms"].values()][-1] if slices["arms"] else []
+    weak = {
+        (part["by"], part["slice"]): float(part["value"])
+        for part in parts
+        if part["p_adjusted"] is not None
+        and part["p_adjusted"] <= 1 - slices["confidence"]
+        and part["value"] < part["rest"]
+    }
+    return Wanted(inputs, weak, slices["primary"])
+
+
+def choose(
+    rows: Sequence[UnlabelledRow],
+    train: Sequence[Conversation],
+    task: OneTaskConfig,
+    wanted: Wanted,
+    count: int,
+) -> list[Choice]:
+    """Return the most useful inputs, best first.
+
+    One at a time, the input that most doubt about all inputs is near to and no train row or earlier
+    choice is nearer: the sum over all inputs of how much nearer it comes (cosine of TF-IDF), times
+    the doubt about each, times up to two where there should be more like it.
+
+    Args:
+        rows: At least one input, all different.
+        train: Train rows.
+        task: Theirs.
+        wanted: What there should be more of.
+        count: How many to choose.
+    """
+    prompts = [row.prompt for row in rows]
+    asked = [conversation.messages[-2].text for conversation in train][:MOST_ROWS]
+    labels = [conversation.messages[-1].text for conversation in train][:MOST_ROWS]
+    vectors = vectorizer_of_words().fit_transform([*asked, *prompts, *wanted.marked])
+    known, inputs = vectors[: len(asked)], vectors[len(asked) : len(asked) + len(rows)]
+    nearest = _most_alike(inputs, known)
+    is_labels = task.type == "classification" and len(set(labels)) > 1
+    doubt = _doubt_by_labels(known, labels, inputs) if is_labels else _doubt_by_distance(nearest)
+    near_marked = _most_alike(inputs, vectors[len(asked) + len(rows) :])
+    weak = [_weak(row, guess, wanted) for row, guess in zip(rows, doubt.guesses, strict=True)]
+    weight = doubt.values * (1 + np.maximum(near_marked, [bool(words) for words in weak]))
+    chosen = []
+    for index, gain in _covering(inputs, weight, nearest, count):
+        reasons = [doubt.reasons[index]] if is_labels else []
+        reasons.append(f"the train row most like it is {nearest[index]:.0%} alike")
+        if weak[index]:
+            reasons.append(weak[index])
+        if near_marked[index] > nearest[index]:
+            reasons.append("people want more rows like it")
+        chosen.append(Choice(rows[index], gain, doubt.guesses[index], tuple(reasons)))
+    return chosen
+
+
+def _covering(
+    inputs: csr_matrix, weight: Numbers, nearest: Numbers, count: int
+) -> Iterator[tuple[int, float]]:
+    """Yield the inputs that come nearest to what is far from all, and by how much.
+
+    Of many inputs those with the largest weight are looked at.
+    """
+    places = np.argsort(-weight, kind="stable")[:_MOST_INPUTS]
+    part = inputs[places]
+    alike = (part @ part.T).toarray().astype(np.float32)
+    weights, covered = weight[places].astype(np.float32), nearest[places].astype(np.float32)
+    left = np.ones(len(places), dtype=bool)
+    for _ in range(min(count, len(places))):
+        gains = np.where(left, weights @ np.maximum(alike - covered[:, None], 0), -1)
+        best = int(np.argmax(gains))
+        left[best] = False
+        covered = np.maximum(covered, alike[best])
+        yield int(places[best]), float(gains[best])
+
+
+def _doubt_by_labels(known: csr_matrix, labels: Sequence[str], inputs: csr_matrix) -> _Doubt:
+    """Return how close the two most probable labels are."""
+    fitted = classifier().fit(known, labels)
+    shares = np.asarray(fitted.predict_proba(inputs), dtype=np.float64)
+    if shares.shape[1] != len(fitted.classes_):  # of two labels one probability
+        shares = np.column_stack([1 - shares[:, 0], shares[:, 0]])
+    shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)
+    order = np.argsort(-shares, axis=1, kind="stable")[:, :2]
+    best, second = np.take_along_axis(shares, order, axis=1).T
+    names = [[str(fitted.classes_[index]) for index in pair] for pair in order]
+    reasons = [
+        f"`{first}` ({p:.0%}) or `{other}` ({q:.0%})"
+        for (first, other), p, q in zip(names, best, second, strict=True)
+    ]
+    return _Doubt(1 - (best - second), [first for first, _ in names], reasons)
+
+
+def _doubt_by_distance(nearest: Numbers) -> _Doubt:
+    """Return how unlike the train rows each input is."""
+    return _Doubt(1 - nearest, [""] * len(nearest), [""] * len(nearest))
+
+
+def _weak(row: UnlabelledRow, guess: str, wanted: Wanted) -> str:
+    """Return on which weak part of the newest evaluation an input is; empty if on none."""
+    for (by, value), score in wanted.weak.items():
+        is_guessed = by == LABEL and guess == value
+        if is_guessed or (by != LABEL and by in row.record and str(row.record[by]) == value):
+            what = f"probably `{value}`" if is_guessed else f"{by} `{shorten(value, 40)}`"
+            return f"{what}, where {wanted.metric} is {score:.0%}"
+    return ""
+
+
+def _most_alike(inputs: csr_matrix, others: csr_matrix) -> Numbers:
+    """Return the largest cosine of each input with others; 0 without any. Shape (N,)."""
+    best = np.zeros(inputs.shape[0])
+    if not others.shape[0]:
+        return best
+    for start in range(0, inputs.shape[0], _AT_ONCE):
+        part = (inputs[start : start + _AT_ONCE] @ others.T).toarray()
+        best[start : start + len(part)] = part.max(axis=1)
+    return np.minimum(best, 1.0)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+class Written(NamedTuple):
+    """What was written, and how it is read again.
+
+    Args:
+        source: For `data.sources`, once the answers are filled in.
+    """
+
+    path: str
+    source: dict[str, Any]
+
+
+def write_choices(choices: Sequence[Choice], config: TuneloopConfig, path: Path) -> Written:
+    """Write the inputs to be labelled: CSV, or tasks of Label Studio if the name ends in `.json`.
+
+    Raises:
+        ConfigError: It cannot be written there, or is there already.
+    """
+    try:
+        with path.open("x", encoding="utf-8", newline="") as file:
+            if path.suffix == ".json":
+                tasks = [_task(choice, config) for choice in choices]
+                json.dump(tasks, file, ensure_ascii=False, indent=1)
+                return Written(str(path), {"path": str(path), "format": "label_studio"})
+            return Written(str(path), {"path": str(path)} | _write_csv(choices, config, file))
+    except OSError as error:
+        raise ConfigError(
+            Problem(
+                "the chosen inputs cannot be written",
+                where="--out",
+                got=f"{path}: {error.strerror or error}",
+                remedy="name a file that is not there yet, in a folder that is",
+            )
+        ) from error
+
+
+def _write_csv(choices: Sequence[Choice], config: TuneloopConfig, file: Any) -> dict[str, Any]:
+    """Write a table with an empty column for the answers; return its layout."""
+    first = choices[0].row.record
+    layout = next((s for s in config.data.sources if s.format in _FLAT and _reads(s, first)), None)
+    if layout is None or layout.format == "alpaca":
+        columns = {"prompt": "prompt", "completion": "answer"}
+        records = [{"prompt": choice.row.prompt} for choice in choices]
+        result: dict[str, Any] = {"format": "columns", "columns": columns}
+        answer = "answer"
+    else:
+        answer = answer_column(layout)
+        records = [
+            {k: v for k, v in choice.row.record.items() if k != answer} for choice in choices
+        ]
+        result = {"format": layout.format} | ({"columns": layout.columns} if layout.columns else {})
+    names = list(dict.fromkeys(name for record in records for name in record))
+    guessed = ["guess"] if config.task.type == "classification" else []
+    writer = csv.writer(file)
+    writer.writerow([*names, answer, *guessed, "why"])
+    for choice, record in zip(choices, records, strict=True):
+        cells = [_cell(record.get(name)) for name in names]
+        guess = [choice.guess] if guessed else []
+        writer.writerow([*cells, "", *guess, "; ".join(choice.reasons)])
+    return result
+
+
+def _reads(source: SourceConfig, record: Mapping[str, Any]) -> bool:
+    """Return whether a row has the column that a layout takes the prompt from."""
+    prompts = {"question_answer": "question", "prompt_completion": "prompt"}
+    name = source.columns.get("prompt") or prompts.get(source.format, "instruction")
+    return name in record
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _task(choice: Choice, config: TuneloopConfig) -> dict[str, Any]:
+    """Return an input as a task of Label Studio, its guess as a pre-annotation."""
+    data = {_TEXT: choice.row.prompt, "why": "; ".join(choice.reasons)}
+    task: dict[str, Any] = {"data": data}
+    if choice.guess:
+        result = {
+            "from_name": _CHOICE,
+            "to_name": _TEXT,
+            "type": "choices",
+            "value": {"choices": [choice.guess]},
+        }
+        task["predictions"] = [{"model_version": config.name, "result": [result]}]
+    return task
