@@ -1,6 +1,9 @@
 """Decode engine against transformers' own `generate` with static batches, side by side.
 
-    python benchmarks/serving.py PATH_OF_MODEL [--prompts 32] [--max-tokens 64] [--rounds 1]
+    python benchmarks/serving.py PATH_OF_MODEL [--prompts 32] [--max-tokens 64] [--vllm]
+
+With `--vllm`, vLLM behind our protocol is a third one, and the same server asked directly a fourth;
+`tuneloop install-engine vllm` installs it.
 
 Prompts are slices of this Python's own sources. Each workload runs on both, one after the other,
 with greedy decoding and without stop tokens, so that both write the same number of tokens; the
@@ -10,6 +13,7 @@ ids are compared. One JSON line per workload goes to standard output.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import json
 import os
@@ -19,13 +23,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tuneloop.config import VllmConfig
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
 from tuneloop.serving.model import num_threads
 from tuneloop.serving.requests import DecodeRequest
+from tuneloop.serving.vllm.engine import ServedWeights, VllmEngine
 
 WORKLOADS = {
     "120 tokens each": (0, (120, 120)),
@@ -58,6 +65,36 @@ def run_engine(path: Path, prompts: list[list[int]], max_tokens: int) -> tuple[f
     return seconds, answers
 
 
+def run_vllm(engine: VllmEngine, prompts: list[list[int]], max_tokens: int) -> tuple[float, Any]:
+    """Return seconds and generated ids of vLLM as our engine."""
+    params = SamplingParams(max_tokens=max_tokens)
+    start = time.perf_counter()
+    futures = [engine.submit(DecodeRequest(prompt, params)) for prompt in prompts]
+    answers = [future.result().token_ids for future in futures]
+    return time.perf_counter() - start, answers
+
+
+def run_bare_vllm(
+    engine: VllmEngine, prompts: list[list[int]], max_tokens: int
+) -> tuple[float, Any]:
+    """Return seconds and generated ids of vLLM's server, asked by nothing but an HTTP client."""
+
+    async def ask() -> list[list[int]]:
+        transport = httpx.AsyncHTTPTransport(uds=engine.socket)
+        client = httpx.AsyncClient(transport=transport, base_url="http://vllm/v1", timeout=None)
+        body = {"model": "base", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        body["return_token_ids"] = True
+        async with client:
+            replies = await asyncio.gather(
+                *(client.post("/completions", json=body | {"prompt": one}) for one in prompts)
+            )
+        return [reply.json()["choices"][0]["token_ids"] for reply in replies]
+
+    start = time.perf_counter()
+    answers = asyncio.run(ask())
+    return time.perf_counter() - start, answers
+
+
 @torch.inference_mode()
 def run_generate(path: Path, prompts: list[list[int]], max_tokens: int) -> tuple[float, Any]:
     """Return seconds and generated ids of one left-padded static batch."""
@@ -80,7 +117,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--vllm", action="store_true")
     options = parser.parse_args()
+    vllm = None
+    if options.vllm:
+        weights = ServedWeights(options.model)
+        vllm = VllmEngine(weights, VllmConfig(), lambda ids: "", (), options.prompts)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     text = "\n".join(
         Path(os.__file__).with_name(name).read_text() for name in ("argparse.py", "os.py")
@@ -90,7 +132,9 @@ def main() -> None:
         prompts = make_prompts(ids, options.prompts, shared, lengths)
         tokens = options.prompts * options.max_tokens
         speeds: dict[str, list[float]] = {"engine": [], "generate": []}
-        equal = 0
+        if vllm is not None:
+            speeds |= {"vllm": [], "bare vllm": []}
+        equal = equal_vllm = 0
         for _ in range(options.rounds):
             seconds, ours = run_engine(options.model, prompts, options.max_tokens)
             speeds["engine"].append(tokens / seconds)
@@ -98,6 +142,14 @@ def main() -> None:
             speeds["generate"].append(tokens / seconds)
             equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
             gc.collect()
+            if vllm is not None:
+                # The second to be asked would find the first one's prompts in vLLM's cache.
+                run_bare_vllm(vllm, prompts, 1)
+                seconds, theirs = run_vllm(vllm, prompts, options.max_tokens)
+                speeds["vllm"].append(tokens / seconds)
+                equal_vllm = sum(a == b for a, b in zip(ours, theirs, strict=True))
+                seconds, _ = run_bare_vllm(vllm, prompts, options.max_tokens)
+                speeds["bare vllm"].append(tokens / seconds)
         medians = {key: round(statistics.median(values), 1) for key, values in speeds.items()}
         report = {
             "workload": name,
@@ -108,7 +160,11 @@ def main() -> None:
             "equal_ids": f"{equal} of {options.prompts}",
             "threads": num_threads(),
         }
+        if vllm is not None:
+            report["equal_ids_vllm"] = f"{equal_vllm} of {options.prompts}"
         print(json.dumps(report), flush=True)
+    if vllm is not None:
+        vllm.close()
 
 
 if __name__ == "__main__":

@@ -108,9 +108,13 @@ class VllmEngine:
 
     Raises:
         ModelError: vLLM is not installed, does not know the model, or ends while it loads.
+
+    Attributes:
+        socket: Where its server is reached.
     """
 
     notice = ""
+    socket = ""
 
     def __init__(
         self,
@@ -141,6 +145,7 @@ class VllmEngine:
         async def start() -> int:
             self._process = VllmProcess(installed, arguments, weights.path.name)
             self._process.wait_until_ready()
+            self.socket = self._process.socket
             transport = httpx.AsyncHTTPTransport(
                 uds=self._process.socket, limits=httpx.Limits(max_connections=None)
             )

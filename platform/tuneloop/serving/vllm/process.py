@@ -18,6 +18,7 @@ import httpx
 
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.bases.source import cache_directory
+from tuneloop.serving.model import num_threads
 from tuneloop.serving.vllm.environment import Installed
 
 _log = logging.getLogger("tuneloop.serving")
@@ -39,8 +40,14 @@ _NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "OMP_NUM_THREADS", "VLLM_API_KEY",
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+}
+_CPU_ENVIRONMENT = {
     # Otherwise the first request with log-probabilities waits half a minute for a C++ compiler.
     "TORCH_COMPILE_DISABLE": "1",
+    # Otherwise all models are bound to the same cores, and one core to none.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Threads that wait for each other sleep after a millisecond: other models need the core.
+    "KMP_BLOCKTIME": "1",
 }
 
 
@@ -63,12 +70,15 @@ class VllmProcess:
         self.socket = str(self._folder / "socket")
         self.log_file = _new_log(name)
         environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+        environment |= _ENVIRONMENT
+        if installed.device == "cpu":
+            environment |= _CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads())}
         command = [str(installed.python), "-I", "-c", _LAUNCH, str(os.getpid()), *_SERVER]
         command += ["--uds", self.socket, "--disable-uvicorn-access-log", *arguments]
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                env=environment | _ENVIRONMENT,
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
