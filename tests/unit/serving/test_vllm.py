@@ -9,9 +9,12 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tuneloop.config import ServingConfig, TuneloopConfig, VllmConfig
 from tuneloop.contest import engine_problems
@@ -21,7 +24,7 @@ from tuneloop.models.json_form import json_grammar, with_layout
 from tuneloop.records import SamplingParams
 from tuneloop.serving.constraint import Constraints
 from tuneloop.serving.requests import AnswerForm, DecodeRequest, Shaping
-from tuneloop.serving.vllm.engine import ServedWeights, request_body, server_arguments
+from tuneloop.serving.vllm.engine import ServedWeights, Written, request_body, server_arguments
 from tuneloop.serving.vllm.environment import Installed, environment_folder, require
 from tuneloop.serving.vllm.process import VllmProcess
 
@@ -79,9 +82,11 @@ def test_a_server_is_told_everything_that_it_would_choose(tmp_path: Path) -> Non
         adapters[name] = tmp_path / name
         adapters[name].mkdir()
         (adapters[name] / "adapter_config.json").write_text(json.dumps(settings))
+        layer = f"base_model.model.model.layers.0.{name}_proj.lora_A.weight"
+        save_file({layer: torch.zeros(1)}, adapters[name] / "adapter_model.safetensors")
     weights = ServedWeights(tmp_path, adapters)
 
-    def told(settings: VllmConfig, device: str, weights: ServedWeights = weights) -> str:
+    def told(settings: VllmConfig, device: str) -> str:
         return " ".join(server_arguments(weights, settings, 16, device))  # type: ignore[arg-type]
 
     on_gpu = told(VllmConfig(gpu_memory_share=0.45, tensor_parallel_size=2), "gpu")
@@ -89,11 +94,19 @@ def test_a_server_is_told_everything_that_it_would_choose(tmp_path: Path) -> Non
         "--generation-config vllm", "--max-num-seqs 16", "--dtype bfloat16",
         "--gpu-memory-utilization 0.45", "--tensor-parallel-size 2", "--max-lora-rank 32",
         "--max-loras 2", f"--lora-modules a={tmp_path}/a b={tmp_path}/b",
+        "--lora-target-modules a_proj b_proj",
     ):  # fmt: skip
         assert part in on_gpu
+    save_file(
+        {"base_model.model.lm_head.lora_A.weight": torch.zeros(1)},
+        adapters["b"] / "adapter_model.safetensors",
+    )
+    with pytest.raises(ModelError, match="changes the output layer"):
+        told(VllmConfig(), "cpu")
+    weights = ServedWeights(tmp_path)
     assert "--dtype float32" in told(VllmConfig(), "cpu")
     assert "--dtype float16" in told(VllmConfig(dtype="float16"), "gpu")
-    assert "lora" not in told(VllmConfig(), "cpu", ServedWeights(tmp_path))
+    assert "lora" not in told(VllmConfig(), "cpu")
     (tmp_path / "config.json").write_text("{}")
     assert "--dtype float32" in told(VllmConfig(), "gpu")
 
@@ -120,6 +133,39 @@ def test_a_request_leaves_nothing_to_defaults(tiny_model: Path) -> None:
         for one in (schema, with_layout(schema))
     )
     assert ours == theirs
+
+
+def choice_of(ids: list[int], finish: str | None, stop: object, text: str = "") -> dict[str, Any]:
+    """Return a choice as vLLM 0.32 answers it: the chosen token stands among the likeliest."""
+    logprobs = {
+        "token_logprobs": [-2.0] * len(ids),
+        "top_logprobs": [
+            {f"token_id:{i}": -2.0, "token_id:1": -1.0, "token_id:3": -1.5} for i in ids
+        ],
+    }
+    reasons = {"finish_reason": finish, "stop_reason": stop}
+    return {"text": text, "token_ids": ids, "logprobs": logprobs, **reasons}
+
+
+def test_answers_are_read_without_the_token_that_ends_them() -> None:
+    # By a stop token, which may be the tokenizer's own (no reason is given); whole or in pieces.
+    for stop in (2, None):
+        whole, pieces = Written(2), Written(2)
+        whole.add(choice_of([7, 8, 2], "stop", stop))
+        for piece in (choice_of([7], None, None), choice_of([8, 2], "stop", stop)):
+            pieces.add(piece)
+        for written in (whole, pieces):
+            assert written.token_ids == [7, 8]
+            assert [score.top for score in written.scores] == [((1, -1.0), (3, -1.5))] * 2
+            assert written.scores[0].logprob == -2.0
+            assert written.ended_by_token
+    # A stop string's tokens stay, as do those of an answer that is cut off.
+    for finish, reason in (("stop", "x"), ("length", None)):
+        written = Written(0)
+        written.add(choice_of([7, 8, 2], finish, reason, "text"))
+        assert written.token_ids == [7, 8, 2]
+        assert [score.top for score in written.scores] == [()] * 3
+        assert not written.ended_by_token
 
 
 def test_a_server_that_ends_says_why_and_leaves_nothing(

@@ -12,7 +12,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,10 @@ from typing import Any
 
 import httpx
 import psutil
+from safetensors import SafetensorError, safe_open
 
 from tuneloop.config import VllmConfig
-from tuneloop.errors import TuneloopError
+from tuneloop.errors import ModelError, Problem, TuneloopError
 from tuneloop.models.json_form import with_layout
 from tuneloop.serving.ranking import RankedAnswer
 from tuneloop.serving.requests import (
@@ -89,7 +90,36 @@ def server_arguments(
         arguments += ["--enable-lora", "--max-lora-rank", str(room_for)]
         arguments += ["--max-loras", str(len(weights.adapters)), "--lora-modules"]
         arguments += [f"{name}={folder}" for name, folder in weights.adapters.items()]
+        # All others would be made ready for adapters too, and vLLM 0.32 ends when it scores a
+        # prompt through an output layer that is.
+        changed = set().union(*map(_changed_layers, weights.adapters.values()))
+        arguments += ["--lora-target-modules", *sorted(changed)]
     return arguments
+
+
+def _changed_layers(folder: Path) -> set[str]:
+    """Return the last part of the names of the layers that an adapter changes.
+
+    Raises:
+        ModelError: It cannot be read, or changes the output layer.
+    """
+    file = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(file, "numpy") as tensors:
+            keys = tensors.keys()
+        names = {key.rpartition(".lora_")[0].rpartition(".")[2] for key in keys}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(Problem("cannot read the adapter", str(file), str(error))) from error
+    if names & {"lm_head", ""}:
+        raise ModelError(
+            Problem(
+                "vLLM does not serve this adapter",
+                where=str(folder),
+                got="it changes the output layer, or is not plain LoRA",
+                remedy="serve the merged weights: the reference without `/adapter`",
+            )
+        )
+    return names
 
 
 def _rank(folder: Path) -> int:
@@ -257,9 +287,9 @@ class VllmEngine:
         self._num_generated_tokens += len(written.token_ids)
         return self._result(request, written, time.monotonic() - started)
 
-    async def _whole(self, request: DecodeRequest) -> _Written:
+    async def _whole(self, request: DecodeRequest) -> Written:
         answer = await self._post(request_body(request, self._stop_ids))
-        written = _Written(request.num_top)
+        written = Written(request.num_top)
         choice = answer["choices"][0]
         if request.params.max_tokens:
             written.add(choice)
@@ -272,15 +302,17 @@ class VllmEngine:
 
     async def _stream(
         self, request: DecodeRequest, on_token: Callable[[int, TokenScore | None], None]
-    ) -> _Written:
-        written, count = _Written(request.num_top), 0
-        async for choice in self._events(request_body(request, self._stop_ids) | {"stream": True}):
-            written.add(choice)
-            _hand_on(on_token, written, count)
-            count = len(written.token_ids)
+    ) -> Written:
+        written, count = Written(request.num_top), 0
+        body = request_body(request, self._stop_ids) | {"stream": True}
+        async with contextlib.aclosing(self._events(body)) as choices:
+            async for choice in choices:
+                written.add(choice)
+                _hand_on(on_token, written, count)
+                count = len(written.token_ids)
         return written
 
-    async def _rank(self, request: DecodeRequest, ranking: Ranking) -> _Written:
+    async def _rank(self, request: DecodeRequest, ranking: Ranking) -> Written:
         """Score every answer behind the prompt; the server knows no search."""
         prompt, answers = list(request.prompt_ids), ranking.tree.answers
         bodies = [
@@ -288,7 +320,7 @@ class VllmEngine:
              "temperature": 0, "prompt_logprobs": 0}
             for answer in answers
         ]  # fmt: skip
-        written = _Written()
+        written = Written()
         tasks = [asyncio.create_task(self._post(body)) for body in bodies]
         try:
             replies = await asyncio.gather(*tasks)
@@ -312,7 +344,7 @@ class VllmEngine:
             raise self._refusal(response.status_code, response.text)
         return response.json()
 
-    async def _events(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _events(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         try:
             async with self._client.stream("POST", "/completions", json=body) as response:
                 if not response.is_success:
@@ -345,7 +377,7 @@ class VllmEngine:
             return InvalidRequest(f"vLLM refuses the request: {message[:500]}")
         return TuneloopError(f"vLLM failed: {message[:500]}")
 
-    def _result(self, request: DecodeRequest, written: _Written, seconds: float) -> DecodeResult:
+    def _result(self, request: DecodeRequest, written: Written, seconds: float) -> DecodeResult:
         params, ids = request.params, written.token_ids
         text, count = self._decode(ids), len(ids)
         if params.stop and request.ranking is None:
@@ -354,14 +386,11 @@ class VllmEngine:
                 text = text[: min(ends)] if ends else written.text
         scores = written.scores if params.logprobs and request.ranking is None else None
         kept = _covering(written.ranked, request.ranking) if request.ranking else []
-        ended_by_token = written.finish_reason == "stop" and not isinstance(
-            written.stop_reason, str
-        )
         return DecodeResult(
             text=text,
             finish_reason="stop" if written.finish_reason == "stop" else "length",
             prompt_tokens=len(request.prompt_ids),
-            completion_tokens=count + ended_by_token,
+            completion_tokens=count + written.ended_by_token,
             latency_s=seconds,
             token_ids=ids,
             logprobs=None if scores is None else [score.logprob for score in scores],
@@ -373,8 +402,13 @@ class VllmEngine:
 
 
 @dataclass
-class _Written:
-    """What has come of one answer. Without the token that ended it."""
+class Written:
+    """What has come of one answer, without the token that ended it.
+
+    Args:
+        num_top: How many of the likeliest tokens each score lists.
+        stop_reason: The stop string or token; None also where it is the tokenizer's end token.
+    """
 
     num_top: int = 0
     finish_reason: str = "stop"
@@ -387,6 +421,11 @@ class _Written:
         self.prompt_scores: list[TokenScore] = []
         self.ranked: list[RankedAnswer] = []
 
+    @property
+    def ended_by_token(self) -> bool:
+        """Whether a token ended it that is no part of it; those of a stop string are."""
+        return self.finish_reason == "stop" and not isinstance(self.stop_reason, str)
+
     def add(self, choice: Mapping[str, Any]) -> None:
         """Take over a whole answer, or a piece of one that is streamed."""
         ids = list(choice["token_ids"] or ())
@@ -394,15 +433,14 @@ class _Written:
         self.text += choice["text"]
         self.finish_reason = choice["finish_reason"] or "length"
         self.stop_reason = choice["stop_reason"]
-        # By a stop string it ends after a token that belongs to it, else by one that does not.
-        if self.finish_reason == "stop" and not isinstance(self.stop_reason, str):
+        if self.ended_by_token:
             ids, scores = ids[:-1], scores[:-1]
         self.token_ids += ids
         self.scores += scores
 
 
 def _hand_on(
-    on_token: Callable[[int, TokenScore | None], None], written: _Written, start: int
+    on_token: Callable[[int, TokenScore | None], None], written: Written, start: int
 ) -> None:
     """Tell of the tokens from the given one on."""
     for index in range(start, len(written.token_ids)):
