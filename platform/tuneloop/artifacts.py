@@ -211,6 +211,7 @@ class Workspace:
             if self.remote:
                 from pyarrow import fs
 
+                self._arrow = fs
                 self._fs, self._base = fs.FileSystem.from_uri(self.location)
             elif self.root.exists() and not self.root.is_dir():
                 raise NotADirectoryError(f"{self.root} is a file")
@@ -354,10 +355,8 @@ class Workspace:
             target = self.root / draft.kind / draft.name / f"v{version}"
             target.parent.mkdir(parents=True, exist_ok=True)
             if self.remote:
-                from pyarrow import fs
-
                 remote = f"{self._base}/{draft.kind}/{draft.name}/v{version}"
-                fs.copy_files(str(draft.path), remote, destination_filesystem=self._fs)
+                self._arrow.copy_files(str(draft.path), remote, destination_filesystem=self._fs)
                 with self._fs.open_output_stream(f"{remote}/{MANIFEST}") as stream:
                     stream.write(text.encode())
             # Written beside, then renamed: a manifest is never seen half-written. The directory
@@ -383,9 +382,7 @@ class Workspace:
 
     def _entries(self, kind: str) -> list[str]:
         if self.remote:
-            from pyarrow import fs
-
-            selector = fs.FileSelector(f"{self._base}/{kind}", allow_not_found=True)
+            selector = self._arrow.FileSelector(f"{self._base}/{kind}", allow_not_found=True)
             return sorted(info.base_name for info in self._fs.get_file_info(selector))
         folder = self.root / kind
         return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
@@ -408,9 +405,7 @@ class Workspace:
             if fetch and not (path / MANIFEST).exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-                    from pyarrow import fs
-
-                    fs.copy_files(remote, temporary, source_filesystem=self._fs)
+                    self._arrow.copy_files(remote, temporary, source_filesystem=self._fs)
                     with contextlib.suppress(OSError):
                         Path(temporary).rename(path)
                         Path(temporary).mkdir()
