@@ -13,6 +13,7 @@ import math
 import socket
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tuneloop.serving.keys import Keyring, keyring, refuse_exposed
 from tuneloop.serving.protocol import ProtocolError
 from tuneloop.serving.replica import ModelServer, Route, ServedModel
 from tuneloop.serving.requests import Activity
+from tuneloop.serving.room import refuse_small_memory
 
 __all__ = ["ServedModel", "build_application", "free_port", "host", "listen", "serve"]
 
@@ -46,6 +48,22 @@ _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 # spinning keeps the thread that is waited for off its core as soon as anything else runs (another
 # model, the client). On a busy machine this is three times faster.
 REPLICA_ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How replicas are replaced when a running application is changed.
+
+    Args:
+        drain_s: Seconds that a replica which is to go may take to end its answers.
+        has_spare: The new one is loaded while the old one still answers, in memory of its own.
+    """
+
+    drain_s: float = 5
+    has_spare: bool = False
+
+
+AT_ONCE = Rollout()
 
 
 class RayBackend:
@@ -96,6 +114,7 @@ def build_application(
     serving: ServingConfig,
     model_options: dict[str, Any],
     keys: Keyring,
+    rollout: Rollout = AT_ONCE,
 ) -> ray_serve.Application:
     """Return the Serve application, for `serve.run` or a `serve deploy` configuration.
 
@@ -113,11 +132,8 @@ def build_application(
             server.options(
                 name=deployment,
                 ray_actor_options=model_options,
-                max_ongoing_requests=_MAX_ONGOING,
-                graceful_shutdown_wait_loop_s=0.2,
-                graceful_shutdown_timeout_s=5,
-                logging_config=_QUIET,
-            ).bind(group, serving.max_batch_size, vllm)
+                **_replica_options(rollout),
+            ).bind(group, serving.max_batch_size, vllm, rollout.has_spare)
         )
         deployments |= dict.fromkeys(group, deployment)
     # In the order asked for, which is the order they are listed in.
@@ -135,10 +151,7 @@ def build_application(
     ingress = ray_serve.deployment(ray_serve.ingress(api)()).options(
         name="ingress",
         ray_actor_options={"num_cpus": INGRESS_CPUS},
-        max_ongoing_requests=_MAX_ONGOING,
-        graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=5,
-        logging_config=_QUIET,
+        **_replica_options(replace(rollout, has_spare=True)),
     )
     return ingress.bind(*bound)
 
@@ -149,6 +162,16 @@ def _vllm(serving: ServingConfig, model_options: Mapping[str, Any]) -> VllmConfi
         return None
     share = serving.vllm.gpu_memory_share * min(1, model_options.get("num_gpus") or 1)
     return serving.vllm.model_copy(update={"gpu_memory_share": share})
+
+
+def _replica_options(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "max_ongoing_requests": _MAX_ONGOING,
+        "max_surge_percent": 100 if rollout.has_spare else 0,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": rollout.drain_s,
+        "logging_config": _QUIET,
+    }
 
 
 @contextlib.contextmanager
@@ -213,6 +236,8 @@ def host(
     name = served_name()
     if name in ray_serve.status().applications:
         ray_serve.delete(name)
+    if len(ray.nodes()) == 1 and not ray.available_resources().get("GPU"):
+        refuse_small_memory(list(models.values()))
     options = _model_options(len(_by_weights(models)), serving)
     application = build_application(models, serving, options, keys)
     ray_serve.run(application, name=name, logging_config=_QUIET)

@@ -12,7 +12,13 @@ from pydantic import Field
 from ray.serve import Application
 
 from tuneloop.config import EngineName, Section, ServingConfig, VllmConfig
-from tuneloop.serving.app import MODEL_CPUS, REPLICA_ENVIRONMENT, ServedModel, build_application
+from tuneloop.serving.app import (
+    MODEL_CPUS,
+    REPLICA_ENVIRONMENT,
+    Rollout,
+    ServedModel,
+    build_application,
+)
 from tuneloop.serving.keys import keyring
 
 
@@ -38,6 +44,14 @@ class DeployArguments(Section):
     )
     api_keys_file: str = Field("", description="As `serving.api_keys_file`, on the head node.")
     cpus_per_model: float = Field(MODEL_CPUS, gt=0, description="Reserved for each replica.")
+    spare_replica: bool = Field(
+        True,
+        description="A changed model is loaded beside the old one, which answers meanwhile; needs "
+        "the memory, CPUs and GPUs of both. False: new requests wait until it is loaded.",
+    )
+    drain_s: float = Field(
+        120, ge=0, description="Seconds that a replaced model may take to end its answers."
+    )
     gpus_per_model: float = Field(0, ge=0, description="Reserved for each replica.")
 
 
@@ -60,4 +74,5 @@ def application(arguments: DeployArguments) -> Application:
         vllm=arguments.vllm,
         api_keys_file=arguments.api_keys_file,
     )
-    return build_application(models, serving, options, keyring(serving))
+    rollout = Rollout(arguments.drain_s, arguments.spare_replica)
+    return build_application(models, serving, options, keyring(serving), rollout)

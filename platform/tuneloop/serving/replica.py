@@ -271,6 +271,7 @@ class ModelServer:
         models: By the name requests call them; `path` is the same for all.
         max_batch_size: Sequences decoded together, whichever model they ask for.
         vllm: How vLLM is run; None: our own engine decodes.
+        waits: Return when the models are loaded. Raises ModelError then.
     """
 
     def __init__(
@@ -278,10 +279,13 @@ class ModelServer:
         models: Mapping[str, ServedModel],
         max_batch_size: int,
         vllm: VllmConfig | None = None,
+        waits: bool = False,
     ) -> None:
         self._loading: Future[dict[str, _Loaded]] = ThreadPoolExecutor(1).submit(
             _load, models, max_batch_size, vllm
         )
+        if waits:
+            self._loading.result()
 
     def __del__(self) -> None:
         """End the engine; Ray Serve calls this when a replica ends."""
