@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, FastAPI, Request
@@ -37,6 +37,12 @@ from tuneloop.serving.protocol import (
 )
 from tuneloop.serving.replica import Route
 from tuneloop.serving.requests import Activity
+from tuneloop.serving.responses import (
+    ResponsesRequest,
+    parse_responses,
+    response_events,
+    response_of,
+)
 
 # Status and JSON, then, if the status is 200, server-sent events.
 Stream = AsyncGenerator[tuple[int, dict[str, Any]] | str]
@@ -107,7 +113,54 @@ class _HttpSide:
 
     async def answer(self, route: Route, request: Request) -> Response:
         """Answer one request for a model."""
-        body = await _read_body(request)
+        return await self._ask(request, route, await _read_body(request))
+
+    async def respond(self, request: Request) -> Response:
+        """Answer one request of the Responses protocol, as a chat."""
+        wanted = parse_responses(await _read_body(request))
+        return await self._ask(request, "chat", wanted.chat_body(), wanted)
+
+    async def _ask(
+        self,
+        request: Request,
+        route: Route,
+        body: dict[str, Any],
+        wanted: ResponsesRequest | None = None,
+    ) -> Response:
+        """Return the answer to a body.
+
+        Args:
+            wanted: What of the Responses protocol the body was made of.
+        """
+        backend, asked = self._admit(request, route, body)
+        try:
+            if body.get("stream") is True and route in ("chat", "completions"):
+                items = backend.stream(route, body, asked.request_id)
+                status, answer = await _first(items)
+                if status == 200:
+                    events = _events(items, asked)
+                    events = response_events(wanted, events) if wanted else events
+                    return StreamingResponse(events, media_type="text/event-stream")
+            else:
+                status, answer = await backend.answer(route, body, asked.request_id)
+                answer = response_of(wanted, answer) if wanted and status == 200 else answer
+        except asyncio.CancelledError:
+            asked.ended(_CLIENT_GONE)
+            raise
+        except Exception as error:
+            asked.ended(error.status if isinstance(error, ProtocolError) else 500)
+            raise
+        asked.ended(status)
+        return _json(answer, status)
+
+    def _admit(
+        self, request: Request, route: Route, body: dict[str, Any]
+    ) -> tuple[Backend, _Asked]:
+        """Return what answers a request.
+
+        Raises:
+            ProtocolError: The model is not there, or the key may not ask it, or not yet.
+        """
         name = body.get("model")
         backend = self.models.get(name) if isinstance(name, str) else None
         if not isinstance(name, str) or backend is None:
@@ -120,22 +173,7 @@ class _HttpSide:
         except ProtocolError as error:
             asked.ended(error.status)
             raise
-        try:
-            if body.get("stream") is True and route in ("chat", "completions"):
-                items = backend.stream(route, body, asked.request_id)
-                status, answer = await _first(items)
-                if status == 200:
-                    return StreamingResponse(_events(items, asked), media_type="text/event-stream")
-            else:
-                status, answer = await backend.answer(route, body, asked.request_id)
-        except asyncio.CancelledError:
-            asked.ended(_CLIENT_GONE)
-            raise
-        except Exception as error:
-            asked.ended(error.status if isinstance(error, ProtocolError) else 500)
-            raise
-        asked.ended(status)
-        return _json(answer, status)
+        return backend, asked
 
     async def activities(self) -> dict[str, Activity | None]:
         """Return what each engine does, by the first of its names; None where it does not answer.
@@ -229,7 +267,7 @@ async def _first(items: Stream) -> tuple[int, dict[str, Any]]:
     return first
 
 
-async def _events(items: Stream, asked: _Asked) -> AsyncIterator[str]:
+async def _events(items: Stream, asked: _Asked) -> AsyncGenerator[str]:
     """Pass events on; one that breaks off ends with an error event."""
     status, num_events = 200, 0
     try:
@@ -374,6 +412,16 @@ def _add_routes(api: FastAPI, side: _HttpSide) -> None:
         return await side.answer("chat", request)
 
     @api.post(
+        "/v1/responses",
+        dependencies=keyed,
+        responses=_ERRORS,
+        openapi_extra=_body_of(ResponsesRequest),
+    )
+    async def responses(request: Request) -> Response:
+        """The answer to a conversation in OpenAI's newer protocol; nothing is stored."""
+        return await side.respond(request)
+
+    @api.post(
         "/v1/completions",
         dependencies=keyed,
         responses=_ERRORS,
@@ -404,6 +452,7 @@ def _add_routes(api: FastAPI, side: _HttpSide) -> None:
 # Bodies are validated where the model is, once; here they are only described.
 _BODIES: tuple[type[BaseModel], ...] = (
     ChatRequest,
+    ResponsesRequest,
     CompletionRequest,
     TokenizeRequest,
     DetokenizeRequest,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -81,7 +81,7 @@ MAX_STOP_CHARACTERS = 1000
 MAX_BIASES = 1024
 MAX_RANKED = 1000
 MAX_CHOICE_CHARACTERS = 1000
-_MAX_INTEGER = 2**31
+MAX_INTEGER = 2**31
 
 
 class ProtocolError(Exception):
@@ -133,25 +133,27 @@ class ErrorBody(BaseModel):
     error: Error
 
 
-class _Body(BaseModel):
+class StrictBody(BaseModel):
+    """A JSON object of which every field is known and has exactly its type."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class TextPart(_Body):
+class TextPart(StrictBody):
     """A part of a message; images and sound are not understood."""
 
     type: Literal["text"]
     text: str
 
 
-class Function(_Body):
+class Function(StrictBody):
     """What a tool call asks for; `arguments` is JSON text."""
 
     name: str
     arguments: str
 
 
-class ToolCall(_Body):
+class ToolCall(StrictBody):
     """One call of a tool, in the assistant's turn."""
 
     id: str | None = None
@@ -159,7 +161,7 @@ class ToolCall(_Body):
     function: Function
 
 
-class ChatMessage(_Body):
+class ChatMessage(StrictBody):
     """One turn; the model's template decides what of it the model sees."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -182,26 +184,26 @@ class ChatMessage(_Body):
         return Message.of(self.model_dump() | {"content": content})
 
 
-class FunctionName(_Body):
+class FunctionName(StrictBody):
     """The function that has to be called."""
 
     name: str = Field(max_length=MAX_CHOICE_CHARACTERS)
 
 
-class NamedToolChoice(_Body):
+class NamedToolChoice(StrictBody):
     """The tool that has to be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     """What a stream tells beside the text."""
 
     include_usage: bool = False
 
 
-class JsonSchema(_Body):
+class JsonSchema(StrictBody):
     """A JSON Schema under its name. It always holds, whatever `strict` says."""
 
     name: str = ""
@@ -210,7 +212,7 @@ class JsonSchema(_Body):
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(StrictBody):
     """The form of the answer: any text, any JSON object, or JSON under a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -226,7 +228,7 @@ class ResponseFormat(_Body):
 _Choice = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_CHARACTERS)]
 
 
-class StructuredOutputs(_Body):
+class StructuredOutputs(StrictBody):
     """The form of the answer, in one of these ways."""
 
     json_: dict[str, Any] | None = Field(None, alias="json", description="A JSON Schema.")
@@ -244,7 +246,7 @@ class StructuredOutputs(_Body):
         return self
 
 
-class RankingRequest(_Body):
+class RankingRequest(StrictBody):
     """Texts of which the most probable, as a whole with its end, is the answer."""
 
     answers: list[_Choice] = Field(min_length=1, max_length=MAX_RANKED)
@@ -262,16 +264,16 @@ _Messages = Annotated[
 ]
 _Tools = Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)]
 _StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
-_TokenId = Annotated[int, Field(ge=0, le=_MAX_INTEGER)]
+_TokenId = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 
 
-class _Sampling(_Body):
+class _Sampling(StrictBody):
     model: str
-    max_tokens: int | None = Field(None, ge=0, le=_MAX_INTEGER)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INTEGER)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Answers to each prompt.")
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=_MAX_INTEGER, description="0 and -1: all tokens.")
+    top_k: int | None = Field(None, ge=-1, le=MAX_INTEGER, description="0 and -1: all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -357,7 +359,7 @@ class ChatRequest(_Sampling):
         None, description="`none`: the model is not told of the tools."
     )
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
-    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_INTEGER)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     ranking: RankingRequest | None = None
@@ -407,7 +409,7 @@ class CompletionRequest(_Sampling):
         return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(StrictBody):
     """POST /tokenize: either a text or a conversation, which is rendered by the template."""
 
     model: str
@@ -416,14 +418,14 @@ class TokenizeRequest(_Body):
     tools: _Tools | None = None
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(StrictBody):
     """POST /detokenize."""
 
     model: str
     tokens: Annotated[list[_TokenId], Field(fail_fast=True)]
 
 
-_Asked = TypeVar("_Asked", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+_Asked = TypeVar("_Asked", bound=StrictBody)
 
 
 def parse_chat(body: dict[str, Any]) -> ChatRequest:
@@ -494,17 +496,43 @@ def parse_detokenize(body: dict[str, Any]) -> DetokenizeRequest:
     return _parse(DetokenizeRequest, body)
 
 
-def _without_neutral(body: dict[str, Any]) -> dict[str, Any]:
+def parse_body(
+    kind: type[_Asked],
+    body: dict[str, Any],
+    neutral: Mapping[str, tuple[Any, ...]],
+    ignored: Collection[str],
+) -> _Asked:
+    """Return a validated body.
+
+    Args:
+        neutral: Fields that are not implemented, with the values that ask for nothing.
+        ignored: Fields about the caller.
+
+    Raises:
+        ProtocolError: 400, with the first field that is wrong.
+    """
+    return _parse(kind, _asked_fields(body, neutral, ignored))
+
+
+def _asked_fields(
+    body: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]], ignored: Collection[str]
+) -> dict[str, Any]:
     """Return a body without the fields that ask for nothing."""
     _refuse_many_fields(body)
     asked = {}
     for name, value in body.items():
-        if value is None or name in _IGNORED:
+        if value is None or name in ignored:
             continue
-        if name not in _NEUTRAL:
+        if name not in neutral:
             asked[name] = value
-        elif value not in _NEUTRAL[name]:
+        elif value not in neutral[name]:
             raise ProtocolError(400, f"`{name}` is not supported", name, "unsupported_parameter")
+    return asked
+
+
+def _without_neutral(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a body without the fields, and fields of messages, that ask for nothing."""
+    asked = _asked_fields(body, _NEUTRAL, _IGNORED)
     messages = asked.get("messages")
     if isinstance(messages, list):
         asked["messages"] = [_message_without_neutral(message) for message in messages]

@@ -154,3 +154,57 @@ def test_a_call_that_cannot_be_made_is_refused(
         client.chat.completions.create(**{**ASKED, **change})
     assert caught.value.body["param"] == param  # type: ignore[index]
     assert told in caught.value.body["message"]  # type: ignore[index]
+
+
+def test_the_responses_protocol_is_the_same_answer(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "t", "input": "a", "temperature": 0, "max_output_tokens": 8}
+    chat = client.chat.completions.create(
+        model="t", messages=[{"role": "user", "content": "a"}], temperature=0, max_tokens=8
+    )
+    whole = client.responses.create(**asked)
+    assert whole.output_text == chat.choices[0].message.content
+    assert (whole.status, whole.incomplete_details.reason) == ("incomplete", "max_output_tokens")  # type: ignore[union-attr]
+    assert whole.usage is not None
+    assert whole.usage.total_tokens == chat.usage.total_tokens  # type: ignore[union-attr]
+    with client.responses.stream(**asked) as stream:
+        events: list[Any] = list(stream)
+    assert events[-1].response.output_text == whole.output_text
+    assert "".join(e.delta for e in events if "text.delta" in e.type) == whole.output_text
+    kinds = [event.type for event in events]
+    assert (kinds[0], kinds[-1]) == ("response.created", "response.incomplete")
+    # What was answered goes back as it came, with an instruction before it.
+    more = [{"role": "user", "content": "a"}, *whole.output, {"role": "user", "content": "b"}]
+    again = client.responses.create(**{**asked, "input": more}, instructions="c")
+    turns = [("system", "c"), ("user", "a"), ("assistant", whole.output_text), ("user", "b")]
+    messages: Any = [{"role": role, "content": content} for role, content in turns]
+    chat = client.chat.completions.create(model="t", messages=messages, temperature=0, max_tokens=8)
+    assert again.output_text == chat.choices[0].message.content
+
+
+def test_calls_and_forms_in_the_responses_protocol(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", **TOOLS[0]["function"]}]
+    asked: dict[str, Any] = {"model": "t", "input": "a", "temperature": 0, "tools": tools}
+    asked |= {"tool_choice": {"type": "function", "name": "f"}, "max_output_tokens": 120}
+    whole = client.responses.create(**asked)
+    (call,) = whole.output
+    assert (whole.status, call.type, call.name) == ("completed", "function_call", "f")
+    jsonschema.validate(json.loads(call.arguments), PARAMETERS)
+    with client.responses.stream(**asked) as stream:
+        kinds = {event.type for event in stream}
+        (streamed,) = stream.get_final_response().output
+    assert (streamed.name, streamed.arguments) == (call.name, call.arguments)
+    assert "response.function_call_arguments.done" in kinds
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+    back = [{"role": "user", "content": "a"}, call, result]
+    short = {**asked, "max_output_tokens": 4, "tool_choice": "auto"}
+    again = client.responses.create(**{**short, "input": back})
+    assert again.usage is not None
+    assert whole.usage is not None
+    assert again.usage.input_tokens > whole.usage.total_tokens
+    form = {"type": "json_schema", "name": "it", "schema": {"enum": ["yes", "no"]}}
+    bound = client.responses.create(model="t", input="a", text={"format": form})
+    assert json.loads(bound.output_text) in ("yes", "no")
+    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+        client.responses.create(model="t", input="a", previous_response_id="resp_1")
+    with pytest.raises(openai.NotFoundError, match="not served"):
+        client.responses.create(model="x", input="a")
