@@ -132,6 +132,11 @@ def test_tools_and_calls_are_rendered_and_the_calls_learned(family: str, tiny_mo
     assert '"city": "Rome"' in third
 
 
+def test_a_result_of_a_tool_may_be_empty_and_have_calls(tiny_model: Path) -> None:
+    odd = Message("tool", "", tool_calls=call("Oslo"), tool_call_id="call12345")
+    assert make("qwen2.5", tiny_model).prompt_ids([*CALLS[:2], odd], TOOLS)
+
+
 @pytest.mark.parametrize("family", written.FAMILIES)
 def test_an_answer_of_weight_0_is_context(family: str, tiny_model: Path) -> None:
     renderer = make(family, tiny_model)

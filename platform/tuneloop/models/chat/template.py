@@ -250,7 +250,7 @@ class ChatTemplate:
                     "the chat template has no place for `tool_calls`", _OTHER_TEMPLATE
                 )
             turn["tool_calls"] = self._calls(message)
-            if not message.content and self._takes_null:
+            if not message.content and message.role == "assistant" and self._takes_null:
                 turn["content"] = None
         if message.reasoning_content and not self._writes_thoughts:
             raise RenderError(
