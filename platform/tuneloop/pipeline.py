@@ -38,8 +38,11 @@ from tuneloop.review.fixes import marks_for
 from tuneloop.serving import app
 from tuneloop.serving.keys import keyring, refuse_exposed
 from tuneloop.serving.replica import ServedModel
+from tuneloop.text import shorten
 
 logger = logging.getLogger("tuneloop.pipeline")
+
+_SHOWN_CHARACTERS = 200  # of what was found; `check` and the dataset card have all of it
 
 
 class Trained(NamedTuple):
@@ -63,7 +66,7 @@ def with_labels(config: TuneloopConfig) -> TuneloopConfig:
 @cache
 def _tell_once(what: str, got: str) -> None:
     """Log what was found: the trials of a sweep find the same."""
-    logger.info("%s: %s", what, got)
+    logger.info("%s: %s", what, shorten(got, _SHOWN_CHARACTERS))
 
 
 def prepare(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
