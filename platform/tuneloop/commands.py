@@ -571,7 +571,7 @@ def open_workspace(arguments: argparse.Namespace) -> Workspace:
     return Workspace(_load(arguments).workspace if arguments.config else arguments.workspace)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 

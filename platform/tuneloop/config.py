@@ -554,7 +554,7 @@ class PriceConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_written_in_several_ways(cls, value: Any) -> Any:
+    def _is_written_in_several_ways(cls, value: object) -> Any:
         if isinstance(value, list) and len(value) == 2:
             return {"input": value[0], "output": value[1]}
         if isinstance(value, dict):
@@ -750,7 +750,7 @@ class MetricConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_name_alone_is_enough(cls, value: Any) -> Any:
+    def _a_name_alone_is_enough(cls, value: object) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -783,7 +783,7 @@ class FloorConfig(Section):
 
     @field_validator("value", mode="before")
     @classmethod
-    def _is_a_text(cls, value: Any) -> Any:
+    def _is_a_text(cls, value: object) -> Any:
         return value if value is None or isinstance(value, str) else str(value)
 
     @model_validator(mode="after")
@@ -886,7 +886,7 @@ class EvaluationConfig(Section):
 
     @field_validator("arms", mode="before")
     @classmethod
-    def _an_empty_arm_is_known_by_its_name(cls, arms: Any) -> Any:
+    def _an_empty_arm_is_known_by_its_name(cls, arms: object) -> Any:
         if not isinstance(arms, dict):
             return arms
         arms = {name: {} if spec is None else spec for name, spec in arms.items()}
@@ -1010,7 +1010,7 @@ class SweepConfig(Section):
 
     @field_validator("parameters", mode="before")
     @classmethod
-    def _lists_or_distributions(cls, parameters: Any) -> Any:
+    def _lists_or_distributions(cls, parameters: object) -> Any:
         if not isinstance(parameters, dict):
             return parameters
         wrong = [

@@ -323,7 +323,7 @@ def _comment(text: str, mark: str = "# ") -> str:
     return mark + " ".join(text.split())
 
 
-def _flow(value: Any) -> str:
+def _flow(value: object) -> str:
     """Return a value as YAML in one line."""
     return yaml.safe_dump(
         [value], default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False

@@ -136,7 +136,7 @@ def _both(new: Mapping[str, T], old: Mapping[str, T], absent: T) -> dict[str, tu
     }
 
 
-def _changed_settings(new: Any, old: Any) -> dict[str, tuple[Any, Any]]:
+def _changed_settings(new: object, old: object) -> dict[str, tuple[Any, Any]]:
     values = _both(dict(_flat(new)), dict(_flat(old)), None)
     return {key: pair for key, pair in sorted(values.items()) if pair[0] != pair[1]}
 

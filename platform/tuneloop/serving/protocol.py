@@ -553,7 +553,7 @@ def _message_without_neutral(message: Any) -> Any:
     }
 
 
-def _refuse_many_fields(value: Any) -> None:
+def _refuse_many_fields(value: object) -> None:
     """Fail for an object of very many fields, each of which would be reported as unknown."""
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
         raise ProtocolError(400, f"an object has {len(value)} fields; {MAX_FIELDS} are allowed")
@@ -584,7 +584,7 @@ _ALTERNATIVE = re.compile(
 )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Return the beginning of a value, without writing all of a long one."""
     if isinstance(value, str):
         value = value[:100]

@@ -229,7 +229,7 @@ def _with_ends(gap: Mapping[str, Any], percent: bool) -> str:
     return f"{value} ({_difference(gap['low'], percent)} to {_difference(gap['high'], percent)})"
 
 
-def in_words(value: Any) -> str:
+def in_words(value: object) -> str:
     """Return a swept value as people read it."""
     if isinstance(value, list):
         return "+".join(map(str, value))

@@ -164,14 +164,14 @@ def _without_marks(record: dict[str, Any], used: Set[str]) -> dict[str, Any]:
     return record
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: object) -> Any:
     """Return a value without the names of objects that have no value, which Arrow fills in."""
     if isinstance(value, dict):
         return {name: without_nulls(part) for name, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def _truth(value: Any) -> bool | None:
+def _truth(value: object) -> bool | None:
     """Return what a value says as yes or no; None if it says something else."""
     word = str(value).strip().lower()
     return True if word in _YES else False if word in _NO else None
@@ -381,7 +381,7 @@ def _json_array(stream: io.BufferedReader) -> Iterator[Record]:
         yield Record(number, _object(record))
 
 
-def _is_rows(value: Any) -> bool:
+def _is_rows(value: object) -> bool:
     """Return whether a value of a file's only object is rows, and no turns of one row."""
     return (
         isinstance(value, list)
@@ -690,11 +690,11 @@ def _refuse_lone_surrogates(row: SourceRow) -> None:
         ) from error
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=_as_text)
 
 
-def _as_text(value: Any) -> str:
+def _as_text(value: object) -> str:
     """Return what JSON has no type for as text: a date, a decimal, bytes."""
     if isinstance(value, bytes):
         try:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import regex
 
@@ -500,7 +500,7 @@ def _json_f1(reference: str, completion: str, task: OneTaskConfig) -> float | No
     return 2 * (ours & theirs).total() / total if total else float(expected == answer)
 
 
-def _leaves(value: Any, place: str) -> Iterator[tuple[str, str]]:
+def _leaves(value: object, place: str) -> Iterator[tuple[str, str]]:
     """Yield place and value of everything in a JSON value; null is as good as left out."""
     if isinstance(value, dict):
         for name, inner in value.items():

@@ -47,7 +47,7 @@ def accepted_calls(reference: str) -> list[Call] | None:
     return [Call(c.name, {key: [value] for key, value in c.arguments.items()}) for c in calls]
 
 
-def with_accepted(reference: str, accepted: Any) -> str:
+def with_accepted(reference: str, accepted: object) -> str:
     """Return the reference of a row whose answer is a call, with the values that it accepts.
 
     Args:
@@ -97,7 +97,7 @@ def _arguments_fit(arguments: Mapping[str, Any], accepted: Mapping[str, Any]) ->
     return True
 
 
-def _same(value: Any, accepted: Any) -> bool:
+def _same(value: object, accepted: object) -> bool:
     """Return whether a value is the accepted one; objects within may list accepted values."""
     if isinstance(value, bool) or isinstance(accepted, bool):
         return value is accepted

@@ -140,7 +140,7 @@ def _parts(values: Mapping[str, Any]) -> dict[str, frozenset[str]]:
         last = len(edges) - 2
         is_whole = all(isinstance(number, int) for number in numbers)
 
-        def quarter(value: Any) -> str:
+        def quarter(value: float) -> str:
             index = min(last, int(np.searchsorted(edges, value, side="right")) - 1)
             start, end = edges[index], edges[index + 1]
             if index == last:
@@ -154,7 +154,7 @@ def _parts(values: Mapping[str, Any]) -> dict[str, frozenset[str]]:
     return {value: frozenset(keys) for value, keys in ids.items() if len(value) <= _LONGEST_VALUE}
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

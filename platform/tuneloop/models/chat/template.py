@@ -84,7 +84,7 @@ class Escapes:
         last = self.first + max(0, len(self.tokens) - 1)
         return re.compile(f"[{chr(self.first)}-{chr(last)}]")
 
-    def escape(self, value: Any) -> Any:
+    def escape(self, value: object) -> Any:
         """Return a value with the tokens in its texts replaced by their characters."""
         if isinstance(value, str):
             for index, token in enumerate(self.tokens):
