@@ -430,6 +430,31 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path: Path, base: BaseMod
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_questions_about_one_passage_are_on_one_side(tmp_path: Path, base: BaseModel) -> None:
+    rows = []
+    for number in range(20):
+        # Words that no other passage has.
+        passage = [f"{word}{number}" for word in sentence(f"passage {number}", 40)]
+        for asked in range(5):
+            question = " ".join(sentence(f"question {number} {asked}", 8))
+            answer = " ".join(passage[7 * asked : 7 * asked + 4])
+            row = {"question": f"{' '.join(passage)}\n\n{question}", "answer": answer}
+            rows.append({**row, "passage": number})
+    config = config_for(write(tmp_path / "a.jsonl", rows), split={"test_ratio": 0.2})
+    made = prepare(config, Workspace(tmp_path / "ws"), base).artifact
+    sides = {side: rows_of(made, side) for side in ("train", "test")}
+    assert [len(sides[side]) for side in sides] == [80, 20]
+    passages = {side: {row["passage"] for row in sides[side]} for side in sides}
+    assert [len(passages[side]) for side in passages] == [16, 4]
+    assert not passages["train"] & passages["test"]
+    # A passage is a cluster of the intervals, too.
+    assert len({row["split_unit"] for row in sides["test"]}) == 4
+    told = "100 rows quote 20 texts of 25 words or more, from which their answers are taken"
+    card = json.loads((made.path / "card.json").read_text())
+    assert told in [notice["what"] for notice in card["notices"]]
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_filters_drop_and_mend_before_rows_are_compared(tmp_path: Path, base: BaseModel) -> None:
     rows = [
         {"question": " ".join(sentence(f"q{i}", 12)), "answer": " ".join(sentence(f"a{i}", 5))}

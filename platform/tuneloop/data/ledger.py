@@ -53,6 +53,7 @@ class Ledger:
         usable: Indices of the rows that could be read and rendered and are not too long.
         unit_ids: Shape (N,), equal for rows that stay on one side together.
         duplicates: Over the rows at `usable`.
+        passages: Shape (N,), equal for rows that quote the same passage; None for documents.
         split: Over all rows; those on no side have been removed.
         contamination: Train rows that repeated what is held out.
         conflicts: Rows with the same prompt and different answers; None for documents.
@@ -75,6 +76,7 @@ class Ledger:
     usable: Indices = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     unit_ids: pa.StringArray | None = None
     duplicates: Duplicates | None = None
+    passages: Indices | None = None
     split: Split | None = None
     contamination: Contamination | None = None
     conflicts: Conflicts | None = None

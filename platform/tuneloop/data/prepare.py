@@ -40,6 +40,7 @@ from tuneloop.data.sources.dialect import file_notices
 from tuneloop.data.sources.files import SourceFile, find_files, identities
 from tuneloop.data.sources.read import read_sources
 from tuneloop.data.split.assign import assign_sides, split_ledger
+from tuneloop.data.split.passages import link_passages
 from tuneloop.data.tokenize.rendering import Rendering
 from tuneloop.data.tokenize.tokenize import open_ledger, tokenize_rows
 from tuneloop.data.write.parquet import write_rows
@@ -51,7 +52,7 @@ from tuneloop.repetition import REPETITION_VERSION
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 15
+CODE_VERSION = 16
 
 
 def prepare(
@@ -167,6 +168,8 @@ def _build(
     with _timed("dedup", seconds):
         ledger.duplicates = deduplicate(ledger, rows, content, config)
     logger.info(f"removed {len(ledger.removed_by(Stage.DEDUP)):,} duplicate rows")
+    if not content.is_text:
+        link_passages(ledger, rows, content, config.data.split.group_by is not None)
     ledger.split = split_ledger(ledger, config)
     if marks:
         with _timed("fixes", seconds):

@@ -89,7 +89,7 @@ def render_rows(
     if number := kept_blocks(folder):
         logger.info("%s blocks of tokenized rows are there from an earlier run", f"{number:,}")
     # How many bands a row has is configured, so the draft's fingerprint tells it.
-    schema = rendered_schema(1, 1)
+    schema = rendered_schema(1, 1, 1)
     render = functools.partial(make_or_read, make=render, schema=schema, folder=folder)
     num_batches = num_blocks * -(-num_rows // (num_blocks * size))
 

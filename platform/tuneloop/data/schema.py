@@ -222,7 +222,7 @@ def row_schema() -> pa.Schema:
     )
 
 
-def rendered_schema(num_bands: int, num_prompt_bands: int) -> pa.Schema:
+def rendered_schema(num_bands: int, num_prompt_bands: int, num_passages: int) -> pa.Schema:
     """Return the Arrow schema of tokenized rows.
 
     To the columns of `row_schema` come `content_id` (hash of the row's own content), `is_plain`
@@ -245,6 +245,7 @@ def rendered_schema(num_bands: int, num_prompt_bands: int) -> pa.Schema:
             ("answer_key", pa.int64()),
             ("bands", pa.list_(pa.uint64(), num_bands)),
             ("prompt_bands", pa.list_(pa.uint64(), num_prompt_bands)),
+            ("passage_bands", pa.list_(pa.uint64(), num_passages)),
         ]
     )
 

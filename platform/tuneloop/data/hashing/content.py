@@ -16,11 +16,18 @@ from numpy.typing import NDArray
 
 from tuneloop.config import DedupConfig, TaskConfig
 from tuneloop.data.hashing.columns import ComparedSide, Hashes, Indices, Texts, compared_text
-from tuneloop.data.hashing.signatures import band_hashes, normalised_hashes, shingles
+from tuneloop.data.hashing.signatures import (
+    band_hashes,
+    lowest_hashes,
+    normalised_hashes,
+    shingles,
+)
 from tuneloop.records import Message
 
 # Jaccard similarity of their sets of words from which two prompts ask nearly the same.
 ALIKE_PROMPTS = 0.9
+# Words in a row, the same in several prompts, from which they are a passage or a template.
+PASSAGE_WORDS, PASSAGE_HASHES = 25, 8
 # The columns that hold what a row says.
 CONTENT_COLUMNS = ["task", "messages", "tools", "text"]
 
@@ -121,7 +128,7 @@ def dedup_keys(table: pa.Table, content: Content, dedup: DedupConfig) -> dict[st
 
 
 def prompt_keys(table: pa.Table, content: Content, exact: Indices) -> dict[str, pa.Array]:
-    """Return the columns `prompt_key`, `answer_key` and `prompt_bands`.
+    """Return the columns `prompt_key`, `answer_key`, `prompt_bands` and `passage_bands`.
 
     A document has its own text for a prompt, but no bands.
 
@@ -140,6 +147,7 @@ def prompt_keys(table: pa.Table, content: Content, exact: Indices) -> dict[str, 
         "prompt_key": pa.array(exact),
         "answer_key": pa.array(normalised_hashes(answers)),
         "prompt_bands": _lists(band_hashes(prompts, 1, ALIKE_PROMPTS)),
+        "passage_bands": _lists(lowest_hashes(prompts, PASSAGE_WORDS, PASSAGE_HASHES)),
     }
 
 

@@ -82,6 +82,26 @@ def shingles(texts: Sequence[str] | Texts, ngram_words: int) -> Shingles:
     return Shingles(*kernels.shingle_hashes(texts.data, texts.offsets, ngram_words, letters))
 
 
+def lowest_hashes(texts: Texts, ngram_words: int, number: int) -> Hashes:
+    """Return the lowest hashes of each text's word n-grams; 0 for those that are missing.
+
+    Texts that share most of their n-grams have one of them in common, nearly always: of 8 hashes
+    where half are shared, in 99.6% of the cases. A text shorter than an n-gram has none.
+
+    Returns:
+        Shape (B, number), ascending.
+
+    Source: Broder, "On the resemblance and containment of documents", 1997.
+    """
+    ngrams = shingles(texts, ngram_words)
+    is_long = word_counts(texts) >= ngram_words
+    found = np.zeros((len(texts.offsets) - 1, number), dtype=np.uint64)
+    for row in np.flatnonzero(is_long).tolist():
+        lowest = np.unique(ngrams.hashes[ngrams.offsets[row] : ngrams.offsets[row + 1]])[:number]
+        found[row, : len(lowest)] = lowest
+    return found
+
+
 def word_counts(texts: Texts) -> Indices:
     """Return the number of words in each text. Shape (B,)."""
     counts: Indices = kernels.word_counts(texts.data, texts.offsets, _letters().in_word)

@@ -16,6 +16,7 @@ from tuneloop.data.schema import Side, Stage
 from tuneloop.data.split.mixture import mixture_of
 from tuneloop.data.split.split import (
     NEAR_DUPLICATES,
+    SAME_PASSAGE,
     SAME_PROMPT,
     Split,
     is_stratified,
@@ -45,6 +46,8 @@ def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
         NEAR_DUPLICATES: ledger.duplicates.cluster[stays],
         SAME_PROMPT: table["prompt_key"].to_numpy(),
     }
+    if ledger.passages is not None:
+        links[SAME_PASSAGE] = ledger.passages[rows]
     split = split_rows(
         row_ids.take(people).to_pylist(),
         of_people["group"].to_pylist(),

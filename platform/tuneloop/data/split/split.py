@@ -1,11 +1,11 @@
 """Which rows are trained on and which are kept unseen.
 
-Rows that belong together (a cluster of near-duplicates, the same prompt, a group of the user's)
-are a unit, which goes to one side as a whole. Sides and order come from a hash of the seed and of
-the rows' contents, never from their position: adding rows later leaves most of the others where
-they were. Two things move a few: the border of what is asked for (a number or share of the rows, of
-each stratum with `stratify_by`, no more and no less than units allow), and a new row that joins a
-unit and may lead it.
+Rows that belong together (a cluster of near-duplicates, the same prompt or passage, a group of the
+user's) are a unit, which goes to one side as a whole. Sides and order come from a hash of the seed
+and of the rows' contents, never from their position: adding rows later leaves most of the others
+where they were. Two things move a few: the border of what is asked for (a number or share of the
+rows, of each stratum with `stratify_by`, no more and no less than units allow), and a new row that
+joins a unit and may lead it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from tuneloop.errors import DataError, Problem
 SIDES = ("train", "test", "validation")
 # What keeps rows together, as an error says it, and what helps.
 NEAR_DUPLICATES, SAME_PROMPT = "are near-duplicates", "have the same prompt"
+SAME_PASSAGE = "quote the same passage"
 _REMEDIES = {
     NEAR_DUPLICATES: "add rows that differ from each other, or raise data.dedup.threshold",
+    SAME_PASSAGE: "add rows about other texts: a test on a text that is trained on is none",
     SAME_PROMPT: "add rows with other prompts; what tells these apart has to be in the prompt",
 }
 _TEST, _VALIDATION = 1, 2

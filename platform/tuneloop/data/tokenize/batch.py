@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 
 from tuneloop.config import DedupConfig
 from tuneloop.data.hashing.columns import Indices, one_array
-from tuneloop.data.hashing.content import ALIKE_PROMPTS, Content, dedup_keys, prompt_keys
+from tuneloop.data.hashing.content import (
+    ALIKE_PROMPTS,
+    PASSAGE_HASHES,
+    Content,
+    dedup_keys,
+    prompt_keys,
+)
 from tuneloop.data.hashing.signatures import band_shape
 from tuneloop.data.schema import messages_type, rendered_schema
 from tuneloop.data.tokenize.rendering import (
@@ -49,7 +55,7 @@ def render_batch(
     keys |= prompt_keys(table, content, keys["exact_key"])
     columns = {name: table[name] for name in table.column_names}
     columns["is_plain"] = _is_plain(table)
-    return pa.table(columns | keys, schema=rendered_schema(bands, prompt_bands))
+    return pa.table(columns | keys, schema=rendered_schema(bands, prompt_bands, PASSAGE_HASHES))
 
 
 def tokenize(

@@ -89,7 +89,9 @@ def open_ledger(rows: Dataset, files: Sequence[SourceFile], config: TuneloopConf
         DataError: More than `max_bad_rows_ratio`, too long with `too_long: error`, or none is left.
     """
     is_text = config.task.type == "language_modeling"
-    table = ray_rows.collect(rows, _COLUMNS if is_text else [*_COLUMNS, "prompt_bands"])
+    table = ray_rows.collect(
+        rows, _COLUMNS if is_text else [*_COLUMNS, "prompt_bands", "passage_bands"]
+    )
     source = np.array([file.source for file in files])[file_positions(table["key"].to_numpy())]
     ledger = Ledger(
         table,
