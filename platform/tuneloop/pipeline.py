@@ -242,9 +242,13 @@ def _trained(
     config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
 ) -> Artifact | None:
     """Return the model that exactly this configuration trains, or None."""
+    return workspace.find("models", config.name, _model_identity(config, base, dataset))
+
+
+def _model_identity(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> str:
     from tuneloop.training import launch
 
-    return workspace.find("models", config.name, launch.identity(config, base, dataset))
+    return launch.identity(config, base, dataset)
 
 
 @contextmanager
@@ -415,9 +419,8 @@ def finetuned_identities(
 ) -> tuple[str, str]:
     """Return the fingerprints of the model and of its evaluation alone, before they are made."""
     from tuneloop.evals import runner
-    from tuneloop.training import launch
 
-    model = launch.identity(config, base, dataset)
+    model = _model_identity(config, base, dataset)
     return model, runner.identity(config, dataset, [contest.finetuned_arm(model)])
 
 

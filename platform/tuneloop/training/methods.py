@@ -86,14 +86,13 @@ class Lora(Method):
 
     def wrap(self, model: PreTrainedModel, config: TrainingConfig) -> PeftModel:
         # It takes a second to load, which a training of all weights does not need.
-        from peft import LoraConfig as PeftLoraConfig
-        from peft import get_peft_model
+        import peft
 
         lora = config.lora
         _refuse_unknown_layers(model, lora)
         _refuse_tied_layers(model, lora)
         torch.manual_seed(config.seed)
-        settings = PeftLoraConfig(
+        settings = peft.LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
@@ -106,7 +105,7 @@ class Lora(Method):
             # It asks transformers by a name that is being replaced; nothing a user can act on.
             warnings.simplefilter("ignore", FutureWarning)
             try:
-                return get_peft_model(model, settings)
+                return peft.get_peft_model(model, settings)
             except ValueError as error:
                 raise ModelError(
                     Problem(

