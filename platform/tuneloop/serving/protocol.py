@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from tuneloop.models.chat.tool_results import results_in_order
 from tuneloop.records import Message, SamplingParams
 from tuneloop.serving.requests import AnswerForm, Shaping
 
@@ -365,8 +366,8 @@ class ChatRequest(_Sampling):
     ranking: RankingRequest | None = None
 
     def conversation(self) -> list[Message]:
-        """Return the messages with text parts joined."""
-        return [message.message() for message in self.messages]
+        """Return the messages with text parts joined, and results in the order of their calls."""
+        return results_in_order([message.message() for message in self.messages])
 
     @property
     def offered_tools(self) -> list[dict[str, Any]]:

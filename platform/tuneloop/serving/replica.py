@@ -19,6 +19,7 @@ from tuneloop.errors import ModelError, Problem, UserError
 from tuneloop.models.chat.calls import CallReader, CallSyntax, Written
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
+from tuneloop.models.chat.tool_results import results_in_order
 from tuneloop.models.export.layout import ADAPTER, recorded_renderer
 from tuneloop.records import Message, SamplingParams
 from tuneloop.serving import protocol
@@ -647,7 +648,7 @@ def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
 
 
 async def _chat_prompt(request: ChatRequest | TokenizeRequest, model: _Loaded) -> TextPrompt:
-    messages = [message.message() for message in request.messages or ()]
+    messages = results_in_order([message.message() for message in request.messages or ()])
     tools = request.offered_tools if isinstance(request, ChatRequest) else request.tools or ()
     said = [text for m in messages for text in (m.content, m.tool_calls, m.reasoning_content)]
     size = sum(len(text.encode()) for text in [*said, *map(str, tools)])

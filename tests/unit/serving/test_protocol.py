@@ -237,6 +237,12 @@ def test_a_conversation_with_calls_and_their_results_is_read_whole() -> None:
     assert call.calls[0]["function"] == function
     assert (result.role, result.content, result.tool_call_id) == ("tool", "-3", "1")
     assert request.tools == [{"function": function}]
+    # Templates without ids know whose a result is by its place.
+    at_once = [{"id": call_id, "type": "function", "function": function} for call_id in "xy"]
+    results = [{"role": "tool", "content": i, "tool_call_id": i} for i in "yx"]
+    turns = [asked[0], {"role": "assistant", "content": None, "tool_calls": at_once}, *results]
+    request = parse_chat({"model": "m", "messages": turns})
+    assert [message.content for message in request.conversation()[2:]] == ["x", "y"]
 
 
 def test_a_question_with_tools_is_asked_by_the_ids_it_is_trained_with(tiny_model: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tuneloop.models.chat.tool_results import rounds_of
 from tuneloop.records import Message
 
 # Schemas that say elsewhere, or in other words, which arguments there are.
@@ -64,35 +65,18 @@ def fitted_calls(messages: Sequence[Message], tools: str) -> FoundCalls:
     return FoundCalls(None, is_incomplete)
 
 
-def results_in_order(messages: Sequence[Message]) -> list[Message] | Misfit:
-    """Return the turns with the results of calls made at once in the order of the calls.
+def unknown_result(messages: Sequence[Message]) -> Misfit | None:
+    """Return the first result that names a call which is not before it, if any.
 
-    Most templates write no ids, so the place alone says which result is whose. Results without an
-    id, and calls whose ids a reader made up, are left as they are.
+    Results without an id say nothing, and neither do calls whose ids a reader made up.
     """
-    ordered = list(messages)
-    for at, message in enumerate(messages):
-        if not message.tool_calls:
-            continue
-        ids = [call["id"] for call in json.loads(message.tool_calls)]
-        end = at + 1
-        while end < len(messages) and messages[end].role == "tool":
-            end += 1
-        results = ordered[at + 1 : end]
-        named = [result.tool_call_id for result in results]
-        is_made_up = ids == [made_up_id(number) for number in range(len(ids))]
-        if (
-            not all(named)
-            or len(set(ids)) < len(ids)
-            or (is_made_up and not set(named) <= set(ids))
-        ):
-            continue
-        strange = [name for name in named if name not in ids]
-        if strange:
+    for ids, start, stop in rounds_of(messages):
+        named = [result.tool_call_id for result in messages[start:stop]]
+        unknown = [name for name in named if name and name not in ids]
+        if unknown and ids != [made_up_id(number) for number in range(len(ids))]:
             what = "the result of a tool names a call that is not before it"
-            return Misfit(what, f"`{strange[0]}`", ", ".join(ids))
-        ordered[at + 1 : end] = sorted(results, key=lambda result: ids.index(result.tool_call_id))
-    return ordered
+            return Misfit(what, f"`{unknown[0]}`", ", ".join(ids))
+    return None
 
 
 def made_up_id(number: int) -> str:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 from tuneloop.config import OneTaskConfig, SourceConfig
 from tuneloop.data.schema import ReasonCode, Rejection, Stage
-from tuneloop.data.sources.calls import Misfit, fitted_calls, made_up_id, results_in_order
+from tuneloop.data.sources.calls import fitted_calls, made_up_id, unknown_result
 from tuneloop.data.sources.mending import is_preference, mended, preference_columns
 from tuneloop.data.sources.unfit import is_turned_down, media_of
+from tuneloop.models.chat.tool_results import results_in_order
 from tuneloop.records import Message, Role
 
 _ROLES: dict[str, Role] = {
@@ -212,9 +213,9 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
             allowed="rows of text alone",
             remedy="only text is learned; leave such rows out, or the column if it is not needed",
         )
+    if unknown := unknown_result(messages):
+        raise RowError(*unknown, remedy="give the result the id of its call")
     ordered = results_in_order(messages)
-    if isinstance(ordered, Misfit):
-        raise RowError(*ordered, remedy="give the result the id of its call")
     if ordered != messages:
         messages, changes = ordered, [*changes, _ORDERED]
     calls = fitted_calls(messages[: last + 1], tools)
