@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import openai
 import pytest
+import torch
 from starlette.testclient import TestClient
+from transformers import LlamaForCausalLM
 
+from tuneloop.config import OneTaskConfig
+from tuneloop.evals.scoring.function_calls import function_call
+from tuneloop.models.chat.renderer import Renderer
+from tuneloop.records import Message, call_text
 from tuneloop.serving.api import build_api
-from tuneloop.serving.replica import ModelServer
+from tuneloop.serving.replica import ModelServer, ServedModel
 
 PARAMETERS = {
     "type": "object",
@@ -208,3 +215,33 @@ def test_calls_and_forms_in_the_responses_protocol(client: openai.OpenAI) -> Non
         client.responses.create(model="t", input="a", previous_response_id="resp_1")
     with pytest.raises(openai.NotFoundError, match="not served"):
         client.responses.create(model="x", input="a")
+
+
+def test_what_was_trained_on_calls_answers_in_calls(tiny_model: Path, tmp_path: Path) -> None:
+    """And evaluation's scorer finds them in what its client makes of the answer."""
+    renderer = Renderer.load(tiny_model, "chatml_tools")
+    question = Message("user", "a")
+    made = {"id": "1", "type": "function", "function": {"name": "g", "arguments": '{"c": "b"}'}}
+    answer = Message("assistant", "", tool_calls=json.dumps([made]))
+    sample = renderer.sample([question, answer], TOOLS)
+    ids = torch.tensor([sample.input_ids])
+    labels = ids.masked_fill(torch.tensor([sample.loss_mask]) == 0, -100)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM.from_pretrained(tiny_model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path)
+    renderer.save(tmp_path)
+    trained = ModelServer({"trained": ServedModel(tmp_path)}, max_batch_size=1)
+    with TestClient(build_api({"trained": trained}), base_url="http://test/v1") as http:
+        client = openai.OpenAI(base_url="http://test/v1", api_key="none", http_client=http)
+        choice = client.chat.completions.create(**{**ASKED, "model": "trained"}).choices[0]
+    trained._loading.result()["trained"].engine.close()
+    (call,) = choice.message.tool_calls or ()
+    assert (call.function.name, call.function.arguments) == ("g", '{"c": "b"}')
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    text = call_text(call.model_dump())
+    assert function_call(answer.text, text, OneTaskConfig(type="generation")) == 1
