@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ _SHARE_OF_ROW = 0.25
 _CHARACTERS_PER_TOKEN = 3.0
 _MOST_LABELS = 1_000
 _FEW_ROWS = 20
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def resolve_labels(config: TuneloopConfig) -> Labelled:
             _refuse_no_labels(found, f"{key}.labels")
             told = ", ".join(f"{label} ({found[label]:,})" for label in sorted(found))
             notices.append(Problem(f"{key}.labels are read from the data", got=told))
+            notices += _nearly_equal(sorted(found), f"{key}.labels")
             task = task.model_copy(update={"labels": sorted(found)})
         if task.type == "classification" and not _names_all(task.instruction, task.labels):
             sentence = _sentence(task.labels)
@@ -127,6 +130,25 @@ def _refuse_no_labels(found: Counter[str], key: str) -> None:
             remedy="give `labels`; or, if answers are free text, `task.type: generation`",
         )
     )
+
+
+def _nearly_equal(labels: list[str], key: str) -> list[Problem]:
+    """Return the notice of labels that are one to people, and two to a score."""
+    spellings: dict[str, list[str]] = {}
+    for label in labels:
+        plain = unicodedata.normalize("NFKC", label).casefold()
+        spellings.setdefault(" ".join(re.split(r"[\s_]+", plain)), []).append(label)
+    alike = [repr(own)[1:-1] for own in spellings.values() if len(own) > 1]
+    if not alike:
+        return []
+    return [
+        Problem(
+            "labels differ only in case, spaces or underscores",
+            where=key,
+            got="; ".join(alike[:_SHOWN]),
+            remedy="write each label in one way in all rows, if they mean the same",
+        )
+    ]
 
 
 def _sentence(labels: list[str]) -> str:

@@ -407,6 +407,16 @@ def test_rows_are_grouped_and_answered_by_the_columns_of_folders(tmp_path: Path)
     assert identities(find_files(config.data.sources)) != before
 
 
+def test_folders_that_name_splits_are_splits(tmp_path: Path) -> None:
+    write_partitions(tmp_path, "split=train", "split=test", "env=dev")
+    source = {"path": str(tmp_path), "format": "question_answer"}
+    with pytest.raises(DataError, match="several splits") as caught:
+        find_files(config_for(tmp_path).data.sources)
+    assert caught.value.problems[0].allowed == "test, train"
+    chosen = find_files(config_for(tmp_path, sources=[{**source, "split": "train"}]).data.sources)
+    assert [file.columns for file in chosen] == [{"split": "train"}]
+
+
 @pytest.mark.parametrize(("value", "is_same"), [("en", True), (None, True), ("de", False)])
 def test_a_column_that_contradicts_its_folder_is_refused(
     value: Any, is_same: bool, tmp_path: Path

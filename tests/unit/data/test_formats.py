@@ -299,6 +299,9 @@ def test_what_the_tools_of_a_row_leave_open_is_allowed() -> None:
         assert taught('{"city": "Oslo", "town": "Oslo"}', tools).changes == ()
     with pytest.raises(RowError, match="argument"):
         taught('{"town": "Oslo"}', weather(additionalProperties=False))
+    # Two tools of one name: either may be meant.
+    other = {"name": "weather", "parameters": {"type": "object", "properties": {"town": {}}}}
+    assert taught('{"town": "Oslo"}', [*weather(), {"function": other}]).changes == ()
     # A required argument that is left out may have a default that the schema does not tell.
     told = "a call leaves out an argument that its tool requires; learned as it is"
     assert taught('{"unit": "C"}', weather()).changes == (told,)

@@ -41,6 +41,12 @@ def test_labels_left_out_are_read_and_told_and_doing_it_again_changes_nothing(tm
     assert (again.config, again.notices) == (labelled.config, [])
 
 
+def test_spellings_of_one_label_are_told(tmp_path):
+    answers = ["Very good", "very_good", "C++", "C#", "-5", "5"] * 9
+    _, told = resolve_labels(configure(tmp_path, answers)).notices
+    assert (told.where, told.got) == ("task.labels", "'Very good', 'very_good'")
+
+
 def test_an_instruction_is_completed_only_where_it_does_not_name_them(tmp_path):
     labels = ["yes", "no"]
     config = configure(tmp_path, labels * 9, labels=labels, instruction="Say Yes or no.")

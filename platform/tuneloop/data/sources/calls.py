@@ -45,7 +45,9 @@ def fitted_calls(messages: Sequence[Message], tools: str) -> FoundCalls:
     """
     if not tools or not any(message.tool_calls for message in messages):
         return FoundCalls(None, False)
-    listed = {tool["function"]["name"]: tool["function"] for tool in json.loads(tools)}
+    listed: dict[str, list[dict[str, Any]]] = {}
+    for tool in json.loads(tools):
+        listed.setdefault(tool["function"]["name"], []).append(tool["function"])
     is_incomplete = False
     for function in _learned_calls(messages):
         name = function["name"]
@@ -53,15 +55,16 @@ def fitted_calls(messages: Sequence[Message], tools: str) -> FoundCalls:
             what = "a call names a function that is not among the row's tools"
             return FoundCalls(Misfit(what, f"`{name}`", ", ".join(listed)), False)
         arguments = json.loads(function["arguments"])
-        known = _argument_names(listed[name])
-        unknown = [
-            argument for argument in arguments if known is not None and argument not in known
-        ]
-        if unknown:
+        # Of two tools with one name either may be meant.
+        names = [_argument_names(tool) for tool in listed[name]]
+        known = list(dict.fromkeys(argument for own in names for argument in own or ()))
+        unknown = [argument for argument in arguments if argument not in known]
+        if unknown and None not in names:
             what = "a call has an argument that its tool does not have"
-            got, allowed = f"`{unknown[0]}` of `{name}`", ", ".join(known or ()) or "no argument"
+            got, allowed = f"`{unknown[0]}` of `{name}`", ", ".join(known) or "no argument"
             return FoundCalls(Misfit(what, got, allowed), False)
-        is_incomplete = is_incomplete or not _required(listed[name]) <= arguments.keys()
+        required = set.intersection(*(_required(tool) for tool in listed[name]))
+        is_incomplete = is_incomplete or not required <= arguments.keys()
     return FoundCalls(None, is_incomplete)
 
 

@@ -60,7 +60,7 @@ def described_subsets(folder: Path) -> list[Any]:
 def split_of_file(path: str, folder: str) -> str | None:
     """Return the split that a file's name in a folder implies, or else its directories' names."""
     for part in reversed(PurePosixPath(path).relative_to(folder).parts):
-        for word in _NO_WORD.split(part.lower()):
+        for word in _NO_WORD.split(part.lower().removeprefix("split=")):
             if word in _SPLIT_OF_WORD:
                 return _SPLIT_OF_WORD[word]
     return None
