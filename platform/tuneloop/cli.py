@@ -163,6 +163,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     importing.add_argument("rows", metavar="FILE", help="JSONL, JSON, CSV, TSV, Parquet or Arrow")
     init.add_argument("--from", dest="rows", metavar="FILE", help="make it from a file of rows")
+    init.add_argument(
+        "--task", choices=("extraction", "classification", "generation", "language_modeling"),
+        help="default: what the rows look like",
+    )  # fmt: skip
+    init.add_argument("--instruction", metavar="TEXT", help="what the model has to do")
+    init.add_argument("--base", metavar="MODEL", help="the base model")
     for sub in (init, importing):
         sub.add_argument(
             "path", metavar="CONFIG.yaml", nargs="?", default="tuneloop.yaml",

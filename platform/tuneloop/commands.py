@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -97,27 +98,50 @@ def _say_next(config: TuneloopConfig, arguments: argparse.Namespace, console: Co
 
 
 def _init(arguments: argparse.Namespace, output: IO[str]) -> int:
-    path = Path(arguments.path)
-    if arguments.rows is None:
-        if arguments.model:
+    path, source = Path(arguments.path), arguments.rows
+    wanted = {name: getattr(arguments, name, "") or "" for name in ("task", "instruction", "base")}
+    if source is None and not arguments.json and sys.stdin.isatty() and sys.stderr.isatty():
+        from tuneloop.starter import Wishes, interview
+
+        if path.exists():  # told before anything is asked
+            raise _unwritable(path, "the file exists")
+        source, wishes = interview(_ask, _say, Wishes(**wanted, old_model=arguments.model))
+        wanted = {name: getattr(wishes, name) for name in wanted}
+    if not source:
+        given = [f"--{name}" for name, value in wanted.items() if value]
+        given += ["--model"] * bool(arguments.model)
+        if given:
             raise ConfigError(
-                Problem("`--model` belongs to rows that it was made from", remedy="add --from FILE")
+                Problem(f"`{given[0]}` is about rows, and there are none", remedy="add --from FILE")
             )
         _write_new(path, (Path(__file__).parent / "starter.yaml").read_text(encoding="utf-8"))
         summary: dict[str, Any] = {"path": str(path)}
         lines = [f"wrote {path}; edit it, then: tuneloop check {path}"]
     else:
-        from tuneloop.starter import starter_for
+        from tuneloop.starter import Wishes, starter_for
 
         if path.exists():  # told before every row is read
             raise _unwritable(path, "the file exists")
-        starter = starter_for(arguments.rows, str(path), arguments.model)
+        starter = starter_for(source, str(path), Wishes(**wanted, old_model=arguments.model))
         _write_new(path, starter.text)
         summary, lines = starter.summary(), starter.lines()
     print(
         json.dumps(summary, ensure_ascii=False) if arguments.json else "\n".join(lines), file=output
     )
     return 0
+
+
+def _ask(question: str, default: str) -> str:
+    """Return what is typed, on the terminal; an empty line stands for the default."""
+    print(f"{question}{f' [{default}]' if default else ''}: ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:  # the end of the input: Ctrl-D
+        raise KeyboardInterrupt
+    return line.strip() or default
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _write_new(path: Path, text: str) -> None:

