@@ -281,11 +281,14 @@ def _serve(arguments: argparse.Namespace, output: IO[str]) -> int:
     config = _load(arguments)
     from tuneloop import pipeline
 
+    engine = "vLLM" if config.serving.engine == "vllm" else "our own engine"
     with pipeline.serve(config, Workspace(config.workspace)) as (url, models):
         if arguments.json:
-            print(json.dumps({"url": url, "models": models}), file=output, flush=True)
+            result = {"url": url, "models": models, "engine": config.serving.engine}
+            print(json.dumps(result), file=output, flush=True)
         else:
-            print(f"serving {', '.join(models)} at {url}; Ctrl-C stops it\n", file=output)
+            names = ", ".join(models)
+            print(f"serving {names} with {engine} at {url}; Ctrl-C stops it\n", file=output)
             has_file = bool(config.serving.api_keys_file)
             print(_curl_line(url, models[-1], has_file), file=output, flush=True)
         signal.pause()

@@ -247,15 +247,21 @@ def _gate_arm(
     return pinned.removeprefix("models/"), ArmConfig(model=pinned)
 
 
-def engine_problems(config: TuneloopConfig) -> list[Problem]:
-    """Return why `serving.engine` cannot serve the base model, and so what is trained from it."""
+def engine_problems(config: TuneloopConfig, models: Sequence[Path] = ()) -> list[Problem]:
+    """Return why `serving.engine` cannot serve the base model, or what was trained from it.
+
+    Args:
+        models: Directories of others that it is to serve.
+    """
     if config.serving.engine != "vllm":
         return []
+    problems: list[Problem] = []
     try:
-        require(resolve_base(config.model.base).path)
+        for path in dict.fromkeys([resolve_base(config.model.base).path, *models]):
+            require(path)
     except UserError as error:
-        return list(error.problems)
-    return []
+        problems += error.problems
+    return problems
 
 
 def judging_problems(config: TuneloopConfig) -> list[Problem]:

@@ -35,7 +35,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TUNELOOP_CACHE", str(tmp_path))
     record = environment_folder() / "installed.json"
     record.parent.mkdir(parents=True)
-    values = {"folder": "/nowhere", "version": "1", "device": "cpu"}
+    (record.parent / "bin").mkdir()
+    (record.parent / "bin" / "python").touch()
+    values = {"folder": str(record.parent), "version": "1", "device": "cpu"}
     record.write_text(json.dumps(values | {"architectures": ["LlamaForCausalLM"]}))
     return record
 
@@ -70,6 +72,9 @@ def test_a_kind_of_model_that_vllm_does_not_know_is_refused(
     with pytest.raises(ModelError, match="does not take this kind of model") as caught:
         require(tmp_path)
     assert caught.value.problems[0].got == "OwnForCausalLM"
+    (installed.parent / "bin" / "python").unlink()
+    (problem,) = engine_problems(config_of(tiny_model, "vllm"))
+    assert "bin/python is gone" in problem.got
     installed.write_text("{")
     (problem,) = engine_problems(config_of(tiny_model, "vllm"))
     assert "installed.json cannot be read" in problem.got

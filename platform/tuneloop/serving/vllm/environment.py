@@ -66,7 +66,10 @@ def find() -> Installed:
     """
     record = environment_folder() / _RECORD
     try:
-        return Installed(**json.loads(record.read_text(encoding="utf-8")))
+        installed = Installed(**json.loads(record.read_text(encoding="utf-8")))
+        if installed.python.exists():
+            return installed
+        got = f"{installed.python} is gone"
     except FileNotFoundError:
         got = "it is not installed"
     except (OSError, ValueError, TypeError) as error:
