@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.decontamination.held_out import read_evaluations
+from tuneloop.data.filters.quality import has_template_marker
 from tuneloop.data.schema import ReasonCode, Rejection, SourceRow, Stage
 from tuneloop.data.sources.bad_rows import (
     BadRow,
@@ -57,8 +58,15 @@ _ROWS_AT_ONCE = 1000
 _FEWEST_UNITS = 2
 _MOST_TOKENS_OF_A_CHARACTER = 4
 _CUT = "cut to data.max_seq_len"
+_MARKED = (
+    "marks of a chat template in the text, learned as text; "
+    "data.filters.template_markers: strip takes them out"
+)
 _PARTS_OF_PROMPTS = frozenset(
-    {"context", "contexts", "passage", "system", "system_prompt", "instruction", "input", "history"}
+    {
+        *("context", "contexts", "passage", "system", "system_prompt", "instruction", "input"),
+        *("history", "tools", "functions"),
+    }
 )
 T = TypeVar("T")
 
@@ -130,6 +138,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     too_long: list[LongRow] = []
     truncated: list[LongRow] = []
     changed: list[ChangedRow] = []
+    marked: list[ChangedRow] = []
     dropped: list[str] = []
     lengths: list[int] = []
     targets: list[int] = []
@@ -174,6 +183,8 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
             truncated.append(long)
             sample = fitted.sample
         changed += [ChangedRow(row["source"], what) for what in row["changes"].split(", ") if what]
+        if config.data.filters.template_markers == "keep" and _has_marker(row):
+            marked.append(ChangedRow(row["source"], _MARKED))
         num_synthetic += row["synthetic"]
         if not row["synthetic"] and len(prompts) < _FEWEST_UNITS:
             prompts.add(_plain_prompt(row))
@@ -205,7 +216,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
             findings += _split_findings(num_people, num_synthetic, num_units, config.data)
     if dropped and len(dropped) + len(bad) + len(too_long) < total:
         notices.append(dropped_problem(dropped, total))
-    notices += changed_problems(changed, total)
+    notices += changed_problems([*changed, *marked], total)
     return DataCheck(
         findings,
         notices,
@@ -243,6 +254,11 @@ def _findings(
         allowed = config.data.too_long != "error" and len(bad) + len(too_long) < total
         (notices if allowed else findings).append(problem)
     return findings, notices
+
+
+def _has_marker(row: SourceRow) -> bool:
+    texts = [message["content"] for message in row["messages"]] or [row["text"]]
+    return any(map(has_template_marker, texts))
 
 
 def _plain_prompt(row: SourceRow) -> str:
@@ -336,7 +352,9 @@ def _cluster_findings(config: TuneloopConfig, columns: Mapping[str, Shape]) -> l
 def _unseen_context(config: TuneloopConfig, columns: Mapping[str, Shape]) -> list[Problem]:
     """Return the notice of columns beside pairs whose names say that the prompt needs them."""
     formats = {source.format for source in config.data.sources}
-    unseen = [name for name in columns if name.lower() in _PARTS_OF_PROMPTS]
+    unseen = [
+        name for name in columns if name.lower().removeprefix("original_") in _PARTS_OF_PROMPTS
+    ]
     if not unseen or not formats & {"question_answer", "prompt_completion", "columns"}:
         return []
     return [

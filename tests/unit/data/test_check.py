@@ -76,6 +76,36 @@ def test_a_part_of_the_prompt_that_is_not_read_is_told(tmp_path: Path, tiny_mode
     assert told({"format": "columns", "columns": columns}) == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "markers", "number"),
+    [
+        ("a</s>", "keep", 2),
+        ("a</s>", "strip", 0),
+        ("<s>a</s> b", "keep", 1),
+        ("a <s>b</s> c", "keep", 0),
+    ],
+)
+def test_rows_that_a_template_was_put_around_are_told(
+    tmp_path: Path, tiny_model: Path, answer: str, markers: str, number: int
+) -> None:
+    rows = [{"prompt": f"q {i}", "completion": answer} for i in range(number or 2)]
+    rows += [{"prompt": f"r {i}", "completion": "plain"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"path": str(tmp_path / "rows.jsonl"), "format": "prompt_completion"}
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "t",
+            "task": {"type": "generation"},
+            "model": {"base": str(tiny_model)},
+            "data": {"sources": [source], "filters": {"template_markers": markers}},
+        }
+    )
+    told = [notice.what for notice in check(config, resolve_base(config.model.base)).notices]
+    about_markers = [what for what in told if "marks of a chat template" in what]
+    expected = [f"{number} of {len(rows)} rows: marks"] if number else []
+    assert [what[: len(expected[0])] for what in about_markers] == expected
+
+
 @pytest.mark.parametrize(("column", "num_findings"), [("unit", 0), ("unti", 1)])
 def test_a_column_to_group_by_has_to_be_there(
     tmp_path: Path, tiny_model: Path, column: str, num_findings: int

@@ -336,6 +336,9 @@ def test_results_stand_in_the_order_of_their_calls() -> None:
     with pytest.raises(RowError, match="names a call that is not before it") as caught:
         results(calls, result("x", "0"), result("v", "1"))
     assert (caught.value.got, caught.value.allowed) == ("`v`", "x, y")
+    with pytest.raises(RowError, match="others have none") as caught:
+        results(calls, result("y", "1"))
+    assert caught.value.got == "1 results of 2 calls"
     # Without ids the place has to do.
     assert results(several("", ""), result("y", "1"), result("x", "0")) == (["1", "0"], ())
     assert results(calls, result("", "1"), result("", "0")) == (["1", "0"], ())
@@ -373,6 +376,13 @@ def test_rows_that_an_annotator_turned_down_are_refused() -> None:
     assert kept.messages[-1].content == "b"
     with pytest.raises(RowError, match="turned down by its annotator"):
         to_chat({**row, "answer": "reject"}, SourceConfig.model_validate(source), TASK)
+
+
+@pytest.mark.parametrize("given", ["<noinput>", "Noinput "])
+def test_alpacas_word_for_no_input_is_none(given: str) -> None:
+    found = chat("alpaca", instruction="Do it.", input=given, output="Done.")
+    assert [m.content for m in found.messages] == ["Do it.", "Done."]
+    assert found.changes == ("`<noinput>` taken for no input",)
 
 
 def test_missing_values_that_programs_wrote_as_text_are_told() -> None:

@@ -25,7 +25,7 @@ from tuneloop.spelling import is_known, prose_words
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u2060\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 _MARKERS = re.compile(
-    r"<\|[A-Za-z0-9_]+\|>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|"
+    r"<\|[A-Za-z0-9_]+\|>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|\A<s>|</s>\s*\Z|"
     r"^[ \t]*#{2,3} ?(?:Instruction|Input|Response|Output|Question|Answer|Human|Assistant|System)"
     r" ?:[ \t]*$|^(?:Human|Assistant|USER|ASSISTANT): ?",
     re.MULTILINE,
@@ -200,6 +200,11 @@ def _reason_in_wording(
                 what = "a text is in another language"
                 return _dropped(ReasonCode.FOREIGN_LANGUAGE, what, code)
     return None
+
+
+def has_template_marker(text: str) -> bool:
+    """Return whether a text has marks of a chat template, as rows rendered elsewhere have them."""
+    return _MARKERS.search(text) is not None
 
 
 def _strip_markers(text: str) -> str:

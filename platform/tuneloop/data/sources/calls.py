@@ -68,10 +68,11 @@ def fitted_calls(messages: Sequence[Message], tools: str) -> FoundCalls:
     return FoundCalls(None, is_incomplete)
 
 
-def unknown_result(messages: Sequence[Message]) -> Misfit | None:
-    """Return the first result that names a call which is not before it, if any.
+def unpaired_result(messages: Sequence[Message]) -> Misfit | None:
+    """Return what is wrong where calls and the results after them do not belong together.
 
-    Results without an id say nothing, and neither do calls whose ids a reader made up.
+    A result may name a call that is not before it, or some of the calls may have results and
+    others none. Results without an id say nothing, and neither do calls whose ids a reader made up.
     """
     for ids, start, stop in rounds_of(messages):
         named = [result.tool_call_id for result in messages[start:stop]]
@@ -79,6 +80,10 @@ def unknown_result(messages: Sequence[Message]) -> Misfit | None:
         if unknown and ids != [made_up_id(number) for number in range(len(ids))]:
             what = "the result of a tool names a call that is not before it"
             return Misfit(what, f"`{unknown[0]}`", ", ".join(ids))
+        if named and stop - start < len(ids):
+            what = "some calls made at once have results and others have none"
+            got = f"{stop - start} results of {len(ids)} calls"
+            return Misfit(what, got, "a result of each call, or of none")
     return None
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from tuneloop.config import OneTaskConfig, SourceConfig
 from tuneloop.data.schema import ReasonCode, Rejection, Stage
-from tuneloop.data.sources.calls import fitted_calls, made_up_id, unknown_result
+from tuneloop.data.sources.calls import fitted_calls, made_up_id, unpaired_result
 from tuneloop.data.sources.mending import is_preference, mended, preference_columns
 from tuneloop.data.sources.unfit import is_turned_down, media_of
 from tuneloop.models.chat.tool_results import results_in_order
@@ -39,7 +39,9 @@ _TURN_KEYS = frozenset(
     {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name"}
 ).union(_THOUGHTS, _WEIGHTS)
 _CUT = "turns after the last answer to learn left out"
+_NO_INPUT = "`<noinput>` taken for no input"
 _ORDERED = "results of tools put in the order of their calls"
+_NO_INPUTS = ("<noinput>", "noinput")
 _MISSING = "a text is `{}`: what a program writes for a missing value; learned as it is"
 # Words for a missing value that are hardly ever meant, of spreadsheets and of pandas.
 _NO_VALUES = frozenset(
@@ -185,6 +187,8 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
     tools = ""
     if source.format == "alpaca" and "instances" in row and "output" not in row:
         row = {**row, **_only_instance(row["instances"])}
+    if source.format == "alpaca" and str(row.get("input")).strip().lower() in _NO_INPUTS:
+        row, changes = {**row, "input": ""}, [*changes, _NO_INPUT]
     if source.format in ("messages", "sharegpt"):
         messages = _turns(row, source.format)
         tools = _tools(row)
@@ -213,8 +217,8 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
             allowed="rows of text alone",
             remedy="only text is learned; leave such rows out, or the column if it is not needed",
         )
-    if unknown := unknown_result(messages):
-        raise RowError(*unknown, remedy="give the result the id of its call")
+    if unpaired := unpaired_result(messages[: last + 1]):
+        raise RowError(*unpaired, remedy="give each result the id of its call")
     ordered = results_in_order(messages)
     if ordered != messages:
         messages, changes = ordered, [*changes, _ORDERED]
