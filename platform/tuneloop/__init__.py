@@ -73,6 +73,8 @@ for _key, _value in {
     # Ray counts a lost node in for up to 20 s and waits for its workers, by default for a minute;
     # then it counts again. It never gives up, so a node that is slow to come is waited for.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    # A worker waits with its next checkpoint, and with its end, until it is looked after: 2 s.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Workers that hang on a lost one are not given half a minute to leave.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     # Tune's newer output prints its tables whatever the verbosity.
