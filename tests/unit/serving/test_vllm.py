@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import venv
@@ -212,7 +211,8 @@ time.sleep(600)
 """
 
 
-def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", ["parent", "parent and keeper"])
+def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path, killed: str) -> None:
     venv.create(tmp_path)
     (packages,) = tmp_path.glob("lib/python*/site-packages")
     module = packages / "vllm" / "entrypoints" / "openai" / "api_server.py"
@@ -226,11 +226,19 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     )
     assert parent.stdout is not None
     folder = parent.stdout.readline().strip()
-    (server,) = psutil.Process(parent.pid).children()
+    (keeper,) = psutil.Process(parent.pid).children()
+    (server,) = keeper.children()
+    if killed != "parent":
+        keeper.kill()  # as Ray does with the children of a worker that ends
     parent.kill()
     parent.wait()
-    server.wait(30)
-    shutil.rmtree(folder)
+    psutil.wait_procs([keeper, server], timeout=30)
+    assert not server.is_running()
+    # The next one that is started removes what is left.
+    assert Path(folder).exists()
+    process = VllmProcess(Installed(str(tmp_path), "1", "cpu", []), [], "model")
+    assert not Path(folder).exists()
+    process.stop()
 
 
 def test_a_share_of_memory_is_a_share() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+import psutil
 
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.bases.source import cache_directory
@@ -26,13 +27,19 @@ _log = logging.getLogger("tuneloop.serving")
 _POLL_S = 0.1
 _STOP_WITHIN_S = 10.0
 _NUM_LOGS = 20
-# Asks the kernel to be told when the parent is gone, however it went, and becomes the server. Not
-# by `preexec_fn`, which may hang in a process with threads.
-_LAUNCH = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+_FOLDER = "tuneloop-vllm-"
+# Stands between us and the server. It asks the kernel to be told when we are gone, however we went,
+# and then ends the server. Ray kills the children of a worker that ends, this one among them, but
+# not their children: the server has asked the same, and ends its workers, which would be left else.
+_KEEPER = """
+import ctypes, os, signal, subprocess, sys
+libc = ctypes.CDLL(None)
+follow = lambda: libc.prctl(1, signal.SIGTERM)
+follow()
 if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+    server = subprocess.Popen([sys.executable, *sys.argv[2:]], preexec_fn=follow)
+    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    sys.exit(server.wait())
 """
 _SERVER = ("-I", "-m", "vllm.entrypoints.openai.api_server")
 # Of our process and not for it: paths of our packages, Ray's one thread for each worker, keys.
@@ -66,14 +73,15 @@ class VllmProcess:
     """
 
     def __init__(self, installed: Installed, arguments: Sequence[str], name: str) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="tuneloop-vllm-"))
+        _remove_abandoned()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-"))
         self.socket = str(self._folder / "socket")
         self.log_file = _new_log(name)
         environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
         environment |= _ENVIRONMENT
         if installed.device == "cpu":
             environment |= _CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads())}
-        command = [str(installed.python), "-I", "-c", _LAUNCH, str(os.getpid()), *_SERVER]
+        command = [str(installed.python), "-I", "-c", _KEEPER, str(os.getpid()), *_SERVER]
         command += ["--uds", self.socket, "--disable-uvicorn-access-log", *arguments]
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(
@@ -124,11 +132,19 @@ class VllmProcess:
             self._process.wait(_STOP_WITHIN_S)
         except subprocess.TimeoutExpired:
             _log.warning("vLLM does not end by itself and is killed")
-        # Its workers are in its session, which is this child's alone.
+        # Its workers are in its session, which is this child's alone; mostly they are gone.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _remove_abandoned() -> None:
+    """Remove the folders of processes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*-*"):
+        owner = folder.name.removeprefix(_FOLDER).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _new_log(name: str) -> Path:
