@@ -17,6 +17,7 @@ from tuneloop.data.check import DataCheck
 from tuneloop.data.check import check as check_data
 from tuneloop.data.labels import resolve_labels
 from tuneloop.data.sources.files import find_files
+from tuneloop.data.sources.unlabelled import input_files, read_all_unlabelled
 from tuneloop.errors import ArtifactError, DataError, ModelError, Problem
 from tuneloop.evals.scoring.choosable import try_scorers
 from tuneloop.models.bases.source import BaseModel, resolve_base
@@ -99,7 +100,7 @@ def check(config: TuneloopConfig) -> CheckResult:
     expected = None if fit.prediction is None else fit.prediction.estimate
     unknown = "" if fit.prediction is None else fit.prediction.unknown
     problems = [*data.findings, *fit.problems, *_evaluation_problems(config)]
-    problems += _mark_problems(config)
+    problems += _mark_problems(config) + _generation_problems(config)
     problems += serving_problems(config.serving)
     problems += _metric_problems(config, base, data)
     return CheckResult(data, expected, problems, unknown, notices=_far(config, fit, data))
@@ -207,6 +208,19 @@ def _evaluation_problems(config: TuneloopConfig) -> list[Problem]:
     except DataError as error:
         problems += error.problems
     return problems
+
+
+def _generation_problems(config: TuneloopConfig) -> list[Problem]:
+    """Return what `tuneloop generate` would stop at: documents or inputs that cannot be read."""
+    if config.generation is None:
+        return []
+    try:
+        files = input_files(config.generation)
+        if config.generation.kind == "answers":
+            read_all_unlabelled(files, config.generation, config.task)
+    except DataError as error:
+        return list(error.problems)
+    return []
 
 
 def _mark_problems(config: TuneloopConfig) -> list[Problem]:

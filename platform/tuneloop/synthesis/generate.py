@@ -18,8 +18,8 @@ from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
 from tuneloop.config import GenerationConfig, JudgeConfig, PriceConfig, TuneloopConfig
 from tuneloop.data.hashing.content import content_id
 from tuneloop.data.schema import ReasonCode, dataset_schema, removed_schema
-from tuneloop.data.sources.files import find_files, identities
-from tuneloop.data.sources.unlabelled import UnlabelledRow, read_unlabelled
+from tuneloop.data.sources.files import identities
+from tuneloop.data.sources.unlabelled import input_files, read_all_unlabelled
 from tuneloop.data.synthetic_rows import RowText, compare, synthetic_lines
 from tuneloop.errors import ConfigError, DataError, Problem
 from tuneloop.evals.scoring.constrained import KINDS, constrain
@@ -68,7 +68,7 @@ def generate_rows(
     """
     generation = config.generation
     assert generation is not None, "the caller looked"
-    files = find_files(generation.sources, "generation.sources") if generation.sources else []
+    files = input_files(generation)
     renderer = Renderer.load(base.path, config.model.chat_template)
     judge = config.evaluation.judge if generation.min_rating is not None else None
     judge_key = _judge_key(judge)
@@ -88,7 +88,7 @@ def generate_rows(
     existing = workspace.find("datasets", name, identity)
     if existing is not None and not existing.manifest["metrics"]["num_unanswered"]:
         return Published(existing, reused=True)
-    unlabelled = _inputs(files, generation, config)
+    unlabelled = read_all_unlabelled(files, generation, config.task) if files else []
     with workspace.draft("datasets", name, identity) as draft:
         path = draft.scratch / REPLIES
         if existing is not None and not path.exists():
@@ -131,23 +131,6 @@ def _earlier_files(workspace: Workspace, name: str, identity: str) -> list[Path]
     versions = (a for a in workspace.published() if (a.kind, a.name) == ("datasets", name))
     files = (a.path / REPLIES for a in versions if a.fingerprint != identity)
     return [file for file in files if file.is_file()]
-
-
-def _inputs(
-    files: Sequence[Any], generation: GenerationConfig, config: TuneloopConfig
-) -> list[UnlabelledRow]:
-    """Return the inputs of kind `answers`. Raises DataError."""
-    if not files:
-        return []
-    found = read_unlabelled(files, generation.sources, config.task)
-    if found.refused:
-        bad = found.refused[0]
-        details = bad.rejection.got, bad.rejection.allowed, bad.rejection.remedy
-        more = f" (and {len(found.refused) - 1:,} more rows)" * (len(found.refused) > 1)
-        raise DataError(Problem(bad.rejection.what + more, bad.place, *details))
-    if not found.rows:
-        raise DataError(Problem("the sources hold no input", where="generation.sources"))
-    return found.rows
 
 
 def teacher_of(generation: GenerationConfig, replies: Replies) -> Teacher:

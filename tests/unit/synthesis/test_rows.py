@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuneloop.artifacts import Artifact, Workspace
-from tuneloop.config import TaskConfig, TuneloopConfig
+from tuneloop.check import check
+from tuneloop.config import MixedSourceConfig, TaskConfig, TuneloopConfig
 from tuneloop.data.schema import dataset_schema
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.unlabelled import read_unlabelled
@@ -330,6 +331,28 @@ def test_a_request_that_a_crash_lost_counts_with_the_most_it_can_cost(tmp_path: 
     assert other.get("a") == Reply("said", "stop")
     assert (other.spent, other.num_requests) == (Cost(), 0)
     assert Replies(tmp_path / "other.jsonl").get("a") == Reply("said", "stop")
+
+
+def test_inputs_that_cannot_be_read_are_told_before_anything_runs(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": asked(n), "answer": label_of(asked(n)), "mail": "x"} for n in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(path), "format": "question_answer"}
+    for inputs, expected in [
+        ({**source, "path": str(tmp_path / "none.jsonl")}, "none.jsonl"),
+        ({**source, "format": "columns", "columns": {"prompt": "body"}}, "(and 29 more rows)"),
+        (source, ""),
+    ]:
+        config = config_for(
+            tmp_path, tiny_model, "http://127.0.0.1:9/v1", kind="answers", sources=[inputs]
+        )
+        data = config.data.model_copy(update={"sources": [MixedSourceConfig(**source)]})
+        found = check(config.model_copy(update={"data": data})).problems
+        about = [problem for problem in found if "memory" not in problem.what]
+        assert len(about) == bool(expected)
+        assert all(expected in f"{problem.what} {problem.where} {problem.got}" for problem in about)
 
 
 def test_inputs_are_read_in_every_layout(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tuneloop.config import OneTaskConfig, SourceConfig
+from tuneloop.config import GenerationConfig, OneTaskConfig, SourceConfig
 from tuneloop.data.sources.bad_rows import BadRow
-from tuneloop.data.sources.files import SourceFile
+from tuneloop.data.sources.files import SourceFile, find_files
 from tuneloop.data.sources.formats import RowError, to_chat, to_document, used_columns
 from tuneloop.data.sources.readers import read_records, with_instruction
+from tuneloop.errors import DataError, Problem
 from tuneloop.records import Message
 
 # Stands where the answer will be while a row is read; it is never seen outside.
@@ -83,6 +84,32 @@ def read_unlabelled(
             except RowError as error:
                 found.refused.append(BadRow(place, error.rejection()))
     return found
+
+
+def input_files(generation: GenerationConfig) -> list[SourceFile]:
+    """Return the files of `generation.sources`; none for kinds that have none. Raises DataError."""
+    if not generation.sources:
+        return []
+    return find_files(generation.sources, "generation.sources")
+
+
+def read_all_unlabelled(
+    files: Sequence[SourceFile], generation: GenerationConfig, task: OneTaskConfig
+) -> list[UnlabelledRow]:
+    """Return the inputs of kind `answers`.
+
+    Raises:
+        DataError: There is none, or one cannot be read.
+    """
+    found = read_unlabelled(files, generation.sources, task)
+    if found.refused:
+        bad = found.refused[0]
+        details = bad.rejection.got, bad.rejection.allowed, bad.rejection.remedy
+        more = f" (and {len(found.refused) - 1:,} more rows)" * (len(found.refused) > 1)
+        raise DataError(Problem(bad.rejection.what + more, bad.place, *details))
+    if not found.rows:
+        raise DataError(Problem("the sources hold no input", where="generation.sources"))
+    return found.rows
 
 
 def _row(
