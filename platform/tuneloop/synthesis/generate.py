@@ -27,6 +27,7 @@ from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
 from tuneloop.records import Endpoint, Message, Price
+from tuneloop.review.fixes import marks_for
 from tuneloop.synthesis.filters import Rejected
 from tuneloop.synthesis.rows import Candidate, RowWriter, SeedRow, Written, read_seeds
 from tuneloop.synthesis.teacher import Rates, Replies, Teacher
@@ -63,6 +64,7 @@ def generate_rows(
 
     Raises:
         ConfigError: The judge's key is missing.
+        ArtifactError: The workspace's marks cannot be read.
         DataError: No train row can be shown, no input can be read, or no row was taken.
         EndpointError: The endpoint is unusable, or answered no request.
     """
@@ -73,6 +75,8 @@ def generate_rows(
     judge = config.evaluation.judge if generation.min_rating is not None else None
     judge_key = _judge_key(judge)
     seeds = read_seeds(dataset)
+    marks = marks_for(config, workspace) if generation.kind not in ("pairs", "answers") else []
+    wanted = frozenset(m.content_id for m in marks if m.kind == "more_like_this")
     parts = {
         "generation": generation.model_dump(mode="json", exclude=_HOW),
         "layouts": [s.model_dump(mode="json", exclude={"path"}) for s in generation.sources],
@@ -81,6 +85,7 @@ def generate_rows(
         # Not the dataset as a whole: generated rows that are added to it change no request.
         "seeds": _seeds_identity(seeds),
         "renderer": renderer.hash,
+        "wanted": sorted(wanted),
         "judge": judge and judge.model_dump(mode="json", include={"endpoint", "model", "criteria"}),
     }
     name = f"{config.name}-generated"
@@ -95,7 +100,7 @@ def generate_rows(
             shutil.copyfile(existing.path / REPLIES, path)
         replies = Replies(path, _earlier_files(workspace, name, identity))
         teacher = teacher_of(generation, replies)
-        writer = RowWriter(generation, config.task, seeds, teacher)
+        writer = RowWriter(generation, config.task, seeds, teacher, wanted)
         if config.task.type in KINDS:
             writer.bind(constrain(writer.arm, config.task, dataset))
         written = writer.write(unlabelled)

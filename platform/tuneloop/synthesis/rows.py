@@ -38,6 +38,8 @@ from tuneloop.synthesis.teacher import Asked, Reply, Teacher
 
 # Train rows whose inputs are shown for a new one; of a label, so many of its own.
 _NUM_SHOWN, _NUM_OF_LABEL = 6, 3
+# Of these, so many that people want more like.
+_NUM_WANTED = 3
 _SYSTEM = ("system", "developer")
 _INSTRUCTIONS = {
     "self_instruct": "Write one new input for the task below. Its topic and wording have to differ "
@@ -108,6 +110,13 @@ class Candidate:
         return content_id(turns + [{"role": "assistant", "content": self.answer}], "")
 
 
+class InputRequest(NamedTuple):
+    """What is asked for a new input, and the row that it is for."""
+
+    asked: Asked
+    row: Candidate
+
+
 class Removed(NamedTuple):
     """Something that was not taken, with what the model wrote."""
 
@@ -170,6 +179,7 @@ class RowWriter:
         task: Whose rows are written.
         seeds: Train rows that people wrote, which say what rows look like.
         teacher: Who writes them.
+        wanted: Ids of train rows that there should be more like: they come first.
     """
 
     def __init__(
@@ -178,9 +188,11 @@ class RowWriter:
         task: OneTaskConfig,
         seeds: Sequence[SeedRow],
         teacher: Teacher,
+        wanted: frozenset[str] = frozenset(),
     ) -> None:
         self.generation, self.task, self.teacher = generation, task, teacher
         self.seeds = seeds
+        self._wanted = [seed for seed in seeds if seed.row_id.partition("-")[0] in wanted]
         self.filters = Filters(task, [seed.solved for seed in self.seeds])
         self._form: Mapping[str, Any] = {}
         self._answer_key = ""
@@ -257,7 +269,7 @@ class RowWriter:
 
     def _new_inputs(self, written: Written) -> list[Candidate]:
         """Return the new inputs that are taken."""
-        asked = [self._ask_for_input(number) for number in range(self._num_inputs())]
+        asked = self.requests()
         self.teacher.ask([request for request, _ in asked])
         novelty = Novelty(self.generation.max_similarity)
         for seed in self.seeds:
@@ -283,17 +295,21 @@ class RowWriter:
             rows.append(row)
         return rows
 
-    def _num_inputs(self) -> int:
-        return self.generation.num_rows or len(self.seeds)
+    def requests(self) -> list[InputRequest]:
+        """Return what is asked for new inputs, each with the row that it is for."""
+        count = self.generation.num_rows or len(self.seeds)
+        return [self._ask_for_input(number) for number in range(count)]
 
-    def _ask_for_input(self, number: int) -> tuple[Asked, Candidate]:
+    def _ask_for_input(self, number: int) -> InputRequest:
         """Return the request for the new input of this number, and the row it is for."""
         generation = self.generation
         rng = random.Random(f"{generation.seed} {number}")
         told = generation.instruction or _INSTRUCTIONS[generation.kind]
         seed, expected = None, ""
         if generation.kind == "self_instruct":
-            shown = self._draw(rng, _NUM_SHOWN)
+            more_like = rng.sample(self._wanted, min(_NUM_WANTED, len(self._wanted)))
+            drawn = [seed for seed in self._draw(rng, _NUM_SHOWN) if seed not in more_like]
+            shown = [*more_like, *drawn][:_NUM_SHOWN]
             if self.task.type == "classification":
                 # Each label is asked for equally often, whatever the train rows have most of.
                 expected = self.task.labels[number % len(self.task.labels)]
@@ -311,6 +327,7 @@ class RowWriter:
             turn, place = divmod(number, len(self.seeds))
             shuffled = random.Random(f"{generation.seed} turn {turn}")
             order = shuffled.sample(self.seeds, len(self.seeds))
+            order.sort(key=lambda one: one not in self._wanted)
             seed = like = order[place]
             asked = f"Input:\n{seed.messages[-2].text}"
         about = f"\n\nThe task: {self.task.instruction.strip()}" if self.task.instruction else ""
@@ -318,7 +335,7 @@ class RowWriter:
         params = replace(self._params(), seed=generation.seed + number)
         source = f"{generation.kind} {number + 1}" + (f" of {seed.row_id}" if seed else "")
         row = Candidate(like.messages[:-1], source, seed, expected)
-        return Asked((system, Message("user", asked)), params), row
+        return InputRequest(Asked((system, Message("user", asked)), params), row)
 
     def _example(self, place: int, seed: SeedRow) -> str:
         """Return a train row's input as it is shown, with its label if it has one."""

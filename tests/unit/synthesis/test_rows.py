@@ -22,7 +22,8 @@ from tuneloop.errors import DataError
 from tuneloop.evals.scoring.budget import Cost
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.synthesis.filters import Filters, Novelty, Solved, agreement, cleaned, lost
-from tuneloop.synthesis.generate import generate_rows
+from tuneloop.synthesis.generate import generate_rows, teacher_of
+from tuneloop.synthesis.rows import RowWriter, read_seeds
 from tuneloop.synthesis.teacher import Replies, Reply
 
 LABELS = ["billing", "delivery"]
@@ -249,6 +250,28 @@ def test_paraphrases_keep_the_answer_and_name_their_row(
         "the paraphrase has lost a detail: 4",
         "the judge's rating is too low: 2 of 5",
     }
+
+
+def test_rows_that_people_want_more_like_come_first(dataset: Artifact, tmp_path: Path) -> None:
+    generation = config_for(tmp_path, tmp_path, "http://x/v1", kind="paraphrases").generation
+    assert generation is not None
+    replies = Replies(tmp_path / "replies.jsonl")
+    task = TaskConfig(type="generation", instruction="Sort the mail.")
+    teacher = teacher_of(generation, replies)
+    wanted = frozenset({f"{3:020x}", f"{9:020x}"})
+
+    def requests(kind: str, num_rows: int) -> list[str]:
+        asked_for = generation.model_copy(update={"kind": kind, "num_rows": num_rows})
+        writer = RowWriter(asked_for, task, read_seeds(dataset), teacher, wanted)
+        return [request.messages[-1].content for request, _ in writer.requests()]
+
+    first = requests("harder", 32)
+    assert {text.removeprefix("Input:\n") for text in first[:2]} == {asked(3), asked(9)}
+    assert len(set(first)) == 30  # all once before any comes twice
+    for text in requests("self_instruct", 5):
+        assert asked(3) in text
+        assert asked(9) in text
+        assert text.count("Input ") == 6
 
 
 def test_rules_that_people_break_are_not_applied() -> None:
