@@ -181,13 +181,9 @@ def read_keys(path: str | Path) -> dict[str, ApiKey]:
     except yaml.YAMLError as error:
         raise _wrong(path, str(getattr(error, "problem", None) or error)) from error
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        # A key that stands in the file by mistake is not shown.
+        # What stands in the file is not shown: it may be a key, by mistake.
         raise ConfigError(
-            *(
-                _problem(path, f"{'.'.join(map(str, one['loc']))}: {one['msg']}".lstrip(": "))
-                for one in details
-            )
+            *(_problem(path, _told(one["loc"], one["type"], one["msg"])) for one in error.errors())
         ) from error
     if not keys:
         raise _wrong(path, "no key")
@@ -195,6 +191,13 @@ def read_keys(path: str | Path) -> dict[str, ApiKey]:
     if len(set(hashes)) < len(hashes):
         raise _wrong(path, "two names have the same key")
     return keys
+
+
+def _told(location: Sequence[object], kind: str, message: str) -> str:
+    where = ".".join(map(str, location))
+    if kind == "extra_forbidden":
+        return f"unknown field `{where}`"
+    return f"{where}: {message}" if where else message
 
 
 def _problem(path: Path, got: str) -> Problem:
