@@ -66,6 +66,8 @@ MADE = [
     Call("warn-all", {"city": "12"}),
 ]
 
+MADE_B = [Call("forecast", {"city": "b"})]
+
 
 def renderer(family: str, tiny_model: Path) -> Renderer:
     if family in written.FAMILIES:
@@ -157,6 +159,22 @@ def test_templates_that_write_no_calls_are_known_by_their_tag(tiny_model: Path) 
         reader = CallReader(bare, TOOLS)
         told = [*map(reader.push, other), reader.finish("")]
         assert ("".join(new.content for new in told), sum(len(n.calls) for n in told)) == (other, 0)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+def test_what_a_model_thinks_of_calls_is_no_call(family: str, tiny_model: Path) -> None:
+    syntax = CallSyntax.of(renderer(family, tiny_model))
+    made = '{"name": "forecast", "arguments": {"city": "b"}}'
+    thought = f"<think>{syntax.opening}{made.replace('b', 'a')}</think>"
+    for text in (f"{thought}\n\n{syntax.opening}{made}", f"{thought[7:]}\n{syntax.opening}{made}"):
+        content, calls = CallReader(syntax, TOOLS).finish(text)
+        assert (content, calls) == (text.split("</think>")[0] + "</think>", MADE_B)
+    reader = CallReader(syntax, TOOLS)
+    told = [*map(reader.push, f"{thought}\n\n{syntax.opening}{made}"), reader.finish("")]
+    assert "".join(new.content for new in told) == thought
+    assert [call for new in told for call in new.calls] == MADE_B
+    open_thought = f"<think>{syntax.opening}{made}"
+    assert CallReader(syntax, TOOLS).finish(open_thought) == (open_thought, [])
 
 
 def test_ids_are_of_the_kind_that_the_template_takes_back(tiny_model: Path) -> None:

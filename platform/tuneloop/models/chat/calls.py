@@ -22,7 +22,9 @@ from tuneloop.records import Message
 # Reading every place where JSON may begin costs time; no call is longer.
 _MOST_CHARACTERS = 20_000
 _NAME = re.compile(r"[\w.\-]+")
-_THOUGHT = re.compile(r"^.*</(?:think|thinking|thought|reasoning)>\s*", re.DOTALL)
+_TAGS = "(?:think|thinking|thought|reasoning)"
+_THOUGHT = re.compile(f"^.*</{_TAGS}>\\s*", re.DOTALL)
+_OPENED_THOUGHT = re.compile(f"\\s*<{_TAGS}>")
 # What models were taught to write before a call whose templates do not write calls themselves.
 _KNOWN_TAGS = re.compile(
     r"<tool_call>|<\|tool_call\|>|<function_call>|<\|tool_calls?_start\|>|<\|python_tag\|>"
@@ -162,18 +164,23 @@ class CallSyntax:
         return self.opening.rstrip(" \n[")
 
     def start(self, text: str) -> int | None:
-        """Return where calls begin in a text, if they do."""
+        """Return where calls begin in a text, if they do; what it thinks of calls is none."""
+        begin = _thought_end(text)
+        if begin is None:
+            return None
         if self.marker:
-            place = text.find(self.marker)
+            place = text.find(self.marker, begin)
             return place if place >= 0 else None
-        place = len(text) - len(text.lstrip(" \n["))
+        place = len(text) - len(text[begin:].lstrip(" \n["))
         return place if text[place : place + 1] == "{" else None
 
     def safe_end(self, text: str) -> int:
         """Return up to where a text without calls is certainly no beginning of one."""
         end = len(text.rstrip())
         if not self.marker:
-            return end if text.strip(" \n[") else 0
+            begin = _thought_end(text)
+            is_other = begin is None or text[begin:].strip(" \n[")
+            return end if is_other else len(text[:begin].rstrip())
         for size in range(min(len(self.marker) - 1, len(text)), 0, -1):
             if text.endswith(self.marker[:size]):
                 return len(text[:-size].rstrip())
@@ -476,6 +483,14 @@ def _shared(text: str, other: str) -> str:
     """Return what two texts begin with."""
     pairs = zip(text, other, strict=False)
     return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _thought_end(text: str) -> int | None:
+    """Return where an answer begins behind what the model thinks; None: it is still thinking."""
+    closed = _THOUGHT.match(text)
+    if closed:
+        return closed.end()
+    return None if _OPENED_THOUGHT.match(text) else 0
 
 
 def _is_arguments(text: str, place: int) -> bool:
