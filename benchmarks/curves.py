@@ -32,6 +32,14 @@ def make_curve(generator: np.random.Generator) -> Callable[[float], float]:
     return lambda size: 1 - floor - (start - floor) * np.exp(-((size / scale) ** shape))
 
 
+def make_steep_curve(generator: np.random.Generator) -> Callable[[float], float]:
+    """Return a curve as of finetuning at a fixed number of epochs: more rows are more steps."""
+    floor = generator.uniform(0, 0.2)
+    start = generator.uniform(floor + 0.3, 1)
+    half, exponent = np.exp(generator.uniform(np.log(40), np.log(600))), generator.uniform(1.5, 3.0)
+    return lambda size: 1 - floor - (start - floor) / (1 + (size / half) ** exponent)
+
+
 class Measured(NamedTuple):
     """What a sweep would measure of a curve.
 
@@ -133,6 +141,15 @@ def _factor(estimate: float, true: float) -> float:
 
 
 def main(num_curves: int) -> None:
+    for make in (make_curve, make_steep_curve):
+        print(f"\n{make.__name__}\n")
+        try_family(make, num_curves)
+
+
+def try_family(
+    make: Callable[[np.random.Generator], Callable[[float], float]], num_curves: int
+) -> None:
+    """Print the table of a family of curves."""
     print(
         "| sizes | seeds | refused | 2x covered | width | 4x covered | width "
         "| break-even told | all within 1.5 | told within 1.5 | shape known | covered |"
@@ -145,7 +162,7 @@ def main(num_curves: int) -> None:
             bars: list[BreakEven] = []
             num_refused = 0
             for _ in range(num_curves):
-                curve = make_curve(generator)
+                curve = make(generator)
                 measured = measure(curve, num_sizes, num_seeds, generator)
                 largest = measured.points[-1].num_examples
                 law = fit_law(measured.points, is_share=True, covariance=measured.covariance)
