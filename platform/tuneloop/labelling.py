@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,7 +133,12 @@ def read_inputs(config: TuneloopConfig, path: str) -> list[UnlabelledRow]:
     layouts.append(SourceConfig(path=path, format="text"))
     problems: list[Problem] = []
     for layout in layouts:
-        found = read_unlabelled(find_files([layout], path), [layout], config.task)
+        try:
+            files = find_files([layout])
+        except DataError as error:
+            told = [replace(problem, where="FILE") for problem in error.problems]
+            raise DataError(*told) from error
+        found = read_unlabelled(files, [layout], config.task)
         if found.rows and len(found.refused) <= config.data.max_bad_rows_ratio * len(found.rows):
             return found.rows
         for bad in found.refused[:1]:

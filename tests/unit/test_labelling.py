@@ -137,6 +137,8 @@ def test_a_table_comes_back_as_a_source(
     (tmp_path / "known.csv").write_text(f"mail\n{known}\n")
     assert main(["label-next", str(tmp_path / "known.csv"), str(config), "--out", "n.csv"]) == 2
     assert "all inputs are train rows already" in capfd.readouterr().err
+    assert main(["label-next", str(tmp_path / "none.csv"), str(config), "--out", "n.csv"]) == 2
+    assert "no such file\n  where:   FILE" in capfd.readouterr().err
     (tmp_path / "other.csv").write_text("body\nx\n")
     assert main(["label-next", str(tmp_path / "other.csv"), str(config), "--out", "n.csv"]) == 2
     assert "`mail`" in capfd.readouterr().err
