@@ -9,7 +9,7 @@ import pytest
 
 from tuneloop.data.hashing.columns import Texts
 from tuneloop.data.hashing.content import PASSAGE_HASHES, PASSAGE_WORDS
-from tuneloop.data.hashing.signatures import lowest_hashes
+from tuneloop.data.hashing.signatures import lowest_hashes, shingles
 from tuneloop.data.ray_rows import RowTexts
 from tuneloop.data.split.passages import drawn_from_shared, sharing_rows
 
@@ -96,6 +96,14 @@ def test_what_most_rows_have_is_a_template() -> None:
     chain = np.array([[n + 1, n + 2] for n in range(100)], dtype=np.uint64)
     assert len(set(sharing_rows(chain).tolist())) == 100
     assert len(set(sharing_rows(chain[:20]).tolist())) == 1
+
+
+def test_the_lowest_hashes_are_distinct_and_ascending() -> None:
+    rng = random.Random(5)
+    prompts = [" ".join(rng.choices(WORDS[:3], k=k)) for k in (3, 4, 9, 40, 400)]
+    ngrams = shingles(Texts.of(prompts), 3).sets()
+    for row, values in zip(lowest_hashes(Texts.of(prompts), 3, 8), ngrams, strict=True):
+        assert row.tolist() == [*values[:8].tolist(), *[0] * (8 - len(values))]
 
 
 def test_short_prompts_share_nothing() -> None:

@@ -166,6 +166,27 @@ def shingle_hashes(
 
 
 @njit(cache=True)
+def lowest(hashes: Hashes, offsets: Integers, number: int) -> Hashes:
+    """Return the lowest distinct hashes of each row, ascending, 0 after them. Shape (B, number)."""
+    found = np.zeros((len(offsets) - 1, number), np.uint64)
+    for row in range(len(offsets) - 1):
+        kept = 0
+        for value in hashes[offsets[row] : offsets[row + 1]]:
+            if kept == number and value >= found[row, kept - 1]:
+                continue
+            place = 0
+            while place < kept and found[row, place] < value:
+                place += 1
+            if place < kept and found[row, place] == value:
+                continue
+            kept = min(kept + 1, number)
+            for at in range(kept - 1, place, -1):
+                found[row, at] = found[row, at - 1]
+            found[row, place] = value
+    return found
+
+
+@njit(cache=True)
 def fill_bloom_filter(hashes: Hashes, bloom: Hashes) -> None:
     """Set the bit of each hash, numbered by its first bits, in a filter of 2^k words of 64 bits."""
     shift = _bit_shift(bloom)

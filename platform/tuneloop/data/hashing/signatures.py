@@ -94,11 +94,8 @@ def lowest_hashes(texts: Texts, ngram_words: int, number: int) -> Hashes:
     Source: Broder, "On the resemblance and containment of documents", 1997.
     """
     ngrams = shingles(texts, ngram_words)
-    is_long = word_counts(texts) >= ngram_words
-    found = np.zeros((len(texts.offsets) - 1, number), dtype=np.uint64)
-    for row in np.flatnonzero(is_long).tolist():
-        lowest = np.unique(ngrams.hashes[ngrams.offsets[row] : ngrams.offsets[row + 1]])[:number]
-        found[row, : len(lowest)] = lowest
+    found: Hashes = kernels.lowest(ngrams.hashes, ngrams.offsets, number)
+    found[word_counts(texts) < ngram_words] = 0
     return found
 
 
