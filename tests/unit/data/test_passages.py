@@ -11,7 +11,7 @@ from tuneloop.data.hashing.columns import Texts
 from tuneloop.data.hashing.content import PASSAGE_HASHES, PASSAGE_WORDS
 from tuneloop.data.hashing.signatures import lowest_hashes, shingles
 from tuneloop.data.ray_rows import RowTexts
-from tuneloop.data.split.passages import drawn_from_shared, sharing_rows
+from tuneloop.data.split.passages import _join_synthetic, drawn_from_shared, sharing_rows
 
 _FIRST = ("sta", "kel", "mor", "vin", "dor")
 _LAST = ("ne", "ta", "rid", "lok", "mis", "gan", "pel", "sur", "bek", "fol", "wim", "zet")
@@ -96,6 +96,14 @@ def test_what_most_rows_have_is_a_template() -> None:
     chain = np.array([[n + 1, n + 2] for n in range(100)], dtype=np.uint64)
     assert len(set(sharing_rows(chain).tolist())) == 100
     assert len(set(sharing_rows(chain[:20]).tolist())) == 1
+
+
+def test_rows_that_a_model_wrote_join_the_passages_of_people() -> None:
+    # Rows 0 and 1 quote one passage; 4 and 5 share a template.
+    passages = np.array([0, 0, 2, 3, 4, 5])
+    is_synthetic = np.array([False, False, True, True, False, True])
+    _join_synthetic(passages, np.arange(6), is_synthetic, np.array([0, 0, 0, 1, 2, 2]))
+    assert passages.tolist() == [0, 0, 0, 3, 4, 5]
 
 
 def test_the_lowest_hashes_are_distinct_and_ascending() -> None:
