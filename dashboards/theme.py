@@ -20,6 +20,9 @@ CSS = """
 }
 [data-testid="stMarkdown"] h1 { font-size: 1.3rem; }
 [data-testid="stMarkdown"] h2 { font-size: 1.1rem; }
+/* Streamlit's own grey is 4.1 : 1 on the light sidebar; readable text has 4.5. */
+[data-testid="stCaptionContainer"] { opacity: 1; color: inherit; }
+[data-testid="stCaptionContainer"] p { opacity: .75; }
 [data-testid="stMarkdown"] table { display: block; overflow-x: auto; }
 .st-key-tags [data-testid="stTable"] * { white-space: nowrap !important; }
 .tl-sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr));
@@ -31,9 +34,9 @@ CSS = """
 .tl-head b { font-weight: 600; }
 .tl-text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; line-height: 1.5; }
 .tl-mono { font-family: ui-monospace, "Source Code Pro", monospace; font-size: .82rem; }
-.tl-label { font-size: .78rem; opacity: .68; margin: .5rem 0 .15rem; }
+.tl-label { font-size: .78rem; opacity: .75; margin: .5rem 0 .15rem; }
 .tl-label:first-child { margin-top: 0; }
-.tl-quiet { opacity: .6; }
+.tl-quiet { opacity: .75; }
 .tl-chip { border-radius: 1rem; padding: .05rem .5rem; font-size: .74rem; white-space: nowrap;
   background: rgba(128, 136, 152, .18); }
 .tl-good { background: rgba(24, 150, 90, .2); }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import streamlit as st
 
 import theme
+from headline import ARM_HELP
 from marking import KINDS, MarkedRow, Marking, marking_of
 from nearest import show_nearest
 from shell import choose_artifact, load_evaluation, refuse
@@ -116,8 +117,12 @@ def choose() -> Comparison:
         st.stop()
     # As in the report: first against the arm that is hardest to beat.
     strongest = names.index(evaluation.strongest_other() or names[0])
-    before = left.selectbox("Before", names, strongest, key="before", bind="query-params")
-    after = middle.selectbox("After", names, len(names) - 1, key="after", bind="query-params")
+    before = left.selectbox(
+        "Before", names, strongest, key="before", bind="query-params", help=ARM_HELP
+    )
+    after = middle.selectbox(
+        "After", names, len(names) - 1, key="after", bind="query-params", help=ARM_HELP
+    )
     metric = right.selectbox(
         "Right or wrong by",
         metrics_of(identity(artifact), evaluation, task),

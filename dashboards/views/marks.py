@@ -36,12 +36,12 @@ event = st.dataframe(
     [{column: row[column] for column in columns} for row in rows],
     hide_index=True,
     on_select="rerun",
-    selection_mode="single-row",
+    selection_mode="single-cell",
 )
-if event.selection.rows:
-    chosen = rows[event.selection.rows[0]]
+if event.selection.cells:
+    chosen = rows[event.selection.cells[0][0]]
     st.switch_page("views/lineage.py", query_params={"id": chosen["row_id"]})
-st.caption("Newest first; choose one to follow its row.")
+st.caption("Newest first; click one to follow its row.")
 with st.container(horizontal=True):
     for kind, (suffix, mime) in FORMATS.items():
         st.download_button(kind, as_file(rows, kind), f"marks-{name}.{suffix}", mime)

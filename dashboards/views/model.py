@@ -7,15 +7,18 @@ from typing import Any
 import altair as alt
 import streamlit as st
 
+import theme
 from shell import choose_artifact, refuse, show_origin
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import (
     compare_settings,
     describe_parity,
+    prompt_labels,
     read_card,
     read_json,
     read_samples,
     read_training_log,
+    without_end,
 )
 
 SMALL_CHARTS = (
@@ -87,13 +90,13 @@ if log:
     measured = [row for row in log if row.get("validation_loss") is not None]
     st.subheader("Loss")
     st.caption(
-        "Mean over the target tokens, in nats: of each step's batch"
+        "Mean cross-entropy of the learned tokens in nats, lower is better: of each step's batch"
         + (" before the step, and of the validation split after it." if measured else ".")
     )
     draw_curves(log, "loss", "validation_loss", "loss")
     if "token_accuracy" in log[0]:
         st.subheader("Token accuracy")
-        st.caption("Share of the target tokens that the model ranks first.")
+        st.caption("Share of the learned tokens that the model holds most likely.")
         draw_curves(log, "token_accuracy", "validation_accuracy", "accuracy")
     charts = [
         row | {"peak_memory_gib": row["peak_memory_bytes"] / 2**30}
@@ -115,11 +118,20 @@ samples = read_samples(artifact)
 if samples:
     st.subheader("Answers during training")
     st.caption("The first validation prompts, answered greedily at each measurement.")
-    prompt = st.selectbox("Prompt", list(dict.fromkeys(row["prompt"] for row in samples)))
+    labels = prompt_labels(list(dict.fromkeys(row["prompt"] for row in samples)))
+    prompt = st.selectbox("Prompt", list(labels), format_func=lambda text: labels[text])
     answers = [row for row in samples if row["prompt"] == prompt]
-    st.text(f"Reference: {answers[0]['reference']}")
-    columns = ("step", "completion")
-    st.dataframe([{name: row[name] for name in columns} for row in answers], hide_index=True)
+    with st.expander("The whole prompt, as the model reads it"):
+        st.html(theme.text(prompt, mono=True))
+    st.html(
+        theme.labelled("Reference", theme.text(without_end(answers[0]["reference"]), mono=True))
+        + "".join(
+            theme.labelled(
+                f"After step {row['step']:,}", theme.folded(without_end(row["completion"]))
+            )
+            for row in answers
+        )
+    )
 parity = read_json(artifact, "parity.json")
 if parity is not None:
     st.subheader("The export equals the trained model")

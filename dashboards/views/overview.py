@@ -36,22 +36,22 @@ else:
     st.info("No evaluation yet: `tuneloop run CONFIG.yaml` makes one and its result is shown here.")
 
 st.subheader("Artifacts")
-st.caption("Newest first. Choose a row to open it.")
+st.caption("Newest first. Click a row to open it.")
 rows = list_artifacts(artifacts)
 event = st.dataframe(
     rows,
     hide_index=True,
     on_select="rerun",
-    selection_mode="single-row",
+    selection_mode="single-cell",
     column_order=["artifact", "created", "took_s", "size_mb", "metrics"],
     column_config={
         "artifact": st.column_config.TextColumn("Artifact", width="medium"),
-        "created": st.column_config.DatetimeColumn("Created", format="YYYY-MM-DD HH:mm"),
-        "took_s": st.column_config.NumberColumn("Took (s)", format="localized"),
+        "created": st.column_config.DatetimeColumn("Created (UTC)", format="YYYY-MM-DD HH:mm"),
+        "took_s": st.column_config.NumberColumn("Took (s)", format="%.1f"),
         "size_mb": st.column_config.NumberColumn("Size (MB)", format="%.1f"),
         "metrics": st.column_config.TextColumn("Numbers", width="large"),
     },
 )
-if event.selection.rows:
-    chosen = rows[event.selection.rows[0]]
+if event.selection.cells:
+    chosen = rows[event.selection.cells[0][0]]
     st.switch_page(PAGES[chosen["kind"]], query_params={chosen["kind"]: chosen["artifact"]})

@@ -10,9 +10,13 @@ REPORT_HEIGHT_PX = 1400
 
 _, artifact = choose_artifact("evaluations", "Evaluation")
 report = artifact.path / "report.html"
+version = artifact.ref.partition("@")[2]
 with st.container(horizontal=True, vertical_alignment="center"):
     st.download_button(
-        "Download the report", report.read_bytes(), f"{artifact.name}.html", "text/html"
+        "Download the report",
+        report.read_bytes(),
+        f"{artifact.name}-{version}.html",
+        "text/html",
     )
     st.page_link(
         "views/errors.py", label="Error analysis →", query_params={artifact.kind: artifact.ref}

@@ -9,6 +9,7 @@ from itertools import combinations
 import streamlit as st
 
 import theme
+from headline import ARM_HELP
 from shell import choose_artifact, load_evaluation, refuse
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting import error_analysis as analysis
@@ -258,7 +259,7 @@ if evaluation.metrics["task_type"] == "language_modeling":
 pairs = sorted(combinations(names, 2), key=lambda pair: pair[1] != names[-1])
 arms = right.selectbox(
     "Arms", pairs, format_func=" vs ".join, key="pair", bind="query-params",
-    help="Which answer is on the left differs by example and reviewer.",
+    help=f"{ARM_HELP} Which answer is on the left differs by example and reviewer.",
 )  # fmt: skip
 examples = analysis.examples_to_judge(evaluation, arms)
 view = st.segmented_control(

@@ -129,9 +129,10 @@ def test_model_page_shows_curve_parity_and_card(open_page, filled):
     assert any(caption.value == "Padding: 0.0% of the tokens computed." for caption in app.caption)
     assert "picks the same tokens" in app.success[0].value
     assert len(app.get("vega_lite_chart")) == 6
-    answers = next(frame.value for frame in app.dataframe if "completion" in frame.value)
-    assert list(answers["step"]) == [10, 20, 30, 40]
-    assert answers["completion"][0] == "<b>Answer</b> 1 of step 10"
+    assert list(app.selectbox[-1].options) == ["1. 1?", "2. 2?"]
+    answers = page_html(app)
+    assert all(f"After step {step}<" in answers for step in (10, 20, 30, 40))
+    assert "&lt;b&gt;Answer&lt;/b&gt; 1 of step 10" in answers
 
 
 def test_sweep_page_shows_curve_best_and_failed_trials(open_page, filled):

@@ -604,7 +604,7 @@ def test_sources_are_mixed_stratified_and_described_whatever_the_blocks(
     assert card["dedup"]["cluster_sizes"] == {"1": 272}
     readme = (artifact.path / "README.md").read_text()
     assert "Stratified by `topic`" in readme
-    assert "Prompts lead with 3 different words" in readme
+    assert "Prompts begin with 3 different words" in readme
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Sequence
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.training.methods import METHODS
-from tuneloop.training.results import StepRecord, TrainingResult
+from tuneloop.training.results import StepRecord, TrainingResult, last_steps, mean_loss
 from tuneloop.training.validation import best_step
 
 _CURVE_ROWS = 12
@@ -33,7 +34,7 @@ def model_card(
         ("steps", f"{last['step']:,} of {training.global_batch_size} rows, {last['epoch']} epochs"),
         ("tokens", f"{tokens:,}"),
         ("learning rate", f"{training.learning_rate:g}, {training.lr_scheduler}"),
-        ("loss", f"{result.log[0]['loss']:.4f} at the first step, {last['loss']:.4f} at the last"),
+        ("loss", f"{result.log[0]['loss']:.4f} at the first step, {_final_loss(result.log)}"),
         *_validation(config, result),
         *_rows(result),
         (
@@ -78,6 +79,12 @@ def model_card(
         f"The weights derive from `{base.name}` (licence: {base.license}); its terms apply.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _final_loss(log: Sequence[StepRecord]) -> str:
+    steps = last_steps(log)
+    over = "at the last" if len(steps) == 1 else f"on average over the last {len(steps):,}"
+    return f"{mean_loss(steps):.4f} {over}"
 
 
 def _validation(config: TuneloopConfig, result: TrainingResult) -> list[tuple[str, str]]:

@@ -22,7 +22,13 @@ from tuneloop.training.fit.assess import PreparedRows, assess
 from tuneloop.training.fit.estimate import ResourceEstimate, gib, measured_estimate
 from tuneloop.training.launch import result_parts
 from tuneloop.training.progress import PADDED_NOTICE
-from tuneloop.training.results import DryRunResult, StepRecord, TrainingResult
+from tuneloop.training.results import (
+    DryRunResult,
+    StepRecord,
+    TrainingResult,
+    last_steps,
+    mean_loss,
+)
 from tuneloop.training.rows import Rows, open_rows, store_rows
 from tuneloop.training.validation import best_step
 from tuneloop.training.workers import StoredRows, can_resume, dry_run_workers, run_workers
@@ -160,14 +166,13 @@ def _write_log(result: TrainingResult, path: Path) -> None:
 
 def _metrics(result: TrainingResult) -> dict[str, Any]:
     last = result.log[-1]
-    tail = [row["loss"] for row in result.log[-max(1, len(result.log) // 10) :]]
     tokens = sum(row["num_tokens"] for row in result.log)
     best = best_step(result.log)
     validated = {} if best is None else {"best_step": best, **_validation(result.log[best - 1])}
     return {
         "num_steps": last["step"],
         "first_loss": round(result.log[0]["loss"], 6),
-        "final_loss": round(sum(tail) / len(tail), 6),
+        "final_loss": round(mean_loss(last_steps(result.log)), 6),
         "num_tokens": tokens,
         "train_s": last["elapsed_s"],
         "tokens_per_s": round(tokens / max(1e-9, last["elapsed_s"]), 2),

@@ -6,6 +6,7 @@ Ray's controller passes it on, and imports the module it is defined in to do so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
@@ -92,3 +93,13 @@ class DryRunResult:
     export_s: float
     num_workers: int
     wall_s: float
+
+
+def last_steps(log: Sequence[StepRecord]) -> Sequence[StepRecord]:
+    """Return the last tenth of the steps: one batch alone says little about the loss."""
+    return log[-max(1, len(log) // 10) :]
+
+
+def mean_loss(steps: Sequence[StepRecord]) -> float:
+    """Return the mean loss of some steps, in nats."""
+    return sum(row["loss"] for row in steps) / len(steps)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tuneloop.data.card.page import _literal
+from tuneloop.data.card.page import _lengths, _literal
 
 # CommonMark: a code span is a run of backticks, its text, and a run of the same length.
 CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
@@ -32,3 +32,8 @@ def test_data_is_one_code_span_from_end_to_end(text: str) -> None:
 def test_white_space_is_folded_and_nothing_stays_nothing() -> None:
     assert _literal("two\nlines\t here") == "`two lines here`"
     assert _literal(" \n") == ""
+
+
+def test_lengths_are_told_in_words():
+    found = {"p50": 142, "p90": 190, "p99": 1246, "max": 2500}
+    assert _lengths(found) == "half up to 142, 90% up to 190, 99% up to 1,246, longest 2,500"

@@ -18,7 +18,12 @@ from tuneloop.evals.reporting.error_analysis import Filter
 from tuneloop.evals.reporting.formatting import word_diff
 from tuneloop.evals.reporting.headline import describe_rows, write_headline
 from tuneloop.evals.reporting.next_steps import next_steps
-from tuneloop.evals.reporting.overview import describe_metrics, tabulate
+from tuneloop.evals.reporting.overview import (
+    describe_metrics,
+    prompt_labels,
+    tabulate,
+    without_end,
+)
 from tuneloop.evals.reporting.report import render_report
 from tuneloop.evals.reporting.views import show_examples
 from tuneloop.evals.scoring.comparison import compare, summarise
@@ -361,8 +366,22 @@ def test_tables_for_pages_carry_the_same_numbers():
     assert tables.pairs[0]["difference"] == "+85.0 points"
     assert (tables.pairs[0]["better"], tables.pairs[0]["worse"]) == (85, 0)
     assert describe_metrics({"primary": "f1", "scores": {"base": 0.123456}, "none": None}) == (
-        "primary f1, base 0.1235"
+        "f1: base 0.1235"
     )
+    rows = {"num_train_rows": 1200, "num_test_rows": 112, "num_removed": 3}
+    assert describe_metrics(rows) == "1,200 train and 112 test rows, 3 removed"
+
+
+def test_prompts_of_one_task_are_told_apart_by_what_they_do_not_share():
+    start = "<|im_start|>system\nAnswer with JSON.<|im_end|>\n<|im_start|>user\n"
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    prompts = [f"{start}def {name}(self):\nDo it.{end}" for name in ("open", "opened", "close")]
+    assert list(prompt_labels(prompts).values()) == [
+        "1. open(self):", "2. opened(self):", "3. close(self):",
+    ]  # fmt: skip
+    assert list(prompt_labels(["<s>one"]).values()) == ["1. <s>one"]
+    assert without_end('{"a": 1}<|im_end|>\n') == '{"a": 1}'
+    assert without_end("<p>a</p>") == "<p>a</p>"
 
 
 def situation(evaluation: Evaluation, **more) -> Situation:

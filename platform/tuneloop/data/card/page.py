@@ -65,7 +65,7 @@ def readme(card: dict[str, Any]) -> str:
     parts += [
         "## Lengths",
         _table(
-            ["split", "rows", "tokens", "targets", "share of targets", "tokens a row"],
+            ["split", "rows", "tokens", "learned tokens", "share learned", "tokens a row"],
             [
                 [
                     name,
@@ -73,7 +73,7 @@ def readme(card: dict[str, Any]) -> str:
                     f"{split['num_tokens']:,}",
                     f"{split['num_target_tokens']:,}",
                     f"{split['target_ratio']:.1%}",
-                    ", ".join(f"{k} {v:,}" for k, v in split["length_tokens"].items()),
+                    _lengths(split["length_tokens"]),
                 ]
                 for name, split in card["splits"].items()
             ],
@@ -143,8 +143,14 @@ def _parts_table(what: str, parts: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def _synthetic_text(ratios: dict[str, float]) -> str:
-    listed = ", ".join(f"{name} {1 - ratio:.1%} and {ratio:.1%}" for name, ratio in ratios.items())
-    return f"People's rows and synthetic ones (rows with `synthetic: true`): {listed}."
+    listed = ", ".join(f"{ratio:.1%} of the {name} rows" for name, ratio in ratios.items())
+    return f"Made by a program and not by people (rows with `synthetic: true`): {listed}."
+
+
+def _lengths(found: dict[str, int]) -> str:
+    """Return percentiles in words: `half up to 142, 90% up to 190, longest 250`."""
+    names = {"p50": "half up to", "max": "longest"}
+    return ", ".join(f"{names.get(k, f'{k[1:]}% up to')} {v:,}" for k, v in found.items())
 
 
 def _wording(found: dict[str, Any]) -> list[str]:
@@ -153,8 +159,8 @@ def _wording(found: dict[str, Any]) -> list[str]:
     if found["lead_words"]:
         listed = ", ".join(f"{_literal(w)} {count:,}" for w, count in found["lead_words"].items())
         parts.append(
-            f"Prompts lead with {found['num_lead_words']:,} different words, as spread as "
-            f"{found['effective_lead_words']:g} equally frequent ones: {listed}."
+            f"Prompts begin with {found['num_lead_words']:,} different words ({listed}). That is "
+            f"as varied as {found['effective_lead_words']:g} words that are equally frequent."
         )
     listed = ", ".join(f"{_literal(t)} {share:.0%}" for t, share in found["terms"].items())
     parts.append(f"{found['num_terms']:,} different terms; in most rows: {listed or 'none'}.")
@@ -171,7 +177,8 @@ def _dedup_text(dedup: dict[str, Any], is_text: bool) -> str:
         f"{dedup['threshold']:g}) removed: {dedup['num_near']:,}"
         f"{'' if dedup['near'] else ' (switched off)'}. Clusters of two or more rows: "
         f"{dedup['num_clusters']:,}; the largest has {dedup['largest_cluster']:,}. Candidates come "
-        f"from MinHash with {dedup['bands']} bands of {dedup['rows_per_band']} and are verified."
+        f"from MinHash ({dedup['bands']} bands of {dedup['rows_per_band']} hash values); each pair "
+        "is then compared exactly."
     )
     listed = ", ".join(
         f"{size} row{'s' * (size != '1')}: {count:,}"
@@ -328,8 +335,8 @@ def _split_text(split: dict[str, Any], is_mixture: bool) -> str:
     )
     text = (
         f"Asked for: {wanted}. Rows with the same prompt or in the same cluster of duplicates are "
-        f"on the same side: {split['num_units_train']:,} units that stay together are kept for "
-        f"training, {split['num_units_test']:,} for the test."
+        f"on the same side: {split['num_units_train']:,} such groups are kept for training, "
+        f"{split['num_units_test']:,} for the test."
     )
     if split["num_units_validation"]:
         text += f" {split['num_units_validation']:,} more are for validation."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,8 @@ from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.text import shorten
 
 _LONGEST_TEXT = 90
+# As models of several families end a turn.
+_END = re.compile(r"(?:<\|[^<>|\s]+\|>|<end_of_turn>|<eos>|</s>)\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,29 @@ def newest_comparison(artifacts: Sequence[Artifact]) -> Artifact | None:
 
 
 def describe_metrics(metrics: dict[str, Any]) -> str:
-    """Return the numbers of a manifest as one short line; nested ones with their own names."""
+    """Return the numbers of a manifest that tell most, as one short line."""
+    if "num_train_rows" in metrics and "num_test_rows" in metrics:
+        removed = metrics.get("num_removed", 0)
+        return (
+            f"{metrics['num_train_rows']:,} train and {metrics['num_test_rows']:,} test rows, "
+            f"{removed:,} removed"
+        )
+    if "final_loss" in metrics:
+        return (
+            f"loss {metrics['first_loss']:.3f} at first, {metrics['final_loss']:.3f} at the end; "
+            f"{metrics['num_steps']:,} steps"
+        )
+    if "primary" in metrics and "scores" in metrics:
+        # The candidate is the last arm, and what is too long for the column is cut on the right.
+        scores = reversed(metrics["scores"].items())
+        listed = ", ".join(f"{arm} {_describe(score)}" for arm, score in scores)
+        unscored = metrics.get("num_unscored", 0)
+        return f"{metrics['primary']}: {listed}" + f"; {unscored:,} not scored" * bool(unscored)
+    if "best_model" in metrics:
+        return (
+            f"{metrics['num_trials']:,} trials; best {metrics['best_model']}: "
+            f"{_describe(metrics['best_score'])}"
+        )
     parts = []
     for name, value in metrics.items():
         if isinstance(value, dict):
@@ -82,7 +107,7 @@ def tabulate(evaluation: Evaluation) -> EvaluationTables:
             "unscored": arm["num_unscored"],
             "prompt tokens, mean": format_number(arm["mean_prompt_tokens"]),
             "answer tokens, median": format_number(arm["median_completion_tokens"]),
-            "latency, median s": format_number(arm["median_latency_s"], 2),
+            "latency under load, median s": format_number(arm["median_latency_s"], 2),
             "cost per 1,000 requests": format_cost(arm.get("cost_per_1000_requests")),
         }
         for arm in evaluation.arms
@@ -148,6 +173,35 @@ def read_training_log(model: Artifact) -> list[dict[str, Any]]:
 def read_samples(model: Artifact) -> list[dict[str, Any]]:
     """Return a model's answers during training: `step, row_id, prompt, reference, completion`."""
     return [json.loads(line) for line in read_text(model, "samples.jsonl").splitlines()]
+
+
+def prompt_labels(prompts: Sequence[str]) -> dict[str, str]:
+    """Return a short label for each rendered prompt: what it does not share with the others.
+
+    Prompts of a task all begin with the same instruction and end with the same header.
+    """
+    start = _shared_start(prompts)
+    end = _shared_start([prompt[::-1] for prompt in prompts])
+    # Whole words: a label must not begin in the middle of one.
+    start = start[: max(start.rfind(" "), start.rfind("\n")) + 1]
+    end = end[: max(end.rfind(" "), end.rfind("\n")) + 1]
+    labels = {}
+    for number, prompt in enumerate(dict.fromkeys(prompts), 1):
+        own = prompt if len(prompts) == 1 else prompt[len(start) : len(prompt) - len(end)]
+        labels[prompt] = f"{number}. {shorten(' '.join(own.split()), _LONGEST_TEXT)}"
+    return labels
+
+
+def _shared_start(texts: Sequence[str]) -> str:
+    # What the first and the last in order begin with, all between them begin with.
+    first, last = min(texts), max(texts)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return "".join(letter for letter, _ in same)
+
+
+def without_end(text: str) -> str:
+    """Return a decoded answer without the token that ended it."""
+    return _END.sub("", text)
 
 
 def read_text(artifact: Artifact, name: str) -> str:

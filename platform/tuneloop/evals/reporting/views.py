@@ -68,7 +68,6 @@ def show_arms(evaluation: Evaluation, secondary: Sequence[str]) -> list[dict[str
             {
                 "name": arm["name"],
                 "candidate": arm["name"] == evaluation.candidate["name"],
-                "interval": format_estimate(score, metric).partition(" ")[2].strip("()"),
                 **_bar(score, metric, top),
                 "method": score["method"],
                 "rows": describe_rows(evaluation, score),
@@ -312,9 +311,10 @@ def _bars(evaluation: Evaluation, name: str) -> list[dict[str, Any]]:
 
 
 def _bar(score: dict[str, Any], metric: Metric, top: float = 1.0) -> dict[str, Any]:
-    """Return a score as text, and as positions in per cent of the width that `top` has."""
+    """Return a score and its interval as text, and as positions in per cent of `top`'s width."""
     ends = {"bar": score["value"], "low": score["low"], "high": score["high"]}
-    return {"value": format_value(score["value"], metric)} | {
+    value, _, interval = format_estimate(score, metric).partition(" ")
+    return {"value": value, "interval": interval.strip("()")} | {
         name: None if end is None else round(100 * end / top, 2) for name, end in ends.items()
     }
 
