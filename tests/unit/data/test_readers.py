@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tuneloop.config import TuneloopConfig
+from tuneloop.config import SourceConfig, TuneloopConfig
 from tuneloop.data.schema import Rejection, SourceRow
 from tuneloop.data.sources.bad_rows import (
     BadRow,
@@ -338,6 +338,25 @@ def test_sources_that_lead_nowhere_are_told_all_at_once(tmp_path: Path) -> None:
         ("no such source", "data.sources.2.path"),
     ]
     assert "faq.jsonl" in caught.value.problems[0].remedy
+
+
+@pytest.mark.parametrize(
+    ("path", "what", "remedy"),
+    [
+        ("", "the path of a source is empty", ""),
+        (" ", "the path of a source is empty", ""),
+        ("C:\\data\\rows.jsonl", "no such file", "folders are separated by `/`"),
+        ("https://example.org/rows.jsonl", "cannot open a data source", "download the file"),
+        ("rows [1]/*.jsonl", "a glob matches no file", "`[[]` stands for a bracket"),
+    ],
+)
+def test_paths_that_are_none_say_what_to_write(path: str, what: str, remedy: str) -> None:
+    source = SourceConfig.model_validate({"path": path, "format": "question_answer"})
+    with pytest.raises(DataError) as caught:
+        find_files([source])
+    (problem,) = caught.value.problems
+    assert problem.what == what
+    assert remedy in problem.remedy
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,10 @@ TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 DOCUMENTS = (".txt", ".md", ".rst")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".lz4")
 _LONGEST_DESCRIPTION = 1 << 20
+_DOWNLOAD = (
+    "download the file and name it; a data set of the Hub is named by its id, its files by "
+    "hf://datasets/OWNER/NAME/PATH"
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,8 @@ def find_files(sources: Sequence[SourceConfig], key: str = "data.sources") -> li
 
 
 def _find(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
+    if not source.path.strip():
+        raise DataError(Problem("the path of a source is empty", where=f"{where}.path"))
     if source.path.startswith("docstrings:"):
         return [_documentation(source, index, where)]
     repository = repository_of(source, (*TABLES, *DOCUMENTS, *COMPRESSIONS))
@@ -156,7 +162,10 @@ def _find(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
     except OSError as error:
         raise DataError(
             Problem(
-                "cannot open a data source", where=f"{where}.path", got=f"{source.path}: {error}"
+                "cannot open a data source",
+                where=f"{where}.path",
+                got=f"{source.path}: {error}",
+                remedy=_DOWNLOAD if source.path.startswith(("http://", "https://")) else "",
             )
         ) from error
     if not paths:
@@ -389,6 +398,7 @@ def _nothing_found(path: str, where: str) -> Problem:
             got=path,
             remedy="files and folders whose names begin with `.` or `_` are passed over unless the "
             "glob names them"
+            + ("; `[[]` stands for a bracket in a name" if "[" in path else "")
             + (f"; relative paths start from {Path.cwd()}" if "://" not in path else ""),
         )
     if "://" in path:
@@ -406,7 +416,9 @@ def _nothing_found(path: str, where: str) -> Problem:
     siblings = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     close = difflib.get_close_matches(Path(path).name, siblings, n=1)
     remedy = f"relative paths start from {Path.cwd()}"
-    if close:
+    if "\\" in path:
+        remedy = f"folders are separated by `/` here, and no drive has a letter; {remedy}"
+    elif close:
         remedy = f"did you mean `{Path(path).with_name(close[0])}`?"
     elif not folder.is_dir():
         remedy = f"there is no directory {folder} either; {remedy}"
