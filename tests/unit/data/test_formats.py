@@ -285,6 +285,20 @@ def test_calls_fit_the_tools_of_their_row() -> None:
         chat("sharegpt", conversations=turns, tools=json.dumps(weather()))
 
 
+def test_names_that_arrow_filled_in_are_left_out_of_json_too() -> None:
+    filled = weather()
+    filled[0]["function"]["parameters"]["properties"]["day"] = None
+    found = taught({"city": "Oslo", "day": None, "unit": None}, filled)
+    assert json.loads(found.tools) == weather()
+    arguments = json.loads(found.messages[1].tool_calls)[0]["function"]["arguments"]
+    assert json.loads(arguments) == {"city": "Oslo"}
+    assert found.changes == ("names without a value that Arrow fills in left out",)
+    # A null that the author wrote stays.
+    found = taught({"city": "Oslo", "unit": None}, weather())
+    assert '\\"unit\\": null' in found.messages[1].tool_calls
+    assert found.changes == ()
+
+
 def test_what_the_tools_of_a_row_leave_open_is_allowed() -> None:
     assert taught('{"any": 1}', None, name="f").changes == ()
     # Context, such as a mistake that the row goes on to mend.

@@ -13,7 +13,13 @@ from typing import Any, ClassVar
 from tuneloop.config import OneTaskConfig, SourceConfig
 from tuneloop.data.schema import ReasonCode, Rejection, Stage
 from tuneloop.data.sources.calls import fitted_calls, made_up_id, unpaired_result
-from tuneloop.data.sources.mending import is_preference, mended, preference_columns
+from tuneloop.data.sources.mending import (
+    is_filled_in,
+    is_preference,
+    mended,
+    preference_columns,
+    without_nulls,
+)
 from tuneloop.data.sources.unfit import is_turned_down, media_of
 from tuneloop.models.chat.tool_results import results_in_order
 from tuneloop.records import Message, Role
@@ -39,6 +45,7 @@ _TURN_KEYS = frozenset(
     {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name"}
 ).union(_THOUGHTS, _WEIGHTS)
 _CUT = "turns after the last answer to learn left out"
+_FILLED_IN = "names without a value that Arrow fills in left out"
 _NO_INPUT = "`<noinput>` taken for no input"
 _ORDERED = "results of tools put in the order of their calls"
 _NO_INPUTS = ("<noinput>", "noinput")
@@ -189,6 +196,10 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
         row = {**row, **_only_instance(row["instances"])}
     if source.format == "alpaca" and str(row.get("input")).strip().lower() in _NO_INPUTS:
         row, changes = {**row, "input": ""}, [*changes, _NO_INPUT]
+    if is_filled_in(row.get("tools")):
+        of_turns = ("messages", "conversations", "tools")
+        whole = {name: without_nulls(value) for name, value in row.items() if name in of_turns}
+        row, changes = {**row, **whole}, [*changes, _FILLED_IN]
     if source.format in ("messages", "sharegpt"):
         messages = _turns(row, source.format)
         tools = _tools(row)

@@ -38,6 +38,29 @@ def mended(row: Mapping[str, Any], source: SourceConfig) -> Mended:
     return Mended(row, changes)
 
 
+def without_nulls(value: object) -> Any:
+    """Return a value without the names of objects that have no value, which Arrow fills in."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def is_filled_in(tools: object) -> bool:
+    """Return whether tools have arguments without a schema: Arrow gave them those of other tools.
+
+    So they stand in JSON that a program wrote from Arrow, as `datasets` does.
+    """
+    if not isinstance(tools, list):
+        return False
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        schema = function.get("parameters") if isinstance(function, dict) else None
+        arguments = schema.get("properties") if isinstance(schema, dict) else None
+        if isinstance(arguments, dict) and None in arguments.values():
+            return True
+    return False
+
+
 def is_preference(row: Mapping[str, Any], layout: str) -> bool:
     """Return whether a row has a preferred and a rejected answer in place of one answer.
 

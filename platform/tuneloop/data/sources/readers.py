@@ -45,6 +45,7 @@ from tuneloop.data.sources.formats import (
     to_document,
     used_columns,
 )
+from tuneloop.data.sources.mending import without_nulls
 from tuneloop.data.sources.partitions import PartitionValue, other_value
 from tuneloop.records import Message
 
@@ -162,13 +163,6 @@ def _without_marks(record: dict[str, Any], used: Set[str]) -> dict[str, Any]:
         if isinstance(value, str) and value.startswith(BYTE_ORDER_MARK):
             record[name] = value.removeprefix(BYTE_ORDER_MARK)
     return record
-
-
-def without_nulls(value: object) -> Any:
-    """Return a value without the names of objects that have no value, which Arrow fills in."""
-    if isinstance(value, dict):
-        return {name: without_nulls(part) for name, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _truth(value: object) -> bool | None:
