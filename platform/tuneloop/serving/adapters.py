@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -95,18 +96,31 @@ def _forward(
     return out
 
 
-def _read(folder: Path, model: PreTrainedModel) -> dict[str, _LowRank]:
-    """Return an adapter's part of each layer, by the layer's name in the model."""
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of an adapter, with `r` and `lora_alpha`.
+
+    Raises:
+        ModelError: They cannot be read, or it is not plain LoRA.
+    """
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(Problem("cannot read the adapter", str(folder), str(error))) from error
     if settings.get("peft_type") != "LORA":
         raise _unfit(folder, f"peft_type {settings.get('peft_type')}")
     for name in sorted(settings.keys() - _NEUTRAL):
         if settings[name] and settings[name] not in _OFF.get(name, ()):
             raise _unfit(folder, f"{name}: {settings[name]}")
+    return settings
+
+
+def _read(folder: Path, model: PreTrainedModel) -> dict[str, _LowRank]:
+    """Return an adapter's part of each layer, by the layer's name in the model."""
+    settings = read_settings(folder)
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(Problem("cannot read the adapter", str(folder), str(error))) from error
     scaling = settings["lora_alpha"] / settings["r"]
     layers: dict[str, _LowRank] = {}
     for key in sorted(tensors):

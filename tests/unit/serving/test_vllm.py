@@ -82,10 +82,12 @@ def test_a_kind_of_model_that_vllm_does_not_know_is_refused(
 def test_a_server_is_told_everything_that_it_would_choose(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"text_config": {"dtype": "bfloat16"}}')
     adapters = {}
-    for name, settings in {"a": {"r": 4}, "b": {"r": 8, "rank_pattern": {"x": 20}}}.items():
+    for name, settings in {"a": {"r": 4}, "b": {"r": 20}}.items():
         adapters[name] = tmp_path / name
         adapters[name].mkdir()
-        (adapters[name] / "adapter_config.json").write_text(json.dumps(settings))
+        (adapters[name] / "adapter_config.json").write_text(
+            json.dumps(settings | {"peft_type": "LORA"})
+        )
         layer = f"base_model.model.model.layers.0.{name}_proj.lora_A.weight"
         save_file({layer: torch.zeros(1)}, adapters[name] / "adapter_model.safetensors")
     weights = ServedWeights(tmp_path, adapters)
@@ -106,6 +108,11 @@ def test_a_server_is_told_everything_that_it_would_choose(tmp_path: Path) -> Non
         adapters["b"] / "adapter_model.safetensors",
     )
     with pytest.raises(ModelError, match="changes the output layer"):
+        told(VllmConfig(), "cpu")
+    (adapters["a"] / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 4, "rank_pattern": {"x": 8}}'
+    )
+    with pytest.raises(ModelError, match="rank_pattern"):
         told(VllmConfig(), "cpu")
     weights = ServedWeights(tmp_path)
     assert "--dtype float32" in told(VllmConfig(), "cpu")

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from tuneloop.config import VllmConfig
 from tuneloop.errors import ModelError, Problem, TuneloopError
 from tuneloop.models.json_form import with_layout
+from tuneloop.serving.adapters import read_settings
 from tuneloop.serving.ranking import RankedAnswer
 from tuneloop.serving.requests import (
     Activity,
@@ -67,7 +68,11 @@ class ServedWeights:
 def server_arguments(
     weights: ServedWeights, settings: VllmConfig, max_batch_size: int, device: Device
 ) -> list[str]:
-    """Return the command line of vLLM's server, without its address."""
+    """Return the command line of vLLM's server, without its address.
+
+    Raises:
+        ModelError: An adapter cannot be read, or is none that vLLM serves.
+    """
     arguments = ["--model", str(weights.path), "--served-model-name", BASE]
     arguments += ["--generation-config", "vllm", "--max-model-len", "auto"]
     arguments += ["--max-num-seqs", str(max_batch_size)]
@@ -85,7 +90,7 @@ def server_arguments(
         arguments += ["--tensor-parallel-size", str(settings.tensor_parallel_size)]
     arguments += ["--dtype", dtype if settings.dtype == "auto" else settings.dtype]
     if weights.adapters:
-        rank = max(map(_rank, weights.adapters.values()))
+        rank = max(read_settings(folder)["r"] for folder in weights.adapters.values())
         room_for = next((size for size in _RANKS if size >= rank), rank)
         arguments += ["--enable-lora", "--max-lora-rank", str(room_for)]
         arguments += ["--max-loras", str(len(weights.adapters)), "--lora-modules"]
@@ -120,11 +125,6 @@ def _changed_layers(folder: Path) -> set[str]:
             )
         )
     return names
-
-
-def _rank(folder: Path) -> int:
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
 
 
 class VllmEngine:
