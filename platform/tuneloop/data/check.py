@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.decontamination.held_out import read_evaluations
 from tuneloop.data.filters.quality import has_template_marker
+from tuneloop.data.hashing.columns import compared_text
+from tuneloop.data.hashing.content import Content
 from tuneloop.data.schema import ReasonCode, Rejection, SourceRow, Stage
 from tuneloop.data.sources.bad_rows import (
     BadRow,
@@ -27,6 +29,7 @@ from tuneloop.data.sources.bad_rows import (
 from tuneloop.data.sources.dialect import file_notices
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
+from tuneloop.data.split.shared_texts import Pair, template_notice, undrawn_texts
 from tuneloop.data.split.synthetic import no_people_problem
 from tuneloop.data.tokenize.rendering import (
     NUM_VERIFIED,
@@ -54,6 +57,8 @@ from tuneloop.records import Sample
 # Usable rows that stand for all where they are compared with one another.
 _SPREAD = 64
 _ROWS_AT_ONCE = 1000
+# Rows whose prompts are held against each other.
+_MOST_PAIRS = 5000
 # For both sides of the split.
 _FEWEST_UNITS = 2
 _MOST_TOKENS_OF_A_CHARACTER = 4
@@ -139,6 +144,9 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     truncated: list[LongRow] = []
     changed: list[ChangedRow] = []
     marked: list[ChangedRow] = []
+    pairs: list[Pair] = []
+    places: list[str] = []
+    content = Content.of(config.task)
     dropped: list[str] = []
     lengths: list[int] = []
     targets: list[int] = []
@@ -192,6 +200,9 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
             groups.add(row["group"])
         lengths.append(len(sample.input_ids))
         targets.append(sum(sample.loss_mask))
+        if limit is not None and len(pairs) < _MOST_PAIRS and not row["synthetic"]:
+            pairs.append(_pair(row, content))
+            places.append(row["source"])
         shown.offer((row["source"], sample))
         if limit is not None:
             spread.offer(sample)
@@ -203,6 +214,9 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     columns = merged_shapes([columns, shapes_of(extras)])
     notices += json_text_notice(schema_of(columns))
     notices += _unseen_context(config, columns)
+    if config.data.split.group_by is None and (found := undrawn_texts(pairs)):
+        where = f"{places[found.first]}, {places[found.second]}"
+        notices.append(template_notice(found.num_rows, found.num_texts, where))
     findings += _cluster_findings(config, columns)
     if dropped and len(dropped) + len(bad) + len(too_long) == total:
         findings.append(nothing_left_problem(dropped))
@@ -254,6 +268,11 @@ def _findings(
         allowed = config.data.too_long != "error" and len(bad) + len(too_long) < total
         (notices if allowed else findings).append(problem)
     return findings, notices
+
+
+def _pair(row: SourceRow, content: Content) -> Pair:
+    own = content.own(row).messages
+    return Pair(compared_text(own, "", "prompt"), compared_text(own, "", "completion"))
 
 
 def _has_marker(row: SourceRow) -> bool:

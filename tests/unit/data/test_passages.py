@@ -10,8 +10,14 @@ import pytest
 from tuneloop.data.hashing.columns import Texts
 from tuneloop.data.hashing.content import PASSAGE_HASHES, PASSAGE_WORDS
 from tuneloop.data.hashing.signatures import lowest_hashes, shingles
-from tuneloop.data.ray_rows import RowTexts
-from tuneloop.data.split.passages import _join_synthetic, drawn_from_shared, sharing_rows
+from tuneloop.data.split.passages import _join_synthetic
+from tuneloop.data.split.shared_texts import (
+    Pair,
+    Undrawn,
+    drawn_from_shared,
+    sharing_rows,
+    undrawn_texts,
+)
 
 _FIRST = ("sta", "kel", "mor", "vin", "dor")
 _LAST = ("ne", "ta", "rid", "lok", "mis", "gan", "pel", "sur", "bek", "fol", "wim", "zet")
@@ -41,8 +47,8 @@ def about(rng: random.Random, count: int, layout: str = "{}\n\n{}") -> tuple[lis
     return prompts, answers
 
 
-def clusters(prompts: list[str], answers: list[str], size: int) -> list[list[RowTexts]]:
-    rows = [RowTexts("", *pair) for pair in zip(prompts, answers, strict=True)]
+def clusters(prompts: list[str], answers: list[str], size: int) -> list[list[Pair]]:
+    rows = list(map(Pair, prompts, answers))
     return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
@@ -84,6 +90,14 @@ def test_labels_and_few_answers_say_nothing() -> None:
     assert drawn_from_shared(clusters(prompts, listed, 5)) is None
     assert drawn_from_shared(clusters(prompts[:5], answers[:5], 5)) is None
     assert drawn_from_shared([]) is None
+
+
+def test_shared_texts_that_no_answer_draws_on_are_told() -> None:
+    prompts, answers = about(random.Random(6), 20)
+    assert undrawn_texts(list(map(Pair, prompts, answers))) is None
+    yes_and_no = [Pair(prompt, ("yes", "no")[row % 2]) for row, prompt in enumerate(prompts)]
+    assert undrawn_texts(yes_and_no) == Undrawn(100, 20, 0, 1)
+    assert undrawn_texts([]) is None
 
 
 def test_what_most_rows_have_is_a_template() -> None:
