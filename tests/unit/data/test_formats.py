@@ -390,6 +390,9 @@ def test_rows_that_an_annotator_turned_down_are_refused() -> None:
     assert kept.messages[-1].content == "b"
     with pytest.raises(RowError, match="turned down by its annotator"):
         to_chat({**row, "answer": "reject"}, SourceConfig.model_validate(source), TASK)
+    source["columns"] = {"prompt": "text", "completion": "answer"}
+    judged = to_chat({**row, "answer": "reject"}, SourceConfig.model_validate(source), TASK)
+    assert judged.messages[-1].content == "reject"
 
 
 @pytest.mark.parametrize("given", ["<noinput>", "Noinput "])

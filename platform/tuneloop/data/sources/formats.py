@@ -184,7 +184,8 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
             remedy="leave rows with label false out; or, where the column means something else, "
             "set data.sources[*].format: columns and name prompt and completion",
         )
-    if is_turned_down(row):
+    # Whoever learns what annotators did learns from these as well.
+    if is_turned_down(row) and "answer" not in used_columns(source):
         raise RowError(
             "the row was turned down by its annotator",
             got=f"answer: {row['answer']}, as Prodigy writes it",
