@@ -17,7 +17,7 @@ from tuneloop.data.diff import diff_datasets
 from tuneloop.data.schema import SPLITS
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import read_card, read_json
-from tuneloop.marks import MarkKind
+from tuneloop.marks import FIX_LABELS, MarkKind
 from tuneloop.records import Message
 from tuneloop.review.rows import (
     Query,
@@ -247,27 +247,33 @@ def show_conflicts() -> None:
             st.html(theme.sides(boxes))
 
 
+def show_fixes(applied: list[dict[str, Any]]) -> None:
+    """Show the rows that marks have changed: what the files say, what they say now, and by whom."""
+    st.subheader("Changed by marks")
+    page_of(len(applied))
+    start = min(page_number() - 1, (len(applied) - 1) // PAGE_SIZE) * PAGE_SIZE
+    for item in applied[start : start + PAGE_SIZE]:
+        chips = [theme.chip(item["source"]), theme.chip(item["side"])]
+        told = f"{FIX_LABELS[item['action']]} by {', '.join(item['reviewers'])}"
+        chips.append(theme.chip(told, "warn" if item["action"] == "drop" else "good"))
+        chips.append(theme.chip(item["created_at"][:10]))
+        boxes = [theme.box("The files say", [], theme.folded(item["before"]))]
+        if item["after"]:
+            title = "Right too" if item["action"] == "accept" else "Now"
+            boxes.append(theme.box(title, [], theme.folded(item["after"])))
+        with st.container(border=True, gap="xsmall"):
+            st.html(
+                f'<div class="tl-head"><b>{html.escape(item["row_id"])}</b>{"".join(chips)}</div>'
+                + theme.sides(boxes)
+            )
+            st.page_link("views/lineage.py", label="Follow", query_params={"id": item["row_id"]})
+
+
 def show_changes() -> None:
     """Show what marks have changed, and what differs from another version."""
     fixes = (read_json(artifact, "card.json") or {}).get("fixes") or {"applied": []}
     if fixes["applied"]:
-        st.subheader("Changed by marks")
-        st.dataframe(
-            [
-                {
-                    "row": item["row_id"],
-                    "from": item["source"],
-                    "split": item["side"],
-                    "done": item["action"],
-                    "the files say": item["before"],
-                    "now": item["after"],
-                    "by": ", ".join(item["reviewers"]),
-                    "on": item["created_at"][:10],
-                }
-                for item in fixes["applied"]
-            ],
-            hide_index=True,
-        )
+        show_fixes(fixes["applied"])
     _, artifacts = open_workspace()
     others = [a.ref for a in reversed(artifacts) if a.kind == "datasets" and a.ref != artifact.ref]
     st.subheader("Against another version")

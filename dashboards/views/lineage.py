@@ -7,7 +7,7 @@ import streamlit as st
 import theme
 from shell import open_workspace, refuse
 from tuneloop.errors import UserError
-from tuneloop.marks import MARK_LABELS
+from tuneloop.marks import FIX_LABELS, MARK_LABELS
 from tuneloop.review.trace import Trace, trace
 from tuneloop.review.verdicts import verdict_rows
 
@@ -28,7 +28,8 @@ def show(found: Trace) -> None:
             body += theme.labelled("Removed because they repeat it", theme.text(repeats))
         for fix in place.fixes:
             told = (
-                f"{fix['action']} by {', '.join(fix['reviewers'])}; the files say: {fix['before']}"
+                f"{FIX_LABELS[fix['action']]} by {', '.join(fix['reviewers'])}; "
+                f"the files say: {fix['before']}"
             )
             body += theme.labelled("Changed by marks", theme.text(told))
         st.html(theme.box(place.dataset, chips, body))

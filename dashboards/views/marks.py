@@ -7,6 +7,7 @@ import streamlit as st
 from exporting import FORMATS, as_file
 from shell import open_workspace, refuse
 from tuneloop.errors import UserError
+from tuneloop.marks import MARK_LABELS
 from tuneloop.review.fixes import states_of
 from tuneloop.review.store import ReviewStore
 
@@ -31,9 +32,20 @@ if counts["waiting"]:
     st.markdown("The next preparation applies those that wait:")
     st.code("tuneloop prepare CONFIG.yaml", language=None)
 rows = [state.row() for state in reversed(states)]
-columns = ("state", "why", "kind", "row_id", "answer", "note", "reviewer", "created_at")
 event = st.dataframe(
-    [{column: row[column] for column in columns} for row in rows],
+    [
+        {
+            "state": row["state"],
+            "why": row["why"],
+            "mark": MARK_LABELS[row["kind"]],
+            "row": row["row_id"],
+            "answer": row["answer"],
+            "note": row["note"],
+            "by": row["reviewer"],
+            "time (UTC)": row["created_at"][:19].replace("T", " "),
+        }
+        for row in rows
+    ],
     hide_index=True,
     on_select="rerun",
     selection_mode="single-cell",

@@ -25,6 +25,8 @@ MARK_LABELS: dict[MarkKind, str] = {
     "more_like_this": "needs more like this",
     "note": "note",
 }
+# What a preparation did with a row, by the action of its fix.
+FIX_LABELS = {"correct": "corrected", "drop": "dropped", "accept": "accepts more answers"}
 # Of these a reviewer's newest mark on a row counts.
 _VERDICTS = ("bad_reference", "bad_row", "fine")
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from tuneloop.artifacts import Workspace
 from tuneloop.config import TuneloopConfig
+from tuneloop.data.fixes import AppliedFix
 from tuneloop.evals.reporting.report import render_report
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors
@@ -30,6 +33,8 @@ from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import Metric, Scorer
 from tuneloop.evals.scoring.predictions import Prediction, write_predictions
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.marks import decide
+from tuneloop.review.store import ReviewStore
 from tuneloop.sweeps.curve import Bar, describe_forecast, learning_curves, series_of
 
 APP = Path(__file__).parents[2] / "dashboards" / "app.py"
@@ -96,6 +101,30 @@ def publish_dataset(workspace: Workspace) -> None:
         ]
     )
     publish(workspace, "datasets", files, {"train_rows": 26, "test_rows": 6})
+
+
+def publish_fixed(workspace: Workspace) -> None:
+    """Publish the next version of the dataset, as a preparation that applies all marks does.
+
+    Preparing starts Ray; what it does to rows is tested with it.
+    """
+    rows = {"r000": ("train", "a-ha"), "r29": ("test", '{"colour": "blue"}')}
+    marks = ReviewStore(workspace.location).marks("demo")
+    applied = []
+    for fix in decide(marks).fixes:
+        side, before = rows[fix.content_id]
+        done = AppliedFix(
+            fix.content_id, "rows.jsonl", side, fix.action, before, "".join(fix.answers),
+            fix.reviewers.split(", "), [mark.uid for mark in fix.marks], fix.marks[0].created_at,
+        )  # fmt: skip
+        applied.append(asdict(done))
+    old = workspace.open("datasets/demo@v1")
+    with workspace.draft("datasets", "demo", "f" * 64) as draft:
+        shutil.copytree(old.path / "test", draft.path / "test")
+        (draft.path / "card.json").write_text(
+            json.dumps({"fixes": {"applied": applied, "refused": {}}})
+        )
+        draft.publish(config={}, resources={}, inputs=[], metrics={})
 
 
 def publish_model(workspace: Workspace) -> None:
@@ -298,6 +327,20 @@ def mixed(tmp_path: Path) -> Path:
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with one artifact of each kind."""
     return fill(tmp_path_factory.mktemp("dashboard") / "workspace")
+
+
+@pytest.fixture
+def next_version() -> Iterator[Callable[[Path], None]]:
+    """What publishes the next version of a workspace's dataset; it is gone after the test."""
+    folders: list[Path] = []
+
+    def publish_next(root: Path) -> None:
+        publish_fixed(Workspace(root))
+        folders.append(root / "datasets" / "demo" / "v2")
+
+    yield publish_next
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

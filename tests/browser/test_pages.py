@@ -331,7 +331,7 @@ def test_the_worst_answers_of_one_model_come_first(open_page, filled):
     assert "&lt;b&gt;What is it?&lt;/b&gt;" in page_html(app)
 
 
-def test_rows_are_marked_listed_and_followed(open_page, own):
+def test_rows_are_marked_listed_and_followed(open_page, own, next_version):
     app = open_page(own, "answers")
     next(b for b in app.button if b.key == "mark 2 r29").click().run()
     app.radio[0].set_value("bad_reference").run()
@@ -363,13 +363,24 @@ def test_rows_are_marked_listed_and_followed(open_page, own):
     app = open_page(own, "marks")
     assert app.markdown[0].value == "**2** waiting"
     listed = app.dataframe[0].value
-    assert list(listed["reviewer"]) == ["bob", "ann"]
+    assert list(listed["by"]) == ["bob", "ann"]
+    assert list(listed["mark"]) == ["drop the row", "the answer is wrong"]
     app = open_page(own, "lineage")
     app.text_input(key="id").set_value(mark.uid).run()
     assert [s.value for s in app.subheader] == ["In the datasets", "Answers", "Marks"]
     assert "evaluations/demo@v1" in page_html(app)
     app.text_input(key="id").set_value("no such row").run()
     assert "No such row" in app.error[0].value
+    next_version(own)
+    app = open_page(own, "marks")
+    assert app.markdown[0].value == "**2** applied"
+    app = open_page(own, "dataset", view="Changes")
+    app.button_group(key="view").set_value("Changes").run()
+    assert "corrected by ann" in page_html(app)
+    assert "dropped by bob" in page_html(app)
+    app = open_page(own, "lineage")
+    app.text_input(key="id").set_value("r29").run()
+    assert "corrected by ann; the files say: {&quot;colour&quot;" in page_html(app)
 
 
 def votes_in(workspace):

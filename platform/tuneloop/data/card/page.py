@@ -7,6 +7,7 @@ from typing import Any
 
 from tuneloop.data.schema import Stage
 from tuneloop.data.synthetic_rows import synthetic_lines
+from tuneloop.marks import FIX_LABELS
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
 from tuneloop.records import Message
 from tuneloop.text import shorten
@@ -228,12 +229,11 @@ def _fixes(applied: list[dict[str, Any]]) -> list[str]:
     """Return the section on what people's marks have changed, if anything."""
     if not applied:
         return []
-    done = {"correct": "corrected", "drop": "dropped", "accept": "accepts more"}
     rows = [
         [
             _literal(item["source"]),
             item["side"],
-            done[item["action"]],
+            FIX_LABELS[item["action"]],
             _literal(shorten(item["before"], _FIX_CHARACTERS)),
             _literal(shorten(item["after"], _FIX_CHARACTERS)) if item["after"] else "–",
             _literal(", ".join(item["reviewers"])),
