@@ -143,7 +143,7 @@ def test_sweep_page_shows_curve_best_and_failed_trials(open_page, filled):
     assert "Whether more rows help is not known.** There is no forecast: 2 data volumes" in told
     assert len(app.get("vega_lite_chart")) == 1
     assert "on the test with data.num_train_examples=200, model.base=big" in told
-    assert "would have added +6.0 points (−2.0 points to +14.0 points)" in told
+    assert "would have added +6.0 points (−2.0 to +14.0)" in told
     assert "compared with 400 training rows" in told
     assert "No forecast: 2 data volumes" in told
     assert list(app.table[0].value["to pass"]) == ["base+few-shot (40.0%)"]

@@ -247,21 +247,41 @@ def _tasks(sweep: Sweep) -> list[Advice]:
 
 
 def _prompt(sweep: Sweep) -> list[Advice]:
-    """Return that something untrained is better than every finetuned model, where it is so."""
+    """Return what needs no training and is not surely passed by the best combination."""
+    number = sweep.curve["best"]["trial"]
+    cell = next(one for one in sweep.curve["cells"] if number in one["trials"])
+    untrained = sweep.curve.get("untrained", {})
+    bars: Sequence[Mapping[str, Any]] = untrained.get(sweep.best.get(MODEL_KEY)) or next(
+        iter(untrained.values()), []
+    )
+    forecast = sweep.line.get("forecast", {})
+    passing = {one["arm"]: one for one in forecast.get("break_even", [])}
     found = []
-    value = sweep.curve["best"]["validation"]["value"]
-    for bar in sweep.line.get("forecast", {}).get("break_even", []):
-        if bar["found"] == "out of reach" and sweep.sign * (bar["score"] - value) > 0:
-            reach = sweep.line["forecast"]["forecasts"][-1]["num_examples"]
-            found.append(
-                Advice(
-                    "prompt",
-                    f"Stop: keep {bar['arm']}",
-                    f"It has {sweep.score(bar['score'])} without training, the best finetuned "
-                    f"model {sweep.score(value)}, which does not pass it with {reach:,} rows "
-                    "either. A larger model may.",
-                )
+    for bar in bars:
+        at = passing.get(bar["arm"], {"found": "", "high": None, "num_examples": None})
+        ends = [cell[end] for end in ("low", "high") if cell[end] is not None]
+        is_sure = at["high"] is not None and at["high"] <= cell["num_train_examples"]
+        if not passing and ends:
+            is_sure = all(sweep.sign * (end - bar["score"]) > 0 for end in ends)
+        if is_sure or at["found"] == "passed":
+            continue
+        is_better = sweep.sign * (bar["score"] - cell["value"]) >= 0
+        why = (
+            f"It has {sweep.score(bar['score'])} without training, the best combination "
+            f"{sweep.score(cell['value'])} on the same rows"
+        )
+        if at["found"] == "out of reach" and is_better:
+            reach = forecast["forecasts"][-1]["num_examples"]
+            why += f", which does not pass it with {reach:,} rows either. A larger model may."
+            found.append(Advice("prompt", f"Stop: keep {bar['arm']}", why))
+            continue
+        if at["found"] == "found":
+            end = "more than anybody labels" if at["high"] is None else f"{at['high']:,}"
+            why += (
+                f", which passes it at about {at['num_examples']:,} rows ({at['low']:,} to {end})"
             )
+        title = f"{bar['arm']} is as good" if is_better else f"Not surely better than {bar['arm']}"
+        found.append(Advice("prompt", title, f"{why}."))
     return found
 
 

@@ -54,7 +54,7 @@ from tuneloop.sweeps.tasks import task_curves, task_effects, train_rows_of
 
 logger = logging.getLogger("tuneloop.sweeps")
 
-CODE_VERSION = 7
+CODE_VERSION = 8
 
 
 def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:

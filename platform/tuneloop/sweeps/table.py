@@ -226,7 +226,8 @@ def _with_ends(gap: Mapping[str, Any], percent: bool) -> str:
     value = _difference(gap["value"], percent)
     if gap["low"] is None:
         return value
-    return f"{value} ({_difference(gap['low'], percent)} to {_difference(gap['high'], percent)})"
+    low, high = (_difference(gap[end], percent).removesuffix(" points") for end in ("low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def in_words(value: object) -> str:

@@ -114,8 +114,28 @@ def test_nothing_is_advised_that_the_intervals_do_not_bear() -> None:
 def test_a_prompt_that_is_not_passed_is_kept() -> None:
     (first, *_) = advise(*sweep(flat, [Bar("base+few-shot", 0.9, 0.89, 0.91)]))
     assert first.title == "Stop: keep base+few-shot"
-    assert "90.0% without training, the best finetuned model 69.9%" in first.why
+    assert "90.0% without training, the best combination 69.9%" in first.why
     assert "3,200 rows" in first.why
+
+
+def test_what_is_as_good_without_training_is_told_before_more_rows() -> None:
+    # 800 rows reach 50%: not surely better than 49%, as good as 51%, surely better than 30%.
+    reached = rising(800)
+    for score, title in (
+        (reached - 0.01, "Not surely better than simple"),
+        (reached + 0.01, "simple is as good"),
+        (reached - 0.2, "Label about"),
+    ):
+        content, trials = sweep(rising, [Bar("simple", score, score - 0.02, score + 0.02)])
+        first = advise(content, trials)[0]
+        assert first.title.startswith(title)
+        if first.kind == "prompt":
+            assert "which passes it at about" in first.why
+            assert f"It has {score:.1%} without training" in first.why
+    # Also where two volumes bear no forecast.
+    content, trials = sweep(rising, [Bar("simple", reached, 0.4, 0.6)])
+    content["curves"][0]["forecast"] = {"refused": "2 data volumes"}
+    assert advise(content, trials)[0].title == "simple is as good"
 
 
 def test_a_best_value_at_the_end_of_what_was_tried_is_told() -> None:
