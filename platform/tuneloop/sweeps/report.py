@@ -359,7 +359,7 @@ def _bars_of(curve: Mapping[str, Any]) -> dict[str, float]:
 
 def _axes(scale: _Scale, sizes: Sequence[int], percent: bool) -> list[str]:
     low, high = scale.scores
-    step = _round_step((high - low) / 5)
+    step = _round_step((high - low) / 6)
     parts = []
     tick = math.ceil(low / step) * step
     while tick <= high:
