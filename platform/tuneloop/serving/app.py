@@ -13,7 +13,7 @@ import math
 import socket
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,12 @@ class Rollout:
     Args:
         drain_s: Seconds that a replica which is to go may take to end its answers.
         has_spare: The new one is loaded while the old one still answers, in memory of its own.
+        load_s: Seconds that requests may wait for a model that is being loaded.
     """
 
     drain_s: float = 5
     has_spare: bool = False
+    load_s: float = 0
 
 
 AT_ONCE = Rollout()
@@ -151,7 +153,8 @@ def build_application(
     ingress = ray_serve.deployment(ray_serve.ingress(api)()).options(
         name="ingress",
         ray_actor_options={"num_cpus": INGRESS_CPUS},
-        **_replica_options(replace(rollout, has_spare=True)),
+        # Requests that wait for a model wait here, also when this replica is to go.
+        **_replica_options(Rollout(rollout.drain_s + rollout.load_s, has_spare=True)),
     )
     return ingress.bind(*bound)
 

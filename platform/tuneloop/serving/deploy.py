@@ -21,6 +21,8 @@ from tuneloop.serving.app import (
 )
 from tuneloop.serving.keys import keyring
 
+_LOAD_S = 600  # the largest models of one machine are read in less
+
 
 class DeployedModel(Section):
     """One model to serve."""
@@ -74,5 +76,5 @@ def application(arguments: DeployArguments) -> Application:
         vllm=arguments.vllm,
         api_keys_file=arguments.api_keys_file,
     )
-    rollout = Rollout(arguments.drain_s, arguments.spare_replica)
+    rollout = Rollout(arguments.drain_s, arguments.spare_replica, _LOAD_S)
     return build_application(models, serving, options, keyring(serving), rollout)
