@@ -83,25 +83,26 @@ def text(content: str, mono: bool = False) -> str:
 
 def folded(content: str) -> str:
     """Return a text as it is, or the beginning of a long one with the rest to unfold."""
-    if len(content) <= FOLDED_CHARACTERS:
-        return text(content, mono=True)
-    more = len(content) - FOLDED_CHARACTERS
-    return (
-        f'<div class="tl-text tl-mono">{html.escape(content[:FOLDED_CHARACTERS])}</div>'
-        f"<details><summary>{more:,} more characters</summary>"
-        f'<div class="tl-text tl-mono">{html.escape(content[FOLDED_CHARACTERS:])}</div></details>'
-    )
+    return pieces([("same", content)])
 
 
 def pieces(parts: Sequence[tuple[str, str]]) -> str:
-    """Return a text with its differences marked."""
-    marked = [
-        html.escape(part) if kind == "same" else f'<span class="tl-{kind}">{_visible(part)}</span>'
-        for kind, part in parts
-    ]
+    """Return a text with its differences marked, the rest of a long one to unfold."""
     if not "".join(part for _, part in parts).strip():
         return text("")
-    return f'<div class="tl-text tl-mono">{"".join(marked)}</div>'
+    shown, rest, room = "", "", FOLDED_CHARACTERS
+    for kind, part in parts:
+        shown += _marked(kind, part[:room])
+        rest += _marked(kind, part[room:])
+        room = max(0, room - len(part))
+    body = f'<div class="tl-text tl-mono">{shown}</div>'
+    if not rest:
+        return body
+    more = sum(len(part) for _, part in parts) - FOLDED_CHARACTERS
+    return (
+        f"{body}<details><summary>{more:,} more characters</summary>"
+        f'<div class="tl-text tl-mono">{rest}</div></details>'
+    )
 
 
 def tokens(parts: Sequence[tuple[str, bool]]) -> str:
@@ -153,6 +154,12 @@ def change_tone(change: str) -> str:
     """Return the tone of a change's label."""
     tone = _CHANGE_TONES[change]
     return "" if tone in ("same", "none") else tone
+
+
+def _marked(kind: str, part: str) -> str:
+    if not part or kind == "same":
+        return html.escape(part)
+    return f'<span class="tl-{kind}">{_visible(part)}</span>'
 
 
 def _visible(part: str) -> str:

@@ -200,8 +200,8 @@ def show_example(
             f"{theme.chip(CHANGE_LABELS[example.change], theme.change_tone(example.change))}"
             f"{theme.chip(example.after.task) if example.after.task else ''}"
             f"{''.join(marking.chips(example.example_id))}</div>"
-            + theme.labelled("Question", theme.text(example.question, mono=True))
-            + theme.labelled("Reference", theme.text(example.reference, mono=True))
+            + theme.labelled("Question", theme.folded(example.question))
+            + theme.labelled("Reference", theme.folded(example.reference))
             + '<div class="tl-label"></div>'
             + theme.sides(boxes)
         )

@@ -145,13 +145,13 @@ def show_pair(example: PairedExample, sides: Sides, reviewer: str) -> None:
         st.session_state.shown = (example.example_id, time.monotonic())
     answers = {p.arm: p.completion for p in (example.before, example.after)}
     with st.container(border=True):
-        st.html(theme.labelled("Question", theme.text(example.question, mono=True)))
+        st.html(theme.labelled("Question", theme.folded(example.question)))
         with st.expander("Reference answer"):
-            st.html(theme.text(example.reference, mono=True))
+            st.html(theme.folded(example.reference))
         st.html(
             theme.sides(
                 [
-                    theme.box(title, [], theme.text(answers[arm], mono=True))
+                    theme.box(title, [], theme.folded(answers[arm]))
                     for title, arm in zip(("Left", "Right"), sides, strict=True)
                 ]
             )

@@ -383,6 +383,17 @@ def test_rows_are_marked_listed_and_followed(open_page, own, next_version):
     assert "corrected by ann; the files say: {&quot;colour&quot;" in page_html(app)
 
 
+def test_long_answers_are_folded_with_their_marks(monkeypatch):
+    monkeypatch.syspath_prepend(str(APP.parent))
+    import theme
+
+    shown = theme.pieces([("same", "a" * 1000), ("extra", "<" * 1000)])
+    before, _, after = shown.partition("<details><summary>500 more characters</summary>")
+    assert before.count("&lt;") == after.count("&lt;") == 500
+    assert before.count("tl-extra") == after.count("tl-extra") == 1
+    assert "<details>" not in theme.folded("a" * 1500)
+
+
 def votes_in(workspace):
     file = workspace / "review" / "verdicts.sqlite"
     if not file.exists():

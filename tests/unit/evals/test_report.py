@@ -309,6 +309,17 @@ def test_word_diff_keeps_every_character_of_both_sides():
     assert ("extra", "length") in [(kind, text.strip()) for kind, text in pieces]
 
 
+def test_long_texts_are_compared_by_words_and_endless_repetition_not_at_all():
+    words = [f"word{i % 700}" for i in range(2000)]
+    pieces = word_diff(" ".join(words), " ".join([*words[:500], "new", *words[501:]]))
+    assert [(kind, text) for kind, text in pieces if kind != "same"] == [
+        ("missing", "word500 "), ("extra", "new "),
+    ]  # fmt: skip
+    # Word by word this pair took minutes.
+    first, second = "round and about " * 700, "about and round " * 700
+    assert word_diff(first, second) == [("missing", first), ("extra", second)]
+
+
 def test_the_last_question_of_a_stored_prompt_or_the_text_itself():
     assert last_question('[{"role": "user", "content": "hi"}]') == "hi"
     assert last_question("[not json") == "[not json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from tuneloop.evals.scoring.metrics import Metric
 
 Piece = tuple[str, str]
 _P_FLOOR = 0.001
+_MOST_PAIRS = 100_000
 
 
 def format_value(value: float | None, metric: Metric) -> str:
@@ -58,6 +60,12 @@ def format_cost(value: float | None) -> str:
     return f"{value:,.2f}" if value >= 10 or value == 0 else f"{value:.3g}"
 
 
+def _num_pairs(expected: Sequence[str], answer: Sequence[str]) -> int:
+    """Return how many pairs of equal words there are: what one look for a match costs."""
+    counts = Counter(answer)
+    return sum(count * counts[word] for word, count in Counter(expected).items())
+
+
 def format_interval(difference: dict[str, Any], metric: Metric) -> str:
     """Return the ends of a difference's interval as text; empty where it has none."""
     if difference["low"] is None:
@@ -83,9 +91,14 @@ def join_words(parts: Sequence[str], word: str = "and") -> str:
 def word_diff(reference: str, completion: str) -> list[Piece]:
     """Return a completion against its reference as (kind, text) pieces in reading order.
 
-    Kinds: `same`, `extra` (only in the completion) and `missing` (only in the reference).
+    Kinds: `same`, `extra` (only in the completion) and `missing` (only in the reference). Of long
+    texts only whole words are compared, and of those that repeat themselves without end nothing.
     """
     expected, answer = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (reference, completion))
+    if _num_pairs(expected, answer) > _MOST_PAIRS:
+        expected, answer = (re.findall(r"\s+|\S+\s*", text) for text in (reference, completion))
+        if _num_pairs(expected, answer) > _MOST_PAIRS:
+            return [("missing", reference), ("extra", completion)]
     pieces: list[Piece] = []
     for kind, i1, i2, j1, j2 in difflib.SequenceMatcher(
         None, expected, answer, autojunk=False
