@@ -99,7 +99,7 @@ def test_a_server_is_told_everything_that_it_would_choose(tmp_path: Path) -> Non
     for part in (
         "--generation-config vllm", "--max-num-seqs 16", "--dtype bfloat16",
         "--gpu-memory-utilization 0.45", "--tensor-parallel-size 2", "--max-lora-rank 32",
-        "--max-loras 2", f"--lora-modules a={tmp_path}/a b={tmp_path}/b",
+        "--max-loras 3", f"--lora-modules a={tmp_path}/a b={tmp_path}/b",
         "--lora-target-modules a_proj b_proj",
     ):  # fmt: skip
         assert part in on_gpu

@@ -93,7 +93,9 @@ def server_arguments(
         rank = max(read_settings(folder)["r"] for folder in weights.adapters.values())
         room_for = next((size for size in _RANKS if size >= rank), rank)
         arguments += ["--enable-lora", "--max-lora-rank", str(room_for)]
-        arguments += ["--max-loras", str(len(weights.adapters)), "--lora-modules"]
+        # One more than there are: on CPUs vLLM 0.32 takes the last place, which stays zero, for
+        # requests without an adapter that are in a batch with others.
+        arguments += ["--max-loras", str(len(weights.adapters) + 1), "--lora-modules"]
         arguments += [f"{name}={folder}" for name, folder in weights.adapters.items()]
         # All others would be made ready for adapters too, and vLLM 0.32 ends when it scores a
         # prompt through an output layer that is.
@@ -320,7 +322,7 @@ class VllmEngine:
              "temperature": 0, "prompt_logprobs": 0}
             for answer in answers
         ]  # fmt: skip
-        written = Written()
+        written = Written(finish_reason="stop")
         tasks = [asyncio.create_task(self._post(body)) for body in bodies]
         try:
             replies = await asyncio.gather(*tasks)
@@ -411,7 +413,7 @@ class Written:
     """
 
     num_top: int = 0
-    finish_reason: str = "stop"
+    finish_reason: str = "length"
     stop_reason: int | str | None = None
 
     def __post_init__(self) -> None:
