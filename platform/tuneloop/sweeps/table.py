@@ -179,7 +179,8 @@ def _choice_in_words(curve: Mapping[str, Any], num_scored: int, percent: bool) -
     chosen_by = curve.get("chosen_by", curve["metric"])
     sentences = [
         f"Chosen among {num_scored} by {chosen_by} on {curve['num_validation_examples']:,} "
-        f"validation rows. The test split of {curve['num_test_examples']:,} rows was answered by "
+        "validation rows that all of them answered. The test split of "
+        f"{curve['num_test_examples']:,} rows was answered by "
         "the winner alone."
     ]
     words = f"The winner has {_with_interval(best['test'], percent)} on the test"

@@ -97,8 +97,8 @@ def test_the_winner_is_shown_with_its_test_and_what_choosing_would_have_added(
         ("20.0%", "–"), ("58.0%", "50.0%"),
     ]  # fmt: skip
     assert view.choice == [
-        "Chosen among 2 by exact_match on 150 validation rows. The test split of 140 rows was "
-        "answered by the winner alone.",
+        "Chosen among 2 by exact_match on 150 validation rows that all of them answered. The "
+        "test split of 140 rows was answered by the winner alone.",
         "The winner has 50.0%, 42.0% to 58.0%, on the test (95% interval); on validation 58.0%. "
         "Reporting the score it was chosen by would have added +8.0 points (−3.3 to +19.3).",
     ]
