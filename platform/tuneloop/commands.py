@@ -33,6 +33,7 @@ from tuneloop.text import shorten
 
 log = logging.getLogger("tuneloop")
 _SHOWN_CHOICES = 10
+_MARK_CHARACTERS = 120
 
 
 def _step(arguments: argparse.Namespace, output: IO[str]) -> int:
@@ -356,7 +357,7 @@ def _fixes(arguments: argparse.Namespace, output: IO[str]) -> int:
     config = _load(arguments)
     from tuneloop.data.corrections import refusal_by_task
     from tuneloop.marks import write_marks
-    from tuneloop.review.fixes import MarkState, mark_states
+    from tuneloop.review.fixes import mark_states
 
     states = mark_states(config, Workspace(config.workspace), partial(refusal_by_task, config.task))
     if arguments.output:
@@ -367,15 +368,17 @@ def _fixes(arguments: argparse.Namespace, output: IO[str]) -> int:
     if not states:
         print(f"no marks on rows of `{config.name}`; they are made on the dashboard", file=output)
         return 0
-    table = Table(box=None, pad_edge=False)
-    for column in ("row", "says", "who", "when (UTC)", "state", "why"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("who", "state"))
-    for mark, state, why in states:
+    for found in states:
+        mark, state, why = found
         when = mark.created_at[:16].replace("T", " ")
-        says = shorten(MarkState(mark, state, why).says, 80)
-        row = (mark.row_id[:8], says, mark.reviewer, when, state, why)
-        table.add_row(*map(Text, row))
-    Console(file=output).print(table)
+        print(f"{mark.row_id[:8]}  {state}  {mark.reviewer}, {when} UTC", file=output)
+        print(f"    {shorten(found.says, _MARK_CHARACTERS)}", file=output)
+        if state != "waiting":
+            print(f"    {why}", file=output)
+    num_waiting = sum(found.state == "waiting" for found in states)
+    if num_waiting:
+        applies = f"`tuneloop prepare {arguments.config}` applies what waits: {num_waiting:,}"
+        print(applies, file=output)
     return 0
 
 

@@ -100,9 +100,12 @@ def test_marks_are_listed_written_and_read_again(
     store.add(Mark("bad_row", "b" * 20, "datasets/other@v1", "ann"))
     written = str(tmp_path / "marks.jsonl")
     assert cli.main(["fixes", str(config), "--output", written]) == 0
-    shown = " ".join(capfd.readouterr().out.split())
-    assert "the answer is wrong: [red]42: sum" in shown
-    assert "waiting" in shown
+    shown = capfd.readouterr().out.splitlines()
+    assert shown[0].startswith("aaaaaaaa  waiting  ann, ")
+    assert shown[1:] == [
+        "    the answer is wrong: [red]42: sum",
+        f"`tuneloop prepare {config}` applies what waits: 1",
+    ]
     assert cli.main(["fixes", str(config), "--json", f"data.fixes={written}"]) == 0
     (told,) = json.loads(capfd.readouterr().out)["marks"]
     assert (told["reviewer"], told["answer"], told["state"]) == ("ann", "[red]42", "waiting")
