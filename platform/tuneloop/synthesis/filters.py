@@ -22,13 +22,14 @@ from tuneloop.data.rouge import ALIKE, WordCodes, rouge_l, similarities
 from tuneloop.data.schema import ReasonCode
 from tuneloop.data.sources.formats import RowError, check_answer
 from tuneloop.evals.scoring.constrained import schema_of
+from tuneloop.evals.scoring.simple import classifier, vectorizer_of_words
 from tuneloop.models.json_form import has_form, why_unusable
 from tuneloop.repetition import is_repetitive
 from tuneloop.words import find_words
 
 # Of people's rows; with fewer rows than these every rule is applied.
 _MOST_BROKEN, _FEWEST_ROWS = 0.02, 20
-_ECHO = 0.9
+_ECHO, _SURE = 0.9, 0.7
 _FENCED = re.compile(r"\A```[\w-]*[ \t]*\n(.*?)\n?```\Z", re.DOTALL)
 _LEAD = re.compile(r"\A(?:the\s+)?(?:new\s+)?(?:example\s+)?input\s*(?:\d+\s*)?:\s*", re.IGNORECASE)
 _CHATTY = re.compile(
@@ -92,7 +93,7 @@ class Filters:
     def __init__(self, task: OneTaskConfig, people: Sequence[Solved]) -> None:
         self.task = task
         self.schema = _schema(task, people)
-        self._inputs = _kept(_input_rules(people), people)
+        self._inputs = _kept(_input_rules(task, people), people)
         self._answers = _kept(_answer_rules(task, people), people)
 
     def reject_input(self, text: str) -> Rejected | None:
@@ -129,7 +130,26 @@ def _first_broken(rules: Sequence[_Rule], row: Solved) -> Rejected | None:
     return None
 
 
-def _input_rules(people: Sequence[Solved]) -> list[_Rule]:
+def _answer_like_rule(task: OneTaskConfig, people: Sequence[Solved]) -> list[_Rule]:
+    """Return that an input does not read like an answer, by a classifier of people's texts.
+
+    A weak model answers an input where it was to say it in other words.
+    """
+    if task.type != "generation" or len(people) < _FEWEST_ROWS:
+        return []
+    texts = [*(row.input for row in people), *(row.answer for row in people)]
+    sides = [0] * len(people) + [1] * len(people)
+    vectorizer = vectorizer_of_words()
+    fitted = classifier().fit(vectorizer.fit_transform(texts), sides)
+
+    def broken(row: Solved) -> str:
+        share = float(fitted.predict_proba(vectorizer.transform([row.input]))[0, 1])
+        return f"{share:.0%} sure" * (share > _SURE)
+
+    return [_Rule(ReasonCode.WRONG_LAYOUT, "the input reads like an answer", broken)]
+
+
+def _input_rules(task: OneTaskConfig, people: Sequence[Solved]) -> list[_Rule]:
     return [
         _Rule(
             ReasonCode.REPETITION,
@@ -147,6 +167,7 @@ def _input_rules(people: Sequence[Solved]) -> list[_Rule]:
             lambda row: _match(_TURN, row.input),
         ),
         _length_rule("input", [row.input for row in people], lambda row: row.input),
+        *_answer_like_rule(task, people),
     ]
 
 

@@ -34,7 +34,7 @@ from tuneloop.synthesis.teacher import Rates, Replies, Teacher
 from tuneloop.text import shorten
 
 API_KEY_VARIABLE = "TUNELOOP_GENERATION_API_KEY"
-CODE_VERSION = 1
+CODE_VERSION = 2
 REPLIES = "replies.jsonl"
 # What is paid and how fast does not change what is written.
 _HOW = {"concurrency", "requests_per_minute", "price", "budget", "sources"}

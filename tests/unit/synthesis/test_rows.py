@@ -296,6 +296,10 @@ def test_rules_that_people_break_are_not_applied() -> None:
         found = filters.reject_answer(Solved(question, answer))
         assert found is not None, answer
         assert found.code == code, answer
+    assert filters.reject_input("Which kind of kite is best in rain?") is None
+    found = filters.reject_input("A kite of this kind flies on a line in the rain.")
+    assert found is not None
+    assert found.reason.startswith("the input reads like an answer")
     # Where people's answers are such, it is no fault.
     curt = Filters(writing, [Solved(f"Say {n}", f"Sure, {n}") for n in range(40)])
     assert curt.reject_answer(Solved("Say 41", "Sure, 41")) is None
