@@ -24,6 +24,11 @@ CSS = """
 [data-testid="stCaptionContainer"] { opacity: 1; color: inherit; }
 [data-testid="stCaptionContainer"] p { opacity: .75; }
 [data-testid="stMarkdown"] table { display: block; overflow-x: auto; }
+@media (max-width: 640px) {
+  /* Else a column that is cut off wraps at each word and its row fills the screen. */
+  [data-testid="stMarkdown"] td { min-width: 4.5rem; }
+  [data-testid="stMarkdown"] td:last-child { min-width: 10rem; }
+}
 .st-key-tags [data-testid="stTable"] * { white-space: nowrap !important; }
 .tl-sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr));
   gap: .75rem; }

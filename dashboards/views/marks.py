@@ -36,13 +36,13 @@ event = st.dataframe(
     [
         {
             "state": row["state"],
-            "why": row["why"],
             "mark": MARK_LABELS[row["kind"]],
-            "row": row["row_id"],
-            "answer": row["answer"],
-            "note": row["note"],
             "by": row["reviewer"],
-            "time (UTC)": row["created_at"][:19].replace("T", " "),
+            "time (UTC)": row["created_at"][:16].replace("T", " "),
+            "why": row["why"],
+            "row": row["row_id"],
+            "note": row["note"],
+            "answer": row["answer"],
         }
         for row in rows
     ],
