@@ -91,7 +91,7 @@ def test_pages_open_from_the_sidebar_and_ask_nobody_else(visit, served):
     assert_clean(visit, served)
 
 
-def test_filter_vote_reload_and_the_vote_is_there(visit, served, filled):
+def test_from_a_wrong_answer_to_the_next_version(visit, served, filled, next_version):
     page = visit.page
     page.goto(f"{served}/errors?before=base")
     page.get_by_text("30 of 30 examples").wait_for()
@@ -163,8 +163,22 @@ def test_filter_vote_reload_and_the_vote_is_there(visit, served, filled):
     choice(page, "Test rows").click()
     page.get_by_text("6 of 6 rows").wait_for()
     page.get_by_text("grace: the answer is wrong").wait_for()
+    choice(page, "Train rows").click()
+    page.get_by_text("26 of 26 rows").wait_for()
+    page.get_by_role("button", name="Mark").first.click()
+    page.get_by_text("drop the row").click()
+    page.get_by_role("button", name="Store the mark").click()
+    page.get_by_text("grace: drop the row").wait_for()
     page.get_by_role("link", name="Marks").click()
-    page.get_by_text("1 waiting").wait_for()
+    page.get_by_text("2 waiting").wait_for()
+    next_version(filled)
+    page.get_by_role("button", name="Refresh").click()
+    page.get_by_text("2 applied").wait_for()
+    page.goto(f"{served}/dataset?datasets=datasets/demo@v2&view=Changes")
+    page.get_by_text("corrected by grace").wait_for()
+    page.get_by_text("dropped by grace").wait_for()
+    page.get_by_role("link", name="Follow", exact=True).last.click()
+    page.get_by_text("corrected by grace; the files say").wait_for()
     assert_clean(visit, served)
 
 

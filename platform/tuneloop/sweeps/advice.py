@@ -249,7 +249,11 @@ def _tasks(sweep: Sweep) -> list[Advice]:
 def _prompt(sweep: Sweep) -> list[Advice]:
     """Return what needs no training and is not surely passed by the best combination."""
     number = sweep.curve["best"]["trial"]
-    cell = next(one for one in sweep.curve["cells"] if number in one["trials"])
+    # Sweeps of an early version have neither cells nor what needs no training.
+    cells = (one for one in sweep.curve.get("cells", []) if number in one["trials"])
+    cell = next(cells, None)
+    if cell is None:
+        return []
     untrained = sweep.curve.get("untrained", {})
     bars: Sequence[Mapping[str, Any]] = untrained.get(sweep.best.get(MODEL_KEY)) or next(
         iter(untrained.values()), []
