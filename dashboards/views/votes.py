@@ -49,6 +49,8 @@ def vote(example_id: str, sides: Sides, reviewer: str, choice: Choice) -> None:
         st.session_state.shown = (shown, time.monotonic())
         st.session_state.too_fast = True
         return
+    # More presses may come before the next answers are drawn: they are no votes on these.
+    st.session_state.shown = ("", 0.0)
     comment = st.session_state.get(f"comment-{example_id}", "")
     store_vote(Verdict(artifact.ref, example_id, *sides, choice, reviewer, comment.strip()))
 

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tuneloop.config import ServingConfig
+from tuneloop.config import API_KEY_VARIABLE, ServingConfig
 from tuneloop.errors import EndpointError, ModelError
 from tuneloop.models.client.client import Client
 from tuneloop.records import Endpoint
@@ -25,7 +25,7 @@ def url(
     ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """A server that asks for a key, started after one that failed."""
-    from tuneloop.serving.app import API_KEY_VARIABLE, ServedModel, serve
+    from tuneloop.serving.app import ServedModel, serve
 
     broken = tmp_path_factory.mktemp("broken")
     (broken / "config.json").write_text('{"model_type": "llama"}')

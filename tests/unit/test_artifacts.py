@@ -170,6 +170,7 @@ def test_a_workspace_behind_a_uri(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__(tmp_path / "cache")
             self.remote = True
+            self._arrow = fs
             self.location = "store://bucket"
             self._fs, self._base = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "b"
             self._fs.create_dir("b")
