@@ -56,4 +56,5 @@ if event.selection.cells:
 st.caption("Newest first; click one to follow its row.")
 with st.container(horizontal=True):
     for kind, (suffix, mime) in FORMATS.items():
-        st.download_button(kind, as_file(rows, kind), f"marks-{name}.{suffix}", mime)
+        file = f"marks-{name}.{suffix}"
+        st.download_button(kind, as_file(rows, kind), file, mime, on_click="ignore")

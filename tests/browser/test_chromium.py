@@ -156,6 +156,8 @@ def test_from_a_wrong_answer_to_the_next_version(visit, served, filled, next_ver
     lines = Path(download.value.path()).read_text().splitlines()
     assert lines[0].startswith("example_id,arm,prompt,reference")
     assert len(lines) == 2
+    # Streamlit looks behind a download whether the file is there, which it is while the page is.
+    page.wait_for_timeout(1000)
     page.keyboard.press("Escape")
     page.get_by_role("link", name="Follow", exact=True).click()
     page.get_by_role("heading", name="Marks").wait_for()
