@@ -217,9 +217,18 @@ def show_answer(
             with st.popover("What was sent", type="tertiary"):
                 turns = prompt_turns(row["prompt"])
                 st.html("".join(theme.labelled(r, theme.text(t, mono=True)) for r, t in turns))
+            if row.get("samples") is not None and len(row["samples"]) > 1:
+                with st.popover(f"All {len(row['samples'])} answers", type="tertiary"):
+                    st.html("".join(map(sampled_answer, row["samples"])))
             if row["example_id"] in nearest:
                 show_nearest(nearest[row["example_id"]], marking.reference)
         marking.form(marked)
+
+
+def sampled_answer(sample: dict[str, Any]) -> str:
+    """Return one of several answers to a question, with its score."""
+    score = "not scored" if sample["score"] is None else f"{sample['score']:.2g}"
+    return theme.labelled(score, theme.text(sample["error"] or sample["completion"]))
 
 
 def score_chip(row: dict[str, Any], about: dict[str, Any], metric: str) -> str:

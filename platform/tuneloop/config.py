@@ -827,6 +827,13 @@ class EvaluationConfig(Section):
     )
     max_tokens: int = Field(128, ge=1, description="Longest answer, in tokens.")
     temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy.")
+    num_samples: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="Answers to each question, with `temperature` above 0. A row's score is their "
+        "mean, and intervals and tests know both sources of noise: the rows and the sampling.",
+    )
     concurrency: int = Field(64, ge=1, description="Requests in flight.")
     confidence: float = Field(
         0.95, gt=0.5, lt=1, description="Confidence level of the intervals and comparisons."
@@ -897,6 +904,16 @@ class EvaluationConfig(Section):
                 f"`endpoint`, `answers` or `simple`; only {', '.join(ARMS)} need nothing"
             )
         return arms
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"evaluation.num_samples is {self.num_samples}, and evaluation.temperature is 0: "
+                "all answers to a question would be the same one; set a temperature above 0, or "
+                "num_samples: 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _money_needs_prices(self) -> Self:

@@ -208,12 +208,16 @@ def find_unanswered(
     """
     questions = read_questions(dataset, config.task.tasks, config.evaluation.split)
     answered, params = PartialAnswers(), sampling(config.evaluation)
-    _reuse_answers(answered, workspace, {arm_identity(arm, params) for arm in arms})
+    num_samples = config.evaluation.num_samples
+    asked = {
+        arm.name: _requests(arm, questions, params, num_samples) for arm in arms if not arm.answer
+    }
+    _reuse_answers(answered, workspace, {r.identity for of in asked.values() for r in of})
     with_perplexity = any(m.name == PERPLEXITY for m in config.evaluation.metrics)
 
     def lacks(arm: Arm) -> bool:
-        requests = _requests(arm, questions, params)
-        requests += reference_requests(requests) if with_perplexity else []
+        requests = asked[arm.name]
+        requests = [*requests, *(reference_requests(requests) if with_perplexity else [])]
         settings = config.evaluation.forgetting
         is_compared = settings is not None and arm in (models_to_compare(arms) or ())
         # The harness asks as well.
@@ -299,7 +303,9 @@ def evaluate(
         for tag in tags:
             tag.find(questions[0].reference, questions[0].reference, questions[0].example_id)
     params = sampling(config.evaluation)
-    requests = [request for arm in arms for request in _requests(arm, questions, params)]
+    requests = [
+        request for arm in arms for request in _requests(arm, questions, params, e.num_samples)
+    ]
     made = identity(config, dataset, arms, judging)
     with workspace.draft("evaluations", name, made) as draft:
         answered = PartialAnswers(draft.scratch / "answers.jsonl")
@@ -318,10 +324,13 @@ def evaluate(
         _refuse_many_unscored(requests, answers, config.evaluation.max_unscored_ratio)
         train = read_train(workspace, dataset, arms, list(config.task.tasks))
         context = _Context(clusters, seen, Diagnosis(scorer, questions, train, tags))
-        predictions = [
+        first = [
             _prediction(scorer, request, answer, context)
             for request, answer in zip(requests, answers, strict=True)
         ]
+        predictions = _with_samples(first, scorer.primary)
+        if e.num_samples > 1:
+            scorer = scorer.averaged()
         if PERPLEXITY in scorer.metrics:
             _add_perplexity(predictions, requests, answered, e.concurrency)
         judgements = []
@@ -333,7 +342,7 @@ def evaluate(
                 )
             )
         scores = _general_scores(config, workspace, arms, draft.scratch)
-        num_missing = sum(answer.finish_reason is None for answer in answers)
+        num_missing = sum(prediction.status != "scored" for prediction in predictions)
         num_missing += sum(bool(judgement.error) for judgement in judgements)
         incomplete = workspace.find("evaluations", name, made)
         if incomplete is not None and num_missing >= _num_missing(incomplete):
@@ -413,6 +422,8 @@ def _parts(
     }
     if config.evaluation.split == "test":
         no_results.add("split")  # evaluations from before there was a choice
+    if config.evaluation.num_samples == 1:
+        no_results.add("num_samples")
     return {
         "dataset": dataset.fingerprint,
         "task": config.task.model_dump(mode="json"),
@@ -427,10 +438,17 @@ def _parts(
                 "model": _model(arm),
                 "shots": [shot.row_id for shot in arm.shots],
             }
+            | _sample_identities(arm, params, config.evaluation.num_samples)
             | ({"price": arm.price._asdict()} if arm.price else {})
             for arm in arms
         ],
     }
+
+
+def _sample_identities(arm: Arm, params: SamplingParams, num_samples: int) -> dict[str, Any]:
+    if num_samples == 1:
+        return {}
+    return {"samples": [arm_identity(arm, params, sample) for sample in range(num_samples)]}
 
 
 def _forgetting_parts(config: TuneloopConfig, arms: Sequence[Arm]) -> dict[str, Any]:
@@ -450,13 +468,15 @@ def _refuse_many_unscored(
     for arm in dict.fromkeys(request.arm.name for request in requests):
         of_arm = [a for r, a in zip(requests, answers, strict=True) if r.arm.name == arm]
         errors = Counter(answer.error for answer in of_arm if answer.finish_reason is None)
-        missing = errors.total()
-        if missing > max_ratio * len(of_arm):
+        # A row of which one of several answers is missing has no score.
+        missing = len({answer.example_id for answer in of_arm if answer.finish_reason is None})
+        total = len({answer.example_id for answer in of_arm})
+        if missing > max_ratio * total:
             reason, count = errors.most_common(1)[0]
             problems.append(
                 Problem(
                     f"too many questions of `{arm}` have no answer",
-                    got=f"{missing} of {len(of_arm)}; {count} times: {reason}",
+                    got=f"{missing} of {total}; {count} times: {reason}",
                     allowed=f"at most {max_ratio:.0%} (evaluation.max_unscored_ratio)",
                     remedy="run it again: the answers that came are kept, and only the others are "
                     "asked for",
@@ -478,7 +498,7 @@ def _reuse_answers(
             continue
         config = artifact.manifest["config"]
         identities = {
-            arm["name"]: arm["identity"]
+            arm["name"]: arm.get("samples") or [arm["identity"]]
             for arm in config.get("arms", [])
             if arm.get("identity") in wanted
         }
@@ -488,16 +508,36 @@ def _reuse_answers(
             keep_judgements(answered, workspace.open(artifact.ref))
 
 
-def _reuse_arms(answered: PartialAnswers, earlier: Artifact, identities: Mapping[str, str]) -> None:
-    """Add the answers that arms gave in an earlier evaluation, and what they knew of references."""
+def _reuse_arms(
+    answered: PartialAnswers, earlier: Artifact, identities: Mapping[str, Sequence[str]]
+) -> None:
+    """Add the answers that arms gave in an earlier evaluation, and what they knew of references.
+
+    Args:
+        identities: By arm, of each of the answers that were sampled.
+    """
     for prediction in read_predictions(earlier.path, ["bits_per_byte", *PERPLEXITY_METRICS]):
-        if prediction.status == "scored" and prediction.arm in identities:
+        if prediction.arm not in identities:
+            continue
+        own = identities[prediction.arm]
+        for name, sample in zip(own, prediction.samples, strict=False):
+            if sample["finish_reason"] is not None:
+                kept = {k: v for k, v in sample.items() if k not in ("completion", "score")}
+                answered.put(
+                    name,
+                    ModelAnswer(
+                        prediction.example_id, prediction.prompt, sample["completion"], **kept
+                    ),
+                )
+        if prediction.status == "scored":
             if prediction.scores.get(PERPLEXITY):
                 asked = with_reference(prediction.prompt, prediction.reference)
                 known = stored_answer(prediction, asked)
-                answered.put(identity_of(identities[prediction.arm]), known)
+                answered.put(identity_of(own[0]), known)
+            if prediction.samples:
+                continue
             answered.put(
-                identities[prediction.arm],
+                own[0],
                 ModelAnswer(
                     prediction.example_id,
                     prediction.prompt,
@@ -513,14 +553,24 @@ def _reuse_arms(answered: PartialAnswers, earlier: Artifact, identities: Mapping
 
 
 def _requests(
-    arm: Arm, questions: Sequence[Question], params: SamplingParams
+    arm: Arm, questions: Sequence[Question], params: SamplingParams, num_samples: int
 ) -> list[EvaluationRequest]:
-    """Return every question to one arm, with the solved examples before it."""
+    """Return every question to one arm, with the solved examples before it.
+
+    What is no draw has one answer: that of an arm that answers itself, the most probable label, how
+    probable a text is.
+    """
     own = arm.choose(questions) if arm.choose else {}
-    name = arm_identity(arm, params)
-    return [
-        EvaluationRequest(arm, name, q, params, own.get(q.example_id, arm.shots)) for q in questions
-    ]
+    names = [arm_identity(arm, params, sample) for sample in range(num_samples)]
+    requests = []
+    for question in questions:
+        is_drawn = not (
+            arm.answer or question.text or "ranking" in arm.forms.get(question.task, {})
+        )
+        for sample, name in enumerate(names if is_drawn else names[:1]):
+            shots = own.get(question.example_id, arm.shots)
+            requests.append(EvaluationRequest(arm, name, question, params, shots, sample=sample))
+    return requests
 
 
 def _scores(
@@ -584,6 +634,44 @@ def _prediction(
         error_tags=[error.tag for error in errors],
         error_evidence=[dataclasses.asdict(error) for error in errors],
     )
+
+
+def _with_samples(answers: Sequence[Prediction], primary: str) -> list[Prediction]:
+    """Return one row for each arm and example, with the means of its answers' scores.
+
+    Args:
+        answers: As they were scored one by one.
+        primary: The metric whose scores of single answers are kept.
+    """
+    rows: dict[tuple[str, str], list[Prediction]] = {}
+    for answer in answers:
+        rows.setdefault((answer.arm, answer.example_id), []).append(answer)
+    return [_mean_of(of_row, primary) if len(of_row) > 1 else of_row[0] for of_row in rows.values()]
+
+
+def _mean_of(answers: Sequence[Prediction], primary: str) -> Prediction:
+    first = answers[0]
+    samples = [
+        {
+            "completion": answer.completion,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.completion_tokens,
+            "latency_s": answer.latency_s,
+            "error": answer.error,
+            "score": answer.scores.get(primary),
+        }
+        for answer in answers
+    ]
+    missing = next((answer for answer in answers if answer.status != "scored"), None)
+    if missing is not None:
+        # With the answers that came alone a row would count as often as one that has them all.
+        return dataclasses.replace(missing, samples=samples)
+    scores: dict[str, float | None] = {}
+    for name in first.scores:
+        known = [score for a in answers if (score := a.scores.get(name)) is not None]
+        scores[name] = sum(known) / len(known) if known else None
+    return dataclasses.replace(first, scores=scores, samples=samples)
 
 
 def _build(

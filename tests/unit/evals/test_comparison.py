@@ -369,6 +369,30 @@ def test_intervals_of_few_scores_cover_the_truth(n):
     assert 0.915 <= hits / trials <= 0.985
 
 
+def test_macro_f1_and_confusion_count_every_sampled_answer():
+    task = TaskConfig(type="classification", labels=["a", "b"])
+    scorer = Scorer(task, {"r0": "a", "r1": "b"}).averaged()
+    rows = [
+        replace(
+            row,
+            scores={"accuracy": [text == row.reference for text in texts].count(True) / 2},
+            samples=[{"completion": t, "score": float(t == row.reference)} for t in texts],
+        )
+        for row, texts in zip(
+            predictions("tuned", ["a", "b"], ["a", "b"], scorer),
+            (["a", "b"], ["b", "b"]),
+            strict=True,
+        )
+    ]
+    (arm,) = summarise(rows, scorer, FAST)["arms"]
+    assert arm["scores"]["accuracy"]["value"] == 0.75
+    assert arm["confusion"] == {"a": {"a": 1, "b": 1}, "b": {"b": 2}}
+    # Of four answers: `a` once right, never wrong, once missed; `b` twice right, once wrong.
+    assert arm["label_f1"] == pytest.approx({"a": 2 / 3, "b": 4 / 5})
+    # The draws of the first row have the variance 1/2; of the mean of two rows of two draws 1/16.
+    assert arm["sampling"]["std_error"] == pytest.approx(1 / 4)
+
+
 def test_macro_f1_may_decide_with_its_own_test_and_worst_case():
     # Nine in ten rows are `a`: accuracy hides that the first arm never answers `b`.
     task = TaskConfig(type="classification", labels=["a", "b"])

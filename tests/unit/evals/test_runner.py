@@ -340,6 +340,92 @@ def test_a_published_evaluation_is_asked_for_what_is_missing(
     assert find_evaluation(config, workspace, dataset, base, "words") == second.artifact
 
 
+def drawn(body: dict) -> dict:
+    """Answer as a model does that is right in a share of the draws, by the seed."""
+    word = body["messages"][-1]["content"].removeprefix("spell ")
+    is_right = len(body["messages"]) > 2 or body["seed"] % 4 != 0
+    return {
+        "content": json.dumps({"word": word.upper() if is_right else "?", "letters": len(word)})
+    }
+
+
+def sampled(config: TuneloopConfig, num_samples: int) -> TuneloopConfig:
+    settings = config.evaluation.model_dump() | {"temperature": 0.7, "num_samples": num_samples}
+    return TuneloopConfig.model_validate(config.model_dump() | {"evaluation": settings})
+
+
+def test_a_row_has_the_mean_of_its_sampled_answers(model_server, config, workspace, dataset):
+    model_server.answer = drawn
+    both = arms(model_server, dataset)
+    once = evaluate(sampled(config, 1), workspace, dataset, both, "words").artifact
+    seeds = [body["seed"] for body in model_server.requests if len(body["messages"]) == 2]
+    # One seed for all rows would draw the same random numbers for each.
+    assert len(set(seeds)) == 10
+    assert "samples" not in pq.read_schema(once.path / "predictions.parquet").names
+
+    model_server.requests.clear()
+    four = evaluate(sampled(config, 4), workspace, dataset, both, "words").artifact
+    # The first answer to each is there already, and both arms draw by the same seeds.
+    assert len(model_server.requests) == 2 * 10 * 3
+    seeds += [body["seed"] for body in model_server.requests if len(body["messages"]) == 2]
+    assert len(set(seeds)) == 40
+    rows = Evaluation.load(four).predictions
+    assert len(rows) == 20
+    base = [p for p in rows if p.arm == "base"]
+    share = sum(seed % 4 != 0 for seed in seeds) / 40
+    assert sum(p.scores["exact_match"] for p in base) / 10 == pytest.approx(share)
+    assert 0 < share < 1
+    for p in base:
+        scores = [sample["score"] for sample in p.samples]
+        assert p.scores["exact_match"] == sum(scores) / 4
+        assert p.completion == p.samples[0]["completion"]
+    evaluation = Evaluation.load(four)
+    score = evaluation.arms[0]["scores"]["exact_match"]
+    assert (score["n"], score["value"]) == (10, pytest.approx(share))
+    assert score["low"] < share < score["high"]
+    assert evaluation.metric("exact_match").kind == "ratio"
+    assert evaluation.arms[0]["sampling"]["num_samples"] == 4
+    assert 0 < evaluation.arms[0]["sampling"]["share"] <= 1
+    assert evaluation.arms[1]["sampling"]["share"] in (0, None)
+    assert "4 answers to each row" in (four.path / "report.html").read_text()
+    # Fewer are part of more.
+    model_server.requests.clear()
+    evaluate(sampled(config, 2), workspace, dataset, both, "words")
+    assert not model_server.requests
+
+
+def test_a_row_without_one_of_its_answers_is_asked_for_that_one(
+    model_server, config, workspace, dataset
+):
+    def answer(body):
+        if is_down and body["seed"] == lost[0]:
+            raise ValueError("overloaded")
+        return drawn(body)
+
+    is_down, lost = False, [-1]
+    model_server.answer = answer
+    base = arms(model_server, dataset)[:1]
+    evaluate(sampled(config, 1), workspace, dataset, base, "elsewhere")
+    lost, is_down = [model_server.requests[0]["seed"]], True
+    again = Workspace(workspace.root.parent / "again")
+    rows = [row(index, word) for index, word in enumerate(WORDS)]
+    dataset = publish_dataset(again, rows, [row(100 + i, w * 2) for i, w in enumerate(WORDS)])
+    first = evaluate(sampled(config, 3), again, dataset, base, "words").artifact
+    assert first.manifest["metrics"]["num_unscored"] == 1
+    is_down = False
+    model_server.requests.clear()
+    # A refusal for good is not asked again by itself; another evaluation of the same arm does.
+    second = evaluate(sampled(config, 4), again, dataset, base, "words").artifact
+    assert len([b for b in model_server.requests if b["seed"] == lost[0]]) == 1
+    assert len(model_server.requests) == 10 + 1
+    assert second.manifest["metrics"]["num_unscored"] == 0
+
+
+def test_samples_need_a_temperature(config):
+    with pytest.raises(ValidationError, match="set a temperature above 0, or num_samples: 1"):
+        TuneloopConfig.model_validate(config.model_dump() | {"evaluation": {"num_samples": 4}})
+
+
 def test_clusters_come_from_the_column_that_the_dataset_was_split_by(
     model_server, config, workspace
 ):

@@ -74,6 +74,7 @@ def show_arms(evaluation: Evaluation, secondary: Sequence[str]) -> list[dict[str
                 "worst_case": " to ".join(
                     format_value(end, metric) for end in arm.get("worst_case", {}).values()
                 ),
+                "sampling": _sampling_noise(arm.get("sampling")),
                 "num_scored": arm["num_scored"],
                 "num_unscored": arm["num_unscored"],
                 "reasons": arm["unscored_reasons"],
@@ -90,6 +91,20 @@ def show_arms(evaluation: Evaluation, secondary: Sequence[str]) -> list[dict[str
             }
         )
     return shown
+
+
+def _sampling_noise(sampling: dict[str, Any] | None) -> str:
+    """Return in words how much of a score's uncertainty more answers to each row would remove."""
+    if sampling is None:
+        return ""
+    text = f"{sampling['num_samples']} answers to each row, whose mean is its score"
+    if sampling["share"] is None:
+        return text
+    shorter = 1 - math.sqrt(1 - sampling["share"])
+    return (
+        f"{text}. The sampling makes up {sampling['share']:.0%} of the score's variance: with any "
+        f"number of answers the interval would be {shorter:.0%} shorter, the rest takes more rows"
+    )
 
 
 def _contamination(parts: dict[str, Any] | None, metric: Metric) -> str:
@@ -382,6 +397,7 @@ def _example(evaluation: Evaluation, example: PairedExample) -> dict[str, Any]:
                     without_accepted(reference), shorten(prediction.completion, _LONGEST_TEXT)
                 ),
                 "empty": not prediction.completion.strip(),
+                "num_samples": len(prediction.samples),
             }
             for prediction in (example.before, example.after)
         ],
@@ -434,6 +450,7 @@ def list_facts(
     e = config.evaluation
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     greedy = "greedy (temperature 0)" if e.temperature == 0 else f"temperature {e.temperature:g}"
+    many = f", {e.num_samples} answers to each question" if e.num_samples > 1 else ""
     # An evaluation of an earlier version does not say what answered.
     sources = {arm["name"]: arm.get("answered_by", "") for arm in evaluation.arms}
     is_served = any(not source or source.startswith("served here") for source in sources.values())
@@ -443,7 +460,7 @@ def list_facts(
         *((f"Arm {name}", source) for name, source in sources.items() if source),
         ("Dataset", f"{dataset}, {e.split} split, {evaluation.metrics['num_examples']} examples"),
         ("Looks at these rows", _describe_looks(evaluation)),
-        ("Sampling", f"{greedy}, at most {e.max_tokens} tokens, seed {e.seed}"),
+        ("Sampling", f"{greedy}{many}, at most {e.max_tokens} tokens, seed {e.seed}"),
         ("Requests", f"over HTTP, {e.concurrency} in flight"),
         ("Resampling", f"{e.num_resamples:,} resamples, seed {e.seed}"),
         ("Versions", f"{versions}, Python {platform.python_version()}"),

@@ -39,6 +39,9 @@ from tuneloop.text import format_duration
 _log = logging.getLogger("tuneloop.evals")
 # Raised when a change here changes the answers of the same arm to the same questions.
 _REQUEST_VERSION = 1
+# Version 1 gave all questions one seed: they drew the same random numbers, and were right and wrong
+# together.
+_SAMPLED_VERSION = 2
 # With pauses that double, a rate limit of an endpoint may last a minute before a question is given
 # up; a server of our own has none.
 _RETRIES = 7
@@ -77,6 +80,7 @@ class EvaluationRequest:
     Args:
         shots: Solved examples before it.
         of_reference: Ask how probable the reference is, instead of for an answer.
+        sample: Number of the answer, where several are sampled.
     """
 
     arm: Arm
@@ -85,6 +89,7 @@ class EvaluationRequest:
     params: SamplingParams
     shots: tuple[Conversation, ...] = ()
     of_reference: bool = False
+    sample: int = 0
 
     @property
     def key(self) -> tuple[str, str]:
@@ -108,6 +113,15 @@ class EvaluationRequest:
         """What is sent."""
         return self.question.prompt(self.shots)
 
+    @property
+    def sent_params(self) -> SamplingParams:
+        """How this answer is sampled: each question, and each of its answers, by another seed."""
+        if self.params.temperature == 0:
+            return self.params
+        text = f"{self.params.seed} {self.sample} {self.question.example_id}"
+        digest = hashlib.sha256(text.encode()).digest()
+        return dataclasses.replace(self.params, seed=int.from_bytes(digest[:4]) >> 1)
+
 
 def with_reference(prompt: str, reference: str) -> str:
     """Return a prompt, as predictions keep it, with the reference as its answer."""
@@ -115,11 +129,17 @@ def with_reference(prompt: str, reference: str) -> str:
     return json.dumps(turns, ensure_ascii=False)
 
 
-def arm_identity(arm: Arm, params: SamplingParams) -> str:
-    """Return what an arm's answers depend on besides the question, as hexadecimal digits."""
+def arm_identity(arm: Arm, params: SamplingParams, sample: int = 0) -> str:
+    """Return what an arm's answers depend on besides the question, as hexadecimal digits.
+
+    Args:
+        arm: Who answers.
+        params: How answers are sampled.
+        sample: Number of the answer, where several are sampled.
+    """
     model = arm.model_fingerprint or f"{arm.endpoint.url} {arm.endpoint.model}"
     parts: dict[str, Any] = {
-        "version": _REQUEST_VERSION,
+        "version": _SAMPLED_VERSION if params.temperature > 0 else _REQUEST_VERSION,
         "model": model,
         "shots": [messages_json(shot.messages) for shot in arm.shots],
         "sampling": dataclasses.asdict(params),
@@ -128,6 +148,8 @@ def arm_identity(arm: Arm, params: SamplingParams) -> str:
         parts["choose"] = arm.chosen_by
     if arm.forms:
         parts["forms"] = arm.forms
+    if sample:
+        parts["sample"] = sample
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -387,7 +409,7 @@ async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
                 bits_per_byte=-likelihood.logprob / math.log(2) / likelihood.num_bytes,
             )
         completion = await client.generate(
-            request.messages, request.params, request.question.tools, request.form
+            request.messages, request.sent_params, request.question.tools, request.form
         )
     except RequestError as error:
         _log.warning("%s, example %s is unscored: %s", request.arm.name, example_id, error)

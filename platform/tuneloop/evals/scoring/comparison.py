@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.error_tags import tags_of
@@ -133,6 +134,9 @@ def _summarise_arm(
         )
         extra["label_f1"] = counts.f1_by_label()
         extra["confusion"] = counts.confusion()
+    if any(p.samples for p in scored):
+        estimate = scores[scorer.primary]
+        extra["sampling"] = _sampling_noise(scored, estimate, resampling.confidence)
     reasons = [p.error for p in predictions if p.status == "unscored"]
     if reasons and scorer.metrics[scorer.primary].kind != "number":
         # As if every missing answer were wrong, and as if every one were right.
@@ -149,6 +153,35 @@ def _summarise_arm(
         "mean_prompt_tokens": _mean([p.prompt_tokens for p in scored]),
         "median_completion_tokens": _median([p.completion_tokens for p in scored]),
         "median_latency_s": _median([p.latency_s for p in scored]),
+    }
+
+
+def _sampling_noise(
+    predictions: Sequence[Prediction], estimate: dict[str, Any], confidence: float
+) -> dict[str, Any]:
+    """Return how uncertain a score is because few answers to a row were sampled.
+
+    Args:
+        predictions: Scored rows.
+        estimate: Their mean with its interval, which holds this noise and that of the rows.
+        confidence: Of that interval.
+
+    Returns:
+        `num_samples`; `std_error` of the mean from sampling alone; `share` of the variance that it
+        makes up, None where the interval has no width.
+    """
+    rows = [[s["score"] for s in p.samples if s["score"] is not None] for p in predictions]
+    rows = [scores for scores in rows if len(scores) > 1]
+    variance = sum(np.var(scores, ddof=1) / len(scores) for scores in rows) / max(1, len(rows)) ** 2
+    share = None
+    if estimate["low"] is not None and estimate["high"] > estimate["low"]:
+        width = float(stats.norm.ppf(0.5 + confidence / 2))
+        total = ((estimate["high"] - estimate["low"]) / 2 / width) ** 2
+        share = min(1.0, float(variance) / total)
+    return {
+        "num_samples": max(len(p.samples) for p in predictions),
+        "std_error": float(np.sqrt(variance)),
+        "share": share,
     }
 
 
@@ -200,13 +233,18 @@ class LabelCounts:
 
     def __init__(self, predictions: Sequence[Prediction], scorer: Scorer) -> None:
         truth = [scorer.label(p.reference) for p in predictions]
-        answers = [scorer.label(p.completion) for p in predictions]
+        answers = [[scorer.label(text) for text in p.completions] for p in predictions]
         self._known = list(scorer.task.labels)
-        self._pairs = Counter(zip(truth, answers, strict=True))
+        self._pairs = Counter(
+            (label, one) for label, of_row in zip(truth, answers, strict=True) for one in of_row
+        )
         self.labels = [label for label in scorer.task.labels if label in truth]
         # Both of shape (n, L), L labels.
         self._truth = np.array([[t == label for label in self.labels] for t in truth], float)
-        self._answers = np.array([[a == label for label in self.labels] for a in answers], float)
+        # Of several answers to a row the share that names the label.
+        self._answers = np.array(
+            [[of_row.count(label) / len(of_row) for label in self.labels] for of_row in answers]
+        ).reshape(self._truth.shape)
 
     @property
     def num_effective(self) -> float:
@@ -260,7 +298,9 @@ def _score_of_all(predictions: Sequence[Prediction], scorer: Scorer, missing: fl
     """Return the score that decides if every missing answer scored `missing`, 0 or 1."""
     if scorer.decides == OF_ALL_ROWS:
         filled = [
-            p if p.status == "scored" else replace(p, completion=p.reference if missing else "")
+            p
+            if p.status == "scored"
+            else replace(p, completion=p.reference if missing else "", samples=[])
             for p in predictions
         ]
         counts = LabelCounts(filled, scorer)

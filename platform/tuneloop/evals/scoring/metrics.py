@@ -7,6 +7,7 @@ metric, write its function in a module of its own and enter it once in `TASK_MET
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import string
@@ -161,6 +162,16 @@ class Scorer:
                 if all(is_call) and not primary:
                     # Words in common say nothing of a call.
                     self.primary, self.metrics = "function_call", {"function_call": FUNCTION_CALL}
+
+    def averaged(self) -> Scorer:
+        """Return a scorer of the mean of several answers: right or wrong becomes a share."""
+        other = copy.copy(self)
+        other.metrics = {
+            name: replace(metric, kind="ratio") if metric.kind == "binary" else metric
+            for name, metric in self.metrics.items()
+        }
+        other.parts = {name: part.averaged() for name, part in self.parts.items()}
+        return other
 
     @property
     def decides(self) -> str:

@@ -20,8 +20,9 @@ def reference_requests(requests: Sequence[EvaluationRequest]) -> list[Evaluation
     return [
         replace(request, identity=identity_of(request.identity), of_reference=True)
         for request in requests
-        # With constrained answers the same model is asked the same.
+        # With constrained answers, and for another sample, the same model is asked the same.
         if request.arm.encode and not request.arm.forms and request.question.reference.strip()
+        if not request.sample
     ]
 
 

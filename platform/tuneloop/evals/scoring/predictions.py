@@ -19,6 +19,17 @@ _SHARED = ("example_id", "arm", "prompt", "reference", "status", "error", "clust
 _EVIDENCE = pa.struct(
     [("tag", pa.string()), ("detail", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
 )
+_SAMPLE = pa.struct(
+    [
+        ("completion", pa.string()),
+        ("finish_reason", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("completion_tokens", pa.int32()),
+        ("latency_s", pa.float64()),
+        ("error", pa.string()),
+        ("score", pa.float64()),
+    ]
+)
 _COLUMNS = [
     ("example_id", pa.string()),
     ("arm", pa.string()),
@@ -57,6 +68,9 @@ class Prediction:
         contaminated: Whether the row is among those that the arm was trained on; None where that
             is not known.
         probability: Of the label among all labels, where they were ranked; None otherwise.
+        samples: Where several answers were sampled, all of them: what the columns of that name say
+            of the first one, and the `score` in the metric that decides. `scores` are then their
+            means, and a row is scored where every answer came.
     """
 
     example_id: str
@@ -77,6 +91,12 @@ class Prediction:
     cluster: str = ""
     contaminated: bool | None = None
     probability: float | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def completions(self) -> list[str]:
+        """Every answer to the question."""
+        return [sample["completion"] for sample in self.samples] or [self.completion]
 
 
 def write_predictions(
@@ -84,7 +104,8 @@ def write_predictions(
 ) -> None:
     """Write `predictions.parquet`: one row for each example and arm, one column per metric."""
     task = [("task", pa.string())] if any(p.task for p in predictions) else []
-    schema = pa.schema([*_COLUMNS, *task, *((name, pa.float64()) for name in metrics)])
+    sampled = [("samples", pa.list_(_SAMPLE))] if any(p.samples for p in predictions) else []
+    schema = pa.schema([*_COLUMNS, *task, *sampled, *((name, pa.float64()) for name in metrics)])
     rows = []
     for prediction in predictions:
         row = dataclasses.asdict(prediction)
