@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -111,9 +113,13 @@ def completion_response(
     results: Sequence[DecodeResult],
     renderer: Renderer,
 ) -> dict[str, Any]:
-    """Return the answer to a completion request: the choices of the first prompt come first."""
+    """Return the answer to a completion request: the choices of the first prompt come first.
+
+    Args:
+        results: All candidates of the first prompt, then those of the next.
+    """
     choices = []
-    for index, result in enumerate(results):
+    for index, result in enumerate(_best(results, request)):
         prompt = prompts[index // request.num_choices]
         choice: dict[str, Any] = {
             "index": index,
@@ -132,7 +138,23 @@ def completion_response(
             choice |= {"token_ids": result.token_ids, "prompt_token_ids": list(prompt.token_ids)}
         choices.append(choice)
     response = _envelope("text_completion", request.model)
-    return response | {"choices": choices, "usage": usage(results, request.num_choices)}
+    return response | {"choices": choices, "usage": usage(results, request.num_candidates)}
+
+
+def _best(results: Sequence[DecodeResult], request: CompletionRequest) -> list[DecodeResult]:
+    """Return of each prompt's candidates those with the highest log-probability per token."""
+    size, kept = request.num_candidates, request.num_choices
+    if size == kept:
+        return list(results)
+
+    def per_token(result: DecodeResult) -> float:
+        # An answer without a token has no such number, and comes last.
+        logprobs = result.logprobs
+        return statistics.fmean(logprobs) if logprobs else -math.inf
+
+    starts = range(0, len(results), size)
+    groups = [results[start : start + size] for start in starts]
+    return [one for group in groups for one in sorted(group, key=per_token, reverse=True)[:kept]]
 
 
 def _envelope(kind: str, model: str) -> dict[str, Any]:

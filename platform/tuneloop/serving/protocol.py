@@ -5,8 +5,8 @@ of the model's `generation_config`. A field whose effect is not implemented is r
 has a value that means "no effect"; null always does.
 
 Extensions, named as in vLLM: `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`,
-`structured_outputs`, and `return_token_ids`, which adds `token_ids` and `prompt_token_ids`. Our
-own: `ranking`.
+`structured_outputs`, `chat_template_kwargs`, and `return_token_ids`, which adds `token_ids` and
+`prompt_token_ids`. Our own: `ranking`.
 
 Source: https://platform.openai.com/docs/api-reference/chat and .../completions.
 """
@@ -33,16 +33,20 @@ from tuneloop.records import Message, SamplingParams
 from tuneloop.serving.requests import AnswerForm, Shaping
 
 # Fields of the protocol that are not implemented, with the values that ask for nothing.
+# A request that has a field of that name takes it as its own.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
     "best_of": (1,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
+    "moderation": (),
     "reasoning_effort": ("none",),
     "service_tier": ("auto", "default"),
     "verbosity": ("medium",),
     "suffix": ("",),
     "store": (False,),
+    "web_search_options": (),
     # Of other servers, sent by clients that know those.
     "add_generation_prompt": (True,),
     "chat_template_kwargs": ({},),
@@ -57,9 +61,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
     "use_beam_search": (False,),
 }
-# Fields about the caller, not about the answer.
+# Fields about the caller, or about how soon the answer comes, not about the answer.
 _IGNORED = frozenset(
-    {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    {
+        "metadata",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "user",
+    }
 )
 # The same, of a message. Our own answers have them, and clients send those back as history.
 _NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
@@ -201,7 +213,8 @@ class NamedToolChoice(StrictBody):
 class StreamOptions(StrictBody):
     """What a stream tells beside the text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class JsonSchema(StrictBody):
@@ -268,6 +281,11 @@ _StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 _TokenId = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 
 
+_TemplateSettings = Annotated[dict[str, Any], Field(max_length=MAX_FIELDS)]
+# OpenAI's names; which of them a template knows is its own matter.
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class _Sampling(StrictBody):
     model: str
     max_tokens: int | None = Field(None, ge=0, le=MAX_INTEGER)
@@ -305,6 +323,11 @@ class _Sampling(StrictBody):
     def num_choices(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
+
+    @property
+    def num_candidates(self) -> int:
+        """Answers that are written to each prompt, of which the best are given."""
+        return self.num_choices
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -364,6 +387,12 @@ class ChatRequest(_Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     ranking: RankingRequest | None = None
+    chat_template_kwargs: _TemplateSettings | None = Field(
+        None, description="Values of names that the model's chat template reads."
+    )
+    reasoning_effort: Effort | None = Field(
+        None, description="Where the template reads it; `none` also where it can be told not to."
+    )
 
     def conversation(self) -> list[Message]:
         """Return the messages with text parts joined, and results in the order of their calls."""
@@ -401,6 +430,13 @@ class CompletionRequest(_Sampling):
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="Answers written; the `n` likeliest are given."
+    )
+
+    @property
+    def num_candidates(self) -> int:
+        return max(self.num_choices, self.best_of or 1)
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts one by one."""
@@ -417,6 +453,7 @@ class TokenizeRequest(StrictBody):
     prompt: str | None = None
     messages: _Messages | None = None
     tools: _Tools | None = None
+    chat_template_kwargs: _TemplateSettings | None = None
 
 
 class DetokenizeRequest(StrictBody):
@@ -435,7 +472,7 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
     Raises:
         ProtocolError: 400, with the first field that is wrong.
     """
-    request = _parse(ChatRequest, _without_neutral(body))
+    request = _parse(ChatRequest, _without_neutral(ChatRequest, body))
     if request.top_logprobs and not request.logprobs:
         raise ProtocolError(400, "`top_logprobs` needs `logprobs: true`", "top_logprobs")
     if request.max_tokens == 0:
@@ -455,14 +492,17 @@ def parse_completion(body: dict[str, Any]) -> CompletionRequest:
     Raises:
         ProtocolError: 400, with the first field that is wrong.
     """
-    request = _parse(CompletionRequest, _without_neutral(body))
+    request = _parse(CompletionRequest, _without_neutral(CompletionRequest, body))
     num_prompts = len(request.prompts())
     if not num_prompts:
         raise ProtocolError(400, "`prompt` is an empty list", "prompt")
-    if num_prompts * request.num_choices > MAX_ANSWERS:
+    if request.best_of is not None and request.best_of < request.num_choices:
+        message = f"`best_of` is {request.best_of}, less than `n`: {request.num_choices}"
+        raise ProtocolError(400, message, "best_of")
+    if num_prompts * request.num_candidates > MAX_ANSWERS:
         raise ProtocolError(
             400,
-            f"{num_prompts} prompts with {request.num_choices} answers each are more than the "
+            f"{num_prompts} prompts with {request.num_candidates} answers each are more than the "
             f"{MAX_ANSWERS} answers of one request",
             "prompt",
         )
@@ -470,8 +510,8 @@ def parse_completion(body: dict[str, Any]) -> CompletionRequest:
         raise ProtocolError(400, "`max_tokens: 0` needs `echo: true`", "max_tokens")
     _refuse_two_forms(request)
     _refuse_stream_options(request)
-    if request.stream and request.echo:
-        raise ProtocolError(400, "`stream` excludes `echo`", "stream")
+    if request.stream and request.num_candidates > request.num_choices:
+        raise ProtocolError(400, "`stream` excludes `best_of`", "stream")
     return request
 
 
@@ -481,9 +521,12 @@ def parse_tokenize(body: dict[str, Any]) -> TokenizeRequest:
     Raises:
         ProtocolError: 400, with the first field that is wrong.
     """
-    request = _parse(TokenizeRequest, _without_neutral(body))
+    request = _parse(TokenizeRequest, _without_neutral(TokenizeRequest, body))
     if (request.prompt is None) == (request.messages is None):
         raise ProtocolError(400, "give either `prompt` or `messages`", "prompt")
+    if request.chat_template_kwargs and request.messages is None:
+        message = "`chat_template_kwargs` belongs to `messages`"
+        raise ProtocolError(400, message, "chat_template_kwargs")
     _refuse_without_content(request.messages or ())
     return request
 
@@ -512,11 +555,14 @@ def parse_body(
     Raises:
         ProtocolError: 400, with the first field that is wrong.
     """
-    return _parse(kind, _asked_fields(body, neutral, ignored))
+    return _parse(kind, _asked_fields(kind, body, neutral, ignored))
 
 
 def _asked_fields(
-    body: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]], ignored: Collection[str]
+    kind: type[StrictBody],
+    body: dict[str, Any],
+    neutral: Mapping[str, tuple[Any, ...]],
+    ignored: Collection[str],
 ) -> dict[str, Any]:
     """Return a body without the fields that ask for nothing."""
     _refuse_many_fields(body)
@@ -524,16 +570,22 @@ def _asked_fields(
     for name, value in body.items():
         if value is None or name in ignored:
             continue
-        if name not in neutral:
+        if name in kind.model_fields or name not in neutral:
             asked[name] = value
         elif value not in neutral[name]:
-            raise ProtocolError(400, f"`{name}` is not supported", name, "unsupported_parameter")
+            raise _unsupported(name, value, neutral[name])
     return asked
 
 
-def _without_neutral(body: dict[str, Any]) -> dict[str, Any]:
+def _unsupported(name: str, value: Any, neutral: tuple[Any, ...]) -> ProtocolError:
+    allowed = f"; {json.dumps(neutral[0])} is taken" if neutral else ""
+    message = f"`{name}` is not supported, got {_shown(value)}{allowed}"
+    return ProtocolError(400, message, name, "unsupported_parameter")
+
+
+def _without_neutral(kind: type[StrictBody], body: dict[str, Any]) -> dict[str, Any]:
     """Return a body without the fields, and fields of messages, that ask for nothing."""
-    asked = _asked_fields(body, _NEUTRAL, _IGNORED)
+    asked = _asked_fields(kind, body, _NEUTRAL, _IGNORED)
     messages = asked.get("messages")
     if isinstance(messages, list):
         asked["messages"] = [_message_without_neutral(message) for message in messages]

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -21,7 +29,7 @@ from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
 from tuneloop.models.chat.tool_results import results_in_order
 from tuneloop.models.export.layout import ADAPTER, recorded_renderer
-from tuneloop.records import Message, SamplingParams
+from tuneloop.records import Message, Sample, SamplingParams
 from tuneloop.serving import protocol
 from tuneloop.serving.answers import (
     Chunks,
@@ -191,22 +199,30 @@ class _Loaded:
         tree = await loop.run_in_executor(self.reader, self._usual_tree, answers)
         # An answer has the same tokens behind every question, but for unusual templates.
         messages = [*request.conversation(), Message("assistant", answers[0])]
-        render = partial(Renderer.sample, messages=messages, tools=tools)
+        settings = _template_settings(request, self.renderer)
+
+        def render(renderer: Renderer) -> Sample:
+            return renderer.with_settings(settings).sample(messages, tools)
+
         sample = await self.read(4 * len(prompt_ids), render)
         if sample.input_ids != [*prompt_ids, *tree.answers[0]]:
-            make = partial(self._tree, answers, request.conversation(), tools)
+            make = partial(self._tree, answers, request.conversation(), tools, settings)
             tree = await loop.run_in_executor(self.reader, make)
         return Ranking(tree, request.ranking.coverage)
 
     @cached_property
     def _usual_tree(self) -> Callable[[tuple[str, ...]], AnswerTree]:
         question = [Message("user", "a")]
-        return lru_cache(_NUM_TREES)(lambda answers: self._tree(answers, question, ()))
+        return lru_cache(_NUM_TREES)(lambda answers: self._tree(answers, question, (), {}))
 
     def _tree(
-        self, answers: Sequence[str], messages: Sequence[Message], tools: Sequence[Any]
+        self,
+        answers: Sequence[str],
+        messages: Sequence[Message],
+        tools: Sequence[Any],
+        settings: Mapping[str, Any],
     ) -> AnswerTree:
-        renderer = self.second_renderer
+        renderer = self.second_renderer.with_settings(settings)
         start = len(renderer.prompt_ids(messages, tools))
         turns = [[*messages, Message("assistant", text)] for text in answers]
         ids = [tuple(renderer.sample(one, tools).input_ids[start:]) for one in turns]
@@ -359,6 +375,7 @@ class ModelServer:
         try:
             model = (await asyncio.wrap_future(self._loading))[body["model"]]
             asked = await _read(route, body, model)
+            prompt_scores = await _streamed_prompt_scores(asked)
             news: asyncio.Queue[_News] = asyncio.Queue()
             loop = asyncio.get_running_loop()
 
@@ -369,14 +386,17 @@ class ModelServer:
 
                 return tell
 
+            decoding = asked.decoding
+            if prompt_scores:
+                decoding = [replace(r, score_prompt=not r.params.max_tokens) for r in decoding]
             generations = _Generations(
-                model, [replace(r, on_token=listener(i)) for i, r in enumerate(asked.decoding)]
+                model, [replace(r, on_token=listener(i)) for i, r in enumerate(decoding)]
             )
             for index, task in enumerate(generations.tasks):
                 task.add_done_callback(partial(_tell_end, news, _News(index)))
             started = True
             yield 200, {}
-            async for item in _events(asked, generations, news):
+            async for item in _events(asked, generations, news, prompt_scores):
                 yield item
         except Exception as error:
             failure = _failure(error, route, request_id)
@@ -388,6 +408,26 @@ class ModelServer:
             # Closed early: the caller has gone.
             if generations is not None:
                 generations.cancel()
+
+
+async def _streamed_prompt_scores(asked: _Asked) -> list[Sequence[TokenScore]]:
+    """Return the scores of each prompt of a stream that echoes them; mostly nothing.
+
+    They stand in the stream before the answer, so the prompt is read for them first.
+    """
+    request = asked.request
+    if request.logprobs is None or not any(one.score_prompt for one in asked.decoding):
+        return []
+    scoring = [
+        replace(one, params=replace(one.params, max_tokens=0), constraint=None)
+        for one in asked.decoding[:: request.num_choices]
+    ]
+    generations = _Generations(asked.model, scoring)
+    try:
+        results = await asyncio.gather(*generations.tasks)
+    finally:
+        generations.cancel()
+    return [result.prompt_scores or [] for result in results]
 
 
 class _News(NamedTuple):
@@ -460,6 +500,16 @@ class _Choice:
         text = self._text.push(token.token_id)
         return self._said(Written(text, ()) if self._reader is None else self._reader.push(text))
 
+    def echo(
+        self, prompt: TextPrompt, scores: Sequence[TokenScore], renderer: Renderer
+    ) -> dict[str, Any]:
+        """Return the log-probabilities of the prompt's tokens."""
+        assert isinstance(self._request, CompletionRequest)
+        self._offsets = TextOffsets(renderer)
+        tokens = list(map(ScoredToken, prompt.token_ids, [None, *scores]))
+        num_top = self._request.logprobs or 0
+        return completion_logprobs(tokens, num_top, renderer, self._offsets)
+
     def finish(self, result: DecodeResult) -> Said:
         """Return what is left to send of the whole answer."""
         text = self._text.finish(self._asked.text(result))
@@ -483,13 +533,29 @@ class _Choice:
 
 
 async def _events(
-    asked: _Asked, generations: _Generations, news: asyncio.Queue[_News]
+    asked: _Asked,
+    generations: _Generations,
+    news: asyncio.Queue[_News],
+    prompt_scores: Sequence[Sequence[TokenScore]],
 ) -> AsyncIterator[str]:
-    """Yield the events of a streamed answer."""
+    """Yield the events of a streamed answer.
+
+    Args:
+        prompt_scores: Those of each prompt that is echoed with its log-probabilities.
+    """
     chunks = Chunks(asked.request)
     choices = [_Choice(asked) for _ in generations.tasks]
-    for index in range(len(choices)):
+    echoes = isinstance(asked.request, CompletionRequest) and asked.request.echo
+    for index, choice in enumerate(choices):
         yield chunks.first(index)
+        number = index // asked.request.num_choices
+        prompt, logprobs = asked.prompts[number], None
+        if prompt_scores:
+            is_long = len(prompt.token_ids) > _LONG_ANSWER_TOKENS
+            write = partial(choice.echo, prompt, prompt_scores[number])
+            logprobs = await asked.model.read(_LONG_TEXT_BYTES if is_long else 0, write)
+        if echoes:
+            yield chunks.text(prompt.text, index, logprobs)
     num_open = len(choices)
     while num_open:
         index, token = await news.get()
@@ -625,8 +691,10 @@ async def _read(route: Route, body: dict[str, Any], model: _Loaded) -> _Asked:
         ranking = await model.ranking(request, prompts[0].token_ids)
     if ranking is not None:
         max_tokens = ranking.tree.longest
+    # Candidates are told apart by their log-probabilities, whether those are asked for or not.
+    scores_answer = wants_logprobs or request.num_candidates > request.num_choices
     asked = replace(
-        model.decode_request(request, request.params(max_tokens, wants_logprobs)),
+        model.decode_request(request, request.params(max_tokens, scores_answer)),
         num_top=num_top,
         constraint=constraint,
         ranking=ranking,
@@ -637,7 +705,7 @@ async def _read(route: Route, body: dict[str, Any], model: _Loaded) -> _Asked:
     decoding = [
         replace(asked, prompt_ids=prompt.token_ids, params=_choice_params(asked.params, index))
         for prompt in prompts
-        for index in range(request.num_choices)
+        for index in range(request.num_candidates)
     ]
     return _Asked(model, request, prompts, decoding)
 
@@ -650,12 +718,49 @@ def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
 async def _chat_prompt(request: ChatRequest | TokenizeRequest, model: _Loaded) -> TextPrompt:
     messages = results_in_order([message.message() for message in request.messages or ()])
     tools = request.offered_tools if isinstance(request, ChatRequest) else request.tools or ()
+    settings = _template_settings(request, model.renderer)
     said = [text for m in messages for text in (m.content, m.tool_calls, m.reasoning_content)]
-    size = sum(len(text.encode()) for text in [*said, *map(str, tools)])
+    size = sum(len(text.encode()) for text in [*said, *map(str, tools), str(settings)])
     # Each turn costs a rendering of all before it.
     is_long = len(messages) > _MANY_MESSAGES
-    read = partial(Renderer.prompt_ids, messages=messages, tools=tools)
+
+    def read(renderer: Renderer) -> list[int]:
+        return renderer.with_settings(settings).prompt_ids(messages, tools)
+
     return TextPrompt("", await model.read(max(size, is_long * _LONG_TEXT_BYTES), read))
+
+
+def _template_settings(
+    request: ChatRequest | TokenizeRequest, renderer: Renderer
+) -> dict[str, Any]:
+    """Return what a request tells the chat template beside the conversation.
+
+    Raises:
+        InvalidRequest: The template does not read it.
+    """
+    settings = dict(request.chat_template_kwargs or {})
+    names = renderer.setting_names
+    if unread := sorted(settings.keys() - names):
+        raise _unread(unread[0], "chat_template_kwargs", names)
+    effort = request.reasoning_effort if isinstance(request, ChatRequest) else None
+    if effort is None:
+        return settings
+    param = "reasoning_effort"
+    implied: dict[str, Any] = {param: effort} if param in names else {}
+    if not implied and effort == "none" and "enable_thinking" in names:
+        implied = {"enable_thinking": False}
+    if not implied and (effort != "none" or renderer.opens_thinking):
+        raise _unread(param, param, names)
+    for name, value in implied.items():
+        if settings.get(name, value) != value:
+            raise InvalidRequest(f"`{param}` and `chat_template_kwargs.{name}` differ", None, param)
+    return settings | implied
+
+
+def _unread(name: str, param: str, names: Collection[str]) -> InvalidRequest:
+    read = ", ".join(f"`{one}`" for one in sorted(names)) or "nothing of the kind"
+    message = f"the model's chat template does not read `{name[:100]}`; it reads {read}"
+    return InvalidRequest(message, "unsupported_parameter", param)
 
 
 async def _completion_prompts(request: CompletionRequest, model: _Loaded) -> list[TextPrompt]:

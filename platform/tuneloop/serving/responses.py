@@ -16,24 +16,45 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tuneloop.serving.protocol import (
+    MAX_FIELDS,
     MAX_INTEGER,
     MAX_MESSAGES,
     MAX_PARTS,
+    Effort,
     ProtocolError,
+    StreamOptions,
     StrictBody,
     parse_body,
 )
 
 # Fields that are not implemented, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "access_programs": (),
     "background": (False,),
+    "background_options": (),
+    "context_management": ([],),
+    "conversation": (),
+    "image": (),
     "include": ([],),
-    "reasoning": ({},),
+    "moderation": (),
+    "previous_response_id": (),
+    "prompt": (),
     "service_tier": ("auto", "default"),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
-_IGNORED = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "store", "user"})
+# About the caller, how soon the answer comes, what is kept, or tools of OpenAI's own.
+_IGNORED = frozenset(
+    {
+        "max_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "store",
+        "user",
+    }
+)
 
 
 class _InputText(StrictBody):
@@ -108,6 +129,14 @@ class _Format(StrictBody):
     strict: bool | None = None
 
 
+class _Reasoning(StrictBody):
+    """How long the model may think; no summary of it is written."""
+
+    effort: Effort | None = None
+    summary: None = None
+    generate_summary: None = None
+
+
 class _Text(StrictBody):
     """How the answer is written."""
 
@@ -131,7 +160,11 @@ class ResponsesRequest(StrictBody):
     tool_choice: Literal["none", "auto", "required"] | _NamedTool | None = None
     parallel_tool_calls: bool | None = None
     text: _Text = _Text()
+    reasoning: _Reasoning = _Reasoning()
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_FIELDS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def chat_body(self) -> dict[str, Any]:
         """Return the same request for POST /v1/chat/completions."""
@@ -142,6 +175,8 @@ class ResponsesRequest(StrictBody):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "parallel_tool_calls": self.parallel_tool_calls,
+            "reasoning_effort": self.reasoning.effort,
+            "chat_template_kwargs": self.chat_template_kwargs,
         }
         if self.tools:
             shown = {"type", "strict"}
@@ -215,7 +250,7 @@ class _Answer:
             "error": None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
-            "metadata": {},
+            "metadata": request.metadata or {},
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,

@@ -313,6 +313,110 @@ def test_several_choices_and_prompts_whole_and_streamed(api: FastAPI, num_top: i
             assert sent == (pytest.approx(values) if field == "token_logprobs" else values)
 
 
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_stream_echoes_its_prompts(api: FastAPI, logprobs: int | None) -> None:
+    body = TEXT | {"prompt": ["Return the", "é🎉"], "n": 2, "echo": True, "logprobs": logprobs}
+    whole = post(api, TEXTS, body)["choices"]
+    told: list[dict[str, Any]] = [{"text": "", "logprobs": {}} for _ in whole]
+    for chunk in chunks_of(api, TEXTS, body):
+        for choice in chunk["choices"]:
+            own = told[choice["index"]]
+            own["text"] += choice["text"]
+            for name, values in (choice["logprobs"] or {}).items():
+                own["logprobs"].setdefault(name, []).extend(values)
+    assert [one["text"] for one in told] == [one["text"] for one in whole]
+    assert whole[2]["text"].startswith("é🎉")
+    for one, streamed in zip(whole, told, strict=True):
+        if logprobs is None:
+            assert streamed["logprobs"] == {}
+            continue
+        assert streamed["logprobs"].keys() == one["logprobs"].keys()
+        for name in ("tokens", "text_offset"):
+            assert streamed["logprobs"][name] == one["logprobs"][name]
+        first, *others = streamed["logprobs"]["token_logprobs"]
+        assert first is None
+        assert others == pytest.approx(one["logprobs"]["token_logprobs"][1:], abs=1e-4)
+
+
+def test_a_stream_that_only_echoes(api: FastAPI) -> None:
+    body = TEXT | {"echo": True, "logprobs": 1, "max_tokens": 0}
+    chunks = [chunk["choices"][0] for chunk in chunks_of(api, TEXTS, body)]
+    assert "".join(one["text"] for one in chunks) == "Return the"
+    assert len(chunks[1]["logprobs"]["tokens"]) > 1
+    assert chunks[-1]["finish_reason"] == "length"
+
+
+def test_the_best_of_several_candidates(api: FastAPI) -> None:
+    body = TEXT | {"prompt": ["Return the", "yes"], "temperature": 1, "seed": 3, "logprobs": 0}
+    candidates = post(api, TEXTS, body | {"n": 6})
+    best = post(api, TEXTS, body | {"n": 2, "best_of": 6})
+    for number in range(2):
+        ranked = sorted(
+            candidates["choices"][6 * number : 6 * number + 6],
+            key=lambda one: -sum(one["logprobs"]["token_logprobs"]) / 4,
+        )
+        given = best["choices"][2 * number : 2 * number + 2]
+        assert [one["text"] for one in given] == [one["text"] for one in ranked[:2]]
+    assert [one["index"] for one in best["choices"]] == [0, 1, 2, 3]
+    assert best["usage"] == candidates["usage"]  # all that was written
+    without = post(api, TEXTS, body | {"best_of": 6, "logprobs": None})["choices"]
+    assert [one["text"] for one in without] == [best["choices"][i]["text"] for i in (0, 2)]
+    assert without[0]["logprobs"] is None
+
+
+def test_settings_of_the_chat_template(server: ModelServer, renderer: Renderer) -> None:
+    """They are rendered, also for the ranking; names that it does not read are refused."""
+    api = build_api({"m": server, "thinking": server})
+
+    def prompt(**more: Any) -> str:
+        body = {"model": "thinking", "messages": CHAT["messages"], **more}
+        tokens = post(api, "/tokenize", body)["tokens"]
+        return str(renderer.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    assert "<think>" not in prompt()
+    assert prompt() == prompt(chat_template_kwargs={"enable_thinking": True})
+    off = {"enable_thinking": False}
+    assert prompt(chat_template_kwargs=off) == prompt() + "<think>\n\n</think>\n\n"
+    assert "Today: 1 May" in prompt(chat_template_kwargs={"date_string": "1 May"})
+    # A control token in a setting is text.
+    end = renderer.tokenizer.eos_token_id
+    asked = {"model": "thinking", "messages": CHAT["messages"]}
+    count = [
+        post(api, "/tokenize", asked | {"chat_template_kwargs": {"date_string": text}})["tokens"]
+        for text in ("1 May", "1 <|im_end|> May")
+    ]
+    assert [ids.count(end) for ids in count] == [2, 2]
+
+    chat = CHAT | {"model": "thinking", "return_token_ids": True}
+    plain, kwargs, effort = (
+        post(api, CHATS, chat | more)["prompt_token_ids"]
+        for more in ({}, {"chat_template_kwargs": off}, {"reasoning_effort": "none"})
+    )
+    assert kwargs == effort != plain
+    ranking = {"answers": ["yes", "no"], "coverage": 1}
+    logprobs = [
+        post(api, CHATS, chat | more | {"ranking": ranking})["choices"][0]["ranking"]["answers"]
+        for more in ({}, {"chat_template_kwargs": off})
+    ]
+    assert logprobs[0] != logprobs[1]
+    post(api, CHATS, CHAT | {"reasoning_effort": "none"})  # this one never thinks
+    for more, param, told in (
+        ({"chat_template_kwargs": {"thinking": 1}}, "chat_template_kwargs", "`thinking`"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "`messages`"),
+        ({"chat_template_kwargs": {"eos_token": ""}}, "chat_template_kwargs", "`eos_token`"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "`enable_thinking`"),
+        (
+            {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+            "reasoning_effort",
+            "differ",
+        ),
+    ):
+        response = ask(api, "POST", CHATS, json=chat | more)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, param)
+        assert told in error["message"]
+
+
 def test_log_probabilities_of_a_streamed_chat(api: FastAPI) -> None:
     body = CHAT | {"logprobs": True, "top_logprobs": 2, "max_tokens": 16, "stop": ["e"]}
     expected = post(api, CHATS, body)["choices"][0]

@@ -10,14 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as response_params
 
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.serving import protocol
 from tuneloop.serving.app import _gpu_share
-from tuneloop.serving.protocol import ProtocolError, parse_chat, parse_completion
+from tuneloop.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    ProtocolError,
+    parse_chat,
+    parse_completion,
+)
 from tuneloop.serving.replica import ModelServer, ServedModel
+from tuneloop.serving.responses import ResponsesRequest, parse_responses
 from tuneloop.serving.text import Detokenizer, StreamedText
 
+CHATS, TEXTS, RESPONSES = "chat", "completions", "responses"
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "What is it?"}]}
 
 
@@ -109,11 +120,44 @@ def test_all_four_kinds_of_prompt(prompt: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [{"prompt": []}, {"prompt": [1, "a"]}, {"max_tokens": 0}, {"echo": True, "stream": True}],
+    [
+        {"prompt": []},
+        {"prompt": [1, "a"]},
+        {"max_tokens": 0},
+        {"n": 3, "best_of": 2},
+        {"best_of": 2, "stream": True},
+        {"prompt": ["a"] * 100, "best_of": 100},
+        {"reasoning_effort": "high"},
+    ],
 )
 def test_completion_refusals(more: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
         parse_completion({"model": "m", "prompt": "a", **more})
+
+
+OFFICIAL: list[tuple[Any, str, dict[str, Any]]] = [
+    (chat_params.CompletionCreateParamsBase, CHATS, CHAT),
+    (completion_params.CompletionCreateParamsBase, TEXTS, {"model": "m", "prompt": "a"}),
+    (response_params.ResponseCreateParamsBase, RESPONSES, {"model": "m", "input": "a"}),
+]
+PARSE = {CHATS: parse_chat, TEXTS: parse_completion, RESPONSES: parse_responses}
+KINDS = {CHATS: ChatRequest, TEXTS: CompletionRequest, RESPONSES: ResponsesRequest}
+
+
+@pytest.mark.parametrize(("official", "kind", "body"), OFFICIAL)
+def test_each_parameter_of_openais_client_is_known(
+    official: Any, kind: str, body: dict[str, Any]
+) -> None:
+    """It is done, of no effect on the answer, or refused by its name as not supported."""
+    codes = {}
+    for name in official.__annotations__.keys() - KINDS[kind].model_fields.keys():
+        PARSE[kind](body | {name: None})
+        try:
+            PARSE[kind](body | {name: "something"})
+        except ProtocolError as error:
+            codes[error.param] = error.code
+    assert set(codes.values()) == {"unsupported_parameter"}, codes
+    assert codes.keys() >= {CHATS: {"audio"}, TEXTS: {"suffix"}, RESPONSES: {"prompt"}}[kind]
 
 
 def test_text_parts_are_joined() -> None:

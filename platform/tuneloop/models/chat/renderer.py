@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -192,6 +192,27 @@ class Renderer:
         """Return the same rendering, its texts encoded by a backend verified to give equal ids."""
         renderer = copy.copy(self)
         renderer.backend = backend
+        return renderer
+
+    @property
+    def setting_names(self) -> frozenset[str]:
+        """The names that the template reads and a request may set, such as `enable_thinking`."""
+        return self._chat_template.setting_names
+
+    @property
+    def opens_thinking(self) -> bool:
+        """Whether a prompt ends with a tag behind which the model has to think."""
+        return self._chat_template.opens_thinking
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Renderer:
+        """Return the same rendering with values for some of `setting_names`.
+
+        A control token in a value is text, as in a message.
+        """
+        if not settings:
+            return self
+        renderer = copy.copy(self)
+        renderer._chat_template = self._chat_template.with_settings(settings)
         return renderer
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
@@ -376,11 +397,13 @@ class Renderer:
         """
         template = self._chat_template
         turns = template.turns(messages, tools)
-        found = self._control.findall(json.dumps([turns, list(tools)], ensure_ascii=False))
+        given = [turns, list(tools), template.settings]
+        found = self._control.findall(json.dumps(given, ensure_ascii=False))
         escapes = Escapes(())
         if found:
-            escapes = Escapes.of(tuple(sorted(set(found))), str(turns) + str(tools))
-            turns, tools = escapes.escape(turns), escapes.escape(list(tools))
+            escapes = Escapes.of(tuple(sorted(set(found))), str(given))
+            turns, tools, settings = escapes.escape(given)
+            template = template.with_settings(settings)
         whole = template.render(turns, tools, is_prompt)
         template.refuse_losses(whole, turns, tools)
         cuts: list[int] = []

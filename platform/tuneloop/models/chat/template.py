@@ -7,6 +7,7 @@ encoded as the text that it is.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import jinja2.meta
 
 from tuneloop.errors import ModelError, Problem
 from tuneloop.records import Message
@@ -33,6 +35,9 @@ _OTHER_TEMPLATE = (
 )
 # Where the first of two planes of characters for private use begins; Unicode gives them no meaning.
 _PRIVATE = (0xF0000, 0x100000)
+# What transformers gives every template beside the parameters of `apply_chat_template`.
+_GIVEN = frozenset({"messages", "raise_exception", "strftime_now", "tojson"})
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
 _MARK = "\U0010fffd"
 
@@ -105,13 +110,21 @@ class ChatTemplate:
     Args:
         tokenizer: A fast Hugging Face tokenizer, for the special tokens the template may name.
         source: The Jinja text.
+        settings: Values of names that the template reads and that stand for no part of the
+            conversation; see `setting_names`.
 
     Raises:
         ModelError: It writes today's date in a format that cannot be told from its text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, source: str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        source: str,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.tokenizer, self.source = tokenizer, frozen(source)
+        self.settings = dict(settings or {})
         if re.search(r"strftime_now\s*\(", self.source):
             raise ModelError(
                 Problem(
@@ -124,6 +137,27 @@ class ChatTemplate:
                     "to its path",
                 )
             )
+
+    def with_settings(self, settings: Mapping[str, Any]) -> ChatTemplate:
+        """Return the same template with other settings."""
+        return ChatTemplate(self.tokenizer, self.source, settings)
+
+    @cached_property
+    def setting_names(self) -> frozenset[str]:
+        """The names that the template reads and a request may set, such as `enable_thinking`."""
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+        # The tag is of transformers; what it is around is read without it, too.
+        names = jinja2.meta.find_undeclared_variables(
+            environment.parse(_GENERATION_TAG.sub("", self.source))
+        )
+        given = {*_GIVEN, *inspect.signature(self.tokenizer.apply_chat_template).parameters}
+        names -= given | environment.globals.keys()
+        return frozenset(name for name in names if not name.endswith(("_token", "_tokens")))
+
+    @cached_property
+    def opens_thinking(self) -> bool:
+        """Whether a prompt ends with a tag behind which the model has to think."""
+        return bool(opened_thinking(self.render(_QUESTION, (), True)))
 
     def turns(self, messages: Sequence[Message], tools: Sequence[Any]) -> list[dict[str, Any]]:
         """Return messages as the template reads them.
@@ -156,9 +190,17 @@ class ChatTemplate:
                     chat_template=self.source,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
+                    **self.settings,
                 )
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise RenderError(
                 f"the chat template refuses the messages: {error}", _remedy(turns)
             ) from error
@@ -233,7 +275,7 @@ class ChatTemplate:
 
     @cached_property
     def _writes_thoughts(self) -> bool:
-        if opened_thinking(self.render(_QUESTION, (), True)):
+        if self.opens_thinking:
             return True
         answer = {"role": "assistant", "content": "b", "reasoning_content": "probe"}
         return "probe" in self.render([*_QUESTION, answer], (), False)
