@@ -48,6 +48,8 @@ def main() -> None:
         st.caption(f"Workspace  \n`{workspace_location()}`")
         if st.button("Refresh", help="Read the workspace again"):
             st.rerun()
+    # A browser with several tabs, and its history, show this.
+    st.set_page_config(page_title=f"{page.title} · tuneloop")
     st.title(page.title)
     page.run()
 

@@ -8,7 +8,9 @@ from tuneloop.evals.reporting.overview import EvaluationTables
 
 ARM_HELP = (
     "An arm is a model with a way of asking: `base` is the model before finetuning, `few-shot` "
-    "shows it examples in the prompt, `finetuned` was trained on the data."
+    "shows it examples in the prompt, `finetuned` was trained on the data, `simple` is the "
+    "cheapest method that could do the job, and `constrained` answers can only have the form of "
+    "the task."
 )
 _BANNERS = {"good": st.success, "bad": st.error, "mixed": st.warning, "unclear": st.info}
 

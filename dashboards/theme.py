@@ -29,7 +29,32 @@ CSS = """
   [data-testid="stMarkdown"] td { min-width: 4.5rem; }
   [data-testid="stMarkdown"] td:last-child { min-width: 10rem; }
 }
-.st-key-tags [data-testid="stTable"] * { white-space: nowrap !important; }
+.st-key-tags [data-testid="stTable"] *, .st-key-trials [data-testid="stTable"] * {
+  white-space: nowrap !important; }
+.st-key-tags td:last-child, .st-key-tags td:last-child * {
+  white-space: normal !important; min-width: 11rem; }
+@media (max-width: 640px) { [data-testid="stTable"] td { min-width: 5.5rem; } }
+/* What scrolls sideways fades out at its right edge until it is scrolled to the end. Without
+   anything to scroll the animation has no timeline, and nothing fades. */
+@property --tl-fade { syntax: "<length>"; inherits: false; initial-value: 0px; }
+@keyframes tl-fade { from { --tl-fade: 2.5rem; } to { --tl-fade: 0px; } }
+@supports (animation-timeline: scroll()) {
+  :has(> [data-testid="stTableStyledTable"]), [data-testid="stMarkdown"] table {
+    mask-image: linear-gradient(to left, transparent, #000 var(--tl-fade));
+    animation: tl-fade linear both; animation-timeline: scroll(self inline);
+  }
+}
+/* The theme's blue on its own tint is 3.5 : 1 in the dark. */
+[data-testid="stBaseButton-segmented_controlActive"],
+[data-testid="stBaseButton-segmented_controlActive"] * { color: inherit !important; }
+/* The frame fills the window, so that there is one thing to scroll. */
+[data-testid="stIFrame"] { height: calc(100dvh - 21rem); min-height: 24rem; }
+/* The buttons stay in sight under long answers. */
+[data-testid="stLayoutWrapper"]:has(> .st-key-ballot) {
+  position: sticky; bottom: 0; z-index: 5; padding: .6rem 0;
+  background: light-dark(#fff, #14171f);
+}
+@media (max-width: 640px) { .st-key-ballot { gap: .4rem; } }
 .tl-sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr));
   gap: .75rem; }
 .tl-box { border: 1px solid rgba(128, 136, 152, .3); border-radius: .5rem; padding: .6rem .8rem;

@@ -30,13 +30,13 @@ for number, action in enumerate(advice.actions, 1):
             f'<div class="tl-head"><b>{title}</b>{"".join(chips)}</div>{theme.text(action.why)}'
         )
         if not action.command.startswith("tuneloop dashboard"):
-            st.code(action.command, language=None)
+            st.code(action.command, language=None, wrap_lines=True)
         if action.page:
             page, _, query = action.page.partition("?")
             asked = dict(part.split("=", 1) for part in query.split("&") if part)
             files = {"sweep": "sweep", "model": "model", "answers": "answers", "marks": "marks"}
             st.page_link(
-                f"views/{files[page.strip('/')]}.py", label="See what it rests on →",
+                f"views/{files[page.strip('/')]}.py", label="See the evidence →",
                 query_params=asked,
             )  # fmt: skip
 st.caption(
@@ -60,4 +60,5 @@ if advice.outcomes:
             for o in reversed(advice.outcomes)
         ],
         hide_index=True,
+        placeholder="–",
     )

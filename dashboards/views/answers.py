@@ -107,7 +107,7 @@ def show_parts(arm: str) -> None:
                 }
                 for item in found
             ]
-            st.dataframe(rows, hide_index=True)
+            st.dataframe(rows, hide_index=True, placeholder="–")
 
 
 def choose_rows(
@@ -159,19 +159,25 @@ def show_summary(about: dict[str, Any], arm: dict[str, Any], metric: str) -> Non
         f"**{arm['name']}**: {format_estimate(score, Metric(**about['metrics'][metric]))}, "
         f"{score['n']:,} answers scored"
     )
-    left, right = st.columns(2)
     n = max(1, arm["num_scored"])
     tags = {tag_label(tag): count for tag, count in arm["error_tags"].items() if count}
-    parts = {
+    fields = {
         name.removeprefix(FIELD_PREFIX): value["value"]
         for name, value in arm["scores"].items()
         if name.startswith(FIELD_PREFIX) and value["value"] is not None
-    } or {name: value for name, value in arm.get("label_f1", {}).items() if value is not None}
-    for column, title, values, axis in (
-        (left, "Right in each part", parts, "share of the answers"),
-        (right, "Errors with a name", {tag: c / n for tag, c in tags.items()}, "of the answers"),
-    ):
-        if values:
+    }
+    labels = {name: value for name, value in arm.get("label_f1", {}).items() if value is not None}
+    charts = [
+        chart
+        for chart in (
+            ("Right in each field", fields, "share of the answers"),
+            ("F1 of each label", labels, "F1: precision and recall in one number"),
+            ("Errors with a name", {t: c / n for t, c in tags.items()}, "share of the answers"),
+        )
+        if chart[1]
+    ]
+    for column, (title, values, axis) in zip(st.columns(max(2, len(charts))), charts, strict=False):
+        with column:
             rows = [{"part": name, "share": value} for name, value in values.items()]
             chart = alt.Chart(alt.Data(values=rows)).encode(
                 alt.Y("part:N", sort="-x", title=None, axis=alt.Axis(labelLimit=140)),
@@ -179,8 +185,8 @@ def show_summary(about: dict[str, Any], arm: dict[str, Any], metric: str) -> Non
                 tooltip=["part:N", alt.Tooltip("share:Q", format=".1%")],
             )
             bars = chart.mark_bar(height=12)
-            column.markdown(f"**{title}**")
-            column.altair_chart(bars.properties(height=80 + 26 * len(rows)))
+            st.markdown(f"**{title}**")
+            st.altair_chart(bars.properties(height=80 + 26 * len(rows)))
 
 
 def show_answer(

@@ -290,7 +290,12 @@ def show_changes() -> None:
         # Rows that were only scored have no card to compare.
         refuse("These versions cannot be compared.", error)
     rows = [
-        {"rows": name, old.ref: before, artifact.ref: after, "change": f"{after - before:+,}"}
+        {
+            "rows": name,
+            old.ref: f"{before:,}",
+            artifact.ref: f"{after:,}",
+            "change": f"{after - before:+,}" if after != before else "none",
+        }
         for name, (before, after) in diff["rows"].items()
     ]
     st.table(rows, border="horizontal", hide_index=True)
@@ -303,7 +308,8 @@ def show_changes() -> None:
             {"setting": key, old.ref: str(before), artifact.ref: str(after)}
             for key, (before, after) in diff["settings"].items()
         ]
-        with st.expander(f"{len(settings)} settings differ"):
+        what = "setting differs" if len(settings) == 1 else "settings differ"
+        with st.expander(f"{len(settings)} {what}"):
             st.dataframe(settings, hide_index=True)
 
 

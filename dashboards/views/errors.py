@@ -220,6 +220,9 @@ def show_example(
                 st.markdown(f"**{prediction.arm}**")
                 turns = analysis.prompt_turns(prediction.prompt)
                 st.html("".join(theme.labelled(r, theme.text(t, mono=True)) for r, t in turns))
+        if after.arm == evaluation.candidate["name"]:
+            with actions:
+                show_nearest(evaluation.nearest.get(example.example_id, []), marking.reference)
         marking.form(row)
 
 
@@ -278,5 +281,3 @@ if not matches:
 marking = marking_of(workspace, artifact)
 for number, example in enumerate(analysis.paginate(matches, page, PAGE_SIZE)[0], 1):
     show_example(example, comparison, against or "reference", marking, number)
-    if example.after.arm == evaluation.candidate["name"]:
-        show_nearest(evaluation.nearest.get(example.example_id, []), marking.reference)

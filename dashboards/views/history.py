@@ -17,19 +17,32 @@ try:
 except (UserError, OSError, ValueError, KeyError) as error:
     refuse("The history cannot be read.", error)
 points = [
-    {"version": i.ref.partition("@")[2], "score": i.value, "low": i.low, "high": i.high}
+    {
+        "version": i.ref.partition("@")[2],
+        "model": i.arm,
+        "score": i.value,
+        "low": i.low,
+        "high": i.high,
+    }
     for i in iterations
 ]
 if len(iterations) > 1:
-    chart = alt.Chart(alt.Data(values=points)).encode(alt.X("version:N", sort=None, title=None))
+    # Coloured by a column, since marks without one are black, in the dark too.
+    chart = alt.Chart(alt.Data(values=points)).encode(
+        alt.X("version:N", sort=None, title=None, axis=alt.Axis(labelAngle=0)),
+        color=alt.Color("model:N", title=None, legend=alt.Legend(orient="top")),
+    )
     value = alt.Y("score:Q", title=iterations[-1].metric, scale=alt.Scale(zero=False))
-    ends = chart.mark_rule().encode(alt.Y("low:Q"), alt.Y2("high:Q"))
-    dots = chart.mark_point(filled=True, size=90).encode(value, tooltip=["version:N", "score:Q"])
+    ends = chart.mark_rule(opacity=0.5, strokeWidth=1.5).encode(alt.Y("low:Q"), alt.Y2("high:Q"))
+    dots = chart.mark_point(filled=True, size=90).encode(
+        value, tooltip=["version:N", "model:N", "score:Q"]
+    )
     st.altair_chart((ends + dots).properties(height=220))
 st.dataframe(
     [
         {
-            "version": i.ref,
+            "version": i.ref.partition("@")[2],
+            "model": i.arm,
             i.metric: i.value,
             "low": i.low,
             "high": i.high,
@@ -37,15 +50,16 @@ st.dataframe(
             "introduced": i.num_introduced,
             "what changed": i.changed,
             "shared rows": i.num_shared,
-            "model": i.arm,
             "made (UTC)": i.created_at[:16].replace("T", " "),
             "took (s)": round(i.took_s),
         }
         for i in reversed(iterations)
     ],
     hide_index=True,
+    placeholder="–",
 )
 st.caption(
+    "Newest first. Low and high are the ends of the interval. "
     "Fixed and introduced: rows that the model answers better or worse than in the version "
-    "before. `Error analysis` shows them, where that version is chosen beside the newer one."
+    "before. **Error analysis** shows them, where that version is chosen beside the newer one."
 )

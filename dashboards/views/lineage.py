@@ -69,7 +69,7 @@ asked = st.text_input(
     placeholder="id of a row or how it begins, path:line, or the id of a mark or vote",
 )
 if not asked or not asked.strip():
-    st.info("Give the id of a row. Other pages lead here with `Follow`.")
+    st.info("Give the id of a row. Other pages lead here with **Follow**.")
     st.stop()
 try:
     found = trace(workspace, asked.strip())

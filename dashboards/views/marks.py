@@ -17,7 +17,7 @@ try:
 except UserError as error:
     refuse("Marks cannot be read here.", error)
 if not marks:
-    st.info("No marks yet. They are made with `Mark` on the pages of answers and of datasets.")
+    st.info("No marks yet. They are made with **Mark** on the pages of answers and of datasets.")
     st.stop()
 names = list(dict.fromkeys(mark.dataset_name for mark in marks))
 name = st.selectbox("Dataset", names, key="dataset", bind="query-params")
@@ -38,11 +38,11 @@ event = st.dataframe(
             "state": row["state"],
             "mark": MARK_LABELS[row["kind"]],
             "by": row["reviewer"],
-            "time (UTC)": row["created_at"][:16].replace("T", " "),
-            "why": row["why"],
-            "row": row["row_id"],
             "note": row["note"],
             "answer": row["answer"],
+            "row": row["row_id"],
+            "time (UTC)": row["created_at"][:16].replace("T", " "),
+            "why": row["why"].replace("`", ""),
         }
         for row in rows
     ],

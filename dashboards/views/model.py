@@ -21,6 +21,7 @@ from tuneloop.evals.reporting.overview import (
     without_end,
 )
 
+MOST_DOTS = 60
 SMALL_CHARTS = (
     ("learning_rate", "Learning rate", ""),
     ("grad_norm", "Gradient norm", "Before clipping."),
@@ -36,12 +37,27 @@ SMALL_CHARTS = (
 def draw_curves(rows: list[dict[str, Any]], train: str, validation: str, label: str) -> None:
     """Draw a curve over the train rows and, where it was measured, over the validation rows."""
     points = [
-        {"step": row["step"], "rows": name, label: row[column]}
+        {"step": row["step"], "rows": name, "value": row[column]}
         for name, column in (("train", train), ("validation", validation))
         for row in rows
         if row.get(column) is not None
     ]
-    st.line_chart(points, x="step", y=label, color="rows", x_label="optimizer step", height=300)
+    draw_lines(points, label, "rows")
+
+
+def draw_lines(points: list[dict[str, Any]], title: str, by: str) -> None:
+    """Draw values over the optimizer steps, one line for each value of the column `by`."""
+    is_one = len({point[by] for point in points}) == 1
+    # A line of one measurement cannot be seen without its point.
+    chart = alt.Chart(alt.Data(values=points)).mark_line(point=len(points) <= MOST_DOTS)
+    legend = None if is_one else alt.Legend(orient="top", labelLimit=400)
+    drawing = chart.encode(
+        alt.X("step:Q", title="optimizer step"),
+        alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
+        alt.Color(f"{by}:N", title=None, legend=legend),
+        tooltip=[f"{by}:N", "step:Q", alt.Tooltip("value:Q", format=".4g")],
+    )
+    st.altair_chart(drawing.properties(height=260))
 
 
 def compare_runs() -> None:
@@ -65,14 +81,7 @@ def compare_runs() -> None:
             if row.get(column) is not None
         ]
         if points:
-            lines = alt.Chart(alt.Data(values=points)).mark_line()
-            drawing = lines.encode(
-                alt.X("step:Q", title="optimizer step"),
-                alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
-                alt.Color("model:N", title=None, legend=alt.Legend(orient="top", labelLimit=400)),
-                tooltip=["model:N", "step:Q", alt.Tooltip("value:Q", format=".4g")],
-            )
-            st.altair_chart(drawing.properties(height=260))
+            draw_lines(points, title, "model")
     differing = compare_settings(models)
     if differing:
         st.markdown("**Settings in which they differ**")

@@ -6,8 +6,6 @@ import streamlit as st
 
 from shell import choose_artifact, show_origin
 
-REPORT_HEIGHT_PX = 1400
-
 _, artifact = choose_artifact("evaluations", "Evaluation")
 report = artifact.path / "report.html"
 version = artifact.ref.partition("@")[2]
@@ -21,5 +19,6 @@ with st.container(horizontal=True, vertical_alignment="center"):
     st.page_link(
         "views/errors.py", label="Error analysis →", query_params={artifact.kind: artifact.ref}
     )
-st.iframe(report, height=REPORT_HEIGHT_PX)
 show_origin(artifact)
+# The style sheet makes it as high as the window.
+st.iframe(report, alt="Report of the evaluation")

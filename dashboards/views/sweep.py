@@ -9,7 +9,13 @@ import streamlit as st
 from shell import choose_artifact, show_origin
 from tuneloop.sweeps.advice import advise
 from tuneloop.sweeps.report import show_break_even, show_candidates, show_effects, show_tasks
-from tuneloop.sweeps.table import SweepView, read_files, task_sentences, view_of
+from tuneloop.sweeps.table import (
+    SweepView,
+    read_files,
+    task_sentences,
+    trial_table,
+    view_of,
+)
 
 
 def chart(sweep: SweepView) -> dict[str, Any]:
@@ -27,7 +33,9 @@ def chart(sweep: SweepView) -> dict[str, Any]:
     }  # fmt: skip
     color = {
         "field": "series", "type": "nominal", "title": None,
-        "legend": {"orient": "top", "labelLimit": 460},
+        "legend": {
+            "orient": "top", "labelLimit": 460, "symbolOpacity": 1, "symbolType": "circle",
+        },
     }  # fmt: skip
     tooltip = [
         {"field": "trial", "title": "trial"},
@@ -107,7 +115,11 @@ if sweep.points:
 else:
     st.warning("No trial of this sweep has a score.")
 st.subheader("Trials")
-st.table(sweep.trials, border="horizontal", hide_index=True)
+table = trial_table(sweep)
+if table.same:
+    st.caption(f"All of them: {table.same}.")
+with st.container(key="trials"):
+    st.table(table.rows, border="horizontal", hide_index=True)
 for name, problem in sweep.problems:
     st.warning(f"**{name}** has no score.  \n{problem}")
 show_origin(artifact)

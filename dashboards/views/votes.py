@@ -82,7 +82,7 @@ def ask_name() -> str:
     name: str = st.session_state.get("judge", "")
     if name:
         with st.container(horizontal=True, vertical_alignment="center"):
-            st.html(theme.chip(f"You judge as {name}"))
+            st.html(theme.chip(f"You judge as {name}"), width="content")
             if st.button("Not you?", type="tertiary"):
                 del st.session_state.judge
                 st.rerun()
@@ -161,7 +161,7 @@ def show_pair(example: PairedExample, sides: Sides, reviewer: str) -> None:
     st.text_input(
         "Comment", key=f"comment-{example.example_id}", placeholder="optional: why", max_chars=2000
     )
-    with st.container(horizontal=True):
+    with st.container(horizontal=True, key="ballot"):
         for choice, (label, shortcut) in BUTTONS.items():
             st.button(
                 label,
@@ -257,8 +257,11 @@ if len(names) < 2:
 if evaluation.metrics["task_type"] == "language_modeling":
     st.info("Plain text is scored by likelihood: there are no answers to judge.")
     st.stop()
-# The candidate's comparisons come first.
-pairs = sorted(combinations(names, 2), key=lambda pair: pair[1] != names[-1])
+# The candidate's comparisons come first, and of them, as in the report, that with the strongest.
+strongest = evaluation.strongest_other()
+pairs = sorted(
+    combinations(names, 2), key=lambda pair: (pair[1] != names[-1], pair[0] != strongest)
+)
 arms = right.selectbox(
     "Arms", pairs, format_func=" vs ".join, key="pair", bind="query-params",
     help=f"{ARM_HELP} Which answer is on the left differs by example and reviewer.",

@@ -18,8 +18,8 @@ from tuneloop.sweeps.table import (
     SweepView,
     difference_in_words,
     in_words,
-    short_key,
     task_sentences,
+    trial_table,
     view_of,
 )
 from tuneloop.text import format_duration
@@ -49,7 +49,7 @@ def render_sweep(name: str, curve: Mapping[str, Any], trials: Sequence[Mapping[s
         name=name,
         style=Markup(page_style()),
         view=view,
-        columns=[short_key(name, view.keys) for name in view.trials[0]],
+        table=trial_table(view),
         tone={"stop": "good", "unclear": "unclear"}.get(advice[0].kind if advice else "", "mixed"),
         advice=advice,
         chart=Markup(draw_chart(view, curve)) if _num_sizes(view) > 1 else "",

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from rich.console import Group, RenderableType
@@ -346,6 +346,36 @@ def sweep_table(sweep: Artifact) -> RenderableType:
         table.add_row(*(trial[name] for name in columns), style="bold" if trial[""] else None)
     best = f"best: {view.best}" if view.best else "no trial has a score"
     return Group(table, "", *view.sentences, *view.choice, best, "")
+
+
+class TrialTable(NamedTuple):
+    """The trials as a table for a page.
+
+    Args:
+        rows: One for each trial, with short column names.
+        same: The settings that all trials share, in words; they have no column.
+    """
+
+    rows: list[dict[str, str]]
+    same: str
+
+
+def trial_table(view: SweepView) -> TrialTable:
+    """Return the trials without the columns that are the same in all of them."""
+    settings = (*view.keys, "train rows", "parameters")
+    same = {
+        name: values[0]
+        for name in settings
+        if len(values := [trial[name] for trial in view.trials if name in trial]) > 1
+        and len(set(values)) == 1
+    }
+    rows = [
+        {short_key(key, view.keys): value for key, value in trial.items() if key not in same}
+        for trial in view.trials
+    ]
+    return TrialTable(
+        rows, ", ".join(f"{short_key(name, view.keys)} {value}" for name, value in same.items())
+    )
 
 
 def short_key(key: str, keys: Sequence[str]) -> str:
