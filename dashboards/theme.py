@@ -35,8 +35,9 @@ CSS = """
   white-space: normal !important; min-width: 11rem; }
 @media (max-width: 640px) { [data-testid="stTable"] td { min-width: 5.5rem; } }
 /* What scrolls sideways fades out at its right edge until it is scrolled to the end. Without
-   anything to scroll the animation has no timeline, and nothing fades. */
-@property --tl-fade { syntax: "<length>"; inherits: false; initial-value: 0px; }
+   anything to scroll the animation has no timeline, and nothing fades. An escape stands for the
+   bracket, since a sheet in which a tag seems to begin is dropped as a whole. */
+@property --tl-fade { syntax: "\\3c length>"; inherits: false; initial-value: 0px; }
 @keyframes tl-fade { from { --tl-fade: 2.5rem; } to { --tl-fade: 0px; } }
 @supports (animation-timeline: scroll()) {
   :has(> [data-testid="stTableStyledTable"]), [data-testid="stMarkdown"] table {
@@ -49,12 +50,13 @@ CSS = """
 [data-testid="stBaseButton-segmented_controlActive"] * { color: inherit !important; }
 /* The frame fills the window, so that there is one thing to scroll. */
 [data-testid="stIFrame"] { height: calc(100dvh - 21rem); min-height: 24rem; }
-/* The buttons stay in sight under long answers. */
-[data-testid="stLayoutWrapper"]:has(> .st-key-ballot) {
-  position: sticky; bottom: 0; z-index: 5; padding: .6rem 0;
-  background: light-dark(#fff, #14171f);
+/* On a phone the buttons stay in sight under long answers. */
+@media (max-width: 640px) {
+  .st-key-ballot { position: fixed; bottom: 0; left: 0; right: 0; z-index: 5; gap: .4rem;
+    width: auto; padding: .6rem 1rem; background: light-dark(#fff, #14171f);
+    border-top: 1px solid rgba(128, 136, 152, .3); }
+  [data-testid="stMainBlockContainer"]:has(.st-key-ballot) { padding-bottom: 13rem; }
 }
-@media (max-width: 640px) { .st-key-ballot { gap: .4rem; } }
 .tl-sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr));
   gap: .75rem; }
 .tl-box { border: 1px solid rgba(128, 136, 152, .3); border-radius: .5rem; padding: .6rem .8rem;

@@ -1,7 +1,6 @@
-"""Take the README's pictures of the dashboard again: `python docs/images/take.py WORKSPACE`.
+"""Take the README's picture of the dashboard again: `python docs/images/take.py WORKSPACE`.
 
-Needs playwright and a Chromium on the PATH. A picture whose artifact the workspace lacks is left
-as it is.
+Needs playwright, a Chromium on the PATH, and the published demo in the workspace.
 """
 
 from __future__ import annotations
@@ -15,22 +14,16 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tuneloop.artifacts import Workspace
-
-FOLDER = Path(__file__).parent
-# Name, kind of artifact, page, height in pixels, and what to wait for.
-PICTURES = (
-    ("error-analysis", "evaluations", "errors?before=base%2Bfew-shot", 1375, "examples"),
-    ("learning-curve", "sweeps", "sweep", 760, "Points are trials"),
-)
+FILE = Path(__file__).parent / "error-analysis.png"
+PAGE = "errors?evaluations=evaluations/demo@v1&before=base%2Bfew-shot"
+HEIGHT_PX = 1375
 
 
 def main() -> None:
-    """Start the dashboard over the given workspace and write the pictures beside this file."""
+    """Start the dashboard over the given workspace and write the picture beside this file."""
     from playwright.sync_api import sync_playwright
 
     workspace = sys.argv[1]
-    kinds = {artifact.kind for artifact in Workspace(workspace).published()}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -44,9 +37,7 @@ def main() -> None:
                 executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
                 args=["--no-sandbox", "--disable-gpu"],
             )
-            for name, kind, page, height, text in PICTURES:
-                if kind in kinds:
-                    shoot(browser, f"{url}/{page}", FOLDER / f"{name}.png", height, text)
+            shoot(browser, f"{url}/{PAGE}")
     finally:
         server.terminate()
         server.wait()
@@ -63,11 +54,11 @@ def wait_for(url: str) -> None:
     raise SystemExit("the dashboard does not start")
 
 
-def shoot(browser: Any, url: str, file: Path, height: int, text: str) -> None:
-    """Write one picture of a page, without the sidebar."""
-    page = browser.new_page(viewport={"width": 1100, "height": height})
+def shoot(browser: Any, url: str) -> None:
+    """Write the picture of a page, without the sidebar."""
+    page = browser.new_page(viewport={"width": 1100, "height": HEIGHT_PX})
     page.goto(url)
-    page.get_by_text(text).first.wait_for(timeout=60_000)
+    page.get_by_text("What was sent").first.wait_for(timeout=60_000)
     page.add_style_tag(
         content="[data-testid=stSidebar], [data-testid=stHeader] { display: none; }"
         "[data-testid=stMainBlockContainer] { padding-top: 1.5rem !important; }"
@@ -75,9 +66,9 @@ def shoot(browser: Any, url: str, file: Path, height: int, text: str) -> None:
     # Parts are fetched when they are first shown; a slow machine shows grey bars meanwhile.
     page.wait_for_function("!document.querySelector('[data-testid=stSkeleton]')", timeout=60_000)
     page.wait_for_timeout(2000)
-    page.screenshot(path=file)
+    page.screenshot(path=FILE)
     page.close()
-    print(f"{file} {file.stat().st_size / 1024:.0f} KiB")
+    print(f"{FILE} {FILE.stat().st_size / 1024:.0f} KiB")
 
 
 if __name__ == "__main__":

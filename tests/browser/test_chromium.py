@@ -108,26 +108,26 @@ def test_from_a_wrong_answer_to_the_next_version(visit, served, filled, next_ver
     page.get_by_role("link", name="Blind votes").click()
     page.get_by_label("Your name").fill("grace")
     page.get_by_label("Your name").press("Enter")
-    page.get_by_text("0 of 25 judged by grace").wait_for()
+    page.get_by_text("0 of 15 judged by grace").wait_for()
     # The name is text now: a digit votes, and the same key held on votes on nothing unseen.
     page.wait_for_timeout(1500)
     for _ in range(5):
         page.keyboard.press("2")
         page.wait_for_timeout(100)
-    page.get_by_text("1 of 25 judged by grace").wait_for()
+    page.get_by_text("1 of 15 judged by grace").wait_for()
     page.wait_for_timeout(1500)
     # The digits are the buttons' keys; while somebody writes they are digits.
     page.get_by_label("Comment").click()
     page.keyboard.type("1 of 2 is 3 or 4")
     page.keyboard.press("Tab")
-    page.get_by_text("1 of 25 judged by grace").wait_for()
+    page.get_by_text("1 of 15 judged by grace").wait_for()
     page.get_by_role("button", name="Left is better").click()
-    page.get_by_text("2 of 25 judged by grace").wait_for()
+    page.get_by_text("2 of 15 judged by grace").wait_for()
     assert "grace" not in page.url
     page.reload()
     page.get_by_label("Your name").fill("grace")
     page.get_by_label("Your name").press("Enter")
-    page.get_by_text("2 of 25 judged by grace").wait_for()
+    page.get_by_text("2 of 15 judged by grace").wait_for()
     with sqlite3.connect(filled / "review" / "verdicts.sqlite") as connection:
         rows = connection.execute("SELECT reviewer, choice, comment FROM verdicts").fetchall()
     assert rows == [("grace", "tie", ""), ("grace", "left", "1 of 2 is 3 or 4")]

@@ -15,7 +15,7 @@ from rich.console import Console
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.sweeps.curve import Bar, describe_forecast, learning_curves
-from tuneloop.sweeps.table import read_sweep, sweep_table
+from tuneloop.sweeps.table import read_sweep, sweep_table, trial_table
 
 
 def publish_sweep(
@@ -65,6 +65,17 @@ def test_a_sweep_has_points_lines_and_problems(tmp_path: Path) -> None:
     assert view.problems == [("data.num_train_examples=800, model.base=m", "out of memory")]
     assert view.trials[3]["exact_match"] == "–"
     assert view.percent
+
+
+def test_what_all_trials_share_is_said_once_and_has_no_column(tmp_path: Path) -> None:
+    two = [trial(100, 0.2), trial(200, 0.3)]
+    table = trial_table(read_sweep(publish_sweep(tmp_path, two, None)))
+    assert table.same == "base m, parameters 135 M"
+    assert [row["train rows"] for row in table.rows] == ["100", "200"]
+    assert not {"base", "parameters"} & set(table.rows[0])
+    # Of a single trial everything is said in its row.
+    lone = trial_table(read_sweep(publish_sweep(tmp_path / "lone", two[:1], None)))
+    assert (lone.same, lone.rows[0]["base"]) == ("", "m")
 
 
 def test_a_sweep_without_any_score_is_shown_all_the_same(tmp_path: Path) -> None:
