@@ -27,10 +27,12 @@ points = [
     for i in iterations
 ]
 if len(iterations) > 1:
+    is_one = len({i.arm for i in iterations}) == 1
+    legend = None if is_one else alt.Legend(orient="top")
     # Coloured by a column, since marks without one are black, in the dark too.
     chart = alt.Chart(alt.Data(values=points)).encode(
         alt.X("version:N", sort=None, title=None, axis=alt.Axis(labelAngle=0)),
-        color=alt.Color("model:N", title=None, legend=alt.Legend(orient="top")),
+        color=alt.Color("model:N", title=None, legend=legend),
     )
     value = alt.Y("score:Q", title=iterations[-1].metric, scale=alt.Scale(zero=False))
     ends = chart.mark_rule(opacity=0.5, strokeWidth=1.5).encode(alt.Y("low:Q"), alt.Y2("high:Q"))

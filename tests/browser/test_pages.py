@@ -220,7 +220,7 @@ def test_arms_of_two_evaluations_and_two_runs_are_compared(open_page, own):
     app = open_page(own, "history")
     app.selectbox(key="project").set_value("later").run()
     told = app.dataframe[0].value
-    assert list(told["version"]) == ["evaluations/later@v2", "evaluations/later@v1"]
+    assert list(told["version"]) == ["v2", "v1"]
     assert list(told["exact_match"]) == [pytest.approx(28 / 30)] * 2
     newest = told.iloc[0]
     assert (newest["shared rows"], newest["fixed"], newest["introduced"]) == (30, 0, 0)
