@@ -46,10 +46,15 @@ CSS = """
   }
 }
 /* The theme's blue on its own tint is 3.5 : 1 in the dark. */
-[data-testid="stBaseButton-segmented_controlActive"],
-[data-testid="stBaseButton-segmented_controlActive"] * { color: inherit !important; }
+[data-testid="stButtonGroup"] [data-selected],
+[data-testid="stButtonGroup"] [data-selected] * { color: inherit !important; }
+/* Where the keyboard is: Streamlit marks these by a change of colour that is hard to see. */
+[data-testid="stSidebarNavLink"]:focus-visible, [data-testid^="stPageLink"]:focus-visible,
+[data-testid="stBaseButton-elementToolbar"]:focus-visible {
+  outline: 2px solid #5b78e6; outline-offset: 1px; }
 /* The frame fills the window, so that there is one thing to scroll. */
 [data-testid="stIFrame"] { height: calc(100dvh - 21rem); min-height: 24rem; }
+[data-testid="stMainBlockContainer"]:has([data-testid="stIFrame"]) { padding-bottom: .5rem; }
 /* On a phone the buttons stay in sight under long answers. */
 @media (max-width: 640px) {
   .st-key-ballot { position: fixed; bottom: 0; left: 0; right: 0; z-index: 5; gap: .4rem;

@@ -40,7 +40,7 @@ for number, action in enumerate(advice.actions, 1):
                 query_params=asked,
             )  # fmt: skip
 st.caption(
-    "`At most`: if all answers that it is about became right and no other changed. Forecasts come "
+    "*At most*: if all answers that it is about became right and no other changed. Forecasts come "
     "from a sweep. `tuneloop next CONFIG.yaml` says the same and keeps it."
 )
 if advice.outcomes:
