@@ -531,7 +531,7 @@ def _export(arguments: argparse.Namespace, output: IO[str]) -> int:
     names = {kind: name for name in result.sizes for kind in [name.rsplit("-", 1)[-1][:-5]]}
     columns = ["file", "size"]
     if result.price_tags:
-        columns += [result.metric, "beside the model", "tokens/s"]
+        columns += [result.metric, "points beside the model", "tokens/s"]
     for column in columns:
         table.add_column(column, justify="left" if column == "file" else "right", overflow="fold")
     for tag in result.price_tags:
@@ -540,7 +540,9 @@ def _export(arguments: argparse.Namespace, output: IO[str]) -> int:
             names.get(tag.name, tag.name),
             f"{size / 1e6:,.0f} MB" if size else "",
             "{:.1%} ({:.1%} to {:.1%})".format(*tag.score),
-            "{:+.1%} ({:+.1%} to {:+.1%})".format(*tag.difference) if size else "",
+            "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * end for end in tag.difference))
+            if size
+            else "",
             f"{tag.tokens_per_s:.1f}" if tag.tokens_per_s else "",
         )
     if not result.price_tags:

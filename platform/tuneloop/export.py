@@ -34,7 +34,7 @@ from tuneloop.records import Endpoint, SamplingParams
 
 logger = logging.getLogger("tuneloop.export")
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 MODEL = "the model"
 MARKER = "export.json"
 _DRAFT = ".draft"  # the folder is ours, and not whole
@@ -132,18 +132,23 @@ def export(
     """
     model = _model(workspace, reference)
     is_gguf = to in ("gguf", "ollama")
-    scoring = config.evaluation if config and is_gguf else None
+    scoring = _as_asked(config.evaluation) if config and is_gguf else None
     identity = {
         "code_version": CODE_VERSION,
         "model": model.ref,
         "fingerprint": model.fingerprint,
         "to": to,
-        "evaluation": scoring.model_dump(mode="json", exclude={"arms"}) if scoring else None,
+        # Without defaults: a key that a later version adds makes no other export of this one.
+        "evaluation": scoring.model_dump(mode="json", exclude_defaults=True) if scoring else None,
     }
     if found := _read(folder, identity):
         return found
     dataset = _dataset(workspace, model, is_needed=scoring is not None)
-    questions = _questions(dataset) if dataset else []
+    rows = _questions(dataset) if dataset else []
+    questions = [row for row in rows if row.messages and not row.tools]
+    unasked = _unasked(rows) if scoring else ""
+    if unasked:
+        scoring = None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _DRAFT).touch()
     tags: list[PriceTag] = []
@@ -156,11 +161,18 @@ def export(
             # Nobody is to run a file that was found to be wrong.
             shutil.rmtree(folder)
             raise
-        if config and dataset and answers:
-            named = _with_arms(config, model, answers)
+        if unasked:
+            notes.append(f"no price tags: {unasked}")
+        if config and scoring and dataset and answers:
+            named = _with_arms(config, scoring, model, answers)
             name = f"{config.name}-export"
             published = evaluate_named(named, workspace, name, rows=dataset)
             metric, tags = _price_tags(published.artifact, speeds)
+            notes += [
+                f"{len(questions)} test rows, which the model and each file answered once, "
+                f"greedily: {published.artifact.ref}",
+                "tokens/s of one request at a time, prompt included, beside whatever else ran here",
+            ]
     else:
         files = _write_safetensors(model, folder)
     result = Export(
@@ -244,6 +256,7 @@ def _read(folder: Path, identity: dict[str, Any]) -> Export | None:
                 "the folder holds another export",
                 where=f"--output {folder}",
                 got=f"{found.get('model')} as {found.get('to')}",
+                allowed="the same model and format, scored alike, by this version of tuneloop",
                 remedy="name another folder, or remove this one",
             )
         )
@@ -279,9 +292,38 @@ def _dataset(workspace: Workspace, model: Artifact, is_needed: bool) -> Artifact
 
 
 def _questions(dataset: Artifact) -> list[Question]:
-    """Return the test rows that ask something; plain text does not."""
+    """Return all test rows."""
     tasks = list(dataset.manifest["config"]["task"].get("tasks") or ())
-    return [q for q in read_questions(dataset, tasks) if q.messages and not q.tools]
+    return read_questions(dataset, tasks)
+
+
+def _unasked(rows: Sequence[Question]) -> str:
+    """Return which test rows no file is asked; empty: each is asked all.
+
+    The model is scored on all rows, so a file that is asked fewer would have another test.
+    """
+    with_tools = sum(bool(row.tools) for row in rows)
+    texts = sum(not row.messages for row in rows)
+    if with_tools:
+        return f"{with_tools} of {len(rows)} test rows offer tools, which no file is asked here"
+    if texts:
+        return f"{texts} of {len(rows)} test rows are plain text, which is not answered"
+    return ""
+
+
+def _as_asked(evaluation: EvaluationConfig) -> EvaluationConfig:
+    """Return how the model and the files are scored: greedily, on the test rows, all alike."""
+    update: dict[str, Any] = {
+        "arms": {},
+        "sources": [],
+        "floors": [],
+        "judge": None,
+        "forgetting": None,
+        "split": "test",
+        "temperature": 0.0,
+        "num_samples": 1,
+    }
+    return evaluation.model_copy(update=update)
 
 
 class _Written(NamedTuple):
@@ -331,6 +373,8 @@ def _write_gguf(
                 notes.append(
                     f"llama.cpp renders {agreement.num_prompts} test prompts byte for byte as in "
                     "training"
+                    if prompts
+                    else "no prompt was held against llama.cpp's: no test row is free of tools"
                 )
                 if agreement.num_other_ids:
                     notes.append(
@@ -376,15 +420,13 @@ async def _answer(
     return speed
 
 
-def _with_arms(config: TuneloopConfig, model: Artifact, answers: dict[str, Path]) -> TuneloopConfig:
+def _with_arms(
+    config: TuneloopConfig, scoring: EvaluationConfig, model: Artifact, answers: dict[str, Path]
+) -> TuneloopConfig:
     """Return the configuration of an evaluation of the model beside each file's answers."""
     arms = {kind: ArmConfig(answers=str(file)) for kind, file in answers.items()}
-    update = {
-        "arms": {MODEL: ArmConfig(model=model.ref), **arms},
-        "forgetting": None,
-        "judge": None,
-    }
-    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=update)})
+    update = {"arms": {MODEL: ArmConfig(model=model.ref), **arms}}
+    return config.model_copy(update={"evaluation": scoring.model_copy(update=update)})
 
 
 def _price_tags(evaluation: Artifact, speeds: dict[str, float]) -> tuple[str, list[PriceTag]]:

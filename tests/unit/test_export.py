@@ -16,8 +16,11 @@ import pytest
 
 from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
+from tuneloop.config import EvaluationConfig
 from tuneloop.errors import ArtifactError, ConfigError, ModelError, Problem
-from tuneloop.export import MARKER, export
+from tuneloop.evals.scoring.questions import Question
+from tuneloop.export import MARKER, _as_asked, _unasked, export
+from tuneloop.records import Message
 
 
 @pytest.fixture
@@ -92,6 +95,22 @@ def test_an_export_that_was_killed_is_written_again_and_a_refused_one_leaves_not
     with pytest.raises(ModelError, match="renders the chat template otherwise"):
         export(workspace, "models/faq", "gguf", tmp_path / "g")
     assert not (tmp_path / "g").exists()
+
+
+def test_the_model_is_scored_as_its_files_are() -> None:
+    """They answer each test row once and greedily; a sampled model would differ by the dice."""
+    sampled = EvaluationConfig(temperature=0.7, num_samples=4, split="validation", max_tokens=40)
+    asked = _as_asked(sampled)
+    assert (asked.temperature, asked.num_samples, asked.split) == (0, 1, "test")
+    assert asked == _as_asked(EvaluationConfig(max_tokens=40))
+
+
+def test_files_that_cannot_be_asked_all_rows_have_no_price_tags() -> None:
+    plain = Question("a", (Message("user", "What?"),), "That.")
+    with_tools = Question("b", (Message("user", "What?"),), "That.", tools="[{}]")
+    assert _unasked([plain, plain]) == ""
+    assert _unasked([plain, with_tools]).startswith("1 of 2 test rows offer tools")
+    assert "plain text" in _unasked([plain, Question("c", text="Once upon a time")])
 
 
 class _Hub(BaseHTTPRequestHandler):
