@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Workspace
+from tuneloop.config import GenerationConfig
 from tuneloop.errors import ArtifactError, Problem
 from tuneloop.evals.reporting.advice import Action, Gain, Situation, advise, read_curve
 from tuneloop.evals.reporting.formatting import format_difference, format_estimate
@@ -110,12 +111,19 @@ class Advice:
             log.warning("the advice is not kept: %s", error.problems[0].got)
 
 
-def advice_for(name: str, workspace: Workspace, config_file: str, num_epochs: int) -> Advice:
+def advice_for(
+    name: str,
+    workspace: Workspace,
+    config_file: str,
+    num_epochs: int,
+    teacher: GenerationConfig | None = None,
+) -> Advice:
     """Return what to do after the newest evaluation of a name.
 
     Args:
         config_file: For the commands.
         num_epochs: Of the training.
+        teacher: Who can write rows; None where none is configured.
 
     Raises:
         ArtifactError: There is no evaluation of this name, or it cannot be read.
@@ -145,6 +153,8 @@ def advice_for(name: str, workspace: Workspace, config_file: str, num_epochs: in
         num_epochs,
         read_curve(sweeps),
         sum(state.state == "waiting" for state in states_of(marks, datasets)),
+        len({mark.content_id for mark in marks if mark.kind == "more_like_this"}),
+        teacher,
     )
     estimate = evaluation.candidate["scores"][evaluation.primary]
     return Advice(

@@ -24,6 +24,7 @@ from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.review.fixes import marks_for
 from tuneloop.serving.keys import serving_problems
+from tuneloop.synthesis.more_of import more_of_problems
 from tuneloop.text import format_duration
 from tuneloop.training.fit.assess import Fit, assess
 from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
@@ -211,7 +212,7 @@ def _evaluation_problems(config: TuneloopConfig) -> list[Problem]:
 
 
 def _generation_problems(config: TuneloopConfig) -> list[Problem]:
-    """Return what `tuneloop generate` would stop at: documents or inputs that cannot be read."""
+    """Return what `tuneloop generate` would stop at before anything is asked."""
     if config.generation is None:
         return []
     try:
@@ -220,7 +221,7 @@ def _generation_problems(config: TuneloopConfig) -> list[Problem]:
             read_all_unlabelled(files, config.generation, config.task)
     except DataError as error:
         return list(error.problems)
-    return []
+    return more_of_problems(config, Workspace(config.workspace))
 
 
 def _mark_problems(config: TuneloopConfig) -> list[Problem]:

@@ -16,7 +16,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markdown import Markdown
@@ -30,6 +30,9 @@ from tuneloop.errors import ArtifactError, ConfigError, Problem
 from tuneloop.review.dashboard import run_dashboard
 from tuneloop.submission import in_job_directory, refuse_fleeting_workspace, submit
 from tuneloop.text import shorten
+
+if TYPE_CHECKING:
+    from tuneloop.advice import Advice
 
 log = logging.getLogger("tuneloop")
 _SHOWN_CHOICES = 10
@@ -81,13 +84,18 @@ def _print_published(
             _say_next(config, arguments, console)
 
 
-def _say_next(config: TuneloopConfig, arguments: argparse.Namespace, console: Console) -> None:
-    """Name the best of what could be done next. What has run is done, whatever happens here."""
+def _advice(config: TuneloopConfig, workspace: Workspace, config_file: str) -> Advice:
     from tuneloop.advice import advice_for
 
+    num_epochs = config.training.num_epochs
+    return advice_for(config.name, workspace, config_file, num_epochs, config.generation)
+
+
+def _say_next(config: TuneloopConfig, arguments: argparse.Namespace, console: Console) -> None:
+    """Name the best of what could be done next. What has run is done, whatever happens here."""
     workspace = Workspace(config.workspace)
     try:
-        advice = advice_for(config.name, workspace, arguments.config, config.training.num_epochs)
+        advice = _advice(config, workspace, arguments.config)
     except ArtifactError as error:
         log.warning("there is no advice: %s", error.problems[0])
         return
@@ -384,11 +392,7 @@ def _fixes(arguments: argparse.Namespace, output: IO[str]) -> int:
 
 def _next(arguments: argparse.Namespace, output: IO[str]) -> int:
     config = _load(arguments)
-    from tuneloop.advice import advice_for
-
-    advice = advice_for(
-        config.name, Workspace(config.workspace), arguments.config, config.training.num_epochs
-    )
+    advice = _advice(config, Workspace(config.workspace), arguments.config)
     advice.keep()
     if arguments.json:
         print(json.dumps(advice.as_dict(), ensure_ascii=False), file=output)

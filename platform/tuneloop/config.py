@@ -1068,6 +1068,14 @@ class GenerationConfig(Section):
         description="For `pairs`: the documents, format `text`. For `answers`: the inputs, laid "
         "out like `data.sources` without answers. The others are made from the train rows.",
     )
+    more_of: str | None = Field(
+        None,
+        pattern=r"^(marks|evaluations/[^/\s]+)$",
+        description="What the new rows are for: `marks` (train rows that people marked with *needs "
+        "more like this*, and those most like a held-out row that they marked), or an evaluation, "
+        "`evaluations/NAME` or `evaluations/NAME@vN`: train rows of the slices on which its last "
+        "arm is shown to be worse. Default: all train rows. Not for `pairs` and `answers`.",
+    )
     instruction: str = Field(
         "",
         description="What the model is told to write. Default: a text for each kind. For `pairs`, "
@@ -1132,6 +1140,11 @@ class GenerationConfig(Section):
             raise ValueError(
                 f"generation.kind `{self.kind}` is made from the train rows: leave out "
                 "generation.sources"
+            )
+        if self.more_of and takes_sources:
+            raise ValueError(
+                f"generation.more_of: kind `{self.kind}` is not made from train rows; set "
+                "generation.kind to self_instruct, paraphrases or harder"
             )
         if self.kind == "pairs" and any(source.format != "text" for source in self.sources):
             raise ValueError("generation.sources take documents for `pairs`: format `text`")

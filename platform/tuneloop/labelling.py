@@ -22,8 +22,8 @@ from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.unlabelled import UnlabelledRow, answer_column, read_unlabelled
 from tuneloop.errors import ConfigError, DataError, Problem
 from tuneloop.evals.scoring.questions import read_questions, read_solved
-from tuneloop.evals.scoring.simple import MOST_ROWS, classifier, vectorizer_of_words
-from tuneloop.evals.scoring.slices import LABEL
+from tuneloop.evals.scoring.simple import MOST_ROWS, classifier, most_alike, vectorizer_of_words
+from tuneloop.evals.scoring.slices import LABEL, weak_parts
 from tuneloop.records import Conversation
 from tuneloop.review.fixes import marks_for
 from tuneloop.text import shorten
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 # All are compared with all.
 _MOST_INPUTS = 4_000
-_AT_ONCE = 512
 _SHOWN_CHARACTERS = 60
 _FLAT = ("question_answer", "prompt_completion", "alpaca", "columns")
 _TEXT, _CHOICE = "text", "answer"
@@ -163,14 +162,10 @@ def find_wanted(config: TuneloopConfig, workspace: Workspace, dataset: Artifact)
     if file is None or not file.is_file():
         return Wanted(inputs)
     slices = json.loads(file.read_text(encoding="utf-8"))
-    parts = [*slices["arms"].values()][-1] if slices["arms"] else []
-    weak = {
-        (part["by"], part["slice"]): float(part["value"])
-        for part in parts
-        if part["p_adjusted"] is not None
-        and part["p_adjusted"] <= 1 - slices["confidence"]
-        and part["value"] < part["rest"]
-    }
+    metrics = json.loads((file.parent / "metrics.json").read_text(encoding="utf-8"))
+    better = metrics["metrics"][slices["primary"]]["better"]
+    parts = weak_parts(slices, [*slices["arms"]][-1], better) if slices["arms"] else []
+    weak = {(part["by"], part["slice"]): float(part["value"]) for part in parts}
     return Wanted(inputs, weak, slices["primary"])
 
 
@@ -199,10 +194,10 @@ def choose(
     labels = [conversation.messages[-1].text for conversation in train][:MOST_ROWS]
     vectors = vectorizer_of_words().fit_transform([*asked, *prompts, *wanted.marked])
     known, inputs = vectors[: len(asked)], vectors[len(asked) : len(asked) + len(rows)]
-    nearest = _most_alike(inputs, known)
+    nearest = most_alike(inputs, known)
     is_labels = task.type == "classification" and len(set(labels)) > 1
     doubt = _doubt_by_labels(known, labels, inputs) if is_labels else _doubt_by_distance(nearest)
-    near_marked = _most_alike(inputs, vectors[len(asked) + len(rows) :])
+    near_marked = most_alike(inputs, vectors[len(asked) + len(rows) :])
     weak = [_weak(row, guess, wanted) for row, guess in zip(rows, doubt.guesses, strict=True)]
     weight = doubt.values * (1 + np.maximum(near_marked, [bool(words) for words in weak]))
     chosen = []
@@ -267,17 +262,6 @@ def _weak(row: UnlabelledRow, guess: str, wanted: Wanted) -> str:
             what = f"probably `{value}`" if is_guessed else f"{by} `{shorten(value, 40)}`"
             return f"{what}, where {wanted.metric} is {score:.0%}"
     return ""
-
-
-def _most_alike(inputs: csr_matrix, others: csr_matrix) -> Numbers:
-    """Return the largest cosine of each input with others; 0 without any. Shape (N,)."""
-    best = np.zeros(inputs.shape[0])
-    if not others.shape[0]:
-        return best
-    for start in range(0, inputs.shape[0], _AT_ONCE):
-        part = (inputs[start : start + _AT_ONCE] @ others.T).toarray()
-        best[start : start + len(part)] = part.max(axis=1)
-    return np.minimum(best, 1.0)
 
 
 def _plain(text: str) -> str:

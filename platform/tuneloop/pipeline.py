@@ -82,9 +82,10 @@ def generate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     Pairs need documents alone; all other kinds need the train rows, which are prepared first.
 
     Raises:
-        ConfigError: There is no `generation` section.
+        ConfigError: There is no `generation` section, or `generation.more_of` names nothing.
     """
     from tuneloop.synthesis.generate import generate_rows
+    from tuneloop.synthesis.more_of import more_of_problems
     from tuneloop.synthesis.pairs import generate as generate_pairs
 
     if config.generation is None:
@@ -96,6 +97,8 @@ def generate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
                 remedy="give generation.endpoint, generation.model and generation.sources",
             )
         )
+    if problems := more_of_problems(config, workspace):
+        raise ConfigError(*problems)
     base = resolve_base(config.model.base)
     if config.generation.kind == "pairs":
         return [_log_published(generate_pairs(config, workspace, base))]

@@ -281,10 +281,11 @@ class Novelty:
 
     Args:
         max_similarity: From here on two inputs are too much alike, 0 to 1.
+        known: What the known inputs are, in words.
     """
 
-    def __init__(self, max_similarity: float) -> None:
-        self.max_similarity = max_similarity
+    def __init__(self, max_similarity: float, known: str = "a known input") -> None:
+        self.max_similarity, self._known = max_similarity, known
         self._codes, self._texts, self._ids = WordCodes(), list[str](), list[str]()
 
     def add(self, text: str, row_id: str) -> None:
@@ -300,7 +301,7 @@ class Novelty:
         best = int(np.argmax(found))
         if found[best] < self.max_similarity:
             return None
-        reason = f"too much like a known input: ROUGE-L {found[best]:.2f}"
+        reason = f"too much like {self._known}: ROUGE-L {found[best]:.2f}"
         return Rejected(ReasonCode.TOO_SIMILAR, reason, self._ids[best])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -29,15 +30,19 @@ from tuneloop.models.chat.template import RenderError
 from tuneloop.records import Endpoint, Message, Price
 from tuneloop.review.fixes import marks_for
 from tuneloop.synthesis.filters import Rejected
-from tuneloop.synthesis.rows import Candidate, RowWriter, SeedRow, Written, read_seeds
+from tuneloop.synthesis.more_of import find_parts, held_out_rows
+from tuneloop.synthesis.rows import Candidate, Known, RowWriter, SeedRow, Written, read_seeds
 from tuneloop.synthesis.teacher import Rates, Replies, Teacher
 from tuneloop.text import shorten
 
+logger = logging.getLogger("tuneloop.data")
+
 API_KEY_VARIABLE = "TUNELOOP_GENERATION_API_KEY"
-CODE_VERSION = 2
+CODE_VERSION = 3
 REPLIES = "replies.jsonl"
 # What is paid and how fast does not change what is written.
-_HOW = {"concurrency", "requests_per_minute", "price", "budget", "sources"}
+# The parts that `more_of` comes to count.
+_HOW = {"concurrency", "requests_per_minute", "price", "budget", "sources", "more_of"}
 _SHOWN, _CHARACTERS = 10, 300
 
 
@@ -63,7 +68,7 @@ def generate_rows(
         dataset: Whose train rows are shown to the model.
 
     Raises:
-        ConfigError: The judge's key is missing.
+        ConfigError: The judge's key is missing, or `generation.more_of` names nothing.
         ArtifactError: The workspace's marks cannot be read.
         DataError: No train row can be shown, no input can be read, or no row was taken.
         EndpointError: The endpoint is unusable, or answered no request.
@@ -74,18 +79,18 @@ def generate_rows(
     renderer = Renderer.load(base.path, config.model.chat_template)
     judge = config.evaluation.judge if generation.min_rating is not None else None
     judge_key = _judge_key(judge)
-    seeds = read_seeds(dataset)
-    marks = marks_for(config, workspace) if generation.kind not in ("pairs", "answers") else []
-    wanted = frozenset(m.content_id for m in marks if m.kind == "more_like_this")
+    known = _known(config, workspace, dataset)
     parts = {
         "generation": generation.model_dump(mode="json", exclude=_HOW),
         "layouts": [s.model_dump(mode="json", exclude={"path"}) for s in generation.sources],
         "files": identities(files),
         "task": config.task.model_dump(mode="json"),
         # Not the dataset as a whole: generated rows that are added to it change no request.
-        "seeds": _seeds_identity(seeds),
+        "seeds": _seeds_identity(known.seeds),
+        "held_out": content_id([], json.dumps([row.input for row in known.held_out])),
         "renderer": renderer.hash,
-        "wanted": sorted(wanted),
+        "wanted": sorted(known.wanted),
+        "more_of": [[part.name, *part.row_ids] for part in known.parts],
         "judge": judge and judge.model_dump(mode="json", include={"endpoint", "model", "criteria"}),
     }
     name = f"{config.name}-generated"
@@ -100,7 +105,7 @@ def generate_rows(
             shutil.copyfile(existing.path / REPLIES, path)
         replies = Replies(path, _earlier_files(workspace, name, identity))
         teacher = teacher_of(generation, replies)
-        writer = RowWriter(generation, config.task, seeds, teacher, wanted)
+        writer = RowWriter(generation, config.task, known, teacher)
         if config.task.type in KINDS:
             writer.bind(constrain(writer.arm, config.task, dataset))
         written = writer.write(unlabelled)
@@ -119,11 +124,29 @@ def generate_rows(
         artifact = draft.publish(
             config=parts,
             resources={"concurrency": generation.concurrency},
-            inputs=[dataset.ref, *(file.name for file in files)]
-            + [f"{generation.model} at {generation.endpoint}"],
+            inputs=[
+                dataset.ref,
+                *([known.evaluation] if known.evaluation else []),
+                *(file.name for file in files),
+                f"{generation.model} at {generation.endpoint}",
+            ],
             metrics=metrics,
         )
     return Published(artifact, reused=False)
+
+
+def _known(config: TuneloopConfig, workspace: Workspace, dataset: Artifact) -> Known:
+    """Return the train rows to make rows from, what is wanted of them, and what is held out."""
+    seeds, held_out = read_seeds(dataset), held_out_rows(dataset)
+    assert config.generation is not None
+    if config.generation.more_of is not None:
+        people = [seed.solved for seed in seeds]
+        found = find_parts(config, workspace, dataset, people)
+        logger.info("more of: %s", ", ".join(part.name for part in found.parts))
+        return Known(seeds, frozenset(), found.parts, found.evaluation, held_out)
+    marks = marks_for(config, workspace) if config.generation.kind != "answers" else []
+    wanted = frozenset(mark.content_id for mark in marks if mark.kind == "more_like_this")
+    return Known(seeds, wanted, held_out=held_out)
 
 
 def _seeds_identity(seeds: Sequence[SeedRow]) -> str:
@@ -140,6 +163,7 @@ def _earlier_files(workspace: Workspace, name: str, identity: str) -> list[Path]
 
 def teacher_of(generation: GenerationConfig, replies: Replies) -> Teacher:
     """Return the model that `generation` names, with what it has said so far."""
+    _warn_of_lost(replies)
     key = os.environ.get(API_KEY_VARIABLE, "")
     return Teacher(
         Endpoint(generation.endpoint, generation.model, key),
@@ -148,6 +172,18 @@ def teacher_of(generation: GenerationConfig, replies: Replies) -> Teacher:
         generation.budget,
         replies,
     )
+
+
+def _warn_of_lost(replies: Replies) -> None:
+    """Say which requests a killed run had sent, without a reply that is known."""
+    if replies.num_lost:
+        logger.warning(
+            "%d requests were on their way when a run was killed: asked again they may be paid for "
+            "twice. They count in the budget with the most that they can have cost, %s tokens%s",
+            replies.num_lost,
+            f"{replies.lost.tokens:,}",
+            f" and {replies.lost.money:.3g} in money" if replies.lost.money else "",
+        )
 
 
 def _judge(judge: JudgeConfig, key: str, generation: GenerationConfig, replies: Replies) -> Teacher:
@@ -213,6 +249,7 @@ def _train_row(row: Candidate) -> dict[str, Any]:
         "seed_row_id": row.seed.row_id if row.seed else None,
         "agreement": row.agreement,
         "rating": row.rating,
+        "made_for": row.made_for or None,
     }
 
 
@@ -260,6 +297,7 @@ def _metrics(rows: GeneratedRows, written: Written, teacher: Teacher) -> dict[st
         "num_train_tokens": sum(row["num_tokens"] for row in rows.train),
         "taken_ratio": round(num_train / max(1, num_train + num_removed), 4),
         "num_requests": teacher.replies.num_requests,
+        "num_lost_replies": teacher.replies.num_lost,
         "spent_tokens": spent.tokens,
         "spent_money": round(spent.money, 6) if teacher.price else None,
     }
@@ -273,7 +311,8 @@ def _write(
     config: TuneloopConfig,
 ) -> None:
     columns = pa.schema(
-        [("seed_row_id", pa.string()), ("agreement", pa.float64()), ("rating", pa.float64())]
+        [(name, pa.string()) for name in ("seed_row_id", "made_for")]
+        + [(name, pa.float64()) for name in ("agreement", "rating")]
     )
     for side, content, schema in (
         ("train", rows.train, dataset_schema(columns)),
@@ -297,6 +336,7 @@ def _write(
         "synthetic_ratio": 1.0,
         **metrics,
         "removed": dict(removed),
+        "made_for": dict(Counter(row["made_for"] for row in rows.train if row["made_for"])),
         "synthetic_rows": found,
     }
     (path / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False))
@@ -308,6 +348,10 @@ def _page(card: dict[str, Any], rows: GeneratedRows, generation: GenerationConfi
     """Return the card as a page of Markdown, by its lines."""
     money = f", {card['spent_money']:g} in money" if card["spent_money"] is not None else ""
     unanswered = f"- {card['num_unanswered']:,} without a reply: the next run asks for them"
+    lost = (
+        f"- {card['num_lost_replies']:,} replies were lost when a run was killed, or on their way: "
+        "these requests may have been paid for twice, and count with the most they can have cost"
+    )
     step = max(1, len(rows.train) // _SHOWN)
     return [
         f"# {card['name']}",
@@ -319,8 +363,11 @@ def _page(card: dict[str, Any], rows: GeneratedRows, generation: GenerationConfi
         f"{card['num_requests']:,} requests, {card['spent_tokens']:,} tokens{money}.",
         "",
         *([unanswered] if card["num_unanswered"] else []),
+        *([lost] if card["num_lost_replies"] else []),
         *(f"- {count:,} rejected: {reason}" for reason, count in card["removed"].items()),
         "",
+        *(f"- {count:,} rows for {part}" for part, count in card["made_for"].items()),
+        *([""] if card["made_for"] else []),
         "Use them as a source of `prepare`: `{path: WORKSPACE/datasets/"
         f"{card['name']}/vN/train, format: messages}}`.",
         "",

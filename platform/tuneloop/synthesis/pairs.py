@@ -148,6 +148,7 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
             )
         metrics = _metrics(passages, replies, rows) | {
             "num_requests": teacher.replies.num_requests,
+            "num_lost_replies": teacher.replies.num_lost,
             "spent_tokens": teacher.replies.spent.tokens,
             "spent_money": round(teacher.replies.spent.money, 6) if teacher.price else None,
         }

@@ -18,6 +18,7 @@ from pyarrow import parquet
 from tuneloop.artifacts import Artifact
 from tuneloop.config import GenerationConfig, JudgeConfig, OneTaskConfig
 from tuneloop.data.hashing.content import content_id
+from tuneloop.data.rouge import ALIKE
 from tuneloop.data.schema import ReasonCode
 from tuneloop.data.sources.unlabelled import UnlabelledRow
 from tuneloop.errors import DataError, Problem
@@ -34,6 +35,7 @@ from tuneloop.synthesis.filters import (
     cleaned,
     lost,
 )
+from tuneloop.synthesis.more_of import Part
 from tuneloop.synthesis.teacher import Asked, Reply, Teacher
 
 # Train rows whose inputs are shown for a new one; of a label, so many of its own.
@@ -77,6 +79,25 @@ class SeedRow:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What is known before any row is written.
+
+    Args:
+        seeds: Train rows that people wrote, which say what rows look like.
+        wanted: Ids of train rows that there should be more like: they come first.
+        parts: Where there are some, rows are made from train rows of these parts alone.
+        evaluation: Reference of the evaluation that the parts are of; empty for others.
+        held_out: Rows that no new input may be like; they are never shown.
+    """
+
+    seeds: Sequence[SeedRow]
+    wanted: frozenset[str] = frozenset()
+    parts: Sequence[Part] = ()
+    evaluation: str = ""
+    held_out: Sequence[Solved] = ()
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A row on its way.
 
@@ -85,6 +106,7 @@ class Candidate:
         source: Where its input comes from.
         seed: The row it was made from, if it was made from one.
         expected: The answer that its input was written for; empty if any is right.
+        made_for: Name of the part that it was written for; empty without parts.
         answer: Empty before there is one.
         agreement: Share of the answers that say the same; None where none was asked for.
         rating: What a judge gave it; None without one.
@@ -94,6 +116,7 @@ class Candidate:
     source: str
     seed: SeedRow | None = None
     expected: str = ""
+    made_for: str = ""
     answer: str = ""
     agreement: float | None = None
     rating: float | None = None
@@ -115,6 +138,27 @@ class InputRequest(NamedTuple):
 
     asked: Asked
     row: Candidate
+
+
+class _Turn(NamedTuple):
+    """A part's turn.
+
+    Args:
+        part: Its name; empty where rows are made from all train rows.
+        seeds: What rows of it are made from.
+        number: How many turns it had before.
+    """
+
+    part: str
+    seeds: Sequence[SeedRow]
+    number: int
+
+
+class _Examples(NamedTuple):
+    """Train rows to show for a new input, and the label that it has to be of, if any."""
+
+    rows: list[SeedRow]
+    label: str
 
 
 class Removed(NamedTuple):
@@ -177,22 +221,23 @@ class RowWriter:
     Args:
         generation: What is asked.
         task: Whose rows are written.
-        seeds: Train rows that people wrote, which say what rows look like.
+        known: Train rows, what there should be more of, and what is held out.
         teacher: Who writes them.
-        wanted: Ids of train rows that there should be more like: they come first.
     """
 
     def __init__(
         self,
         generation: GenerationConfig,
         task: OneTaskConfig,
-        seeds: Sequence[SeedRow],
+        known: Known,
         teacher: Teacher,
-        wanted: frozenset[str] = frozenset(),
     ) -> None:
         self.generation, self.task, self.teacher = generation, task, teacher
-        self.seeds = seeds
-        self._wanted = [seed for seed in seeds if seed.row_id.partition("-")[0] in wanted]
+        self.seeds = seeds = known.seeds
+        self._held_out = known.held_out
+        self._wanted = [seed for seed in seeds if seed.row_id.partition("-")[0] in known.wanted]
+        by_id = {seed.row_id: seed for seed in seeds}
+        self._parts = {part.name: [by_id[id_] for id_ in part.row_ids] for part in known.parts}
         self.filters = Filters(task, [seed.solved for seed in self.seeds])
         self._form: Mapping[str, Any] = {}
         self._answer_key = ""
@@ -256,11 +301,15 @@ class RowWriter:
     ) -> list[Candidate]:
         """Return each input once, without those that train rows have answered."""
         known = {_plain(seed.messages[-2].text): seed.row_id for seed in self.seeds}
+        held_out = {_plain(row.input): row.row_id for row in self._held_out}
         rows = []
         for item in unlabelled:
             row = Candidate(item.messages, item.source)
             if (earlier := known.get(_plain(row.input))) is not None:
                 why = Rejected(ReasonCode.EXACT_DUPLICATE, "the input is known", earlier)
+                written.reject(row, why, row.input)
+            elif (tested := held_out.get(_plain(row.input))) is not None:
+                why = Rejected(ReasonCode.SAME_PROMPT, "the input is held out", tested)
                 written.reject(row, why, row.input)
             else:
                 known[_plain(row.input)] = row.row_id
@@ -274,6 +323,9 @@ class RowWriter:
         novelty = Novelty(self.generation.max_similarity)
         for seed in self.seeds:
             novelty.add(seed.messages[-2].text, seed.row_id)
+        tested = Novelty(min(ALIKE, self.generation.max_similarity), "a held-out row")
+        for held in self._held_out:
+            tested.add(held.input, held.row_id)
         rows = []
         for request, row in asked:
             reply = self.teacher.reply(request)
@@ -286,6 +338,7 @@ class RowWriter:
                 _cut_off(reply)
                 or self.filters.reject_input(text)
                 or self._lost(row, text)
+                or tested.reject(text)
                 or novelty.reject(text)
             )
             if why is not None:
@@ -297,45 +350,72 @@ class RowWriter:
 
     def requests(self) -> list[InputRequest]:
         """Return what is asked for new inputs, each with the row that it is for."""
-        count = self.generation.num_rows or len(self.seeds)
+        made_of = {seed.row_id for part in self._parts.values() for seed in part}
+        count = self.generation.num_rows or len(made_of or self.seeds)
         return [self._ask_for_input(number) for number in range(count)]
 
     def _ask_for_input(self, number: int) -> InputRequest:
         """Return the request for the new input of this number, and the row it is for."""
         generation = self.generation
-        rng = random.Random(f"{generation.seed} {number}")
         told = generation.instruction or _INSTRUCTIONS[generation.kind]
+        turn = _Turn("", self.seeds, number)
+        if self._parts:
+            # The parts take turns, the worst first.
+            index, place = divmod(number, len(self._parts))
+            turn = _Turn(*[*self._parts.items()][place], index)
         seed, expected = None, ""
         if generation.kind == "self_instruct":
-            more_like = rng.sample(self._wanted, min(_NUM_WANTED, len(self._wanted)))
-            drawn = [seed for seed in self._draw(rng, _NUM_SHOWN) if seed not in more_like]
-            shown = [*more_like, *drawn][:_NUM_SHOWN]
-            if self.task.type == "classification":
-                # Each label is asked for equally often, whatever the train rows have most of.
-                expected = self.task.labels[number % len(self.task.labels)]
-                own = [s for s in self.seeds if s.messages[-1].text == expected]
-                own = rng.sample(own, min(_NUM_OF_LABEL, len(own)))
-                others = [s for s in shown if s.messages[-1].text != expected]
-                shown = [*others[: _NUM_SHOWN - len(own)], *own]
+            rng = random.Random(f"{generation.seed} {number}")
+            shown, expected = self._of_part(turn, rng) if self._parts else self._of_all(turn, rng)
             parts = [self._example(place, s) for place, s in enumerate(shown, 1)]
             if expected:
                 parts.append(f"The answer to the new input has to be: {expected}")
             asked = "\n\n".join([*parts, "New input:"])
             like = shown[0]
         else:
-            # All seeds come once before any comes twice, each time in an order of its own.
-            turn, place = divmod(number, len(self.seeds))
-            shuffled = random.Random(f"{generation.seed} turn {turn}")
-            order = shuffled.sample(self.seeds, len(self.seeds))
-            order.sort(key=lambda one: one not in self._wanted)
-            seed = like = order[place]
+            seed = like = self._seed(turn)
             asked = f"Input:\n{seed.messages[-2].text}"
         about = f"\n\nThe task: {self.task.instruction.strip()}" if self.task.instruction else ""
         system = Message("system", told + about)
         params = replace(self._params(), seed=generation.seed + number)
         source = f"{generation.kind} {number + 1}" + (f" of {seed.row_id}" if seed else "")
-        row = Candidate(like.messages[:-1], source, seed, expected)
+        source += f" for {turn.part}" if turn.part else ""
+        row = Candidate(like.messages[:-1], source, seed, expected, turn.part)
         return InputRequest(Asked((system, Message("user", asked)), params), row)
+
+    def _of_all(self, turn: _Turn, rng: random.Random) -> _Examples:
+        """Return train rows to show for a new input, and the label it has to be of."""
+        more_like = rng.sample(self._wanted, min(_NUM_WANTED, len(self._wanted)))
+        drawn = [seed for seed in self._draw(rng, _NUM_SHOWN) if seed not in more_like]
+        shown, expected = [*more_like, *drawn][:_NUM_SHOWN], ""
+        if self.task.type == "classification":
+            # Each label is asked for equally often, whatever the train rows have most of.
+            expected = self.task.labels[turn.number % len(self.task.labels)]
+            own = [s for s in self.seeds if s.messages[-1].text == expected]
+            own = rng.sample(own, min(_NUM_OF_LABEL, len(own)))
+            others = [s for s in shown if s.messages[-1].text != expected]
+            shown = [*others[: _NUM_SHOWN - len(own)], *own]
+        return _Examples(shown, expected)
+
+    def _of_part(self, turn: _Turn, rng: random.Random) -> _Examples:
+        """Return train rows of a part; of a classification of one of its labels at a time."""
+        shown, expected = turn.seeds, ""
+        if self.task.type == "classification":
+            labels = sorted({seed.messages[-1].text for seed in turn.seeds})
+            expected = labels[turn.number % len(labels)]
+            shown = [seed for seed in turn.seeds if seed.messages[-1].text == expected]
+        return _Examples(rng.sample(shown, min(_NUM_SHOWN, len(shown))), expected)
+
+    def _seed(self, turn: _Turn) -> SeedRow:
+        """Return the row to change: all come once before any comes twice."""
+        again, place = divmod(turn.number, len(turn.seeds))
+        if turn.part:
+            return turn.seeds[place]
+        # Each time in an order of its own.
+        shuffled = random.Random(f"{self.generation.seed} turn {again}")
+        order = shuffled.sample(turn.seeds, len(turn.seeds))
+        order.sort(key=lambda one: one not in self._wanted)
+        return order[place]
 
     def _example(self, place: int, seed: SeedRow) -> str:
         """Return a train row's input as it is shown, with its label if it has one."""

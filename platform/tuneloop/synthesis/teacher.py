@@ -25,6 +25,8 @@ logger = logging.getLogger("tuneloop.data")
 
 # With pauses that double, a rate limit may last a minute before a request is given up.
 _RETRIES = 7
+# A reply that did not arrive may have been paid for, so each further try counts in the budget.
+_LOST_RETRIES = 2
 _NO_FORM = ("HTTP 400", "HTTP 422")
 
 
@@ -84,6 +86,8 @@ class Replies:
     Attributes:
         spent: What the requests of this file have cost.
         num_requests: How many they are, those that failed included.
+        num_lost: Of them, how many a crash left without a reply: they may be paid for twice.
+        lost: The most that those can have cost; it is part of `spent`.
     """
 
     def __init__(self, path: Path, earlier: Sequence[Path] = ()) -> None:
@@ -91,16 +95,19 @@ class Replies:
         self.spent = Cost()
         self.num_requests = 0
         self._replies: dict[str, Reply] = {}
-        sent: dict[str, Cost] = {}
+        sent: dict[str, list[Cost]] = {}
         for record in _records(path):
             if record.reply is None:
-                sent[record.key] = sent.get(record.key, Cost()) + record.cost
-            else:
-                # The note of the request is settled by what its reply has cost.
-                sent.pop(record.key, None)
-                self._keep(record)
-        self.spent = sum(sent.values(), self.spent)
-        self.num_requests += len(sent)
+                sent.setdefault(record.key, []).append(record.cost)
+                continue
+            if not record.is_earlier and sent.get(record.key):
+                # What a reply has cost settles one note: an earlier one may be of a lost reply.
+                sent[record.key].pop()
+            self._keep(record)
+        lost = [cost for costs in sent.values() for cost in costs]
+        self.num_lost, self.lost = len(lost), sum(lost, Cost())
+        self.spent += self.lost
+        self.num_requests += self.num_lost
         self._earlier = {
             record.key: record.reply
             for file in earlier
@@ -237,29 +244,27 @@ class Teacher:
         budget = Budget(self.limits, self.replies.spent, "generation.budget")
         pace, started, num_done = _Pace(self.rates.per_minute), time.monotonic(), 0
         failures: list[Exception] = []
-        async with Client(self.endpoint, retries=_RETRIES) as client:
+        async with Client(self.endpoint, retries=_RETRIES, asks_lost_again=False) as client:
             await client.check()
 
-            async def ask(key: str) -> None:
-                nonlocal num_done
-                # What is on its way is paid for: it is waited for, and nothing more is sent.
-                if failures:
-                    return
+            async def send(key: str) -> bool:
+                """Ask once; return whether it may be asked again: the reply did not arrive."""
                 request = todo[key]
-                reserved = most(
-                    self.price, [m.text for m in request.messages], request.params.max_tokens
-                )
+                # The form is part of the prompt on some servers.
+                texts = [m.text for m in request.messages]
+                texts += [json.dumps(dict(request.form))] if request.form else []
+                reserved = most(self.price, texts, request.params.max_tokens)
                 try:
                     await budget.reserve(reserved)
                 except BudgetError as error:
                     failures.append(error)
-                    return
-                cost = reserved
+                    return False
+                cost, is_lost = reserved, False
                 try:
                     await pace.wait()
                     self.replies.note(key, reserved)
                     said = await self._said(client, request)
-                    cost = self._cost(said, reserved)
+                    cost, is_lost = self._cost(said, reserved), said.is_lost
                     self.replies.add(key, said.reply, cost)
                 except EndpointError as error:
                     failures.append(error)
@@ -267,6 +272,16 @@ class Teacher:
                     self.replies.add(key, Reply(error=str(error)), cost)
                 finally:
                     await budget.settle(reserved, cost)
+                return is_lost
+
+            async def ask(key: str) -> None:
+                nonlocal num_done
+                for _ in range(1 + _LOST_RETRIES):
+                    # What is on its way is paid for: it is waited for, and nothing more is sent.
+                    if failures:
+                        return
+                    if not await send(key):
+                        break
                 num_done += 1
                 progress.update(num_done)
                 left = (time.monotonic() - started) / num_done * (len(todo) - num_done)
@@ -296,7 +311,7 @@ class Teacher:
                 return await self._said(client, request)
             self.errors[str(error)] += 1
             logger.warning("no reply: %s", error)
-            return _Said(Reply(error=str(error)), error.refused)
+            return _Said(Reply(error=str(error)), error.refused, error.lost)
         counts = completion.prompt_tokens, completion.completion_tokens
         return _Said(Reply(completion.text, completion.finish_reason, "", *counts))
 
@@ -311,10 +326,16 @@ class Teacher:
 
 
 class _Said(NamedTuple):
-    """A reply, and whether it is certain that nothing was computed for it."""
+    """A reply.
+
+    Args:
+        was_refused: It is certain that nothing was computed for it.
+        is_lost: It may have been written, and did not arrive.
+    """
 
     reply: Reply
     was_refused: bool = False
+    is_lost: bool = False
 
 
 class _Pace:

@@ -8,6 +8,7 @@ Only a sweep's forecast says more. Where nothing says how much, none is told.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from tuneloop.artifacts import Artifact
+from tuneloop.config import GenerationConfig
 from tuneloop.evals.reporting.formatting import format_difference, format_value
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import describe_mean
@@ -22,12 +24,11 @@ from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.evals.scoring.slices import weak_parts
 from tuneloop.records import FINETUNED
 from tuneloop.text import format_duration, shorten
 
 Basis = Literal["at most", "forecast", "unknown"]
-# A part of the rows counts as worse than the others from this adjusted p-value on.
-_SURE = 0.05
 _MOST_PARTS, _FEWEST_ROWS, _SHOWN_CHARACTERS = 3, 3, 60
 _SATURATED = 0.97
 
@@ -94,6 +95,8 @@ class Situation(NamedTuple):
         num_epochs: Of the training.
         curve: Content of the newest sweep's `curve.json`; empty without one.
         num_waiting: Marks that the next preparation applies.
+        num_wanted: Rows that people marked with "needs more like this".
+        teacher: Who can write rows; None where none is configured.
     """
 
     evaluation: Evaluation
@@ -103,6 +106,8 @@ class Situation(NamedTuple):
     num_epochs: int
     curve: dict[str, Any]
     num_waiting: int
+    num_wanted: int = 0
+    teacher: GenerationConfig | None = None
 
 
 def advise(now: Situation) -> list[Action]:
@@ -136,6 +141,19 @@ def advise(now: Situation) -> list[Action]:
                 "/marks",
             )
         )
+    if now.num_wanted:
+        found.append(
+            Action(
+                f"Add training rows like the {now.num_wanted:,} that people marked",
+                "People have marked them with `needs more like this`.",
+                None,
+                "unknown",
+                now.num_wanted,
+                now.took_s,
+                _more_of(now, "marks"),
+                "/marks",
+            )
+        )
     score = evaluation.candidate["scores"][evaluation.primary]["value"] or 0.0
     if metric.kind == "binary" and score >= _SATURATED:
         found.append(
@@ -146,6 +164,19 @@ def advise(now: Situation) -> list[Action]:
             )
         )  # fmt: skip
     return sorted(found, key=lambda a: -1.0 if a.gain is None else a.gain.value, reverse=True)
+
+
+def _more_of(now: Situation, what: str) -> str:
+    """Return the command that writes rows of some kind; without a teacher, that chooses inputs."""
+    if now.evaluation.tasks or "language_modeling" in now.evaluation.task_types():
+        return f"tuneloop run {now.config_file}"  # both are for a single task with answers
+    if now.teacher is None:
+        return f"tuneloop label-next INPUTS.csv {now.config_file}"
+    changes = [f"generation.more_of={what}"]
+    if now.teacher.kind in ("pairs", "answers"):
+        changes += ["generation.kind=self_instruct", "generation.sources=[]"]
+        changes += ["generation.instruction="] * bool(now.teacher.instruction)
+    return shlex.join(["tuneloop", "generate", now.config_file, *changes])
 
 
 def _bound(
@@ -255,12 +286,10 @@ def _about_parts(
     now: Situation, rows: Sequence[Prediction], loss: dict[str, float], metric: Metric
 ) -> list[Action]:
     """Return an action for each part of the rows that is surely worse than the others."""
-    told = now.evaluation.slices.get("arms", {}).get(now.evaluation.candidate["name"], [])
+    arm, better = now.evaluation.candidate["name"], metric.better
     found = []
-    for part in told:
-        rest, value = part.get("rest"), part.get("value")
-        if rest is None or value is None or value >= rest or part["p_adjusted"] > _SURE:
-            continue
+    for part in weak_parts(now.evaluation.slices, arm, better)[:_MOST_PARTS]:
+        rest, value = part["rest"], part["value"]
         share = part["n"] / len(rows)
         gain = Gain(*(share * max(0.0, rest - part[end]) for end in ("value", "high", "low")))
         name = f"{part['by']} = {shorten(str(part['slice']), _SHOWN_CHARACTERS)}"
@@ -273,11 +302,11 @@ def _about_parts(
                 "at most",
                 part["n"],
                 now.took_s,
-                f"tuneloop run {now.config_file}",
+                _more_of(now, now.reference),
                 f"/answers?evaluations={now.reference}",
             )
         )
-    return found[:_MOST_PARTS]
+    return found
 
 
 def _about_rows(now: Situation) -> list[Action]:

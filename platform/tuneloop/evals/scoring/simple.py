@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TaskConfig
@@ -19,6 +20,7 @@ from tuneloop.evals.scoring.questions import Question, read_solved
 from tuneloop.records import Arm, Conversation, Endpoint, Message
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.multiclass import OneVsRestClassifier
 
@@ -28,6 +30,7 @@ VERSION = 3
 # Rows that are learned from at most: 20,000 rows with 150 labels take seconds.
 MOST_ROWS = 20_000
 _MANY_ROWS = 1_000
+_AT_ONCE = 512
 # A word, or a sign by itself. In scripts that put no space between words each character is a word;
 # pairs of words then are what words are elsewhere.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -160,6 +163,22 @@ def vectorizer_of_words(min_rows: int = 1, most_rows: float = 1.0) -> TfidfVecto
         sublinear_tf=True,
         token_pattern=_WORD,
     )
+
+
+def most_alike(texts: csr_matrix, others: csr_matrix) -> NDArray[np.float64]:
+    """Return the largest cosine of each text's vector with others; 0 without any. Shape (N,).
+
+    Args:
+        texts: TF-IDF vectors. Shape (N, V).
+        others: Likewise. Shape (M, V).
+    """
+    best = np.zeros(texts.shape[0])
+    if not others.shape[0]:
+        return best
+    for start in range(0, texts.shape[0], _AT_ONCE):
+        part = (texts[start : start + _AT_ONCE] @ others.T).toarray()
+        best[start : start + len(part)] = part.max(axis=1)
+    return np.minimum(best, 1.0)
 
 
 def asked_texts(

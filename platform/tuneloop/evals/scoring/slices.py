@@ -49,6 +49,7 @@ _OF_DATASETS = frozenset(
 )
 _MOST_VALUES = 10
 _LONGEST_VALUE = 80
+_RANGE = re.compile(r"(?P<low>-?[\d.e+-]+) to (?P<below>below )?(?P<high>-?[\d.e+-]+)\Z")
 _LINE_NUMBER = re.compile(r":\d+\Z")
 # With fewer rows on a side a normal limit is not to be relied on.
 _FEW_ROWS = 30
@@ -89,6 +90,42 @@ def read_columns(dataset: Artifact, split: str) -> dict[str, dict[str, Any]]:
             for name in own:
                 columns[name.removeprefix("original_")][row_id] = row[name]
     return dict(columns)
+
+
+def weak_parts(slices: Mapping[str, Any], arm: str, better: str) -> list[dict[str, Any]]:
+    """Return the parts on which an arm is shown to be worse than on the other rows, worst first.
+
+    Shown is what holds at the evaluation's confidence after correction for all parts.
+
+    Args:
+        slices: Content of `slices.json`; empty in an evaluation of an earlier version.
+        arm: Name of the arm.
+        better: Which direction of the primary metric is better: `higher` or `lower`.
+    """
+    sign = -1 if better == "lower" else 1
+    # Floating point: 1 - 0.95 is a little more than 0.05.
+    level = round(1 - slices.get("confidence", 0.95), 9)
+    return [
+        part
+        for part in slices.get("arms", {}).get(arm, [])
+        if None not in (part["value"], part["rest"], part["p_adjusted"])
+        and part["p_adjusted"] <= level
+        and sign * part["value"] < sign * part["rest"]
+    ]
+
+
+def is_in(value: object, name: str) -> bool:
+    """Return whether a row with this value of a column is in the slice of this name.
+
+    The ends of a range are rounded to six digits, as its name is.
+    """
+    if value is None or _name(value) == name:
+        return value is not None
+    found = _RANGE.match(name)
+    if found is None or isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    low, high = float(found["low"]), float(found["high"])
+    return low <= value < high if found["below"] else low <= value <= high
 
 
 def find_slices(

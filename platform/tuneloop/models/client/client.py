@@ -71,11 +71,21 @@ class Client:
         endpoint: Where to ask, and for which model.
         timeout_s: Longest wait for one answer, in seconds.
         retries: Further tries after a failure that may pass (timeouts, 408, 425, 429, 5xx).
+        asks_lost_again: Whether that holds where the server may have written an answer that did
+            not arrive (timeouts, broken connections). A caller that counts what it pays for asks
+            again itself.
     """
 
-    def __init__(self, endpoint: Endpoint, timeout_s: float = 1200.0, retries: int = 3) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        timeout_s: float = 1200.0,
+        retries: int = 3,
+        asks_lost_again: bool = True,
+    ) -> None:
         self.endpoint = endpoint
         self.retries = retries
+        self._asks_lost_again = asks_lost_again
         self._counts_completion_tokens = False
         headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
         host = urlsplit(endpoint.url).hostname or ""
@@ -318,6 +328,7 @@ class Client:
         for attempt in range(retries + 1):
             wait_s = min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S) * random.uniform(0.75, 1.25)
             refused: httpx.TransportError | None = None
+            is_lost = False
             try:
                 response = await self._http.request(method, self._url(path), json=body)
             except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
@@ -325,9 +336,9 @@ class Client:
             except httpx.ConnectError as error:
                 failure, refused = f"no connection: {error}", error
             except httpx.TimeoutException as error:
-                failure = f"no answer in time ({type(error).__name__})"
+                failure, is_lost = f"no answer in time ({type(error).__name__})", True
             except httpx.TransportError as error:
-                failure = f"{type(error).__name__}: {error}"
+                failure, is_lost = f"{type(error).__name__}: {error}", True
             else:
                 if response.status_code == 200:
                     return self._json(response)
@@ -339,6 +350,8 @@ class Client:
                 if asked_s > _LONGEST_RETRY_AFTER_S:
                     raise RequestError(f"{failure}; it asks to come back in {asked_s:.0f} s", True)
                 wait_s = max(wait_s, asked_s)
+            if is_lost and not self._asks_lost_again:
+                raise RequestError(failure, lost=True)
             if attempt < retries:
                 _log.debug("%s %s: %s; again in %.1f s", method, path, failure, wait_s)
                 await asyncio.sleep(wait_s)

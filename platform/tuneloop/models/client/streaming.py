@@ -22,11 +22,12 @@ class RequestError(TuneloopError):
     Args:
         message: Why.
         refused: The server said no, so nothing was computed and nothing is charged.
+        lost: The server may have written an answer that did not arrive.
     """
 
-    def __init__(self, message: str, refused: bool = False) -> None:
+    def __init__(self, message: str, refused: bool = False, lost: bool = False) -> None:
         super().__init__(message)
-        self.refused = refused
+        self.refused, self.lost = refused, lost
 
 
 @dataclass(frozen=True)
