@@ -12,7 +12,7 @@ import pytest
 
 from tuneloop.advice import advice_for
 from tuneloop.artifacts import Workspace
-from tuneloop.config import TuneloopConfig
+from tuneloop.config import GenerationConfig, TuneloopConfig
 from tuneloop.evals.reporting.advice import Action, Gain, Situation, advise
 from tuneloop.evals.reporting.error_analysis import Filter
 from tuneloop.evals.reporting.formatting import word_diff
@@ -466,6 +466,20 @@ def test_parts_that_are_surely_worse_are_named() -> None:
     (named,) = (a for a in actions if "topic" in a.title)
     assert named.gain is not None
     assert tuple(named.gain) == pytest.approx((0.15, 0.11, 0.17))
+    assert named.command == "tuneloop label-next INPUTS.csv demo.yaml"
+    answers = {"endpoint": "http://x/v1", "model": "m", "kind": "answers"}
+    answers["sources"] = [{"path": "x.csv", "format": "text"}]
+    for teacher, command in (
+        (answers, "generation.kind=self_instruct 'generation.sources=[]'"),
+        ({**answers, "kind": "harder", "sources": []}, ""),
+    ):
+        more = {"teacher": GenerationConfig.model_validate(teacher), "num_wanted": 2}
+        actions = advise(situation(replace(evaluation, slices=slices), **more))
+        commands = {a.command for a in actions if "generate" in a.command}
+        start = "tuneloop generate demo.yaml generation.more_of="
+        assert commands == {
+            f"{start}{what} {command}".strip() for what in ("evaluations/demo@v1", "marks")
+        }
 
 
 @pytest.mark.parametrize("task", list(TASKS))

@@ -21,7 +21,9 @@ from tuneloop.evals.scoring.slices import (
     describe_slices,
     differs_from_rest,
     find_slices,
+    is_in,
     read_columns,
+    weak_parts,
 )
 
 LABELS = TaskConfig(type="classification", labels=["yes", "no"])
@@ -38,6 +40,26 @@ def prediction(index: int, arm: str, right: bool, cluster: str = "") -> Predicti
 
 def scorer_of(rows: list[Prediction]) -> Scorer:
     return Scorer(LABELS, {p.example_id: p.reference for p in rows})
+
+
+def test_a_row_is_in_the_slice_that_its_value_names() -> None:
+    assert is_in("3 to 5", "3 to 5")
+    assert [is_in(value, "3 to 5") for value in (2, 3, 5, 6, None, True, "4")] == [
+        False, True, True, False, False, False, False,
+    ]  # fmt: skip
+    assert [is_in(value, "-1.5 to below 1e+06") for value in (-1.5, 999_999.0, 1e6)] == [
+        True, True, False,
+    ]  # fmt: skip
+
+
+def test_a_weak_part_is_worse_in_the_direction_of_its_metric() -> None:
+    parts = [{"slice": "x", "value": 0.2, "rest": 0.9}, {"slice": "y", "value": 0.9, "rest": 0.2}]
+    told = {"arms": {"a": [part | {"p_adjusted": 0.05} for part in parts]}, "confidence": 0.95}
+    assert [part["slice"] for part in weak_parts(told, "a", "higher")] == ["x"]
+    assert [part["slice"] for part in weak_parts(told, "a", "lower")] == ["y"]
+    told["arms"]["a"][0]["p_adjusted"] = None
+    assert weak_parts(told, "a", "higher") == []
+    assert weak_parts({}, "a", "higher") == []
 
 
 def test_a_slice_is_a_value_a_quarter_of_lengths_a_label_or_a_cluster() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,16 @@ from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.unlabelled import read_unlabelled
 from tuneloop.errors import DataError
 from tuneloop.evals.scoring.budget import Cost
+from tuneloop.evals.scoring.predictions import Prediction, write_predictions
+from tuneloop.marks import Mark
 from tuneloop.models.bases.source import resolve_base
+from tuneloop.records import Message, SamplingParams
+from tuneloop.review.store import ReviewStore
 from tuneloop.synthesis.filters import Filters, Novelty, Solved, agreement, cleaned, lost
 from tuneloop.synthesis.generate import generate_rows, teacher_of
-from tuneloop.synthesis.rows import RowWriter, read_seeds
-from tuneloop.synthesis.teacher import Replies, Reply
+from tuneloop.synthesis.more_of import find_parts, more_of_problems
+from tuneloop.synthesis.rows import Known, RowWriter, read_seeds
+from tuneloop.synthesis.teacher import Asked, Replies, Reply
 
 LABELS = ["billing", "delivery"]
 WORDS = "parcel invoice refund courier payment address late wrong broken card box street".split()
@@ -175,11 +182,11 @@ def test_the_budget_ends_the_asking_and_the_next_run_goes_on(
     with pytest.raises(DataError, match="could pass the budget"):
         made(100)
     assert model_server.requests == []
-    some = made(400)
+    some = made(500)
     metrics = some.manifest["metrics"]
     assert metrics["num_requests"] == len(model_server.requests) < 20
     assert metrics["num_unanswered"] == 20 - len(model_server.requests) > 0
-    assert metrics["spent_tokens"] <= 400
+    assert metrics["spent_tokens"] <= 500
     rest = made(100_000)
     assert rest.ref == "datasets/mail-generated@v2"
     assert len(model_server.requests) == 20
@@ -262,7 +269,7 @@ def test_rows_that_people_want_more_like_come_first(dataset: Artifact, tmp_path:
 
     def requests(kind: str, num_rows: int) -> list[str]:
         asked_for = generation.model_copy(update={"kind": kind, "num_rows": num_rows})
-        writer = RowWriter(asked_for, task, read_seeds(dataset), teacher, wanted)
+        writer = RowWriter(asked_for, task, Known(read_seeds(dataset), wanted), teacher)
         return [request.messages[-1].content for request, _ in writer.requests()]
 
     first = requests("harder", 32)
@@ -272,6 +279,122 @@ def test_rows_that_people_want_more_like_come_first(dataset: Artifact, tmp_path:
         assert asked(3) in text
         assert asked(9) in text
         assert text.count("Input ") == 6
+
+
+def with_topics(dataset: Artifact) -> Artifact:
+    """The dataset with a column: every third row is about cards; ten test rows, five about them."""
+    workspace = Workspace(dataset.path.parents[2])
+    train = pq.read_table(dataset.path / "train").to_pylist()
+    tested = []
+    for number in range(500, 510):
+        turns = [
+            {"role": "user", "content": asked(number)},
+            {"role": "assistant", "content": label_of(asked(number))},
+        ]
+        tested.append({**train[0], "row_id": f"{number:020x}", "messages": turns})
+    schema = dataset_schema(pa.schema([("topic", pa.string())]))
+    with workspace.draft("datasets", "mail", "e" * 64) as draft:
+        for side, rows in (("train", train), ("test", tested)):
+            (draft.path / side).mkdir()
+            every = 3 if side == "train" else 2
+            topics = [{"topic": "other" if n % every else "cards"} for n in range(len(rows))]
+            told = [row | topic for row, topic in zip(rows, topics, strict=True)]
+            pq.write_table(pa.Table.from_pylist(told, schema), draft.path / side / "part-0.parquet")
+        return draft.publish(config={}, resources={}, inputs=[], metrics={"num_unanswered": 0})
+
+
+def evaluated(dataset: Artifact, p_value: float) -> None:
+    """Publish an evaluation that is worse on cards, as surely as the p-value says."""
+    part = {"by": "topic", "slice": "cards", "value": 0.2, "rest": 0.9, "n": 5}
+    metric = {"label": "accuracy", "better": "higher", "kind": "binary"}
+    primary = {"primary": "accuracy", "metrics": {"accuracy": metric}}
+    contents = {
+        "metrics": primary | {"arms": [{"name": "finetuned"}], "task_type": "classification"},
+        "comparison": {"pairs": []},
+        "slices": {
+            "primary": "accuracy",
+            "num_slices": 7,
+            "confidence": 0.95,
+            "arms": {"finetuned": [part | {"p_adjusted": p_value}]},
+        },
+    }
+    predictions = [
+        Prediction(
+            f"{number:020x}", "finetuned", json.dumps([{"content": asked(number)}]),
+            label_of(asked(number)), "?", "stop", 1, 1, 0.1, "scored", scores={"accuracy": 0.0},
+        )
+        for number in range(500, 510)
+    ]  # fmt: skip
+    workspace = Workspace(dataset.path.parents[2])
+    with workspace.draft("evaluations", "mail", f"{p_value}".ljust(64, "0")) as draft:
+        write_predictions(predictions, ["accuracy"], draft.path)
+        for name, content in contents.items():
+            (draft.path / f"{name}.json").write_text(json.dumps(content))
+        draft.publish(config={}, resources={}, inputs=[dataset.ref], metrics={})
+
+
+def test_rows_are_made_for_a_weak_slice_and_are_like_no_test_row(
+    tmp_path: Path, tiny_model: Path, model_server, dataset: Artifact
+) -> None:
+    dataset, shown = with_topics(dataset), list[str]()
+    evaluated(dataset, 0.01)
+
+    def write(messages: list[dict[str, str]]) -> tuple[str, str]:
+        text = messages[-1]["content"]
+        if "New input:" not in text:
+            return json.dumps({"label": label_of(text)}), "stop"
+        shown.append(text)
+        if len(shown) == 1:
+            return asked(501).replace("no 501", "no 777"), "stop"  # a test row's, all but a word
+        wanted = text.rpartition("The answer to the new input has to be: ")[2].split()[0]
+        new = f"{' '.join(random.Random(-len(shown)).choices('abcdefghijklm', k=9))} {len(shown)}?"
+        return f"{new}{'' if label_of(new) == wanted else '!'}", "stop"
+
+    model_server.reply = write
+    asks = {"kind": "self_instruct", "num_rows": 6, "concurrency": 1}
+    config = config_for(tmp_path, tiny_model, model_server.url, **asks, more_of="evaluations/mail")
+    workspace, base = Workspace(tmp_path / "ws"), resolve_base(str(tiny_model))
+    made = generate_rows(config, workspace, base, dataset).artifact
+    cards = {asked(number) for number in range(0, 30, 3)}
+    for text in shown:
+        inputs = [part.splitlines()[1] for part in text.split("\n\n") if part.startswith("Input ")]
+        assert inputs
+        assert {*inputs} <= cards
+    assert not any(asked(number) in text for number in range(500, 510) for text in shown)
+    rows = pq.read_table(made.path / "train").to_pylist()
+    assert [row["made_for"] for row in rows] == ["topic = cards"] * 5
+    (removed,) = pq.read_table(made.path / "removed").to_pylist()
+    assert removed["reason"].startswith("too much like a held-out row: ROUGE-L 0.9")
+    assert removed["kept_row_id"] == f"{501:020x}"
+    assert json.loads((made.path / "card.json").read_text())["made_for"] == {"topic = cards": 5}
+    assert made.manifest["inputs"][:2] == [dataset.ref, "evaluations/mail@v1"]
+    assert generate_rows(config, workspace, base, dataset).reused
+    # What is not sure to be worse asks for nothing.
+    evaluated(dataset, 0.2)
+    (problem,) = more_of_problems(config, workspace)
+    assert problem.got == "7 slices, none of them worse after correction for so many"
+    older = config_for(tmp_path, tiny_model, "http://x/v1", **asks, more_of="evaluations/mail@v1")
+    assert more_of_problems(older, workspace) == []
+
+
+def test_a_marked_test_row_is_stood_for_by_train_rows_like_it(
+    tmp_path: Path, tiny_model: Path, dataset: Artifact
+) -> None:
+    dataset, workspace = with_topics(dataset), Workspace(tmp_path / "ws")
+    config = config_for(tmp_path, tiny_model, "http://x/v1", kind="harder", more_of="marks")
+    (problem,) = more_of_problems(config, workspace)
+    assert "no row is marked" in problem.what
+    store = ReviewStore(workspace.location)
+    for number in (4, 502):
+        store.add(Mark("more_like_this", f"{number:020x}", dataset.ref, "ann"))
+    assert more_of_problems(config, workspace) == []
+    people = [seed.solved for seed in read_seeds(dataset)]
+    train, tested = find_parts(config, workspace, dataset, people).parts
+    assert (train.name, train.row_ids[0]) == (f"marked row {4:020x}", f"{4:020x}")
+    by_id = {row.row_id: row for row in people}
+    for part, number in ((train, 4), (tested, 502)):
+        assert len(part.row_ids) == 6
+        assert {by_id[row_id].answer for row_id in part.row_ids} == {label_of(asked(number))}
 
 
 def test_rules_that_people_break_are_not_applied() -> None:
@@ -354,10 +477,54 @@ def test_a_request_that_a_crash_lost_counts_with_the_most_it_can_cost(tmp_path: 
     assert again.get("a") == Reply("said", "stop")
     assert again.get("b") is None
     assert (again.spent, again.num_requests) == (Cost(207, 2.5), 3)
+    assert (again.num_lost, again.lost) == (1, Cost(100, 1.0))
+    # Asked again and answered, the lost reply still counts, also for a third run.
+    again.note("c", Cost(100, 1.0))
+    again.add("c", Reply("at last", "stop"), Cost(9, 0.1))
+    assert again.spent == Cost(216, 2.6)
+    third = Replies(path)
+    assert (third.spent, third.num_requests, third.num_lost) == (Cost(216, 2.6), 4, 1)
     other = Replies(tmp_path / "other.jsonl", [path])
     assert other.get("a") == Reply("said", "stop")
     assert (other.spent, other.num_requests) == (Cost(), 0)
     assert Replies(tmp_path / "other.jsonl").get("a") == Reply("said", "stop")
+
+
+def test_a_reply_that_does_not_arrive_is_counted_each_time(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    """The server breaks every connection after it has read the request."""
+    num_asked = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_asked
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET"):
+            writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+            await writer.drain()
+        else:
+            num_asked += 1
+        writer.close()
+
+    generation = config_for(
+        tmp_path, tiny_model, "http://x/v1", kind="harder", budget={"tokens": 300}
+    ).generation
+    assert generation is not None
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(answer, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    replies = Replies(tmp_path / "replies.jsonl")
+    teacher = teacher_of(generation.model_copy(update={"endpoint": url}), replies)
+    # 64 for the message and its marks, 5 for its bytes, 31 for the answer: 100 each time.
+    request = Asked((Message("user", "hello"),), SamplingParams(max_tokens=31))
+    teacher.ask([request], may_fail=True)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    assert teacher.reply(request) is None
+    assert (num_asked, replies.num_requests, replies.spent.tokens) == (3, 3, 300)
+    assert Replies(replies.path).spent.tokens == 300
 
 
 def test_inputs_that_cannot_be_read_are_told_before_anything_runs(
