@@ -94,6 +94,19 @@ def test_failures_that_may_pass_are_retried(model_server, status):
     assert len(model_server.requests) == 3
 
 
+@pytest.mark.parametrize("status", [408, 504, 524])
+def test_a_gateway_that_waited_in_vain_may_have_to_be_paid(model_server, status):
+    model_server.failures = [503, status]
+    with pytest.raises(RequestError, match=f"HTTP {status}") as caught:
+        ask(
+            Endpoint(model_server.url, "parrot"),
+            lambda client: client.generate(HELLO, SamplingParams()),
+            asks_lost_again=False,
+        )
+    assert (caught.value.lost, caught.value.refused) == (True, False)
+    assert len(model_server.requests) == 2
+
+
 def test_retries_are_bounded_and_then_one_request_fails(model_server):
     model_server.failures = [500] * 10
     with pytest.raises(RequestError, match=r"HTTP 500: made to fail \(3 tries\)"):

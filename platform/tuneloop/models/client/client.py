@@ -39,6 +39,8 @@ T = TypeVar("T")
 # Besides these, every 5xx but "not implemented": gateways answer with codes of their own.
 _RETRIED = frozenset({408, 425, 429})
 _NEVER_RETRIED = frozenset({501, 505})
+# Gateways that waited in vain for a server say so; it may have written an answer by then.
+_TIMEOUTS = frozenset({408, 504, 524})
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 30.0
 # A server that asks for a longer pause than this is not waited for.
@@ -344,6 +346,7 @@ class Client:
                     return self._json(response)
                 await self._raise_if_unusable(response, path)
                 failure = f"HTTP {response.status_code}: {_reason(response)}"
+                is_lost = response.status_code in _TIMEOUTS
                 if not _may_pass(response.status_code):
                     raise RequestError(failure, refused=True)
                 asked_s = retry_after_s(response.headers)
@@ -362,7 +365,8 @@ class Client:
                     "start it, or correct the URL",
                 ) from refused
         tries = f" ({retries + 1} tries)" if retries else ""
-        raise RequestError(f"{failure}{tries}", refused=failure.startswith("HTTP "))
+        is_refused = failure.startswith("HTTP ") and not is_lost
+        raise RequestError(f"{failure}{tries}", is_refused, is_lost)
 
     def _url(self, path: str) -> str:
         return self.endpoint.url.rstrip("/") + path
