@@ -517,6 +517,8 @@ def _export(arguments: argparse.Namespace, output: IO[str]) -> int:
                 remedy=f"tuneloop export {arguments.ref} --to hub --repo ORG/NAME",
             )
         )
+    from tuneloop.evals.reporting.formatting import format_change, format_estimate
+    from tuneloop.evals.scoring.metrics import Metric
     from tuneloop.export import export, push
 
     config = _load(arguments) if arguments.config else None
@@ -535,18 +537,17 @@ def _export(arguments: argparse.Namespace, output: IO[str]) -> int:
     names = {kind: name for name in result.sizes for kind in [name.rsplit("-", 1)[-1][:-5]]}
     columns = ["file", "size"]
     if result.price_tags:
-        columns += [result.metric, "points beside the model", "tokens/s"]
+        columns += [result.metric, "beside the model", "tokens/s"]
     for column in columns:
         table.add_column(column, justify="left" if column == "file" else "right", overflow="fold")
+    metric = Metric(result.metric, kind=result.metric_kind)
     for tag in result.price_tags:
         size = result.sizes.get(names.get(tag.name, ""))
         table.add_row(
             names.get(tag.name, tag.name),
             f"{size / 1e6:,.0f} MB" if size else "",
-            "{:.1%} ({:.1%} to {:.1%})".format(*tag.score),
-            "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * end for end in tag.difference))
-            if size
-            else "",
+            format_estimate(tag.score._asdict(), metric),
+            format_change(tag.difference._asdict(), metric) if size else "",
             f"{tag.tokens_per_s:.1f}" if tag.tokens_per_s else "",
         )
     if not result.price_tags:

@@ -22,6 +22,7 @@ from tuneloop.artifacts import Artifact, Workspace, sha256_file
 from tuneloop.config import ArmConfig, EvaluationConfig, TuneloopConfig
 from tuneloop.data.decontamination.seen import datasets_of
 from tuneloop.errors import ArtifactError, ConfigError, ModelError, Problem
+from tuneloop.evals.scoring.metrics import MetricKind
 from tuneloop.evals.scoring.questions import Question, read_questions
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.models.chat.renderer import Renderer
@@ -47,11 +48,11 @@ _LEFT_OUT = ("artifact.json", "parity.json", "log.txt", "tuneloop_render.json")
 
 
 class Measured(NamedTuple):
-    """A number with its interval."""
+    """A number with its interval, which very few rows do not give."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class PriceTag(NamedTuple):
@@ -79,6 +80,7 @@ class Export:
         sizes: Bytes of each file that holds weights.
         notes: What whoever runs the files should know.
         metric: That the price tags are in; "" without price tags.
+        metric_kind: As in `Metric`.
         reused: The same files were there.
     """
 
@@ -88,6 +90,7 @@ class Export:
     notes: list[str]
     metric: str
     price_tags: list[PriceTag]
+    metric_kind: MetricKind = "ratio"
     reused: bool = False
 
     def summary(self) -> dict[str, Any]:
@@ -96,6 +99,7 @@ class Export:
             "files": self.sizes,
             "notes": self.notes,
             "metric": self.metric,
+            "metric_kind": self.metric_kind,
             "price_tags": [
                 tag._asdict()
                 | {"score": tag.score._asdict(), "difference": tag.difference._asdict()}
@@ -154,6 +158,7 @@ def export(
     tags: list[PriceTag] = []
     notes: list[str] = []
     metric = ""
+    kind: MetricKind = "ratio"
     if is_gguf:
         try:
             files, answers, speeds, notes = _write_gguf(model, to, folder, questions, scoring)
@@ -167,7 +172,9 @@ def export(
             named = _with_arms(config, scoring, model, answers)
             name = f"{config.name}-export"
             published = evaluate_named(named, workspace, name, rows=dataset)
-            metric, tags = _price_tags(published.artifact, speeds)
+            result = Evaluation.load(published.artifact)
+            metric, tags = result.primary, _price_tags(result, speeds)
+            kind = result.metric(metric).kind
             notes += [
                 f"{len(questions)} test rows, which the model and each file answered once, "
                 f"greedily: {published.artifact.ref}",
@@ -175,16 +182,16 @@ def export(
             ]
     else:
         files = _write_safetensors(model, folder)
-    result = Export(
-        model.ref, folder, {f.name: f.stat().st_size for f in files}, notes, metric, tags
+    written = Export(
+        model.ref, folder, {f.name: f.stat().st_size for f in files}, notes, metric, tags, kind
     )
     checksums = {file.name: sha256_file(file) for file in files}
-    marker = {**identity, "checksums": checksums, "export": result.summary()["metrics"]}
+    marker = {**identity, "checksums": checksums, "export": written.summary()["metrics"]}
     draft = folder / f".{MARKER}"
     draft.write_text(json.dumps(marker, ensure_ascii=False, indent=1), encoding="utf-8")
     draft.replace(folder / MARKER)
     (folder / _DRAFT).unlink()
-    return result
+    return written
 
 
 def push(result: Export, repository: str) -> str:
@@ -250,12 +257,14 @@ def _read(folder: Path, identity: dict[str, Any]) -> Export | None:
             )
         return None
     found = json.loads(marker.read_text(encoding="utf-8"))
-    if any(found.get(key) != value for key, value in identity.items()):
+    differing = [key for key, value in identity.items() if found.get(key) != value]
+    if differing:
+        scored = ", scored otherwise" if differing == ["evaluation"] else ""
         raise ConfigError(
             Problem(
                 "the folder holds another export",
                 where=f"--output {folder}",
-                got=f"{found.get('model')} as {found.get('to')}",
+                got=f"{found.get('model')} as {found.get('to')}{scored}",
                 allowed="the same model and format, scored alike, by this version of tuneloop",
                 remedy="name another folder, or remove this one",
             )
@@ -273,7 +282,7 @@ def _read(folder: Path, identity: dict[str, Any]) -> Export | None:
     ]
     return Export(
         str(found["model"]), folder, metrics["files"], metrics["notes"], metrics["metric"], tags,
-        reused=True,
+        metrics.get("metric_kind", "ratio"), reused=True,
     )  # fmt: skip
 
 
@@ -429,9 +438,8 @@ def _with_arms(
     return config.model_copy(update={"evaluation": scoring.model_copy(update=update)})
 
 
-def _price_tags(evaluation: Artifact, speeds: dict[str, float]) -> tuple[str, list[PriceTag]]:
-    """Return the primary metric, and how each arm of an evaluation does in it."""
-    result = Evaluation.load(evaluation)
+def _price_tags(result: Evaluation, speeds: dict[str, float]) -> list[PriceTag]:
+    """Return how each arm of an evaluation does in the primary metric."""
     pairs = {
         pair["arm"]: pair["differences"][result.primary]
         for pair in result.comparison["pairs"]
@@ -449,7 +457,7 @@ def _price_tags(evaluation: Artifact, speeds: dict[str, float]) -> tuple[str, li
                 speeds.get(arm["name"]),
             )
         )
-    return result.primary, tags
+    return tags
 
 
 def _write_safetensors(model: Artifact, folder: Path) -> list[Path]:

@@ -18,6 +18,8 @@ from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
 from tuneloop.config import EvaluationConfig
 from tuneloop.errors import ArtifactError, ConfigError, ModelError, Problem
+from tuneloop.evals.reporting.formatting import format_change
+from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.questions import Question
 from tuneloop.export import MARKER, _as_asked, _unasked, export
 from tuneloop.records import Message
@@ -111,6 +113,13 @@ def test_files_that_cannot_be_asked_all_rows_have_no_price_tags() -> None:
     assert _unasked([plain, plain]) == ""
     assert _unasked([plain, with_tools]).startswith("1 of 2 test rows offer tools")
     assert "plain text" in _unasked([plain, Question("c", text="Once upon a time")])
+
+
+def test_differences_are_read_in_points_or_as_they_are() -> None:
+    estimate = {"value": -0.021, "low": -0.05, "high": 0.0}
+    assert format_change(estimate, Metric("", kind="binary")) == "−2.1 points (−5.0 to +0.0)"
+    alone = {"value": 0.5, "low": None, "high": None}
+    assert format_change(alone, Metric("", kind="number")) == "+0.500"
 
 
 class _Hub(BaseHTTPRequestHandler):

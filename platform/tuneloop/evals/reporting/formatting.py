@@ -41,6 +41,15 @@ def format_difference(value: float | None, metric: Metric, unit: bool = True) ->
     return text + (" points" if unit and metric.kind != "number" else "")
 
 
+def format_change(estimate: dict[str, Any], metric: Metric) -> str:
+    """Return a difference with its interval as text."""
+    value, low, high = (
+        format_difference(estimate[end], metric, unit=False) for end in ("value", "low", "high")
+    )
+    unit = "" if metric.kind == "number" else " points"
+    return value + unit + (f" ({low} to {high})" if estimate["low"] is not None else "")
+
+
 def format_size(value: float, metric: Metric) -> str:
     """Return how large a difference is, as text: in points for 0/1 and ratio scores."""
     if metric.kind == "number":

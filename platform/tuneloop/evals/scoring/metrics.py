@@ -36,6 +36,9 @@ _THOUGHT = re.compile(r"\A.*</(?:think|thinking|thought|reasoning)>\s*", re.DOTA
 Score = Callable[[str, str, OneTaskConfig], float | None]
 
 
+MetricKind = Literal["binary", "ratio", "number"]
+
+
 @dataclass(frozen=True)
 class Metric:
     """What a metric means, and how it is computed.
@@ -51,7 +54,7 @@ class Metric:
 
     label: str
     better: Better = "higher"
-    kind: Literal["binary", "ratio", "number"] = "ratio"
+    kind: MetricKind = "ratio"
     score: Score | None = field(default=None, repr=False)
 
     def meaning(self) -> dict[str, str]:
