@@ -16,7 +16,7 @@ from typing import Any
 
 FILE = Path(__file__).parent / "error-analysis.png"
 PAGE = "errors?evaluations=evaluations/demo@v1&before=base%2Bfew-shot"
-HEIGHT_PX = 1375
+HEIGHT_PX = 1850
 
 
 def main() -> None:
