@@ -20,5 +20,5 @@ with st.container(horizontal=True, vertical_alignment="center"):
         "views/errors.py", label="Error analysis →", query_params={artifact.kind: artifact.ref}
     )
 show_origin(artifact)
-# The style sheet makes it as high as the window.
-st.iframe(report, alt="Report of the evaluation")
+# The style sheet makes it as high as the window; a height of its content would take a script.
+st.iframe(report, height=900, alt="Report of the evaluation")
