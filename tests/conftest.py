@@ -33,9 +33,8 @@ CORPUS = [
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Share Ray within a process, and never run more than two clusters at once.
 
-    The tests on several nodes stop the shared local Ray or wait for timeouts of their own nodes, so
-    they go to the process that has the browser's and the unit tests behind it, and so do those that
-    train without Ray.
+    The tests on several nodes stop the shared local Ray, so another process has them, and then
+    those that train without Ray. The browser's and the unit tests go to whichever has nothing left.
     """
     from xdist.scheduler import LoadScopeScheduling
 

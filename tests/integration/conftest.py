@@ -40,8 +40,8 @@ main()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests on several nodes last: the shared local Ray has to make room for them."""
-    items.sort(key=lambda item: "nodes" in getattr(item, "fixturenames", ()))
+    """Start what takes longest first: at the end both processes share out the unit tests."""
+    items.sort(key=lambda item: Path(__file__).parent not in item.path.parents)
 
 
 @dataclass
@@ -183,12 +183,12 @@ class Nodes:
         return node
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     """A head without work and two worker nodes of one CPU."""
     import ray
 
-    # One Ray at a time on a small machine; these tests come last.
+    # One Ray at a time in a process; the nodes end with the module that uses them.
     ray.shutdown()
     # Sockets lie in there, and their paths have to be short.
     folder = Path(tempfile.mkdtemp(prefix="nodes-"))

@@ -301,13 +301,12 @@ def train_workers(nodes: Any) -> list[dict[str, Any]]:
 
 def slow_down(workers: list[dict[str, Any]]) -> None:
     """Let the workers' processes stand still for half a second."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        processes = [psutil.Process(row["pid"]) for row in workers]
-        for process in processes:
-            process.suspend()
-        time.sleep(0.5)
-        for process in processes:
-            process.resume()
+    for act in (psutil.Process.suspend, psutil.Process.resume):
+        for row in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                act(psutil.Process(row["pid"]))
+        if act is psutil.Process.suspend:
+            time.sleep(0.5)
 
 
 def progress(folder: Path) -> list[dict[str, Any]]:

@@ -73,7 +73,8 @@ def trained(
             num_killed = len(killed)
             while time.monotonic() < deadline and len(killed) == num_killed:
                 for file in workspace.root.glob(".work/*/scratch/progress.jsonl"):
-                    lines = file.read_text().splitlines()
+                    # The last line may be half written.
+                    lines = file.read_text().split("\n")[:-1]
                     if lines and json.loads(lines[-1])["step"] >= num_steps:
                         killed.extend(send_to_workers(how))
                 time.sleep(0.02)
