@@ -102,8 +102,8 @@ def _sampling_noise(sampling: dict[str, Any] | None) -> str:
         return text
     shorter = 1 - math.sqrt(1 - sampling["share"])
     return (
-        f"{text}. The sampling makes up {sampling['share']:.0%} of the score's variance: with any "
-        f"number of answers the interval would be {shorter:.0%} shorter, the rest takes more rows"
+        f"{text}. The sampling makes up {sampling['share']:.0%} of the score's variance: more "
+        f"answers would make the interval at most {shorter:.0%} shorter, the rest takes more rows"
     )
 
 
