@@ -81,7 +81,7 @@ class Trial:
     Args:
         model: The trained model; None where there is none.
         problem: Why there is no model.
-        wall_s: Seconds the training took in the run that did it.
+        wall_s: Seconds the training took, with the steps up to a checkpoint that it went on from.
         may_pass: It failed for a reason that another run may not meet: memory, workers, disk.
         status: `stopped` early for its validation loss, `not run` for the budget.
         measured: The validation losses of a training that was stopped.

@@ -211,7 +211,8 @@ def train_one(
         )
         return
     loss = model.manifest["metrics"].get(VALIDATION_LOSS)
-    wall_s = time.monotonic() - started
+    # A training that went on from a checkpoint has the time of the steps before it as well.
+    wall_s = max(time.monotonic() - started, model.manifest["metrics"]["train_s"])
     tune.report({"model": model.ref, "loss": loss, "wall_s": wall_s})
 
 
