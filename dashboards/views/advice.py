@@ -13,10 +13,8 @@ from tuneloop.errors import UserError
 
 workspace, artifacts = open_workspace()
 name = choose_project(artifacts)
-models = [a for a in artifacts if (a.kind, a.name) == ("models", name)]
-training = models[-1].manifest["config"].get("training", {}) if models else {}
 try:
-    advice = advice_for(name, workspace, f"{name}.yaml", int(training.get("num_epochs", 1)))
+    advice = advice_for(name, workspace, f"{name}.yaml")
 except (UserError, OSError, ValueError, KeyError) as error:
     refuse("There is no advice.", error)
 st.markdown(f"After `{advice.reference}`: **{advice.score}**")
@@ -54,6 +52,9 @@ if advice.outcomes:
                 "told": None if o.gain is None else o.gain.value,
                 "basis": o.basis,
                 "came": o.change,
+                "low": o.low,
+                "high": o.high,
+                "done": {True: "yes", False: "no", None: None}[o.was_done],
                 "with": o.next_evaluation,
                 "what changed": o.changed,
             }

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tuneloop.artifacts import Workspace
-from tuneloop.config import GenerationConfig
+import yaml
+
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.config import TuneloopConfig
+from tuneloop.data.schema import TRAIN_LIMIT
 from tuneloop.errors import ArtifactError, Problem
 from tuneloop.evals.reporting.advice import Action, Gain, Situation, advise, read_curve
 from tuneloop.evals.reporting.formatting import format_difference, format_estimate
@@ -28,7 +32,11 @@ class Outcome(NamedTuple):
 
     Args:
         gain: What it was to bring.
-        change: Score of the next version less that of the one it was about.
+        change: Score of the next version less that of the one it was about, over the examples that
+            both scored.
+        low, high: Its 95% interval, paired; None where no example is shared.
+        was_done: Whether the next version has the settings that were advised; None where that
+            cannot be told: other actions have the same, or none is named.
         changed: What differs between the two versions, in words: whatever of it was advised.
     """
 
@@ -39,6 +47,9 @@ class Outcome(NamedTuple):
     next_evaluation: str
     change: float
     changed: str
+    low: float | None = None
+    high: float | None = None
+    was_done: bool | None = None
 
     @property
     def came_true(self) -> bool | None:
@@ -52,8 +63,12 @@ class Outcome(NamedTuple):
         """Return the outcome in words."""
         told = "nothing" if self.gain is None else format_difference(self.gain.value, metric)
         prefix = "at most " if self.gain is not None and self.basis == "at most" else ""
+        came = format_difference(self.change, metric)
+        if self.low is not None and self.high is not None:
+            ends = (format_difference(end, metric, unit=False) for end in (self.low, self.high))
+            came += f" ({' to '.join(ends)})"
         return (
-            f"{self.title}: {prefix}{told} was told, {format_difference(self.change, metric)} came "
+            f"{self.title}: {prefix}{told} was told, {came} came "
             f"with {self.next_evaluation} ({self.changed or 'no change that is known'})"
         )
 
@@ -79,10 +94,13 @@ class Advice:
 
     @property
     def calibration(self) -> str:
-        """How often what was told came true, in words."""
-        judged = [o.came_true for o in self.outcomes if o.came_true is not None]
+        """How often what was told came true where it was done, in words."""
+        done = [o for o in self.outcomes if o.was_done]
+        if not done:
+            return "none of it is known to have been done"
+        judged = [o.came_true for o in done if o.came_true is not None]
         if not judged:
-            return "none of it said how much"
+            return "what was done did not say how much"
         return f"{sum(judged)} of {len(judged)} changes are within what was told"
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,7 +124,9 @@ class Advice:
             store = ReviewStore(self.workspace.location)
             for action in self.actions:
                 gain = json.dumps(action.gain)
-                store.add(GivenAdvice.of(self.reference, action.title, action.basis, gain))
+                store.add(
+                    GivenAdvice.of(self.reference, action.title, action.basis, gain, action.command)
+                )
         except ArtifactError as error:
             log.warning("the advice is not kept: %s", error.problems[0].got)
 
@@ -115,15 +135,13 @@ def advice_for(
     name: str,
     workspace: Workspace,
     config_file: str,
-    num_epochs: int,
-    teacher: GenerationConfig | None = None,
+    config: TuneloopConfig | None = None,
 ) -> Advice:
     """Return what to do after the newest evaluation of a name.
 
     Args:
         config_file: For the commands.
-        num_epochs: Of the training.
-        teacher: Who can write rows; None where none is configured.
+        config: What is in it; None where that is not known.
 
     Raises:
         ArtifactError: There is no evaluation of this name, or it cannot be read.
@@ -145,16 +163,22 @@ def advice_for(
     sweeps = [workspace.open(a.ref) for a in published if (a.kind, a.name) == ("sweeps", name)]
     datasets = [a for a in published if (a.kind, a.name) == ("datasets", name)]
     marks = ReviewStore(workspace.location).marks(name) if has_store(workspace.location) else []
+    parts = {artifact.kind: artifact for artifact in found[-1].made_of}
+    dataset, model = parts.get("datasets"), parts.get("models")
+    trained = model.manifest["config"].get("training", {}) if model else {}
     situation = Situation(
         evaluation,
         versions[-1].ref,
         config_file,
         found[-1].took_s,
-        num_epochs,
+        int(trained.get("num_epochs") or 1),
         read_curve(sweeps),
         sum(state.state == "waiting" for state in states_of(marks, datasets)),
         len({mark.content_id for mark in marks if mark.kind == "more_like_this"}),
-        teacher,
+        config.generation if config else None,
+        int(dataset.manifest["metrics"].get("num_train_rows", 0)) if dataset else 0,
+        _num_spare_rows(workspace.open(dataset.ref)) if dataset else 0,
+        _kept(config, found[-1].made_of) if config else [],
     )
     estimate = evaluation.candidate["scores"][evaluation.primary]
     return Advice(
@@ -167,18 +191,67 @@ def advice_for(
     )
 
 
+def _num_spare_rows(dataset: Artifact) -> int:
+    """Return how many train rows `data.num_train_examples` left out of a dataset."""
+    file = dataset.path / "card.json"
+    if not file.is_file():
+        return 0
+    card = json.loads(file.read_text(encoding="utf-8"))
+    reasons = card.get("reasons", [])
+    return sum(r["rows"] for r in reasons if r["reason"].startswith(TRAIN_LIMIT))
+
+
+def _kept(config: TuneloopConfig, made_of: Sequence[Artifact]) -> list[str]:
+    """Return the settings of a version that the configuration has otherwise, as overrides."""
+    written = _settings(config.model_dump(mode="json"))
+    return [
+        f"{key}={json.dumps(value)}"
+        for artifact in made_of
+        for key, value in _settings(artifact.manifest["config"]).items()
+        if key in written and written[key] != value
+    ]
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a configuration, or a manifest, that advice is about."""
+    found = {f"training.{k}": v for k, v in (config.get("training") or {}).items()}
+    found = {key: v for key, v in found.items() if not isinstance(v, dict | list)}
+    if "data" in config:
+        found["data.num_train_examples"] = config["data"].get("num_train_examples")
+    return found
+
+
+def _was_done(command: str, made_of: Sequence[Artifact]) -> bool | None:
+    """Return whether a version has the settings of a command; None where it names none."""
+    words = shlex.split(command)
+    changes = [word.partition("=") for word in words[3:] if "=" in word]
+    if words[1:2] != ["run"] or not changes:
+        return None
+    has = {k: v for a in made_of for k, v in _settings(a.manifest["config"]).items()}
+    return all(key in has and has[key] == yaml.safe_load(value) for key, _, value in changes)
+
+
 def _outcomes(workspace: Workspace, iterations: Sequence[Iteration]) -> list[Outcome]:
     """Return what came of advice on versions that have a next one."""
     if not has_store(workspace.location):
         return []
     after = dict(zip([i.ref for i in iterations], iterations[1:], strict=False))
     score = {i.ref: i.value for i in iterations}
+    advice = ReviewStore(workspace.location).advice()
+    # What several actions changed together is held against one: a forecast, or the highest bound.
+    judged: dict[tuple[str, str], str] = {}
+    for given in sorted(advice, key=lambda one: one.basis != "forecast"):
+        judged.setdefault((given.evaluation, given.command), given.uid)
     found = []
-    for given in ReviewStore(workspace.location).advice():
+    for given in advice:
         following, before = after.get(given.evaluation), score.get(given.evaluation)
         if following is None or following.value is None or before is None:
             continue
         gain = json.loads(given.gain)
+        change = following.change or {}
+        was_done = _was_done(given.command, following.made_of)
+        if was_done and judged[given.evaluation, given.command] != given.uid:
+            was_done = None
         found.append(
             Outcome(
                 given.title,
@@ -186,8 +259,11 @@ def _outcomes(workspace: Workspace, iterations: Sequence[Iteration]) -> list[Out
                 given.evaluation,
                 Gain(*gain) if gain else None,
                 following.ref,
-                following.value - before,
+                change.get("value", following.value - before),
                 following.changed,
+                change.get("low"),
+                change.get("high"),
+                was_done,
             )
         )
     return found

@@ -87,8 +87,7 @@ def _print_published(
 def _advice(config: TuneloopConfig, workspace: Workspace, config_file: str) -> Advice:
     from tuneloop.advice import advice_for
 
-    num_epochs = config.training.num_epochs
-    return advice_for(config.name, workspace, config_file, num_epochs, config.generation)
+    return advice_for(config.name, workspace, config_file, config)
 
 
 def _say_next(config: TuneloopConfig, arguments: argparse.Namespace, console: Console) -> None:
@@ -407,7 +406,7 @@ def _next(arguments: argparse.Namespace, output: IO[str]) -> int:
             console.print(f"   {line}", highlight=False, markup=False, soft_wrap=True)
     if advice.outcomes:
         console.print("\nwhat came of earlier advice", highlight=False)
-        for outcome in advice.outcomes:
+        for outcome in (o for o in advice.outcomes if o.was_done):
             line = f"   {outcome.describe(advice.metric)}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         console.print(f"   {advice.calibration}", highlight=False, markup=False, soft_wrap=True)

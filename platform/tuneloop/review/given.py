@@ -15,6 +15,7 @@ class GivenAdvice:
         title: What to do.
         basis: `at most`, `forecast` or `unknown`.
         gain: JSON of what it may bring: value, low and high; `null` where that is not known.
+        command: What does it; empty in advice of earlier versions.
         created_at: ISO 8601, UTC.
         uid: Of evaluation and title: given again, it is kept once, as it was first.
     """
@@ -23,11 +24,12 @@ class GivenAdvice:
     title: str
     basis: str
     gain: str
+    command: str = ""
     created_at: str = ""
     uid: str = ""
 
     @staticmethod
-    def of(evaluation: str, title: str, basis: str, gain: str) -> GivenAdvice:
+    def of(evaluation: str, title: str, basis: str, gain: str, command: str) -> GivenAdvice:
         """Return advice with its uid."""
         uid = uuid.uuid5(uuid.NAMESPACE_OID, f"{evaluation}\0{title}").hex
-        return GivenAdvice(evaluation, title, basis, gain, uid=uid)
+        return GivenAdvice(evaluation, title, basis, gain, command, uid=uid)

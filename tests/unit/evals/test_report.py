@@ -13,6 +13,7 @@ import pytest
 from tuneloop.advice import advice_for
 from tuneloop.artifacts import Workspace
 from tuneloop.config import GenerationConfig, TuneloopConfig
+from tuneloop.data.schema import TRAIN_LIMIT
 from tuneloop.evals.reporting.advice import Action, Gain, Situation, advise
 from tuneloop.evals.reporting.error_analysis import Filter
 from tuneloop.evals.reporting.formatting import word_diff
@@ -33,6 +34,7 @@ from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.pairing import last_question
 from tuneloop.evals.scoring.predictions import Prediction, write_predictions
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.review.given import GivenAdvice
 from tuneloop.review.store import URL_VARIABLE, ReviewStore
 
 TASKS = {
@@ -443,15 +445,50 @@ def test_bounds_are_the_share_of_what_is_wrong() -> None:
     assert longer.command == "tuneloop run demo.yaml training.num_epochs=3"
 
 
+def test_commands_take_the_rows_that_are_there_and_change_nothing_else() -> None:
+    evaluation = make_evaluation({"base": 5, "finetuned": 80})
+    more = {"num_train_rows": 300, "num_spare_rows": 200, "kept": ["training.num_epochs=2"]}
+    commands = {a.title: a.command for a in advise(situation(evaluation, **more))}
+    taken = "tuneloop run demo.yaml data.num_train_examples=500 training.num_epochs=2"
+    assert commands["Get `a` right: train on 500 rows in place of 300"] == taken
+    assert list(commands.values()).count(taken) == 1
+    longer = "tuneloop run demo.yaml training.num_epochs=3"
+    assert commands["Train for 3 epochs in place of 2"] == longer
+    assert commands["Measure whether more rows would help"] == (
+        "tuneloop sweep demo.yaml 'sweep.parameters={data.num_train_examples: [75, 150, 300]}' "
+        "training.num_epochs=2"
+    )
+    # Without spare rows, 100 of the train rows become those that a sweep chooses by.
+    more["num_spare_rows"] = 0
+    commands = {a.title: a.command for a in advise(situation(evaluation, **more))}
+    assert "[50, 100, 200]" in commands["Measure whether more rows would help"]
+    assert not any("num_train_examples=" in command for command in commands.values())
+    few = advise(situation(evaluation, **{**more, "num_train_rows": 120}))
+    assert "Measure whether more rows would help" not in titles(few)
+
+
 def test_what_a_sweep_forecasts_and_marks_that_wait_are_named() -> None:
     evaluation = make_evaluation({"base": 5, "finetuned": 99})
-    gain = {"value": 0.04, "low": 0.01, "high": 0.06}
+    step, further = ({"value": v, "low": 0.01, "high": 0.06} for v in (0.04, 0.02))
     curve = {"curves": [{"series": "demo", "forecast": {"forecasts": [
-        {"num_examples": 800, "gain": gain}, {"num_examples": 1600, "gain": gain},
+        {"num_examples": 800, "times": 2, "step": step},
+        {"num_examples": 1600, "times": 4, "step": further},
     ]}}]}  # fmt: skip
     actions = advise(situation(evaluation, curve=curve, num_waiting=3))
-    (rows,) = (a for a in actions if a.basis == "forecast")
-    assert (rows.gain, rows.title[-10:]) == (Gain(**gain), "800 in all")
+    assert (actions[0].gain, actions[0].basis) == (Gain(**step), "forecast")
+    assert actions[0].title.endswith("800 in all")
+    # A gain is told from as many rows as the model has, with the command where they are there.
+    for now, spare, told in ((400, 500, (step, 800)), (800, 900, (further, 1600))):
+        more = {"num_train_rows": now, "num_spare_rows": spare}
+        found = advise(situation(evaluation, curve=curve, **more))
+        (rows,) = (a for a in found if a.basis == "forecast")
+        assert (rows.gain, rows.command) == (
+            Gain(**told[0]), f"tuneloop run demo.yaml data.num_train_examples={told[1]}"
+        )  # fmt: skip
+    found = advise(situation(evaluation, curve=curve, num_train_rows=500, num_spare_rows=90))
+    assert "forecast" not in {a.basis for a in found}
+    (rows,) = (a for a in found if a.title == "Train on 590 rows in place of 500")
+    assert rows.gain is None
     assert "Apply the 3 marks that wait" in titles(actions)
     assert "Stop, or make the test harder" in titles(actions)
     assert "Measure whether more rows would help" not in titles(actions)
@@ -496,30 +533,62 @@ def test_advice_is_kept_and_held_against_the_next_version(
     monkeypatch.delenv(URL_VARIABLE, raising=False)
     workspace = Workspace(tmp_path)
 
-    def publish(evaluation: Evaluation) -> None:
-        with workspace.draft("evaluations", "demo", f"{len(workspace.published())}" * 8) as draft:
+    def publish(evaluation: Evaluation, num_rows: int, num_epochs: int) -> None:
+        dataset, model, own = (f"{len(workspace.published())}{kind}" * 8 for kind in "dme")
+        told = {"resources": {}, "inputs": [], "metrics": {"num_train_rows": num_rows}}
+        with workspace.draft("datasets", "demo", dataset) as draft:
+            reason = {"stage": "split", "reason": f"{TRAIN_LIMIT} {num_rows} of the train split"}
+            card = {"reasons": [{**reason, "rows": 1000 - num_rows}]}
+            (draft.path / "card.json").write_text(json.dumps(card))
+            draft.publish(config={"data": {"num_train_examples": num_rows}}, **told)
+        with workspace.draft("models", "demo", model) as draft:
+            draft.publish(config={"training": {"num_epochs": num_epochs}}, **told)
+        with workspace.draft("evaluations", "demo", own) as draft:
             names = list(evaluation.metrics["metrics"])
             write_predictions(evaluation.predictions, names, draft.path)
             for name in ("metrics", "comparison"):
                 text = json.dumps(getattr(evaluation, name))
                 (draft.path / f"{name}.json").write_text(text)
-            draft.publish(config={}, resources={}, inputs=[], metrics={})
+            arms = [{"name": "finetuned", "model": model}]
+            draft.publish(config={"dataset": dataset, "arms": arms}, **told)
 
-    publish(make_evaluation({"base": 5, "finetuned": 80}))
-    first = advice_for("demo", workspace, "demo.yaml", 2)
+    publish(make_evaluation({"base": 5, "finetuned": 80}), 100, 1)
+    first = advice_for("demo", workspace, "demo.yaml")
     assert first.outcomes == []
     first.keep()
     first.keep()
+    # Advised later, with the same command: what is forecast is judged, not the bound.
+    command = next(a.command for a in first.actions if a.title.startswith("Get"))
+    gain = json.dumps([0.2, 0.15, 0.25])
+    late = GivenAdvice.of(first.reference, "Forecast", "forecast", gain, command)
     assert len(ReviewStore(tmp_path).advice()) == len(first.actions)
-    publish(make_evaluation({"base": 5, "finetuned": 90}))
-    second = advice_for("demo", workspace, "demo.yaml", 2)
+    publish(make_evaluation({"base": 5, "finetuned": 90}), 200, 1)
+    second = advice_for("demo", workspace, "demo.yaml")
+    ReviewStore(tmp_path).add(late)
+    with_forecast = advice_for("demo", workspace, "demo.yaml")
+    assert [(o.title, o.came_true) for o in with_forecast.outcomes if o.was_done] == [
+        ("Forecast", False)
+    ]
+    assert with_forecast.calibration == "0 of 1 changes are within what was told"
     assert second.reference == "evaluations/demo@v2"
     assert len(second.outcomes) == len(first.actions)
-    told = [o for o in second.outcomes if o.gain is not None]
-    assert all(o.change == pytest.approx(0.1) for o in told)
-    assert all(o.came_true for o in told)
-    assert second.calibration == f"{len(told)} of {len(told)} changes are within what was told"
-    assert "at most +20.0 points was told, +10.0 points came with evaluations/demo@v2" in told[
-        0
-    ].describe(second.metric)
+    # Each of the 100 rows is its own cluster: 10 changed for the better, none for the worse.
+    assert all(o.change == pytest.approx(0.1) for o in second.outcomes)
+    assert all(0.03 < o.low < 0.06 < 0.14 < o.high < 0.19 for o in second.outcomes)
+    done = [o for o in second.outcomes if o.was_done]
+    assert [o.title for o in done] == ["Get `a` right: train on 200 rows in place of 100"]
+    assert done[0].came_true
+    undone = {o.title: o.was_done for o in second.outcomes}
+    assert undone["Train for 2 epochs in place of 1"] is False
+    # A sweep leaves no setting in the next version.
+    assert undone["Measure whether more rows would help"] is None
+    assert second.calibration == "1 of 1 changes are within what was told"
+    words = done[0].describe(second.metric)
+    assert "at most +20.0 points was told, +10.0 points (+" in words
+    assert "came with evaluations/demo@v2 (datasets/demo@v2; data.num_train_examples" in words
+    # The file still says 100 rows: a command of the next advice keeps the 200.
+    config = make_config({"type": "extraction"})
+    kept = advice_for("demo", workspace, "demo.yaml", config)
+    (longer,) = (a for a in kept.actions if "2 epochs" in a.title)
+    assert longer.command.endswith("training.num_epochs=2 data.num_train_examples=200")
     assert json.loads(json.dumps(second.as_dict()))["evaluation"] == "evaluations/demo@v2"

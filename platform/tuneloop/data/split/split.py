@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.dedup.minhash import connected
 from tuneloop.data.hashing.columns import Hashes, Indices
-from tuneloop.data.schema import Reason, ReasonCode
+from tuneloop.data.schema import TRAIN_LIMIT, Reason, ReasonCode
 from tuneloop.data.split.mixture import Mixture
 from tuneloop.data.split.synthetic import SURPLUS, cap_synthetic
 from tuneloop.errors import DataError, Problem
@@ -193,7 +193,7 @@ def limit_train(
                 else "add data, or check data.decontamination",
             )
         )
-    text = f"not among the first {limit} of the train split"
+    text = f"{TRAIN_LIMIT} {limit} of the train split"
     reason = Reason(ReasonCode.TRAIN_LIMIT, text, text)
     surplus |= {int(index): reason for index in (train[limit:] if limit else ())}
     kept = everyone[np.isin(everyone, train[:limit])]  # shuffled, as all of them are

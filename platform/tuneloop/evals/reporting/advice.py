@@ -30,6 +30,8 @@ from tuneloop.text import format_duration, shorten
 
 Basis = Literal["at most", "forecast", "unknown"]
 _MOST_PARTS, _FEWEST_ROWS, _SHOWN_CHARACTERS = 3, 3, 60
+# The smallest of a learning curve's volumes has to be a training still.
+_FEWEST_TO_SWEEP = 64
 _SATURATED = 0.97
 
 
@@ -97,6 +99,10 @@ class Situation(NamedTuple):
         num_waiting: Marks that the next preparation applies.
         num_wanted: Rows that people marked with "needs more like this".
         teacher: Who can write rows; None where none is configured.
+        num_train_rows: Of the dataset that the model was trained on; 0 where that is not known.
+        num_spare_rows: Train rows of it that `data.num_train_examples` left out.
+        kept: Settings of the model that the configuration file has otherwise, as overrides: a
+            command without them would change them back.
     """
 
     evaluation: Evaluation
@@ -108,10 +114,30 @@ class Situation(NamedTuple):
     num_waiting: int
     num_wanted: int = 0
     teacher: GenerationConfig | None = None
+    num_train_rows: int = 0
+    num_spare_rows: int = 0
+    kept: Sequence[str] = ()
+
+    def command(self, name: str, *changes: str) -> str:
+        """Return a command on this configuration; what is not changed stays as it was."""
+        changed = {change.partition("=")[0] for change in changes}
+        kept = [setting for setting in self.kept if setting.partition("=")[0] not in changed]
+        return shlex.join(["tuneloop", name, self.config_file, *changes, *kept])
+
+    def with_rows(self) -> str | None:
+        """Return the command that trains on twice the rows; None where no more are there."""
+        if not self.num_spare_rows:
+            return None
+        return self.command("run", f"data.num_train_examples={self.num_twice}")
+
+    @property
+    def num_twice(self) -> int:
+        """Twice the rows that were trained on, or all that are there."""
+        return min(2 * self.num_train_rows, self.num_train_rows + self.num_spare_rows)
 
 
 def advise(now: Situation) -> list[Action]:
-    """Return what to do next, by what it may bring, those last of which nothing is known."""
+    """Return what to do next: what surely brings something, then bounds, then what is not known."""
     evaluation = now.evaluation
     metric = evaluation.metric(evaluation.primary)
     rows = [
@@ -137,7 +163,7 @@ def advise(now: Situation) -> list[Action]:
                 "unknown",
                 now.num_waiting,
                 now.took_s,
-                f"tuneloop run {now.config_file}",
+                now.command("run"),
                 "/marks",
             )
         )
@@ -163,13 +189,28 @@ def advise(now: Situation) -> list[Action]:
                 None, "unknown", 0, None, f"tuneloop serve {now.config_file}",
             )
         )  # fmt: skip
-    return sorted(found, key=lambda a: -1.0 if a.gain is None else a.gain.value, reverse=True)
+    # What says nothing but a command that is there for a reason already is left out.
+    told = {a.command for a in found if a.gain is not None and "=" in a.command}
+    found = [a for a in found if a.gain is not None or a.command not in told]
+    return sorted(found, key=_rank, reverse=True)
+
+
+def _rank(action: Action) -> tuple[bool, float]:
+    """Return what actions are ordered by: a gain that is forecast comes before any bound."""
+    if action.gain is None:
+        return False, -1.0
+    return action.basis == "forecast" and action.gain.low > 0, action.gain.value
 
 
 def _more_of(now: Situation, what: str) -> str:
-    """Return the command that writes rows of some kind; without a teacher, that chooses inputs."""
+    """Return the command that adds rows of some kind: those that are there, or else written ones.
+
+    Without a teacher it is the one that chooses the inputs to label.
+    """
+    if what != "marks" and (command := now.with_rows()):
+        return command
     if now.evaluation.tasks or "language_modeling" in now.evaluation.task_types():
-        return f"tuneloop run {now.config_file}"  # both are for a single task with answers
+        return now.command("run")  # both are for a single task with answers
     if now.teacher is None:
         return f"tuneloop label-next INPUTS.csv {now.config_file}"
     changes = [f"generation.more_of={what}"]
@@ -216,7 +257,7 @@ def _about_answers(
     add(
         "Teach the form of the answer",
         "{n} of {wrong} wrong answers do not have the form that the task asks for.", malformed,
-        f"tuneloop run {now.config_file} training.num_epochs={now.num_epochs + 1}",
+        now.command("run", f"training.num_epochs={now.num_epochs + 1}"),
         f"/answers?{address}&error=wrong_format",
     )  # fmt: skip
     add(
@@ -266,15 +307,18 @@ def _about_fields(
         if loss[p.example_id] > 0 and len(failed) == 1:
             alone.setdefault(failed[0].removeprefix(FIELD_PREFIX), set()).add(p.example_id)
     num_wrong = sum(value > 0 for value in loss.values())
+    more = f"train on {now.num_twice:,} rows in place of {now.num_train_rows:,}"
+    if not now.num_spare_rows:
+        more = "more training rows in which it is as hard"
     return [
         Action(
-            f"Get `{name}` right: more training rows in which it is as hard",
+            f"Get `{name}` right: {more}",
             f"It is the only field that is wrong in {len(ids)} of {num_wrong} wrong answers.",
             _bound(rows, loss, ids, metric),
             "at most",
             len(ids),
             now.took_s,
-            f"tuneloop dashboard {now.config_file}",
+            now.with_rows() or f"tuneloop dashboard {now.config_file}",
             f"/answers?evaluations={now.reference}&wrong={name}",
         )
         for name, ids in alone.items()
@@ -310,25 +354,48 @@ def _about_parts(
 
 
 def _about_rows(now: Situation) -> list[Action]:
-    """Return what more rows of the same kind bring, as the newest sweep forecasts it."""
+    """Return what more rows of the same kind bring: as the newest sweep forecasts it, or a try."""
     found = []
     for curve in now.curve.get("curves", []):
         forecasts = (curve.get("forecast") or {}).get("forecasts") or []
-        for item in forecasts[:1]:
-            gain = Gain(*(item["gain"][end] for end in ("value", "low", "high")))
+        for item in forecasts:
+            # The step from as many rows as the model has: from others it would be another gain.
+            if "step" not in item or now.num_train_rows not in (0, _step_from(item, forecasts)):
+                continue
+            num_more = item["num_examples"] - now.num_train_rows
+            more = now.command("run", f"data.num_train_examples={item['num_examples']}")
             found.append(
                 Action(
                     f"Add training rows of the same kind, to {item['num_examples']:,} in all",
                     f"The learning curve of {curve.get('series') or 'the sweep'} forecasts it.",
-                    gain,
+                    Gain(*(item["step"][end] for end in ("value", "low", "high"))),
                     "forecast",
                     0,
                     now.took_s,
-                    f"tuneloop run {now.config_file}",
+                    more if 0 < num_more <= now.num_spare_rows else now.command("run"),
                     "/sweep",
                 )
             )
+            break
+    more = now.with_rows()
+    if not found and more:
+        found.append(
+            Action(
+                f"Train on {now.num_twice:,} rows in place of {now.num_train_rows:,}",
+                f"{now.num_spare_rows:,} more train rows are there, which "
+                "`data.num_train_examples` leaves out.",
+                None, "unknown", 0, None if now.took_s is None else 2 * now.took_s, more, "",
+            )
+        )  # fmt: skip
     return found
+
+
+def _step_from(item: dict[str, Any], forecasts: Sequence[dict[str, Any]]) -> int:
+    """Return the number of rows from which a forecast's `step` leads to its own."""
+    before = forecasts.index(item) - 1
+    if before >= 0:
+        return int(forecasts[before]["num_examples"])
+    return int(item["num_examples"] // item["times"])
 
 
 def _about_training(now: Situation) -> list[Action]:
@@ -341,16 +408,20 @@ def _about_training(now: Situation) -> list[Action]:
             f"Train for {more} epochs in place of {now.num_epochs}",
             "Only a try tells; look at the validation loss first, if there is one.",
             None, "unknown", 0, None if now.took_s is None else now.took_s * more / now.num_epochs,
-            f"tuneloop run {now.config_file} training.num_epochs={more}", "/model",
+            now.command("run", f"training.num_epochs={more}"), "/model",
         )
     ]  # fmt: skip
-    if not now.curve:
+    largest = now.num_train_rows
+    if now.num_spare_rows < now.evaluation.metrics["num_examples"]:
+        largest -= now.evaluation.metrics["num_examples"]  # they become the validation rows
+    if not now.curve and largest >= _FEWEST_TO_SWEEP:
+        volumes = f"{{data.num_train_examples: [{largest // 4}, {largest // 2}, {largest}]}}"
         found.append(
             Action(
                 "Measure whether more rows would help",
                 "There is no learning curve yet: a sweep over data volumes makes one.",
                 None, "unknown", 0, None if now.took_s is None else 3 * now.took_s,
-                f"tuneloop sweep {now.config_file}", "/sweep",
+                now.command("sweep", f"sweep.parameters={volumes}"), "/sweep",
             )
         )  # fmt: skip
     return found

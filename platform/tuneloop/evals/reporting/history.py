@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Artifact
 from tuneloop.errors import ArtifactError, Problem
 from tuneloop.evals.reporting.overview import compare_settings
+from tuneloop.evals.scoring.clusters import Clusters
+from tuneloop.evals.scoring.estimates import describe_difference
+from tuneloop.evals.scoring.intervals import Resampling
+from tuneloop.evals.scoring.predictions import FILE
 from tuneloop.evals.scoring.results import Evaluation
 
 _MOST_CHANGES = 4
@@ -23,6 +30,9 @@ class Iteration:
     Args:
         changed: In words: the dataset, and settings of the training that differ.
         value: Score of the last arm in the primary metric, with the ends of its interval.
+        change: Score less that of the version before, over the examples that both scored, with its
+            95% interval, paired: `value`, `low`, `high`; None for the first.
+        made_of: Dataset of the evaluation and model of its last arm; what is gone is missing.
         num_fixed: Shared examples that score better than in the version before; None for the first.
         num_introduced: Likewise worse.
         num_shared: Examples that both versions scored.
@@ -41,6 +51,8 @@ class Iteration:
     num_introduced: int | None
     num_shared: int | None
     took_s: float
+    change: dict[str, Any] | None
+    made_of: list[Artifact]
 
 
 def history(artifacts: Sequence[Artifact], name: str) -> list[Iteration]:
@@ -61,7 +73,7 @@ def history(artifacts: Sequence[Artifact], name: str) -> list[Iteration]:
         evaluation = Evaluation.load(version, with_predictions=False)
         arm, metric = evaluation.candidate, evaluation.primary
         score = arm["scores"][metric]
-        made_of = _made_of(version, by_fingerprint)
+        parts = made_of(version, by_fingerprint)
         changes = None if before is None else _changes(before, version, metric)
         found.append(
             Iteration(
@@ -69,21 +81,23 @@ def history(artifacts: Sequence[Artifact], name: str) -> list[Iteration]:
                 version.manifest["created_at"],
                 arm["name"],
                 metric,
-                _changed(_made_of(before, by_fingerprint) if before else [], made_of),
+                _changed(made_of(before, by_fingerprint) if before else [], parts),
                 score["value"],
                 score["low"],
                 score["high"],
                 changes and changes.num_fixed,
                 changes and changes.num_introduced,
                 changes and changes.num_shared,
-                sum(float(a.manifest["duration_s"]) for a in [*made_of, version]),
+                sum(float(a.manifest["duration_s"]) for a in [*parts, version]),
+                changes and changes.difference,
+                parts,
             )
         )
         before = version
     return found
 
 
-def _made_of(evaluation: Artifact, by_fingerprint: dict[str, Artifact]) -> list[Artifact]:
+def made_of(evaluation: Artifact, by_fingerprint: dict[str, Artifact]) -> list[Artifact]:
     """Return the dataset of an evaluation and the model of its last arm; none that is gone."""
     config = evaluation.manifest["config"]
     arms = config.get("arms") or [{}]
@@ -113,38 +127,47 @@ def _changed(before: Sequence[Artifact], now: Sequence[Artifact]) -> str:
 
 
 class _Changes(NamedTuple):
-    """How many of the shared examples are answered better, and worse, than before."""
+    """How the answers to the shared examples differ from those before."""
 
     num_fixed: int
     num_introduced: int
     num_shared: int
+    difference: dict[str, Any] | None
 
 
-def _changes(before: Artifact, now: Artifact, metric: str) -> _Changes | None:
+def _changes(before: Artifact, now: Artifact, name: str) -> _Changes | None:
     """Return how the last arm's answers differ; None where the earlier ones lack the metric."""
-    column = '"' + metric.replace('"', '""') + '"'
-    metrics = [Evaluation.load(a, with_predictions=False) for a in (before, now)]
-    sign = -1 if metrics[1].metric(metric).better == "lower" else 1
-    if metric not in metrics[0].metrics["metrics"]:
+    earlier, newer = (Evaluation.load(a, with_predictions=False) for a in (before, now))
+    if name not in earlier.metrics["metrics"]:
         return None
-    sides = [
-        f"(SELECT example_id, {column} AS score FROM read_parquet(?) WHERE arm = ?)"
-        for _ in range(2)
-    ]
+    metric = newer.metric(name)
     values: list[Any] = []
-    for artifact, evaluation in zip((before, now), metrics, strict=True):
-        values += [str(artifact.path / "predictions.parquet"), evaluation.candidate["name"]]
-    query = (
-        "SELECT count(*) FILTER ((b.score - a.score) * ? > 0), "
-        "count(*) FILTER ((b.score - a.score) * ? < 0), count(*) "
-        f"FROM {sides[0]} a JOIN {sides[1]} b USING (example_id) "
-        "WHERE a.score IS NOT NULL AND b.score IS NOT NULL"
-    )
+    for artifact, evaluation in ((now, newer), (before, earlier)):
+        values += [str(artifact.path / FILE), evaluation.candidate["name"]]
+    column = '"' + name.replace('"', '""') + '"'
+    side = f"(SELECT *, {column} AS score FROM read_parquet(?) WHERE arm = ?)"
     try:
+        # Predictions of the first versions know no clusters.
+        known = "cluster" in pq.read_schema(values[0]).names
+        cluster = f"{'b.cluster' if known else repr('')} AS cluster"
         with duckdb.connect() as connection:
-            row = connection.execute(query, [sign, sign, *values]).fetchone()
-    except duckdb.Error as error:
+            shared = connection.execute(
+                f"SELECT example_id, {cluster}, b.score AS now, a.score AS before "
+                f"FROM {side} b JOIN {side} a USING (example_id) "
+                "WHERE a.score IS NOT NULL AND b.score IS NOT NULL",
+                values,
+            ).fetchnumpy()
+    except (duckdb.Error, OSError, pa.ArrowInvalid) as error:
         raise ArtifactError(
             Problem("predictions cannot be read", where=now.ref, got=str(error).partition("\n")[0])
         ) from error
-    return None if row is None else _Changes(*map(int, row))
+    scores = [np.asarray(shared[key], float) for key in ("now", "before")]
+    gains = (scores[0] - scores[1]) * (-1 if metric.better == "lower" else 1)
+    difference = None
+    if len(gains):
+        ids = np.where(shared["cluster"] == "", shared["example_id"], shared["cluster"])
+        # Without resamples: a page that lists many versions has no seconds for each.
+        difference = describe_difference(
+            scores[0], scores[1], Clusters.of(ids.astype(str)), metric, Resampling(num_resamples=0)
+        )
+    return _Changes(int((gains > 0).sum()), int((gains < 0).sum()), len(gains), difference)
