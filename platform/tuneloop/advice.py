@@ -179,6 +179,7 @@ def advice_for(
         int(dataset.manifest["metrics"].get("num_train_rows", 0)) if dataset else 0,
         _num_spare_rows(workspace.open(dataset.ref)) if dataset else 0,
         _kept(config, found[-1].made_of) if config else [],
+        float(model.manifest["duration_s"]) if model else 0.0,
     )
     estimate = evaluation.candidate["scores"][evaluation.primary]
     return Advice(

@@ -400,7 +400,7 @@ def test_prompts_of_one_task_are_told_apart_by_what_they_do_not_share():
 def situation(evaluation: Evaluation, **more) -> Situation:
     told = {
         "reference": "evaluations/demo@v1", "config_file": "demo.yaml", "took_s": 100.0,
-        "num_epochs": 2, "curve": {}, "num_waiting": 0,
+        "num_epochs": 2, "curve": {}, "num_waiting": 0, "trained_s": 60.0,
     }  # fmt: skip
     return Situation(evaluation, **{**told, **more})
 
@@ -441,7 +441,7 @@ def test_bounds_are_the_share_of_what_is_wrong() -> None:
     assert "wrong=a" in field.page
     assert [a.gain is None for a in actions] == sorted(a.gain is None for a in actions)
     longer = next(a for a in actions if "3 epochs" in a.title)
-    assert longer.cost_s == 150
+    assert longer.cost_s == 130  # half of the training more, the rest as before
     assert longer.command == "tuneloop run demo.yaml training.num_epochs=3"
 
 

@@ -103,6 +103,7 @@ class Situation(NamedTuple):
         num_spare_rows: Train rows of it that `data.num_train_examples` left out.
         kept: Settings of the model that the configuration file has otherwise, as overrides: a
             command without them would change them back.
+        trained_s: Of `took_s`, those of the training.
     """
 
     evaluation: Evaluation
@@ -117,6 +118,11 @@ class Situation(NamedTuple):
     num_train_rows: int = 0
     num_spare_rows: int = 0
     kept: Sequence[str] = ()
+    trained_s: float = 0.0
+
+    def cost_s(self, times: float) -> float | None:
+        """Return the seconds that an iteration takes with so many times the training."""
+        return None if self.took_s is None else self.took_s + (times - 1) * self.trained_s
 
     def command(self, name: str, *changes: str) -> str:
         """Return a command on this configuration; what is not changed stays as it was."""
@@ -317,7 +323,7 @@ def _about_fields(
             _bound(rows, loss, ids, metric),
             "at most",
             len(ids),
-            now.took_s,
+            now.cost_s(now.num_twice / now.num_train_rows if now.num_spare_rows else 1),
             now.with_rows() or f"tuneloop dashboard {now.config_file}",
             f"/answers?evaluations={now.reference}&wrong={name}",
         )
@@ -363,7 +369,7 @@ def _about_rows(now: Situation) -> list[Action]:
             if "step" not in item or now.num_train_rows not in (0, _step_from(item, forecasts)):
                 continue
             num_more = item["num_examples"] - now.num_train_rows
-            more = now.command("run", f"data.num_train_examples={item['num_examples']}")
+            there = now.command("run", f"data.num_train_examples={item['num_examples']}")
             found.append(
                 Action(
                     f"Add training rows of the same kind, to {item['num_examples']:,} in all",
@@ -371,8 +377,8 @@ def _about_rows(now: Situation) -> list[Action]:
                     Gain(*(item["step"][end] for end in ("value", "low", "high"))),
                     "forecast",
                     0,
-                    now.took_s,
-                    more if 0 < num_more <= now.num_spare_rows else now.command("run"),
+                    now.cost_s(item["num_examples"] / (now.num_train_rows or item["num_examples"])),
+                    there if 0 < num_more <= now.num_spare_rows else now.command("run"),
                     "/sweep",
                 )
             )
@@ -384,7 +390,7 @@ def _about_rows(now: Situation) -> list[Action]:
                 f"Train on {now.num_twice:,} rows in place of {now.num_train_rows:,}",
                 f"{now.num_spare_rows:,} more train rows are there, which "
                 "`data.num_train_examples` leaves out.",
-                None, "unknown", 0, None if now.took_s is None else 2 * now.took_s, more, "",
+                None, "unknown", 0, now.cost_s(now.num_twice / now.num_train_rows), more, "",
             )
         )  # fmt: skip
     return found
@@ -407,7 +413,7 @@ def _about_training(now: Situation) -> list[Action]:
         Action(
             f"Train for {more} epochs in place of {now.num_epochs}",
             "Only a try tells; look at the validation loss first, if there is one.",
-            None, "unknown", 0, None if now.took_s is None else now.took_s * more / now.num_epochs,
+            None, "unknown", 0, now.cost_s(more / now.num_epochs),
             now.command("run", f"training.num_epochs={more}"), "/model",
         )
     ]  # fmt: skip
