@@ -1,6 +1,11 @@
-"""Texts and durations cut to a length that fits a line."""
+"""Texts and durations cut to a length that fits a line, and whether a text shows anything."""
 
 from __future__ import annotations
+
+import unicodedata
+
+# Separators, control characters, and marks without width such as the zero-width space.
+_INVISIBLE = frozenset(("Zs", "Zl", "Zp", "Cc", "Cf"))
 
 
 def shorten(text: str, limit: int) -> str:
@@ -14,3 +19,8 @@ def format_duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text shows nothing, such as `str.strip` leaves of a zero-width space."""
+    return all(unicodedata.category(character) in _INVISIBLE for character in text)

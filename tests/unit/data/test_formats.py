@@ -108,6 +108,7 @@ def test_the_openai_layout_whole() -> None:
         ({"tool_calls": [{"type": "function"}]}, "no `function` with a `name`"),
         ({"content": [{"type": "image_url", "image_url": "x"}]}, "content is not text"),
         ({"content": None}, "assistant is empty"),
+        ({"content": "\u200b\n"}, "assistant is empty"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(turn: dict[str, Any], expected: str) -> None:

@@ -205,6 +205,7 @@ def test_malformed_line_has_file_and_line_and_spares_the_others(tmp_path: Path) 
     [
         ({"question": "q", "answer": " \n"}, "question_answer", "`answer` is empty"),
         ({"question": "q", "answer": None}, "question_answer", "`answer` is empty"),
+        ({"question": "q", "answer": " \u200b\ufeff\x07"}, "question_answer", "`answer` is empty"),
         ({"question": "q", "answer": [3]}, "question_answer", "`answer` is not text"),
         ({"question": "q"}, "question_answer", "no column `answer`"),
         ([1], "question_answer", "the row is not an object"),

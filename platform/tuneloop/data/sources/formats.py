@@ -23,6 +23,7 @@ from tuneloop.data.sources.mending import (
 from tuneloop.data.sources.unfit import is_turned_down, media_of
 from tuneloop.models.chat.tool_results import results_in_order
 from tuneloop.records import Message, Role
+from tuneloop.text import is_blank
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -368,7 +369,7 @@ def _alpaca_before(row: Mapping[str, Any]) -> list[Message]:
             allowed='[["question", "answer"], …]',
         )
     for question, answer in history:
-        if not question.strip() or not answer.strip():
+        if is_blank(question) or is_blank(answer):
             raise RowError("a turn of `history` is empty", got=_short([question, answer]))
         messages.append(Message("user", question.rstrip().lstrip("\r\n")))
         messages.append(Message("assistant", answer.strip()))
@@ -444,7 +445,7 @@ def _turn(turn: Any, layout: str) -> Message | None:
     text = text.strip() if role == "assistant" else text.rstrip().lstrip("\r\n")
     if calls and role != "assistant":
         raise RowError(f"a turn of the {role} has tool calls", got=_short(calls))
-    if not text and not calls and role in ("user", "assistant"):
+    if is_blank(text) and not calls and role in ("user", "assistant"):
         if keys[1] not in turn:
             raise RowError(
                 f"a turn has no `{keys[0]}` and `{keys[1]}`",
@@ -674,7 +675,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
         raise RowError(f"`{column}` is empty", got="null", allowed="text")
     if not isinstance(value, str):
         raise _wrong_type(column, value)
-    if not value.strip():
+    if is_blank(value):
         raise RowError(f"`{column}` is empty", got=_short(value), allowed="text")
     return value
 
