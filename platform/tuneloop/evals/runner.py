@@ -87,6 +87,7 @@ from tuneloop.evals.scoring.questions import Question, read_questions
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.row_clusters import RowClusters, read_clusters
 from tuneloop.evals.scoring.slices import describe_slices, find_slices, read_columns
+from tuneloop.evals.scoring.spending import Cost, Entry, Spending
 from tuneloop.records import Arm, SamplingParams
 
 _log = logging.getLogger("tuneloop.evals")
@@ -308,7 +309,10 @@ def evaluate(
     ]
     made = identity(config, dataset, arms, judging)
     with workspace.draft("evaluations", name, made) as draft:
+        incomplete = workspace.find("evaluations", name, made)
         answered = PartialAnswers(draft.scratch / "answers.jsonl")
+        _count_published(answered.spending, incomplete)
+        answered.spending.warn_of_lost(_log)
         _reuse_answers(answered, workspace, {request.identity for request in requests}, judging)
         # Nor what a run with other arms was answered before it was cut short.
         for other in draft.scratch.parent.parent.glob(f"evaluations-{name}-*/scratch"):
@@ -337,14 +341,11 @@ def evaluate(
         if judging:
             asked = JudgeQuestions(judging, predictions, questions)
             judgements = asked.judgements(
-                ask_all(
-                    asked.requests(), answered, e.concurrency, e.budget, lambda *_: None, requests
-                )
+                ask_all(asked.requests(), answered, e.concurrency, e.budget, lambda *_: None)
             )
         scores = _general_scores(config, workspace, arms, draft.scratch)
         num_missing = sum(prediction.status != "scored" for prediction in predictions)
         num_missing += sum(bool(judgement.error) for judgement in judgements)
-        incomplete = workspace.find("evaluations", name, made)
         if incomplete is not None and num_missing >= _num_missing(incomplete):
             _log.warning("%d answers are still missing from %s", num_missing, incomplete.ref)
             return Published(incomplete, reused=True)
@@ -379,6 +380,7 @@ def evaluate(
                 "concurrency": config.evaluation.concurrency,
                 "num_looks": evaluation.metrics["num_looks"],
                 "looks": looks.evaluations,
+                "spent": _spent(answered.spending),
                 "endpoints": {arm.name: arm.endpoint.url for arm in arms if arm.endpoint.url},
             },
             inputs=[dataset.ref, *dict.fromkeys(_model(arm) for arm in arms)],
@@ -484,6 +486,24 @@ def _refuse_many_unscored(
             )
     if problems:
         raise EndpointError(*problems)
+
+
+def _spent(spending: Spending) -> dict[str, Any]:
+    """Return what an evaluation cost at endpoints, as the manifest keeps it."""
+    return {
+        "tokens": spending.spent.tokens,
+        "money": round(spending.spent.money, 6),
+        "num_lost_replies": spending.num_lost,
+    }
+
+
+def _count_published(spending: Spending, incomplete: Artifact | None) -> None:
+    """Count what a published evaluation cost whose missing answers are now asked for."""
+    spent = incomplete.manifest["resources"].get("spent") if incomplete else None
+    if incomplete is None or not spent or spending.num_requests:
+        return
+    cost = Cost(spent["tokens"], spent["money"])
+    spending.add(Entry(incomplete.ref, cost, {"error": "of an earlier run"}))
 
 
 def _reuse_answers(

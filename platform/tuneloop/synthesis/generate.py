@@ -163,7 +163,7 @@ def _earlier_files(workspace: Workspace, name: str, identity: str) -> list[Path]
 
 def teacher_of(generation: GenerationConfig, replies: Replies) -> Teacher:
     """Return the model that `generation` names, with what it has said so far."""
-    _warn_of_lost(replies)
+    replies.warn_of_lost(logger)
     key = os.environ.get(API_KEY_VARIABLE, "")
     return Teacher(
         Endpoint(generation.endpoint, generation.model, key),
@@ -172,18 +172,6 @@ def teacher_of(generation: GenerationConfig, replies: Replies) -> Teacher:
         generation.budget,
         replies,
     )
-
-
-def _warn_of_lost(replies: Replies) -> None:
-    """Say which requests a killed run had sent, without a reply that is known."""
-    if replies.num_lost:
-        logger.warning(
-            "%d requests were on their way when a run was killed: asked again they may be paid for "
-            "twice. They count in the budget with the most that they can have cost, %s tokens%s",
-            replies.num_lost,
-            f"{replies.lost.tokens:,}",
-            f" and {replies.lost.money:.3g} in money" if replies.lost.money else "",
-        )
 
 
 def _judge(judge: JudgeConfig, key: str, generation: GenerationConfig, replies: Replies) -> Teacher:

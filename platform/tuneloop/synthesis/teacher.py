@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from tuneloop.config import BudgetConfig
 from tuneloop.errors import EndpointError, Problem
-from tuneloop.evals.scoring.budget import Budget, BudgetError, Cost, cost_of, most
+from tuneloop.evals.scoring.budget import Budget, BudgetError, Sent, cost_of, most
+from tuneloop.evals.scoring.spending import Cost, Entry, Spending, read_entries
 from tuneloop.models.client.client import Client, RequestError, ask_each
 from tuneloop.progress import Progress
 from tuneloop.records import Endpoint, Message, Price, SamplingParams
@@ -25,8 +26,6 @@ logger = logging.getLogger("tuneloop.data")
 
 # With pauses that double, a rate limit may last a minute before a request is given up.
 _RETRIES = 7
-# A reply that did not arrive may have been paid for, so each further try counts in the budget.
-_LOST_RETRIES = 2
 _NO_FORM = ("HTTP 400", "HTTP 422")
 
 
@@ -72,107 +71,40 @@ class Asked:
         return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
 
 
-class Replies:
+class Replies(Spending):
     """The replies so far and what they cost, in a file that a killed run leaves for the next one.
 
-    A request is noted before it is sent: one whose reply a crash lost counts with the most that it
-    can have cost, so that the budget holds whatever happens. Failed requests count and are asked
-    again.
+    Failed requests count and are asked again.
 
     Args:
         path: A JSON Lines file; a last line cut off by a crash is ignored.
         earlier: Files of earlier data sets, whose replies are used again and cost nothing now.
-
-    Attributes:
-        spent: What the requests of this file have cost.
-        num_requests: How many they are, those that failed included.
-        num_lost: Of them, how many a crash left without a reply: they may be paid for twice.
-        lost: The most that those can have cost; it is part of `spent`.
     """
 
     def __init__(self, path: Path, earlier: Sequence[Path] = ()) -> None:
-        self.path = path
-        self.spent = Cost()
-        self.num_requests = 0
-        self._replies: dict[str, Reply] = {}
-        sent: dict[str, list[Cost]] = {}
-        for record in _records(path):
-            if record.reply is None:
-                sent.setdefault(record.key, []).append(record.cost)
-                continue
-            if not record.is_earlier and sent.get(record.key):
-                # What a reply has cost settles one note: an earlier one may be of a lost reply.
-                sent[record.key].pop()
-            self._keep(record)
-        lost = [cost for costs in sent.values() for cost in costs]
-        self.num_lost, self.lost = len(lost), sum(lost, Cost())
-        self.spent += self.lost
-        self.num_requests += self.num_lost
-        self._earlier = {
-            record.key: record.reply
-            for file in earlier
-            for record in _records(file)
-            if record.reply is not None and not record.reply.error
-        }
-
-    def _keep(self, record: _Record) -> None:
-        assert record.reply is not None
-        self.spent += record.cost
-        self.num_requests += not record.is_earlier
-        if not record.reply.error:
-            self._replies[record.key] = record.reply
+        super().__init__(path)
+        self._replies = _read(path)
+        self._earlier: dict[str, Reply] = {}
+        for file in earlier:
+            self._earlier |= _read(file)
 
     def get(self, key: str) -> Reply | None:
         """Return the reply to a request, or None."""
         if key not in self._replies and (reply := self._earlier.get(key)) is not None:
-            self._add(_Record(key, Cost(), reply, is_earlier=True))
+            self.add(Entry(key, Cost(), vars(reply), is_earlier=True))
         return self._replies.get(key)
 
-    def note(self, key: str, cost: Cost) -> None:
-        """Write down that a request is about to be sent, with the most that it can cost."""
-        self._write(_Record(key, cost, None))
-
-    def add(self, key: str, reply: Reply, cost: Cost) -> None:
+    def add(self, entry: Entry) -> None:
         """Keep a reply, or that there is none, with what it has cost."""
-        self._add(_Record(key, cost, reply))
-
-    def _add(self, record: _Record) -> None:
-        self._write(record)
-        self._keep(record)
-
-    def _write(self, record: _Record) -> None:
-        line = json.dumps(
-            {
-                "key": record.key,
-                "cost": [record.cost.tokens, record.cost.money],
-                "reply": vars(record.reply) if record.reply else None,
-                "earlier": record.is_earlier,
-            }
-        )
-        with self.path.open("a", encoding="utf-8") as file:
-            # A line that a crash cut off stays by itself.
-            file.write(f"\n{line}\n")
+        super().add(entry)
+        if entry.reply is not None and not entry.reply.get("error"):
+            self._replies[entry.key] = Reply(**entry.reply)
 
 
-class _Record(NamedTuple):
-    """A line of the file: a request that is about to be sent, or its reply."""
-
-    key: str
-    cost: Cost
-    reply: Reply | None
-    is_earlier: bool = False
-
-
-def _records(path: Path) -> Iterator[_Record]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            found = json.loads(line)
-            reply = None if found["reply"] is None else Reply(**found["reply"])
-            yield _Record(found["key"], Cost(*found["cost"]), reply, bool(found.get("earlier")))
-        except (ValueError, KeyError, TypeError):
-            continue  # cut off by a crash
+def _read(path: Path) -> dict[str, Reply]:
+    """Return the replies of a file, without those that failed."""
+    replies = (e for e in read_entries(path) if e.reply and not e.reply.get("error"))
+    return {entry.key: Reply(**(entry.reply or {})) for entry in replies}
 
 
 class Rates(NamedTuple):
@@ -241,65 +173,37 @@ class Teacher:
             )
 
     async def _ask(self, todo: Mapping[str, Asked], progress: Progress) -> None:
-        budget = Budget(self.limits, self.replies.spent, "generation.budget")
         pace, started, num_done = _Pace(self.rates.per_minute), time.monotonic(), 0
-        failures: list[Exception] = []
+        budget = Budget(self.limits, self.replies, "generation.budget", pace.wait)
         async with Client(self.endpoint, retries=_RETRIES, asks_lost_again=False) as client:
             await client.check()
 
-            async def send(key: str) -> bool:
-                """Ask once; return whether it may be asked again: the reply did not arrive."""
+            async def ask(key: str) -> None:
+                nonlocal num_done
                 request = todo[key]
                 # The form is part of the prompt on some servers.
                 texts = [m.text for m in request.messages]
                 texts += [json.dumps(dict(request.form))] if request.form else []
                 reserved = most(self.price, texts, request.params.max_tokens)
-                try:
-                    await budget.reserve(reserved)
-                except BudgetError as error:
-                    failures.append(error)
-                    return False
-                cost, is_lost = reserved, False
-                try:
-                    await pace.wait()
-                    self.replies.note(key, reserved)
-                    said = await self._said(client, request)
-                    cost, is_lost = self._cost(said, reserved), said.is_lost
-                    self.replies.add(key, said.reply, cost)
-                except EndpointError as error:
-                    failures.append(error)
-                    cost = Cost()
-                    self.replies.add(key, Reply(error=str(error)), cost)
-                finally:
-                    await budget.settle(reserved, cost)
-                return is_lost
-
-            async def ask(key: str) -> None:
-                nonlocal num_done
-                for _ in range(1 + _LOST_RETRIES):
-                    # What is on its way is paid for: it is waited for, and nothing more is sent.
-                    if failures:
-                        return
-                    if not await send(key):
-                        break
-                num_done += 1
-                progress.update(num_done)
-                left = (time.monotonic() - started) / num_done * (len(todo) - num_done)
-                line = "asked %d/%d, %s tokens so far, %.0f s left"
-                tokens = f"{self.replies.spent.tokens:,}"
-                is_last = num_done == len(todo)
-                progress.log(logger, line, num_done, len(todo), tokens, left, now=is_last)
+                if await budget.buy(key, reserved, lambda: self._said(client, request, reserved)):
+                    num_done += 1
+                    progress.update(num_done)
+                    left = (time.monotonic() - started) / num_done * (len(todo) - num_done)
+                    line = "asked %d/%d, %s tokens so far, %.0f s left"
+                    tokens = f"{self.replies.spent.tokens:,}"
+                    is_last = num_done == len(todo)
+                    progress.log(logger, line, num_done, len(todo), tokens, left, now=is_last)
 
             await ask_each(list(todo), self.rates.concurrency, ask)
-        for failure in failures:
+        for failure in budget.failures:
             if not isinstance(failure, BudgetError):
                 raise failure
-        if failures:
-            assert isinstance(failures[0], BudgetError)
-            self.stopped = failures[0].problems[0]
+        if budget.failures:
+            assert isinstance(budget.failures[0], BudgetError)
+            self.stopped = budget.failures[0].problems[0]
             logger.warning("%s", self.stopped)
 
-    async def _said(self, client: Client, request: Asked) -> _Said:
+    async def _said(self, client: Client, request: Asked, reserved: Cost) -> Sent:
         form = request.form if self._takes_forms else {}
         try:
             completion = await client.generate(request.messages, request.params, form=form)
@@ -308,34 +212,16 @@ class Teacher:
                 if self._takes_forms:
                     logger.warning("answers have no enforced form: the server says %s", error)
                 self._takes_forms = False
-                return await self._said(client, request)
+                return await self._said(client, request, reserved)
             self.errors[str(error)] += 1
             logger.warning("no reply: %s", error)
-            return _Said(Reply(error=str(error)), error.refused, error.lost)
+            cost = Cost() if error.refused else reserved
+            return Sent(vars(Reply(error=str(error))), cost, error.lost)
         counts = completion.prompt_tokens, completion.completion_tokens
-        return _Said(Reply(completion.text, completion.finish_reason, "", *counts))
-
-    def _cost(self, said: _Said, reserved: Cost) -> Cost:
-        """Return what a reply has cost; the most it can have where its tokens were not counted."""
-        if said.was_refused:
-            return Cost()
-        reply = said.reply
+        reply = Reply(completion.text, completion.finish_reason, "", *counts)
         if reply.prompt_tokens is None or reply.completion_tokens is None:
-            return reserved
-        return cost_of(self.price, reply.prompt_tokens, reply.completion_tokens)
-
-
-class _Said(NamedTuple):
-    """A reply.
-
-    Args:
-        was_refused: It is certain that nothing was computed for it.
-        is_lost: It may have been written, and did not arrive.
-    """
-
-    reply: Reply
-    was_refused: bool = False
-    is_lost: bool = False
+            return Sent(vars(reply), reserved)  # the most it can have cost
+        return Sent(vars(reply), cost_of(self.price, reply.prompt_tokens, reply.completion_tokens))
 
 
 class _Pace:

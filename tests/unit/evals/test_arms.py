@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,7 @@ def test_another_arm_does_not_pay_for_the_first_again(model_server, home, tmp_pa
     assert run(home, tmp_path) == 0
     home["evaluation"]["arms"]["again"] = {"endpoint": model_server.url, "model": "parrot"}
     home["evaluation"]["arms"]["other"] = home["evaluation"]["arms"]["again"] | {"model": "owl"}
+    home["evaluation"]["arms"]["twin"] = home["evaluation"]["arms"]["other"]
     model_server.models.append("owl")
     assert run(home, tmp_path) == 0
     assert [body["model"] for body in model_server.requests].count("parrot") == 5
@@ -170,6 +174,90 @@ def test_answers_without_counted_tokens_are_charged_at_the_most(
     home["evaluation"]["budget"] = {"tokens": 270}
     assert "tokens spent" in problem(home, tmp_path, capfd)
     assert len(model_server.requests) == 2
+
+
+def test_a_kill_does_not_pass_the_budget_and_two_at_once_do_not_either(
+    model_server, home, tmp_path, capfd
+):
+    """A server that never replies; the two shortest questions take at most 243 tokens."""
+    model_server.reply, model_server.delay_s = right, 3600
+    home["evaluation"] |= {"budget": {"tokens": 300}, "concurrency": 2}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(home, sort_keys=False))
+    command = [sys.executable, "-m", "tuneloop.cli", "evaluate", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(model_server.requests) < 2:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert "another process" in problem(home, tmp_path, capfd)
+    process.kill()
+    process.wait()
+    texts = [m["content"] for body in model_server.requests for m in body["messages"]]
+    held = 2 * (96 + 8) + len("".join(texts))
+    told = problem(home, tmp_path, capfd)
+    assert f"{held} tokens spent (up to {held} of them held for 2 requests whose reply" in told
+    assert len(model_server.requests) == 2, "a third could pass the budget"
+    model_server.delay_s = 0
+    home["evaluation"]["budget"]["tokens"] = held + 300
+    assert run(home, tmp_path) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert len(model_server.requests) == 2 + len(QUESTIONS)
+    manifest = json.loads((Path(result["path"]) / "artifact.json").read_text())
+    # 16 words of questions, five times three of instruction, and five answers of a word.
+    spent = {"tokens": held + 16 + 15 + 5, "money": manifest["resources"]["spent"]["money"]}
+    assert manifest["resources"]["spent"] == spent | {"num_lost_replies": 2}
+
+
+@pytest.mark.parametrize("how", ["gateway", "timeout", "nonsense"])
+def test_each_try_that_may_be_paid_for_counts_also_for_the_next_run(
+    model_server, home, tmp_path, capfd, how
+):
+    """Each try takes at most 141 tokens, so that three fit."""
+    model_server.reply = right
+    home["evaluation"] |= {"budget": {"tokens": 430}, "concurrency": 1}
+    if how == "gateway":
+        model_server.failures = [504] * 9
+    elif how == "timeout":
+        model_server.delay_s = 4
+        home["evaluation"]["arms"]["gpt"]["timeout_s"] = 1
+    else:
+        model_server.answer = lambda _: {"content": "lights", "finish_reason": "banana"}
+    told = problem(home, tmp_path, capfd)
+    assert len(model_server.requests) == 3
+    assert ("held for 3 requests whose reply was lost" in told) == (how != "nonsense")
+    problem(home, tmp_path, capfd)
+    assert len(model_server.requests) == 3
+    model_server.failures, model_server.delay_s, model_server.answer = [], 0, None
+    home["evaluation"]["arms"]["gpt"]["timeout_s"] = 60
+    home["evaluation"]["budget"]["tokens"] += 300
+    assert run(home, tmp_path) == 0
+    assert len(model_server.requests) == 3 + len(QUESTIONS)
+
+
+def test_what_an_incomplete_evaluation_cost_counts_when_it_is_completed(
+    model_server, home, tmp_path, capfd
+):
+    model_server.reply, model_server.failures = right, [504] * 3
+    home["evaluation"] |= {"concurrency": 1, "max_unscored_ratio": 0.5}
+
+    def spent() -> tuple[str, int]:
+        artifact = json.loads(capfd.readouterr().out)
+        manifest = json.loads((Path(artifact["path"]) / "artifact.json").read_text())
+        return artifact["artifact"], manifest["resources"]["spent"]["tokens"]
+
+    assert run(home, tmp_path) == 0
+    first, tokens = spent()
+    assert (first, len(model_server.requests)) == ("evaluations/home@v1", 3 + 4)
+    home["evaluation"]["budget"] = {"tokens": tokens + 100}
+    problem(home, tmp_path, capfd)
+    assert len(model_server.requests) == 3 + 4
+    home["evaluation"]["budget"] = {"tokens": tokens + 150}
+    assert run(home, tmp_path) == 0
+    completed, tokens_in_all = spent()
+    assert (completed, len(model_server.requests)) == ("evaluations/home@v2", 3 + 5)
+    assert tokens < tokens_in_all < tokens + 20
 
 
 def test_refusals_are_free_and_unscored_and_shown(model_server, home, tmp_path, capfd):

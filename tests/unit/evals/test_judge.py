@@ -145,14 +145,16 @@ def test_the_budget_holds_for_the_judge_and_what_it_said_is_kept(
     model_server, config, tmp_path, capfd
 ):
     model_server.reply = judge
+    model_server.failures = [504]  # the judge may have answered
     config["evaluation"] |= {"budget": {"tokens": 3000}, "concurrency": 1}
-    told = run(config, tmp_path, capfd, code=2)
-    assert "evaluation.budget.tokens" in json.dumps(told)
+    told = json.dumps(run(config, tmp_path, capfd, code=2))
+    assert "evaluation.budget.tokens" in told
+    assert "held for 1 request whose reply was lost" in told
     asked = len(model_server.requests)
     assert 2 < asked < 2 * NUM_ROWS
     config["evaluation"]["budget"] = {"tokens": 100_000}
     run(config, tmp_path, capfd)
-    assert len(model_server.requests) == 2 * NUM_ROWS
+    assert len(model_server.requests) == 2 * NUM_ROWS + 1
 
 
 def test_ratings_make_a_winner_and_nonsense_is_told(model_server, config, tmp_path, capfd):

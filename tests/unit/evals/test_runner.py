@@ -24,12 +24,13 @@ from tuneloop.errors import ArtifactError, ConfigError, DataError, EndpointError
 from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.report import terminal_table
 from tuneloop.evals.runner import evaluate, find_evaluation, find_unanswered
-from tuneloop.evals.scoring.asking import ModelAnswer, PartialAnswers
-from tuneloop.evals.scoring.questions import choose_shots, read_questions
+from tuneloop.evals.scoring.asking import EvaluationRequest, ModelAnswer, PartialAnswers
+from tuneloop.evals.scoring.questions import Question, choose_shots, read_questions
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.row_clusters import read_clusters
+from tuneloop.evals.scoring.spending import read_entries
 from tuneloop.models.client import client as client_module
-from tuneloop.records import Arm, Endpoint
+from tuneloop.records import Arm, Endpoint, Message, SamplingParams
 
 SYSTEM = {"role": "system", "content": "Spell it in capitals as JSON."}
 
@@ -220,10 +221,10 @@ def test_a_killed_run_goes_on_where_it_was(model_server, config, workspace, data
         evaluate(config, workspace, dataset, arms(model_server, dataset), "words")
     assert workspace.published() == [dataset]
     partial = next(workspace.root.glob(".work/evaluations-*/scratch/answers.jsonl"))
-    kept = {json.loads(line)["prompt"] for line in partial.read_text().splitlines()}
+    kept = {entry.reply["prompt"] for entry in read_entries(partial)}
     assert 1 <= len(kept) < 20
     with partial.open("a") as file:
-        file.write('{"identity": "cut off by the cra')
+        file.write('{"key": "cut off by the cra')
 
     model_server.models, model_server.reply = ["parrot"], spell
     model_server.requests.clear()
@@ -603,11 +604,13 @@ def test_mistakes_are_told_before_anything_is_asked(model_server, config, worksp
 
 
 def test_any_text_survives_the_file_of_partial_answers(tmp_path):
+    question = Question("a", (Message("user", "?"),))
+    request = EvaluationRequest(Arm("arm", Endpoint("", "")), "arm", question, SamplingParams(8))
+    other = replace(request, question=replace(question, example_id="b"))
     nasty = ModelAnswer("a", "p\u2028\n\x85", text='line\r\n\u2029"\\ \ud83d\ude00'.encode("utf-16", "surrogatepass").decode("utf-16"), finish_reason="stop")  # fmt: skip  # noqa: E501
     partial = PartialAnswers(tmp_path / "answers.jsonl")
-    with partial.appending() as append:
-        append("arm", nasty)
-        append("arm", replace(nasty, example_id="b"))
+    partial.add(request, nasty)
+    partial.add(other, replace(nasty, example_id="b"))
     again = PartialAnswers(tmp_path / "answers.jsonl")
     assert len(again) == 2
     assert again._answers == partial._answers
@@ -622,7 +625,7 @@ from tuneloop.artifacts import Workspace
 from tuneloop.config import TuneloopConfig
 from tuneloop.evals.runner import evaluate
 from tuneloop.evals.scoring.questions import choose_shots
-from tuneloop.records import Arm, Endpoint
+from tuneloop.records import Arm, Endpoint, Message, SamplingParams
 workspace = Workspace({str(workspace.root)!r})
 dataset = workspace.open("datasets/words")
 text = pathlib.Path({str(tmp_path / "config.json")!r}).read_text()
@@ -640,11 +643,11 @@ evaluate(config, workspace, dataset, arms, "words")
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
         for file in workspace.root.glob(".work/evaluations-*/scratch/answers.jsonl"):
-            kept = file.read_text().count("\n")
+            kept = len(list(read_entries(file)))
     process.kill()
     process.wait()
     assert workspace.published() == [dataset]
-    kept = file.read_text().count("\n")
+    kept = len(list(read_entries(file)))
     model_server.delay_s = 0
     model_server.requests.clear()
     published = evaluate(config, workspace, dataset, arms(model_server, dataset), "words")

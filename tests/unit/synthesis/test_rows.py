@@ -21,8 +21,8 @@ from tuneloop.data.schema import dataset_schema
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.unlabelled import read_unlabelled
 from tuneloop.errors import DataError
-from tuneloop.evals.scoring.budget import Cost
 from tuneloop.evals.scoring.predictions import Prediction, write_predictions
+from tuneloop.evals.scoring.spending import Cost, Entry
 from tuneloop.marks import Mark
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.records import Message, SamplingParams
@@ -469,8 +469,8 @@ def test_a_request_that_a_crash_lost_counts_with_the_most_it_can_cost(tmp_path: 
     replies = Replies(path)
     for key in ("a", "b", "c"):
         replies.note(key, Cost(100, 1.0))
-    replies.add("a", Reply("said", "stop"), Cost(7, 0.5))
-    replies.add("b", Reply(error="HTTP 500"), Cost(100, 1.0))
+    replies.add(Entry("a", Cost(7, 0.5), vars(Reply("said", "stop"))))
+    replies.add(Entry("b", Cost(100, 1.0), vars(Reply(error="HTTP 500"))))
     with path.open("a") as file:
         file.write('{"key": "d", "cost": [100')  # the crash
     again = Replies(path)
@@ -480,7 +480,7 @@ def test_a_request_that_a_crash_lost_counts_with_the_most_it_can_cost(tmp_path: 
     assert (again.num_lost, again.lost) == (1, Cost(100, 1.0))
     # Asked again and answered, the lost reply still counts, also for a third run.
     again.note("c", Cost(100, 1.0))
-    again.add("c", Reply("at last", "stop"), Cost(9, 0.1))
+    again.add(Entry("c", Cost(9, 0.1), vars(Reply("at last", "stop"))))
     assert again.spent == Cost(216, 2.6)
     third = Replies(path)
     assert (third.spent, third.num_requests, third.num_lost) == (Cost(216, 2.6), 4, 1)
@@ -490,10 +490,11 @@ def test_a_request_that_a_crash_lost_counts_with_the_most_it_can_cost(tmp_path: 
     assert Replies(tmp_path / "other.jsonl").get("a") == Reply("said", "stop")
 
 
+@pytest.mark.parametrize("sent", [b"", b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"choi'])
 def test_a_reply_that_does_not_arrive_is_counted_each_time(
-    tmp_path: Path, tiny_model: Path
+    tmp_path: Path, tiny_model: Path, sent: bytes
 ) -> None:
-    """The server breaks every connection after it has read the request."""
+    """The server breaks every connection after it has read the request, or in its reply."""
     num_asked = 0
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -504,6 +505,7 @@ def test_a_reply_that_does_not_arrive_is_counted_each_time(
             await writer.drain()
         else:
             num_asked += 1
+            writer.write(sent)
         writer.close()
 
     generation = config_for(
@@ -524,7 +526,8 @@ def test_a_reply_that_does_not_arrive_is_counted_each_time(
     thread.join()
     assert teacher.reply(request) is None
     assert (num_asked, replies.num_requests, replies.spent.tokens) == (3, 3, 300)
-    assert Replies(replies.path).spent.tokens == 300
+    again = Replies(replies.path)
+    assert (again.num_lost, again.lost, again.spent) == (3, again.spent, Cost(300))
 
 
 def test_inputs_that_cannot_be_read_are_told_before_anything_runs(

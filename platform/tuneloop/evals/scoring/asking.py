@@ -8,20 +8,20 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tuneloop.config import BudgetConfig
 from tuneloop.errors import EndpointError, Problem
-from tuneloop.evals.scoring.budget import Budget, Cost, cost_of, most
+from tuneloop.evals.scoring.budget import Budget, Sent, cost_of, most
 from tuneloop.evals.scoring.constrained import form_schema, unwrap
 from tuneloop.evals.scoring.questions import Question, messages_json
+from tuneloop.evals.scoring.spending import Cost, Entry, Spending, read_entries
 from tuneloop.models.client.client import Client, RequestError, ask_each
 from tuneloop.models.json_form import has_form
 from tuneloop.progress import Progress
@@ -58,6 +58,7 @@ class ModelAnswer:
         probability: Of the answer among those it was chosen from, if it was.
         error: Why there is no answer; empty when there is one.
         refused: There is no answer, and it is certain that nothing was computed for it.
+        lost: There may have been an answer, which did not arrive.
     """
 
     example_id: str
@@ -71,6 +72,7 @@ class ModelAnswer:
     probability: float | None = None
     error: str = ""
     refused: bool = False
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,15 @@ class EvaluationRequest:
         if self.of_reference:
             return with_reference(messages_json(self.messages), self.question.reference)
         return messages_json(self.messages)
+
+    @property
+    def payment_key(self) -> str:
+        """What the answer is known by where it is paid for."""
+        return f"{self.identity} {self.question.example_id}"
+
+    def kept(self, answer: ModelAnswer) -> dict[str, Any]:
+        """Return an answer as the file of answers keeps it."""
+        return {"identity": self.identity} | dataclasses.asdict(answer)
 
     @property
     def form(self) -> Mapping[str, Any]:
@@ -156,31 +167,33 @@ def arm_identity(arm: Arm, params: SamplingParams, sample: int = 0) -> str:
 class PartialAnswers:
     """The answers a run has so far, in a file that a killed run leaves for the next one.
 
-    Failed requests are not kept: the next run asks again.
+    Failed requests are asked again; what they have cost counts.
 
     Args:
-        path: A JSON Lines file; a last line cut off by a crash is ignored. None: nothing is added.
+        path: A JSON Lines file; a last line cut off by a crash is ignored. None: nothing is kept.
 
     Attributes:
-        paid: Keys of the requests that this run has paid for, before and after it was cut short.
+        spending: What the answers in the file have cost, with those that were lost.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path
         self._answers: dict[tuple[str, str], ModelAnswer] = {}
+        self._spending = Spending(path) if path else None
         if path is not None:
             self.read(path)
-        self.paid = set(self._answers)
+
+    @property
+    def spending(self) -> Spending:
+        assert self._spending is not None, "answers that cost something are kept in a file"
+        return self._spending
 
     def read(self, path: Path) -> None:
         """Keep in memory what such a file holds; nothing if it is not there."""
-        if path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    record = json.loads(line)
-                    self.put(record.pop("identity"), ModelAnswer(**record))
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    continue
+        for entry in read_entries(path):
+            if entry.reply is None or entry.reply.get("error"):
+                continue
+            fields = dict(entry.reply)
+            self.put(fields.pop("identity"), ModelAnswer(**fields))
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -194,22 +207,10 @@ class PartialAnswers:
         answer = self._answers.get(request.key)
         return answer if answer is not None and answer.prompt == request.prompt else None
 
-    @contextmanager
-    def appending(self) -> Iterator[Callable[[str, ModelAnswer], None]]:
-        """Yield a function that keeps an answer in the file and in memory."""
-        assert self.path is not None, "answers are added to a file"
-        with self.path.open("a", encoding="utf-8") as file:
-            if file.tell() and not _ends_with_newline(self.path):
-                file.write("\n")
-
-            def append(identity: str, answer: ModelAnswer) -> None:
-                # Escaped, so that no answer can contain what ends a line.
-                file.write(json.dumps({"identity": identity} | dataclasses.asdict(answer)) + "\n")
-                file.flush()
-                self.put(identity, answer)
-                self.paid.add((identity, answer.example_id))
-
-            yield append
+    def add(self, request: EvaluationRequest, answer: ModelAnswer) -> None:
+        """Keep an answer that cost nothing in the file and in memory."""
+        self.spending.add(Entry(request.payment_key, Cost(), request.kept(answer)))
+        self.put(request.identity, answer)
 
 
 def ask_all(
@@ -218,7 +219,6 @@ def ask_all(
     concurrency: int,
     limits: BudgetConfig,
     score: Callable[[EvaluationRequest, ModelAnswer], float | None],
-    before: Sequence[EvaluationRequest] = (),
 ) -> list[ModelAnswer]:
     """Return an answer for every request; those already answered are not asked again.
 
@@ -226,9 +226,8 @@ def ask_all(
         requests: All questions of all arms.
         answered: Answers of an interrupted run or an earlier evaluation; new ones are added.
         concurrency: Requests in flight.
-        limits: What endpoints may cost, with what an interrupted run has spent.
+        limits: What endpoints may cost, with what `answered` has spent already.
         score: The primary metric of an answer, for the progress lines.
-        before: What was asked before; it counts for the limits.
 
     Raises:
         EndpointError: An endpoint is unusable, the budget is used up, or every request of an arm
@@ -240,8 +239,9 @@ def ask_all(
     failed: dict[tuple[str, str], ModelAnswer] = {}
     for arm in {r.arm.name: r.arm for r in todo if r.arm.answer}.values():
         _answer_itself(arm, [r for r in todo if r.arm.name == arm.name], answered, failed)
-    todo = [request for request in todo if not request.arm.answer]
-    budget = Budget(limits, _spent([*before, *requests], answered))
+    # Two arms that ask the same of the same model are answered once.
+    todo = list({request.key: request for request in todo if not request.arm.answer}.values())
+    budget = Budget(limits, answered.spending)
     asking = _Asking(answered, failed, concurrency, budget, score)
     asking.ask([request for request in todo if not request.form])
     asking.ask([r for r in todo if r.form and not _take_over(r, answered)])
@@ -262,17 +262,16 @@ class _Asking(NamedTuple):
         """Ask, and keep each answer as it comes."""
         if not todo:
             return
-        with (
-            self.answered.appending() as append,
-            Progress("evaluate", len(todo), "answers") as progress,
-        ):
+        with Progress("evaluate", len(todo), "answers") as progress:
             running = _RunningScores(todo, self.concurrency, self.score)
 
             def keep(request: EvaluationRequest, answer: ModelAnswer) -> None:
                 if answer.error:
                     self.failed[request.key] = answer
-                else:
-                    append(request.identity, answer)
+                elif request.arm.model_fingerprint:
+                    self.answered.add(request, answer)
+                else:  # it is in the file, with what it has cost
+                    self.answered.put(request.identity, answer)
                 running.report(request, answer, progress)
 
             asyncio.run(_ask(todo, self.concurrency, self.budget, keep))
@@ -328,64 +327,63 @@ async def _ask(
         clients: dict[str, Client] = {}
         checked: set[Endpoint] = set()
         for arm in {request.arm.name: request.arm for request in todo}.values():
-            retries = _OWN_RETRIES if arm.model_fingerprint else _RETRIES
-            client = Client(arm.endpoint, arm.timeout_s, retries)
+            # What is lost on its way here is asked again by the budget, which counts each try.
+            client = (
+                Client(arm.endpoint, arm.timeout_s, _OWN_RETRIES)
+                if arm.model_fingerprint
+                else Client(arm.endpoint, arm.timeout_s, _RETRIES, asks_lost_again=False)
+            )
             clients[arm.name] = await stack.enter_async_context(client)
             if arm.endpoint not in checked:
                 await client.check()
                 checked.add(arm.endpoint)
 
-        failures: list[Exception] = []
-
         async def ask(request: EvaluationRequest) -> None:
             # What is on its way is paid for: it is waited for, and nothing more is sent.
-            if not failures:
+            if not budget.failures:
                 try:
-                    await ask_within_budget(request)
+                    answer = await answer_of(request)
+                    if answer is not None:
+                        keep(request, answer)
                 except Exception as error:
-                    failures.append(error)
+                    budget.failures.append(error)
 
-        async def ask_within_budget(request: EvaluationRequest) -> None:
-            client = clients[request.arm.name]
+        async def answer_of(request: EvaluationRequest) -> ModelAnswer | None:
+            client, answer = clients[request.arm.name], None
             if request.arm.model_fingerprint:  # a model of our own
-                keep(request, await _answer(client, request))
-                return
-            reserved = _most(request)
-            await budget.reserve(reserved)
-            cost = reserved
-            try:
+                return await _answer(client, request)
+
+            async def send() -> Sent:
+                nonlocal answer
                 answer = await _answer(client, request)
-                cost = Cost() if answer.refused else _cost(request, answer)
-                keep(request, answer)
-            finally:
-                await budget.settle(reserved, cost)
+                return Sent(request.kept(answer), _cost(request, answer), answer.lost)
+
+            await budget.buy(request.payment_key, _most(request), send)
+            return answer
 
         await ask_each(todo, concurrency, ask)
-        if failures:
-            raise failures[0]
-
-
-def _spent(requests: Sequence[EvaluationRequest], answered: PartialAnswers) -> Cost:
-    """Return what an interrupted run has paid for."""
-    total = Cost()
-    for request in requests:
-        if request.key in answered.paid and not request.arm.model_fingerprint:
-            answer = answered.get(request)
-            total += _cost(request, answer) if answer else Cost()
-    return total
+        if budget.failures:
+            raise budget.failures[0]
 
 
 def _most(request: EvaluationRequest) -> Cost:
     if request.question.text:
         return most(request.arm.price, [request.question.text], 1)
-    texts = [message.content for message in request.messages]
+    texts = [message.text for message in request.messages]
+    # Tools and the form are part of the prompt.
+    texts += [request.question.tools] if request.question.tools else []
+    texts += [json.dumps(dict(request.form))] if request.form else []
     return most(request.arm.price, texts, request.params.max_tokens)
 
 
 def _cost(request: EvaluationRequest, answer: ModelAnswer) -> Cost:
     """Return what an answer has cost; the most it can have where its tokens were not counted."""
+    if answer.refused:
+        return Cost()
     if answer.prompt_tokens is None or answer.completion_tokens is None:
         return _most(request)
+    if request.question.text:  # its first token is not scored, and a token follows
+        return cost_of(request.arm.price, answer.prompt_tokens + 1, 1)
     return cost_of(request.arm.price, answer.prompt_tokens, answer.completion_tokens)
 
 
@@ -413,7 +411,9 @@ async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
         )
     except RequestError as error:
         _log.warning("%s, example %s is unscored: %s", request.arm.name, example_id, error)
-        return ModelAnswer(example_id, prompt, error=str(error), refused=error.refused)
+        return ModelAnswer(
+            example_id, prompt, error=str(error), refused=error.refused, lost=error.lost
+        )
     return ModelAnswer(
         example_id,
         prompt,
@@ -527,9 +527,3 @@ class _RunningScores:
             mean,
             now=self.done_by_arm[name] == self.totals_by_arm[name],
         )
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from tuneloop.config import BudgetConfig
 from tuneloop.errors import EndpointError, Problem
 from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.spending import Cost, Entry, Spending
 from tuneloop.records import Arm, Price
 
 # What a chat template may add to a message, in tokens; no template we know adds as many.
 _TOKENS_PER_MESSAGE = 32
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Tokens and money."""
-
-    tokens: int = 0
-    money: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.tokens + other.tokens, self.money + other.money)
-
-    def __sub__(self, other: Cost) -> Cost:
-        return Cost(self.tokens - other.tokens, self.money - other.money)
+# A reply that did not arrive may have been paid for, so each further try counts in the budget.
+_LOST_RETRIES = 2
 
 
 def cost_of(price: Price | None, prompt_tokens: int, completion_tokens: int) -> Cost:
@@ -73,29 +62,102 @@ class BudgetError(EndpointError):
     """The next request could pass the budget."""
 
 
+class Sent(NamedTuple):
+    """What became of a request.
+
+    Args:
+        reply: As the file of the spending keeps it.
+        cost: What it has cost.
+        is_lost: It may have been answered, and no answer arrived.
+    """
+
+    reply: Mapping[str, Any]
+    cost: Cost
+    is_lost: bool = False
+
+
+async def _at_once() -> None:
+    """Wait for nothing."""
+
+
 class Budget:
-    """Keeps what is spent and what is on its way below the limits.
+    """Keeps what is spent and on its way below the limits, through crashes and lost replies.
 
     Args:
         limits: The limits.
-        spent: What answers have cost that an interrupted run left.
+        spending: What requests have cost so far, those of killed runs included; more is added.
         where: Dotted key of the limits.
+        wait: Returns when the next request may be sent, for servers with a rate limit.
+
+    Attributes:
+        failures: Why nothing more is sent; empty while all is well.
     """
 
-    def __init__(self, limits: BudgetConfig, spent: Cost, where: str = "evaluation.budget") -> None:
+    def __init__(
+        self,
+        limits: BudgetConfig,
+        spending: Spending,
+        where: str = "evaluation.budget",
+        wait: Callable[[], Awaitable[None]] = _at_once,
+    ) -> None:
         self.limits = limits
+        self.spending = spending
         self.where = where
-        self.spent = spent
+        self.failures: list[Exception] = []
+        self._wait = wait
         self._on_its_way = Cost()
         self._num_on_its_way = 0
         self._changed = asyncio.Condition()
 
-    async def reserve(self, cost: Cost) -> None:
-        """Return when a request that costs at most this can be sent.
+    async def buy(self, key: str, most: Cost, send: Callable[[], Awaitable[Sent]]) -> Sent | None:
+        """Send a request when it fits, again where its reply got lost, and keep what it has cost.
+
+        Args:
+            key: What the reply depends on.
+            most: The most that one try can cost.
+            send: Tries once.
+
+        Returns:
+            What became of the last try; None if it was not sent, as `failures` tell.
+        """
+        sent = None
+        for _ in range(1 + _LOST_RETRIES):
+            # What is on its way is paid for: it is waited for, and nothing more is sent.
+            if self.failures:
+                break
+            try:
+                sent = await self._try(key, most, send) or sent
+            except EndpointError as error:
+                self.failures.append(error)
+                break
+            if sent is None or not sent.is_lost:
+                break
+        return sent
+
+    async def _try(self, key: str, most: Cost, send: Callable[[], Awaitable[Sent]]) -> Sent | None:
+        """Send once; None if it is not sent, as something has failed meanwhile.
 
         Raises:
             BudgetError: It would pass the budget, even when all others are answered.
+            EndpointError: The endpoint is unusable; nothing was paid.
         """
+        await self._reserve(most)
+        try:
+            await self._wait()
+            if self.failures:
+                return None
+            self.spending.note(key, most)
+            try:
+                sent = await send()
+            except EndpointError as error:
+                self.spending.add(Entry(key, Cost(), {"error": str(error)}))
+                raise
+            self.spending.add(Entry(key, sent.cost, sent.reply, sent.is_lost))
+            return sent
+        finally:
+            await self._release(most)
+
+    async def _reserve(self, cost: Cost) -> None:
         async with self._changed:
             while not self._fits(cost):
                 if self._num_on_its_way == 0:
@@ -104,36 +166,39 @@ class Budget:
             self._on_its_way += cost
             self._num_on_its_way += 1
 
-    async def settle(self, reserved: Cost, cost: Cost) -> None:
-        """Count what a request that was reserved has cost."""
+    async def _release(self, cost: Cost) -> None:
         async with self._changed:
-            self.spent += cost
-            self._on_its_way -= reserved
+            self._on_its_way -= cost
             self._num_on_its_way -= 1
             self._changed.notify_all()
 
     def _fits(self, cost: Cost) -> bool:
-        total = self.spent + self._on_its_way + cost
+        total = self.spending.spent + self._on_its_way + cost
         limits = self.limits
         return (limits.tokens is None or total.tokens <= limits.tokens) and (
             limits.money is None or total.money <= limits.money + 1e-12
         )
 
     def _problem(self, cost: Cost) -> Problem:
-        parts: list[tuple[str, str, str, str]] = []
+        spent, lost, num_lost = self.spending.spent, self.spending.lost, self.spending.num_lost
+        limits, told = list[str](), list[str]()
+
+        def tell(limit: str, name: str, amount: Callable[[Cost], str]) -> None:
+            requests = "request" if num_lost == 1 else "requests"
+            held = f" (up to {amount(lost)} of them held for {num_lost:,} {requests} whose reply "
+            held += "was lost)"
+            text = f"{amount(spent)} {name} spent{held if num_lost else ''}"
+            told.append(f"{text}, the next question takes up to {amount(cost)}")
+            limits.append(f"{limit} {name}")
+
         if self.limits.tokens is not None:
-            spent, coming = f"{self.spent.tokens:,}", f"{cost.tokens:,}"
-            parts.append(("tokens", f"{self.limits.tokens:,}", spent, coming))
+            tell(f"{self.limits.tokens:,}", "tokens", lambda c: f"{c.tokens:,}")
         if self.limits.money is not None:
-            spent, coming = f"{self.spent.money:.3g}", f"{cost.money:.3g}"
-            parts.append(("money", f"{self.limits.money:g}", spent, coming))
+            tell(f"{self.limits.money:g}", "money", lambda c: f"{c.money:.3g}")
         return Problem(
             "the next question could pass the budget",
-            where=" and ".join(f"{self.where}.{name}" for name, *_ in parts),
-            got="; ".join(
-                f"{spent} {name} spent, the next question takes up to {more}"
-                for name, _, spent, more in parts
-            ),
-            allowed=", ".join(f"{limit} {name}" for name, limit, *_ in parts),
+            where=" and ".join(f"{self.where}.{limit.split()[-1]}" for limit in limits),
+            got="; ".join(told),
+            allowed=", ".join(limits),
             remedy="raise it and run again (what is paid for is kept), or ask about fewer rows",
         )
