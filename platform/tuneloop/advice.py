@@ -178,8 +178,9 @@ def advice_for(
         config.generation if config else None,
         int(dataset.manifest["metrics"].get("num_train_rows", 0)) if dataset else 0,
         _num_spare_rows(workspace.open(dataset.ref)) if dataset else 0,
-        _kept(config, found[-1].made_of) if config else [],
+        _kept(config, [*found[-1].made_of, opened[-1]]) if config else [],
         float(model.manifest["duration_s"]) if model else 0.0,
+        int(opened[-1].manifest["config"]["evaluation"]["max_tokens"]),
     )
     estimate = evaluation.candidate["scores"][evaluation.primary]
     return Advice(
@@ -214,16 +215,23 @@ def _kept(config: TuneloopConfig, made_of: Sequence[Artifact]) -> list[str]:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a configuration, or a manifest, that advice is about."""
-    found = {f"training.{k}": v for k, v in (config.get("training") or {}).items()}
-    found = {key: v for key, v in found.items() if not isinstance(v, dict | list)}
-    if "data" in config:
-        found["data.num_train_examples"] = config["data"].get("num_train_examples")
+    """Return the settings of a configuration, or a manifest, by dotted key; no lists."""
+    found: dict[str, Any] = {}
+
+    def add(prefix: str, section: dict[str, Any]) -> None:
+        for name, value in section.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{name}.", value)
+            elif not isinstance(value, list):
+                found[f"{prefix}{name}"] = value
+
+    for name in ("training", "data", "evaluation"):
+        add(f"{name}.", config.get(name) or {})
     return found
 
 
 def _was_done(command: str, made_of: Sequence[Artifact]) -> bool | None:
-    """Return whether a version has the settings of a command; None where it names none."""
+    """Return whether artifacts have the settings of a command; None where it names none."""
     words = shlex.split(command)
     changes = [word.partition("=") for word in words[3:] if "=" in word]
     if words[1:2] != ["run"] or not changes:
@@ -250,7 +258,8 @@ def _outcomes(workspace: Workspace, iterations: Sequence[Iteration]) -> list[Out
             continue
         gain = json.loads(given.gain)
         change = following.change or {}
-        was_done = _was_done(given.command, following.made_of)
+        made_of = [*following.made_of, workspace.open(following.ref)]
+        was_done = _was_done(given.command, made_of)
         if was_done and judged[given.evaluation, given.command] != given.uid:
             was_done = None
         found.append(

@@ -400,7 +400,7 @@ def test_prompts_of_one_task_are_told_apart_by_what_they_do_not_share():
 def situation(evaluation: Evaluation, **more) -> Situation:
     told = {
         "reference": "evaluations/demo@v1", "config_file": "demo.yaml", "took_s": 100.0,
-        "num_epochs": 2, "curve": {}, "num_waiting": 0, "trained_s": 60.0,
+        "num_epochs": 2, "curve": {}, "num_waiting": 0, "trained_s": 60.0, "max_tokens": 80,
     }  # fmt: skip
     return Situation(evaluation, **{**told, **more})
 
@@ -432,6 +432,7 @@ def test_bounds_are_the_share_of_what_is_wrong() -> None:
     assert 0.1 < cut.gain.low < 0.2 < cut.gain.high < 0.31
     assert (cut.num_rows, cut.basis) == (20, "at most")
     assert "20 of 20 wrong answers" in cut.why
+    assert cut.command == "tuneloop evaluate demo.yaml evaluation.max_tokens=160"
     # Both arms say the same, and it is not the reference.
     doubted = next(a for a in actions if a.title.startswith("Look whether"))
     assert doubted.num_rows == 20
@@ -492,6 +493,8 @@ def test_what_a_sweep_forecasts_and_marks_that_wait_are_named() -> None:
     assert "Apply the 3 marks that wait" in titles(actions)
     assert "Stop, or make the test harder" in titles(actions)
     assert "Measure whether more rows would help" not in titles(actions)
+    # Where nearly all is right, nothing is trained on.
+    assert not any(title.startswith("Train for") for title in titles(actions))
 
 
 def test_parts_that_are_surely_worse_are_named() -> None:
@@ -540,7 +543,9 @@ def test_advice_is_kept_and_held_against_the_next_version(
             reason = {"stage": "split", "reason": f"{TRAIN_LIMIT} {num_rows} of the train split"}
             card = {"reasons": [{**reason, "rows": 1000 - num_rows}]}
             (draft.path / "card.json").write_text(json.dumps(card))
-            draft.publish(config={"data": {"num_train_examples": num_rows}}, **told)
+            split = {"num_test_examples": 20, "test_ratio": None}
+            data = {"num_train_examples": num_rows, "split": split}
+            draft.publish(config={"data": data}, **told)
         with workspace.draft("models", "demo", model) as draft:
             draft.publish(config={"training": {"num_epochs": num_epochs}}, **told)
         with workspace.draft("evaluations", "demo", own) as draft:
@@ -550,7 +555,8 @@ def test_advice_is_kept_and_held_against_the_next_version(
                 text = json.dumps(getattr(evaluation, name))
                 (draft.path / f"{name}.json").write_text(text)
             arms = [{"name": "finetuned", "model": model}]
-            draft.publish(config={"dataset": dataset, "arms": arms}, **told)
+            asked = {"dataset": dataset, "arms": arms, "evaluation": {"max_tokens": 80}}
+            draft.publish(config=asked, **told)
 
     publish(make_evaluation({"base": 5, "finetuned": 80}), 100, 1)
     first = advice_for("demo", workspace, "demo.yaml")
@@ -586,9 +592,17 @@ def test_advice_is_kept_and_held_against_the_next_version(
     words = done[0].describe(second.metric)
     assert "at most +20.0 points was told, +10.0 points (+" in words
     assert "came with evaluations/demo@v2 (datasets/demo@v2; data.num_train_examples" in words
-    # The file still says 100 rows: a command of the next advice keeps the 200.
+    longer_command = f"{command} evaluation.max_tokens=80"
+    same = GivenAdvice.of(first.reference, "Same", "at most", gain, longer_command)
+    ReviewStore(tmp_path).add(same)
+    outcomes = advice_for("demo", workspace, "demo.yaml").outcomes
+    assert [o.was_done for o in outcomes if o.title == "Same"] == [True]
+    # The file says other rows and answers: a command of the next advice keeps those of the version.
     config = make_config({"type": "extraction"})
     kept = advice_for("demo", workspace, "demo.yaml", config)
     (longer,) = (a for a in kept.actions if "2 epochs" in a.title)
-    assert longer.command.endswith("training.num_epochs=2 data.num_train_examples=200")
+    assert longer.command.endswith(
+        "training.num_epochs=2 data.num_train_examples=200 data.split.num_test_examples=20 "
+        "data.split.test_ratio=null evaluation.max_tokens=80"
+    )
     assert json.loads(json.dumps(second.as_dict()))["evaluation"] == "evaluations/demo@v2"

@@ -104,6 +104,7 @@ class Situation(NamedTuple):
         kept: Settings of the model that the configuration file has otherwise, as overrides: a
             command without them would change them back.
         trained_s: Of `took_s`, those of the training.
+        max_tokens: Of the evaluation.
     """
 
     evaluation: Evaluation
@@ -119,6 +120,7 @@ class Situation(NamedTuple):
     num_spare_rows: int = 0
     kept: Sequence[str] = ()
     trained_s: float = 0.0
+    max_tokens: int = 0
 
     def cost_s(self, times: float) -> float | None:
         """Return the seconds that an iteration takes with so many times the training."""
@@ -157,8 +159,11 @@ def advise(now: Situation) -> list[Action]:
         found += _about_answers(now, rows, loss, metric)
         found += _about_fields(now, rows, loss, metric)
         found += _about_parts(now, rows, loss, metric)
+    score = evaluation.candidate["scores"][evaluation.primary]["value"] or 0.0
+    is_saturated = metric.kind == "binary" and score >= _SATURATED
     found += _about_rows(now)
-    found += _about_training(now)
+    if not is_saturated:
+        found += _about_training(now)
     if now.num_waiting:
         found.append(
             Action(
@@ -186,8 +191,7 @@ def advise(now: Situation) -> list[Action]:
                 "/marks",
             )
         )
-    score = evaluation.candidate["scores"][evaluation.primary]["value"] or 0.0
-    if metric.kind == "binary" and score >= _SATURATED:
+    if is_saturated:
         found.append(
             Action(
                 "Stop, or make the test harder",
@@ -256,7 +260,7 @@ def _about_answers(
     add(
         "Allow longer answers, or train more so that they end",
         "{n} of {wrong} wrong answers were cut off.", cut,
-        f"tuneloop evaluate {now.config_file} evaluation.max_tokens=…",
+        now.command("evaluate", f"evaluation.max_tokens={2 * now.max_tokens}"),
         f"/answers?{address}&error=cut_off",
     )  # fmt: skip
     malformed = {p.example_id for p in wrong if "wrong_format" in p.error_tags}
