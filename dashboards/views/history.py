@@ -48,6 +48,9 @@ st.dataframe(
             i.metric: i.value,
             "low": i.low,
             "high": i.high,
+            "change": i.change and i.change["value"],
+            "from": i.change and i.change["low"],
+            "to": i.change and i.change["high"],
             "fixed": i.num_fixed,
             "introduced": i.num_introduced,
             "what changed": i.changed,
@@ -61,7 +64,8 @@ st.dataframe(
     placeholder="–",
 )
 st.caption(
-    "Newest first. Low and high are the ends of the interval. "
+    "Newest first. Low and high are the ends of the interval. Change: beside the version before, "
+    "over the rows that both answered, from and to the ends of its paired interval. "
     "Fixed and introduced: rows that the model answers better or worse than in the version "
     "before. **Error analysis** shows them, where that version is chosen beside the newer one."
 )

@@ -181,6 +181,7 @@ def advice_for(
         _kept(config, [*found[-1].made_of, opened[-1]]) if config else [],
         float(model.manifest["duration_s"]) if model else 0.0,
         int(opened[-1].manifest["config"]["evaluation"]["max_tokens"]),
+        bool(config and config.evaluation.arms),
     )
     estimate = evaluation.candidate["scores"][evaluation.primary]
     return Advice(
@@ -232,9 +233,9 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 def _was_done(command: str, made_of: Sequence[Artifact]) -> bool | None:
     """Return whether artifacts have the settings of a command; None where it names none."""
-    words = shlex.split(command)
+    words = shlex.split(command.partition(" && ")[0])
     changes = [word.partition("=") for word in words[3:] if "=" in word]
-    if words[1:2] != ["run"] or not changes:
+    if words[1:2] not in (["run"], ["train"]) or not changes:
         return None
     has = {k: v for a in made_of for k, v in _settings(a.manifest["config"]).items()}
     return all(key in has and has[key] == yaml.safe_load(value) for key, _, value in changes)

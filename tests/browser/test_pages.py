@@ -223,7 +223,7 @@ def test_arms_of_two_evaluations_and_two_runs_are_compared(open_page, own):
     assert list(told["version"]) == ["v2", "v1"]
     assert list(told["exact_match"]) == [pytest.approx(28 / 30)] * 2
     newest = told.iloc[0]
-    assert (newest["shared rows"], newest["fixed"], newest["introduced"]) == (30, 0, 0)
+    assert tuple(newest[["shared rows", "fixed", "introduced", "change"]]) == (30, 0, 0, 0)
     app = open_page(own, "advice")
     app.selectbox(key="project").set_value("demo").run()
     assert "**finetuned, exact_match 93.3%" in app.markdown[0].value

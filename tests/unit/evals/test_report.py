@@ -459,6 +459,8 @@ def test_commands_take_the_rows_that_are_there_and_change_nothing_else() -> None
         "tuneloop sweep demo.yaml 'sweep.parameters={data.num_train_examples: [75, 150, 300]}' "
         "training.num_epochs=2"
     )
+    named = [a.command for a in advise(situation(evaluation, **more, has_arms=True))]
+    assert taken.replace("run", "train") + " && " + taken.replace("run", "evaluate") in named
     # Without spare rows, 100 of the train rows become those that a sweep chooses by.
     more["num_spare_rows"] = 0
     commands = {a.title: a.command for a in advise(situation(evaluation, **more))}
@@ -571,10 +573,12 @@ def test_advice_is_kept_and_held_against_the_next_version(
     publish(make_evaluation({"base": 5, "finetuned": 90}), 200, 1)
     second = advice_for("demo", workspace, "demo.yaml")
     ReviewStore(tmp_path).add(late)
+    both = f"{command.replace('run', 'train')} && {command.replace('run', 'evaluate')}"
+    ReviewStore(tmp_path).add(GivenAdvice.of(first.reference, "Two", "unknown", "null", both))
     with_forecast = advice_for("demo", workspace, "demo.yaml")
     assert [(o.title, o.came_true) for o in with_forecast.outcomes if o.was_done] == [
-        ("Forecast", False)
-    ]
+        ("Forecast", False), ("Two", None)
+    ]  # fmt: skip
     assert with_forecast.calibration == "0 of 1 changes are within what was told"
     assert second.reference == "evaluations/demo@v2"
     assert len(second.outcomes) == len(first.actions)

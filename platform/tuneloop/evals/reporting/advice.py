@@ -105,6 +105,7 @@ class Situation(NamedTuple):
             command without them would change them back.
         trained_s: Of `took_s`, those of the training.
         max_tokens: Of the evaluation.
+        has_arms: Whether the configuration names arms, which `tuneloop run` does not compare.
     """
 
     evaluation: Evaluation
@@ -121,16 +122,22 @@ class Situation(NamedTuple):
     kept: Sequence[str] = ()
     trained_s: float = 0.0
     max_tokens: int = 0
+    has_arms: bool = False
 
     def cost_s(self, times: float) -> float | None:
         """Return the seconds that an iteration takes with so many times the training."""
         return None if self.took_s is None else self.took_s + (times - 1) * self.trained_s
 
     def command(self, name: str, *changes: str) -> str:
-        """Return a command on this configuration; what is not changed stays as it was."""
+        """Return a command on this configuration; what is not changed stays as it was.
+
+        The same arms answer again: what the configuration names takes two commands.
+        """
         changed = {change.partition("=")[0] for change in changes}
         kept = [setting for setting in self.kept if setting.partition("=")[0] not in changed]
-        return shlex.join(["tuneloop", name, self.config_file, *changes, *kept])
+        names = ["train", "evaluate"] if name == "run" and self.has_arms else [name]
+        settings = [self.config_file, *changes, *kept]
+        return " && ".join(shlex.join(["tuneloop", name, *settings]) for name in names)
 
     def with_rows(self) -> str | None:
         """Return the command that trains on twice the rows; None where no more are there."""
