@@ -126,7 +126,7 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     if problems := contest.judging_problems(config):
         raise ConfigError(*problems)
     if config.evaluation.arms:
-        log.info("evaluation.arms is for `tuneloop evaluate`; this compares the usual arms")
+        logger.info("evaluation.arms is for `tuneloop evaluate`; this compares the usual arms")
     _make_environment(config)
     config = with_labels(config)
     judging = contest.build_judging(config, workspace, config.name)
