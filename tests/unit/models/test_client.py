@@ -221,6 +221,43 @@ def test_slow_answers_time_out(model_server):
     assert len(model_server.requests) == 2
 
 
+def test_a_server_that_takes_no_connection_was_sent_nothing():
+    with socket.socket() as full, socket.socket() as other, socket.socket() as third:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for waiting in (other, third):
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        with pytest.raises(RequestError, match=r"no connection in time.*2 tries") as caught:
+            ask(
+                Endpoint(f"http://127.0.0.1:{full.getsockname()[1]}/v1", "parrot"),
+                lambda client: client.generate(HELLO, SamplingParams(max_tokens=8)),
+                asks_lost_again=False,
+                timeout_s=0.2,
+                retries=1,
+            )
+    assert (caught.value.lost, caught.value.refused) == (False, True)
+
+
+def test_an_answer_that_comes_byte_by_byte_times_out_as_well():
+    async def trickle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 9999\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b"\n")
+            await asyncio.sleep(0.02)
+
+    async def ask_it() -> None:
+        async with await asyncio.start_server(trickle, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            async with Client(Endpoint(url, "parrot"), 0.3, asks_lost_again=False) as client:
+                await client.generate(HELLO, SamplingParams(max_tokens=8))
+
+    with pytest.raises(RequestError, match="no answer in time") as caught:
+        asyncio.run(ask_it())
+    assert caught.value.lost
+
+
 def test_other_finish_reasons_are_no_answer(model_server):
     model_server.reply = lambda messages: ("", "content_filter")
     with pytest.raises(RequestError, match="content_filter"):

@@ -89,6 +89,8 @@ class Client:
         self.retries = retries
         self._asks_lost_again = asks_lost_again
         self._counts_completion_tokens = False
+        connect_s = min(10.0, timeout_s)
+        self._longest_s = connect_s + timeout_s
         headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
         host = urlsplit(endpoint.url).hostname or ""
         self._http = httpx.AsyncClient(
@@ -96,7 +98,7 @@ class Client:
             # No pool limit: the caller bounds the requests in flight, and a second, lower bound
             # here would count queueing time as the server's latency.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s), pool=None),
+            timeout=httpx.Timeout(timeout_s, connect=connect_s, pool=None),
             # A proxy set for the internet must not swallow requests to this machine.
             trust_env=host not in {"127.0.0.1", "::1", "localhost"},
         )
@@ -330,14 +332,18 @@ class Client:
         for attempt in range(retries + 1):
             wait_s = min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S) * random.uniform(0.75, 1.25)
             refused: httpx.TransportError | None = None
-            is_lost = False
+            is_lost = is_unsent = False
             try:
-                response = await self._http.request(method, self._url(path), json=body)
+                # What is sent byte by byte, to keep the connection, never times out by itself.
+                async with asyncio.timeout(self._longest_s):
+                    response = await self._http.request(method, self._url(path), json=body)
             except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
                 raise self._unusable("not a URL to ask", str(error)) from error
             except httpx.ConnectError as error:
                 failure, refused = f"no connection: {error}", error
-            except httpx.TimeoutException as error:
+            except httpx.ConnectTimeout:
+                failure, is_unsent = "no connection in time", True
+            except (httpx.TimeoutException, TimeoutError) as error:
                 failure, is_lost = f"no answer in time ({type(error).__name__})", True
             except httpx.TransportError as error:
                 failure, is_lost = f"{type(error).__name__}: {error}", True
@@ -365,7 +371,7 @@ class Client:
                     "start it, or correct the URL",
                 ) from refused
         tries = f" ({retries + 1} tries)" if retries else ""
-        is_refused = failure.startswith("HTTP ") and not is_lost
+        is_refused = is_unsent or (failure.startswith("HTTP ") and not is_lost)
         raise RequestError(f"{failure}{tries}", is_refused, is_lost)
 
     def _url(self, path: str) -> str:

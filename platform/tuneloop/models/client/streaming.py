@@ -21,7 +21,7 @@ class RequestError(TuneloopError):
 
     Args:
         message: Why.
-        refused: The server said no, so nothing was computed and nothing is charged.
+        refused: The server said no, or was not reached: nothing was computed or is charged.
         lost: The server may have written an answer that did not arrive.
     """
 
