@@ -1496,6 +1496,15 @@ def _set(node: Any, parts: list[str], value: Any, key: str) -> Any:
     return mapping
 
 
+# How the sections are written that every configuration has.
+_EXAMPLES = {
+    "name": "name: faq",
+    "task": "task: {type: generation}",
+    "model": "model: {base: HuggingFaceTB/SmolLM2-135M-Instruct}",
+    "data": "data: {sources: [{path: rows.jsonl, format: question_answer}]}",
+}
+
+
 def _problem(detail: Any, path: Path, root: yaml.Node | None, overridden: set[str]) -> Problem:
     """Turn one pydantic error into a problem with file, line and suggestion."""
     location = [str(part) for part in detail["loc"]]
@@ -1516,7 +1525,8 @@ def _problem(detail: Any, path: Path, root: yaml.Node | None, overridden: set[st
             remedy=f"did you mean `{close[0]}`?" if close else "remove it",
         )
     if kind == "missing":
-        return Problem(f"`{key}` is missing", where=where, remedy="add it")
+        example = f", for example `{_EXAMPLES[key]}`" if key in _EXAMPLES else ""
+        return Problem(f"`{key}` is missing", where=where, remedy=f"add it{example}")
     got = "" if isinstance(detail.get("input"), dict) else repr(detail.get("input"))
     if kind == "literal_error":
         allowed_values = str(context.get("expected", ""))

@@ -100,6 +100,13 @@ def test_unusable_files(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in "\n".join(problems(write(tmp_path, text)))
 
 
+def test_what_a_message_gives_for_missing_sections_is_a_configuration(tmp_path: Path) -> None:
+    found = problems(write(tmp_path, "workspace: elsewhere"))
+    assert len(found) == 4
+    examples = [problem.split("for example `")[1].split("`")[0] for problem in found]
+    assert load_config(write(tmp_path, "\n".join(examples))).task.type == "generation"
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert "nope.yaml" in problems(tmp_path / "nope.yaml")[0]
 
