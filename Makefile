@@ -17,7 +17,7 @@ install: $(STAMP)
 # out, tests and models that nobody imports. Some files are not valid Python.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt --editable '.[dashboard,postgres,fast,optuna,test,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt --editable '.[dashboard,postgres,fast,optuna,openvino,test,dev]'
 	$(BIN)/python -m compileall -qq -j 0 -x '/(tests?|testing|rllib|transformers/models)/' $(VENV)/lib platform || true
 	touch $@
 

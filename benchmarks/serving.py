@@ -1,9 +1,9 @@
 """Decode engine against transformers' own `generate` with static batches, side by side.
 
-    python benchmarks/serving.py PATH_OF_MODEL [--prompts 32] [--max-tokens 64] [--vllm]
+    python benchmarks/serving.py PATH [--prompts 32] [--max-tokens 64] [--openvino] [--vllm]
 
-With `--vllm`, vLLM behind our protocol is a third one, and the same server asked directly a fourth;
-`tuneloop install-engine vllm` installs it.
+With `--openvino`, our engine with OpenVINO's forward passes takes part; with `--vllm`, vLLM behind
+our protocol, and the same server asked directly; `tuneloop install-engine vllm` installs it.
 
 Prompts are slices of this Python's own sources. Each workload runs on both, one after the other,
 with greedy decoding and without stop tokens, so that both write the same number of tokens; the
@@ -53,9 +53,11 @@ def make_prompts(ids: list[int], count: int, shared: int, lengths: tuple[int, in
     return [beginning + cut(chooser.randint(*lengths)) for _ in range(count)]
 
 
-def run_engine(path: Path, prompts: list[list[int]], max_tokens: int) -> tuple[float, Any]:
+def run_engine(
+    path: Path, prompts: list[list[int]], max_tokens: int, kind: type[Engine] = Engine
+) -> tuple[float, Any]:
     """Return seconds and generated ids."""
-    engine = Engine.load(path, decode=lambda ids: "", stop_ids=(), max_batch_size=len(prompts))
+    engine = kind.load(path, decode=lambda ids: "", stop_ids=(), max_batch_size=len(prompts))
     params = SamplingParams(max_tokens=max_tokens)
     start = time.perf_counter()
     futures = [engine.submit(DecodeRequest(prompt, params)) for prompt in prompts]
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--openvino", action="store_true")
     parser.add_argument("--vllm", action="store_true")
     options = parser.parse_args()
     vllm = None
@@ -132,9 +135,11 @@ def main() -> None:
         prompts = make_prompts(ids, options.prompts, shared, lengths)
         tokens = options.prompts * options.max_tokens
         speeds: dict[str, list[float]] = {"engine": [], "generate": []}
+        if options.openvino:
+            speeds["openvino"] = []
         if vllm is not None:
             speeds |= {"vllm": [], "bare vllm": []}
-        equal = equal_vllm = 0
+        equal = equal_openvino = equal_vllm = 0
         for _ in range(options.rounds):
             seconds, ours = run_engine(options.model, prompts, options.max_tokens)
             speeds["engine"].append(tokens / seconds)
@@ -142,6 +147,14 @@ def main() -> None:
             speeds["generate"].append(tokens / seconds)
             equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
             gc.collect()
+            if options.openvino:
+                from tuneloop.serving.openvino.engine import OpenVinoEngine
+
+                seconds, theirs = run_engine(
+                    options.model, prompts, options.max_tokens, OpenVinoEngine
+                )
+                speeds["openvino"].append(tokens / seconds)
+                equal_openvino = sum(a == b for a, b in zip(ours, theirs, strict=True))
             if vllm is not None:
                 # The second to be asked would find the first one's prompts in vLLM's cache.
                 run_bare_vllm(vllm, prompts, 1)
@@ -160,6 +173,8 @@ def main() -> None:
             "equal_ids": f"{equal} of {options.prompts}",
             "threads": num_threads(),
         }
+        if options.openvino:
+            report["equal_ids_openvino"] = f"{equal_openvino} of {options.prompts}"
         if vllm is not None:
             report["equal_ids_vllm"] = f"{equal_vllm} of {options.prompts}"
         print(json.dumps(report), flush=True)

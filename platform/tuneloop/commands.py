@@ -289,7 +289,8 @@ def _serve(arguments: argparse.Namespace, output: IO[str]) -> int:
     config = _load(arguments)
     from tuneloop import pipeline
 
-    engine = "vLLM" if config.serving.engine == "vllm" else "our own engine"
+    titles = {"vllm": "vLLM", "openvino": "our own engine on OpenVINO"}
+    engine = titles.get(config.serving.engine, "our own engine")
     with pipeline.serve(config, Workspace(config.workspace)) as (url, models):
         if arguments.json:
             result = {"url": url, "models": models, "engine": config.serving.engine}

@@ -32,7 +32,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
 TaskName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 MixedTaskType = Literal["extraction", "classification", "generation"]
 TaskType = Literal[MixedTaskType, "language_modeling", "mixture"]
-EngineName = Literal["auto", "tuneloop", "vllm"]
+EngineName = Literal["auto", "tuneloop", "openvino", "vllm"]
 SourceFormat = Literal[
     "alpaca",
     "prompt_completion",
@@ -520,7 +520,8 @@ class ServingConfig(Section):
     engine: EngineName = Field(
         "auto",
         description="What writes the answers: our own engine (`tuneloop`, and what `auto` takes), "
-        "or vLLM, once `tuneloop install-engine vllm` has installed it.",
+        "the same with OpenVINO's forward passes on a CPU (`pip install 'tuneloop[openvino]'`), or "
+        "vLLM, once `tuneloop install-engine vllm` has installed it.",
     )
     vllm: VllmConfig = VllmConfig()
     max_batch_size: int = Field(64, ge=1, description="Sequences decoded together.")

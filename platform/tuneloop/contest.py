@@ -41,8 +41,9 @@ from tuneloop.records import (
 )
 from tuneloop.review.store import ReviewStore, has_store
 from tuneloop.review.verdicts import as_vote
+from tuneloop.serving.openvino import environment as openvino
 from tuneloop.serving.replica import ServedModel
-from tuneloop.serving.vllm.environment import require
+from tuneloop.serving.vllm import environment as vllm
 
 _CONSTRAINED = (BASE_CONSTRAINED, FINETUNED_CONSTRAINED)
 logger = logging.getLogger("tuneloop.pipeline")
@@ -253,12 +254,13 @@ def engine_problems(config: TuneloopConfig, models: Sequence[Path] = ()) -> list
     Args:
         models: Directories of others that it is to serve.
     """
-    if config.serving.engine != "vllm":
-        return []
     problems: list[Problem] = []
     try:
-        for path in dict.fromkeys([resolve_base(config.model.base).path, *models]):
-            require(path)
+        if config.serving.engine == "openvino":
+            openvino.require()
+        if config.serving.engine == "vllm":
+            for path in dict.fromkeys([resolve_base(config.model.base).path, *models]):
+                vllm.require(path)
     except UserError as error:
         problems += error.problems
     return problems

@@ -28,7 +28,7 @@ from tuneloop.compat.transformers import attention_implementation
 
 IMPLEMENTATION = "tuneloop"
 # What some families add to attention and nothing here computes.
-_UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
+UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
 
 Masks = dict[tuple[int, int, int | None], Tensor]
 
@@ -77,7 +77,7 @@ def attend(
         NotImplementedError: The model asks for a kind of attention that is not computed here.
         RuntimeError: There are no segments.
     """
-    for name in _UNSUPPORTED:
+    for name in UNSUPPORTED:
         if options.get(name) is not None:
             raise NotImplementedError(f"attention with `{name}`")
     if not segments:

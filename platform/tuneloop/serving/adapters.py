@@ -69,7 +69,7 @@ class Adapters:
                 by_layer.setdefault(layer_name, {})[name] = delta
         for layer_name, deltas in by_layer.items():
             layer = model.get_submodule(layer_name)
-            layer.forward = functools.partial(_forward, layer.forward, deltas, self._runs)
+            layer.forward = functools.partial(self._forward, layer.forward, deltas)
 
     def select(self, segments: Sequence[CachedSegment]) -> None:
         """Note which tokens of the next forward pass belong to which adapter."""
@@ -81,19 +81,45 @@ class Adapters:
                 self._runs.append((segment.adapter, slice(start, stop)))
             start = stop
 
+    def _forward(
+        self, usual: Callable[[Tensor], Tensor], deltas: Mapping[str, _LowRank], x: Tensor
+    ) -> Tensor:
+        """Return the layer's output with every run's adapter added; x (1, T, in) → (1, T, out)."""
+        out = usual(x)
+        for name, part in self._runs:
+            delta = deltas.get(name)
+            if delta is not None:
+                # In the order and the precision of PEFT's own layer.
+                rows = x[:, part].to(delta.down.dtype)
+                out[:, part] = out[:, part] + (rows @ delta.down.t() @ delta.up.t()) * delta.scaling
+        return out
 
-def _forward(
-    usual: Callable[[Tensor], Tensor], deltas: Mapping[str, _LowRank], runs: list[Run], x: Tensor
-) -> Tensor:
-    """Return the layer's output with every run's adapter added; x (1, T, in) → (1, T, out)."""
-    out = usual(x)
-    for name, part in runs:
-        delta = deltas.get(name)
-        if delta is not None:
-            # In the order and the precision of PEFT's own layer.
-            rows = x[:, part].to(delta.down.dtype)
-            out[:, part] = out[:, part] + (rows @ delta.down.t() @ delta.up.t()) * delta.scaling
-    return out
+
+class MaskedAdapters(Adapters):
+    """Adapters of a model that is traced, where the tokens of each are an input.
+
+    Every adapter is multiplied with every token, and counts for those that are its own.
+
+    Attributes:
+        order: Names of the adapters.
+        masks: 1 where a token is of an adapter, 0 where not; in that order. Shape (N, T, 1).
+    """
+
+    masks: Tensor
+
+    def __init__(self, model: PreTrainedModel, folders: Mapping[str, Path]) -> None:
+        self.order = tuple(folders)
+        super().__init__(model, folders)
+
+    def _forward(
+        self, usual: Callable[[Tensor], Tensor], deltas: Mapping[str, _LowRank], x: Tensor
+    ) -> Tensor:
+        out = usual(x)
+        for index, name in enumerate(self.order):
+            if delta := deltas.get(name):
+                own = self.masks[index] * delta.scaling
+                out = out + (x @ delta.down.t() @ delta.up.t()) * own
+        return out
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from tuneloop.cluster import end_abandoned_serving, served_name
-from tuneloop.config import ServingConfig, VllmConfig
+from tuneloop.config import EngineName, ServingConfig, VllmConfig
 from tuneloop.errors import Problem, ResourceError, find_user_error
 from tuneloop.serving.api import build_api
 from tuneloop.serving.keys import Keyring, keyring, refuse_exposed
@@ -128,14 +128,14 @@ def build_application(
     server = ray_serve.deployment(ModelServer)
     deployments: dict[str, str] = {}
     bound = []
-    vllm = _vllm(serving, model_options)
+    engine = _engine(serving, model_options)
     for deployment, group in _by_weights(models).items():
         bound.append(
             server.options(
                 name=deployment,
                 ray_actor_options=model_options,
                 **_replica_options(rollout),
-            ).bind(group, serving.max_batch_size, vllm, rollout.has_spare)
+            ).bind(group, serving.max_batch_size, engine, rollout.has_spare)
         )
         deployments |= dict.fromkeys(group, deployment)
     # In the order asked for, which is the order they are listed in.
@@ -159,10 +159,10 @@ def build_application(
     return ingress.bind(*bound)
 
 
-def _vllm(serving: ServingConfig, model_options: Mapping[str, Any]) -> VllmConfig | None:
-    """Return how a replica runs vLLM, with its part of a GPU that it shares; None: it does not."""
+def _engine(serving: ServingConfig, model_options: Mapping[str, Any]) -> EngineName | VllmConfig:
+    """Return what decodes in a replica; for vLLM how, with its part of a GPU that it shares."""
     if serving.engine != "vllm":
-        return None
+        return serving.engine
     share = serving.vllm.gpu_memory_share * min(1, model_options.get("num_gpus") or 1)
     return serving.vllm.model_copy(update={"gpu_memory_share": share})
 
@@ -240,7 +240,8 @@ def host(
     if name in ray_serve.status().applications:
         ray_serve.delete(name)
     if len(ray.nodes()) == 1 and not ray.available_resources().get("GPU"):
-        refuse_small_memory(list(models.values()))
+        # OpenVINO reorders the weights for its kernels, and keeps them as they were as well.
+        refuse_small_memory(list(models.values()), 2 if serving.engine == "openvino" else 1)
     options = _model_options(len(_by_weights(models)), serving)
     application = build_application(models, serving, options, keys)
     ray_serve.run(application, name=name, logging_config=_QUIET)
@@ -327,7 +328,7 @@ def _model_options(num_models: int, serving: ServingConfig) -> dict[str, Any]:
         "num_cpus": int(share * 100) / 100,
         "runtime_env": REPLICA_ENVIRONMENT,
     }
-    if free.get("GPU", 0) > 0:
+    if free.get("GPU", 0) > 0 and serving.engine != "openvino":
         size = serving.vllm.tensor_parallel_size if serving.engine == "vllm" else 1
         options["num_gpus"] = size if size > 1 else _gpu_share(free["GPU"], num_models)
     return options

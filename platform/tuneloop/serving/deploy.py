@@ -38,7 +38,7 @@ class DeployArguments(Section):
         min_length=1, description="By the name that requests call it."
     )
     engine: EngineName = Field(
-        "auto", description="As `serving.engine`; vLLM has to be installed on every node."
+        "auto", description="As `serving.engine`, which has to be installed on every node."
     )
     vllm: VllmConfig = Field(VllmConfig(), description="As `serving.vllm`.")
     max_batch_size: int = Field(

@@ -113,6 +113,8 @@ class Engine:
     """
 
     notice = ""
+    prefix_unit = 1  # tokens; shared prefixes have a multiple of it
+    adapters: Adapters
 
     def __init__(
         self,
@@ -141,8 +143,7 @@ class Engine:
         self._num_prompt_tokens = self._num_generated_tokens = 0
         self._closed = False
         with torch.inference_mode():
-            bytes_per_token = self._prepare()
-        self.adapters = Adapters(model, adapters)
+            bytes_per_token = self._prepare(adapters)
         # Tokens whose keys and values fit into memory, and the longest prompt plus answer.
         self._token_budget = int(MEMORY_SHARE * _free_bytes(model.device) / bytes_per_token)
         positions = getattr(text, "max_position_embeddings", None) or self._token_budget
@@ -152,6 +153,7 @@ class Engine:
             self.adapters.names,
             is_memory_bound=self._token_budget <= positions,
         )
+        self._reserve()
         self._thread = threading.Thread(target=self._run, name="tuneloop-engine", daemon=True)
         self._thread.start()
 
@@ -178,17 +180,29 @@ class Engine:
         )
         return engine
 
-    def _prepare(self) -> int:
+    def _prepare(self, adapters: Mapping[str, Path]) -> int:
         """Make the model ready, and return the bytes of keys and values of one token.
 
         Raises:
             AttentionMismatch: The engine does not compute what the model does.
+            ModelError: An adapter does not fit.
         """
         # Only here: code that reads a layer's output as one block, such as Llama 4's rotation of
         # positions, fails on the transposed one, and then a PlainEngine serves the model as it is.
         if self.model.device.type == "cpu":
             speed_up_linear(self.model, num_rows=self.max_batch_size)
-        return switch_attention(self.model)
+        bytes_per_token = switch_attention(self.model)
+        self.adapters = Adapters(self.model, adapters)
+        return bytes_per_token
+
+    def _reserve(self) -> None:
+        """Set aside what sequences need, before the first one comes."""
+
+    def _prompt(
+        self, prefix: Prefix | None, ids: list[int], keep_all: bool = False, adapter: str = ""
+    ) -> Prompt:
+        """Return a sequence to prefill; arguments as of `Prompt`."""
+        return Prompt(prefix, ids, keep_all, adapter)
 
     @property
     def max_length(self) -> int:
@@ -206,7 +220,8 @@ class Engine:
         self.refuse_dead()
         if self._inbox.qsize() + len(self._waiting) >= self.max_waiting:
             raise QueueFull(f"{self.max_waiting} requests wait already")
-        prompt = Prompt(None, list(request.prompt_ids), request.score_prompt, request.adapter)
+        ids, keep_all = list(request.prompt_ids), request.score_prompt
+        prompt = self._prompt(None, ids, keep_all, request.adapter)
         row = _Row(request, Future(), time.monotonic(), prompt)
         if request.params.temperature > 0:
             row.sampler = torch.Generator().manual_seed(request.params.seed)
@@ -264,10 +279,14 @@ class Engine:
                 # Out of memory, mostly. Those that wait have done nothing wrong.
                 log.exception("a step of the engine failed")
                 _fail(self._running(), error)
-                self._admitted, self._prefilling = [], []
-                self._batches, self._prefixes = [], []
+                self._forget()
         self._collect()
         _fail([*self._running(), *self._waiting], TuneloopError("the engine was closed"))
+
+    def _forget(self) -> None:
+        """Drop all sequences and prefixes, but not the requests that wait."""
+        self._admitted, self._prefilling = [], []
+        self._batches, self._prefixes = [], []
 
     def _running(self) -> list[_Row]:
         return (
@@ -316,8 +335,9 @@ class Engine:
         start = len(prefix) if prefix else 0
         others = [r for r in self._recent if r is not request and r.adapter == request.adapter]
         stop = _shared_length(ids, [other.prompt_ids for other in others])
+        stop -= stop % self.prefix_unit
         if stop >= start + MIN_PREFIX_TOKENS:
-            prompt = Prompt(prefix, list(ids[start:stop]), adapter=request.adapter)
+            prompt = self._prompt(prefix, list(ids[start:stop]), adapter=request.adapter)
             while not prompt.done:
                 self._forward([prompt.next_chunk(PREFILL_TOKENS_PER_STEP)])
                 prompt.advance()
@@ -554,7 +574,8 @@ class PlainEngine(Engine):
     Queue, sampling, stops, scores and adapters are the engine's. Arguments as of `Engine`.
     """
 
-    def _prepare(self) -> int:
+    def _prepare(self, adapters: Mapping[str, Path]) -> int:
+        self.adapters = Adapters(self.model, adapters)
         # `generate` would add what the model's own settings say to what a request asks for.
         self.model.generation_config = GenerationConfig()
         text = self.model.config.get_text_config()

@@ -19,7 +19,7 @@ from tuneloop.models.bases.weights import load_whole
 from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Prompt
 
 # What a model raises that does not know our attention or our arguments.
-_FOREIGN = (
+FOREIGN = (
     NotImplementedError,
     TypeError,
     ValueError,
@@ -40,14 +40,17 @@ def num_threads() -> int:
     return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or 1))
 
 
-def load_decoder(path: str | Path) -> PreTrainedModel:
+def load_decoder(path: str | Path, on_cpu: bool = False) -> PreTrainedModel:
     """Return a Hugging Face directory's model, on the GPU if there is one.
+
+    Args:
+        on_cpu: On the CPU also where there is a GPU.
 
     Raises:
         ModelError: The model cannot be loaded.
     """
     torch.set_num_threads(num_threads())  # Ray gives workers OMP_NUM_THREADS=1
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and not on_cpu
     try:
         # bf16 is emulated, and slow, on most CPUs.
         dtype = "auto" if cuda else torch.float32
@@ -98,7 +101,7 @@ class _Watched(Prompt):
         return super().attend(layer, query, key, value, rule)
 
 
-def _long_rule(text: PretrainedConfig, windows: set[int | None]) -> str:
+def long_rule(text: PretrainedConfig, windows: set[int | None]) -> str:
     """Return what a model does in sequences longer than the tried one and the engine does not."""
     settings = text.to_dict()
     kinds = set(settings.get("layer_types") or ())
@@ -152,17 +155,17 @@ def switch_attention(model: PreTrainedModel) -> int:
             batch.advance([0])
         error = (torch.cat(logits).float() - expected).abs().max() / expected.abs().max()
         tolerance = 1e-3 if expected.dtype == model.dtype else 5e-2
-        reason = _long_rule(model.config.get_text_config(), first.windows)
+        reason = long_rule(model.config.get_text_config(), first.windows)
         if not error < tolerance:
             reason = f"logits differ by {error:.1e} of the largest, {tolerance:.0e} is allowed"
     except torch.OutOfMemoryError:
         raise
     except IndexError as error:
         reason = f"layers without attention between others ({error})"
-    except _FOREIGN as error:
+    except FOREIGN as error:
         # What the configuration says is told rather than where the attempt ended.
         text = model.config.get_text_config()
-        rule = _long_rule(text, {getattr(text, "sliding_window", None)})
+        rule = long_rule(text, {getattr(text, "sliding_window", None)})
         reason = rule or f"{type(error).__name__}: {error}"
     if reason:
         raise AttentionMismatch(

@@ -22,7 +22,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from tuneloop.config import VllmConfig
+from tuneloop.config import EngineName, VllmConfig
 from tuneloop.errors import ModelError, Problem, UserError
 from tuneloop.models.chat.calls import CallReader, CallSyntax, Written
 from tuneloop.models.chat.renderer import Renderer
@@ -44,6 +44,7 @@ from tuneloop.serving.answers import (
     event,
     tool_call,
 )
+from tuneloop.serving.openvino import environment as openvino
 from tuneloop.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -66,6 +67,7 @@ from tuneloop.serving.text import Decode, StreamedText
 
 if TYPE_CHECKING:
     from tuneloop.serving.constraint import Constraint, Constraints
+    from tuneloop.serving.engine import Engine
     from tuneloop.serving.requests import DecodeEngine
 
 log = logging.getLogger("tuneloop.serving")
@@ -287,7 +289,7 @@ class ModelServer:
     Args:
         models: By the name requests call them; `path` is the same for all.
         max_batch_size: Sequences decoded together, whichever model they ask for.
-        vllm: How vLLM is run; None: our own engine decodes.
+        engine: What decodes; for vLLM, how it is run.
         waits: Return when the models are loaded. Raises ModelError then.
     """
 
@@ -295,11 +297,11 @@ class ModelServer:
         self,
         models: Mapping[str, ServedModel],
         max_batch_size: int,
-        vllm: VllmConfig | None = None,
+        engine: EngineName | VllmConfig = "auto",
         waits: bool = False,
     ) -> None:
         self._loading: Future[dict[str, _Loaded]] = ThreadPoolExecutor(1).submit(
-            _load, models, max_batch_size, vllm
+            _load, models, max_batch_size, engine
         )
         if waits:
             self._loading.result()
@@ -585,7 +587,7 @@ def _told(chunks: Chunks, index: int, choice: _Choice, said: Said) -> Iterator[s
 
 
 def _load(
-    models: Mapping[str, ServedModel], max_batch_size: int, vllm: VllmConfig | None
+    models: Mapping[str, ServedModel], max_batch_size: int, kind: EngineName | VllmConfig
 ) -> dict[str, _Loaded]:
     # The replica alone needs these; who only describes it, or passes requests on, does not.
     from transformers.utils import logging as transformers_logging
@@ -597,15 +599,13 @@ def _load(
     decode, stop_ids = renderers[first].decode, renderers[first].stop_ids
     adapters = {n: m.adapter / ADAPTER for n, m in models.items() if m.adapter is not None}
     engine: DecodeEngine
-    if vllm is not None:
+    if isinstance(kind, VllmConfig):
         from tuneloop.serving.vllm.engine import ServedWeights, VllmEngine
 
         weights = ServedWeights(models[first].path, adapters)
-        engine = VllmEngine(weights, vllm, decode, stop_ids, max_batch_size)
+        engine = VllmEngine(weights, kind, decode, stop_ids, max_batch_size)
     else:
-        from tuneloop.serving.engine import Engine
-
-        engine = Engine.load(
+        engine = _own_engine(kind).load(
             models[first].path,
             decode=decode,
             stop_ids=stop_ids,
@@ -626,6 +626,17 @@ def _load(
         )
         for name, model in models.items()
     }
+
+
+def _own_engine(kind: EngineName) -> type[Engine]:
+    if kind == "openvino":
+        openvino.require()
+        from tuneloop.serving.openvino.engine import OpenVinoEngine
+
+        return OpenVinoEngine
+    from tuneloop.serving.engine import Engine
+
+    return Engine
 
 
 def _load_constraints(renderer: Renderer, vocab_size: int) -> Constraints | None:

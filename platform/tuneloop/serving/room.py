@@ -18,12 +18,16 @@ _BYTES_PER_WEIGHT = 4  # on a CPU weights are float32, whatever the file has
 _GIB = 2**30
 
 
-def refuse_small_memory(models: Sequence[ServedModel]) -> None:
-    """Raise ResourceError if this machine's memory does not hold the weights of all models."""
+def refuse_small_memory(models: Sequence[ServedModel], copies: int = 1) -> None:
+    """Raise ResourceError if this machine's memory does not hold the weights of all models.
+
+    Args:
+        copies: How often the engine has the weights in memory.
+    """
     folders = {model.path for model in models}
     folders |= {model.adapter / ADAPTER for model in models if model.adapter is not None}
     sizes = {folder: weight_bytes(folder) for folder in folders}
-    needed, available = sum(sizes.values()), psutil.virtual_memory().available
+    needed, available = copies * sum(sizes.values()), psutil.virtual_memory().available
     if needed <= available:
         return
     largest = max(sizes, key=lambda folder: sizes[folder])
@@ -32,7 +36,7 @@ def refuse_small_memory(models: Sequence[ServedModel]) -> None:
             "the models do not fit into memory together",
             where="this machine",
             got=f"{needed / _GIB:.1f} GiB of weights in float32, of which "
-            f"{sizes[largest] / _GIB:.1f} GiB are those of {largest}",
+            f"{copies * sizes[largest] / _GIB:.1f} GiB are those of {largest}",
             allowed=f"{available / _GIB:.1f} GiB available",
             remedy="serve fewer models, smaller ones, or adapters of one base "
             "(`models/NAME@vN/adapter`); or free memory",

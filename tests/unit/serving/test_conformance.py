@@ -5,6 +5,7 @@ vLLM takes part where it is installed and TUNELOOP_TEST_VLLM is set: it takes a 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,12 @@ POSITIONS = 256
 ENGINES = [
     "tuneloop",
     "transformers",
+    pytest.param(
+        "openvino",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("openvino") is None, reason="openvino is not installed"
+        ),
+    ),
     pytest.param(
         "vllm",
         marks=pytest.mark.skipif(
@@ -94,6 +101,12 @@ def start(kind: str, weights: ServedWeights, renderer: Renderer) -> DecodeEngine
     decode = renderer.decode
     if kind == "vllm":
         return VllmEngine(weights, VllmConfig(), decode, (), max_batch_size=4)
+    if kind == "openvino":
+        from tuneloop.serving.openvino.engine import OpenVinoEngine
+
+        return OpenVinoEngine.load(
+            weights.path, decode=decode, stop_ids=(), max_batch_size=4, adapters=weights.adapters
+        )
     engine = Engine if kind == "tuneloop" else PlainEngine
     model = load_decoder(weights.path)
     return engine(model, decode, (), max_batch_size=4, adapters=weights.adapters)

@@ -27,3 +27,8 @@ def test_weights_that_are_larger_than_memory(
     memory.available -= 1
     with pytest.raises(ResourceError, match=str(tiny_model)):
         refuse_small_memory(models)
+    memory.available = 2 * needed
+    refuse_small_memory(models, copies=2)
+    memory.available -= 1
+    with pytest.raises(ResourceError, match=str(tiny_model)):
+        refuse_small_memory(models, copies=2)
