@@ -52,7 +52,7 @@ def stop_early(losses: np.ndarray, order: np.ndarray, at_once: int) -> np.ndarra
     config = SweepConfig(parameters={"training.learning_rate": [1.0]}, scheduler="asha")
     with TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "journal")
-        study = Study([], Budget.unlimited(), journal, lambda fingerprint: None)
+        study = Study([], Budget(), journal, lambda fingerprint: None)
         scheduler = make_scheduler(config, study)
     assert scheduler is not None
     controller = cast(TuneController, None)

@@ -101,7 +101,7 @@ def run_point(base: str, method: str, length: int, tokens: int, steps: int) -> d
         cores = len(os.sched_getaffinity(0))
         execution = Execution(1, batch, 1)
         worker = Worker(0, execution, torch.device("cpu"), cores, lambda *_: None)
-        engine, *_ = start_engine(job, rows, worker)
+        engine = start_engine(job, rows, worker).engine
         engine.train()
         schedule, times = job.schedule(rows), []
         for step in range(steps):

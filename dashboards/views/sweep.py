@@ -9,13 +9,7 @@ import streamlit as st
 from shell import choose_artifact, show_origin
 from tuneloop.sweeps.advice import advise
 from tuneloop.sweeps.report import show_break_even, show_candidates, show_effects, show_tasks
-from tuneloop.sweeps.table import (
-    SweepView,
-    read_files,
-    task_sentences,
-    trial_table,
-    view_of,
-)
+from tuneloop.sweeps.table import SweepView, read_files, task_sentences, trial_table, view_of
 
 
 def chart(sweep: SweepView) -> dict[str, Any]:

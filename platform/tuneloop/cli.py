@@ -130,10 +130,11 @@ def _parser() -> argparse.ArgumentParser:
             _keys,
         )
 
-    def config_command(name: str) -> None:
+    def config_command(name: str) -> argparse.ArgumentParser:
         sub = command(name)
         sub.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
         overrides(sub)
+        return sub
 
     def workspace_of(sub: argparse.ArgumentParser, words: str = "use its workspace") -> None:
         sub.add_argument("config", metavar="CONFIG.yaml", nargs="?", help=words)
@@ -179,9 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for name in ("check", "prepare", "generate", "train", "evaluate", "run", "sweep", "serve"):
         config_command(name)
-    gate = command("gate")
-    gate.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
-    overrides(gate)
+    gate = config_command("gate")
     for name, words in (
         ("--against", "what the candidate is held against: models/NAME[@vN], or an arm's name"),
         ("--candidate", "default: the newest model of this configuration"),
@@ -202,10 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", default="next.csv",
         help="CSV, or tasks of Label Studio if it ends in .json; default: %(default)s",
     )  # fmt: skip
-    fixes = command("fixes")
-    fixes.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
-    overrides(fixes)
-    fixes.add_argument(
+    config_command("fixes").add_argument(
         "--output", metavar="FILE", help="also write the marks, as JSON Lines for data.fixes"
     )
     trace = command("trace")

@@ -25,8 +25,10 @@ from rich.text import Text
 
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.config import API_KEY_VARIABLE, TuneloopConfig, load_config
+from tuneloop.data.diff import diff_datasets, diff_text
 from tuneloop.doctor import examine
 from tuneloop.errors import ArtifactError, ConfigError, Problem
+from tuneloop.marks import write_marks
 from tuneloop.review.dashboard import run_dashboard
 from tuneloop.submission import in_job_directory, refuse_fleeting_workspace, submit
 from tuneloop.text import shorten
@@ -364,7 +366,6 @@ def _headline(artifact: Artifact) -> str:
 def _fixes(arguments: argparse.Namespace, output: IO[str]) -> int:
     config = _load(arguments)
     from tuneloop.data.corrections import refusal_by_task
-    from tuneloop.marks import write_marks
     from tuneloop.review.fixes import mark_states
 
     states = mark_states(config, Workspace(config.workspace), partial(refusal_by_task, config.task))
@@ -461,12 +462,9 @@ def _trace(arguments: argparse.Namespace, output: IO[str]) -> int:
 
 
 def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
-
     workspace = open_workspace(arguments)
     artifact = workspace.open(arguments.ref)
     if arguments.diff:
-        from tuneloop.data.diff import diff_datasets, diff_text
-
         diff = diff_datasets(artifact, workspace.open(arguments.diff))
         print(
             json.dumps(diff, ensure_ascii=False) if arguments.json else diff_text(diff), file=output

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 # All are compared with all.
 _MOST_INPUTS = 4_000
-_SHOWN_CHARACTERS = 60
 _FLAT = ("question_answer", "prompt_completion", "alpaca", "columns")
 _TEXT, _CHOICE = "text", "answer"
 Numbers = NDArray[np.float64]
@@ -303,7 +302,7 @@ def write_choices(choices: Sequence[Choice], config: TuneloopConfig, path: Path)
         ) from error
 
 
-def _write_csv(choices: Sequence[Choice], config: TuneloopConfig, file: Any) -> dict[str, Any]:
+def _write_csv(choices: Sequence[Choice], config: TuneloopConfig, file: IO[str]) -> dict[str, Any]:
     """Write a table with an empty column for the answers; return its layout."""
     first = choices[0].row.record
     layout = next((s for s in config.data.sources if s.format in _FLAT and _reads(s, first)), None)
@@ -336,7 +335,7 @@ def _reads(source: SourceConfig, record: Mapping[str, Any]) -> bool:
     return name in record
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     return json.dumps(value, ensure_ascii=False)

@@ -20,13 +20,7 @@ from pydantic import ValidationError
 from tuneloop import contest
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect, refuse_unshared
-from tuneloop.config import (
-    API_KEY_VARIABLE,
-    NO_DIFFERENCE,
-    Section,
-    ServingConfig,
-    TuneloopConfig,
-)
+from tuneloop.config import API_KEY_VARIABLE, NO_DIFFERENCE, Section, ServingConfig, TuneloopConfig
 from tuneloop.contest import Contest
 from tuneloop.errors import ConfigError, ModelError, Problem
 from tuneloop.evals.scoring.harness import make_environment
@@ -39,6 +33,7 @@ from tuneloop.serving import app
 from tuneloop.serving.keys import keyring, refuse_exposed
 from tuneloop.serving.replica import ServedModel
 from tuneloop.text import shorten
+from tuneloop.training import launch
 
 logger = logging.getLogger("tuneloop.pipeline")
 
@@ -247,13 +242,7 @@ def _trained(
     config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
 ) -> Artifact | None:
     """Return the model that exactly this configuration trains, or None."""
-    return workspace.find("models", config.name, _model_identity(config, base, dataset))
-
-
-def _model_identity(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> str:
-    from tuneloop.training import launch
-
-    return launch.identity(config, base, dataset)
+    return workspace.find("models", config.name, launch.identity(config, base, dataset))
 
 
 @contextmanager
@@ -369,9 +358,7 @@ def train_model(
     config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
 ) -> Published:
     """Return the model artifact, made or reused. Needs a running Ray."""
-    from tuneloop.training.launch import train
-
-    return _log_published(train(config, workspace, base, dataset))
+    return _log_published(launch.train(config, workspace, base, dataset))
 
 
 def evaluate_each(trained: Sequence[Trained], workspace: Workspace) -> list[Published]:
@@ -425,7 +412,7 @@ def finetuned_identities(
     """Return the fingerprints of the model and of its evaluation alone, before they are made."""
     from tuneloop.evals import runner
 
-    model = _model_identity(config, base, dataset)
+    model = launch.identity(config, base, dataset)
     return model, runner.identity(config, dataset, [contest.finetuned_arm(model)])
 
 

@@ -65,23 +65,34 @@ class Progress:
     @contextlib.contextmanager
     def following(self, count: Callable[[], int], logger: logging.Logger) -> Iterator[None]:
         """Ask again and again how much is done, while the caller waits for work elsewhere."""
-        ended = threading.Event()
 
-        def follow() -> None:
-            while not ended.wait(_POLL_EVERY_S):
-                done = count()
-                self.update(done)
-                if done:
-                    counts = f"{done:,} of {self.total:,} {self.unit}"
-                    self.log(logger, "%s: %s", self.label, counts)
+        def tell() -> None:
+            done = count()
+            self.update(done)
+            if done:
+                counts = f"{done:,} of {self.total:,} {self.unit}"
+                self.log(logger, "%s: %s", self.label, counts)
 
-        thread = threading.Thread(target=follow, name=f"progress of {self.label}", daemon=True)
-        thread.start()
-        try:
+        with repeating(tell, _POLL_EVERY_S):
             yield
-        finally:
-            ended.set()
-            thread.join()
+
+
+@contextlib.contextmanager
+def repeating(act: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Call a function again and again in another thread, while the caller waits."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(every_s):
+            act()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class _Bars(rich_progress.Progress):

@@ -56,6 +56,7 @@ from tuneloop.records import Sample
 
 # Usable rows that stand for all where they are compared with one another.
 _SPREAD = 64
+_SHOWN_SAMPLES = 3
 _ROWS_AT_ONCE = 1000
 # Rows whose prompts are held against each other.
 _MOST_PAIRS = 5000
@@ -120,13 +121,12 @@ class DataCheck:
     changed: list[ChangedRow] = field(default_factory=list)
 
 
-def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> DataCheck:
+def check(config: TuneloopConfig, base: BaseModel) -> DataCheck:
     """Return what is wrong with the data and what it looks like; reads every row, without Ray.
 
     Args:
         config: Configuration of the run.
         base: Whose tokenizer and chat template render the rows.
-        num_samples: Usable rows to show, spread evenly over the data.
     """
     try:
         refuse_mismatched_formats(config)
@@ -155,7 +155,7 @@ def check(config: TuneloopConfig, base: BaseModel, num_samples: int = 3) -> Data
     groups: set[str] = set()
     columns: dict[str, Shape] = {}
     extras: list[str] = []
-    shown: _EvenlySpread[tuple[str, Sample]] = _EvenlySpread(num_samples)
+    shown: _EvenlySpread[tuple[str, Sample]] = _EvenlySpread(_SHOWN_SAMPLES)
     spread: _EvenlySpread[Sample] = _EvenlySpread(_SPREAD)
     total = 0
     rows = (row for place, file in enumerate(files) for row in read_source(file, place, config))

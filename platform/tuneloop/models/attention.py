@@ -27,6 +27,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from tuneloop.compat.transformers import attention_implementation
 
 IMPLEMENTATION = "tuneloop"
+# What a model raises that does not know our attention or our arguments.
+FOREIGN_ERRORS = (
+    *(NotImplementedError, TypeError, ValueError, LookupError),
+    *(AttributeError, RuntimeError, AssertionError),
+)
 # What some families add to attention and nothing here computes.
 UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
 

@@ -20,6 +20,7 @@ _ELO_PER_NAT = 400 / np.log(10)
 # One virtual draw between each arm and an average opponent: an arm that won all its few
 # comparisons gets a finite strength.
 _PRIOR_DRAWS = 1.0
+_CONFIDENCE = 0.95
 # Beyond this strength in nats (2,084 Elo) the votes set no limit.
 _FARTHEST = 12.0
 # So weak that it moves no end by one Elo; it keeps the strengths of arms that never lost finite.
@@ -61,7 +62,7 @@ class Rating:
     num_ties: int
 
 
-def bradley_terry(preferences: Sequence[Preference], confidence: float = 0.95) -> list[Rating]:
+def bradley_terry(preferences: Sequence[Preference]) -> list[Rating]:
     """Return the arms' ratings, strongest first.
 
     Unlike running Elo updates, the result does not depend on the order of the verdicts. A tie
@@ -69,10 +70,6 @@ def bradley_terry(preferences: Sequence[Preference], confidence: float = 0.95) -
     contradict (profile likelihood without a prior, with a t quantile for few votes): after one
     vote that is any, after five of five it is open to one side. Votes on one example and pair
     count together as one comparison with their mean, since reviewers see the same answers.
-
-    Args:
-        preferences: The votes.
-        confidence: Level of the intervals.
 
     Source: Bradley and Terry 1952, Biometrika 39; fitted by Hunter's MM algorithm, Annals of
     Statistics 32 (2004), section 2. Intervals: Venzon and Moolgavkar 1988, Applied Statistics 37.
@@ -86,7 +83,7 @@ def bradley_terry(preferences: Sequence[Preference], confidence: float = 0.95) -
     best = _maximise(wins)
     # With the normal quantile three votes of three would already tell two arms apart.
     spare = max(1.0, float(wins.sum()) - (len(arms) - 1))
-    drop = float(stats.t.ppf(0.5 + confidence / 2, spare)) ** 2 / 2
+    drop = float(stats.t.ppf(0.5 + _CONFIDENCE / 2, spare)) ** 2 / 2
     ratings = []
     for arm, i in index.items():
         low, high = _profile_ends(wins, i, best, drop)

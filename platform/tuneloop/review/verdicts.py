@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 from tuneloop.records import Vote
 
 Choice = Literal["left", "right", "tie", "both_bad"]
-CHOICES: tuple[Choice, ...] = ("left", "right", "tie", "both_bad")
 # Nobody has read two answers sooner: a vote before that is a key that was held or pressed twice.
 LEAST_READING_S = 1.0
 

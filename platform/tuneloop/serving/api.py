@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, FastAPI, Request
@@ -377,6 +378,7 @@ def _add_routes(api: FastAPI, side: _HttpSide) -> None:
     """Add the addresses that need the key, if there is one."""
     keyed = [Depends(side.authorize)]
     refused: dict[int | str, dict[str, Any]] = {401: _ERRORS[401]}
+    post = partial(api.post, dependencies=keyed, responses=_ERRORS)
 
     @api.get("/v1/models", dependencies=keyed, responses=refused)
     async def models(request: Request) -> JSONResponse:
@@ -401,49 +403,27 @@ def _add_routes(api: FastAPI, side: _HttpSide) -> None:
         text = side.metrics.text(activities)
         return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    @api.post(
-        "/v1/chat/completions",
-        dependencies=keyed,
-        responses=_ERRORS,
-        openapi_extra=_body_of(ChatRequest),
-    )
+    @post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
     async def chat_completions(request: Request) -> Response:
         """The answer to a conversation, whole or as server-sent events."""
         return await side.answer("chat", request)
 
-    @api.post(
-        "/v1/responses",
-        dependencies=keyed,
-        responses=_ERRORS,
-        openapi_extra=_body_of(ResponsesRequest),
-    )
+    @post("/v1/responses", openapi_extra=_body_of(ResponsesRequest))
     async def responses(request: Request) -> Response:
         """The answer to a conversation in OpenAI's newer protocol; nothing is stored."""
         return await side.respond(request)
 
-    @api.post(
-        "/v1/completions",
-        dependencies=keyed,
-        responses=_ERRORS,
-        openapi_extra=_body_of(CompletionRequest),
-    )
+    @post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
         """How texts or token ids go on, whole or as server-sent events."""
         return await side.answer("completions", request)
 
-    @api.post(
-        "/tokenize", dependencies=keyed, responses=_ERRORS, openapi_extra=_body_of(TokenizeRequest)
-    )
+    @post("/tokenize", openapi_extra=_body_of(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of a conversation as the model reads it."""
         return await side.answer("tokenize", request)
 
-    @api.post(
-        "/detokenize",
-        dependencies=keyed,
-        responses=_ERRORS,
-        openapi_extra=_body_of(DetokenizeRequest),
-    )
+    @post("/detokenize", openapi_extra=_body_of(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
         """The text of token ids, without special tokens."""
         return await side.answer("detokenize", request)

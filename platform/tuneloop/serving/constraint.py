@@ -14,13 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llguidance import (
-    LLMatcher,
-    LLParserLimits,
-    LLTokenizer,
-    TokenizerWrapper,
-    grammar_from,
-)
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, grammar_from
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
@@ -204,7 +198,7 @@ def _after_a_space(grammar: str) -> str:
     )
 
 
-def _has_an_end(schema: Any) -> bool:
+def _has_an_end(schema: object) -> bool:
     """Return whether some value of a schema is finite, as far as references decide it."""
     references = list(dict.fromkeys(_references(schema)))
     ended: set[str] = set()
@@ -219,7 +213,7 @@ def _has_an_end(schema: Any) -> bool:
     return _ends(schema, ended)
 
 
-def _references(part: Any) -> Iterator[str]:
+def _references(part: object) -> Iterator[str]:
     if isinstance(part, Mapping):
         if isinstance(reference := part.get("$ref"), str):
             yield reference
@@ -230,7 +224,7 @@ def _references(part: Any) -> Iterator[str]:
         yield from _references(inner)
 
 
-def _ends(schema: Any, ended: Collection[str]) -> bool:
+def _ends(schema: object, ended: Collection[str]) -> bool:
     """Return whether some value of a schema is finite if what `ended` refers to is."""
     if not isinstance(schema, Mapping) or "const" in schema or "enum" in schema:
         return True
@@ -264,7 +258,7 @@ def _needed_parts(schema: Mapping[str, Any], kind: str) -> list[Any]:
     return first if len(first) == count else [*first, schema.get("items")]
 
 
-def _resolve(reference: str, root: Any) -> Any:
+def _resolve(reference: str, root: object) -> Any:
     """Return what a reference within the schema names; None if it is elsewhere or nowhere."""
     target = root
     for part in reference.removeprefix("#").split("/")[1:]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
+import timeit
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +60,6 @@ def _transposed(layer: nn.Linear, rows: Tensor) -> Tensor:
     return out if layer.bias is None else out + layer.bias
 
 
-def _fastest(run: object, repeats: int = 7) -> float:
+def _fastest(run: Callable[[], object]) -> float:
     """Return the shortest of some runs, in seconds: the one least disturbed by others."""
-    assert callable(run)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(run, number=1, repeat=7))

@@ -14,20 +14,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tuneloop.errors import ModelError, Problem, UserError
-from tuneloop.models.attention import IMPLEMENTATION, Rule
+from tuneloop.models.attention import FOREIGN_ERRORS, IMPLEMENTATION, Rule
 from tuneloop.models.bases.weights import load_whole
 from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Prompt
-
-# What a model raises that does not know our attention or our arguments.
-FOREIGN = (
-    NotImplementedError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    AssertionError,
-)
 
 
 class AttentionMismatch(ModelError):
@@ -162,7 +151,7 @@ def switch_attention(model: PreTrainedModel) -> int:
         raise
     except IndexError as error:
         reason = f"layers without attention between others ({error})"
-    except FOREIGN as error:
+    except FOREIGN_ERRORS as error:
         # What the configuration says is told rather than where the attempt ended.
         text = model.config.get_text_config()
         rule = long_rule(text, {getattr(text, "sliding_window", None)})

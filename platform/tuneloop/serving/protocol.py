@@ -19,14 +19,7 @@ import secrets
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tuneloop.models.chat.tool_results import results_in_order
 from tuneloop.records import Message, SamplingParams
@@ -577,7 +570,7 @@ def _asked_fields(
     return asked
 
 
-def _unsupported(name: str, value: Any, neutral: tuple[Any, ...]) -> ProtocolError:
+def _unsupported(name: str, value: object, neutral: tuple[Any, ...]) -> ProtocolError:
     allowed = f"; {json.dumps(neutral[0])} is taken" if neutral else ""
     message = f"`{name}` is not supported, got {_shown(value)}{allowed}"
     return ProtocolError(400, message, name, "unsupported_parameter")
@@ -592,7 +585,7 @@ def _without_neutral(kind: type[StrictBody], body: dict[str, Any]) -> dict[str, 
     return asked
 
 
-def _message_without_neutral(message: Any) -> Any:
+def _message_without_neutral(message: object) -> Any:
     if not isinstance(message, dict):
         return message
     _refuse_many_fields(message)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from tuneloop.sweeps.curve import ROWS_KEY, series_of
-from tuneloop.sweeps.table import HARDLY, SURELY_LESS, difference_in_words
+from tuneloop.sweeps.table import HARDLY, SURELY_LESS, as_change, as_score, difference_in_words
 
 MODEL_KEY = "model.base"
 Kind = Literal["rows", "model", "setting", "prompt", "stop", "unclear"]
@@ -69,19 +69,12 @@ class Sweep(NamedTuple):
 
     def points(self, gain: Mapping[str, float]) -> str:
         """Return a gain with its interval in words; positive is better."""
-        values = [self.sign * gain[name] for name in ("value", "low", "high")]
-        ends = sorted(values[1:])
-        if self.is_share:
-            value, low, high = (f"{100 * one:+.1f}" for one in (values[0], *ends))
-            text = f"{value} points ({low} to {high})"
-        else:
-            value, low, high = (f"{one:+.3f}" for one in (values[0], *ends))
-            text = f"{value} ({low} to {high})"
-        return text.replace("-", "−")
+        value, *ends = (self.sign * gain[name] for name in ("value", "low", "high"))
+        return as_change({"value": value, "low": min(ends), "high": max(ends)}, self.is_share)
 
     def score(self, value: float) -> str:
         """Return a score in words."""
-        return f"{100 * value:.1f}%" if self.is_share else f"{value:.3f}"
+        return as_score(value, self.is_share)
 
     def help_of(self, gain: Mapping[str, float]) -> Help:
         """Return whether a gain is worth anything."""

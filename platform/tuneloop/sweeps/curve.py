@@ -12,14 +12,7 @@ import numpy as np
 
 from tuneloop.evals.scoring.intervals import Floats
 from tuneloop.evals.scoring.metrics import Metric
-from tuneloop.sweeps.forecast import (
-    CONFIDENCE,
-    BreakEven,
-    SizedScore,
-    fit_law,
-    is_vague,
-    refusal,
-)
+from tuneloop.sweeps.forecast import CONFIDENCE, BreakEven, SizedScore, fit_law, is_vague, refusal
 
 ROWS_KEY = "data.num_train_examples"
 # How far beyond the largest data volume a forecast goes.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import DistributionConfig, SweepConfig, TuneloopConfig, with_value
@@ -433,7 +434,7 @@ def _refuse_values(key: str, values: list[Any]) -> Iterator[Problem]:
         )
 
 
-def _problem(detail: Any) -> Problem:
+def _problem(detail: ErrorDetails) -> Problem:
     """Turn an error in one combination into a problem."""
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":

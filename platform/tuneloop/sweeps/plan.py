@@ -16,13 +16,7 @@ from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import SweepConfig, TuneloopConfig
 from tuneloop.errors import DataError, Problem, UserError
 from tuneloop.models.bases.source import resolve_base
-from tuneloop.sweeps.grid import (
-    Cell,
-    listed_values,
-    num_combinations,
-    search_of,
-    with_drawn,
-)
+from tuneloop.sweeps.grid import Cell, listed_values, num_combinations, search_of, with_drawn
 from tuneloop.sweeps.study import Budget, Job, Journal, Study
 from tuneloop.training.batches import Schedule
 

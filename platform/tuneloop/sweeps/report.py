@@ -16,6 +16,7 @@ from tuneloop.sweeps.advice import Sweep, advise
 from tuneloop.sweeps.curve import ROWS_KEY
 from tuneloop.sweeps.table import (
     SweepView,
+    as_score,
     difference_in_words,
     in_words,
     task_sentences,
@@ -155,7 +156,7 @@ def _costs(one: Candidate, sign: int) -> tuple[float, ...]:
     )
 
 
-def _beats(other: tuple[float, ...], own: tuple[float, ...]) -> bool:
+def _beats(other: Sequence[float], own: Sequence[float]) -> bool:
     return all(a <= b for a, b in zip(other, own, strict=True)) and other != own
 
 
@@ -229,17 +230,13 @@ def show_effects(curve: Mapping[str, Any]) -> list[dict[str, str]]:
             "trained with": _name_of(one["values"]) or "–",
             "its rows": f"{one['num_train_examples']:,}",
             "rows of the others": f"{one['num_others']:,}",
-            "alone": _task_score(one["alone"], one["is_share"]),
-            "with the others": _task_score(one["mixed"], one["is_share"]),
+            "alone": as_score(one["alone"], one["is_share"]),
+            "with the others": as_score(one["mixed"], one["is_share"]),
             "difference": difference_in_words(one),
             "the others": one["effect"],
         }
         for one in curve.get("task_effects", [])
     ]
-
-
-def _task_score(value: float | None, is_share: bool) -> str:
-    return "–" if value is None else _score(value, is_share)
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:
@@ -303,7 +300,7 @@ def draw_chart(view: SweepView, curve: Mapping[str, Any]) -> str:
     parts = [*_axes(scale, sizes, view.percent)]
     for number, (arm, score) in enumerate(bars.items()):
         y = scale.y(score)
-        label = Markup.escape(f"{arm} {_score(score, view.percent)}")
+        label = Markup.escape(f"{arm} {as_score(score, view.percent)}")
         # Beside one another: their scores may be close.
         end, anchor = ((_WIDTH - _RIGHT, "end"), (_LEFT + 4, "start"))[number % 2]
         parts.append(
@@ -326,7 +323,7 @@ def draw_chart(view: SweepView, curve: Mapping[str, Any]) -> str:
             if point["low"] is not None:
                 ends = f'y1="{scale.y(point["low"])}" y2="{scale.y(point["high"])}"'
                 parts.append(f'<line class="whisker {colour}" x1="{x}" x2="{x}" {ends}/>')
-            label = Markup.escape(f"{point['trial']}: {_score(point['score'], view.percent)}")
+            label = Markup.escape(f"{point['trial']}: {as_score(point['score'], view.percent)}")
             radius = 7 if point["best"] else 4.5
             parts.append(
                 f'<circle class="{colour}" cx="{x}" cy="{y}" r="{radius}"><title>{label}</title>'
@@ -384,7 +381,3 @@ def _round_step(width: float) -> float:
     """Return 1, 2 or 5 times a power of ten, at least so wide."""
     power = 10 ** math.floor(math.log10(width))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
-
-
-def _score(value: float, percent: bool) -> str:
-    return f"{100 * value:.1f}%" if percent else f"{value:.3f}"

@@ -14,13 +14,7 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, in_task
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.models.export.layout import ADAPTER
-from tuneloop.sweeps.choice import (
-    Score,
-    covariance_of_means,
-    optimism,
-    row_scores,
-    score_seeds,
-)
+from tuneloop.sweeps.choice import Score, covariance_of_means, optimism, row_scores, score_seeds
 from tuneloop.sweeps.curve import Bar, describe_forecast, series_of
 from tuneloop.sweeps.grid import VALIDATION_LOSS, Trial
 

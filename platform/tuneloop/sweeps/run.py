@@ -7,7 +7,6 @@ on with the trials that are missing.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,15 +24,8 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.errors import ModelError, Problem
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.models.bases.source import resolve_base
-from tuneloop.sweeps.choice import (
-    Score,
-    choose,
-    score_trial,
-)
-from tuneloop.sweeps.curve import (
-    ROWS_KEY,
-    learning_curves,
-)
+from tuneloop.sweeps.choice import Score, choose, score_trial
+from tuneloop.sweeps.curve import ROWS_KEY, learning_curves
 from tuneloop.sweeps.grid import VALIDATION_LOSS, Trial, evaluated_on, expand
 from tuneloop.sweeps.plan import Prepared, common_rows, make_study, prepare_all
 from tuneloop.sweeps.report import render_sweep
@@ -51,8 +43,6 @@ from tuneloop.sweeps.results import (
     trial_row,
 )
 from tuneloop.sweeps.tasks import task_curves, task_effects, train_rows_of
-
-logger = logging.getLogger("tuneloop.sweeps")
 
 CODE_VERSION = 8
 

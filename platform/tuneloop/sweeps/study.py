@@ -58,8 +58,8 @@ class Journal:
 class Budget(NamedTuple):
     """What the trainings of a sweep may take."""
 
-    trials: float
-    seconds: float
+    trials: float = math.inf
+    seconds: float = math.inf
 
     @classmethod
     def of(cls, config: TuneloopConfig) -> Budget:
@@ -71,11 +71,6 @@ class Budget(NamedTuple):
             price_per_hour = resources.price_per_hour * resources.worker_counts[0]
             hours = min(hours, budget.price / price_per_hour)
         return cls(budget.trials or math.inf, 3600 * hours)
-
-    @classmethod
-    def unlimited(cls) -> Budget:
-        """Return a budget that is never spent."""
-        return cls(math.inf, math.inf)
 
     def allows(self, num_trials: int, spent_s: float) -> bool:
         """Return whether one more training may begin."""

@@ -13,10 +13,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from tuneloop.artifacts import Artifact
-from tuneloop.evals.reporting.formatting import format_number
+from tuneloop.evals.reporting.formatting import (
+    format_change,
+    format_difference,
+    format_number,
+    format_value,
+)
+from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.sweeps.curve import ROWS_KEY, series_of
 from tuneloop.text import format_duration
 
+_KINDS = (Metric("", kind="number"), Metric("", kind="ratio"))  # not in per cent, and in per cent
 # The terminal has no room for these.
 _NOT_PRINTED = ("", "loss", "model")
 # A gain that is expected to be smaller than the first, and surely smaller than the second, is not
@@ -121,13 +128,13 @@ def view_of(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Sw
                     else {"train rows": format_number(trial["num_train_examples"])}
                 ),
                 "parameters": _millions(trial["num_parameters"]),
-                "validation" if is_tested else curve["metric"]: _score(trial["score"], percent),
+                "validation" if is_tested else curve["metric"]: as_score(trial["score"], percent),
                 "95% interval": (
                     "–"
                     if trial["low"] is None
-                    else f"{_score(trial['low'], percent)} to {_score(trial['high'], percent)}"
+                    else f"{as_score(trial['low'], percent)} to {as_score(trial['high'], percent)}"
                 ),
-                **({"test": _score(trial["test_score"], percent)} if is_tested else {}),
+                **({"test": as_score(trial["test_score"], percent)} if is_tested else {}),
                 "loss": format_number(trial["loss"], 3),
                 "time": "–" if trial["wall_s"] is None else format_duration(trial["wall_s"]),
                 **({"status": trial["status"]} if any_failed else {}),
@@ -153,7 +160,7 @@ def view_of(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Sw
         best=str(best.get("model") or ""),
         best_words=next(
             (
-                f"{_score(best['test']['value'] if is_tested else p['score'], percent)} "
+                f"{as_score(best['test']['value'] if is_tested else p['score'], percent)} "
                 f"{'on the test ' * is_tested}with {p['trial']}"
                 for p in points
                 if p["best"]
@@ -184,26 +191,21 @@ def _choice_in_words(curve: Mapping[str, Any], num_scored: int, percent: bool) -
         "the winner alone."
     ]
     words = f"The winner has {_with_interval(best['test'], percent)} on the test"
-    words += (
-        f" ({confidence} interval); on validation {_score(best['validation']['value'], percent)}"
-    )
+    validated = as_score(best["validation"]["value"], percent)
+    words += f" ({confidence} interval); on validation {validated}"
     gap = best["optimism"]
     if gap["value"] is None:
         return [*sentences, words + "."]
-    added = _with_ends(gap, percent)
+    added = as_change(gap, percent)
     words += f". Reporting the score it was chosen by would have added {added}."
     return [*sentences, words]
 
 
 def _with_interval(score: dict[str, Any], percent: bool) -> str:
     if score["low"] is None:
-        return _score(score["value"], percent)
-    ends = f"{_score(score['low'], percent)} to {_score(score['high'], percent)}"
-    return f"{_score(score['value'], percent)}, {ends},"
-
-
-def _difference(value: float, percent: bool) -> str:
-    return (f"{100 * value:+.1f} points" if percent else f"{value:+.3f}").replace("-", "−")
+        return as_score(score["value"], percent)
+    ends = f"{as_score(score['low'], percent)} to {as_score(score['high'], percent)}"
+    return f"{as_score(score['value'], percent)}, {ends},"
 
 
 def task_sentences(curve: Mapping[str, Any]) -> list[str]:
@@ -218,17 +220,12 @@ def task_sentences(curve: Mapping[str, Any]) -> list[str]:
 def difference_in_words(effect: Mapping[str, Any]) -> str:
     """Return what training with the other tasks makes of a task's score."""
     gap, percent = effect["difference"], effect["is_share"]
-    if gap["value"] is None:
-        return "–"
-    return _with_ends(gap, percent)
+    return "–" if gap["value"] is None else as_change(gap, percent)
 
 
-def _with_ends(gap: Mapping[str, Any], percent: bool) -> str:
-    value = _difference(gap["value"], percent)
-    if gap["low"] is None:
-        return value
-    low, high = (_difference(gap[end], percent).removesuffix(" points") for end in ("low", "high"))
-    return f"{value} ({low} to {high})"
+def as_change(gap: Mapping[str, Any], percent: bool) -> str:
+    """Return a difference with its interval as people read it."""
+    return format_change(gap, _KINDS[percent])
 
 
 def in_words(value: object) -> str:
@@ -280,7 +277,7 @@ def _line_in_words(line: dict[str, Any], percent: bool) -> str:
     refused = f" No forecast: {forecast['refused']}." if forecast.get("refused") else ""
     if line["slope"] is None:
         return f"{name}: one size only, so there is no line.{refused}"
-    gain = _difference(line["slope"], percent)
+    gain = format_difference(line["slope"], _KINDS[percent])
     words = f"{name}: {gain} for each doubling of the training rows"
     if line["residual"] is None:
         return f"{words} (two sizes: the line goes through both points).{refused}"
@@ -292,7 +289,7 @@ def _forecast_in_words(line: dict[str, Any], percent: bool) -> str:
     forecast = line["forecast"]
     smallest, largest = (pick(size for size, _ in line["points"]) for pick in (min, max))
     expected = [
-        f"{_with_ends(one['gain'], percent)} with {one['num_examples']:,}"
+        f"{as_change(one['gain'], percent)} with {one['num_examples']:,}"
         for one in forecast["forecasts"]
     ]
     words = (
@@ -303,7 +300,7 @@ def _forecast_in_words(line: dict[str, Any], percent: bool) -> str:
     if percent and gain["value"] < HARDLY and gain["high"] < SURELY_LESS:
         words += " Twice the rows hardly help: look at other settings or a larger model, or stop."
     for bar in forecast["break_even"]:
-        arm = f"{bar['arm']} ({_score(bar['score'], percent)})"
+        arm = f"{bar['arm']} ({as_score(bar['score'], percent)})"
         ends = f"{bar['low'] or 0:,} to " + (
             "more than anybody labels" if bar["high"] is None else f"{bar['high']:,}"
         )
@@ -325,10 +322,9 @@ def _millions(count: int | None) -> str:
     return "–" if count is None else f"{count / 1e6:,.0f} M"
 
 
-def _score(value: float | None, percent: bool) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f}%" if percent else f"{value:.3f}"
+def as_score(value: float | None, percent: bool) -> str:
+    """Return a score as people read it."""
+    return format_value(value, _KINDS[percent])
 
 
 def sweep_table(sweep: Artifact) -> RenderableType:

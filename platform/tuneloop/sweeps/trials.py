@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from tuneloop.artifacts import Workspace
 from tuneloop.config import SweepConfig, TuneloopConfig
 from tuneloop.errors import ModelError, Problem, UserError, find_user_error
 from tuneloop.models.bases.source import resolve_base
+from tuneloop.progress import repeating
 from tuneloop.sweeps.grid import VALIDATION_LOSS, Cell, Measurement, Trial
 from tuneloop.sweeps.search import PERCENT, TrialSearch, order_file
 from tuneloop.sweeps.study import Job, Study
@@ -219,36 +219,30 @@ def train_one(
 @contextlib.contextmanager
 def _reported(progress: Path) -> Iterator[None]:
     """Report the validation losses in a training's progress file to Ray Tune while it goes on."""
-    ended = threading.Event()
+    position = 0
 
-    def follow() -> None:
-        position = 0
-        while not ended.wait(_POLL_S):
-            with contextlib.suppress(FileNotFoundError), progress.open("rb") as file:
-                file.seek(position)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    position += len(line)
-                    row = json.loads(line)
-                    # The last loss comes with the model.
-                    if row[VALIDATION_LOSS] is None or row["step"] == row["num_steps"]:
-                        continue
-                    tune.report(
-                        {
-                            PERCENT: 100 * row["step"] / row["num_steps"],
-                            "step": row["step"],
-                            VALIDATION_LOSS: row[VALIDATION_LOSS],
-                        }
-                    )
+    def report() -> None:
+        nonlocal position
+        with contextlib.suppress(FileNotFoundError), progress.open("rb") as file:
+            file.seek(position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                position += len(line)
+                row = json.loads(line)
+                # The last loss comes with the model.
+                if row[VALIDATION_LOSS] is None or row["step"] == row["num_steps"]:
+                    continue
+                tune.report(
+                    {
+                        PERCENT: 100 * row["step"] / row["num_steps"],
+                        "step": row["step"],
+                        VALIDATION_LOSS: row[VALIDATION_LOSS],
+                    }
+                )
 
-    thread = threading.Thread(target=follow, name="reports", daemon=True)
-    thread.start()
-    try:
+    with repeating(report, _POLL_S):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 class _Earlier(NamedTuple):

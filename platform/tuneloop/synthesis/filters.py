@@ -244,7 +244,7 @@ def _unsaid(row: Solved) -> str:
     return ""
 
 
-def _values(value: Any) -> Iterator[str | int | float]:
+def _values(value: object) -> Iterator[str | int | float]:
     if isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _values(part)

@@ -52,6 +52,18 @@ class GeneratedRows(NamedTuple):
     train: list[dict[str, Any]]
     removed: list[dict[str, Any]]
 
+    def write(self, path: Path, columns: pa.Schema) -> None:
+        """Write them into a dataset; `columns` are what train rows have beside the usual ones."""
+        for side, content, schema in (
+            ("train", self.train, dataset_schema(columns)),
+            # Models are tested on people's rows only.
+            ("test", [], dataset_schema(columns)),
+            ("removed", self.removed, removed_schema()),
+        ):
+            (path / side).mkdir()
+            table = pa.Table.from_pylist(content, schema)
+            parquet.write_table(table, path / side / "part-00000.parquet", compression="zstd")
+
 
 def generate_rows(
     config: TuneloopConfig, workspace: Workspace, base: BaseModel, dataset: Artifact
@@ -302,15 +314,7 @@ def _write(
         [(name, pa.string()) for name in ("seed_row_id", "made_for")]
         + [(name, pa.float64()) for name in ("agreement", "rating")]
     )
-    for side, content, schema in (
-        ("train", rows.train, dataset_schema(columns)),
-        # Models are tested on people's rows only.
-        ("test", [], dataset_schema(columns)),
-        ("removed", rows.removed, removed_schema()),
-    ):
-        (path / side).mkdir()
-        table = pa.Table.from_pylist(content, schema)
-        parquet.write_table(table, path / side / "part-00000.parquet", compression="zstd")
+    rows.write(path, columns)
     removed = reasons(rows.removed)
     made = [RowText(*(turn["content"] for turn in row["messages"][-2:])) for row in rows.train]
     people = [RowText(seed.messages[-2].text, seed.messages[-1].text) for seed in seeds]

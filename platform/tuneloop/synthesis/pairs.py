@@ -28,7 +28,7 @@ from tuneloop.config import (
     TuneloopConfig,
 )
 from tuneloop.data.hashing.content import content_id
-from tuneloop.data.schema import ReasonCode, Stage, dataset_schema, removed_schema
+from tuneloop.data.schema import ReasonCode, Stage
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
 from tuneloop.errors import DataError, Problem
@@ -37,7 +37,7 @@ from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
 from tuneloop.records import Message, SamplingParams
-from tuneloop.synthesis.generate import REPLIES, reasons, teacher_of
+from tuneloop.synthesis.generate import REPLIES, GeneratedRows, reasons, teacher_of
 from tuneloop.synthesis.teacher import Asked, Replies, Reply, Teacher
 
 logger = logging.getLogger("tuneloop.data")
@@ -82,13 +82,6 @@ class ParsedReply(NamedTuple):
     pairs: list[Pair]
     problem: str = ""
     code: ReasonCode = ReasonCode.UNREADABLE
-
-
-class GeneratedRows(NamedTuple):
-    """The rows of `train/` and of `removed/`."""
-
-    train: list[dict[str, Any]]
-    removed: list[dict[str, Any]]
 
 
 def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> Published:
@@ -364,15 +357,7 @@ def _write(
     generation: GenerationConfig,
 ) -> None:
     columns = pa.schema([("passage", pa.string()), ("support_ratio", pa.float64())])
-    for side, content, schema in (
-        ("train", rows.train, dataset_schema(columns)),
-        # Models are tested on people's rows only.
-        ("test", [], dataset_schema(columns)),
-        ("removed", rows.removed, removed_schema()),
-    ):
-        (path / side).mkdir()
-        table = pa.Table.from_pylist(content, schema)
-        parquet.write_table(table, path / side / "part-00000.parquet", compression="zstd")
+    rows.write(path, columns)
     removed = reasons(rows.removed)
     card = {"name": name, "synthetic_ratio": 1.0, **metrics, "removed": dict(removed)}
     (path / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False))

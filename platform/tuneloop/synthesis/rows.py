@@ -26,15 +26,7 @@ from tuneloop.evals.scoring.constrained import KINDS, unwrap
 from tuneloop.evals.scoring.judging import read_rating
 from tuneloop.evals.scoring.metrics import without_thought
 from tuneloop.records import Arm, Message, SamplingParams
-from tuneloop.synthesis.filters import (
-    Filters,
-    Novelty,
-    Rejected,
-    Solved,
-    agreement,
-    cleaned,
-    lost,
-)
+from tuneloop.synthesis.filters import Filters, Novelty, Rejected, Solved, agreement, cleaned, lost
 from tuneloop.synthesis.more_of import Part
 from tuneloop.synthesis.teacher import Asked, Reply, Teacher
 

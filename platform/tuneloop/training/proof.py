@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tuneloop.errors import ModelError, Problem
-from tuneloop.models.attention import Documents, Rule, standard_attention
+from tuneloop.models.attention import FOREIGN_ERRORS, Documents, Rule, standard_attention
 from tuneloop.training.packed import PackedBatch, can_share, pack_rows
 from tuneloop.training.padded import PaddedBatch, pad_rows
 from tuneloop.training.rows import MIN_SHARED_TOKENS, Rows, make_rows
@@ -28,16 +28,6 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _EDGE_TARGETS = 24
 # How long rows that share a prefix are made: the proof is to cost less than a step.
 _PREFIXED_TOKENS = 256
-# What a model raises that does not know our attention or our arguments.
-_FOREIGN = (
-    NotImplementedError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    AssertionError,
-)
 
 
 def packing_fault(model: torch.nn.Module, rows: Rows, device: torch.device) -> str:
@@ -71,7 +61,7 @@ def packing_fault(model: torch.nn.Module, rows: Rows, device: torch.device) -> s
                 return fault
     except torch.OutOfMemoryError:
         raise
-    except _FOREIGN as error:
+    except FOREIGN_ERRORS as error:
         if "memory" in str(error):
             raise
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -105,7 +95,7 @@ def padding_fault(model: torch.nn.Module, rows: Rows, device: torch.device) -> s
         return _difference(model, some, pad_rows(some, range(len(some)), device))
     except torch.OutOfMemoryError:
         raise
-    except _FOREIGN as error:
+    except FOREIGN_ERRORS as error:
         if "memory" in str(error):
             raise
         raise ModelError(

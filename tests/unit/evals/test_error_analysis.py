@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from tuneloop.evals.reporting import error_analysis as analysis
 from tuneloop.evals.reporting.error_analysis import Filter
-from tuneloop.evals.reporting.overview import describe_parity, search_rows
+from tuneloop.evals.reporting.overview import describe_parity
 from tuneloop.evals.scoring.error_tags import misspelt_words, tag_errors
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
@@ -171,13 +170,6 @@ def test_one_odd_word_in_a_long_answer_is_no_bad_spelling() -> None:
     reference = text.replace("good", "fine")
     assert tag_errors(scorer, reference, text + "zorblax", "stop") == []
     assert tag_errors(scorer, reference, text + "zorblax teh recieve", "stop") == ["misspelt"]
-
-
-def test_rows_are_searched_in_every_column() -> None:
-    rows: list[dict[str, Any]] = [{"a": "Größe", "b": 1}, {"a": "small", "b": ["deep", "größe"]}]
-    assert search_rows(rows, "GRÖSSE") == rows
-    assert search_rows(rows, "größe deep") == rows[1:]
-    assert search_rows(rows, " ") == rows
 
 
 def test_parity_in_words() -> None:

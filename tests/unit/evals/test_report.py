@@ -19,12 +19,7 @@ from tuneloop.evals.reporting.error_analysis import Filter
 from tuneloop.evals.reporting.formatting import word_diff
 from tuneloop.evals.reporting.headline import describe_rows, write_headline
 from tuneloop.evals.reporting.next_steps import next_steps
-from tuneloop.evals.reporting.overview import (
-    describe_metrics,
-    prompt_labels,
-    tabulate,
-    without_end,
-)
+from tuneloop.evals.reporting.overview import describe_metrics, prompt_labels, tabulate, without_end
 from tuneloop.evals.reporting.report import render_report
 from tuneloop.evals.reporting.views import show_examples
 from tuneloop.evals.scoring.comparison import compare, summarise

@@ -12,7 +12,6 @@ from tuneloop.sweeps.curve import Bar, describe_forecast
 from tuneloop.sweeps.forecast import SizedScore, fit_law, refusal
 
 ACCURACY = Metric("right", kind="binary")
-BITS = Metric("bits per byte", better="lower", kind="number")
 
 
 def rectified(size: float) -> float:

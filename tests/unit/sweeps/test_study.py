@@ -22,7 +22,7 @@ from tuneloop.sweeps.grid import Cell, Measurement, Trial, expand, with_drawn
 from tuneloop.sweeps.study import Budget, Job, Journal, Study
 
 RATE = "training.learning_rate"
-ANY = Budget.unlimited()
+ANY = Budget()
 
 
 def config(sweep: dict[str, Any]) -> TuneloopConfig:

@@ -37,12 +37,7 @@ from tuneloop.training.checkpoint import newest_complete
 from tuneloop.training.deepspeed_engine import Execution, learning_rate_factor
 from tuneloop.training.dry_run import dry_run, stage_of
 from tuneloop.training.loop import TrainingJob, Worker, train_rows
-from tuneloop.training.progress import (
-    MAY_STOP_FILE,
-    PROGRESS_FILE,
-    STOP_FILE,
-    TrainingStopped,
-)
+from tuneloop.training.progress import MAY_STOP_FILE, PROGRESS_FILE, STOP_FILE, TrainingStopped
 from tuneloop.training.results import TrainingResult
 from tuneloop.training.rows import Rows, make_rows
 

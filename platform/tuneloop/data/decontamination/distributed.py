@@ -34,12 +34,7 @@ from tuneloop.data.decontamination.ngrams import (
     overlapping,
 )
 from tuneloop.data.hashing.columns import Indices, Texts
-from tuneloop.data.hashing.content import (
-    CONTENT_COLUMNS,
-    Content,
-    rows_with_keys,
-    texts_of_rows,
-)
+from tuneloop.data.hashing.content import CONTENT_COLUMNS, Content, rows_with_keys, texts_of_rows
 from tuneloop.data.hashing.signatures import word_counts
 
 # The index of a slice takes some 30 bytes a word, and twice that while it is made.

@@ -15,13 +15,7 @@ import pyarrow as pa
 from ray.data import Dataset
 
 from tuneloop.data import ray_rows
-from tuneloop.data.dedup.minhash import (
-    MANY,
-    OWN_PART,
-    candidate_pairs,
-    connected,
-    scoped_hashes,
-)
+from tuneloop.data.dedup.minhash import MANY, OWN_PART, candidate_pairs, connected, scoped_hashes
 from tuneloop.data.hashing.columns import Hashes, Indices, as_matrix
 from tuneloop.data.hashing.content import ALIKE_PROMPTS, Content
 from tuneloop.data.hashing.signatures import jaccard

@@ -16,12 +16,7 @@ from numpy.typing import NDArray
 
 from tuneloop.config import DedupConfig, TaskConfig
 from tuneloop.data.hashing.columns import ComparedSide, Hashes, Indices, Texts, compared_text
-from tuneloop.data.hashing.signatures import (
-    band_hashes,
-    lowest_hashes,
-    normalised_hashes,
-    shingles,
-)
+from tuneloop.data.hashing.signatures import band_hashes, lowest_hashes, normalised_hashes, shingles
 from tuneloop.records import Message
 
 # Jaccard similarity of their sets of words from which two prompts ask nearly the same.

@@ -83,9 +83,8 @@ def bad_row_problems(bad: Sequence[BadRow], total: int, data: DataConfig) -> lis
     ranked = sorted(by_kind.items(), key=lambda item: -len(item[1]))
     for what, rows in ranked[:_KINDS]:
         first = rows[0].rejection
-        problems.append(
-            Problem(what, places(rows, _PLACES), first.got, first.allowed, first.remedy)
-        )
+        where = first_places([row.place for row in rows])
+        problems.append(Problem(what, where, first.got, first.allowed, first.remedy))
     rest = sum(len(rows) for _, rows in ranked[_KINDS:])
     if rest:
         problems.append(Problem(f"{rest:,} more rows have other mistakes"))
@@ -102,10 +101,10 @@ def bad_row_problems(bad: Sequence[BadRow], total: int, data: DataConfig) -> lis
     return problems
 
 
-def places(rows: Sequence[BadRow | ChangedRow], most: int) -> str:
-    """Return files and lines of some rows, the first `most` of them."""
-    more = f", and {len(rows) - most:,} more" if len(rows) > most else ""
-    return ", ".join(row.place for row in rows[:most]) + more
+def first_places(names: Sequence[str]) -> str:
+    """Return the first of these places, and how many there are besides."""
+    more = f", and {len(names) - _PLACES:,} more" if len(names) > _PLACES else ""
+    return ", ".join(names[:_PLACES]) + more
 
 
 def changed_problems(rows: Sequence[ChangedRow], total: int) -> list[Problem]:
@@ -115,7 +114,7 @@ def changed_problems(rows: Sequence[ChangedRow], total: int) -> list[Problem]:
         by_kind.setdefault(row.what, []).append(row)
     ranked = sorted(by_kind.items(), key=lambda item: -len(item[1]))
     return [
-        Problem(f"{len(own):,} of {total:,} rows: {what}", where=places(own, _PLACES))
+        Problem(f"{len(own):,} of {total:,} rows: {what}", first_places([row.place for row in own]))
         for what, own in ranked
     ]
 
@@ -162,11 +161,9 @@ def dropped_problem(summaries: Sequence[str], total: int) -> Problem:
 def too_long_problem(rows: Sequence[LongRow], total: int, data: DataConfig) -> Problem:
     """Return the problem of rows longer than `max_seq_len`."""
     longest = max(row.num_tokens for row in rows)
-    places = ", ".join(f"{row.place} ({row.num_tokens:,} tokens)" for row in rows[:_PLACES])
-    more = f", and {len(rows) - _PLACES:,} more" if len(rows) > _PLACES else ""
     return Problem(
         f"{len(rows):,} of {total:,} rows are longer than data.max_seq_len",
-        where=places + more,
+        where=_long_places(rows),
         got=f"up to {longest:,} tokens",
         allowed=f"at most {data.max_seq_len:,}",
         remedy=f"set data.max_seq_len={longest}" + _OTHER_WAYS[data.too_long],
@@ -182,16 +179,18 @@ _OTHER_WAYS = {
 
 def truncated_problem(rows: Sequence[LongRow], total: int, data: DataConfig) -> Problem:
     """Return the notice of rows of which parts of the prompt are left out."""
-    places = ", ".join(f"{row.place} ({row.num_tokens:,} tokens)" for row in rows[:_PLACES])
-    more = f", and {len(rows) - _PLACES:,} more" if len(rows) > _PLACES else ""
     return Problem(
         f"{len(rows):,} of {total:,} rows are cut to data.max_seq_len",
-        where=places + more,
+        where=_long_places(rows),
         got=f"up to {max(row.num_tokens for row in rows):,} tokens",
         allowed=f"at most {data.max_seq_len:,}",
         remedy="their oldest turns or the middle of their prompts are left out; the card says "
         "of which rows what",
     )
+
+
+def _long_places(rows: Sequence[LongRow]) -> str:
+    return first_places([f"{row.place} ({row.num_tokens:,} tokens)" for row in rows])
 
 
 def _counted(summaries: Sequence[str]) -> str:

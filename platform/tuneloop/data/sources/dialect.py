@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tuneloop.config import SourceConfig
+from tuneloop.data.sources.bad_rows import first_places
 from tuneloop.data.sources.files import DOCUMENTS, SourceFile, passed_over
 from tuneloop.errors import Problem
 
@@ -34,7 +35,6 @@ _BYTES = {
     rb"%PDF-\d": "PDF",
     rb"SQLite format 3\x00": "SQLite",
 }
-_PLACES = 3
 SAMPLE_BYTES = 1 << 16
 
 
@@ -101,22 +101,17 @@ def file_notices(files: Sequence[SourceFile], sources: Sequence[SourceConfig]) -
         for what in _unusual(file):
             names.setdefault(what, []).append(file.name)
     remedy = "it is read so; nothing has to be done"
-    notices = [Problem(what, _places(own), remedy=remedy) for what, own in names.items()]
+    notices = [Problem(what, first_places(own), remedy=remedy) for what, own in names.items()]
     if left := passed_over(sources):
         notices.append(
             Problem(
                 f"{len(left):,} file{'s are' if len(left) > 1 else ' is'} passed over",
-                where=_places(left),
+                where=first_places(left),
                 got="hidden, in a hidden folder, or a description of the data",
                 remedy="to read one, name it, or its folder, as a source",
             )
         )
     return notices
-
-
-def _places(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _PLACES:,} more" if len(names) > _PLACES else ""
-    return ", ".join(names[:_PLACES]) + more
 
 
 def _unusual(file: SourceFile) -> list[str]:

@@ -329,7 +329,7 @@ def _annotated(row: Mapping[str, Any]) -> list[Message]:
     return [Message("user", prompt), Message("assistant", answers[0].strip())]
 
 
-def _annotation(results: Any) -> str:
+def _annotation(results: object) -> str:
     """Return the choice or the text of an annotation; empty without one."""
     for result in results if isinstance(results, list) else []:
         value = result.get("value") if isinstance(result, dict) else None
@@ -341,7 +341,7 @@ def _annotation(results: Any) -> str:
     return ""
 
 
-def _only_instance(instances: Any) -> dict[str, Any]:
+def _only_instance(instances: object) -> dict[str, Any]:
     """Return the input and output that Alpaca's seed tasks keep in a list."""
     instances = _decoded(instances, "instances")
     if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
@@ -405,7 +405,7 @@ def _turns(row: Mapping[str, Any], layout: str) -> list[Message]:
     return messages
 
 
-def _turn(turn: Any, layout: str) -> Message | None:
+def _turn(turn: object, layout: str) -> Message | None:
     """Return a turn as a message; None for a system message that says nothing."""
     keys = ("role", "content")
     if layout == "sharegpt" and isinstance(turn, dict) and "from" in turn:
@@ -493,7 +493,7 @@ def _weight(turn: Mapping[str, Any], role: Role) -> int:
     return 1
 
 
-def _calls(calls: Any) -> str:
+def _calls(calls: object) -> str:
     """Return the JSON of tool calls in OpenAI's layout, with arguments as JSON text."""
     allowed = '[{"function": {"name": …, "arguments": "{…}"}}]'
     if not isinstance(calls, list):
@@ -516,7 +516,7 @@ def _calls(calls: Any) -> str:
     return json.dumps(found, ensure_ascii=False)
 
 
-def _arguments(value: Any) -> str:
+def _arguments(value: object) -> str:
     """Return a call's arguments as the JSON text of an object."""
     if value is None or value == "":
         return "{}"
@@ -602,7 +602,7 @@ _FOLLOWS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _decoded(value: Any, column: str) -> Any:
+def _decoded(value: object, column: str) -> Any:
     """Return a value, or what its JSON holds: CSV has no lists."""
     if not isinstance(value, str) or not value.strip():
         return value if not isinstance(value, str) else None
@@ -614,7 +614,7 @@ def _decoded(value: Any, column: str) -> Any:
         raise RowError(f"`{column}` is not valid JSON", got=_short(value)) from error
 
 
-def _content(value: Any) -> str:
+def _content(value: object) -> str:
     """Return a turn's text; a list of text parts, as OpenAI writes it, is joined."""
     if isinstance(value, str):
         return value
@@ -694,7 +694,7 @@ def missing_column(column: str, row: Mapping[str, Any], remedy: str) -> RowError
     )
 
 
-def _wrong_type(column: str, value: Any) -> RowError:
+def _wrong_type(column: str, value: object) -> RowError:
     return RowError(
         f"`{column}` is not text",
         got=f"{type(value).__name__} {_short(value)}",
@@ -702,6 +702,6 @@ def _wrong_type(column: str, value: Any) -> RowError:
     )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return repr(text if len(text) <= 80 else text[:77] + "…")

@@ -104,7 +104,7 @@ def _same(constants: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, 
     return {name: value for name, value in constants.items() if record.get(name) == value}
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     """Return whether a value is a text and no number, as ids are."""
     return isinstance(value, str) and bool(value.strip()) and not value.strip().isdigit()
 

@@ -97,14 +97,14 @@ def _with_preferred(row: Mapping[str, Any], layout: str) -> dict[str, Any]:
     return {**row, "messages": _joined(row.get("prompt"), row["chosen"])}
 
 
-def _joined(before: Any, preferred: Any) -> Any:
+def _joined(before: object, preferred: object) -> Any:
     """Return the turns of a prompt and the preferred answer, which may repeat the prompt."""
     before, preferred = _turns(before, "user"), _turns(preferred, "assistant")
     is_whole = len(preferred) > len(before) and preferred[: len(before)] == before
     return preferred if is_whole else [*before, *preferred]
 
 
-def _turns(value: Any, role: str) -> list[Any]:
+def _turns(value: object, role: str) -> list[Any]:
     """Return turns as a list: of one turn, of a text, or of their JSON."""
     if isinstance(value, str):
         decoded = _once_more(value)
@@ -131,7 +131,7 @@ def _decoded_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _decoded_turn(turn: Any) -> Any:
+def _decoded_turn(turn: object) -> Any:
     if not isinstance(turn, dict):
         return turn
     changed = dict(turn)
@@ -149,7 +149,7 @@ def _decoded_turn(turn: Any) -> Any:
     return changed
 
 
-def _decoded_call(call: Any) -> Any:
+def _decoded_call(call: object) -> Any:
     if not isinstance(call, dict):
         return call
     changed = dict(call)

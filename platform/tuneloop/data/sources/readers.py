@@ -257,7 +257,7 @@ def read_records(file: SourceFile) -> Iterator[Record]:
         yield record
 
 
-def _contradiction(name: str, own: Any, value: PartitionValue) -> FileError:
+def _contradiction(name: str, own: object, value: PartitionValue) -> FileError:
     return FileError(
         f"the folder is named for a column `{name}` that the file has with another value",
         got=f"{_shortened(str(own))} in a folder {name}={value}",
@@ -433,7 +433,7 @@ def _object_or_error(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedK
         return error
 
 
-def _error_in(record: Any) -> RepeatedKeyError | None:
+def _error_in(record: object) -> RepeatedKeyError | None:
     """Return the error that stands somewhere in a record in place of an object, if one does."""
     waiting = [record]
     while waiting:
@@ -629,7 +629,7 @@ _FORMATS: dict[str, Callable[[Any], Iterator[Record]]] = {
 }
 
 
-def _object(record: Any, is_flat: bool = False) -> dict[str, Any] | RowError:
+def _object(record: object, is_flat: bool = False) -> dict[str, Any] | RowError:
     if isinstance(record, RowError):
         return record
     if isinstance(record, dict):

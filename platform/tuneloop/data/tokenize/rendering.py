@@ -16,11 +16,7 @@ from tuneloop.data.hashing.columns import Indices
 from tuneloop.data.schema import ReasonCode, Rejection, Stage
 from tuneloop.models.chat.renderer import Renderer, template_from_root
 from tuneloop.models.chat.template import RenderError
-from tuneloop.models.chat.tokenizer_backends import (
-    BackendChoice,
-    FastTokenizer,
-    choose_backend,
-)
+from tuneloop.models.chat.tokenizer_backends import BackendChoice, FastTokenizer, choose_backend
 from tuneloop.records import Message, Sample
 
 logger = logging.getLogger("tuneloop.data")
@@ -120,12 +116,11 @@ def sample_of(row: Mapping[str, Any], renderer: Renderer) -> Sample:
     return sample
 
 
-def percentiles(
-    values: Sequence[int] | Indices, points: tuple[int, ...] = (50, 90, 95, 99, 100)
-) -> dict[str, int]:
+def percentiles(values: Sequence[int] | Indices) -> dict[str, int]:
     """Return whole-number percentiles by name, such as `p95`; `max` for 100. Empty for none."""
     if not len(values):
         return {}
+    points = (50, 90, 95, 99, 100)
     values_at = np.percentile(np.asarray(values), points, method="higher")
     return {
         "max" if point == 100 else f"p{point}": int(value)

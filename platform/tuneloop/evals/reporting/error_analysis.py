@@ -11,13 +11,7 @@ from typing import Any, Literal, TypeVar
 from tuneloop.evals.reporting.formatting import Piece, format_value, word_diff
 from tuneloop.evals.scoring.error_tags import tags_of
 from tuneloop.evals.scoring.function_calls import without_accepted
-from tuneloop.evals.scoring.pairing import (
-    Change,
-    PairedExample,
-    TagChange,
-    count_tag_changes,
-    gain,
-)
+from tuneloop.evals.scoring.pairing import Change, PairedExample, TagChange, count_tag_changes, gain
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.records import Message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuneloop.evals.scoring.metrics import Metric
@@ -41,7 +41,7 @@ def format_difference(value: float | None, metric: Metric, unit: bool = True) ->
     return text + (" points" if unit and metric.kind != "number" else "")
 
 
-def format_change(estimate: dict[str, Any], metric: Metric) -> str:
+def format_change(estimate: Mapping[str, Any], metric: Metric) -> str:
     """Return a difference with its interval as text."""
     value, low, high = (
         format_difference(estimate[end], metric, unit=False) for end in ("value", "low", "high")

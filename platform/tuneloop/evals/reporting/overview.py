@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,7 +156,7 @@ def compare_settings(artifacts: Sequence[Artifact]) -> list[dict[str, str]]:
     ]
 
 
-def _flat(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(config: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in config.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{key}{name}.")
@@ -219,27 +219,6 @@ def read_json(artifact: Artifact, name: str) -> Any:
     """Return a JSON file of an artifact, None where it has none."""
     text = read_text(artifact, name)
     return json.loads(text) if text else None
-
-
-def read_split(dataset: Artifact, folder: str) -> list[dict[str, Any]]:
-    """Return the rows of `train`, `test` or `removed`, without their token ids."""
-    rows: list[dict[str, Any]] = []
-    for file in sorted((dataset.path / folder).glob("*.parquet")):
-        source = pq.ParquetFile(file)
-        names = [n for n in source.schema_arrow.names if n not in {"input_ids", "loss_mask"}]
-        rows += source.read(columns=names).to_pylist()
-    return rows
-
-
-def search_rows(rows: Sequence[dict[str, Any]], words: str) -> list[dict[str, Any]]:
-    """Return the rows that contain every word, in any column and any case."""
-    searched = words.casefold().split()
-    if not searched:
-        return list(rows)
-    texts = (json.dumps(row, ensure_ascii=False, default=str).casefold() for row in rows)
-    return [
-        row for row, text in zip(rows, texts, strict=True) if all(word in text for word in searched)
-    ]
 
 
 def describe_parity(parity: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ from tuneloop.evals.scoring.pairing import Change, PairedExample
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.text import shorten
 
+_SHOWN_EXAMPLES = 2
 _SHOWN_CHANGES: tuple[tuple[Change, str, str], ...] = (
     ("fixed", "got better", "green"),
     ("introduced", "got worse", "red"),
@@ -100,12 +101,11 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
     )
 
 
-def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
+def terminal_table(artifact: Artifact) -> RenderableType:
     """Return a summary for the terminal: headline, arms, paired differences, a few examples.
 
     Args:
         artifact: A published evaluation.
-        num_examples: Examples shown that got fixed, and as many that got worse.
     """
     evaluation = Evaluation.load(artifact)
     metric, headline = evaluation.metric(evaluation.primary), write_headline(evaluation)
@@ -164,7 +164,7 @@ def terminal_table(artifact: Artifact, num_examples: int = 2) -> RenderableType:
     if other := evaluation.strongest_other():
         examples = evaluation.pair(other, evaluation.candidate["name"])
         for change, heading, style in _SHOWN_CHANGES:
-            chosen = [example for example in examples if example.change == change][:num_examples]
+            chosen = [e for e in examples if e.change == change][:_SHOWN_EXAMPLES]
             if chosen:
                 parts += [Text(), Text(f"{heading} than {other}", style=style)]
                 parts += [Padding(_terminal_example(e), (0, 0, 1, 2)) for e in chosen]

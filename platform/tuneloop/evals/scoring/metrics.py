@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import regex
+from rapidfuzz.distance import LCSseq
 
 from tuneloop.config import OneTaskConfig, TaskConfig, TaskType
 from tuneloop.errors import DataError, Problem
@@ -474,7 +475,7 @@ def rouge_l(reference: str, completion: str, task: OneTaskConfig) -> float:
     Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", section 3.1.
     """
     expected, answer = find_words(reference.lower()), find_words(completion.lower())
-    return _f1(_longest_common_subsequence(expected, answer), len(expected), len(answer))
+    return _f1(LCSseq.similarity(expected, answer), len(expected), len(answer))
 
 
 def reference_words(text: str) -> list[str]:
@@ -503,23 +504,6 @@ def _f1(common: int, num_expected: int, num_answered: int) -> float:
     if num_expected == num_answered == 0:
         return 1.0
     return 2 * common / (num_expected + num_answered)
-
-
-def _longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence, by bit-parallel dynamic programming.
-
-    Source: Hyyrö 2004, "Bit-parallel LCS-length computation revisited": row i of the classical
-    table is kept as one integer whose zero bits are the positions where it steps up.
-    """
-    positions: dict[str, int] = {}
-    for index, word in enumerate(left):
-        positions[word] = positions.get(word, 0) | 1 << index
-    mask = (1 << len(left)) - 1
-    row = mask
-    for word in right:
-        matches = row & positions.get(word, 0)
-        row = (row + matches | row - matches) & mask
-    return len(left) - row.bit_count()
 
 
 TASK_METRICS: dict[TaskType, TaskMetrics] = {

@@ -20,11 +20,7 @@ from scipy import stats
 
 from tuneloop.artifacts import Artifact
 from tuneloop.evals.scoring.clusters import Clusters
-from tuneloop.evals.scoring.estimates import (
-    adjust_p_values,
-    describe_difference,
-    describe_mean,
-)
+from tuneloop.evals.scoring.estimates import adjust_p_values, describe_difference, describe_mean
 from tuneloop.evals.scoring.intervals import Floats, Resampling
 from tuneloop.evals.scoring.metrics import Metric, Scorer
 from tuneloop.evals.scoring.pairing import last_question, pair_arms

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from safetensors import SafetensorError, safe_open
+from tokenizers import pre_tokenizers
 
 from tuneloop.artifacts import sha256_file
 from tuneloop.errors import ModelError, Problem, ResourceError
@@ -361,7 +362,6 @@ def _split_digits(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
     the model was trained on.
     """
     import gguf
-    from tokenizers import pre_tokenizers
 
     name = gguf.GGUFReader(str(file)).get_field("tokenizer.ggml.pre")
     if name is not None and name.contents() in _DIGITS_APART:

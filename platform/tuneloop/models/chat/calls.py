@@ -65,7 +65,7 @@ def _next_json(text: str, place: int) -> int:
     return min(places, default=-1)
 
 
-def _call(value: Any) -> Call | None:
+def _call(value: object) -> Call | None:
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
@@ -524,7 +524,7 @@ def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else {}
 
 
-def _properties(schema: Any) -> Mapping[str, Any]:
+def _properties(schema: object) -> Mapping[str, Any]:
     properties = schema.get("properties") if isinstance(schema, Mapping) else None
     return properties if isinstance(properties, Mapping) else {}
 
@@ -563,7 +563,7 @@ def _literal(text: str, renderer: Renderer) -> str:
     return " ".join(parts) or '""'
 
 
-def _parameters_rule(parameters: _Parameters, schema: Any, renderer: Renderer) -> str:
+def _parameters_rule(parameters: _Parameters, schema: object, renderer: Renderer) -> str:
     """Return the grammar of arguments that are written one by one."""
     required = schema.get("required") if isinstance(schema, Mapping) else None
     rule = []

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from tuneloop.errors import ModelError, Problem
 from tuneloop.models.chat.template import (
@@ -34,7 +35,6 @@ from tuneloop.models.chat.tokenizer_backends import ReferenceTokenizer, Tokenize
 from tuneloop.records import Message, Sample
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 CODE_VERSION = 2
@@ -493,8 +493,6 @@ class Renderer:
     @cached_property
     def _plain_backend(self) -> Tokenizer:
         """The tokenizer, taking special tokens for text."""
-        from tokenizers import Tokenizer
-
         plain = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         plain.encode_special_tokens = True
         return plain

@@ -316,7 +316,7 @@ class ChatTemplate:
                 call["function"] = call["function"] | {"arguments": arguments}
         return [{key: value for key, value in c.items() if value is not None} for c in calls]
 
-    def _probe(self, content: str | None, arguments: Any) -> str:
+    def _probe(self, content: str | None, arguments: object) -> str:
         """Return the rendering of a tool call; empty if the template fails."""
         function = {"name": "probe", "arguments": arguments}
         call = {"id": "abcdefghi", "type": "function", "function": function}

@@ -53,13 +53,11 @@ class Likelihood:
 
     Args:
         logprob: Sum over the scored tokens, natural log.
-        is_greedy: Greedy decoding would have written exactly this continuation.
         num_tokens: Tokens scored. The very first token of a text has no context and is not.
         num_bytes: UTF-8 bytes of the scored text; None when token ids were asked for.
     """
 
     logprob: float
-    is_greedy: bool
     num_tokens: int
     num_bytes: int | None
 
@@ -307,7 +305,7 @@ class Client:
         answer = await self._send("POST", "/completions", body, self.retries)
         try:
             report = answer["choices"][0]["logprobs"]
-            chosen, best = report["token_logprobs"], report["top_logprobs"]
+            chosen = report["token_logprobs"]
             if isinstance(prompt, str):
                 num_prompt = int(answer["usage"]["prompt_tokens"])
                 positions, num_bytes = _text_positions(report, num_prompt, str(context), prompt)
@@ -316,9 +314,6 @@ class Client:
             scored = [position for position in positions if chosen[position] is not None]
             return Likelihood(
                 logprob=float(sum(chosen[position] for position in scored)),
-                is_greedy=all(
-                    chosen[position] >= max(best[position].values()) for position in scored
-                ),
                 num_tokens=len(scored),
                 num_bytes=num_bytes,
             )

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from tuneloop.errors import ModelError, Problem
+from tuneloop.models.attention import FOREIGN_ERRORS
 from tuneloop.serving.adapters import MaskedAdapters
 from tuneloop.serving.engine import PREFIX_CACHE_TOKENS, Engine
 from tuneloop.serving.kv_cache import CachedSegment, DecodeBatch, Prefix, Prompt
-from tuneloop.serving.model import FOREIGN, load_decoder, long_rule
+from tuneloop.serving.model import load_decoder, long_rule
 from tuneloop.serving.openvino.graph import BLOCK, Graph, Run
 
 _TRIED = (BLOCK + 1, 4, 1, 1, 1)  # tokens of each pass of the check
@@ -109,7 +110,7 @@ class OpenVinoEngine(Engine):
             error = float((self._try(ids) - expected).abs().max() / expected.abs().max())
             if not error < _TOLERANCE:
                 reason = f"logits differ by {error:.1e} of the largest, {_TOLERANCE} is allowed"
-        except FOREIGN as error:
+        except FOREIGN_ERRORS as error:
             reason = reason or f"{type(error).__name__}: {error}"
         if reason:
             raise ModelError(

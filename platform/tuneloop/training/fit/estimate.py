@@ -251,7 +251,7 @@ def _training_s(config: TuneloopConfig, shape: ModelShape, work: Workload) -> fl
     return operations / (workers * rate * _EFFICIENCY)
 
 
-def matmul_rate(num_threads: int, seconds: float = 0.5) -> float:
+def matmul_rate(num_threads: int) -> float:
     """Return the float32 matrix-product rate of this machine's CPU, in operations per second.
 
     CPU time counts, so that the rate is that of a machine that is left alone.
@@ -261,7 +261,7 @@ def matmul_rate(num_threads: int, seconds: float = 0.5) -> float:
     try:
         left, right = torch.rand(1024, 576), torch.rand(576, 1536)
         left @ right
-        count, until, started = 0, time.perf_counter() + seconds, time.process_time()
+        count, until, started = 0, time.perf_counter() + 0.5, time.process_time()
         while time.perf_counter() < until:
             left @ right
             count += 1
