@@ -166,6 +166,7 @@ def advice_for(
     parts = {artifact.kind: artifact for artifact in found[-1].made_of}
     dataset, model = parts.get("datasets"), parts.get("models")
     trained = model.manifest["config"].get("training", {}) if model else {}
+    split = dataset.manifest["config"].get("data", {}).get("split", {}) if dataset else {}
     situation = Situation(
         evaluation,
         versions[-1].ref,
@@ -182,6 +183,7 @@ def advice_for(
         float(model.manifest["duration_s"]) if model else 0.0,
         int(opened[-1].manifest["config"]["evaluation"]["max_tokens"]),
         bool(config and config.evaluation.arms),
+        split.get("group_by") or "",
     )
     estimate = evaluation.candidate["scores"][evaluation.primary]
     return Advice(

@@ -106,6 +106,7 @@ class Situation(NamedTuple):
         trained_s: Of `took_s`, those of the training.
         max_tokens: Of the evaluation.
         has_arms: Whether the configuration names arms, which `tuneloop run` does not compare.
+        group_by: Column by which the rows were split; empty without one.
     """
 
     evaluation: Evaluation
@@ -123,6 +124,7 @@ class Situation(NamedTuple):
     trained_s: float = 0.0
     max_tokens: int = 0
     has_arms: bool = False
+    group_by: str = ""
 
     def cost_s(self, times: float) -> float | None:
         """Return the seconds that an iteration takes with so many times the training."""
@@ -349,7 +351,9 @@ def _about_parts(
     """Return an action for each part of the rows that is surely worse than the others."""
     arm, better = now.evaluation.candidate["name"], metric.better
     found = []
-    for part in weak_parts(now.evaluation.slices, arm, better)[:_MOST_PARTS]:
+    parts = weak_parts(now.evaluation.slices, arm, better)
+    # No group is on both sides: rows of a test group cannot become training rows.
+    for part in [part for part in parts if part["by"] != now.group_by][:_MOST_PARTS]:
         rest, value = part["rest"], part["value"]
         share = part["n"] / len(rows)
         gain = Gain(*(share * max(0.0, rest - part[end]) for end in ("value", "high", "low")))
@@ -362,7 +366,7 @@ def _about_parts(
                 gain,
                 "at most",
                 part["n"],
-                now.took_s,
+                now.cost_s(now.num_twice / now.num_train_rows if now.num_spare_rows else 1),
                 _more_of(now, now.reference),
                 f"/answers?evaluations={now.reference}",
             )
