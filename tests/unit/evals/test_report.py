@@ -419,9 +419,10 @@ def test_one_model_in_two_forms_is_one_opinion_of_a_reference() -> None:
 
 
 def test_bounds_are_the_share_of_what_is_wrong() -> None:
-    evaluation = make_evaluation({"base": 5, "finetuned": 80}, finish="length")
+    evaluation = make_evaluation({"base": 5, "finetuned": 80}, finish="length", wrong_answer="{")
     actions = advise(situation(evaluation))
-    cut = next(a for a in actions if a.title.startswith("Allow longer answers"))
+    assert not any(a.title.startswith("Teach answers to end") for a in actions)
+    cut = next(a for a in actions if a.title == "Allow longer answers")
     assert cut.gain is not None
     assert cut.gain.value == pytest.approx(0.2)
     assert 0.1 < cut.gain.low < 0.2 < cut.gain.high < 0.31
@@ -435,8 +436,15 @@ def test_bounds_are_the_share_of_what_is_wrong() -> None:
     field = next(a for a in actions if a.title.startswith("Get `a` right"))
     assert field.gain == cut.gain
     assert "wrong=a" in field.page
+    # As long as its reference and still going on: a higher limit is no help.
+    evaluation = make_evaluation({"base": 5, "finetuned": 80}, finish="length")
+    endless = advise(situation(evaluation))
+    assert "Allow longer answers" not in titles(endless)
+    taught = next(a for a in endless if a.title.startswith("Teach answers to end: train for 3"))
+    assert (taught.num_rows, taught.gain, taught.cost_s) == (20, cut.gain, 130)
+    assert taught.command == "tuneloop run demo.yaml training.num_epochs=3"
     assert [a.gain is None for a in actions] == sorted(a.gain is None for a in actions)
-    longer = next(a for a in actions if "3 epochs" in a.title)
+    longer = next(a for a in actions if a.title == "Teach the form of the answer")
     assert longer.cost_s == 130  # half of the training more, the rest as before
     assert longer.command == "tuneloop run demo.yaml training.num_epochs=3"
 

@@ -255,6 +255,7 @@ def _about_answers(
     """Return actions for errors with a name, doubtful references and misleading train rows."""
     found: list[Action] = []
     see = f"tuneloop dashboard {now.config_file}"
+    longer = now.command("run", f"training.num_epochs={now.num_epochs + 1}")
     wrong = [p for p in rows if loss[p.example_id] > 0]
 
     def add(title: str, why: str, ids: Collection[str], command: str, page: str) -> None:
@@ -262,21 +263,31 @@ def _about_answers(
             gain = _bound(rows, loss, ids, metric)
             why = why.format(n=len(ids), wrong=len(wrong))
             cost_s = None if command == see else now.took_s
+            if command == longer:
+                cost_s = now.cost_s((now.num_epochs + 1) / now.num_epochs)
             found.append(Action(title, why, gain, "at most", len(ids), cost_s, command, page))
 
     address = f"evaluations={now.reference}"
-    cut = {p.example_id for p in wrong if "cut_off" in p.error_tags}
+    cut = [p for p in wrong if "cut_off" in p.error_tags]
+    # A limit is too low only where the right answer is longer than what was written.
+    short = {p.example_id for p in cut if len(p.reference) > len(p.completion)}
     add(
-        "Allow longer answers, or train more so that they end",
-        "{n} of {wrong} wrong answers were cut off.", cut,
+        "Allow longer answers",
+        "{n} of {wrong} wrong answers were cut off, and are shorter than their references.", short,
         now.command("evaluate", f"evaluation.max_tokens={2 * now.max_tokens}"),
+        f"/answers?{address}&error=cut_off",
+    )  # fmt: skip
+    add(
+        f"Teach answers to end: train for {now.num_epochs + 1} epochs in place of {now.num_epochs}",
+        "{n} of {wrong} wrong answers were still going on where they had become as long as their "
+        "references.", {p.example_id for p in cut} - short, longer,
         f"/answers?{address}&error=cut_off",
     )  # fmt: skip
     malformed = {p.example_id for p in wrong if "wrong_format" in p.error_tags}
     add(
         "Teach the form of the answer",
         "{n} of {wrong} wrong answers do not have the form that the task asks for.", malformed,
-        now.command("run", f"training.num_epochs={now.num_epochs + 1}"),
+        longer,
         f"/answers?{address}&error=wrong_format",
     )  # fmt: skip
     add(
