@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import yaml
@@ -25,6 +25,8 @@ from tuneloop.review.given import GivenAdvice
 from tuneloop.review.store import ReviewStore, has_store
 
 log = logging.getLogger("tuneloop.advice")
+# A change hardly helped that brought less than a point, and surely less than three: as in sweeps.
+_HARDLY, _SURELY_LESS = 0.01, 0.03
 
 
 class Outcome(NamedTuple):
@@ -185,13 +187,14 @@ def advice_for(
         bool(config and config.evaluation.arms),
         split.get("group_by") or "",
     )
+    settings = [_all_settings([*i.made_of, a]) for i, a in zip(found, opened, strict=True)][-2:]
     estimate = evaluation.candidate["scores"][evaluation.primary]
     return Advice(
         workspace,
         versions[-1].ref,
         f"{evaluation.candidate['name']}, {evaluation.primary} {format_estimate(estimate, metric)}",
         metric,
-        advise(situation),
+        after_what_failed(advise(situation), found[-1].change, settings, metric),
         _outcomes(workspace, found),
     )
 
@@ -233,14 +236,61 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _all_settings(made_of: Sequence[Artifact]) -> dict[str, Any]:
+    """Return the settings of artifacts together."""
+    return {k: v for a in made_of for k, v in _settings(a.manifest["config"]).items()}
+
+
+def _advised(command: str) -> dict[str, Any]:
+    """Return the settings that a command gives to the next version; empty where it makes none."""
+    words = shlex.split(command.partition(" && ")[0])
+    if words[1:2] not in (["run"], ["train"], ["evaluate"]):
+        return {}
+    parts = [word.partition("=") for word in words[3:] if "=" in word]
+    return {key: yaml.safe_load(value) for key, _, value in parts}
+
+
 def _was_done(command: str, made_of: Sequence[Artifact]) -> bool | None:
     """Return whether artifacts have the settings of a command; None where it names none."""
-    words = shlex.split(command.partition(" && ")[0])
-    changes = [word.partition("=") for word in words[3:] if "=" in word]
-    if words[1:2] not in (["run"], ["train"]) or not changes:
+    advised, has = _advised(command), _all_settings(made_of)
+    if not advised:
         return None
-    has = {k: v for a in made_of for k, v in _settings(a.manifest["config"]).items()}
-    return all(key in has and has[key] == yaml.safe_load(value) for key, _, value in changes)
+    return all(key in has and has[key] == value for key, value in advised.items())
+
+
+def after_what_failed(
+    actions: Sequence[Action],
+    change: dict[str, Any] | None,
+    settings: Sequence[dict[str, Any]],
+    metric: Metric,
+) -> list[Action]:
+    """Return actions with those last that go on with a change which has just hardly helped.
+
+    Args:
+        actions: The best first.
+        change: What the newest version brought, with its interval; None for the first.
+        settings: Of the version before and of the newest one.
+        metric: What scores mean.
+    """
+    if change is None or change["high"] is None or metric.kind == "number":
+        return list(actions)
+    if change["value"] >= _HARDLY or change["high"] >= _SURELY_LESS:
+        return list(actions)
+    before, now = settings
+    tried = {key for key in now if now[key] != before.get(key)}
+    came = format_difference(change["value"], metric)
+    low, high = (format_difference(change[end], metric, unit=False) for end in ("low", "high"))
+
+    def goes_on(action: Action) -> bool:
+        changes = {k for k, value in _advised(action.command).items() if now.get(k, value) != value}
+        return bool(changes) and changes <= tried
+
+    others = [action for action in actions if not goes_on(action)]
+    return others + [
+        replace(action, why=f"{action.why} The last step of it brought {came} ({low} to {high}).")
+        for action in actions
+        if goes_on(action)
+    ]
 
 
 def _outcomes(workspace: Workspace, iterations: Sequence[Iteration]) -> list[Outcome]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneloop.advice import advice_for
+from tuneloop.advice import advice_for, after_what_failed
 from tuneloop.artifacts import Workspace
 from tuneloop.config import GenerationConfig, TuneloopConfig
 from tuneloop.data.schema import TRAIN_LIMIT
@@ -536,6 +536,27 @@ def test_every_kind_of_evaluation_gets_advice(task, right) -> None:
     actions = advise(situation(make_evaluation(right, task=task)))
     assert all(json.dumps(action.as_dict()) for action in actions)
     assert actions or "finetuned" not in right
+
+
+@pytest.mark.parametrize(
+    ("value", "high", "is_last"), [(-0.001, 0.016, True), (0.004, 0.04, False), (0.02, 0.05, False)]
+)
+def test_what_has_just_hardly_helped_is_not_advised_first_again(value, high, is_last) -> None:
+    evaluation = make_evaluation({"base": 5, "finetuned": 80}, finish="length")
+    actions = advise(situation(evaluation))
+    again = "Teach answers to end: train for 3 epochs in place of 2"
+    assert again in titles(actions)[:-1]
+    change = {"value": value, "low": -0.018, "high": high}
+    metric = evaluation.metric(evaluation.primary)
+    epochs = [{"training.num_epochs": number, "training.seed": 0} for number in (1, 2)]
+    found = after_what_failed(actions, change, epochs, metric)
+    assert sorted(titles(found)) == sorted(titles(actions))
+    assert (titles(found)[-1] == again) == is_last
+    if is_last:
+        assert "brought −0.1 points (−1.8 to +1.6)" in found[-1].why
+        # Another setting had changed: nothing is known about more epochs.
+        rows = [{"data.num_train_examples": number} for number in (1, 2)]
+        assert after_what_failed(actions, change, rows, metric) == actions
 
 
 def test_advice_is_kept_and_held_against_the_next_version(
