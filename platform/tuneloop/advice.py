@@ -187,14 +187,14 @@ def advice_for(
         bool(config and config.evaluation.arms),
         split.get("group_by") or "",
     )
-    settings = [_all_settings([*i.made_of, a]) for i, a in zip(found, opened, strict=True)][-2:]
+    settings = [_all_settings([*i.made_of, a]) for i, a in zip(found, opened, strict=True)]
     estimate = evaluation.candidate["scores"][evaluation.primary]
     return Advice(
         workspace,
         versions[-1].ref,
         f"{evaluation.candidate['name']}, {evaluation.primary} {format_estimate(estimate, metric)}",
         metric,
-        after_what_failed(advise(situation), found[-1].change, settings, metric),
+        after_what_failed(advise(situation), _steps(found, settings), settings[-1], metric),
         _outcomes(workspace, found),
     )
 
@@ -258,39 +258,53 @@ def _was_done(command: str, made_of: Sequence[Artifact]) -> bool | None:
     return all(key in has and has[key] == value for key, value in advised.items())
 
 
+class Step(NamedTuple):
+    """From one version to the next: the settings that differ, and what it brought."""
+
+    changed: frozenset[str]
+    change: dict[str, Any]
+
+    @property
+    def hardly_helped(self) -> bool:
+        """Whether it brought little, and surely not much."""
+        high = self.change["high"]
+        return high is not None and high < _SURELY_LESS and self.change["value"] < _HARDLY
+
+
+def _steps(iterations: Sequence[Iteration], settings: Sequence[dict[str, Any]]) -> list[Step]:
+    """Return the steps between versions, oldest first."""
+    return [
+        Step(frozenset(k for k, v in now.items() if v != before.get(k)), iteration.change)
+        for iteration, now, before in zip(iterations[1:], settings[1:], settings, strict=False)
+        if iteration.change
+    ]
+
+
 def after_what_failed(
-    actions: Sequence[Action],
-    change: dict[str, Any] | None,
-    settings: Sequence[dict[str, Any]],
-    metric: Metric,
+    actions: Sequence[Action], steps: Sequence[Step], now: dict[str, Any], metric: Metric
 ) -> list[Action]:
-    """Return actions with those last that go on with a change which has just hardly helped.
+    """Return actions with those last that go on with a change which hardly helped.
 
     Args:
         actions: The best first.
-        change: What the newest version brought, with its interval; None for the first.
-        settings: Of the version before and of the newest one.
+        steps: Between the versions, oldest first; the last one of a setting counts.
+        now: Settings of the newest version.
         metric: What scores mean.
     """
-    if change is None or change["high"] is None or metric.kind == "number":
+    if metric.kind == "number":
         return list(actions)
-    if change["value"] >= _HARDLY or change["high"] >= _SURELY_LESS:
-        return list(actions)
-    before, now = settings
-    tried = {key for key in now if now[key] != before.get(key)}
-    came = format_difference(change["value"], metric)
-    low, high = (format_difference(change[end], metric, unit=False) for end in ("low", "high"))
-
-    def goes_on(action: Action) -> bool:
+    others, tried = [], []
+    for action in actions:
         changes = {k for k, value in _advised(action.command).items() if now.get(k, value) != value}
-        return bool(changes) and changes <= tried
-
-    others = [action for action in actions if not goes_on(action)]
-    return others + [
-        replace(action, why=f"{action.why} The last step of it brought {came} ({low} to {high}).")
-        for action in actions
-        if goes_on(action)
-    ]
+        step = next((s for s in reversed(steps) if changes and changes <= s.changed), None)
+        if step is None or not step.hardly_helped:
+            others.append(action)
+            continue
+        came = format_difference(step.change["value"], metric)
+        ends = [format_difference(step.change[end], metric, unit=False) for end in ("low", "high")]
+        why = f"{action.why} The last step of it brought {came} ({' to '.join(ends)})."
+        tried.append(replace(action, why=why))
+    return others + tried
 
 
 def _outcomes(workspace: Workspace, iterations: Sequence[Iteration]) -> list[Outcome]:
@@ -302,7 +316,8 @@ def _outcomes(workspace: Workspace, iterations: Sequence[Iteration]) -> list[Out
     advice = ReviewStore(workspace.location).advice()
     # What several actions changed together is held against one: a forecast, or the highest bound.
     judged: dict[tuple[str, str], str] = {}
-    for given in sorted(advice, key=lambda one: one.basis != "forecast"):
+    order = ("forecast", "at most", "unknown")
+    for given in sorted(advice, key=lambda one: order.index(one.basis)):
         judged.setdefault((given.evaluation, given.command), given.uid)
     found = []
     for given in advice:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tuneloop.advice import advice_for, after_what_failed
+from tuneloop.advice import Step, advice_for, after_what_failed
 from tuneloop.artifacts import Workspace
 from tuneloop.config import GenerationConfig, TuneloopConfig
 from tuneloop.data.schema import TRAIN_LIMIT
@@ -548,15 +548,18 @@ def test_what_has_just_hardly_helped_is_not_advised_first_again(value, high, is_
     assert again in titles(actions)[:-1]
     change = {"value": value, "low": -0.018, "high": high}
     metric = evaluation.metric(evaluation.primary)
-    epochs = [{"training.num_epochs": number, "training.seed": 0} for number in (1, 2)]
-    found = after_what_failed(actions, change, epochs, metric)
+    other = Step(frozenset({"data.num_train_examples"}), {"value": 0.0, "low": 0.0, "high": 0.0})
+    steps = [Step(frozenset({"training.num_epochs"}), change), other]
+    now = {"training.num_epochs": 2, "training.seed": 0}
+    found = after_what_failed(actions, steps, now, metric)
     assert sorted(titles(found)) == sorted(titles(actions))
     assert (titles(found)[-1] == again) == is_last
     if is_last:
         assert "brought −0.1 points (−1.8 to +1.6)" in found[-1].why
         # Another setting had changed: nothing is known about more epochs.
-        rows = [{"data.num_train_examples": number} for number in (1, 2)]
-        assert after_what_failed(actions, change, rows, metric) == actions
+        assert after_what_failed(actions, [other], now, metric) == actions
+        better = Step(steps[0].changed, {"value": 0.1, "low": 0.05, "high": 0.15})
+        assert after_what_failed(actions, [*steps, better], now, metric) == actions
 
 
 def test_advice_is_kept_and_held_against_the_next_version(
@@ -565,7 +568,9 @@ def test_advice_is_kept_and_held_against_the_next_version(
     monkeypatch.delenv(URL_VARIABLE, raising=False)
     workspace = Workspace(tmp_path)
 
-    def publish(evaluation: Evaluation, num_rows: int, num_epochs: int) -> None:
+    def publish(
+        evaluation: Evaluation, num_rows: int, num_epochs: int, max_tokens: int = 80
+    ) -> None:
         dataset, model, own = (f"{len(workspace.published())}{kind}" * 8 for kind in "dme")
         told = {"resources": {}, "inputs": [], "metrics": {"num_train_rows": num_rows}}
         with workspace.draft("datasets", "demo", dataset) as draft:
@@ -584,7 +589,7 @@ def test_advice_is_kept_and_held_against_the_next_version(
                 text = json.dumps(getattr(evaluation, name))
                 (draft.path / f"{name}.json").write_text(text)
             arms = [{"name": "finetuned", "model": model}]
-            asked = {"dataset": dataset, "arms": arms, "evaluation": {"max_tokens": 80}}
+            asked = {"dataset": dataset, "arms": arms, "evaluation": {"max_tokens": max_tokens}}
             draft.publish(config=asked, **told)
 
     publish(make_evaluation({"base": 5, "finetuned": 80}), 100, 1)
@@ -637,3 +642,9 @@ def test_advice_is_kept_and_held_against_the_next_version(
         "data.split.test_ratio=null evaluation.max_tokens=80"
     )
     assert json.loads(json.dumps(second.as_dict()))["evaluation"] == "evaluations/demo@v2"
+    # What differs in how answers were asked for is a change as well.
+    second.keep()
+    publish(make_evaluation({"base": 5, "finetuned": 90}), 200, 1, max_tokens=160)
+    outcomes = advice_for("demo", workspace, "demo.yaml").outcomes
+    newest = {o.changed for o in outcomes if o.next_evaluation == "evaluations/demo@v3"}
+    assert newest == {"datasets/demo@v3; models/demo@v3; evaluation.max_tokens: 80 → 160"}

@@ -28,7 +28,7 @@ class Iteration:
     """One version of an evaluation beside the one before.
 
     Args:
-        changed: In words: the dataset, and settings of the training that differ.
+        changed: In words: the dataset, and settings of training and evaluation that differ.
         value: Score of the last arm in the primary metric, with the ends of its interval.
         change: Score less that of the version before, over the examples that both scored, with its
             95% interval, paired: `value`, `low`, `high`; None for the first.
@@ -81,7 +81,9 @@ def history(artifacts: Sequence[Artifact], name: str) -> list[Iteration]:
                 version.manifest["created_at"],
                 arm["name"],
                 metric,
-                _changed(made_of(before, by_fingerprint) if before else [], parts),
+                _changed(
+                    [*made_of(before, by_fingerprint), before] if before else [], [*parts, version]
+                ),
                 score["value"],
                 score["low"],
                 score["high"],
@@ -123,6 +125,11 @@ def _changed(before: Sequence[Artifact], now: Sequence[Artifact]) -> str:
                 if row["setting"].split(".")[0] not in skipped
             ]
             parts += [f"{r['setting']}: {r[old.ref]} → {r[new.ref]}" for r in rows[:_MOST_CHANGES]]
+    asked = [a for a in (*before, *now) if a.kind == "evaluations"]
+    if len(asked) == 2:
+        rows = [r for r in compare_settings(asked) if r["setting"].startswith("evaluation.")]
+        first, second = (a.ref for a in asked)
+        parts += [f"{r['setting']}: {r[first]} → {r[second]}" for r in rows[:_MOST_CHANGES]]
     return "; ".join(parts)
 
 
