@@ -512,9 +512,10 @@ class ServingConfig(Section):
     )
     engine: EngineName = Field(
         "auto",
-        description="What writes the answers: our own engine (`tuneloop`, and what `auto` takes), "
-        "the same with OpenVINO's forward passes on a CPU (`pip install 'tuneloop[openvino]'`), or "
-        "vLLM, once `tuneloop install-engine vllm` has installed it.",
+        description="What writes the answers: our own engine (`tuneloop`), the same with "
+        "OpenVINO's forward passes on a CPU (`openvino`, after `pip install "
+        "'tuneloop[openvino]'`), or vLLM, once `tuneloop install-engine vllm` has installed it. "
+        "`auto` takes OpenVINO where it is installed and reproduces the model, else `tuneloop`.",
     )
     vllm: VllmConfig = VllmConfig()
     max_batch_size: int = Field(64, ge=1, description="Sequences decoded together.")

@@ -605,7 +605,8 @@ def _load(
         weights = ServedWeights(models[first].path, adapters)
         engine = VllmEngine(weights, kind, decode, stop_ids, max_batch_size)
     else:
-        engine = _own_engine(kind).load(
+        engine = _own_engine(
+            kind,
             models[first].path,
             decode=decode,
             stop_ids=stop_ids,
@@ -628,15 +629,33 @@ def _load(
     }
 
 
-def _own_engine(kind: EngineName) -> type[Engine]:
+def _own_engine(kind: EngineName, path: Path, **options: Any) -> Engine:
+    """Return our engine on OpenVINO, or on PyTorch where `auto` finds that OpenVINO cannot."""
+    import torch
+
+    from tuneloop.serving.engine import Engine
+    from tuneloop.serving.room import weight_bytes
+
     if kind == "openvino":
         openvino.require()
+    # OpenVINO computes every adapter for every token.
+    is_tried = (
+        kind == "auto"
+        and len(options["adapters"]) <= 1
+        and not torch.cuda.is_available()
+        and openvino.suits(weight_bytes(path))
+    )
+    if kind == "openvino" or is_tried:
         from tuneloop.serving.openvino.engine import OpenVinoEngine
 
-        return OpenVinoEngine
-    from tuneloop.serving.engine import Engine
-
-    return Engine
+        try:
+            return OpenVinoEngine.load(path, **options)
+        except ModelError as error:
+            if kind == "openvino":
+                raise
+            problem = error.problems[0]
+            log.info("PyTorch computes, for %s: %s", problem.what, problem.got)
+    return Engine.load(path, **options)
 
 
 def _load_constraints(renderer: Renderer, vocab_size: int) -> Constraints | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
@@ -133,6 +135,27 @@ def test_a_model_with_a_window_is_refused_by_name(engine_class: Any) -> None:
     (problem,) = caught.value.problems
     assert "sliding_window" in problem.got
     assert "serving.engine=auto" in problem.remedy
+
+
+def test_auto_takes_openvino_for_what_it_reproduces_and_torch_for_the_rest(
+    tiny_model: Path, tmp_path: Path, engine_class: Any
+) -> None:
+    windowed = tmp_path / "windowed"
+    shutil.copytree(tiny_model, windowed)
+    for file in windowed.glob("*.safetensors"):
+        file.unlink()
+    size = {"vocab_size": AutoConfig.from_pretrained(tiny_model).vocab_size}
+    config = MistralConfig(**SMALL | size, num_key_value_heads=2, sliding_window=16)
+    make_model(config).save_pretrained(windowed)
+    for path, kind, is_openvino in (
+        (tiny_model, "auto", True),
+        (windowed, "auto", False),
+        (tiny_model, "tuneloop", False),
+    ):
+        server = ModelServer({"m": ServedModel(path)}, 2, kind, waits=True)
+        engine = server._loading.result()["m"].engine
+        assert isinstance(engine, engine_class) is is_openvino
+        engine.close()
 
 
 def test_an_engine_that_is_not_installed_is_one_problem_with_its_remedy(

@@ -102,7 +102,8 @@ class OpenVinoEngine(Engine):
         text = self.model.config.get_text_config()
         size = min(sum(_TRIED), getattr(text, "max_position_embeddings", None) or sum(_TRIED))
         ids = [(37 * index + 11) % text.vocab_size for index in range(size)]
-        reason = long_rule(text, set())
+        if reason := long_rule(text, set()):
+            raise self._refusal(reason)
         try:
             expected = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
             self.adapters = masked = MaskedAdapters(self.model, adapters)
@@ -111,20 +112,23 @@ class OpenVinoEngine(Engine):
             if not error < _TOLERANCE:
                 reason = f"logits differ by {error:.1e} of the largest, {_TOLERANCE} is allowed"
         except FOREIGN_ERRORS as error:
-            reason = reason or f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
         if reason:
-            raise ModelError(
-                Problem(
-                    "OpenVINO does not reproduce this model",
-                    where=type(self.model).__name__,
-                    got=reason[:500],
-                    allowed="causal models whose attention goes through transformers' "
-                    "AttentionInterface and sees all tokens before, such as Llama, Qwen, SmolLM",
-                    remedy="set serving.engine=auto",
-                )
-            )
+            raise self._refusal(reason)
         self.model.to("meta")  # the graph has the weights now
         return self._graph.bytes_per_token
+
+    def _refusal(self, reason: str) -> ModelError:
+        return ModelError(
+            Problem(
+                "OpenVINO does not reproduce this model",
+                where=type(self.model).__name__,
+                got=reason[:500],
+                allowed="causal models whose attention goes through transformers' "
+                "AttentionInterface and sees all tokens before, such as Llama, Qwen, SmolLM",
+                remedy="set serving.engine=auto",
+            )
+        )
 
     def _try(self, ids: list[int]) -> Tensor:
         """Return the logits behind a sequence, read in chunks and single tokens."""

@@ -1,10 +1,25 @@
-"""Whether OpenVINO is installed. Loads nothing of it."""
+"""Whether OpenVINO is installed, and whether it suits a model. Loads nothing of it."""
 
 from __future__ import annotations
 
 import importlib.util
+import platform
+
+import psutil
 
 from tuneloop.errors import ModelError, Problem
+
+# Weights as they are loaded, those of the compiled graph, and as much for keys and values.
+_COPIES = 3
+
+
+def suits(num_bytes: int) -> bool:
+    """Return whether `auto` tries OpenVINO: installed, on x86, with memory for so much weights."""
+    if importlib.util.find_spec("openvino") is None:
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False  # tried on no other processor
+    return _COPIES * num_bytes <= psutil.virtual_memory().available
 
 
 def require() -> None:
