@@ -248,22 +248,16 @@ def _gate_arm(
     return pinned.removeprefix("models/"), ArmConfig(model=pinned)
 
 
-def engine_problems(config: TuneloopConfig, models: Sequence[Path] = ()) -> list[Problem]:
-    """Return why `serving.engine` cannot serve the base model, or what was trained from it.
-
-    Args:
-        models: Directories of others that it is to serve.
-    """
-    problems: list[Problem] = []
+def engine_problems(config: TuneloopConfig) -> list[Problem]:
+    """Return why `serving.engine` cannot serve the base model, or what was trained from it."""
     try:
         if config.serving.engine == "openvino":
             openvino.require()
         if config.serving.engine == "vllm":
-            for path in dict.fromkeys([resolve_base(config.model.base).path, *models]):
-                vllm.require(path)
+            vllm.require(resolve_base(config.model.base).path)
     except UserError as error:
-        problems += error.problems
-    return problems
+        return [*error.problems]
+    return []
 
 
 def judging_problems(config: TuneloopConfig) -> list[Problem]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any, NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
 from tuneloop.evals.reporting.formatting import format_number
-from tuneloop.evals.reporting.report import page_style, with_code
+from tuneloop.evals.reporting.report import page_style, page_template
 from tuneloop.sweeps.advice import Sweep, advise
 from tuneloop.sweeps.curve import ROWS_KEY
 from tuneloop.sweeps.table import (
@@ -38,12 +36,7 @@ def render_sweep(name: str, curve: Mapping[str, Any], trials: Sequence[Mapping[s
         curve: Content of `curve.json`.
         trials: Rows of `trials.parquet`.
     """
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["with_code"] = with_code
-    source = resources.files("tuneloop.sweeps").joinpath("report.html.jinja")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
+    template = page_template("tuneloop.sweeps")
     view = view_of(curve, trials)
     advice = advise(curve, trials)
     return template.render(

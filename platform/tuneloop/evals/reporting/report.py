@@ -51,12 +51,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
         config: What was run; shown as it was.
         dataset: Reference of the dataset whose rows were answered.
     """
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["with_code"] = with_code
-    source = resources.files("tuneloop.evals.reporting").joinpath("report.html.jinja")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
+    template = page_template("tuneloop.evals.reporting")
     metric = evaluation.metric(evaluation.primary)
     secondary = evaluation.secondary()
     return template.render(
@@ -169,6 +164,16 @@ def terminal_table(artifact: Artifact) -> RenderableType:
                 parts += [Text(), Text(f"{heading} than {other}", style=style)]
                 parts += [Padding(_terminal_example(e), (0, 0, 1, 2)) for e in chosen]
     return Group(*parts)
+
+
+def page_template(package: str) -> jinja2.Template:
+    """Return the `report.html.jinja` of a package; it escapes texts."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["with_code"] = with_code
+    source = resources.files(package).joinpath("report.html.jinja")
+    return environment.from_string(source.read_text(encoding="utf-8"))
 
 
 def page_style() -> str:

@@ -34,7 +34,6 @@ from tuneloop.records import Arm, Message, SamplingParams, Vote
 
 FILE = "judgements.parquet"
 TIE, UNPARSEABLE = "tie", "unparseable"
-HIGHEST_RATING = 5
 _COLUMNS = [
     *((name, pa.string()) for name in ("example_id", "arm", "other", "first", "prompt", "answer")),
     ("verdict", pa.string()),
