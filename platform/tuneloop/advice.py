@@ -183,7 +183,7 @@ def advice_for(
         _num_spare_rows(workspace.open(dataset.ref)) if dataset else 0,
         _kept(config, [*found[-1].made_of, opened[-1]]) if config else [],
         float(model.manifest["duration_s"]) if model else 0.0,
-        int(opened[-1].manifest["config"]["evaluation"]["max_tokens"]),
+        int(opened[-1].manifest["config"].get("evaluation", {}).get("max_tokens", 0)),
         bool(config and config.evaluation.arms),
         split.get("group_by") or "",
     )

@@ -117,6 +117,8 @@ def test_from_a_wrong_answer_to_the_next_version(visit, served, filled, next_ver
     page.get_by_text("1 of 15 judged by grace").wait_for()
     page.wait_for_timeout(1500)
     # The digits are the buttons' keys; while somebody writes they are digits.
+    # The field of the example before stays until the page is drawn.
+    page.wait_for_function("document.querySelectorAll('[aria-label=Comment]').length === 1")
     page.get_by_label("Comment").click()
     page.keyboard.type("1 of 2 is 3 or 4")
     page.keyboard.press("Tab")
