@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,25 @@ def test_the_mask_covers_answers_and_their_stop_token_only(renderer: Renderer) -
     assert sample.input_ids[-1] == stop
     assert sample.loss_mask[-1] == 1
     assert renderer.decode(learned) == "\n\nParis4"
+
+
+def test_chatml_ends_turns_with_eos_where_the_vocabulary_has_no_token_for_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    text = json.dumps([tokenizer, settings]).replace("<|im_end|>", "<|end|>")
+    for name, content in zip(("tokenizer", "tokenizer_config"), json.loads(text), strict=True):
+        (tmp_path / "model" / f"{name}.json").write_text(json.dumps(content))
+    for name in ("chatml", "chatml_tools"):
+        renderer = Renderer.load(tmp_path / "model", name)
+        sample = renderer.sample(TURNS[1:3])
+        rendered = renderer.tokenizer.decode(sample.input_ids, skip_special_tokens=False)
+        assert "<|im_end|>" not in rendered
+        assert renderer.tokenizer.eos_token == "<|end|>"
+        assert rendered.rstrip().endswith("\n\nParis<|end|>")
+        assert sample.loss_mask[-1] == 1
 
 
 def test_pad_equal_to_eos_still_learns_to_stop(renderer: Renderer) -> None:

@@ -587,7 +587,10 @@ def _template(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> str:
         bos = tokenizer.bos_token_id
         # Servers tokenize rendered chats without adding BOS, so the template has to carry it.
         needs_bos = bos is not None and tokenizer.encode("a")[:1] == [bos]
-        return ("{{ bos_token }}" if needs_bos else "") + TEMPLATES[chat_template]
+        text = ("{{ bos_token }}" if needs_bos else "") + TEMPLATES[chat_template]
+        known = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        # A vocabulary without ChatML's stop token ends turns with its own, as Zephyr's does.
+        return text if "<|im_end|>" in known else text.replace("<|im_end|>", "{{ eos_token }}")
     try:
         return Path(chat_template).read_text(encoding="utf-8")
     except OSError as error:
