@@ -106,6 +106,8 @@ def train_all(study: Study, config: TuneloopConfig, workspace: Workspace, folder
             scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=config.resources.num_concurrent_trials,
+            # The next trial begins in the process of the last one, whose imports took seconds.
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=f"{time.time_ns()}",
