@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from urllib.parse import parse_qsl
 
 import streamlit as st
 
@@ -14,7 +15,7 @@ from tuneloop.errors import UserError
 workspace, artifacts = open_workspace()
 name = choose_project(artifacts)
 try:
-    advice = advice_for(name, workspace, f"{name}.yaml")
+    advice = advice_for(workspace, name)
 except (UserError, OSError, ValueError, KeyError) as error:
     refuse("There is no advice.", error)
 st.markdown(f"After `{advice.reference}`: **{advice.score}**")
@@ -31,15 +32,14 @@ for number, action in enumerate(advice.actions, 1):
             st.code(action.command, language=None, wrap_lines=True)
         if action.page:
             page, _, query = action.page.partition("?")
-            asked = dict(part.split("=", 1) for part in query.split("&") if part)
-            files = {"sweep": "sweep", "model": "model", "answers": "answers", "marks": "marks"}
             st.page_link(
-                f"views/{files[page.strip('/')]}.py", label="See the evidence →",
-                query_params=asked,
+                f"views/{page.strip('/')}.py", label="See the evidence →",
+                query_params=dict(parse_qsl(query)),
             )  # fmt: skip
 st.caption(
-    "*At most*: if all answers that it is about became right and no other changed. Forecasts come "
-    "from a sweep. `tuneloop next CONFIG.yaml` says the same and keeps it."
+    "*At most*: if all answers that it is about became right, or by a score of overlap like the "
+    "others, and no other changed. Forecasts come from a sweep. `tuneloop next CONFIG.yaml` says "
+    "the same and keeps it."
 )
 if advice.outcomes:
     st.subheader("What came of earlier advice")

@@ -141,6 +141,22 @@ class Draft:
     started: float
     artifact: Artifact | None = None
 
+    def unpublished(self, config: dict[str, Any]) -> Artifact:
+        """Return what is here as an artifact, for what looks at it beside published ones.
+
+        Args:
+            config: As for `publish`.
+        """
+        version = max(self.workspace._versions(self.kind, self.name), default=0) + 1
+        manifest = {"fingerprint": self.fingerprint, "config": config, **self._now()}
+        return Artifact(self.kind, self.name, version, self.path, str(self.path), manifest)
+
+    def _now(self) -> dict[str, Any]:
+        return {
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "duration_s": round(time.time() - self.started, 3),
+        }
+
     def publish(
         self,
         *,
@@ -178,8 +194,7 @@ class Draft:
             "packages": package_versions(),
             "git": git_commit(),
             "metrics": metrics,
-            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "duration_s": round(time.time() - self.started, 3),
+            **self._now(),
             "files": files,
         }
         self.artifact = self.workspace._commit(self, manifest)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -55,7 +56,10 @@ def _step(arguments: argparse.Namespace, output: IO[str]) -> int:
     published = steps[arguments.command](config, Workspace(config.workspace))
     if arguments.json:
         summaries = [item.artifact.summary(item.reused) for item in published]
-        result = {"artifacts": summaries} if arguments.command == "run" else summaries[-1]
+        result = summaries[-1]
+        if arguments.command == "run":
+            advice = _advice_after(config)
+            result = {"artifacts": summaries, "next": advice.as_dict() if advice else None}
         print(json.dumps(result, ensure_ascii=False), file=output)
     else:
         _print_published(published, config, arguments, output)
@@ -81,30 +85,34 @@ def _print_published(
     if last.kind == "evaluations":
         console.print(f"\nreport     {Path(last.location) / 'report.html'}", soft_wrap=True)
         console.print(f"dashboard  tuneloop dashboard --workspace {config.workspace}")
-        console.print(f"serve it   tuneloop serve {arguments.config}")
+        again = shlex.join([arguments.config, *arguments.overrides])
+        console.print(f"serve it   tuneloop serve {again}", soft_wrap=True)
         if not last.name.endswith("-baseline"):
-            _say_next(config, arguments, console)
+            advice = _advice_after(config)
+            if advice and advice.actions:
+                first = advice.actions[0]
+                gain = first.describe_gain(advice.metric)
+                for line in (f"try next   {first.title}; gain: {gain}", f"{'':11}{first.command}"):
+                    console.print(line, soft_wrap=True, markup=False)
+            console.print(f"all of it  tuneloop next {again}", soft_wrap=True)
 
 
-def _advice(config: TuneloopConfig, workspace: Workspace, config_file: str) -> Advice:
+def _advice(config: TuneloopConfig) -> Advice:
+    """Return what to do next, kept so that it can be held against what comes of it."""
     from tuneloop.advice import advice_for
 
-    return advice_for(config.name, workspace, config_file, config)
+    advice = advice_for(Workspace(config.workspace), config.name, config)
+    advice.keep()
+    return advice
 
 
-def _say_next(config: TuneloopConfig, arguments: argparse.Namespace, console: Console) -> None:
-    """Name the best of what could be done next. What has run is done, whatever happens here."""
-    workspace = Workspace(config.workspace)
+def _advice_after(config: TuneloopConfig) -> Advice | None:
+    """Return what to do after a run. It is done, whatever happens here."""
     try:
-        advice = _advice(config, workspace, arguments.config)
+        return _advice(config)
     except ArtifactError as error:
         log.warning("there is no advice: %s", error.problems[0])
-        return
-    advice.keep()
-    for action in advice.actions[:1]:
-        gain = action.describe_gain(advice.metric)
-        console.print(f"try next   {action.title}; gain: {gain}", soft_wrap=True, markup=False)
-    console.print(f"           tuneloop next {arguments.config}", soft_wrap=True)
+        return None
 
 
 def _init(arguments: argparse.Namespace, output: IO[str]) -> int:
@@ -393,8 +401,7 @@ def _fixes(arguments: argparse.Namespace, output: IO[str]) -> int:
 
 def _next(arguments: argparse.Namespace, output: IO[str]) -> int:
     config = _load(arguments)
-    advice = _advice(config, Workspace(config.workspace), arguments.config)
-    advice.keep()
+    advice = _advice(config)
     if arguments.json:
         print(json.dumps(advice.as_dict(), ensure_ascii=False), file=output)
         return 0

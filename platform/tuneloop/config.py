@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tuneloop.errors import ConfigError, Problem
 from tuneloop.records import ARMS, BASE, FINETUNED
@@ -1235,8 +1243,17 @@ class ResourcesConfig(Section):
         return range(self.num_workers[0], self.num_workers[1] + 1)
 
 
+class Origin(typing.NamedTuple):
+    """The file that a configuration was read from, and the overrides of the command line."""
+
+    file: str
+    overrides: tuple[str, ...] = ()
+
+
 class TuneloopConfig(Section):
     """The whole YAML."""
+
+    _origin: Origin | None = PrivateAttr(None)
 
     name: Name = Field(description="Name of the artifacts: `datasets/NAME`, `models/NAME`, …")
     workspace: str = Field(
@@ -1253,6 +1270,16 @@ class TuneloopConfig(Section):
     sweep: SweepConfig | None = None
     generation: GenerationConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
+
+    @property
+    def origin(self) -> Origin:
+        """Where it comes from; it changes no result. One made in Python is as if of `NAME.yaml`."""
+        return self._origin or Origin(f"{self.name}.yaml")
+
+    def read_from(self, file: str, overrides: typing.Sequence[str]) -> Self:
+        """Return this configuration, which knows where it comes from now."""
+        self._origin = Origin(file, tuple(overrides))
+        return self
 
     @model_validator(mode="after")
     def _each_source_has_its_task(self) -> TuneloopConfig:
@@ -1429,7 +1456,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Tunel
         raw = with_override(raw, override)
     overridden = {override.partition("=")[0] for override in overrides}
     try:
-        return TuneloopConfig.model_validate(raw)
+        return TuneloopConfig.model_validate(raw).read_from(str(path), overrides)
     except ValidationError as error:
         raise ConfigError(
             *(_problem(detail, path, root, overridden) for detail in error.errors())

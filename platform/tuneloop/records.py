@@ -21,6 +21,9 @@ BASE, FEW_SHOT, SIMPLE, FINETUNED = "base", "base+few-shot", "simple", "finetune
 BASE_CONSTRAINED, FINETUNED_CONSTRAINED = "base+constrained", "finetuned+constrained"
 ARMS = (BASE, FEW_SHOT, BASE_CONSTRAINED, SIMPLE, FINETUNED_CONSTRAINED, FINETUNED)
 
+# How the reason of train rows that `data.num_train_examples` leaves out begins, also in the card.
+TRAIN_LIMIT = "not among the first"
+
 
 @dataclass(frozen=True)
 class Message:

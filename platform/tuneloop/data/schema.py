@@ -63,10 +63,6 @@ class Stage(StrEnum):
     SPLIT = "split"
 
 
-# How the reason of train rows that `data.num_train_examples` leaves out begins, also in the card.
-TRAIN_LIMIT = "not among the first"
-
-
 class ReasonCode(StrEnum):
     """Why a row was removed, as a word that programs can rely on."""
 

@@ -19,8 +19,10 @@ from tuneloop.config import (
     ForgettingConfig,
     TuneloopConfig,
 )
-from tuneloop.errors import ConfigError, EndpointError, Problem
+from tuneloop.errors import ConfigError, EndpointError, Problem, UserError
+from tuneloop.evals.reporting.advice import Action
 from tuneloop.evals.reporting.report import render_report
+from tuneloop.evals.reporting.situation import actions_after, read_versions
 from tuneloop.evals.scoring.asking import (
     EvaluationRequest,
     ModelAnswer,
@@ -93,7 +95,7 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 22
+CODE_VERSION = 23
 _REFUSED = re.compile(
     r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
 )
@@ -372,11 +374,16 @@ def evaluate(
             _add_forgetting(evaluation, config, arms, scores)
             write_scores(scores, draft.path / FORGETTING_FILE)
         write_predictions(predictions, list(scorer.metrics), draft.path)
-        _write_reports(draft.path, evaluation, config, dataset)
+        parts = _parts(config, dataset, arms, judging)
+        _write_numbers(draft.path, evaluation)
+        actions = _actions(config, workspace, evaluation, draft.unpublished(parts))
+        report = render_report(evaluation, config, dataset.ref, actions)
+        (draft.path / "report.html").write_text(report, encoding="utf-8")
         _write_parity(draft.path, arms)
         artifact = draft.publish(
-            config=_parts(config, dataset, arms, judging),
+            config=parts,
             resources={
+                "configuration": config.origin._asdict(),
                 "concurrency": config.evaluation.concurrency,
                 "num_looks": evaluation.metrics["num_looks"],
                 "looks": looks.evaluations,
@@ -787,9 +794,21 @@ def _describe_source(arm: Arm) -> str:
     return text
 
 
-def _write_reports(
-    folder: Path, evaluation: Evaluation, config: TuneloopConfig, dataset: Artifact
-) -> None:
+def _actions(
+    config: TuneloopConfig, workspace: Workspace, evaluation: Evaluation, artifact: Artifact
+) -> list[Action]:
+    """Return what to do next; of a gate, a baseline or a trial of a sweep nothing."""
+    if artifact.name != config.name:
+        return []
+    try:
+        versions = read_versions(workspace, artifact.name, [artifact])
+    except (UserError, OSError, ValueError) as error:
+        _log.warning("the report has no advice, since an earlier version cannot be read: %s", error)
+        return []
+    return actions_after(workspace, evaluation, versions, config)
+
+
+def _write_numbers(folder: Path, evaluation: Evaluation) -> None:
     for file, content in (
         ("metrics.json", evaluation.metrics),
         ("comparison.json", evaluation.comparison),
@@ -798,9 +817,6 @@ def _write_reports(
         (folder / file).write_text(
             json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8"
         )
-    (folder / "report.html").write_text(
-        render_report(evaluation, config, dataset.ref), encoding="utf-8"
-    )
 
 
 def _write_parity(folder: Path, arms: Sequence[Arm]) -> None:

@@ -18,9 +18,9 @@ from tuneloop import contest
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import ArmConfig, TuneloopConfig
 from tuneloop.errors import DataError
+from tuneloop.evals.reporting.advice import Situation, advise
 from tuneloop.evals.reporting.gain import describe_gain
 from tuneloop.evals.reporting.headline import write_headline
-from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.runner import evaluate
 from tuneloop.evals.scoring.calibration import describe_calibration
 from tuneloop.evals.scoring.cheapest import find_cheapest
@@ -217,7 +217,10 @@ def test_free_answers_that_have_the_form_are_not_asked_for_again(
     scores = {arm["name"]: arm["scores"]["exact_match"]["value"] for arm in evaluation.arms}
     assert scores == {"bound": 1.0, "finetuned": 0.5}
     assert not evaluation.candidate_pairs()
-    assert "Ask it as `bound` does" in [step.title for step in next_steps(evaluation)]
+    first = advise(Situation(evaluation, artifact.ref, "it.yaml", None, 1, {}))[0]
+    assert (first.title, first.basis) == ("Ask it as `bound` does", "measured")
+    assert first.gain is not None
+    assert first.gain.value == 0.5
 
 
 @pytest.mark.parametrize(

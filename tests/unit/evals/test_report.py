@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -10,17 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tuneloop.advice import Step, advice_for, after_what_failed
+from tuneloop.advice import advice_for
 from tuneloop.artifacts import Workspace
 from tuneloop.config import GenerationConfig, TuneloopConfig
-from tuneloop.data.schema import TRAIN_LIMIT
 from tuneloop.evals.reporting.advice import Action, Gain, Situation, advise
 from tuneloop.evals.reporting.error_analysis import Filter
 from tuneloop.evals.reporting.formatting import word_diff
 from tuneloop.evals.reporting.headline import describe_rows, write_headline
-from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.overview import describe_metrics, prompt_labels, tabulate, without_end
 from tuneloop.evals.reporting.report import render_report
+from tuneloop.evals.reporting.situation import Step, after_what_failed
 from tuneloop.evals.reporting.views import show_examples
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors
@@ -29,6 +29,7 @@ from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.pairing import last_question
 from tuneloop.evals.scoring.predictions import Prediction, write_predictions
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.records import TRAIN_LIMIT
 from tuneloop.review.given import GivenAdvice
 from tuneloop.review.store import URL_VARIABLE, ReviewStore
 
@@ -239,23 +240,33 @@ def test_a_tie_in_everything_is_no_clear_difference():
     assert write_headline(evaluation).tone == "unclear"
 
 
-def steps(evaluation: Evaluation) -> str:
-    return " ".join(f"{step.title} {step.key}" for step in next_steps(evaluation))
+def steps(evaluation: Evaluation, **more) -> str:
+    actions = advise(situation(evaluation, **more))
+    return "\n".join(f"{a.title}. {a.why} {a.command}" for a in actions)
 
 
-def test_next_steps_follow_the_errors():
+def test_actions_follow_the_errors():
     cut = make_evaluation({"base": 0, "finetuned": 80}, wrong_answer='{"a": ', finish="length")
     assert "evaluation.max_tokens" in steps(cut)
     assert "training.num_epochs" in steps(cut)
     assert "training.num_epochs" in steps(make_evaluation({"base": 50, "finetuned": 50}))
-    assert "data.split.num_test_examples" in steps(
-        make_evaluation({"base": 0, "finetuned": 10}, n=20)
-    )
+    assert "than the base model" in steps(make_evaluation({"base": 50, "finetuned": 50}))
+    wide = make_evaluation({"base": 0, "finetuned": 10}, n=20)
+    assert "run demo.yaml data.split.num_test_examples=" in steps(wide, num_spare_rows=1_000)
+    assert "So many are not to spare" in steps(wide, num_spare_rows=100)
     # Seven answers cannot tell; that comes before any conclusion from what is not clearly better.
     few = steps(make_evaluation({"base": 3, "finetuned": 4}, 7, "generation"))
-    assert few.index("Score more test examples") < few.index("Train on more rows")
+    assert few.index("Score more test examples") < few.index("Train for 3 epochs")
     assert "harder" in steps(make_evaluation({"base": 0, "finetuned": 100}))
-    assert "got worse" in steps(make_evaluation({"base": 50, "finetuned": 30}))
+    worse = make_evaluation({"base": 50, "finetuned": 30})
+    assert "got worse" in steps(worse)
+    # What is measured comes before every bound.
+    first = advise(situation(worse))[0]
+    assert first.title == "Use the base model until training brings more"
+    assert first.basis == "measured"
+    assert first.gain is not None
+    assert first.gain.value == pytest.approx(0.2)
+    assert 0.1 < first.gain.low < 0.2 < first.gain.high < 0.3
     assert "max_tokens" not in steps(make_evaluation({"base": 0, "finetuned": 80}))
     # Words in common say nothing about the truth; exact answers need no vote.
     writing = make_evaluation({"base": 0, "finetuned": 80}, task="generation")
@@ -278,9 +289,9 @@ def test_a_lagging_field_is_named():
     evaluation = Evaluation(
         "demo", rows, summarise(rows, scorer, resampling), compare(rows, scorer, resampling)
     )
-    lagging = next(step for step in next_steps(evaluation) if "Add training rows" in step.title)
+    (lagging,) = (a for a in advise(situation(evaluation)) if a.title.startswith("Get `"))
     assert "`year`" in lagging.title
-    assert "60%" in lagging.why
+    assert lagging.why == "4 of 4 wrong answers are wrong in this field alone."
 
 
 def test_report_and_dashboard_show_the_same_examples_first():
@@ -347,7 +358,9 @@ class Page(HTMLParser):
 @pytest.mark.parametrize("right", [{"base": 2, "base+few-shot": 9, "finetuned": 15}, {"base": 3}])
 def test_every_task_gets_a_page_that_loads_nothing(task, right):
     evaluation = make_evaluation(right, n=20, task=task)
-    text = render_report(evaluation, make_config(TASKS[task][0]), "datasets/demo@v1")
+    actions = advise(situation(evaluation))
+    text = render_report(evaluation, make_config(TASKS[task][0]), "datasets/demo@v1", actions)
+    assert all(html.escape(a.command) in text for a in actions)
     page = Page(text)
     assert page.open == []
     assert page.loads == []
@@ -436,6 +449,18 @@ def test_bounds_are_the_share_of_what_is_wrong() -> None:
     field = next(a for a in actions if a.title.startswith("Get `a` right"))
     assert field.gain == cut.gain
     assert "wrong=a" in field.page
+    # By words in common no answer is taken to become all right: those cut off become like the rest.
+    words = make_evaluation({"finetuned": 80}, task="generation", finish="length", wrong_answer="a")
+    (overlap,) = (a for a in advise(situation(words)) if a.title == "Allow longer answers")
+    assert overlap.gain is not None
+    assert overlap.gain.value == pytest.approx(0.2)
+    rows = [replace(p, scores={**p.scores, "token_f1": 0.4}) if p.example_id < "r080" else p
+            for p in words.predictions]  # fmt: skip
+    (overlap,) = (
+        a for a in advise(situation(replace(words, predictions=rows))) if "longer" in a.title
+    )
+    assert overlap.gain is not None
+    assert overlap.gain.value < 0.2 * 0.4 + 1e-9
     # As long as its reference and still going on: a higher limit is no help.
     evaluation = make_evaluation({"base": 5, "finetuned": 80}, finish="length")
     endless = advise(situation(evaluation))
@@ -444,7 +469,7 @@ def test_bounds_are_the_share_of_what_is_wrong() -> None:
     assert (taught.num_rows, taught.gain, taught.cost_s) == (20, cut.gain, 130)
     assert taught.command == "tuneloop run demo.yaml training.num_epochs=3"
     assert [a.gain is None for a in actions] == sorted(a.gain is None for a in actions)
-    longer = next(a for a in actions if a.title == "Teach the form of the answer")
+    longer = next(a for a in actions if a.title.startswith("Teach the form of the answer"))
     assert longer.cost_s == 130  # half of the training more, the rest as before
     assert longer.command == "tuneloop run demo.yaml training.num_epochs=3"
 
@@ -495,7 +520,7 @@ def test_what_a_sweep_forecasts_and_marks_that_wait_are_named() -> None:
     assert "forecast" not in {a.basis for a in found}
     (rows,) = (a for a in found if a.title == "Train on 590 rows in place of 500")
     assert rows.gain is None
-    assert "Apply the 3 marks that wait" in titles(actions)
+    assert "Apply the marks that wait: 3" in titles(actions)
     assert "Stop, or make the test harder" in titles(actions)
     assert "Measure whether more rows would help" not in titles(actions)
     # Where nearly all is right, nothing is trained on.
@@ -593,7 +618,7 @@ def test_advice_is_kept_and_held_against_the_next_version(
             draft.publish(config=asked, **told)
 
     publish(make_evaluation({"base": 5, "finetuned": 80}), 100, 1)
-    first = advice_for("demo", workspace, "demo.yaml")
+    first = advice_for(workspace, "demo")
     assert first.outcomes == []
     first.keep()
     first.keep()
@@ -603,11 +628,11 @@ def test_advice_is_kept_and_held_against_the_next_version(
     late = GivenAdvice.of(first.reference, "Forecast", "forecast", gain, command)
     assert len(ReviewStore(tmp_path).advice()) == len(first.actions)
     publish(make_evaluation({"base": 5, "finetuned": 90}), 200, 1)
-    second = advice_for("demo", workspace, "demo.yaml")
+    second = advice_for(workspace, "demo")
     ReviewStore(tmp_path).add(late)
     both = f"{command.replace('run', 'train')} && {command.replace('run', 'evaluate')}"
     ReviewStore(tmp_path).add(GivenAdvice.of(first.reference, "Two", "unknown", "null", both))
-    with_forecast = advice_for("demo", workspace, "demo.yaml")
+    with_forecast = advice_for(workspace, "demo")
     assert [(o.title, o.came_true) for o in with_forecast.outcomes if o.was_done] == [
         ("Forecast", False), ("Two", None)
     ]  # fmt: skip
@@ -631,11 +656,11 @@ def test_advice_is_kept_and_held_against_the_next_version(
     longer_command = f"{command} evaluation.max_tokens=80"
     same = GivenAdvice.of(first.reference, "Same", "at most", gain, longer_command)
     ReviewStore(tmp_path).add(same)
-    outcomes = advice_for("demo", workspace, "demo.yaml").outcomes
+    outcomes = advice_for(workspace, "demo").outcomes
     assert [o.was_done for o in outcomes if o.title == "Same"] == [True]
     # The file says other rows and answers: a command of the next advice keeps those of the version.
     config = make_config({"type": "extraction"})
-    kept = advice_for("demo", workspace, "demo.yaml", config)
+    kept = advice_for(workspace, "demo", config)
     (longer,) = (a for a in kept.actions if "2 epochs" in a.title)
     assert longer.command.endswith(
         "training.num_epochs=2 data.num_train_examples=200 data.split.num_test_examples=20 "
@@ -645,6 +670,6 @@ def test_advice_is_kept_and_held_against_the_next_version(
     # What differs in how answers were asked for is a change as well.
     second.keep()
     publish(make_evaluation({"base": 5, "finetuned": 90}), 200, 1, max_tokens=160)
-    outcomes = advice_for("demo", workspace, "demo.yaml").outcomes
+    outcomes = advice_for(workspace, "demo").outcomes
     newest = {o.changed for o in outcomes if o.next_evaluation == "evaluations/demo@v3"}
     assert newest == {"datasets/demo@v3; models/demo@v3; evaluation.max_tokens: 80 → 160"}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -18,10 +20,11 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from tuneloop.advice import advice_for
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig
 from tuneloop.errors import ArtifactError, ConfigError, DataError, EndpointError
-from tuneloop.evals.reporting.next_steps import next_steps
+from tuneloop.evals.reporting.advice import Situation, advise
 from tuneloop.evals.reporting.report import terminal_table
 from tuneloop.evals.runner import evaluate, find_evaluation, find_unanswered
 from tuneloop.evals.scoring.asking import EvaluationRequest, ModelAnswer, PartialAnswers
@@ -725,11 +728,23 @@ def test_a_mixture_is_asked_scored_and_told_task_by_task(model_server, workspace
     assert {row["task"] for row in table} == {"spell", "echo"}
     assert all((row["spell/exact_match"] is None) == (row["task"] == "echo") for row in table)
 
-    # One task gained and the other did not: the report says so, and what to change.
-    steps = {step.key: step for step in next_steps(evaluation)}
-    assert "did not clearly gain" in steps["task.tasks.echo.weight"].why
-    assert "task.tasks.spell.weight" not in steps
+    # One task gained and the other did not: that is told where it has something left to gain.
+    about = Situation(evaluation, artifact.ref, "mixed.yaml", None, 1, {})
+    assert not any(action.title.startswith("Give") for action in advise(about))
+    lacking = [
+        replace(p, scores={**p.scores, "score": 0.5}) if p.task == "echo" else p
+        for p in evaluation.predictions
+    ]
+    changed = about._replace(evaluation=replace(evaluation, predictions=lacking))
+    (given,) = (action for action in advise(changed) if action.title.startswith("Give"))
+    assert "did not clearly gain" in given.why
+    assert given.command == "tuneloop run mixed.yaml 'data.train_tasks=[echo]'"
     report = (artifact.path / "report.html").read_text()
+    # The report has the advice that is given afterwards, in its order.
+    told = [html.escape(a.title.replace("`", "")) for a in advice_for(workspace, "mixed").actions]
+    shown = re.findall(r"<li><b>(.*?)</b>", report)
+    assert told
+    assert [re.sub("</?code>", "", title) for title in shown] == told
     assert "Task by task" in report
     assert "mixture of spell (extraction), echo (generation)" in report
     output = io.StringIO()

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.dedup.minhash import connected
 from tuneloop.data.hashing.columns import Hashes, Indices
-from tuneloop.data.schema import TRAIN_LIMIT, Reason, ReasonCode
+from tuneloop.data.schema import Reason, ReasonCode
 from tuneloop.data.split.mixture import Mixture
 from tuneloop.data.split.synthetic import SURPLUS, cap_synthetic
 from tuneloop.errors import DataError, Problem
+from tuneloop.records import TRAIN_LIMIT
 
 SIDES = ("train", "test", "validation")
 # What keeps rows together, as an error says it, and what helps.

@@ -1,38 +1,44 @@
 """What to do next: actions with what each may bring, what it costs and what it rests on.
 
 What an action may bring is measured on the answers that are there. Most of it is a bound: if an
-action got all answers right that it is about and changed no other, the score would rise by so much.
-Only a sweep's forecast says more. Where nothing says how much, none is told.
+action got all answers right that it is about and changed no other, the score would rise by so much;
+by a score of overlap, if it made them like the others. Another arm's lead is measured, and a sweep
+forecasts. Where nothing says how much, none is told.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import shlex
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 
-from tuneloop.artifacts import Artifact
 from tuneloop.config import GenerationConfig
-from tuneloop.evals.reporting.formatting import format_difference, format_value
+from tuneloop.evals.reporting.formatting import format_difference, format_value, join_words
+from tuneloop.evals.reporting.headline import Direction, describe_arm, direction
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import describe_mean
 from tuneloop.evals.scoring.intervals import Resampling
-from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric
+from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric, in_task
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.evals.scoring.slices import weak_parts
-from tuneloop.records import FINETUNED
+from tuneloop.evals.scoring.slices import LENGTH, REFERENCE_LENGTH, weak_parts
+from tuneloop.records import BASE, BASE_CONSTRAINED, FEW_SHOT, FINETUNED, SIMPLE
 from tuneloop.text import format_duration, shorten
 
-Basis = Literal["at most", "forecast", "unknown"]
+Basis = Literal["at most", "measured", "forecast", "unknown"]
 _MOST_PARTS, _FEWEST_ROWS, _SHOWN_CHARACTERS = 3, 3, 60
 # The smallest of a learning curve's volumes has to be a training still.
 _FEWEST_TO_SWEEP = 64
+_NUM_VOLUMES = 3
 _SATURATED = 0.97
+# From an interval as wide as this little follows; more test rows would make it as narrow as that.
+_WIDE_INTERVAL, _NARROW_INTERVAL = 0.15, 0.10
+_UNTRAINED = (BASE, FEW_SHOT, BASE_CONSTRAINED, SIMPLE)
 
 
 class Gain(NamedTuple):
@@ -43,6 +49,17 @@ class Gain(NamedTuple):
     high: float
 
 
+class _Brings(NamedTuple):
+    """What an action may bring, what that rests on, and how many rows it is about: see `Action`."""
+
+    gain: Gain | None = None
+    basis: Basis = "unknown"
+    num_rows: int = 0
+
+
+_NOTHING_KNOWN = _Brings()
+
+
 @dataclass(frozen=True)
 class Action:
     """Something to do.
@@ -50,8 +67,9 @@ class Action:
     Args:
         title: What.
         why: The measurement that speaks for it.
-        gain: In the unit of the primary metric; None where it is not known.
-        basis: Whether the gain is a bound, a forecast, or not known.
+        gain: In the unit of the primary metric, below 0 where lower is better; None where it is
+            not known.
+        basis: Whether the gain is a bound, measured, a forecast, or not known.
         num_rows: Rows that the gain is about; 0 where it is about all.
         cost_s: Seconds of training and evaluation, as they took before; None where no machine has
             to run.
@@ -101,9 +119,10 @@ class Situation(NamedTuple):
         teacher: Who can write rows; None where none is configured.
         num_train_rows: Of the dataset that the model was trained on; 0 where that is not known.
         num_spare_rows: Train rows of it that `data.num_train_examples` left out.
-        kept: Settings of the model that the configuration file has otherwise, as overrides: a
-            command without them would change them back.
+        kept: Settings that the configuration file has otherwise, as overrides: a command without
+            them would change them back.
         trained_s: Of `took_s`, those of the training.
+        evaluated_s: Of `took_s`, those of the evaluation.
         max_tokens: Of the evaluation.
         has_arms: Whether the configuration names arms, which `tuneloop run` does not compare.
         group_by: Column by which the rows were split; empty without one.
@@ -115,20 +134,49 @@ class Situation(NamedTuple):
     took_s: float | None
     num_epochs: int
     curve: dict[str, Any]
-    num_waiting: int
+    num_waiting: int = 0
     num_wanted: int = 0
     teacher: GenerationConfig | None = None
     num_train_rows: int = 0
     num_spare_rows: int = 0
     kept: Sequence[str] = ()
     trained_s: float = 0.0
+    evaluated_s: float | None = None
     max_tokens: int = 0
     has_arms: bool = False
     group_by: str = ""
 
-    def cost_s(self, times: float) -> float | None:
-        """Return the seconds that an iteration takes with so many times the training."""
-        return None if self.took_s is None else self.took_s + (times - 1) * self.trained_s
+    @property
+    def metric(self) -> Metric:
+        """The primary one."""
+        return self.evaluation.metric(self.evaluation.primary)
+
+    @property
+    def sign(self) -> int:
+        """1 where a higher score is better, else -1."""
+        return -1 if self.metric.better == "lower" else 1
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the candidate is the model that the configuration trains."""
+        return bool(self.evaluation.candidate["name"] == FINETUNED)
+
+    def cost_of(self, command: str) -> float | None:
+        """Return the seconds that a command takes, as the last iteration took; None for reading."""
+        name = shlex.split(command)[1]
+        if name in ("dashboard", "serve") or self.took_s is None:
+            return None
+        if name == "evaluate":
+            return self.evaluated_s
+        if name == "sweep":
+            return _NUM_VOLUMES * self.took_s
+        times = 1.0
+        if found := re.search(r"training\.num_epochs=(\d+)", command):
+            times *= int(found[1]) / self.num_epochs
+        if self.num_train_rows and (found := re.search(r"num_train_examples=(\d+)", command)):
+            there = self.num_train_rows + self.num_spare_rows
+            times *= min(int(found[1]), there) / self.num_train_rows
+        return self.took_s + (times - 1) * self.trained_s
 
     def command(self, name: str, *changes: str) -> str:
         """Return a command on this configuration; what is not changed stays as it was.
@@ -141,172 +189,447 @@ class Situation(NamedTuple):
         settings = [self.config_file, *changes, *kept]
         return " && ".join(shlex.join(["tuneloop", name, *settings]) for name in names)
 
-    def with_rows(self) -> str | None:
-        """Return the command that trains on twice the rows; None where no more are there."""
-        if not self.num_spare_rows:
-            return None
-        return self.command("run", f"data.num_train_examples={self.num_twice}")
+    def look(self, *words: str) -> str:
+        """Return a command that needs of the configuration no more than where its workspace is."""
+        kept = [setting for setting in self.kept if setting.startswith("workspace=")]
+        return shlex.join(["tuneloop", *words, self.config_file, *kept])
+
+    def page(self, name: str, query: str = "") -> str:
+        """Return the address of a page of the dashboard about this evaluation."""
+        return f"/{name}?evaluations={self.reference}{query}"
+
+    @property
+    def longer(self) -> str:
+        """The command that trains for one more epoch, or at all."""
+        changes = [f"training.num_epochs={self.num_epochs + 1}"]
+        return self.command("run", *changes * self.is_trained)
+
+    @property
+    def train_longer(self) -> str:
+        """What it does."""
+        more = f" for {self.num_epochs + 1} epochs in place of {self.num_epochs}"
+        return f"train{more * self.is_trained}"
 
     @property
     def num_twice(self) -> int:
         """Twice the rows that were trained on, or all that are there."""
-        return min(2 * self.num_train_rows, self.num_train_rows + self.num_spare_rows)
+        return self.num_train_rows + min(self.num_train_rows, self.num_spare_rows)
+
+    @property
+    def with_rows(self) -> str:
+        """The command that trains on twice the rows; empty where no more are there."""
+        if not self.num_spare_rows:
+            return ""
+        return self.command("run", f"data.num_train_examples={self.num_twice}")
+
+    @property
+    def train_more(self) -> str:
+        """What it does."""
+        return f"train on {self.num_twice:,} rows in place of {self.num_train_rows:,}"
 
 
 def advise(now: Situation) -> list[Action]:
     """Return what to do next: what surely brings something, then bounds, then what is not known."""
-    evaluation = now.evaluation
-    metric = evaluation.metric(evaluation.primary)
-    rows = [
-        p
-        for p in evaluation.predictions
-        if p.arm == evaluation.candidate["name"] and p.scores.get(evaluation.primary) is not None
-    ]
-    found: list[Action] = []
-    if metric.kind != "number" and rows:
-        loss = {p.example_id: 1.0 - (p.scores[evaluation.primary] or 0.0) for p in rows}
-        found += _about_answers(now, rows, loss, metric)
-        found += _about_fields(now, rows, loss, metric)
-        found += _about_parts(now, rows, loss, metric)
-    score = evaluation.candidate["scores"][evaluation.primary]["value"] or 0.0
-    is_saturated = metric.kind == "binary" and score >= _SATURATED
-    found += _about_rows(now)
-    if not is_saturated:
-        found += _about_training(now)
-    if now.num_waiting:
-        found.append(
-            Action(
-                f"Apply the {now.num_waiting:,} marks that wait",
+    adviser = _Adviser.of(now)
+    score = now.evaluation.candidate["scores"][now.evaluation.primary]["value"] or 0.0
+    stop, rules = "Stop, or make the test harder", [*_RULES]
+    if now.metric.kind == "binary" and score >= _SATURATED:
+        why = f"{score:.1%} is right: this test can no longer tell models apart."
+        adviser.add(stop, why, now.command("serve"))
+        rules.remove(_Adviser.epochs)
+    for rule in rules:
+        rule(adviser)
+    # What says nothing but a command that is there for a reason already is left out.
+    told = {a.command for a in adviser.found if a.gain is not None and "=" in a.command}
+    found = [a for a in adviser.found if a.gain is not None or a.command not in told]
+
+    def rank(action: Action) -> tuple[bool, bool, float]:
+        # What is sure to bring something comes before any bound, and to stop before chasing a rest.
+        if action.gain is None:
+            return False, action.title == stop, -1.0
+        value, *ends = (now.sign * end for end in action.gain)
+        is_sure = action.basis in ("forecast", "measured") and min(ends) > 0
+        return is_sure, False, value
+
+    return sorted(found, key=rank, reverse=True)
+
+
+@dataclass(frozen=True)
+class _Adviser:
+    """The rules: each method adds actions where its measurement speaks for them.
+
+    Args:
+        rows: The candidate's answers that have a score.
+        loss: What each lacks of being right, by example; 1 for all where a score does not tell.
+    """
+
+    now: Situation
+    rows: list[Prediction]
+    loss: dict[str, float]
+    found: list[Action] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, now: Situation) -> _Adviser:
+        evaluation, name = now.evaluation, now.evaluation.row_metric
+        metric = evaluation.metric(name)
+        rows, loss = [], dict[str, float]()
+        for p in evaluation.predictions:
+            score = p.scores.get(name)
+            if p.arm == evaluation.candidate["name"] and score is not None:
+                rows.append(p)
+                loss[p.example_id] = 1.0 if metric.kind == "number" else 1.0 - score
+        return cls(now, rows, loss)
+
+    @property
+    def wrong(self) -> list[Prediction]:
+        """Answers that lack something."""
+        return [p for p in self.rows if self.loss[p.example_id] > 0]
+
+    def add(
+        self, title: str, why: str, command: str, page: str = "", brings: _Brings = _NOTHING_KNOWN
+    ) -> None:
+        """Add an action; its cost is that of its command."""
+        self.found.append(Action(title, why, *brings, self.now.cost_of(command), command, page))
+
+    def about(
+        self, title: str, why: str, wrong: Iterable[Prediction], command: str, page: str
+    ) -> None:
+        """Add an action about at least a few wrong answers, with the bound of what it brings."""
+        ids = {p.example_id for p in wrong}
+        if len(ids) >= _FEWEST_ROWS:
+            is_share = self.now.evaluation.metric(self.now.evaluation.row_metric).kind != "number"
+            why = f"{len(ids):,} of {len(self.wrong):,} {'wrong ' * is_share}answers {why}"
+            self.add(title, why, command, page, self._bound(ids))
+
+    def _bound(self, ids: Collection[str]) -> _Brings:
+        """Return what the score would gain if the answers to some examples were all right.
+
+        Hardly any answer is all right by a score of overlap: there, if they were like the others.
+        """
+        evaluation, metric = self.now.evaluation, self.now.metric
+        # Of others the score of all is not the mean of how right each row is.
+        if metric.kind == "number" or evaluation.primary != evaluation.row_metric:
+            return _Brings(num_rows=len(ids))
+        others = [loss for example, loss in self.loss.items() if example not in ids]
+        rest = float(np.mean(others)) if metric.kind == "ratio" and others else 0.0
+        lacking = np.array(
+            [max(0.0, self.loss[p.example_id] - rest) * (p.example_id in ids) for p in self.rows]
+        )
+        clusters = Clusters.of([p.cluster or p.example_id for p in self.rows])
+        told = describe_mean(lacking, clusters, metric, Resampling(num_resamples=2_000))
+        gain = Gain(told["value"], max(0.0, told["low"] or 0.0), told["high"] or 0.0)
+        return _Brings(gain, "at most", len(ids))
+
+    def errors(self) -> None:
+        """Errors with a name, doubtful references and misleading train rows."""
+        now, wrong, see = self.now, self.wrong, self.now.look("dashboard")
+        cut = [p for p in wrong if "cut_off" in p.error_tags]
+        # A limit is too low only where the right answer is longer than what was written.
+        short = [p for p in cut if len(p.reference) > len(p.completion)]
+        self.about(
+            "Allow longer answers",
+            "were cut off, and are shorter than their references.",
+            short,
+            now.command("evaluate", f"evaluation.max_tokens={2 * now.max_tokens}"),
+            now.page("answers", "&error=cut_off"),
+        )
+        self.about(
+            f"Teach answers to end: {now.train_longer}",
+            "were still going on where they had become as long as their references.",
+            [p for p in cut if p not in short],
+            now.longer,
+            now.page("answers", "&error=cut_off"),
+        )
+        self.about(
+            f"Teach the form of the answer: {now.train_longer}",
+            "do not have the form that the task asks for.",
+            [p for p in wrong if "wrong_format" in p.error_tags],
+            now.longer,
+            now.page("answers", "&error=wrong_format"),
+        )
+        agreed = _agreed_otherwise(now.evaluation, wrong)
+        self.about(
+            "Look whether these references are right",
+            "are what several models answer alike, and not the reference.",
+            [p for p in wrong if p.example_id in agreed],
+            see,
+            now.page("answers"),
+        )
+        near = now.evaluation.nearest
+        self.about(
+            "Correct the training rows that say otherwise",
+            "stand beside a training row that asks the same and says otherwise than the reference.",
+            [p for p in wrong if any(row["conflicts"] for row in near.get(p.example_id, ()))],
+            see,
+            now.page("answers"),
+        )
+
+    def fields(self) -> None:
+        """Each field that alone makes answers wrong."""
+        now = self.now
+        fields = [n for n in now.evaluation.metrics["metrics"] if n.startswith(FIELD_PREFIX)]
+        alone: dict[str, list[Prediction]] = {}
+        for p in self.wrong:
+            failed = [name for name in fields if (p.scores.get(name) or 0.0) < 1]
+            if len(failed) == 1:
+                alone.setdefault(failed[0].removeprefix(FIELD_PREFIX), []).append(p)
+        more = now.train_more if now.with_rows else "add training rows in which it is hard"
+        for name, wrong in alone.items():
+            self.about(
+                f"Get `{name}` right: {more}",
+                "are wrong in this field alone.",
+                wrong,
+                now.with_rows or now.look("dashboard"),
+                now.page("answers", f"&wrong={name}"),
+            )
+
+    def losses(self) -> None:
+        """What the strongest other arm answers better."""
+        now, evaluation = self.now, self.now.evaluation
+        if other := evaluation.strongest_other():
+            pairs = evaluation.pair(other, evaluation.candidate["name"])
+            worse = {e.example_id for e in pairs if e.change == "introduced"}
+            self.about(
+                f"Read what got worse than with {describe_arm(other)}; add training rows like it",
+                "were better there.",
+                [p for p in self.wrong if p.example_id in worse],
+                now.look("dashboard"),
+                now.page("errors"),
+            )
+
+    def tasks(self) -> None:
+        """Each task of a mixture that did not gain while others did."""
+        now, evaluation = self.now, self.now.evaluation
+        pairs = {pair["other"]: pair for pair in evaluation.candidate_pairs()}
+        if not pairs or not now.is_trained:
+            return
+        strongest: dict[str, tuple[str, Direction]] = {}
+        for name, task in evaluation.tasks.items():
+            key = in_task(name, task["primary"])
+            # Each task beside what does best in it without training.
+            others = [arm for arm in evaluation.arms if arm["name"] in pairs]
+            best = max(others, key=lambda arm: arm["scores"][key]["value"] or 0.0)["name"]
+            strongest[name] = best, direction(evaluation, pairs[best], key)
+        lagging = {n: told for n, told in strongest.items() if told[1] != "better"}
+        for name, (best, change) in lagging.items() if len(lagging) < len(strongest) else ():
+            worse = "got worse" if change == "worse" else "did not clearly gain"
+            self.about(
+                f"Give `{name}` a model of its own, or a larger share of the mixture",
+                f"are of this task; it {worse} against {describe_arm(best)}, while others gained.",
+                [p for p in self.wrong if p.task == name],
+                now.command("run", f"data.train_tasks=[{name}]"),
+                now.page("answers"),
+            )
+
+    def missing(self) -> None:
+        """Answers that are missing."""
+        now, arm = self.now, self.now.evaluation.candidate
+        num, ends = arm["num_unscored"], arm.get("worst_case")
+        if num:
+            brings, score = _Brings(num_rows=num), arm["scores"][now.evaluation.primary]["value"]
+            if ends and score is not None:
+                end = ends["high"] - score
+                brings = _Brings(Gain(end, 0.0, end), "at most", num)
+            self.add(
+                f"Find out why {num:,} answers are missing, and ask again",
+                f"The server said: {next(iter(arm['unscored_reasons']))}",
+                now.command("evaluate"),
+                now.page("answers", "&unscored=true"),
+                brings,
+            )
+
+    def arms(self) -> None:
+        """The arm that is surely better than the candidate, of several the best."""
+        now, evaluation, primary = self.now, self.now.evaluation, self.now.evaluation.primary
+        name = evaluation.candidate["name"]
+        better = [
+            pair
+            for pair in evaluation.comparison["pairs"]
+            if pair["arm"] == name and direction(evaluation, pair, primary) == "worse"
+        ]
+        if not better:
+            return
+        best = min(better, key=lambda pair: now.sign * pair["differences"][primary]["value"])
+        other, told = best["other"], best["differences"][primary]
+        own = {arm["name"] for arm in evaluation.arms if arm.get("free_arm") == name}
+        title = f"Use {describe_arm(other)} until training brings more"
+        why = f"It is surely better over the same {told['n']:,} examples"
+        why += f"{', without any training' * (other in _UNTRAINED)}."
+        if other in own:
+            title = f"Ask it as `{other}` does"
+            why = (
+                "The same model is better when its answers are bound to the form of the task, by "
+                "`ranking` for labels and `response_format` for JSON in each request."
+            )
+        is_served = other in own or (other in _UNTRAINED and other != SIMPLE)
+        self.add(
+            title,
+            why,
+            now.command("serve") if is_served else now.look("dashboard"),
+            now.page("errors", f"&before={quote(other)}"),
+            _Brings(Gain(-told["value"], -told["high"], -told["low"]), "measured", told["n"]),
+        )
+
+    def parts(self) -> None:
+        """Each part of the rows that is surely worse than the others."""
+        now, sign = self.now, self.now.sign
+        arm = now.evaluation.candidate["name"]
+        found = weak_parts(now.evaluation.slices, arm, now.metric.better)
+        # No group is on both sides: rows of a test group cannot become training rows.
+        for part in [part for part in found if part["by"] != now.group_by][:_MOST_PARTS]:
+            value, *ends = (
+                sign * max(0.0, sign * (part["rest"] - part[end])) * part["n"] / len(self.rows)
+                for end in ("value", "low", "high")
+            )
+            unit = " words" * (part["by"] in (LENGTH, REFERENCE_LENGTH))
+            is_such = shorten(str(part["slice"]), _SHOWN_CHARACTERS) + unit
+            self.add(
+                f"Add training rows with {part['by'].replace('_', ' ')} = {is_such}",
+                f"{part['n']:,} test rows are such: {format_value(part['value'], now.metric)}, the "
+                f"others {format_value(part['rest'], now.metric)}. The bound is that they become "
+                "like the others.",
+                self._more_of(now.reference),
+                now.page("answers"),
+                _Brings(Gain(value, *sorted(ends)), "at most", part["n"]),
+            )
+
+    def _more_of(self, what: str) -> str:
+        """Return the command that adds rows of some kind: those that are there, or written ones.
+
+        Without a teacher it is the one that chooses the inputs to label.
+        """
+        now = self.now
+        if what != "marks" and now.with_rows:
+            return now.with_rows
+        if now.evaluation.tasks or "language_modeling" in now.evaluation.task_types():
+            return now.command("run")  # both are for a single task with answers
+        if now.teacher is None:
+            return now.look("label-next", "INPUTS.csv")
+        changes = [f"generation.more_of={what}"]
+        if now.teacher.kind in ("pairs", "answers"):
+            changes += ["generation.kind=self_instruct", "generation.sources=[]"]
+            changes += ["generation.instruction="] * bool(now.teacher.instruction)
+        return now.command("generate", *changes)
+
+    def marks(self) -> None:
+        """What people have asked for with marks."""
+        now = self.now
+        if now.num_waiting:
+            self.add(
+                f"Apply the marks that wait: {now.num_waiting:,}",
                 "People have corrected rows; stored answers are scored again where only right "
                 "answers change.",
-                None,
-                "unknown",
-                now.num_waiting,
-                now.took_s,
                 now.command("run"),
                 "/marks",
+                _Brings(num_rows=now.num_waiting),
             )
-        )
-    if now.num_wanted:
-        found.append(
-            Action(
-                f"Add training rows like the {now.num_wanted:,} that people marked",
+        if now.num_wanted:
+            self.add(
+                f"Add training rows like those that people marked: {now.num_wanted:,}",
                 "People have marked them with `needs more like this`.",
-                None,
-                "unknown",
-                now.num_wanted,
-                now.took_s,
-                _more_of(now, "marks"),
+                self._more_of("marks"),
                 "/marks",
+                _Brings(num_rows=now.num_wanted),
             )
+
+    def width(self) -> None:
+        """More test rows, where the score is too uncertain to conclude from."""
+        now, score = self.now, self.now.evaluation.candidate["scores"][self.now.evaluation.primary]
+        width = (score["high"] or 0.0) - (score["low"] or 0.0)
+        if now.metric.kind == "number" or width <= _WIDE_INTERVAL:
+            return
+        needed = int(round(score["n"] * (width / _NARROW_INTERVAL) ** 2, -1))
+        why = (
+            f"The interval of the score is {100 * width:.0f} points wide; about {needed:,} "
+            "examples would narrow it to 10."
         )
-    if is_saturated:
-        found.append(
-            Action(
-                "Stop, or make the test harder",
-                f"{score:.1%} is right: this test can no longer tell models apart.",
-                None, "unknown", 0, None, f"tuneloop serve {now.config_file}",
+        changes = [f"data.split.num_test_examples={needed}"]
+        if needed - score["n"] > now.num_spare_rows:
+            changes, why = [], f"{why} So many are not to spare: collect more rows."
+        title = "Score more test examples for a sharper result"
+        self.add(title, why, now.command("run", *changes))
+
+    def training(self) -> None:
+        """More rows of the same kind, as the newest sweep forecasts it or as a try; more epochs."""
+        now = self.now
+        for curve in now.curve.get("curves", []):
+            forecasts = (curve.get("forecast") or {}).get("forecasts") or []
+            for item in forecasts:
+                # The step from as many rows as the model has: from others it is another gain.
+                if "step" in item and now.num_train_rows in (0, _step_from(item, forecasts)):
+                    num = item["num_examples"]
+                    are_there = 0 < num - now.num_train_rows <= now.num_spare_rows
+                    self.add(
+                        f"Add training rows of the same kind, to {num:,} in all",
+                        f"The learning curve of {curve.get('series') or 'the sweep'} forecasts it.",
+                        now.command("run", *[f"data.num_train_examples={num}"] * are_there),
+                        "/sweep",
+                        _Brings(
+                            Gain(*(item["step"][end] for end in ("value", "low", "high"))),
+                            "forecast",
+                        ),
+                    )
+                    break
+        if now.with_rows and not any(action.basis == "forecast" for action in self.found):
+            self.add(
+                now.train_more.capitalize(),
+                f"{now.num_spare_rows:,} more train rows are there, which "
+                f"`data.num_train_examples` leaves out.{self._not_better()}",
+                now.with_rows,
             )
-        )  # fmt: skip
-    # What says nothing but a command that is there for a reason already is left out.
-    told = {a.command for a in found if a.gain is not None and "=" in a.command}
-    found = [a for a in found if a.gain is not None or a.command not in told]
-    return sorted(found, key=_rank, reverse=True)
+
+    def epochs(self) -> None:
+        """To train for longer, and to measure whether more rows help."""
+        now = self.now
+        if not now.is_trained:
+            return
+        why = "Only a try tells; look at the validation loss first, if there is one."
+        self.add(now.train_longer.capitalize(), why + self._not_better(), now.longer, "/model")
+        largest = now.num_train_rows
+        if now.num_spare_rows < now.evaluation.metrics["num_examples"]:
+            largest -= now.evaluation.metrics["num_examples"]  # they become the validation rows
+        if not now.curve and largest >= _FEWEST_TO_SWEEP:
+            volumes = f"{{data.num_train_examples: [{largest // 4}, {largest // 2}, {largest}]}}"
+            self.add(
+                "Measure whether more rows would help",
+                "There is no learning curve yet: a sweep over data volumes makes one.",
+                now.command("sweep", f"sweep.parameters={volumes}"),
+                "/sweep",
+            )
+
+    def _not_better(self) -> str:
+        """Return what the trained model is not clearly better than, as a sentence; else nothing."""
+        evaluation = self.now.evaluation
+        behind = [
+            describe_arm(pair["other"])
+            for pair in evaluation.candidate_pairs()
+            if pair["other"] in _UNTRAINED
+            and direction(evaluation, pair, evaluation.primary) != "better"
+        ]
+        if not behind or not self.now.is_trained:
+            return ""
+        return f" It is not clearly better yet than {join_words(behind, 'or')}."
+
+    def truth(self) -> None:
+        """People's votes, where the score measures wording."""
+        now, evaluation = self.now, self.now.evaluation
+        is_wording = "generation" in evaluation.task_types() and now.metric.kind == "ratio"
+        if is_wording and not evaluation.judge and evaluation.candidate_pairs():
+            self.add(
+                "Let people judge the answers blind",
+                "The score counts the words shared with one reference: it measures wording, not "
+                "truth. Votes rank the arms without their names.",
+                now.look("dashboard"),
+                now.page("votes"),
+            )
 
 
-def _rank(action: Action) -> tuple[bool, float]:
-    """Return what actions are ordered by: a gain that is forecast comes before any bound."""
-    if action.gain is None:
-        return False, -1.0
-    return action.basis == "forecast" and action.gain.low > 0, action.gain.value
-
-
-def _more_of(now: Situation, what: str) -> str:
-    """Return the command that adds rows of some kind: those that are there, or else written ones.
-
-    Without a teacher it is the one that chooses the inputs to label.
-    """
-    if what != "marks" and (command := now.with_rows()):
-        return command
-    if now.evaluation.tasks or "language_modeling" in now.evaluation.task_types():
-        return now.command("run")  # both are for a single task with answers
-    if now.teacher is None:
-        return f"tuneloop label-next INPUTS.csv {now.config_file}"
-    changes = [f"generation.more_of={what}"]
-    if now.teacher.kind in ("pairs", "answers"):
-        changes += ["generation.kind=self_instruct", "generation.sources=[]"]
-        changes += ["generation.instruction="] * bool(now.teacher.instruction)
-    return shlex.join(["tuneloop", "generate", now.config_file, *changes])
-
-
-def _bound(
-    rows: Sequence[Prediction], loss: dict[str, float], ids: Collection[str], metric: Metric
-) -> Gain:
-    """Return what the score would gain if the answers to some examples were all right."""
-    values = np.array([loss[p.example_id] if p.example_id in ids else 0.0 for p in rows])
-    clusters = Clusters.of([p.cluster or p.example_id for p in rows])
-    told = describe_mean(values, clusters, metric, Resampling(num_resamples=2_000))
-    return Gain(told["value"], max(0.0, told["low"] or 0.0), told["high"] or 0.0)
-
-
-def _about_answers(
-    now: Situation, rows: Sequence[Prediction], loss: dict[str, float], metric: Metric
-) -> list[Action]:
-    """Return actions for errors with a name, doubtful references and misleading train rows."""
-    found: list[Action] = []
-    see = f"tuneloop dashboard {now.config_file}"
-    longer = now.command("run", f"training.num_epochs={now.num_epochs + 1}")
-    wrong = [p for p in rows if loss[p.example_id] > 0]
-
-    def add(title: str, why: str, ids: Collection[str], command: str, page: str) -> None:
-        if len(ids) >= _FEWEST_ROWS:
-            gain = _bound(rows, loss, ids, metric)
-            why = why.format(n=len(ids), wrong=len(wrong))
-            cost_s = None if command == see else now.took_s
-            if command == longer:
-                cost_s = now.cost_s((now.num_epochs + 1) / now.num_epochs)
-            found.append(Action(title, why, gain, "at most", len(ids), cost_s, command, page))
-
-    address = f"evaluations={now.reference}"
-    cut = [p for p in wrong if "cut_off" in p.error_tags]
-    # A limit is too low only where the right answer is longer than what was written.
-    short = {p.example_id for p in cut if len(p.reference) > len(p.completion)}
-    add(
-        "Allow longer answers",
-        "{n} of {wrong} wrong answers were cut off, and are shorter than their references.", short,
-        now.command("evaluate", f"evaluation.max_tokens={2 * now.max_tokens}"),
-        f"/answers?{address}&error=cut_off",
-    )  # fmt: skip
-    add(
-        f"Teach answers to end: train for {now.num_epochs + 1} epochs in place of {now.num_epochs}",
-        "{n} of {wrong} wrong answers were still going on where they had become as long as their "
-        "references.", {p.example_id for p in cut} - short, longer,
-        f"/answers?{address}&error=cut_off",
-    )  # fmt: skip
-    malformed = {p.example_id for p in wrong if "wrong_format" in p.error_tags}
-    add(
-        "Teach the form of the answer",
-        "{n} of {wrong} wrong answers do not have the form that the task asks for.", malformed,
-        longer,
-        f"/answers?{address}&error=wrong_format",
-    )  # fmt: skip
-    add(
-        "Look whether these references are right",
-        "To {n} of the {wrong} questions that were answered wrong, several models give the same "
-        "answer, and it is not the reference.", _agreed_otherwise(now.evaluation, wrong),
-        see, f"/answers?{address}",
-    )  # fmt: skip
-    misled = {
-        example
-        for example, near in now.evaluation.nearest.items()
-        if example in loss and any(row["conflicts"] for row in near)
-    }
-    add(
-        "Correct the training rows that say otherwise",
-        "Beside {n} of {wrong} wrong answers there is a training row that asks the same and says "
-        "otherwise than the reference.", misled, see, f"/answers?{address}",
-    )  # fmt: skip
-    return found
+# Of what brings nothing that is known, the first comes first.
+_RULES = (
+    *(_Adviser.missing, _Adviser.arms, _Adviser.errors, _Adviser.fields, _Adviser.losses),
+    *(_Adviser.tasks, _Adviser.parts, _Adviser.marks, _Adviser.width, _Adviser.training),
+    *(_Adviser.epochs, _Adviser.truth),
+)
 
 
 def _agreed_otherwise(evaluation: Evaluation, wrong: Sequence[Prediction]) -> set[str]:
@@ -314,6 +637,9 @@ def _agreed_otherwise(evaluation: Evaluation, wrong: Sequence[Prediction]) -> se
 
     An arm with its answers held to their form is the same model again, and no second opinion.
     """
+    name = evaluation.row_metric
+    if evaluation.metric(name).kind == "number":
+        return set()
     asked = {arm["name"]: arm.get("free_arm") or arm["name"] for arm in evaluation.arms}
 
     def said(p: Prediction) -> tuple[str, str]:
@@ -321,105 +647,9 @@ def _agreed_otherwise(evaluation: Evaluation, wrong: Sequence[Prediction]) -> se
 
     who: dict[tuple[str, str], set[str]] = {}
     for p in evaluation.predictions:
-        if p.status == "scored" and not p.scores.get(evaluation.primary):
+        if p.status == "scored" and not p.scores.get(name):
             who.setdefault(said(p), set()).add(asked[p.arm])
     return {p.example_id for p in wrong if p.completion.strip() and len(who.get(said(p), ())) > 1}
-
-
-def _about_fields(
-    now: Situation, rows: Sequence[Prediction], loss: dict[str, float], metric: Metric
-) -> list[Action]:
-    """Return an action for each field that alone makes answers wrong."""
-    fields = [n for n in now.evaluation.metrics["metrics"] if n.startswith(FIELD_PREFIX)]
-    alone: dict[str, set[str]] = {}
-    for p in rows:
-        failed = [name for name in fields if (p.scores.get(name) or 0.0) < 1]
-        if loss[p.example_id] > 0 and len(failed) == 1:
-            alone.setdefault(failed[0].removeprefix(FIELD_PREFIX), set()).add(p.example_id)
-    num_wrong = sum(value > 0 for value in loss.values())
-    more = f"train on {now.num_twice:,} rows in place of {now.num_train_rows:,}"
-    if not now.num_spare_rows:
-        more = "more training rows in which it is as hard"
-    return [
-        Action(
-            f"Get `{name}` right: {more}",
-            f"It is the only field that is wrong in {len(ids)} of {num_wrong} wrong answers.",
-            _bound(rows, loss, ids, metric),
-            "at most",
-            len(ids),
-            now.cost_s(now.num_twice / now.num_train_rows if now.num_spare_rows else 1),
-            now.with_rows() or f"tuneloop dashboard {now.config_file}",
-            f"/answers?evaluations={now.reference}&wrong={name}",
-        )
-        for name, ids in alone.items()
-        if len(ids) >= _FEWEST_ROWS
-    ]
-
-
-def _about_parts(
-    now: Situation, rows: Sequence[Prediction], loss: dict[str, float], metric: Metric
-) -> list[Action]:
-    """Return an action for each part of the rows that is surely worse than the others."""
-    arm, better = now.evaluation.candidate["name"], metric.better
-    found = []
-    parts = weak_parts(now.evaluation.slices, arm, better)
-    # No group is on both sides: rows of a test group cannot become training rows.
-    for part in [part for part in parts if part["by"] != now.group_by][:_MOST_PARTS]:
-        rest, value = part["rest"], part["value"]
-        share = part["n"] / len(rows)
-        gain = Gain(*(share * max(0.0, rest - part[end]) for end in ("value", "high", "low")))
-        name = f"{part['by']} = {shorten(str(part['slice']), _SHOWN_CHARACTERS)}"
-        found.append(
-            Action(
-                f"Add training rows with {name}",
-                f"{part['n']} test rows are such: {format_value(value, metric)}, the others "
-                f"{format_value(rest, metric)}. The bound is that they become like the others.",
-                gain,
-                "at most",
-                part["n"],
-                now.cost_s(now.num_twice / now.num_train_rows if now.num_spare_rows else 1),
-                _more_of(now, now.reference),
-                f"/answers?evaluations={now.reference}",
-            )
-        )
-    return found
-
-
-def _about_rows(now: Situation) -> list[Action]:
-    """Return what more rows of the same kind bring: as the newest sweep forecasts it, or a try."""
-    found = []
-    for curve in now.curve.get("curves", []):
-        forecasts = (curve.get("forecast") or {}).get("forecasts") or []
-        for item in forecasts:
-            # The step from as many rows as the model has: from others it would be another gain.
-            if "step" not in item or now.num_train_rows not in (0, _step_from(item, forecasts)):
-                continue
-            num_more = item["num_examples"] - now.num_train_rows
-            there = now.command("run", f"data.num_train_examples={item['num_examples']}")
-            found.append(
-                Action(
-                    f"Add training rows of the same kind, to {item['num_examples']:,} in all",
-                    f"The learning curve of {curve.get('series') or 'the sweep'} forecasts it.",
-                    Gain(*(item["step"][end] for end in ("value", "low", "high"))),
-                    "forecast",
-                    0,
-                    now.cost_s(item["num_examples"] / (now.num_train_rows or item["num_examples"])),
-                    there if 0 < num_more <= now.num_spare_rows else now.command("run"),
-                    "/sweep",
-                )
-            )
-            break
-    more = now.with_rows()
-    if not found and more:
-        found.append(
-            Action(
-                f"Train on {now.num_twice:,} rows in place of {now.num_train_rows:,}",
-                f"{now.num_spare_rows:,} more train rows are there, which "
-                "`data.num_train_examples` leaves out.",
-                None, "unknown", 0, now.cost_s(now.num_twice / now.num_train_rows), more, "",
-            )
-        )  # fmt: skip
-    return found
 
 
 def _step_from(item: dict[str, Any], forecasts: Sequence[dict[str, Any]]) -> int:
@@ -428,42 +658,3 @@ def _step_from(item: dict[str, Any], forecasts: Sequence[dict[str, Any]]) -> int
     if before >= 0:
         return int(forecasts[before]["num_examples"])
     return int(item["num_examples"] // item["times"])
-
-
-def _about_training(now: Situation) -> list[Action]:
-    """Return to train for longer, or to measure whether more rows help."""
-    if now.evaluation.candidate["name"] != FINETUNED:
-        return []
-    more = now.num_epochs + 1
-    found = [
-        Action(
-            f"Train for {more} epochs in place of {now.num_epochs}",
-            "Only a try tells; look at the validation loss first, if there is one.",
-            None, "unknown", 0, now.cost_s(more / now.num_epochs),
-            now.command("run", f"training.num_epochs={more}"), "/model",
-        )
-    ]  # fmt: skip
-    largest = now.num_train_rows
-    if now.num_spare_rows < now.evaluation.metrics["num_examples"]:
-        largest -= now.evaluation.metrics["num_examples"]  # they become the validation rows
-    if not now.curve and largest >= _FEWEST_TO_SWEEP:
-        volumes = f"{{data.num_train_examples: [{largest // 4}, {largest // 2}, {largest}]}}"
-        found.append(
-            Action(
-                "Measure whether more rows would help",
-                "There is no learning curve yet: a sweep over data volumes makes one.",
-                None, "unknown", 0, None if now.took_s is None else 3 * now.took_s,
-                now.command("sweep", f"sweep.parameters={volumes}"), "/sweep",
-            )
-        )  # fmt: skip
-    return found
-
-
-def read_curve(sweeps: Sequence[Artifact]) -> dict[str, Any]:
-    """Return `curve.json` of the newest of some sweeps; empty where there is none."""
-    for sweep in reversed(sweeps):
-        file = sweep.path / "curve.json"
-        if file.is_file():
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return found
-    return {}

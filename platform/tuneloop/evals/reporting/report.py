@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 
 import jinja2
@@ -13,11 +14,11 @@ from rich.text import Text
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
+from tuneloop.evals.reporting.advice import Action
 from tuneloop.evals.reporting.forgetting import show_forgetting
 from tuneloop.evals.reporting.formatting import format_estimate, format_number
 from tuneloop.evals.reporting.headline import describe_rows, write_headline
 from tuneloop.evals.reporting.judge import describe_judge, show_judge
-from tuneloop.evals.reporting.next_steps import next_steps
 from tuneloop.evals.reporting.views import (
     list_facts,
     show_arms,
@@ -27,7 +28,6 @@ from tuneloop.evals.reporting.views import (
     show_pair,
     show_parts,
     show_prompts,
-    show_setting,
     show_slices,
     show_tags,
     show_tasks,
@@ -43,13 +43,16 @@ _SHOWN_CHANGES: tuple[tuple[Change, str, str], ...] = (
 )
 
 
-def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) -> str:
+def render_report(
+    evaluation: Evaluation, config: TuneloopConfig, dataset: str, actions: Sequence[Action] = ()
+) -> str:
     """Return the report as one HTML page that loads nothing from anywhere.
 
     Args:
         evaluation: What to show.
         config: What was run; shown as it was.
         dataset: Reference of the dataset whose rows were answered.
+        actions: What to do next, the best first.
     """
     template = page_template("tuneloop.evals.reporting")
     metric = evaluation.metric(evaluation.primary)
@@ -81,15 +84,7 @@ def render_report(evaluation: Evaluation, config: TuneloopConfig, dataset: str) 
         tags=show_tags(evaluation),
         strongest=evaluation.strongest_other(),
         examples=show_examples(evaluation),
-        steps=[
-            {
-                "title": step.title,
-                "why": step.why,
-                "key": step.key,
-                "now": show_setting(config, step.key),
-            }
-            for step in next_steps(evaluation)
-        ],
+        actions=actions,
         prompts=show_prompts(evaluation),
         has_calls="function_call" in evaluation.metrics["metrics"],
         facts=list_facts(evaluation, config, dataset),

@@ -489,13 +489,5 @@ def _describe_looks(evaluation: Evaluation) -> str:
     )
 
 
-def show_setting(config: TuneloopConfig, key: str) -> str:
-    """Return the value a dotted key has now, as text."""
-    value: Any = config
-    for part in key.split(".") if key else ():
-        value = value[part] if isinstance(value, dict) else getattr(value, part)
-    return "" if not key else "not set" if value is None else str(value)
-
-
 def _position(value: float | None, span: float) -> float | None:
     return None if value is None else round(50 + 50 * value / span, 2)

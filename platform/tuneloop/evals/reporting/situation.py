@@ -1,0 +1,233 @@
+"""The advice on an evaluation, from what its workspace holds."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import yaml
+
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.config import Origin, TuneloopConfig
+from tuneloop.evals.reporting.advice import Action, Situation, advise
+from tuneloop.evals.reporting.formatting import format_change
+from tuneloop.evals.reporting.history import Iteration, history
+from tuneloop.evals.scoring.metrics import Metric
+from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.records import TRAIN_LIMIT
+
+# A change hardly helped that brought less than a point, and surely less than three: as in sweeps.
+_HARDLY, _SURELY_LESS = 0.01, 0.03
+
+
+class Marked(NamedTuple):
+    """How many marks wait for the next preparation, and how many rows people want more of."""
+
+    num_waiting: int = 0
+    num_wanted: int = 0
+
+
+UNMARKED = Marked()
+
+
+class Versions(NamedTuple):
+    """The versions of an evaluation, oldest first, and what came of each."""
+
+    artifacts: list[Artifact]
+    iterations: list[Iteration]
+
+
+def read_versions(workspace: Workspace, name: str, newest: Sequence[Artifact] = ()) -> Versions:
+    """Return the versions of an evaluation; none if there is none.
+
+    Args:
+        newest: What is about to be published.
+
+    Raises:
+        ArtifactError: One of them cannot be read.
+    """
+    published = workspace.published()
+    own = [workspace.open(a.ref) for a in published if (a.kind, a.name) == ("evaluations", name)]
+    own += newest
+    others = [a for a in published if a.kind != "evaluations"]
+    return Versions(own, history([*others, *own], name))
+
+
+def actions_after(
+    workspace: Workspace,
+    evaluation: Evaluation,
+    versions: Versions,
+    config: TuneloopConfig | None,
+    marked: Marked = UNMARKED,
+) -> list[Action]:
+    """Return what to do after the newest version of an evaluation, the best first.
+
+    Args:
+        evaluation: That version.
+        config: As it is now; None where its file is not there.
+    """
+    artifact, iteration = versions.artifacts[-1], versions.iterations[-1]
+    parts = {part.kind: part for part in iteration.made_of}
+    dataset, model = parts.get("datasets"), parts.get("models")
+    trained = model.manifest["config"].get("training", {}) if model else {}
+    split = dataset.manifest["config"].get("data", {}).get("split", {}) if dataset else {}
+    origin = config.origin if config else origin_of(artifact)
+    made_of = [*iteration.made_of, artifact]
+    situation = Situation(
+        evaluation,
+        artifact.ref,
+        origin.file,
+        iteration.took_s,
+        int(trained.get("num_epochs") or 1),
+        _newest_curve(workspace, artifact.name),
+        *marked,
+        config.generation if config else None,
+        int(dataset.manifest["metrics"].get("num_train_rows", 0)) if dataset else 0,
+        _num_spare_rows(workspace.open(dataset.ref)) if dataset else 0,
+        _kept(config, made_of) if config else origin.overrides,
+        float(model.manifest["duration_s"]) if model else 0.0,
+        float(artifact.manifest["duration_s"]),
+        int(artifact.manifest["config"].get("evaluation", {}).get("max_tokens", 0)),
+        bool(config and config.evaluation.arms),
+        split.get("group_by") or "",
+    )
+    return after_what_failed(
+        advise(situation),
+        steps_between(versions),
+        settings_of(made_of),
+        evaluation.metric(evaluation.primary),
+    )
+
+
+def origin_of(evaluation: Artifact) -> Origin:
+    """Return from where the configuration came that made an evaluation."""
+    # An evaluation of an earlier version does not say.
+    told = evaluation.manifest.get("resources", {}).get("configuration")
+    return Origin(**told) if told else Origin(f"{evaluation.name}.yaml")
+
+
+def _newest_curve(workspace: Workspace, name: str) -> dict[str, Any]:
+    """Return `curve.json` of the newest sweep of a name; empty where there is none."""
+    sweeps = [a for a in workspace.published() if (a.kind, a.name) == ("sweeps", name)]
+    for sweep in reversed(sweeps):
+        file = workspace.open(sweep.ref).path / "curve.json"
+        if file.is_file():
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return found
+    return {}
+
+
+def _num_spare_rows(dataset: Artifact) -> int:
+    """Return how many train rows `data.num_train_examples` left out of a dataset."""
+    file = dataset.path / "card.json"
+    if not file.is_file():
+        return 0
+    card = json.loads(file.read_text(encoding="utf-8"))
+    reasons = card.get("reasons", [])
+    return sum(r["rows"] for r in reasons if r["reason"].startswith(TRAIN_LIMIT))
+
+
+def _kept(config: TuneloopConfig, made_of: Sequence[Artifact]) -> list[str]:
+    """Return what the command line has to say so that a version's settings stay: overrides."""
+    written = _flat(config.model_dump(mode="json"))
+    kept = {o.partition("=")[0]: o for o in config.origin.overrides}
+    kept |= {
+        key: f"{key}={json.dumps(value)}"
+        for key, value in settings_of(made_of).items()
+        if key in written and written[key] != value
+    }
+    return list(kept.values())
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a configuration, or a manifest, by dotted key; no lists."""
+    found: dict[str, Any] = {}
+
+    def add(prefix: str, section: Mapping[str, Any]) -> None:
+        for name, value in section.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{name}.", value)
+            elif not isinstance(value, list):
+                found[f"{prefix}{name}"] = value
+
+    for name in ("training", "data", "evaluation"):
+        add(f"{name}.", config.get(name) or {})
+    return found
+
+
+def settings_of(made_of: Sequence[Artifact]) -> dict[str, Any]:
+    """Return the settings of artifacts together, by dotted key."""
+    return {k: v for a in made_of for k, v in _flat(a.manifest["config"]).items()}
+
+
+def advised(command: str) -> dict[str, Any]:
+    """Return the settings that a command gives to the next version; empty where it makes none."""
+    words = shlex.split(command.partition(" && ")[0])
+    if words[1:2] not in (["run"], ["train"], ["evaluate"]):
+        return {}
+    parts = [word.partition("=") for word in words[3:] if "=" in word]
+    found = {key: yaml.safe_load(value) for key, _, value in parts}
+    # As `_flat` finds them in what was made.
+    return {
+        key: value
+        for key, value in found.items()
+        if re.match(r"(training|data|evaluation)\.(?!.*\d)", key)
+        and not isinstance(value, dict | list)
+    }
+
+
+class Step(NamedTuple):
+    """From one version to the next: the settings that differ, and what it brought."""
+
+    changed: frozenset[str]
+    change: dict[str, Any]
+
+    @property
+    def hardly_helped(self) -> bool:
+        """Whether it brought little, and surely not much."""
+        high = self.change["high"]
+        return high is not None and high < _SURELY_LESS and self.change["value"] < _HARDLY
+
+
+def steps_between(versions: Versions) -> list[Step]:
+    """Return the steps between versions, oldest first."""
+    settings = [
+        settings_of([*iteration.made_of, artifact])
+        for artifact, iteration in zip(*versions, strict=True)
+    ]
+    return [
+        Step(frozenset(k for k, v in now.items() if v != before.get(k)), iteration.change)
+        for iteration, now, before in zip(
+            versions.iterations[1:], settings[1:], settings, strict=False
+        )
+        if iteration.change
+    ]
+
+
+def after_what_failed(
+    actions: Sequence[Action], steps: Sequence[Step], now: dict[str, Any], metric: Metric
+) -> list[Action]:
+    """Return actions with those last that go on with a change which hardly helped.
+
+    Args:
+        actions: The best first.
+        steps: Between the versions, oldest first; the last one of a setting counts.
+        now: Settings of the newest version.
+        metric: What scores mean.
+    """
+    if metric.kind == "number":
+        return list(actions)
+    others, tried = [], []
+    for action in actions:
+        changes = {k for k, value in advised(action.command).items() if now.get(k, value) != value}
+        step = next((s for s in reversed(steps) if changes and changes <= s.changed), None)
+        if step is None or not step.hardly_helped:
+            others.append(action)
+            continue
+        came = format_change(step.change, metric)
+        tried.append(replace(action, why=f"{action.why} The last step of it brought {came}."))
+    return others + tried
