@@ -144,7 +144,7 @@ class _HttpSide:
                     return StreamingResponse(events, media_type="text/event-stream")
             else:
                 status, answer = await backend.answer(route, body, asked.request_id)
-                answer = response_of(wanted, answer) if wanted and status == 200 else answer
+            answer = response_of(wanted, answer) if wanted else answer
         except asyncio.CancelledError:
             asked.ended(_CLIENT_GONE)
             raise

@@ -588,10 +588,10 @@ def _without_neutral(kind: type[StrictBody], body: dict[str, Any]) -> dict[str, 
 def _message_without_neutral(message: object) -> Any:
     if not isinstance(message, dict):
         return message
-    _refuse_many_fields(message)
+    _refuse_many_fields(message, "messages")
     content = message.get("content")
     for part in content if isinstance(content, list) else ():
-        _refuse_many_fields(part)
+        _refuse_many_fields(part, "messages")
     return {
         name: value
         for name, value in message.items()
@@ -599,10 +599,11 @@ def _message_without_neutral(message: object) -> Any:
     }
 
 
-def _refuse_many_fields(value: object) -> None:
+def _refuse_many_fields(value: object, param: str | None = None) -> None:
     """Fail for an object of very many fields, each of which would be reported as unknown."""
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        raise ProtocolError(400, f"an object has {len(value)} fields; {MAX_FIELDS} are allowed")
+        message = f"an object has {len(value)} fields; {MAX_FIELDS} are allowed"
+        raise ProtocolError(400, message, param)
 
 
 def _parse(kind: type[_Asked], asked: dict[str, Any]) -> _Asked:
@@ -702,7 +703,12 @@ def _refuse_without_content(messages: Sequence[ChatMessage]) -> None:
 
 
 def unknown_model(name: object, served: Sequence[str]) -> ProtocolError:
-    """Return the 404 that lists what is served."""
-    shown = name[:100] if isinstance(name, str) else _shown(name)
-    message = f"the model `{shown}` is not served here; served: {', '.join(served)}"
+    """Return the error that lists what is served: 404, or 400 where no name was given."""
+    listed = f"served: {', '.join(served)}"
+    if name is None:
+        return ProtocolError(400, f"`model` is missing; {listed}", "model")
+    if not isinstance(name, str):
+        message = f"`model`: a name is expected, got {_shown(name)}; {listed}"
+        return ProtocolError(400, message, "model")
+    message = f"the model `{name[:100]}` is not served here; {listed}"
     return ProtocolError(404, message, "model", "model_not_found")

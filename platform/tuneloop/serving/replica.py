@@ -162,11 +162,10 @@ class _Loaded:
         """Return what a function makes of a text of so many bytes, without holding up others.
 
         Raises:
-            ProtocolError: No prompt of the model can be that long.
+            InvalidRequest: No prompt of the model can be that long.
         """
         if num_bytes > self.max_text_bytes:
-            raise ProtocolError(
-                400,
+            raise InvalidRequest(
                 f"the prompt has {num_bytes} bytes; the {self.engine.max_length} positions of the "
                 f"model hold at most {self.max_text_bytes}",
                 code="context_length_exceeded",
@@ -366,7 +365,7 @@ class ModelServer:
                 _LONG_TEXT_BYTES if is_long else 0, partial(_answer, asked, results)
             )
         except Exception as error:
-            failure = _failure(error, route, request_id)
+            failure = _failure(error, route, body, request_id)
             return failure.status, failure.body()
 
     async def stream(
@@ -401,7 +400,7 @@ class ModelServer:
             async for item in _events(asked, generations, news, prompt_scores):
                 yield item
         except Exception as error:
-            failure = _failure(error, route, request_id)
+            failure = _failure(error, route, body, request_id)
             if started:
                 yield event(failure.body())
             else:
@@ -813,11 +812,11 @@ async def _text(ids: Sequence[int], model: _Loaded) -> str:
     """Return the text of ids.
 
     Raises:
-        ProtocolError: An id is outside the vocabulary.
+        InvalidRequest: An id is outside the vocabulary.
     """
     size = model.engine.vocab_size
     if any(not 0 <= token < size for token in ids):
-        raise ProtocolError(400, f"a token id is outside the vocabulary of {size}")
+        raise InvalidRequest(f"a token id is outside the vocabulary of {size}")
     return await model.read(min(len(ids), _LONG_TEXT_BYTES), partial(Renderer.decode, ids=ids))
 
 
@@ -842,12 +841,17 @@ async def _detokenize(request: DetokenizeRequest, model: _Loaded) -> dict[str, A
     return {"prompt": await _text(request.tokens, model)}
 
 
-def _failure(error: Exception, route: Route, request_id: str) -> ProtocolError:
+def _failure(
+    error: Exception, route: Route, body: Mapping[str, Any], request_id: str
+) -> ProtocolError:
     """Return the error that the client gets."""
-    field = "messages" if route == "chat" else "prompt"
     if isinstance(error, ProtocolError):
         return error
+    # Where the prompt stands.
+    is_chat = route == "chat" or body.get("messages") is not None
+    field = "messages" if is_chat else "tokens" if route == "detokenize" else "prompt"
     if isinstance(error, RenderError):
+        field = "tools" if error.is_of_tools else field
         return ProtocolError(400, str(error), field, "invalid_messages")
     if isinstance(error, InvalidRequest):
         return ProtocolError(400, str(error), error.param or field, error.code)

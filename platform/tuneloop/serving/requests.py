@@ -192,15 +192,16 @@ class Limits:
         """
         ids, params = request.prompt_ids, request.params
         if request.adapter and request.adapter not in self.adapters:
-            raise InvalidRequest(f"there is no adapter `{request.adapter}`")
+            raise InvalidRequest(f"there is no adapter `{request.adapter}`", param="model")
         if len(ids) == 0:
             raise InvalidRequest("the prompt has no tokens")
         if any(not 0 <= token < self.vocab_size for token in request.shaping.logit_bias):
             raise InvalidRequest(
-                f"`logit_bias` has a token id outside the vocabulary of {self.vocab_size}"
+                f"`logit_bias` has a token id outside the vocabulary of {self.vocab_size}",
+                param="logit_bias",
             )
         if params.max_tokens < (0 if request.score_prompt else 1):
-            raise InvalidRequest("max_tokens must be at least 1")
+            raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
         total = len(ids) + params.max_tokens
         if total > self.max_length:
             limit = "memory holds" if self.is_memory_bound else "the model has"
@@ -211,7 +212,10 @@ class Limits:
             )
         tree = request.ranking.tree if request.ranking else None
         if tree is not None and params.max_tokens < tree.longest:
-            raise InvalidRequest(f"`max_tokens` must be at least {tree.longest} for these answers")
+            raise InvalidRequest(
+                f"`max_tokens` must be at least {tree.longest} for these answers",
+                param="max_tokens",
+            )
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             raise InvalidRequest(f"a token id is outside the vocabulary of {self.vocab_size}")
 

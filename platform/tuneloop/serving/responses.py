@@ -43,6 +43,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "truncation": ("disabled",),
 }
+# What the fields of a chat are called here.
+_OWN_NAMES = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning",
+    "response_format": "text",
+}
 # About the caller, how soon the answer comes, what is kept, or tools of OpenAI's own.
 _IGNORED = frozenset(
     {
@@ -305,7 +312,9 @@ def _function_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def response_of(request: ResponsesRequest, chat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the answer of POST /v1/chat/completions as a response."""
+    """Return the answer of POST /v1/chat/completions as a response; its error as one of ours."""
+    if "error" in chat:
+        return {"error": _own_error(chat["error"])}
     answer, choice = _Answer(request), chat["choices"][0]
     reason, message = choice["finish_reason"], choice["message"]
     if message["content"] or not message.get("tool_calls"):
@@ -313,6 +322,11 @@ def response_of(request: ResponsesRequest, chat: Mapping[str, Any]) -> dict[str,
         answer.output.append(_message(message["content"] or "", status, _new_id("msg")))
     answer.output += map(_function_call, message.get("tool_calls") or ())
     return answer.told(reason, chat["usage"])
+
+
+def _own_error(error: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the error of a chat, which names a field of the request that was made of ours."""
+    return {**error, "param": _OWN_NAMES.get(error["param"], error["param"])}
 
 
 async def response_events(
@@ -356,7 +370,7 @@ class _Events:
         """Return the events of one chunk."""
         if "error" in chunk:
             self._has_failed = True
-            error = chunk["error"]
+            error = _own_error(chunk["error"])
             code, message = error.get("code") or error["type"], error["message"]
             return [self._event("error", code=code, message=message, param=error.get("param"))]
         self._usage = chunk.get("usage") or self._usage

@@ -139,7 +139,9 @@ def test_bodies_are_described_by_their_models(api: FastAPI) -> None:
         ("POST", CHATS, b'{"model": "m", "temperature": NaN}', 400, None),
         ("POST", CHATS, b" " * (MAX_BODY_BYTES + 1), 413, "request_too_large"),
         ("POST", CHATS, b'{"model": "x"}', 404, "model_not_found"),
-        ("POST", CHATS, b'{"messages": []}', 404, "model_not_found"),
+        ("POST", CHATS, b'{"messages": []}', 400, None),
+        ("POST", CHATS, b'{"model": null, "messages": []}', 400, None),
+        ("POST", CHATS, b'{"model": 3, "messages": []}', 400, None),
     ],
 )  # fmt: skip
 def test_refusals_are_in_openais_shape(
@@ -154,28 +156,63 @@ def test_refusals_are_in_openais_shape(
 
 
 @pytest.mark.parametrize(
-    ("more", "code"),
+    ("more", "param", "code"),
     [
-        ({str(number): 1 for number in range(999)}, None),
-        ({"prompt": "a" * 3_000_000}, "context_length_exceeded"),
-        ({"prompt": [1] * 600}, "context_length_exceeded"),
-        ({"prompt": [[1]] * 5000}, None),
-        ({"prompt": [10**30], "echo": True}, None),
-        ({"max_tokens": 10**30}, None),
-        ({"stop": "z" * 200_000}, None),
-        ({"stop": ["z"] * 100}, None),
-        ({"logit_bias": {"9999": 1}}, None),
-        ({"logit_bias": {"x": 1}}, None),
+        ({str(number): 1 for number in range(999)}, None, None),
+        ({"prompt": "a" * 3_000_000}, "prompt", "context_length_exceeded"),
+        ({"prompt": [1] * 600}, "prompt", "context_length_exceeded"),
+        ({"prompt": [[1]] * 5000}, "prompt", None),
+        ({"prompt": [10**30], "echo": True}, "prompt", None),
+        ({"max_tokens": 10**30}, "max_tokens", None),
+        ({"stop": "z" * 200_000}, "stop", None),
+        ({"stop": ["z"] * 100}, "stop", None),
+        ({"logit_bias": {"9999": 1}}, "logit_bias", None),
+        ({"logit_bias": {"x": 1}}, "logit_bias", None),
     ],
 )
 def test_what_would_cost_the_others_is_refused(
-    api: FastAPI, more: dict[str, Any], code: str | None
+    api: FastAPI, more: dict[str, Any], param: str | None, code: str | None
 ) -> None:
     response = ask(api, "POST", TEXTS, json=TEXT | more)
     assert response.status_code == 400
     error = response.json()["error"]
-    assert error["code"] == code
+    assert (error["param"], error["code"]) == (param, code)
     assert 0 < len(error["message"]) < 500
+
+
+LONG = "a" * 3_000_000
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+ASKED: dict[str, Any] = {"model": "m", "input": "a"}
+NO_FORM = {"type": "json_schema", "name": "x", "schema": {"type": 3}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHATS, {}, "model"),
+        (CHATS, {"model": "x"}, "model"),
+        ("/v1/responses", {"input": "a"}, "model"),
+        (CHATS, CHAT | {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+        (CHATS, CHAT | {"logit_bias": {"9999": 1}}, "logit_bias"),
+        (CHATS, CHAT | {"tools": [TOOL]}, "tools"),
+        (CHATS, CHAT | {"messages": [dict.fromkeys(map(str, range(999)), 1)]}, "messages"),
+        ("/tokenize", {"model": "m", "prompt": LONG}, "prompt"),
+        ("/tokenize", {"model": "m", "messages": [{"role": "user", "content": LONG}]}, "messages"),
+        ("/detokenize", {"model": "m", "tokens": [9999]}, "tokens"),
+        ("/v1/responses", ASKED | {"input": LONG}, "input"),
+        ("/v1/responses", ASKED | {"input": LONG, "stream": True}, "input"),
+        ("/v1/responses", ASKED | {"reasoning": {"effort": "high"}}, "reasoning"),
+        ("/v1/responses", ASKED | {"text": {"format": NO_FORM}}, "text"),
+    ],
+)
+def test_an_error_names_the_field_that_is_wrong(
+    api: FastAPI, path: str, body: dict[str, Any], param: str
+) -> None:
+    response = ask(api, "POST", path, json=body)
+    error = response.json()["error"]
+    assert (response.status_code // 100, error["param"]) == (4, param), error
+    if not body:
+        assert error["message"].startswith("`model` is missing")
 
 
 def test_a_full_queue_says_when_to_come_again(

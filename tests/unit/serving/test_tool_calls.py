@@ -130,7 +130,7 @@ def test_a_model_is_not_told_of_tools_it_may_not_call(client: openai.OpenAI) -> 
 @pytest.mark.parametrize(
     ("change", "param", "told"),
     [
-        ({"model": "m"}, "messages", "no place for `tools`"),
+        ({"model": "m"}, "tools", "no place for `tools`"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "given: none"),
         (
             {"tool_choice": {"type": "function", "function": {"name": "other"}}},

@@ -47,11 +47,13 @@ class RenderError(ValueError):
 
     Args:
         remedy: What to do about it.
+        is_of_tools: The tools are what cannot be rendered, not the messages.
     """
 
-    def __init__(self, message: str, remedy: str = "") -> None:
+    def __init__(self, message: str, remedy: str = "", is_of_tools: bool = False) -> None:
         super().__init__(message)
         self.remedy = remedy
+        self.is_of_tools = is_of_tools
 
 
 def frozen(template: str) -> str:
@@ -166,7 +168,8 @@ class ChatTemplate:
             RenderError: It would leave something out.
         """
         if tools and "tools" not in self.source:
-            raise RenderError("the chat template has no place for `tools`", _OTHER_TEMPLATE)
+            message = "the chat template has no place for `tools`"
+            raise RenderError(message, _OTHER_TEMPLATE, is_of_tools=True)
         return [self._turn(message) for message in messages]
 
     def render(
@@ -212,9 +215,11 @@ class ChatTemplate:
         for tool in tools:
             function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
             if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-                raise RenderError("one of `tools` has no `function` with a `name`")
+                message = "one of `tools` has no `function` with a `name`"
+                raise RenderError(message, is_of_tools=True)
             if function["name"] not in rendered:
-                raise RenderError("the chat template leaves out some of the `tools`")
+                message = "the chat template leaves out some of the `tools`"
+                raise RenderError(message, is_of_tools=True)
         for turn in turns:
             for call in turn.get("tool_calls", ()):
                 if call["function"]["name"] not in rendered:
