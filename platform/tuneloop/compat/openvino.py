@@ -13,21 +13,42 @@ import numpy as np
 import torch
 from openvino import Model, Node, Output, op
 from openvino import opset13 as ops
-from openvino.frontend import FrontEndManager
+from openvino.frontend import (
+    FrontEndManager,
+    GeneralFailure,
+    NotImplementedFailure,
+    OpConversionFailure,
+    OpValidationFailure,
+)
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+# Not of one kind, and of none of Python's own.
+_FAILURES = (GeneralFailure, NotImplementedFailure, OpConversionFailure, OpValidationFailure)
 
 
 def read(module: torch.nn.Module, example: Sequence[torch.Tensor]) -> Model:
-    """Return what a module computes, as OpenVINO's graph; sizes of the example are not kept."""
+    """Return what a module computes, as OpenVINO's graph; sizes of the example are not kept.
+
+    Raises:
+        NotImplementedError: It computes something that OpenVINO does not know.
+    """
     decoder = TorchScriptPythonDecoder(
         module, example_input=tuple(example), trace_kwargs={"check_trace": False}
     )
     front_end = FrontEndManager().load_by_framework("pytorch")
-    return front_end.convert(front_end.load(decoder))
+    try:
+        return front_end.convert(front_end.load(decoder))
+    except _FAILURES as error:
+        reasons = [line for line in str(error).splitlines() if line.startswith("-- ")]
+        raise NotImplementedError(" ".join(reasons) or str(error)) from error
 
 
 def paged_attention(
-    tensors: Sequence[Output], blocks: Sequence[Node], longest: Node, scale: float
+    tensors: Sequence[Output],
+    blocks: Sequence[Node],
+    longest: Node,
+    scale: float,
+    window: Node | None,
 ) -> Output:
     """Return causal attention of packed tokens to keys and values in blocks.
 
@@ -38,6 +59,7 @@ def paged_attention(
             sequences, and where those of each begin.
         longest: Tokens of the longest sequence.
         scale: Factor of the products of queries and keys.
+        window: A token sees itself and so many tokens before it, less one; None: all before it.
     """
 
     def none(kind: Any, *shape: int) -> Output:
@@ -47,7 +69,7 @@ def paged_attention(
         *tensors,
         *(node.output(0) for node in blocks),
         ops.constant(np.float32(scale)).output(0),
-        none(np.int32),  # window: all tokens before are seen
+        none(np.int32) if window is None else window.output(0),
         none(np.float32, 0),  # slopes
         longest.output(0),
         none(np.int32, 0),  # scores to add up

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from tuneloop.config import VllmConfig
 from tuneloop.errors import TuneloopError
@@ -59,15 +59,19 @@ ENGINES = [
 
 @pytest.fixture(scope="module")
 def weights(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> ServedWeights:
-    """A model whose heads have the 32 dimensions that vLLM's kernels need, and two adapters."""
+    """A model whose heads have the 32 dimensions that vLLM's kernels need, and two adapters.
+
+    It sees 48 tokens, fewer than the longest of the prompts has.
+    """
     folder = tmp_path_factory.mktemp("conformance")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = MistralForCausalLM(
+        MistralConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=POSITIONS,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+            sliding_window=48, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=0,
         )
     )  # fmt: skip
     with torch.no_grad():  # larger weights, so that attention decides the next token

@@ -13,10 +13,13 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen3Config,
 )
@@ -74,6 +77,11 @@ def engine_class(monkeypatch: pytest.MonkeyPatch) -> Any:
             vocab_size=99, n_embd=64, n_layer=2, n_head=4, n_positions=400, bos_token_id=None,
             eos_token_id=None, pad_token_id=0,
         ),
+        MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=16),
+        Gemma3TextConfig(
+            **SMALL, num_key_value_heads=1, head_dim=32, sliding_window=40,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
     ],
     ids=lambda config: config.model_type,
 )  # fmt: skip
@@ -82,6 +90,7 @@ def test_prompts_with_a_shared_prefix_share_its_blocks(
 ) -> None:
     model = make_model(config)
     prompts = [SHARED + [(k * 5 + i) % 99 for i in range(3 + 9 * k)] for k in range(5)]
+    prompts.append([5, 7])
     expected = [greedy(model, prompt, 30) for prompt in prompts]
     engine = engine_class(model, str, (), max_batch_size=4)
     all_blocks = len(engine._pool.free)
@@ -128,28 +137,57 @@ def test_a_failing_step_frees_the_blocks(engine_class: Any) -> None:
     assert sorted(engine._pool.free) == list(range(engine._num_blocks))
 
 
-def test_a_model_with_a_window_is_refused_by_name(engine_class: Any) -> None:
-    model = make_model(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=16))
+SQUASHED = Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (SQUASHED, "softcap"),
+        (MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=2), "No conversion rule"),
+    ],
+    ids=["squashed scores", "experts"],
+)
+def test_what_is_not_computed_is_refused_by_name(
+    config: PretrainedConfig, told: str, engine_class: Any
+) -> None:
+    with pytest.raises(ModelError, match="does not reproduce") as caught:
+        engine_class(make_model(config), str, ())
+    (problem,) = caught.value.problems
+    assert told in problem.got
+    assert "serving.engine=auto" in problem.remedy
+
+
+def test_a_window_that_is_not_computed_is_noticed(
+    engine_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an OpenVINO that sees all tokens before: the model's is longer than what is tried."""
+    import tuneloop.serving.openvino.graph as module
+
+    original = module.paged_attention
+    monkeypatch.setattr(
+        module, "paged_attention", lambda *arguments: original(*arguments[:4], None)
+    )
+    model = make_model(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=300))
     with pytest.raises(ModelError, match="does not reproduce") as caught:
         engine_class(model, str, ())
-    (problem,) = caught.value.problems
-    assert "sliding_window" in problem.got
-    assert "serving.engine=auto" in problem.remedy
+    assert "logits differ" in caught.value.problems[0].got
+    assert model.config.sliding_window == 300
 
 
 def test_auto_takes_openvino_for_what_it_reproduces_and_torch_for_the_rest(
     tiny_model: Path, tmp_path: Path, engine_class: Any
 ) -> None:
-    windowed = tmp_path / "windowed"
-    shutil.copytree(tiny_model, windowed)
-    for file in windowed.glob("*.safetensors"):
+    squashed = tmp_path / "squashed"
+    shutil.copytree(tiny_model, squashed)
+    for file in squashed.glob("*.safetensors"):
         file.unlink()
-    size = {"vocab_size": AutoConfig.from_pretrained(tiny_model).vocab_size}
-    config = MistralConfig(**SMALL | size, num_key_value_heads=2, sliding_window=16)
-    make_model(config).save_pretrained(windowed)
+    config = copy.deepcopy(SQUASHED)
+    config.vocab_size = AutoConfig.from_pretrained(tiny_model).vocab_size
+    make_model(config).save_pretrained(squashed)
     for path, kind, is_openvino in (
         (tiny_model, "auto", True),
-        (windowed, "auto", False),
+        (squashed, "auto", False),
         (tiny_model, "tuneloop", False),
     ):
         server = ModelServer({"m": ServedModel(path)}, 2, kind, waits=True)

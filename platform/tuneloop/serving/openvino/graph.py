@@ -60,6 +60,7 @@ class _Layer(NamedTuple):
     key_size: int
     value_size: int
     scaling: float
+    window: int | None
 
 
 def _mark(
@@ -72,14 +73,19 @@ def _mark(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Return something of the shape of attention, (1, T, H*G, D), and note what it stands for."""
-    for name in (*UNSUPPORTED, "sliding_window", "softcap"):
+    for name in (*UNSUPPORTED, "softcap"):
         if options.get(name) is not None:
             raise NotImplementedError(f"attention with `{name}`")
     layer, scaling = int(module.layer_idx), options.get("scaling")
     _, num_query_heads, _, size = map(int, query.shape)
     num_heads, groups = int(key.shape[1]), num_query_heads // int(key.shape[1])
     marked[layer] = _Layer(
-        num_query_heads, num_heads, size, int(value.shape[3]), scaling or size**-0.5
+        num_query_heads,
+        num_heads,
+        size,
+        int(value.shape[3]),
+        size**-0.5 if scaling is None else scaling,
+        options.get("sliding_window"),
     )
     key, value = (part.repeat(1, groups, 1, 1) for part in (key, value))
     # The scale tells which layer it is.
@@ -122,6 +128,8 @@ class Graph:
 
     Attributes:
         bytes_per_token: Of keys and values.
+        window: Tokens that those layers see which do not see all before, each its own included;
+            None: there is no such layer. Another one may be set where there is.
     """
 
     def __init__(self, model: PreTrainedModel, adapters: MaskedAdapters) -> None:
@@ -134,6 +142,10 @@ class Graph:
             warnings.simplefilter("ignore")  # sizes of heads, which are the same for all inputs
             graph = read(traced, [ids, ids, torch.tensor([1, 2]), masks])
         self._layers = dict(sorted(traced.marked.items()))
+        windows = {layer.window for layer in self._layers.values() if layer.window is not None}
+        if len(windows) > 1:
+            raise NotImplementedError(f"layers with different windows: {sorted(windows)}")
+        self.window = next(iter(windows), None)
         _attend_in_blocks(graph, self._layers)
         options = _OPTIONS | {"INFERENCE_NUM_THREADS": num_threads()}
         compiled = ov.Core().compile_model(graph, "CPU", options)
@@ -180,6 +192,7 @@ class Graph:
             "blocks": np.concatenate([np.asarray(table, np.int32) for table in tables]),
             "blocks_begin": np.cumsum([0, *map(len, tables)], dtype=np.int32),
             "longest": np.int32(max(ends)),
+            "window": np.int32(self.window or 0),
         }
         result = self._request.infer({k: v for k, v in inputs.items() if k in self._names})
         return torch.from_numpy(result[0][: len(kept)])
@@ -192,6 +205,8 @@ def _attend_in_blocks(graph: ov.Model, layers: dict[int, _Layer]) -> None:
         NotImplementedError: Not every layer has left one mark.
     """
     integers = {"past": [-1], "begins": [-1], "blocks": [-1], "blocks_begin": [-1], "longest": []}
+    if any(layer.window is not None for layer in layers.values()):
+        integers["window"] = []
     added = {name: _parameter(name, shape, ov.Type.i32) for name, shape in integers.items()}
     where = [added[name] for name in ("past", "begins", "blocks", "blocks_begin")]
     found = [n for n in graph.get_ordered_ops() if n.get_type_name() == "ScaledDotProductAttention"]
@@ -213,7 +228,8 @@ def _attend_in_blocks(graph: ov.Model, layers: dict[int, _Layer]) -> None:
             _packed(_unrepeated(value), layer.num_heads * layer.value_size),
             *(cache.output(0) for cache in caches),
         ]
-        out = paged_attention(tensors, where, added["longest"], layer.scaling)
+        window = None if layer.window is None else added["window"]
+        out = paged_attention(tensors, where, added["longest"], layer.scaling, window)
         shape = np.array([1, -1, layer.num_query_heads, layer.value_size])
         heads = ops.reshape(out, ops.constant(shape), special_zero=False)
         replace_node(node, ops.transpose(heads, ops.constant(np.array([0, 2, 1, 3]))))
