@@ -409,8 +409,9 @@ def _next(arguments: argparse.Namespace, output: IO[str]) -> int:
     console.print(f"{advice.reference}: {advice.score}", highlight=False, markup=False)
     for number, action in enumerate(advice.actions, 1):
         console.print(f"\n{number}. {action.title}", highlight=False, markup=False)
-        told = (action.why, f"gain: {action.describe_gain(advice.metric)}",
-                f"cost: {action.describe_cost()}", action.command)  # fmt: skip
+        told = [action.why, f"gain: {action.describe_gain(advice.metric)}",
+                f"cost: {action.describe_cost()}", action.command]  # fmt: skip
+        told += [f"evidence: on the dashboard, {action.page}"] * bool(action.page)
         for line in told:
             console.print(f"   {line}", highlight=False, markup=False, soft_wrap=True)
     if advice.outcomes:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from tuneloop.evals.reporting.situation import HARDLY, SURELY_LESS
 from tuneloop.sweeps.curve import ROWS_KEY, series_of
-from tuneloop.sweeps.table import HARDLY, SURELY_LESS, as_change, as_score, difference_in_words
+from tuneloop.sweeps.table import as_change, as_score, difference_in_words
 
 MODEL_KEY = "model.base"
 Kind = Literal["rows", "model", "setting", "prompt", "stop", "unclear"]

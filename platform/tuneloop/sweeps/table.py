@@ -19,6 +19,7 @@ from tuneloop.evals.reporting.formatting import (
     format_number,
     format_value,
 )
+from tuneloop.evals.reporting.situation import HARDLY, SURELY_LESS
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.sweeps.curve import ROWS_KEY, series_of
 from tuneloop.text import format_duration
@@ -26,9 +27,6 @@ from tuneloop.text import format_duration
 _KINDS = (Metric("", kind="number"), Metric("", kind="ratio"))  # not in per cent, and in per cent
 # The terminal has no room for these.
 _NOT_PRINTED = ("", "loss", "model")
-# A gain that is expected to be smaller than the first, and surely smaller than the second, is not
-# worth the labels.
-HARDLY, SURELY_LESS = 0.01, 0.03
 
 
 @dataclass(frozen=True)

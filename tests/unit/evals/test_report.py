@@ -516,6 +516,9 @@ def test_what_a_sweep_forecasts_and_marks_that_wait_are_named() -> None:
         assert (rows.gain, rows.command) == (
             Gain(**told[0]), f"tuneloop run demo.yaml data.num_train_examples={told[1]}"
         )  # fmt: skip
+    (rows,) = (a for a in advise(situation(evaluation, curve=curve, num_train_rows=400))
+               if a.basis == "forecast")  # fmt: skip
+    assert rows.why.endswith("First 400 rows have to be collected.")
     found = advise(situation(evaluation, curve=curve, num_train_rows=500, num_spare_rows=90))
     assert "forecast" not in {a.basis for a in found}
     (rows,) = (a for a in found if a.title == "Train on 590 rows in place of 500")

@@ -57,6 +57,13 @@ class _Brings(NamedTuple):
     num_rows: int = 0
 
 
+class _Try(NamedTuple):
+    """Another training, in words and as a command."""
+
+    words: str
+    command: str
+
+
 _NOTHING_KNOWN = _Brings()
 
 
@@ -194,38 +201,28 @@ class Situation(NamedTuple):
         kept = [setting for setting in self.kept if setting.startswith("workspace=")]
         return shlex.join(["tuneloop", *words, self.config_file, *kept])
 
-    def page(self, name: str, query: str = "") -> str:
-        """Return the address of a page of the dashboard about this evaluation."""
-        return f"/{name}?evaluations={self.reference}{query}"
+    def page(self, name: str) -> str:
+        """Return the address of a page of the dashboard, as in `answers&wrong=year`."""
+        page, _, query = name.partition("&")
+        return f"/{page}?evaluations={self.reference}{'&' * bool(query)}{query}"
 
     @property
-    def longer(self) -> str:
-        """The command that trains for one more epoch, or at all."""
-        changes = [f"training.num_epochs={self.num_epochs + 1}"]
-        return self.command("run", *changes * self.is_trained)
+    def longer(self) -> _Try:
+        """To train for one more epoch, or at all."""
+        if not self.is_trained:
+            return _Try("train", self.command("run"))
+        more = f"training.num_epochs={self.num_epochs + 1}"
+        words = f"train for {self.num_epochs + 1} epochs in place of {self.num_epochs}"
+        return _Try(words, self.command("run", more))
 
     @property
-    def train_longer(self) -> str:
-        """What it does."""
-        more = f" for {self.num_epochs + 1} epochs in place of {self.num_epochs}"
-        return f"train{more * self.is_trained}"
-
-    @property
-    def num_twice(self) -> int:
-        """Twice the rows that were trained on, or all that are there."""
-        return self.num_train_rows + min(self.num_train_rows, self.num_spare_rows)
-
-    @property
-    def with_rows(self) -> str:
-        """The command that trains on twice the rows; empty where no more are there."""
+    def more(self) -> _Try | None:
+        """To train on twice the rows, or on all that are there; None where no more are."""
         if not self.num_spare_rows:
-            return ""
-        return self.command("run", f"data.num_train_examples={self.num_twice}")
-
-    @property
-    def train_more(self) -> str:
-        """What it does."""
-        return f"train on {self.num_twice:,} rows in place of {self.num_train_rows:,}"
+            return None
+        num = self.num_train_rows + min(self.num_train_rows, self.num_spare_rows)
+        words = f"train on {num:,} rows in place of {self.num_train_rows:,}"
+        return _Try(words, self.command("run", f"data.num_train_examples={num}"))
 
 
 def advise(now: Situation) -> list[Action]:
@@ -239,9 +236,6 @@ def advise(now: Situation) -> list[Action]:
         rules.remove(_Adviser.epochs)
     for rule in rules:
         rule(adviser)
-    # What says nothing but a command that is there for a reason already is left out.
-    told = {a.command for a in adviser.found if a.gain is not None and "=" in a.command}
-    found = [a for a in adviser.found if a.gain is not None or a.command not in told]
 
     def rank(action: Action) -> tuple[bool, bool, float]:
         # What is sure to bring something comes before any bound, and to stop before chasing a rest.
@@ -251,7 +245,7 @@ def advise(now: Situation) -> list[Action]:
         is_sure = action.basis in ("forecast", "measured") and min(ends) > 0
         return is_sure, False, value
 
-    return sorted(found, key=rank, reverse=True)
+    return sorted(adviser.found, key=rank, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -292,14 +286,19 @@ class _Adviser:
         self.found.append(Action(title, why, *brings, self.now.cost_of(command), command, page))
 
     def about(
-        self, title: str, why: str, wrong: Iterable[Prediction], command: str, page: str
+        self, title: str, why: str, wrong: Iterable[Prediction], command: str, page: str = "answers"
     ) -> None:
         """Add an action about at least a few wrong answers, with the bound of what it brings."""
         ids = {p.example_id for p in wrong}
         if len(ids) >= _FEWEST_ROWS:
             is_share = self.now.evaluation.metric(self.now.evaluation.row_metric).kind != "number"
             why = f"{len(ids):,} of {len(self.wrong):,} {'wrong ' * is_share}answers {why}"
-            self.add(title, why, command, page, self._bound(ids))
+            self.add(title, why, command, self.now.page(page), self._bound(ids))
+
+    def untold(self, tried: _Try, why: str, page: str = "") -> None:
+        """Add a training of which nothing is known, unless there is a reason for it already."""
+        if all(action.command != tried.command for action in self.found):
+            self.add(tried.words.capitalize(), why + self._not_better(), tried.command, page)
 
     def _bound(self, ids: Collection[str]) -> _Brings:
         """Return what the score would gain if the answers to some examples were all right.
@@ -326,43 +325,34 @@ class _Adviser:
         cut = [p for p in wrong if "cut_off" in p.error_tags]
         # A limit is too low only where the right answer is longer than what was written.
         short = [p for p in cut if len(p.reference) > len(p.completion)]
+        longer, cut_off = now.longer, "answers&error=cut_off"
         self.about(
-            "Allow longer answers",
-            "were cut off, and are shorter than their references.",
-            short,
-            now.command("evaluate", f"evaluation.max_tokens={2 * now.max_tokens}"),
-            now.page("answers", "&error=cut_off"),
-        )
+            "Allow longer answers", "were cut off, and are shorter than their references.", short,
+            now.command("evaluate", f"evaluation.max_tokens={2 * now.max_tokens}"), cut_off,
+        )  # fmt: skip
         self.about(
-            f"Teach answers to end: {now.train_longer}",
+            f"Teach answers to end: {longer.words}",
             "were still going on where they had become as long as their references.",
-            [p for p in cut if p not in short],
-            now.longer,
-            now.page("answers", "&error=cut_off"),
-        )
+            [p for p in cut if p not in short], longer.command, cut_off,
+        )  # fmt: skip
+        malformed = [p for p in wrong if "wrong_format" in p.error_tags]
         self.about(
-            f"Teach the form of the answer: {now.train_longer}",
-            "do not have the form that the task asks for.",
-            [p for p in wrong if "wrong_format" in p.error_tags],
-            now.longer,
-            now.page("answers", "&error=wrong_format"),
-        )
+            f"Teach the form of the answer: {longer.words}",
+            "do not have the form that the task asks for.", malformed, longer.command,
+            "answers&error=wrong_format",
+        )  # fmt: skip
         agreed = _agreed_otherwise(now.evaluation, wrong)
         self.about(
             "Look whether these references are right",
             "are what several models answer alike, and not the reference.",
-            [p for p in wrong if p.example_id in agreed],
-            see,
-            now.page("answers"),
-        )
+            [p for p in wrong if p.example_id in agreed], see,
+        )  # fmt: skip
         near = now.evaluation.nearest
         self.about(
             "Correct the training rows that say otherwise",
             "stand beside a training row that asks the same and says otherwise than the reference.",
-            [p for p in wrong if any(row["conflicts"] for row in near.get(p.example_id, ()))],
-            see,
-            now.page("answers"),
-        )
+            [p for p in wrong if any(r["conflicts"] for r in near.get(p.example_id, ()))], see,
+        )  # fmt: skip
 
     def fields(self) -> None:
         """Each field that alone makes answers wrong."""
@@ -373,15 +363,11 @@ class _Adviser:
             failed = [name for name in fields if (p.scores.get(name) or 0.0) < 1]
             if len(failed) == 1:
                 alone.setdefault(failed[0].removeprefix(FIELD_PREFIX), []).append(p)
-        more = now.train_more if now.with_rows else "add training rows in which it is hard"
+        collect = _Try("add training rows in which it is hard", now.look("dashboard"))
+        more = now.more or collect
         for name, wrong in alone.items():
-            self.about(
-                f"Get `{name}` right: {more}",
-                "are wrong in this field alone.",
-                wrong,
-                now.with_rows or now.look("dashboard"),
-                now.page("answers", f"&wrong={name}"),
-            )
+            why, page = "are wrong in this field alone.", f"answers&wrong={name}"
+            self.about(f"Get `{name}` right: {more.words}", why, wrong, more.command, page)
 
     def losses(self) -> None:
         """What the strongest other arm answers better."""
@@ -391,11 +377,9 @@ class _Adviser:
             worse = {e.example_id for e in pairs if e.change == "introduced"}
             self.about(
                 f"Read what got worse than with {describe_arm(other)}; add training rows like it",
-                "were better there.",
-                [p for p in self.wrong if p.example_id in worse],
-                now.look("dashboard"),
-                now.page("errors"),
-            )
+                "were better there.", [p for p in self.wrong if p.example_id in worse],
+                now.look("dashboard"), "errors",
+            )  # fmt: skip
 
     def tasks(self) -> None:
         """Each task of a mixture that did not gain while others did."""
@@ -418,7 +402,6 @@ class _Adviser:
                 f"are of this task; it {worse} against {describe_arm(best)}, while others gained.",
                 [p for p in self.wrong if p.task == name],
                 now.command("run", f"data.train_tasks=[{name}]"),
-                now.page("answers"),
             )
 
     def missing(self) -> None:
@@ -433,10 +416,8 @@ class _Adviser:
             self.add(
                 f"Find out why {num:,} answers are missing, and ask again",
                 f"The server said: {next(iter(arm['unscored_reasons']))}",
-                now.command("evaluate"),
-                now.page("answers", "&unscored=true"),
-                brings,
-            )
+                now.command("evaluate"), now.page("answers&unscored=true"), brings,
+            )  # fmt: skip
 
     def arms(self) -> None:
         """The arm that is surely better than the candidate, of several the best."""
@@ -462,13 +443,9 @@ class _Adviser:
                 "`ranking` for labels and `response_format` for JSON in each request."
             )
         is_served = other in own or (other in _UNTRAINED and other != SIMPLE)
-        self.add(
-            title,
-            why,
-            now.command("serve") if is_served else now.look("dashboard"),
-            now.page("errors", f"&before={quote(other)}"),
-            _Brings(Gain(-told["value"], -told["high"], -told["low"]), "measured", told["n"]),
-        )
+        brings = _Brings(Gain(-told["value"], -told["high"], -told["low"]), "measured", told["n"])
+        command = now.command("serve") if is_served else now.look("dashboard")
+        self.add(title, why, command, now.page(f"errors&before={quote(other)}"), brings)
 
     def parts(self) -> None:
         """Each part of the rows that is surely worse than the others."""
@@ -488,10 +465,9 @@ class _Adviser:
                 f"{part['n']:,} test rows are such: {format_value(part['value'], now.metric)}, the "
                 f"others {format_value(part['rest'], now.metric)}. The bound is that they become "
                 "like the others.",
-                self._more_of(now.reference),
-                now.page("answers"),
+                self._more_of(now.reference), now.page("answers"),
                 _Brings(Gain(value, *sorted(ends)), "at most", part["n"]),
-            )
+            )  # fmt: skip
 
     def _more_of(self, what: str) -> str:
         """Return the command that adds rows of some kind: those that are there, or written ones.
@@ -499,8 +475,8 @@ class _Adviser:
         Without a teacher it is the one that chooses the inputs to label.
         """
         now = self.now
-        if what != "marks" and now.with_rows:
-            return now.with_rows
+        if what != "marks" and now.more:
+            return now.more.command
         if now.evaluation.tasks or "language_modeling" in now.evaluation.task_types():
             return now.command("run")  # both are for a single task with answers
         if now.teacher is None:
@@ -518,19 +494,14 @@ class _Adviser:
             self.add(
                 f"Apply the marks that wait: {now.num_waiting:,}",
                 "People have corrected rows; stored answers are scored again where only right "
-                "answers change.",
-                now.command("run"),
-                "/marks",
-                _Brings(num_rows=now.num_waiting),
-            )
+                "answers change.", now.command("run"), "/marks", _Brings(num_rows=now.num_waiting),
+            )  # fmt: skip
         if now.num_wanted:
             self.add(
                 f"Add training rows like those that people marked: {now.num_wanted:,}",
-                "People have marked them with `needs more like this`.",
-                self._more_of("marks"),
-                "/marks",
-                _Brings(num_rows=now.num_wanted),
-            )
+                "People have marked them with `needs more like this`.", self._more_of("marks"),
+                "/marks", _Brings(num_rows=now.num_wanted),
+            )  # fmt: skip
 
     def width(self) -> None:
         """More test rows, where the score is too uncertain to conclude from."""
@@ -558,25 +529,20 @@ class _Adviser:
                 # The step from as many rows as the model has: from others it is another gain.
                 if "step" in item and now.num_train_rows in (0, _step_from(item, forecasts)):
                     num = item["num_examples"]
-                    are_there = 0 < num - now.num_train_rows <= now.num_spare_rows
+                    missing = num - now.num_train_rows - now.num_spare_rows
+                    why = f"The curve of {curve.get('series') or 'the sweep'} forecasts it."
+                    if now.num_train_rows and missing > 0:
+                        why += f" First {missing:,} rows have to be collected."
+                    gain = Gain(*(item["step"][end] for end in ("value", "low", "high")))
                     self.add(
-                        f"Add training rows of the same kind, to {num:,} in all",
-                        f"The learning curve of {curve.get('series') or 'the sweep'} forecasts it.",
-                        now.command("run", *[f"data.num_train_examples={num}"] * are_there),
-                        "/sweep",
-                        _Brings(
-                            Gain(*(item["step"][end] for end in ("value", "low", "high"))),
-                            "forecast",
-                        ),
-                    )
+                        f"Add training rows of the same kind, to {num:,} in all", why,
+                        now.command("run", f"data.num_train_examples={num}"), "/sweep",
+                        _Brings(gain, "forecast"),
+                    )  # fmt: skip
                     break
-        if now.with_rows and not any(action.basis == "forecast" for action in self.found):
-            self.add(
-                now.train_more.capitalize(),
-                f"{now.num_spare_rows:,} more train rows are there, which "
-                f"`data.num_train_examples` leaves out.{self._not_better()}",
-                now.with_rows,
-            )
+        if now.more and not any(action.basis == "forecast" for action in self.found):
+            why = "more train rows are there, which `data.num_train_examples` leaves out."
+            self.untold(now.more, f"{now.num_spare_rows:,} {why}")
 
     def epochs(self) -> None:
         """To train for longer, and to measure whether more rows help."""
@@ -584,7 +550,7 @@ class _Adviser:
         if not now.is_trained:
             return
         why = "Only a try tells; look at the validation loss first, if there is one."
-        self.add(now.train_longer.capitalize(), why + self._not_better(), now.longer, "/model")
+        self.untold(now.longer, why, "/model")
         largest = now.num_train_rows
         if now.num_spare_rows < now.evaluation.metrics["num_examples"]:
             largest -= now.evaluation.metrics["num_examples"]  # they become the validation rows
@@ -593,9 +559,8 @@ class _Adviser:
             self.add(
                 "Measure whether more rows would help",
                 "There is no learning curve yet: a sweep over data volumes makes one.",
-                now.command("sweep", f"sweep.parameters={volumes}"),
-                "/sweep",
-            )
+                now.command("sweep", f"sweep.parameters={volumes}"), "/sweep",
+            )  # fmt: skip
 
     def _not_better(self) -> str:
         """Return what the trained model is not clearly better than, as a sentence; else nothing."""
@@ -619,9 +584,8 @@ class _Adviser:
                 "Let people judge the answers blind",
                 "The score counts the words shared with one reference: it measures wording, not "
                 "truth. Votes rank the arms without their names.",
-                now.look("dashboard"),
-                now.page("votes"),
-            )
+                now.look("dashboard"), now.page("votes"),
+            )  # fmt: skip
 
 
 # Of what brings nothing that is known, the first comes first.

@@ -20,8 +20,8 @@ from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.records import TRAIN_LIMIT
 
-# A change hardly helped that brought less than a point, and surely less than three: as in sweeps.
-_HARDLY, _SURELY_LESS = 0.01, 0.03
+# A gain that is smaller than the first, and surely smaller than the second, is not worth the work.
+HARDLY, SURELY_LESS = 0.01, 0.03
 
 
 class Marked(NamedTuple):
@@ -190,7 +190,7 @@ class Step(NamedTuple):
     def hardly_helped(self) -> bool:
         """Whether it brought little, and surely not much."""
         high = self.change["high"]
-        return high is not None and high < _SURELY_LESS and self.change["value"] < _HARDLY
+        return high is not None and high < SURELY_LESS and self.change["value"] < HARDLY
 
 
 def steps_between(versions: Versions) -> list[Step]:
