@@ -180,7 +180,7 @@ def advice_for(workspace: Workspace, name: str, config: TuneloopConfig | None = 
 def _written(evaluation: Artifact) -> TuneloopConfig | None:
     """Return the configuration that an evaluation was made from, if its file is still there."""
     try:
-        config = load_config(origin_of(evaluation).file)
+        config = load_config(*origin_of(evaluation))
     except ConfigError:
         return None
     return config if config.name == evaluation.name else None

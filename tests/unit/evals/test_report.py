@@ -600,7 +600,12 @@ def test_advice_is_kept_and_held_against_the_next_version(
         evaluation: Evaluation, num_rows: int, num_epochs: int, max_tokens: int = 80
     ) -> None:
         dataset, model, own = (f"{len(workspace.published())}{kind}" * 8 for kind in "dme")
-        told = {"resources": {}, "inputs": [], "metrics": {"num_train_rows": num_rows}}
+        origin = {"file": "demo.yaml", "overrides": ["workspace=here"]}
+        told = {
+            "resources": {"configuration": origin},
+            "inputs": [],
+            "metrics": {"num_train_rows": num_rows},
+        }
         with workspace.draft("datasets", "demo", dataset) as draft:
             reason = {"stage": "split", "reason": f"{TRAIN_LIMIT} {num_rows} of the train split"}
             card = {"reasons": [{**reason, "rows": 1000 - num_rows}]}
@@ -627,6 +632,7 @@ def test_advice_is_kept_and_held_against_the_next_version(
     first.keep()
     # Advised later, with the same command: what is forecast is judged, not the bound.
     command = next(a.command for a in first.actions if a.title.startswith("Get"))
+    assert command == "tuneloop run demo.yaml data.num_train_examples=200 workspace=here"
     gain = json.dumps([0.2, 0.15, 0.25])
     late = GivenAdvice.of(first.reference, "Forecast", "forecast", gain, command)
     assert len(ReviewStore(tmp_path).advice()) == len(first.actions)

@@ -265,11 +265,11 @@ class _Adviser:
     @classmethod
     def of(cls, now: Situation) -> _Adviser:
         evaluation, name = now.evaluation, now.evaluation.row_metric
-        metric = evaluation.metric(name)
+        arm, metric = evaluation.candidate["name"], evaluation.metric(name)
         rows, loss = [], dict[str, float]()
         for p in evaluation.predictions:
             score = p.scores.get(name)
-            if p.arm == evaluation.candidate["name"] and score is not None:
+            if p.arm == arm and score is not None:
                 rows.append(p)
                 loss[p.example_id] = 1.0 if metric.kind == "number" else 1.0 - score
         return cls(now, rows, loss)
