@@ -12,8 +12,13 @@ from shell import choose_project, open_workspace, refuse
 from tuneloop.advice import advice_for
 from tuneloop.errors import UserError
 
+# Evaluations that a project makes beside its own, of which there is no advice.
+PARTS = ("baseline", "gate", "export", "sweep", "sweep-validation", "sweep-baseline")
+
 workspace, artifacts = open_workspace()
-name = choose_project(artifacts)
+names = {a.name for a in artifacts}
+parts = {f"{name}-{part}" for name in names for part in PARTS}
+name = choose_project([a for a in artifacts if a.name not in parts])
 try:
     advice = advice_for(workspace, name)
 except (UserError, OSError, ValueError, KeyError) as error:

@@ -267,6 +267,11 @@ def test_actions_follow_the_errors():
     assert first.gain is not None
     assert first.gain.value == pytest.approx(0.2)
     assert 0.1 < first.gain.low < 0.2 < first.gain.high < 0.3
+    # A handful that is right says nothing yet.
+    handful = steps(make_evaluation({"base": 0, "finetuned": 8}, n=8))
+    assert "harder" not in handful
+    assert "Train for" not in handful
+    assert "Score more test examples" in handful
     assert "max_tokens" not in steps(make_evaluation({"base": 0, "finetuned": 80}))
     # Words in common say nothing about the truth; exact answers need no vote.
     writing = make_evaluation({"base": 0, "finetuned": 80}, task="generation")

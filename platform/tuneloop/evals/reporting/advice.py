@@ -159,14 +159,25 @@ class Situation(NamedTuple):
         return self.evaluation.metric(self.evaluation.primary)
 
     @property
+    def score(self) -> dict[str, Any]:
+        """The candidate's estimate in it."""
+        found: dict[str, Any] = self.evaluation.candidate["scores"][self.evaluation.primary]
+        return found
+
+    @property
+    def width(self) -> float:
+        """Of its interval; 0 where it has none."""
+        return float((self.score["high"] or 0.0) - (self.score["low"] or 0.0))
+
+    @property
     def sign(self) -> int:
         """1 where a higher score is better, else -1."""
         return -1 if self.metric.better == "lower" else 1
 
     @property
     def is_trained(self) -> bool:
-        """Whether the candidate is the model that the configuration trains."""
-        return bool(self.evaluation.candidate["name"] == FINETUNED)
+        """Whether the candidate is a model that the configuration trains."""
+        return self.evaluation.candidate["name"] == FINETUNED or self.trained_s > 0
 
     def cost_of(self, command: str) -> float | None:
         """Return the seconds that a command takes, as the last iteration took; None for reading."""
@@ -228,12 +239,13 @@ class Situation(NamedTuple):
 def advise(now: Situation) -> list[Action]:
     """Return what to do next: what surely brings something, then bounds, then what is not known."""
     adviser = _Adviser.of(now)
-    score = now.evaluation.candidate["scores"][now.evaluation.primary]["value"] or 0.0
+    score = now.score["value"] or 0.0
     stop, rules = "Stop, or make the test harder", [*_RULES]
     if now.metric.kind == "binary" and score >= _SATURATED:
-        why = f"{score:.1%} is right: this test can no longer tell models apart."
-        adviser.add(stop, why, now.command("serve"))
         rules.remove(_Adviser.epochs)
+        if now.width <= _WIDE_INTERVAL:
+            why = f"{score:.1%} is right: this test can no longer tell models apart."
+            adviser.add(stop, why, now.command("serve"))
     for rule in rules:
         rule(adviser)
 
@@ -315,6 +327,8 @@ class _Adviser:
             [max(0.0, self.loss[p.example_id] - rest) * (p.example_id in ids) for p in self.rows]
         )
         clusters = Clusters.of([p.cluster or p.example_id for p in self.rows])
+        if not lacking.any():  # the others are no better
+            return _Brings(num_rows=len(ids))
         told = describe_mean(lacking, clusters, metric, Resampling(num_resamples=2_000))
         gain = Gain(told["value"], max(0.0, told["low"] or 0.0), told["high"] or 0.0)
         return _Brings(gain, "at most", len(ids))
@@ -409,7 +423,7 @@ class _Adviser:
         now, arm = self.now, self.now.evaluation.candidate
         num, ends = arm["num_unscored"], arm.get("worst_case")
         if num:
-            brings, score = _Brings(num_rows=num), arm["scores"][now.evaluation.primary]["value"]
+            brings, score = _Brings(num_rows=num), now.score["value"]
             if ends and score is not None:
                 end = ends["high"] - score
                 brings = _Brings(Gain(end, 0.0, end), "at most", num)
@@ -505,17 +519,16 @@ class _Adviser:
 
     def width(self) -> None:
         """More test rows, where the score is too uncertain to conclude from."""
-        now, score = self.now, self.now.evaluation.candidate["scores"][self.now.evaluation.primary]
-        width = (score["high"] or 0.0) - (score["low"] or 0.0)
-        if now.metric.kind == "number" or width <= _WIDE_INTERVAL:
+        now, num = self.now, self.now.score["n"]
+        if now.metric.kind == "number" or now.width <= _WIDE_INTERVAL:
             return
-        needed = int(round(score["n"] * (width / _NARROW_INTERVAL) ** 2, -1))
+        needed = int(round(num * (now.width / _NARROW_INTERVAL) ** 2, -1))
         why = (
-            f"The interval of the score is {100 * width:.0f} points wide; about {needed:,} "
+            f"The interval of the score is {100 * now.width:.0f} points wide; about {needed:,} "
             "examples would narrow it to 10."
         )
         changes = [f"data.split.num_test_examples={needed}"]
-        if needed - score["n"] > now.num_spare_rows:
+        if needed - num > now.num_spare_rows:
             changes, why = [], f"{why} So many are not to spare: collect more rows."
         title = "Score more test examples for a sharper result"
         self.add(title, why, now.command("run", *changes))

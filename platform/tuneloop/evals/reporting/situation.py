@@ -16,9 +16,10 @@ from tuneloop.config import Origin, TuneloopConfig
 from tuneloop.evals.reporting.advice import Action, Situation, advise
 from tuneloop.evals.reporting.formatting import format_change
 from tuneloop.evals.reporting.history import Iteration, history
+from tuneloop.evals.reporting.overview import read_json
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.records import TRAIN_LIMIT
+from tuneloop.records import ARMS, TRAIN_LIMIT
 
 # A gain that is smaller than the first, and surely smaller than the second, is not worth the work.
 HARDLY, SURELY_LESS = 0.01, 0.03
@@ -92,7 +93,9 @@ def actions_after(
         float(model.manifest["duration_s"]) if model else 0.0,
         float(artifact.manifest["duration_s"]),
         int(artifact.manifest["config"].get("evaluation", {}).get("max_tokens", 0)),
-        bool(config and config.evaluation.arms),
+        bool(config.evaluation.arms)
+        if config
+        else any(arm["name"] not in ARMS for arm in evaluation.arms),
         split.get("group_by") or "",
     )
     return after_what_failed(
@@ -113,20 +116,13 @@ def origin_of(evaluation: Artifact) -> Origin:
 def _newest_curve(workspace: Workspace, name: str) -> dict[str, Any]:
     """Return `curve.json` of the newest sweep of a name; empty where there is none."""
     sweeps = [a for a in workspace.published() if (a.kind, a.name) == ("sweeps", name)]
-    for sweep in reversed(sweeps):
-        file = workspace.open(sweep.ref).path / "curve.json"
-        if file.is_file():
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return found
-    return {}
+    found = (read_json(workspace.open(sweep.ref), "curve.json") for sweep in reversed(sweeps))
+    return next(filter(None, found), {})
 
 
 def _num_spare_rows(dataset: Artifact) -> int:
     """Return how many train rows `data.num_train_examples` left out of a dataset."""
-    file = dataset.path / "card.json"
-    if not file.is_file():
-        return 0
-    card = json.loads(file.read_text(encoding="utf-8"))
+    card = read_json(dataset, "card.json") or {}
     reasons = card.get("reasons", [])
     return sum(r["rows"] for r in reasons if r["reason"].startswith(TRAIN_LIMIT))
 
