@@ -5,8 +5,8 @@
     python benchmarks/intervals.py --cells    # also every cell of the first two tables
 
 Prints, as Markdown: coverage and width of 95% intervals of a rate; false positives of paired
-tests and coverage of paired intervals; the same for scores other than 0/1, for few clusters and
-for several seeds; the power at the difference that is said to be detectable. Seeds are fixed.
+tests and coverage of paired intervals; the same for scores other than 0/1, for few clusters;
+the power at the difference that is said to be detectable. Seeds are fixed.
 
 A cluster's rate is beta or logit-normal with the given mean and intraclass correlation (ICC).
 Paired arms share half of their clusters' effects and half of each row's. All methods treat 0 and 1
@@ -35,7 +35,6 @@ from tuneloop.evals.scoring.clusters import (
     detectable_difference,
     estimate_clustered_difference,
     estimate_clustered_mean,
-    estimate_over_seeds,
     satterthwaite_df,
     sign_flip_p,
 )
@@ -392,7 +391,7 @@ def pairs_table(count: int, cells: bool) -> None:
 
 
 def others_table(count: int) -> None:
-    """Scores other than 0/1, few clusters, seeds: by the shipped code, one by one."""
+    """Scores other than 0/1, few clusters: by the shipped code, one by one."""
     lines = []
     for name in ("demo: 24, 112 rows", "50 uneven, 500 rows"):
         sizes = SIZES[name]
@@ -430,41 +429,6 @@ def others_table(count: int) -> None:
     show(
         "Few clusters, rates 10% and 50%: coverage in % (width)",
         ["clusters", *(f"ICC {icc:g}, {mean}" for icc in ICCS for mean in ("10%", "50%"))],
-        lines,
-    )
-
-
-def seeds_table(count: int) -> None:
-    """Coverage over seeds and rows together."""
-    sizes = SIZES["demo: 24, 112 rows"]
-    index = np.repeat(np.arange(len(sizes)), sizes.astype(int))
-    clusters = Clusters.of(index)
-    lines = []
-    for num_seeds in (2, 3, 5):
-        for deviation in (0.0, 0.2, 0.5):
-            generator = np.random.default_rng(9)
-            hits, widths = [], []
-            for _ in range(count):
-                seed = deviation * generator.standard_normal((num_seeds, 1))
-                shared = 0.4 * generator.standard_normal(len(sizes))[index]
-                own = 0.3 * generator.standard_normal((num_seeds, len(sizes)))[:, index]
-                rows = 0.5 * generator.standard_normal(len(index))
-                noise = 0.6 * generator.standard_normal((num_seeds, len(index)))
-                values = seed + shared + own + rows + noise
-                ends = estimate_over_seeds(values, clusters, "unbounded")
-                hits.append(ends.low <= 0 <= ends.high)
-                widths.append(ends.high - ends.low)
-            lines.append(
-                [
-                    str(num_seeds),
-                    f"{deviation:g}",
-                    f"{100 * np.mean(hits):.1f}",
-                    f"{np.mean(widths):.2f}",
-                ]
-            )
-    show(
-        "Several seeds, demo's sizes, rows' deviation 1: coverage in %",
-        ["seeds", "deviation of a seed's mean", "coverage", "width"],
         lines,
     )
 
@@ -536,7 +500,6 @@ def main() -> None:
     rates_table(1000 // part, options.cells)
     pairs_table(1000 // part, options.cells)
     others_table(500 // part)
-    seeds_table(500 // part)
     power_table(1000 // part)
     print(f"\n{time.time() - started:.0f} s")
 

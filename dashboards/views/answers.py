@@ -234,6 +234,8 @@ def show_answer(
 def sampled_answer(sample: dict[str, Any]) -> str:
     """Return one of several answers to a question, with its score."""
     score = "not scored" if sample["score"] is None else f"{sample['score']:.2g}"
+    if sample.get("model"):
+        score = f"{sample['model']}: {score}"
     return theme.labelled(score, theme.text(sample["error"] or sample["completion"]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,10 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from tuneloop.artifacts import Artifact, Workspace
-from tuneloop.config import ArmConfig, TaskConfig, TuneloopConfig
+from tuneloop.config import ArmConfig, TaskConfig, TrainingConfig, TuneloopConfig
 from tuneloop.data.decontamination.seen import datasets_of, find_seen
 from tuneloop.errors import ConfigError, DataError, ModelError, Problem, UserError
 from tuneloop.evals.scoring.constrained import KINDS, constrain, constrainable
@@ -46,6 +49,7 @@ from tuneloop.serving.replica import ServedModel
 from tuneloop.serving.vllm import environment as vllm
 
 _CONSTRAINED = (BASE_CONSTRAINED, FINETUNED_CONSTRAINED)
+_HASHES = {"base_fingerprint": "the base model", "dataset": "the train rows"}
 logger = logging.getLogger("tuneloop.pipeline")
 
 
@@ -291,6 +295,8 @@ def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
                 _api_key(spec.api_key_env, where)
             elif spec.answers:
                 given_arm(name, spec.answers)
+            elif isinstance(spec.model, list):
+                problems += trainings_problems(workspace, f"{where}.model", spec.model)
             elif spec.model and spec.model.startswith("models/"):
                 workspace.open(spec.model.removesuffix(f"/{ADAPTER}"))
         except UserError as error:
@@ -318,6 +324,63 @@ def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
                 )
             )
     return problems
+
+
+def trainings_problems(workspace: Workspace, where: str, models: Sequence[str]) -> list[Problem]:
+    """Return why these models are not several trainings of one recipe.
+
+    They are trained from one base model on the same rows with the same settings, but for the seed.
+
+    Args:
+        where: Dotted key of the list.
+        models: References.
+    """
+    problems, opened = list[Problem](), list[Artifact]()
+    for reference in models:
+        try:
+            opened.append(workspace.open(reference.removesuffix(f"/{ADAPTER}")))
+        except UserError as error:
+            problems += [
+                replace(problem, where=_place(where, problem)) for problem in error.problems
+            ]
+    references = [artifact.ref for artifact in opened]
+    if twice := [ref for number, ref in enumerate(references) if ref in references[:number]]:
+        problems.append(
+            Problem(
+                "the same model stands in the list twice",
+                where=where,
+                got=f"{twice[0]}, by {', '.join(models)}",
+                remedy="name each training once",
+            )
+        )
+    recipes = [_recipe(artifact) for artifact in opened]
+    for key in dict.fromkeys(key for recipe in recipes for key in recipe):
+        values = {a.ref: recipe.get(key) for a, recipe in zip(opened, recipes, strict=True)}
+        if len({json.dumps(value) for value in values.values()}) > 1:
+            told = (f"{value[:12] if key in _HASHES and value else value} in {ref}"
+                    for ref, value in values.items())  # fmt: skip
+            problems.append(
+                Problem(
+                    "the models of one arm differ in more than their seed",
+                    where=where,
+                    got=f"{_HASHES.get(key, key)}: {', '.join(told)}",
+                    allowed="trainings of one recipe: the same base, rows and settings but for "
+                    "training.seed",
+                    remedy="name each recipe as an arm of its own",
+                )
+            )
+            break  # the others mostly follow from it
+    return problems
+
+
+def _recipe(model: Artifact) -> dict[str, Any]:
+    """Return what a model was made of but for the seed; what its manifest lacks has its default."""
+    config = model.manifest["config"]
+    told = config.get("training") or {}
+    with contextlib.suppress(ValidationError):  # of a version with other settings
+        told = TrainingConfig.model_validate(told).model_dump(mode="json")
+    settings = {f"training.{key}": value for key, value in told.items() if key != "seed"}
+    return {key: config.get(key) for key in (*_HASHES, "chat_template")} | settings
 
 
 def _place(key: str, problem: Problem) -> str:
@@ -408,7 +471,21 @@ class NamedArms:
             logger.warning("scored without `%s`: %s", FINETUNED, error.problems[0])
         return arms
 
+    def _trainings(self, name: str, spec: ArmConfig, references: Sequence[str]) -> Arm:
+        """Return the arm of several trainings of one recipe."""
+        models = []
+        for reference in references:
+            # The version is fixed now: it says who answered.
+            pinned = self.workspace.open(reference.removesuffix(f"/{ADAPTER}")).ref
+            pinned += f"/{ADAPTER}" * reference.endswith(f"/{ADAPTER}")
+            one = self._arm(name, spec.model_copy(update={"model": pinned}))
+            models.append(replace(one, name=f"{name} ({pinned})"))
+        trained_on = " ".join(dict.fromkeys(" ".join(m.trained_on for m in models).split()))
+        return Arm(name, Endpoint("", ""), trained_on=trained_on, models=tuple(models))
+
     def _arm(self, name: str, spec: ArmConfig) -> Arm:
+        if isinstance(spec.model, list):
+            return self._trainings(name, spec, spec.model)
         e = self.config.evaluation
         known = name if not spec.given else ""
         if spec.simple or known == SIMPLE:

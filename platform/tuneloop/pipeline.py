@@ -442,7 +442,11 @@ def _evaluate(
     existing = find_evaluation(config, workspace, dataset, arms, name, judging)
     if existing is not None:
         return _log_published(Published(existing, reused=True))
-    arms = [contest.with_tokenizer(arm, models.get(arm.endpoint.model)) for arm in arms]
+
+    def with_tokenizer(arm: Arm) -> Arm:
+        return contest.with_tokenizer(arm, entered.models.get(arm.endpoint.model))
+
+    arms = [arm.changed(with_tokenizer) for arm in arms]
     # A model whose answers are all there is not started.
     asked = {arm.endpoint.model for arm in find_unanswered(config, workspace, dataset, arms)}
     models = {model: served for model, served in models.items() if model in asked}
@@ -454,16 +458,14 @@ def _evaluate(
         app.host(models, serving, url)
         key = os.environ.get(API_KEY_VARIABLE, "")
         outcomes = _check_served(url, models, key)
-        arms = [
-            replace(
-                arm,
-                endpoint=Endpoint(url, arm.endpoint.model, key),
-                parity=outcomes.get(arm.endpoint.model),
-            )
-            if not arm.endpoint.url and arm.endpoint.model in models
-            else arm
-            for arm in arms
-        ]
+
+        def served(arm: Arm) -> Arm:
+            if arm.endpoint.url or arm.endpoint.model not in models:
+                return arm
+            endpoint = Endpoint(url, arm.endpoint.model, key)
+            return replace(arm, endpoint=endpoint, parity=outcomes.get(arm.endpoint.model))
+
+        arms = [arm.changed(served) for arm in arms]
         return _log_published(evaluate(config, workspace, dataset, arms, name, judging))
 
 

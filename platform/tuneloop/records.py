@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -255,6 +255,8 @@ class Arm:
         timeout_s: Longest wait for one answer, in seconds.
         forms: What else is asked for, by task: fields of the request that give the answer a form.
         answer_key: The property of a JSON answer that is the answer itself; empty: all of it is.
+        models: Trainings of one recipe with other seeds, which all answer in place of this arm; the
+            endpoint is not asked then.
     """
 
     name: str
@@ -273,3 +275,15 @@ class Arm:
     timeout_s: float = 1200.0
     forms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     answer_key: str = ""
+    models: tuple[Arm, ...] = ()
+
+    @property
+    def each(self) -> tuple[Arm, ...]:
+        """Who answers: the models, or the arm itself."""
+        return self.models or (self,)
+
+    def changed(self, change: Callable[[Arm], Arm]) -> Arm:
+        """Return the arm with a change to each that answers."""
+        if not self.models:
+            return change(self)
+        return replace(self, models=tuple(change(model) for model in self.models))

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tuneloop.artifacts import Artifact, Workspace
-from tuneloop.config import TuneloopConfig
-from tuneloop.contest import NamedArms, base_arms, missing_model
-from tuneloop.errors import ModelError
+from tuneloop.config import EvaluationConfig, TuneloopConfig
+from tuneloop.contest import NamedArms, arm_problems, base_arms, missing_model
+from tuneloop.errors import ConfigError, ModelError
 from tuneloop.evals.scoring.questions import read_questions
 from tuneloop.models.bases.source import resolve_base
 
@@ -155,3 +155,82 @@ def test_arms_survive_being_written_out_and_read_again(workspace, tiny_model):
         gpt={"endpoint": "http://127.0.0.1:1/v1", "model": "m", "price": {"input": 1, "output": 2}},
     ).config
     assert TuneloopConfig.model_validate(json.loads(config.model_dump_json())) == config
+
+
+def publish_training(workspace: Workspace, seed: int, **other: Any) -> Artifact:
+    training = {"learning_rate": 1e-3, "seed": seed}
+    config = {"dataset": "d" * 64, "base": "tiny", "base_fingerprint": "b" * 64}
+    config |= {"training": training | other.pop("training", {})} | other
+    with workspace.draft("models", "tiny", f"{seed}{len(str(config))}".ljust(64, "0")) as draft:
+        (draft.path / "config.json").write_text("{}")
+        return draft.publish(config=config, resources={}, inputs=[], metrics={})
+
+
+def test_several_trainings_are_one_arm_of_models_with_their_versions(workspace, tiny_model):
+    dataset = publish_rows(workspace)
+    for seed in (0, 1):
+        publish_training(workspace, seed, dataset=dataset.fingerprint)
+    contest = named(
+        workspace,
+        tiny_model,
+        dataset,
+        None,
+        two={"model": ["models/tiny@v1", "models/tiny"], "shots": 1},
+        one={"model": ["models/tiny@v1"]},
+    )
+    two, one = contest.build()
+    assert [model.endpoint.model for model in two.models] == ["models/tiny@v1", "models/tiny@v2"]
+    assert [model.name for model in two.models] == ["two (models/tiny@v1)", "two (models/tiny@v2)"]
+    assert two.trained_on == dataset.fingerprint
+    assert all(len(model.shots) == 1 and model.find_seen for model in two.models)
+    assert two.models[0].model_fingerprint == one.model_fingerprint
+    assert not one.models, "a list of one is that model"
+    assert sorted(contest.models) == ["models/tiny@v1", "models/tiny@v2"]
+    assert arm_problems(contest.config, workspace) == []
+
+
+def test_a_list_that_is_not_one_recipe_is_refused_before_anything_runs(workspace, tiny_model):
+    dataset = publish_rows(workspace)
+    for seed, other in enumerate(
+        ({}, {}, {"training": {"learning_rate": 2e-4}}, {"base_fingerprint": "c" * 64},
+         {"dataset": "e" * 64})
+    ):  # fmt: skip
+        publish_training(workspace, seed, **other)
+
+    def told(*models: str) -> list[tuple[str, str]]:
+        contest = named(workspace, tiny_model, dataset, None, arm={"model": list(models)})
+        return [(p.what, p.got) for p in arm_problems(contest.config, workspace)]
+
+    assert told("models/tiny@v1", "models/tiny@v2") == []
+    differ = "the models of one arm differ in more than their seed"
+    for number, what in (
+        (3, "training.learning_rate: 0.001 in models/tiny@v1, 0.0002"),
+        (4, "the base model: bbbbbbbbbbbb in models/tiny@v1, cccccccccccc"),
+        (5, "the train rows: dddddddddddd in models/tiny@v1, eeeeeeeeeeee"),
+    ):
+        assert told("models/tiny@v1", f"models/tiny@v{number}") == [
+            (differ, f"{what} in models/tiny@v{number}")
+        ]
+    (twice,) = told("models/tiny", "models/tiny@v5")
+    assert twice[0] == "the same model stands in the list twice"
+    assert len(told("models/tiny@v1", "models/tiny@v7", "models/other@v1")) == 2
+
+
+@pytest.mark.parametrize(
+    ("arm", "words"),
+    [
+        ({"model": []}, "names no model"),
+        ({"model": ["models/tiny@v1", "models/tiny@v1"]}, "named twice"),
+        ({"model": ["models/tiny@v1", "base"]}, "name that as an arm of its own"),
+        ({"model": ["models/a", "models/b"], "endpoint": "http://x/v1"}, "one `model`"),
+    ],
+)
+def test_lists_of_models_that_cannot_be_are_refused(workspace, tiny_model, arm, words):
+    with pytest.raises((ConfigError, ValueError), match=words):
+        named(workspace, tiny_model, publish_rows(workspace), None, arm=arm)
+
+
+def test_general_tasks_are_not_asked_of_several_trainings():
+    arms = {"base": {}, "two": {"model": ["models/a@v1", "models/a@v2"]}}
+    with pytest.raises(ValueError, match=r"evaluation\.arms\.two is several"):
+        EvaluationConfig.model_validate({"arms": arms, "forgetting": {"tasks": ["arc_easy"]}})

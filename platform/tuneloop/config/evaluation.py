@@ -37,10 +37,12 @@ class ArmConfig(Section):
     `finetuned+constrained` and `finetuned` are those that `run` compares.
     """
 
-    model: str | None = Field(
+    model: str | list[str] | None = Field(
         None,
         description="`base`, `finetuned`, an artifact such as `models/faq@v2`, or what "
-        "`model.base` takes; with `endpoint`, the model's name there.",
+        "`model.base` takes; with `endpoint`, the model's name there. A list of artifacts, trained "
+        "alike but for `training.seed`, is one arm: its score is their mean, and its intervals and "
+        "tests hold for other seeds as well as other rows.",
     )
     shots: int | None = Field(
         None,
@@ -91,6 +93,24 @@ class ArmConfig(Section):
             n for n, field in type(self).model_fields.items() if getattr(self, n) != field.default
         }
 
+    @field_validator("model")
+    @classmethod
+    def _one_is_no_list(cls, model: str | list[str] | None) -> str | list[str] | None:
+        if not isinstance(model, list):
+            return model
+        if not model:
+            raise ValueError("an empty list names no model")
+        if len(model) == 1:
+            return model[0]
+        if strange := [one for one in model if not one.startswith("models/")]:
+            raise ValueError(
+                f"a list is of models that were trained here, such as `models/faq@v1`, not of "
+                f"`{strange[0]}`: name that as an arm of its own"
+            )
+        if twice := [one for number, one in enumerate(model) if one in model[:number]]:
+            raise ValueError(f"`{twice[0]}` is named twice")
+        return model
+
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> Self:
         given = self.given
@@ -110,6 +130,8 @@ class ArmConfig(Section):
         }[kind]
         if strange := sorted(given - allowed):
             raise ValueError(f"`{strange[0]}` does not belong to an arm with `{kind}`")
+        if kind == "endpoint" and isinstance(self.model, list):
+            raise ValueError("an endpoint has one `model`; a list is of models trained here")
         if kind == "endpoint" and not self.model:
             raise ValueError("an endpoint needs `model`, the model's name there")
         if kind == "model" and given and not self.model:
@@ -401,6 +423,12 @@ class EvaluationConfig(Section):
             raise ValueError(
                 f"evaluation.judge.against names `{names[-1]}`, the last arm, which is compared "
                 "with others"
+            )
+        several = [name for name, arm in self.arms.items() if isinstance(arm.model, list)]
+        if several and self.forgetting is not None:
+            raise ValueError(
+                f"evaluation.forgetting asks single models, and evaluation.arms.{several[0]} is "
+                "several: name one of them, or leave evaluation.forgetting out"
             )
         if self.sources and self.split != "test":
             raise ValueError("evaluation.sources take the place of evaluation.split test only")

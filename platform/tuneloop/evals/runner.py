@@ -84,7 +84,13 @@ from tuneloop.evals.scoring.perplexity import (
     reference_requests,
     stored_answer,
 )
-from tuneloop.evals.scoring.predictions import Prediction, read_predictions, write_predictions
+from tuneloop.evals.scoring.predictions import (
+    Prediction,
+    by_model,
+    mean_scores,
+    read_predictions,
+    write_predictions,
+)
 from tuneloop.evals.scoring.questions import Question, read_questions
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.row_clusters import RowClusters, read_clusters
@@ -95,7 +101,11 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 23
+CODE_VERSION = 24
+# What the samples of a row keep of an answer besides its text.
+_OF_ANSWERS = (
+    *("finish_reason", "prompt_tokens", "completion_tokens", "latency_s", "error", "probability"),
+)
 _REFUSED = re.compile(
     r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
 )
@@ -212,6 +222,7 @@ def find_unanswered(
     questions = read_questions(dataset, config.task.tasks, config.evaluation.split)
     answered, params = PartialAnswers(), sampling(config.evaluation)
     num_samples = config.evaluation.num_samples
+    arms = [one for arm in arms for one in arm.each]
     asked = {
         arm.name: _requests(arm, questions, params, num_samples) for arm in arms if not arm.answer
     }
@@ -299,7 +310,8 @@ def evaluate(
     e = config.evaluation
     questions = read_questions(dataset, config.task.tasks, e.split)
     clusters = read_clusters(dataset, e.group_by, e.split)
-    seen = find_seen(arms, questions)
+    each = [one for arm in arms for one in arm.each]
+    seen = find_seen(each, questions)
     scorer = make_scorer(config, questions)
     tags = own_tags(e)
     if questions[0].reference:
@@ -307,7 +319,7 @@ def evaluate(
             tag.find(questions[0].reference, questions[0].reference, questions[0].example_id)
     params = sampling(config.evaluation)
     requests = [
-        request for arm in arms for request in _requests(arm, questions, params, e.num_samples)
+        request for one in each for request in _requests(one, questions, params, e.num_samples)
     ]
     made = identity(config, dataset, arms, judging)
     with workspace.draft("evaluations", name, made) as draft:
@@ -334,11 +346,11 @@ def evaluate(
             _prediction(scorer, request, answer, context)
             for request, answer in zip(requests, answers, strict=True)
         ]
-        predictions = _with_samples(first, scorer.primary)
-        if e.num_samples > 1:
-            scorer = scorer.averaged()
         if PERPLEXITY in scorer.metrics:
-            _add_perplexity(predictions, requests, answered, e.concurrency)
+            _add_perplexity(first, requests, answered, e.concurrency)
+        predictions = _with_samples(arms, first, scorer.primary)
+        if any(prediction.samples for prediction in predictions):
+            scorer = scorer.averaged()
         judgements = []
         if judging:
             asked = JudgeQuestions(judging, predictions, questions)
@@ -357,7 +369,7 @@ def evaluate(
         looks = find_looks(workspace, dataset, e.split)
         evaluation.metrics.update(
             num_looks=1 + len(looks.evaluations),
-            num_arms_scored=len(looks.arm_identities | {request.identity for request in requests}),
+            num_arms_scored=len(looks.arm_identities | {arm_identity(one, params) for one in each}),
         )
         columns = read_columns(dataset, e.split)
         slices = find_slices(predictions, columns, scorer, context.clusters.by)
@@ -379,7 +391,7 @@ def evaluate(
         actions = _actions(config, workspace, evaluation, draft.unpublished(parts))
         report = render_report(evaluation, config, dataset.ref, actions)
         (draft.path / "report.html").write_text(report, encoding="utf-8")
-        _write_parity(draft.path, arms)
+        _write_parity(draft.path, each)
         artifact = draft.publish(
             config=parts,
             resources={
@@ -388,9 +400,9 @@ def evaluate(
                 "num_looks": evaluation.metrics["num_looks"],
                 "looks": looks.evaluations,
                 "spent": _spent(answered.spending),
-                "endpoints": {arm.name: arm.endpoint.url for arm in arms if arm.endpoint.url},
+                "endpoints": {one.name: one.endpoint.url for one in each if one.endpoint.url},
             },
-            inputs=[dataset.ref, *dict.fromkeys(_model(arm) for arm in arms)],
+            inputs=[dataset.ref, *dict.fromkeys(_model(one) for one in each)],
             metrics=evaluation.headline_numbers(),
         )
     return Published(artifact, reused=False)
@@ -444,13 +456,31 @@ def _parts(
             {
                 "name": arm.name,
                 "identity": arm_identity(arm, params),
-                "model": _model(arm),
-                "shots": [shot.row_id for shot in arm.shots],
+                # Of several trainings of one recipe the first stands for its settings.
+                "model": _model(arm.each[0]),
+                "shots": [shot.row_id for shot in arm.each[0].shots],
             }
             | _sample_identities(arm, params, config.evaluation.num_samples)
             | ({"price": arm.price._asdict()} if arm.price else {})
+            | _model_parts(arm, params, config.evaluation.num_samples)
             for arm in arms
         ],
+    }
+
+
+def _model_parts(arm: Arm, params: SamplingParams, num_samples: int) -> dict[str, Any]:
+    if not arm.models:
+        return {}
+    return {
+        "models": [
+            {
+                "name": model.endpoint.model,
+                "identity": arm_identity(model, params),
+                "model": _model(model),
+            }
+            | _sample_identities(model, params, num_samples)
+            for model in arm.models
+        ]
     }
 
 
@@ -525,9 +555,11 @@ def _reuse_answers(
             continue
         config = artifact.manifest["config"]
         identities = {
-            arm["name"]: arm.get("samples") or [arm["identity"]]
+            (arm["name"], one["name"] if "models" in arm else ""): one.get("samples")
+            or [one["identity"]]
             for arm in config.get("arms", [])
-            if arm.get("identity") in wanted
+            for one in arm.get("models", [arm])
+            if one.get("identity") in wanted
         }
         if identities:
             _reuse_arms(answered, workspace.open(artifact.ref), identities)
@@ -536,31 +568,42 @@ def _reuse_answers(
 
 
 def _reuse_arms(
-    answered: PartialAnswers, earlier: Artifact, identities: Mapping[str, Sequence[str]]
+    answered: PartialAnswers, earlier: Artifact, identities: Mapping[tuple[str, str], Sequence[str]]
 ) -> None:
     """Add the answers that arms gave in an earlier evaluation, and what they knew of references.
 
     Args:
-        identities: By arm, of each of the answers that were sampled.
+        identities: By arm, and by model where the arm has several, of each of the answers that were
+            sampled.
     """
-    for prediction in read_predictions(earlier.path, ["bits_per_byte", *PERPLEXITY_METRICS]):
-        if prediction.arm not in identities:
+    every = read_predictions(earlier.path, ["bits_per_byte", *PERPLEXITY_METRICS])
+    answers = [(p, model, p.of(model) if model else p) for p in every for model in p.models or [""]]
+    for whole, model, prediction in answers:
+        own = identities.get((prediction.arm, model))
+        if own is None:
             continue
-        own = identities[prediction.arm]
+        if model and whole.status != "scored":
+            # A row that lacks an answer has those that came in its samples alone.
+            kept = [sample for sample in whole.samples if sample["model"] == model]
+            prediction = dataclasses.replace(prediction, samples=kept)
         for name, sample in zip(own, prediction.samples, strict=False):
             if sample["finish_reason"] is not None:
-                kept = {k: v for k, v in sample.items() if k not in ("completion", "score")}
+                known = {k: v for k, v in sample.items() if k in _OF_ANSWERS}
+                bits = (sample.get("scores") or {}).get("bits_per_byte")
                 answered.put(
                     name,
                     ModelAnswer(
-                        prediction.example_id, prediction.prompt, sample["completion"], **kept
+                        prediction.example_id,
+                        prediction.prompt,
+                        sample["completion"],
+                        bits_per_byte=bits,
+                        **known,
                     ),
                 )
         if prediction.status == "scored":
             if prediction.scores.get(PERPLEXITY):
                 asked = with_reference(prediction.prompt, prediction.reference)
-                known = stored_answer(prediction, asked)
-                answered.put(identity_of(own[0]), known)
+                answered.put(identity_of(own[0]), stored_answer(prediction, asked))
             if prediction.samples:
                 continue
             answered.put(
@@ -663,20 +706,30 @@ def _prediction(
     )
 
 
-def _with_samples(answers: Sequence[Prediction], primary: str) -> list[Prediction]:
+def _with_samples(
+    arms: Sequence[Arm], answers: Sequence[Prediction], primary: str
+) -> list[Prediction]:
     """Return one row for each arm and example, with the means of its answers' scores.
 
     Args:
-        answers: As they were scored one by one.
+        arms: All arms.
+        answers: As they were scored one by one, by the names of those that answer.
         primary: The metric whose scores of single answers are kept.
     """
+    arm_of = {one.name: arm.name for arm in arms for one in arm.each}
+    models = {model.name: model.endpoint.model for arm in arms for model in arm.models}
     rows: dict[tuple[str, str], list[Prediction]] = {}
     for answer in answers:
-        rows.setdefault((answer.arm, answer.example_id), []).append(answer)
-    return [_mean_of(of_row, primary) if len(of_row) > 1 else of_row[0] for of_row in rows.values()]
+        rows.setdefault((arm_of[answer.arm], answer.example_id), []).append(answer)
+    return [
+        dataclasses.replace(_mean_of(of_row, primary, models), arm=arm)
+        if len(of_row) > 1
+        else of_row[0]
+        for (arm, _), of_row in rows.items()
+    ]
 
 
-def _mean_of(answers: Sequence[Prediction], primary: str) -> Prediction:
+def _mean_of(answers: Sequence[Prediction], primary: str, models: Mapping[str, str]) -> Prediction:
     first = answers[0]
     samples = [
         {
@@ -687,18 +740,21 @@ def _mean_of(answers: Sequence[Prediction], primary: str) -> Prediction:
             "latency_s": answer.latency_s,
             "error": answer.error,
             "score": answer.scores.get(primary),
+            "model": models.get(answer.arm, ""),
+            "probability": answer.probability,
+            "scores": answer.scores,
         }
         for answer in answers
     ]
+    # What one of an arm's models was trained on is not unseen by the arm.
+    seen = {answer.contaminated for answer in answers}
+    contaminated = True if True in seen else None if None in seen else False
     missing = next((answer for answer in answers if answer.status != "scored"), None)
     if missing is not None:
         # With the answers that came alone a row would count as often as one that has them all.
-        return dataclasses.replace(missing, samples=samples)
-    scores: dict[str, float | None] = {}
-    for name in first.scores:
-        known = [score for a in answers if (score := a.scores.get(name)) is not None]
-        scores[name] = sum(known) / len(known) if known else None
-    return dataclasses.replace(first, scores=scores, samples=samples)
+        return dataclasses.replace(missing, samples=samples, contaminated=contaminated)
+    scores = mean_scores([answer.scores for answer in answers])
+    return dataclasses.replace(first, scores=scores, samples=samples, contaminated=contaminated)
 
 
 def _build(
@@ -725,9 +781,11 @@ def _free_arms(arms: Sequence[Arm], params: SamplingParams) -> dict[str, str | N
     """Return by each arm with constrained answers the one that asks the same without that."""
     names = {arm_identity(arm, params): arm.name for arm in reversed(arms)}
     return {
-        arm.name: names.get(arm_identity(dataclasses.replace(arm, forms={}), params))
+        arm.name: names.get(
+            arm_identity(arm.changed(lambda one: dataclasses.replace(one, forms={})), params)
+        )
         for arm in arms
-        if arm.forms
+        if arm.each[0].forms
     }
 
 
@@ -737,14 +795,16 @@ def _account(
     """Add what answers cost, scores on rows that were seen, how sure labels are, what is enough."""
     for arm, about in zip(arms, evaluation.metrics["arms"], strict=True):
         rows = [p for p in evaluation.predictions if p.arm == arm.name]
+        # What one answer of one model costs, and how sure each was.
+        answers = [answer for of_model in by_model(rows).values() for answer in of_model]
         if arm.name in free_arms:
             about["free_arm"] = free_arms[arm.name]
-        if calibration := describe_calibration(rows, evaluation.row_metric):
+        if calibration := describe_calibration(answers, evaluation.row_metric):
             about["calibration"] = calibration
         about |= {
             "answered_by": _describe_source(arm),
-            "mean_completion_tokens": mean_count([p.completion_tokens for p in rows]),
-            "cost_per_1000_requests": cost_per_1000(arm, rows),
+            "mean_completion_tokens": mean_count([p.completion_tokens for p in answers]),
+            "cost_per_1000_requests": cost_per_1000(arm, answers),
             "contamination": describe_contamination(rows, evaluation.row_metric),
         }
     metric = evaluation.metric(evaluation.primary)
@@ -772,6 +832,11 @@ def _add_judge(
 
 def _describe_source(arm: Arm) -> str:
     """Return what answered, in words."""
+    if arm.models:
+        named = [f"{m.endpoint.model} ({m.model_fingerprint[:12]})" for m in arm.models]
+        how = _describe_source(arm.models[0]).partition(", ")[2].partition(", ")[2]
+        text = f"served here, {len(named)} trainings of one recipe: {', '.join(named)}"
+        return f"{text}; {how}" if how else text
     if arm.answer is not None:
         return (
             f"answers in {arm.endpoint.url}" if arm.endpoint.url else "learned from the train rows"

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from tuneloop.evals.scoring.clusters import Clusters, estimate_over_seeds
+from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import describe_mean, scale_of
 from tuneloop.evals.scoring.intervals import Floats, Resampling
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.evals.scoring.seeds import estimate_over_seeds
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from tuneloop.artifacts import Artifact
-from tuneloop.evals.scoring.clusters import estimate_over_seeds
 from tuneloop.evals.scoring.estimates import describe_difference
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.evals.scoring.seeds import estimate_over_seeds
 from tuneloop.sweeps.choice import Score, score_seeds, seeds_by_row
 from tuneloop.sweeps.curve import ROWS_KEY, Point, fit_line, series_of
 from tuneloop.sweeps.results import ScoredTrial, Untrained, evaluations_of, forecast_of

@@ -17,7 +17,6 @@ from tuneloop.evals.scoring.clusters import (
     estimate_clustered_difference,
     estimate_clustered_mean,
     estimate_clustered_statistic,
-    estimate_over_seeds,
     holm,
     intraclass_correlation,
     rows_needed,
@@ -196,21 +195,6 @@ def test_difference_turns_with_the_arms():
     back, p_back, _ = estimate_clustered_difference(second, first, of_sizes(DEMO), "unit")
     assert (forth.low, forth.high) == pytest.approx((-back.high, -back.low))
     assert p_forth == pytest.approx(p_back)
-
-
-def test_one_seed_is_the_plain_mean_and_seeds_that_differ_widen_it():
-    rng = np.random.default_rng(6)
-    clusters = of_sizes(DEMO)
-    one = rng.standard_normal(112)
-    assert estimate_over_seeds(one[None], clusters, "unbounded") == estimate_clustered_mean(
-        one, clusters, "unbounded"
-    )
-    same = estimate_over_seeds(np.stack([one, one, one]), clusters, "unbounded")
-    plain = estimate_clustered_mean(one, clusters, "unbounded")
-    assert (same.low, same.high) == pytest.approx((plain.low, plain.high))
-    apart = estimate_over_seeds(np.stack([one - 0.5, one, one + 0.5]), clusters, "unbounded")
-    assert apart.std_error**2 == pytest.approx(plain.std_error**2 + 0.25 / 3)
-    assert apart.high - apart.low > 1.5 * (plain.high - plain.low)
 
 
 def test_jackknife_of_a_mean_is_close_to_its_cr2_interval():

@@ -22,9 +22,11 @@ from rich.console import Console
 
 from tuneloop.advice import advice_for
 from tuneloop.artifacts import Artifact, Workspace
-from tuneloop.config import TuneloopConfig
+from tuneloop.config import FloorConfig, TuneloopConfig
 from tuneloop.errors import ArtifactError, ConfigError, DataError, EndpointError
 from tuneloop.evals.reporting.advice import Situation, advise
+from tuneloop.evals.reporting.gate import decide
+from tuneloop.evals.reporting.headline import write_headline
 from tuneloop.evals.reporting.report import terminal_table
 from tuneloop.evals.runner import evaluate, find_evaluation, find_unanswered
 from tuneloop.evals.scoring.asking import EvaluationRequest, ModelAnswer, PartialAnswers
@@ -425,6 +427,127 @@ def test_a_row_without_one_of_its_answers_is_asked_for_that_one(
     assert second.manifest["metrics"]["num_unscored"] == 0
 
 
+def trained(server, name: str, *versions: int) -> Arm:
+    """Return an arm of several trainings, one of which has seen nothing of what another has."""
+    seen = {1: set(), 2: {"row-000"}, 3: set()}
+    server.models += [f"models/words@v{n}" for n in versions]
+    models = tuple(
+        Arm(
+            f"{name} (models/words@v{n})",
+            Endpoint(server.url, f"models/words@v{n}"),
+            (),
+            f"training-{n}",
+            trained_on=f"rows-{n}",
+            find_seen=lambda questions, n=n: seen[n],
+        )
+        for n in versions
+    )
+    return Arm(name, Endpoint("", ""), trained_on="rows-1", models=models)
+
+
+def by_training(body: dict) -> dict:
+    """Answer as trainings that differ: the third, and the base, miss words with five letters."""
+    word = body["messages"][-1]["content"].removeprefix("spell ")
+    is_right = body["model"] not in ("parrot", "models/words@v3") or len(word) != 5
+    content = json.dumps({"word": word.upper() if is_right else "?", "letters": len(word)})
+    return {"content": content}
+
+
+def test_several_trainings_are_one_arm(model_server, config, workspace, dataset, capsys):
+    model_server.answer = by_training
+    base = arms(model_server, dataset)[0]
+    both = [base, trained(model_server, "three", 1, 2, 3)]
+    artifact = evaluate(config, workspace, dataset, both, "words").artifact
+    assert len(model_server.requests) == 4 * 10
+    evaluation = Evaluation.load(artifact)
+    rows = [p for p in evaluation.predictions if p.arm == "three"]
+    assert len(rows) == 10
+    for p in rows:
+        assert p.models == [f"models/words@v{n}" for n in (1, 2, 3)]
+        five = len(json.loads(p.samples[0]["completion"])["word"]) == 5
+        assert p.scores["exact_match"] == pytest.approx(2 / 3 if five else 1)
+        assert [s["scores"]["exact_match"] for s in p.samples] == [1, 1, 0 if five else 1]
+    # What one of them was trained on is not unseen by the arm.
+    assert [p.example_id for p in rows if p.contaminated] == ["row-000"]
+    first, second = evaluation.arms
+    scores = {m["name"]: m["scores"]["exact_match"]["value"] for m in second["models"]}
+    assert scores == {"models/words@v1": 1, "models/words@v2": 1, "models/words@v3": 0.5}
+    score = second["scores"]["exact_match"]
+    assert (score["n"], score["value"]) == (10, pytest.approx(2.5 / 3))
+    assert "rows and seeds" in score["method"]
+    assert 0 < score["seed_share"] < 1
+    # An arm that is one model has the interval of one, and costs are those of one answer.
+    assert first["scores"]["exact_match"]["method"] == "Wilson"
+    assert "models" not in first
+    assert second["mean_prompt_tokens"] == first["mean_prompt_tokens"]
+    pair = evaluation.comparison["pairs"][0]["differences"]["exact_match"]
+    assert pair["test"] == "t, rows and seeds"
+    assert artifact.manifest["metrics"]["models"] == {"three": scores}
+    trainings = [f"training-{n}" for n in (1, 2, 3)]
+    assert artifact.manifest["inputs"] == [dataset.ref, "weights-1", *trainings]
+    assert evaluation.metrics["num_arms_scored"] == 4
+    # Three trainings that differ much: more rows would not tell, and a gate says so.
+    gate = decide(evaluation, [FloorConfig(at_least=0.6)])
+    assert (gate.verdict, gate.passed) == ("cannot tell", False)
+    assert [check.rows_needed for check in (gate.checks[0], gate.checks[-1])] == [None, None]
+    for check in (gate.checks[0], gate.checks[-1]):
+        assert "more trainings would have to tell" in check.detail
+    assert "too few trainings to tell" in write_headline(evaluation).title
+    assert "models/words@v3 50.0%" in (artifact.path / "report.html").read_text()
+    Console(width=120).print(terminal_table(artifact))
+    assert "models/words@v3" in capsys.readouterr().out
+
+
+def test_what_each_training_answered_is_not_asked_again(model_server, config, workspace, dataset):
+    model_server.answer = by_training
+    evaluate(config, workspace, dataset, [trained(model_server, "three", 1, 2, 3)], "words")
+    model_server.requests.clear()
+    other, alone = trained(model_server, "two", 3, 2), trained(model_server, "one", 1).models[0]
+    assert find_unanswered(config, workspace, dataset, [other, alone]) == []
+    artifact = evaluate(config, workspace, dataset, [other, alone], "again").artifact
+    assert not model_server.requests
+    two, one = Evaluation.load(artifact).arms
+    assert (two["scores"]["exact_match"]["value"], one["scores"]["exact_match"]["value"]) == (
+        *(0.75, 1),
+    )
+    # And the other way round: what a model answered alone is part of the arm.
+    sampled_config = sampled(config, 2)
+    evaluate(sampled_config, workspace, dataset, [alone], "drawn")
+    model_server.requests.clear()
+    three = trained(model_server, "three", 1, 2, 3)
+    artifact = evaluate(sampled_config, workspace, dataset, [three], "drawn").artifact
+    assert {body["model"] for body in model_server.requests} == {
+        "models/words@v2",
+        "models/words@v3",
+    }
+    assert len(model_server.requests) == 2 * 2 * 10
+    (row, *_) = Evaluation.load(artifact).predictions
+    assert [s["model"][-1] for s in row.samples] == ["1", "1", "2", "2", "3", "3"]
+
+
+def test_a_row_that_one_training_did_not_answer_is_asked_of_that_one(
+    model_server, config, workspace, dataset
+):
+    def answer(body):
+        is_lost = body["model"] == "models/words@v2" and "plum" in body["messages"][-1]["content"]
+        if is_lost and is_down:
+            raise ValueError("overloaded")
+        return by_training(body)
+
+    is_down = True
+    model_server.answer = answer
+    two = [trained(model_server, "two", 1, 2)]
+    first = evaluate(config, workspace, dataset, two, "words").artifact
+    evaluation = Evaluation.load(first)
+    assert (evaluation.arms[0]["num_scored"], evaluation.arms[0]["num_unscored"]) == (9, 1)
+    is_down = False
+    model_server.requests.clear()
+    # Another evaluation of the same models asks what is missing, and nothing else.
+    again = evaluate(config, workspace, dataset, two, "again").artifact
+    assert len(model_server.requests) == 1
+    assert again.manifest["metrics"]["num_unscored"] == 0
+
+
 def test_samples_need_a_temperature(config):
     with pytest.raises(ValidationError, match="set a temperature above 0, or num_samples: 1"):
         TuneloopConfig.model_validate(config.model_dump() | {"evaluation": {"num_samples": 4}})
@@ -625,7 +748,7 @@ def test_a_kill_in_the_middle_loses_no_answer(model_server, config, workspace, d
     script = f"""
 import pathlib
 from tuneloop.artifacts import Workspace
-from tuneloop.config import TuneloopConfig
+from tuneloop.config import FloorConfig, TuneloopConfig
 from tuneloop.evals.runner import evaluate
 from tuneloop.evals.scoring.questions import choose_shots
 from tuneloop.records import Arm, Endpoint, Message, SamplingParams

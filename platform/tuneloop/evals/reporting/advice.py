@@ -522,6 +522,8 @@ class _Adviser:
         now, num = self.now, self.now.score["n"]
         if now.metric.kind == "number" or now.width <= _WIDE_INTERVAL:
             return
+        if now.score.get("seed_share", 0.0) > 0.5:
+            return  # the trainings differ: more rows would narrow it little
         needed = int(round(num * (now.width / _NARROW_INTERVAL) ** 2, -1))
         why = (
             f"The interval of the score is {100 * now.width:.0f} points wide; about {needed:,} "

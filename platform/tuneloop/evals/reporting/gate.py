@@ -22,6 +22,7 @@ from tuneloop.evals.reporting.headline import Direction, describe_rows, directio
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import design_of, rows_to_find, scale_of
 from tuneloop.evals.scoring.metrics import Metric
+from tuneloop.evals.scoring.predictions import values_of
 from tuneloop.evals.scoring.results import Evaluation
 
 Verdict = Literal["better", "not worse", "worse", "cannot tell"]
@@ -108,7 +109,7 @@ def decide(
     elif verdict == "cannot tell":
         lacks = _lacks(evaluation, pair)
         rows = None if lacks else _rows_needed(evaluation, pair, difference)
-        detail += lacks or _about(rows)
+        detail += lacks or _about(rows, difference)
     size = format_size(margin, metric)
     asked = GateCheck(
         f"{pair['arm']} is not worse than {pair['other']} by {size} or more",
@@ -144,11 +145,15 @@ def _rows_needed(
     examples = [e for e in evaluation.pair(pair["other"], pair["arm"]) if e.gain is not None]
     if not examples or difference["low"] is None:
         return None
-    gains = np.array([e.gain for e in examples], float)
-    gain = float(gains.mean())
+    gain = float(np.mean([e.gain for e in examples]))
+    ours, theirs = (
+        values_of([getattr(e, side) for e in examples], evaluation.row_metric)
+        for side in ("after", "before")
+    )
     distance = gain + margin if gain > -margin else -gain
     clusters = Clusters.of([e.after.cluster or e.example_id for e in examples])
-    design = design_of(gains, clusters, scale_of(metric), evaluation.metrics["confidence"])
+    confidence = evaluation.metrics["confidence"]
+    design = design_of(ours, theirs, clusters, scale_of(metric), confidence)
     needed = None if design is None or distance == 0 else rows_to_find(design, min(1.0, distance))
     return None if needed is None else max(needed, len(examples) + 1)
 
@@ -156,13 +161,16 @@ def _rows_needed(
 def _rows_by_width(difference: dict[str, Any], margin: float) -> int | None:
     """Return about how many rows narrow the interval enough, if the difference stays the same."""
     value, low, high = difference["value"], difference["low"], difference["high"]
-    if low is None or value in (-margin, 0):
+    # What seeds add to the width does not go with the rows.
+    if low is None or value in (-margin, 0) or difference.get("seed_share"):
         return None
     ratio = (value - low) / (value + margin) if value > -margin else (high - value) / -value
     return max(int(difference["n"]) + 1, round(difference["n"] * ratio**2))
 
 
-def _about(rows: int | None) -> str:
+def _about(rows: int | None, estimate: dict[str, Any]) -> str:
+    if rows is None and (share := estimate.get("seed_share")):
+        return f"; more {'' if share > 0.5 else 'rows and '}trainings would have to tell"
     if rows is None:
         return "; more rows than anyone has would have to tell"
     return f"; about {float(f'{rows:.2g}'):,.0f} rows would tell"
@@ -228,12 +236,14 @@ def _floor(
         outcome = "missed"
     else:
         outcome = "cannot tell"
-        if low is not None and value != floor.at_least:
+        if score.get("seed_share"):
+            detail += _about(None, score)
+        elif low is not None and value != floor.at_least:
             # The end of the interval that is nearer to the floor goes with the root of the rows.
             end = low if value > floor.at_least else high
             ratio = (value - end) / (value - floor.at_least)
             needed = max(score["n"] + 1, round(score["n"] * ratio**2))
-            detail += _about(needed)
+            detail += _about(needed, score)
     name = f"at least {least} on {rows}"
     return GateCheck(name, outcome == "reached", outcome, detail, needed)
 

@@ -80,6 +80,8 @@ def write_headline(evaluation: Evaluation) -> Headline:
         words = _all_alike(directions[0], margin_of(evaluation), metric)
         if directions[0] == "unclear" and any(_lacks_answers(evaluation, pair) for pair in pairs):
             words = "made no clear difference: too many answers are missing to tell"
+        elif directions[0] == "unclear" and any(_lacks_trainings(pair, primary) for pair in pairs):
+            words = "made no clear difference: too few trainings to tell"
         return Headline(_TONES[directions[0]], f"{subject} {words}", detail)
     clauses = []
     for kind, words in _clauses(margin_of(evaluation), metric).items():
@@ -172,6 +174,13 @@ def _lacks_answers(evaluation: Evaluation, pair: dict[str, Any]) -> bool:
     return "worst_case" in pair and direction(evaluation, come, evaluation.primary) != "unclear"
 
 
+def _lacks_trainings(pair: dict[str, Any], primary: str) -> bool:
+    """Return whether the seeds differ so much that no number of rows would tell."""
+    difference = pair["differences"][primary]
+    # Of macro-F1 nobody says how many rows it takes.
+    return bool(difference.get("seed_share")) and difference.get("rows_needed", 0) is None
+
+
 def _level(evaluation: Evaluation) -> float:
     """Return below which p-value a difference counts as shown."""
     return 1 - float(evaluation.metrics["confidence"])
@@ -226,6 +235,10 @@ def _what_it_can_show(
         f" {rows} show a difference of {format_size(difference['detectable'], metric)} in four of "
         "five cases"
     )
+    if difference.get("seed_share"):
+        words += f"; the seeds make up {difference['seed_share']:.0%} of the difference's variance"
+        if _lacks_trainings(unclear[0], evaluation.primary):
+            words += ": more trainings would tell, more rows alone would not"
     if needed := difference.get("rows_needed"):
         size = format_size(abs(difference["value"]), metric)
         if needed > difference["n"]:

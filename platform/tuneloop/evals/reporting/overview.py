@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from tuneloop.artifacts import Artifact
 from tuneloop.evals.reporting.formatting import format_cost, format_estimate, format_number
 from tuneloop.evals.reporting.headline import Headline, describe_rows, write_headline
-from tuneloop.evals.reporting.views import show_pair
+from tuneloop.evals.reporting.views import describe_trainings, show_pair
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.text import shorten
 
@@ -110,6 +110,11 @@ def tabulate(evaluation: Evaluation) -> EvaluationTables:
             "latency under load, median s": format_number(arm["median_latency_s"], 2),
             "cost per 1,000 requests": format_cost(arm.get("cost_per_1000_requests")),
         }
+        | (
+            {"trainings": describe_trainings(arm, evaluation.primary, metric)}
+            if evaluation.scores_of_models()
+            else {}
+        )
         for arm in evaluation.arms
     ]
     pairs = []

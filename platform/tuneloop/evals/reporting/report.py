@@ -115,6 +115,10 @@ def terminal_table(artifact: Artifact) -> RenderableType:
             str(arm["num_unscored"]),
             format_number(arm["median_completion_tokens"]),
         )
+        for model in arm.get("models", []):
+            score = model["scores"][evaluation.primary]
+            value, _, interval = format_estimate(score, metric).partition(" ")
+            arms.add_row(f"  {model['name']}", value, interval.strip("()"), "", "", "")
     parts: list[RenderableType] = [
         Text(headline.title, style=f"bold {colour}"),
         Text(headline.detail),

@@ -75,6 +75,7 @@ def show_arms(evaluation: Evaluation, secondary: Sequence[str]) -> list[dict[str
                     format_value(end, metric) for end in arm.get("worst_case", {}).values()
                 ),
                 "sampling": _sampling_noise(arm.get("sampling")),
+                "trainings": describe_trainings(arm, evaluation.primary, metric),
                 "num_scored": arm["num_scored"],
                 "num_unscored": arm["num_unscored"],
                 "reasons": arm["unscored_reasons"],
@@ -91,6 +92,28 @@ def show_arms(evaluation: Evaluation, secondary: Sequence[str]) -> list[dict[str
             }
         )
     return shown
+
+
+def describe_trainings(arm: dict[str, Any], primary: str, metric: Metric) -> str:
+    """Return each model's score of an arm that is several trainings, in words; else nothing."""
+    models = arm.get("models", [])
+    if not models:
+        return ""
+    scores = [
+        f"{model['name']} {format_value(model['scores'][primary]['value'], metric)}"
+        for model in models
+    ]
+    text = f"{len(models)} trainings of one recipe, whose mean is the score: {', '.join(scores)}. "
+    share = arm["scores"][primary].get("seed_share")
+    if share is None:
+        text += "They are right and wrong on the same rows"
+    else:
+        text += (
+            "The interval holds for other seeds as well. The seeds make up "
+            f"{share:.0%} of the score's variance: more trainings would make that smaller, more "
+            "rows would not"
+        )
+    return f"{text}. Examples, error tags and judges look at the answers of {models[0]['name']}"
 
 
 def _sampling_noise(sampling: dict[str, Any] | None) -> str:

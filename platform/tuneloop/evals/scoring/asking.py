@@ -148,6 +148,9 @@ def arm_identity(arm: Arm, params: SamplingParams, sample: int = 0) -> str:
         params: How answers are sampled.
         sample: Number of the answer, where several are sampled.
     """
+    if arm.models:
+        each = [arm_identity(model, params, sample) for model in arm.models]
+        return hashlib.sha256(json.dumps(each).encode()).hexdigest()[:32]
     model = arm.model_fingerprint or f"{arm.endpoint.url} {arm.endpoint.model}"
     parts: dict[str, Any] = {
         "version": _SAMPLED_VERSION if params.temperature > 0 else _REQUEST_VERSION,

@@ -7,7 +7,7 @@ simulation that decided, is in `docs/adr/0020-intervals-know-their-clusters.md`.
 Where every row is a cluster of its own (`Clusters.singletons`) use the intervals for independent
 rows: they are a little shorter.
 
-Shape legend: n rows, G clusters, S seeds, K intraclass correlations.
+Shape legend: n rows, G clusters, R rows of weights, K intraclass correlations.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def estimate_clustered_mean(
         scale: `binary` for 0 or 1, `unit` for scores in [0, 1], `unbounded` otherwise.
         confidence: Level of the interval, for example 0.95.
     """
-    described = _describe(values, clusters)
+    described = mean_with_error(values, clusters)
     if described.value is None or described.std_error is None:
         return described
     edge = scale != "unbounded" and described.value in (0.0, 1.0)
@@ -128,7 +128,7 @@ def estimate_clustered_difference(
         test are made differently and may disagree close to the level.
     """
     differences = first - second
-    described = _describe(differences, clusters)
+    described = mean_with_error(differences, clusters)
     if described.value is None:
         return described, None, "none"
     p_value = sign_flip_p(clusters.totals(differences))
@@ -150,46 +150,6 @@ def estimate_clustered_difference(
     if scale != "unbounded" and estimate.low is not None and estimate.high is not None:
         estimate = replace(estimate, low=max(-1.0, estimate.low), high=min(1.0, estimate.high))
     return estimate, p_value, test
-
-
-def estimate_over_seeds(
-    values: Floats, clusters: Clusters, scale: Scale, confidence: float = 0.95
-) -> ClusteredEstimate:
-    """Return the mean over seeds and rows, for what other seeds and other rows would give.
-
-    The variance is that of the rows (of the scores averaged over seeds) plus that of the seeds'
-    means over S, less what both count twice: the noise of a seed on a cluster. Where the rest
-    for the seeds is negative it counts as zero. Its S - 1 degrees of freedom and those of the
-    clusters are combined after Satterthwaite, so three seeds give wide intervals if seeds differ.
-
-    Args:
-        values: Shape (S, n): scores, or paired differences, of S models on the same rows.
-        clusters: Of the rows.
-        scale: Of the values; `unbounded` for differences.
-        confidence: Level of the interval.
-    """
-    num_seeds = len(values)
-    averaged = values.mean(axis=0)
-    if num_seeds == 1 or len(clusters.sizes) < 2:
-        return estimate_clustered_mean(averaged, clusters, scale, confidence)
-    described = _describe(averaged, clusters)
-    if described.std_error is None or np.ptp(values) == 0:
-        return estimate_clustered_mean(averaged, clusters, scale, confidence)
-    rows = described.std_error**2
-    totals = np.stack([clusters.totals(seed) for seed in values])
-    means = values.mean(axis=1)
-    n = len(averaged)
-    between = float(means.var(ddof=1)) / num_seeds
-    noise = totals - totals.mean(axis=0) - np.outer(means - means.mean(), clusters.sizes)
-    shared = float((noise**2).sum(axis=0) @ (1 / (1 - clusters.sizes / n)))
-    seeds = max(0.0, between - shared / ((num_seeds - 1) * num_seeds * n**2))
-    df = satterthwaite_df(clusters.sizes, intraclass_correlation(averaged, clusters))
-    variance = rows + seeds
-    if variance > 0:
-        df = variance**2 / (rows**2 / df + seeds**2 / (num_seeds - 1))
-    described = replace(described, std_error=math.sqrt(variance))
-    estimate = with_ends(described, variance, df, scale, confidence)
-    return replace(estimate, method=f"{estimate.method}, rows and seeds")
 
 
 def estimate_clustered_statistic(
@@ -215,14 +175,7 @@ def estimate_clustered_statistic(
     value = float(statistic(np.ones((1, n)))[0])
     if num_clusters < 2:
         return ClusteredEstimate(value, None, None, n, num_clusters, "one cluster")
-    size = max(1, _CHUNK_CELLS // n)
-    without = np.concatenate(
-        [
-            statistic((np.arange(start, stop)[:, None] != clusters.index).astype(np.float64))
-            for start in range(0, num_clusters, size)
-            for stop in [min(start + size, num_clusters)]
-        ]
-    )
+    without = without_each_cluster(statistic, clusters)
     factor = (num_clusters - 1) / num_clusters
     variance = float(factor * ((without - without.mean()) ** 2).sum())
     described = ClusteredEstimate(
@@ -230,6 +183,19 @@ def estimate_clustered_statistic(
     )
     estimate = with_ends(described, variance, num_clusters - 1, scale, confidence)
     return replace(estimate, method="jackknife over clusters")
+
+
+def without_each_cluster(statistic: Callable[[Floats], Floats], clusters: Clusters) -> Floats:
+    """Return a statistic of weighted rows without each of the clusters, shape (G,)."""
+    n, num_clusters = len(clusters.index), len(clusters.sizes)
+    size = max(1, _CHUNK_CELLS // n)
+    return np.concatenate(
+        [
+            statistic((np.arange(start, stop)[:, None] != clusters.index).astype(np.float64))
+            for start in range(0, num_clusters, size)
+            for stop in [min(start + size, num_clusters)]
+        ]
+    )
 
 
 def intraclass_correlation(values: Floats, clusters: Clusters) -> float:
@@ -358,6 +324,8 @@ class PairedDesign:
         confidence: Level of the test.
         power: Chance of finding the difference.
         binary: Scores are 0 or 1.
+        by_seeds: The difference that would be detectable with infinitely many rows, where an arm is
+            several trainings.
     """
 
     num_clusters: float
@@ -367,6 +335,7 @@ class PairedDesign:
     confidence: float = 0.95
     power: float = 0.8
     binary: bool = True
+    by_seeds: float = 0.0
 
     @classmethod
     def of(cls, clusters: Clusters, discordance: float, icc: float) -> PairedDesign:
@@ -392,7 +361,7 @@ def detectable_difference(design: PairedDesign) -> float:
     rows = design.num_clusters * design.mean_size
     ratio = float(quantiles.sum()) ** 2 * design.design_effect / rows
     if not design.binary:
-        return math.sqrt(ratio * design.discordance)
+        return math.hypot(math.sqrt(ratio * design.discordance), design.by_seeds)
     difference = math.sqrt(ratio * design.discordance / (1 + ratio))
     return difference if difference <= design.discordance else ratio / (1 + ratio)
 
@@ -426,7 +395,7 @@ def rows_needed(design: PairedDesign, difference: float) -> int:
     return math.ceil(high * design.mean_size)
 
 
-def _describe(values: Floats, clusters: Clusters) -> ClusteredEstimate:
+def mean_with_error(values: Floats, clusters: Clusters) -> ClusteredEstimate:
     """Return the mean, its standard error and design effect, still without an interval."""
     n, num_clusters = len(values), len(clusters.sizes)
     if n == 0:
@@ -444,10 +413,14 @@ def with_ends(
     described: ClusteredEstimate, variance: float, df: float, scale: Scale, confidence: float
 ) -> ClusteredEstimate:
     """Return the estimate with a t interval, in Wilson's form where scores end at 0 and 1."""
+    quantile = float(stats.t.ppf(0.5 + confidence / 2, max(1.0, df)))
+    return with_half_width(described, quantile * math.sqrt(variance), scale)
+
+
+def with_half_width(described: ClusteredEstimate, half: float, scale: Scale) -> ClusteredEstimate:
+    """Return the estimate with an interval of this half-width, in Wilson's form likewise."""
     mean = described.value
     assert mean is not None
-    quantile = float(stats.t.ppf(0.5 + confidence / 2, max(1.0, df)))
-    half = quantile * math.sqrt(variance)
     if scale == "unbounded" or not 0 < mean < 1:
         return replace(described, low=mean - half, high=mean + half, method="CR2, t")
     # Wilson's interval for as many rows as would give a proportion this variance.

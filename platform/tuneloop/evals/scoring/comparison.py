@@ -22,8 +22,9 @@ from tuneloop.evals.scoring.estimates import (
     describe_difference,
     describe_mean,
     describe_statistic,
+    describe_statistic_over_seeds,
 )
-from tuneloop.evals.scoring.intervals import Floats, Resampling
+from tuneloop.evals.scoring.intervals import Floats, Resampling, Scale
 from tuneloop.evals.scoring.metrics import MACRO_F1, OF_ALL_ROWS, Metric, Scorer, in_task
 from tuneloop.evals.scoring.pairing import (
     PairedExample,
@@ -31,7 +32,7 @@ from tuneloop.evals.scoring.pairing import (
     count_tag_changes,
     pair_arms,
 )
-from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.predictions import Prediction, by_model, values_of
 
 SCHEMA_VERSION = 1
 
@@ -120,23 +121,23 @@ def _summarise_arm(
     predictions: Sequence[Prediction], scorer: Scorer, resampling: Resampling
 ) -> dict[str, Any]:
     scored = [p for p in predictions if p.status == "scored"]
-    ids = _cluster_ids(scored)
-    scores = {}
-    for name, metric in scorer.metrics.items():
-        values = _raw_values(scored, name)
-        known = ~np.isnan(values)
-        scores[name] = describe_mean(values[known], Clusters.of(ids[known]), metric, resampling)
+    scores = _scores(scored, scorer, resampling)
     extra: dict[str, Any] = {}
+    models = by_model(scored)
+    if len(models) > 1:
+        extra["models"] = [
+            {"name": model, "scores": _scores(rows, scorer, resampling)}
+            for model, rows in models.items()
+        ]
     if scorer.task.type == "classification":
         counts = LabelCounts(scored, scorer)
-        scores["macro_f1"] = describe_statistic(
-            counts.macro_f1, Clusters.of(ids), counts.num_effective, "unit", resampling
-        )
         extra["label_f1"] = counts.f1_by_label()
         extra["confusion"] = counts.confusion()
-    if any(p.samples for p in scored):
+    if len(models) == 1 and any(p.samples for p in scored):
         estimate = scores[scorer.primary]
         extra["sampling"] = _sampling_noise(scored, estimate, resampling.confidence)
+    # What answers cost is that of one model's.
+    answers = [answer for of_model in models.values() for answer in of_model]
     reasons = [p.error for p in predictions if p.status == "unscored"]
     if reasons and scorer.metrics[scorer.primary].kind != "number":
         # As if every missing answer were wrong, and as if every one were right.
@@ -150,10 +151,63 @@ def _summarise_arm(
         "scores": scores,
         **extra,
         "error_tags": {tag: sum(tag in p.error_tags for p in scored) for tag in tags_of(scored)},
-        "mean_prompt_tokens": _mean([p.prompt_tokens for p in scored]),
-        "median_completion_tokens": _median([p.completion_tokens for p in scored]),
-        "median_latency_s": _median([p.latency_s for p in scored]),
+        "mean_prompt_tokens": _mean([p.prompt_tokens for p in answers]),
+        "median_completion_tokens": _median([p.completion_tokens for p in answers]),
+        "median_latency_s": _median([p.latency_s for p in answers]),
     }
+
+
+def _scores(
+    scored: Sequence[Prediction], scorer: Scorer, resampling: Resampling
+) -> dict[str, dict[str, Any]]:
+    """Return an arm's score in each metric with its interval.
+
+    Of several trainings of one recipe it is their mean, and the interval is for other trainings as
+    well as other rows.
+    """
+    ids = _cluster_ids(scored)
+    scores = {}
+    for name, metric in scorer.metrics_of(any(p.samples for p in scored)).items():
+        values = values_of(scored, name)
+        known = _known(values)
+        clusters = Clusters.of(ids[known])
+        scores[name] = describe_mean(values[..., known], clusters, metric, resampling)
+    if scorer.task.type == "classification":
+        scores["macro_f1"] = _macro_f1(scored, None, scorer, resampling)
+    return scores
+
+
+def _known(values: Floats) -> NDArray[np.bool_]:
+    """Return which rows have a score, shape (n,), of scores of shape (n,) or (S, n)."""
+    return np.asarray(~np.isnan(np.atleast_2d(values)).any(axis=0))
+
+
+def _macro_f1(
+    rows: Sequence[Prediction],
+    others: Sequence[Prediction] | None,
+    scorer: Scorer,
+    resampling: Resampling,
+) -> dict[str, Any]:
+    """Return macro-F1 with its interval, or the difference to another arm's on the same rows."""
+    clusters = Clusters.of(_cluster_ids(rows))
+    first, second = (
+        [] if arm is None else [LabelCounts(one, scorer) for one in by_model(arm).values()]
+        for arm in (rows, others)
+    )
+    if len(first) > 1 or len(second) > 1:
+        ours, theirs = ([counts.macro_f1 for counts in arm] for arm in (first, second))
+        told = describe_statistic_over_seeds(ours, theirs, clusters, resampling.confidence)
+        if told is not None:
+            return told
+
+    def mean(weights: Floats) -> Floats:
+        total = sum(counts.macro_f1(weights) for counts in first) / len(first)
+        if second:
+            total = total - sum(counts.macro_f1(weights) for counts in second) / len(second)
+        return np.asarray(total)
+
+    scale: Scale = "unbounded" if second else "unit"
+    return describe_statistic(mean, clusters, first[0].num_effective, scale, resampling)
 
 
 def _sampling_noise(
@@ -191,21 +245,14 @@ def _compare_pair(
     first, second = [e.after for e in examples], [e.before for e in examples]
     ids = _cluster_ids(first)
     differences: dict[str, Any] = {}
-    for name, metric in scorer.metrics.items():
-        ours, theirs = _raw_values(first, name), _raw_values(second, name)
-        both = ~(np.isnan(ours) | np.isnan(theirs))
+    for name, metric in scorer.metrics_of(any(p.samples for p in (*first, *second))).items():
+        ours, theirs = values_of(first, name), values_of(second, name)
+        both = _known(ours) & _known(theirs)
         differences[name] = describe_difference(
-            ours[both], theirs[both], Clusters.of(ids[both]), metric, resampling
+            ours[..., both], theirs[..., both], Clusters.of(ids[both]), metric, resampling
         )
     if scorer.task.type == "classification":
-        counts, others = LabelCounts(first, scorer), LabelCounts(second, scorer)
-        differences["macro_f1"] = describe_statistic(
-            lambda weights: counts.macro_f1(weights) - others.macro_f1(weights),
-            Clusters.of(ids),
-            counts.num_effective,
-            "unbounded",
-            resampling,
-        )
+        differences["macro_f1"] = _macro_f1(first, second, scorer, resampling)
     return {
         "differences": differences,
         "outcomes": _outcomes(examples, scorer.metrics[scorer.primary]),
@@ -303,8 +350,8 @@ def _score_of_all(predictions: Sequence[Prediction], scorer: Scorer, missing: fl
             else replace(p, completion=p.reference if missing else "", samples=[])
             for p in predictions
         ]
-        counts = LabelCounts(filled, scorer)
-        return float(counts.macro_f1(np.ones((1, len(filled))))[0])
+        each = [LabelCounts(rows, scorer) for rows in by_model(filled).values()]
+        return float(np.mean([counts.macro_f1(np.ones((1, len(filled)))) for counts in each]))
     scores = [p.scores.get(scorer.primary, missing) or 0.0 for p in predictions]
     return float(np.mean(scores))
 
@@ -327,11 +374,6 @@ def _adjust_pairs(pairs: Sequence[dict[str, Any]], primary: str, tasks: Collecti
 def _cluster_ids(predictions: Sequence[Prediction]) -> NDArray[np.str_]:
     """Return the cluster of each answer, shape (n,); a row without one is its own."""
     return np.array([p.cluster or p.example_id for p in predictions], dtype=np.str_)
-
-
-def _raw_values(predictions: Sequence[Prediction], name: str) -> Floats:
-    """Return scores of shape (n,); NaN where the metric does not apply to the row."""
-    return np.array([p.scores.get(name) for p in predictions], dtype=np.float64)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

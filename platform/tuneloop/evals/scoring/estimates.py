@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,14 @@ from tuneloop.evals.scoring.intervals import (
     wilson,
 )
 from tuneloop.evals.scoring.metrics import Metric
+from tuneloop.evals.scoring.seeds import (
+    Seeds,
+    SeedsEstimate,
+    detectable_by_seeds,
+    estimate_difference_over_seeds,
+    estimate_over_seeds,
+    estimate_statistic_over_seeds,
+)
 
 # A test that would need more rows than this is not worth the sentence.
 _MOST_ROWS = 1_000_000
@@ -55,12 +64,18 @@ def describe_mean(
     """Return a mean with its interval, as `metrics.json` keeps it.
 
     Args:
-        values: Shape (n,).
+        values: Shape (n,), or (S, n) of S trainings of one recipe: the interval is then one for
+            other trainings as well as other rows.
         clusters: Of the same rows.
         metric: Whose scores they are.
         resampling: Level, resamples and seed.
     """
     scale = scale_of(metric)
+    if values.ndim == 2:
+        over_seeds = estimate_over_seeds(values, clusters, scale, resampling.confidence)
+        if isinstance(over_seeds, SeedsEstimate):
+            return _described(over_seeds)
+        values = values.mean(axis=0)
     if _is_plain(values, clusters, scale, resampling):
         plain = estimate_mean(values, scale, resampling)
         return dataclasses.asdict(plain) | {"num_clusters": plain.n}
@@ -80,27 +95,33 @@ def describe_difference(
     measured one as often.
 
     Args:
-        first: Shape (n,), scores of one arm.
-        second: Shape (n,), scores of the other arm for the same rows.
+        first: Shape (n,), scores of one arm; or (S, n), of S trainings of one recipe.
+        second: Likewise of the other arm for the same rows, (n,) or (T, n).
         clusters: Of the same rows.
         metric: Whose scores they are.
         resampling: Level, resamples and seed.
     """
-    scale = scale_of(metric)
+    scale, confidence = scale_of(metric), resampling.confidence
+    design = design_of(first, second, clusters, scale, confidence)
+    ours, theirs = np.atleast_2d(first), np.atleast_2d(second)
+    over_seeds = estimate_difference_over_seeds(ours, theirs, clusters, scale, confidence)
+    first, second = ours.mean(axis=0), theirs.mean(axis=0)
     differences = first - second
-    if _is_plain(differences, clusters, scale, resampling):
+    if over_seeds is not None:
+        described = _described(over_seeds, is_difference=True)
+    elif _is_plain(differences, clusters, scale, resampling):
         plain = estimate_difference(first, second, scale, resampling)
         described = dataclasses.asdict(plain) | {"num_clusters": plain.n}
     else:
         estimate, p_value, test = estimate_clustered_difference(
-            first, second, clusters, scale, resampling.confidence
+            first, second, clusters, scale, confidence
         )
         if clusters.singletons and resampling.num_resamples:
             p_value, test = sign_flip_p(differences, resampling), "sign-flip permutation"
         if estimate.low is not None and estimate.low == estimate.high:
-            estimate = _widened(estimate, scale, -1.0, resampling.confidence)
+            estimate = _widened(estimate, scale, -1.0, confidence)
         described = dataclasses.asdict(estimate) | {"p_value": p_value, "test": test}
-    return described | _describe_power(differences, clusters, scale, resampling.confidence)
+    return described | _describe_power(design, differences)
 
 
 def describe_statistic(
@@ -153,6 +174,39 @@ def describe_statistic(
     return described | {"p_value": p_value, "test": "t, jackknife over clusters"}
 
 
+def describe_statistic_over_seeds(
+    first: Sequence[Callable[[Floats], Floats]],
+    second: Sequence[Callable[[Floats], Floats]],
+    clusters: Clusters,
+    confidence: float,
+) -> dict[str, Any] | None:
+    """Return the mean of a statistic in [0, 1] over trainings, or what it is above that of others.
+
+    Args:
+        first: The statistic of each training's answers, as for `describe_statistic`.
+        second: Of the arm it is held against; none: the statistic itself is described.
+        clusters: Of the rows.
+        confidence: Level of the interval.
+
+    Returns:
+        None with fewer than two clusters, or where nothing varies.
+    """
+    if len(clusters.sizes) < 2:
+        return None
+    ours = Seeds.of_statistics(first, clusters)
+    theirs = Seeds.of_statistics(second, clusters) if second else None
+    scale: Scale = "unbounded" if second else "unit"
+    estimate = estimate_statistic_over_seeds(ours, theirs, clusters, scale, confidence)
+    return None if estimate is None else _described(estimate, is_difference=bool(second))
+
+
+def _described(estimate: SeedsEstimate, is_difference: bool = False) -> dict[str, Any]:
+    """Return an estimate over seeds as the files keep it; of a difference with its test."""
+    described = dataclasses.asdict(estimate)
+    p_value = described.pop("p_value")
+    return described | ({"p_value": p_value, "test": "t, rows and seeds"} if is_difference else {})
+
+
 def _is_plain(values: Floats, clusters: Clusters, scale: Scale, resampling: Resampling) -> bool:
     """Return whether the estimators for independent rows fit."""
     if not clusters.singletons:
@@ -180,18 +234,30 @@ def adjust_p_values(differences: Sequence[dict[str, Any]]) -> None:
 
 
 def design_of(
-    differences: Floats, clusters: Clusters, scale: Scale, confidence: float
+    first: Floats, second: Floats, clusters: Clusters, scale: Scale, confidence: float
 ) -> PairedDesign | None:
-    """Return what these paired differences say of a test like theirs; None for one cluster."""
+    """Return what the scores of two arms say of a test like theirs; None for one cluster.
+
+    Args:
+        first: Shape (n,), or (S, n) of S trainings of one recipe.
+        second: Likewise, for the same rows.
+        clusters: Of the rows.
+        scale: Of the scores.
+        confidence: Level of the test.
+    """
+    ours, theirs = np.atleast_2d(first), np.atleast_2d(second)
+    differences = ours.mean(axis=0) - theirs.mean(axis=0)
     n = len(differences)
     if n < 2 or len(clusters.sizes) < 2:
         return None
     # Where no row differs, as many may as a rate of zero leaves possible.
     spread = float((differences**2).mean()) or wilson(0, n, confidence)[1]
+    by_seeds = [detectable_by_seeds(one, clusters, confidence) for one in (ours, theirs)]
     return dataclasses.replace(
         PairedDesign.of(clusters, spread, intraclass_correlation(differences, clusters)),
         confidence=confidence,
         binary=scale == "binary",
+        by_seeds=math.hypot(*by_seeds),
     )
 
 
@@ -207,10 +273,7 @@ def rows_to_find(design: PairedDesign, size: float) -> int | None:
     return rows_needed(design, size)
 
 
-def _describe_power(
-    differences: Floats, clusters: Clusters, scale: Scale, confidence: float
-) -> dict[str, Any]:
-    design = design_of(differences, clusters, scale, confidence)
+def _describe_power(design: PairedDesign | None, differences: Floats) -> dict[str, Any]:
     if design is None:
         return {"detectable": None, "rows_needed": None}
     needed = rows_to_find(design, abs(float(differences.mean())))

@@ -74,7 +74,8 @@ def find_looks(workspace: Workspace, dataset: Artifact, split: str) -> Looks:
             shared = {**shared, key: bool(ours & rows)}
         if shared[key]:
             evaluations.append(artifact.ref)
-            identities |= {a["identity"] for a in config.get("arms", []) if "identity" in a}
+            each = [one for arm in config.get("arms", []) for one in arm.get("models", [arm])]
+            identities |= {one["identity"] for one in each if "identity" in one}
     return Looks(evaluations, frozenset(identities))
 
 

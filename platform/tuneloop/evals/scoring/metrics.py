@@ -119,6 +119,8 @@ class Scorer:
         DataError: References that cannot be scored against, for example one that is not JSON.
     """
 
+    of_one: Mapping[str, Metric] | None = None
+
     def __init__(
         self,
         task: OneTaskConfig,
@@ -170,12 +172,17 @@ class Scorer:
     def averaged(self) -> Scorer:
         """Return a scorer of the mean of several answers: right or wrong becomes a share."""
         other = copy.copy(self)
+        other.of_one = self.metrics
         other.metrics = {
             name: replace(metric, kind="ratio") if metric.kind == "binary" else metric
             for name, metric in self.metrics.items()
         }
         other.parts = {name: part.averaged() for name, part in self.parts.items()}
         return other
+
+    def metrics_of(self, is_averaged: bool) -> Mapping[str, Metric]:
+        """Return what scores mean: an arm that answered each row once has no shares."""
+        return self.metrics if is_averaged or self.of_one is None else self.of_one
 
     @property
     def decides(self) -> str:

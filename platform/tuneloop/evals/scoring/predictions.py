@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from tuneloop.records import FinishReason, Status
 
@@ -19,17 +21,17 @@ _SHARED = ("example_id", "arm", "prompt", "reference", "status", "error", "clust
 _EVIDENCE = pa.struct(
     [("tag", pa.string()), ("detail", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
 )
-_SAMPLE = pa.struct(
-    [
-        ("completion", pa.string()),
-        ("finish_reason", pa.string()),
-        ("prompt_tokens", pa.int32()),
-        ("completion_tokens", pa.int32()),
-        ("latency_s", pa.float64()),
-        ("error", pa.string()),
-        ("score", pa.float64()),
-    ]
-)
+_SAMPLE = [
+    ("completion", pa.string()),
+    ("finish_reason", pa.string()),
+    ("prompt_tokens", pa.int32()),
+    ("completion_tokens", pa.int32()),
+    ("latency_s", pa.float64()),
+    ("error", pa.string()),
+    ("score", pa.float64()),
+    ("model", pa.string()),
+    ("probability", pa.float64()),
+]
 _COLUMNS = [
     ("example_id", pa.string()),
     ("arm", pa.string()),
@@ -68,9 +70,10 @@ class Prediction:
         contaminated: Whether the row is among those that the arm was trained on; None where that
             is not known.
         probability: Of the label among all labels, where they were ranked; None otherwise.
-        samples: Where several answers were sampled, all of them: what the columns of that name say
-            of the first one, and the `score` in the metric that decides. `scores` are then their
-            means, and a row is scored where every answer came.
+        samples: Where several answers were sampled, or several models answered, all of them: what
+            the columns of that name say of the first one, all its `scores`, the `score` in the
+            metric that decides, and the `model` where there are several. `scores` of the row are
+            then their means, and a row is scored where every answer came.
     """
 
     example_id: str
@@ -98,19 +101,75 @@ class Prediction:
         """Every answer to the question."""
         return [sample["completion"] for sample in self.samples] or [self.completion]
 
+    @property
+    def models(self) -> list[str]:
+        """The models that answered, where the arm is several trainings; else empty."""
+        # The samples of an earlier version do not say.
+        return list(dict.fromkeys(s["model"] for s in self.samples if s.get("model")))
+
+    def of(self, model: str) -> Prediction:
+        """Return the row as one of the arm's models alone answered it."""
+        own = [sample for sample in self.samples if sample["model"] == model]
+        if not own or self.status != "scored":
+            return self
+        fields = ("completion", "finish_reason", "prompt_tokens", "completion_tokens", "latency_s")
+        return dataclasses.replace(
+            self,
+            **{name: own[0][name] for name in (*fields, "probability")},
+            scores=mean_scores([sample["scores"] for sample in own]),
+            samples=own if len(own) > 1 else [],
+        )
+
+
+def by_model(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
+    """Return an arm's rows as each of its models answered them; where it is one, by an empty name.
+
+    A row without answers of its own is the same for all.
+    """
+    models = dict.fromkeys(model for p in predictions for model in p.models)
+    if not models:
+        return {"": list(predictions)}
+    return {model: [p.of(model) for p in predictions] for model in models}
+
+
+def values_of(predictions: Sequence[Prediction], name: str) -> NDArray[np.float64]:
+    """Return an arm's scores in a metric; NaN where it does not apply to the row.
+
+    Shape (n,), or (S, n) where the arm is S trainings of one recipe. Where it does not apply to the
+    answers of some of them, they have the mean of the others.
+    """
+    of_rows = np.array([p.scores.get(name) for p in predictions], np.float64)
+    models = by_model(predictions)
+    if len(models) == 1:
+        return of_rows
+    each = [[p.scores.get(name) for p in rows] for rows in models.values()]
+    values = np.array(each, np.float64)
+    return np.where(np.isnan(values), of_rows, values)
+
+
+def mean_scores(scores: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Return the mean of several answers' scores, by metric, over those that have one."""
+    means: dict[str, float | None] = {}
+    for name in scores[0]:
+        known = [score for one in scores if (score := one.get(name)) is not None]
+        means[name] = sum(known) / len(known) if known else None
+    return means
+
 
 def write_predictions(
     predictions: Sequence[Prediction], metrics: Sequence[str], folder: Path
 ) -> None:
     """Write `predictions.parquet`: one row for each example and arm, one column per metric."""
     task = [("task", pa.string())] if any(p.task for p in predictions) else []
-    sampled = [("samples", pa.list_(_SAMPLE))] if any(p.samples for p in predictions) else []
-    schema = pa.schema([*_COLUMNS, *task, *sampled, *((name, pa.float64()) for name in metrics)])
+    scores = [(name, pa.float64()) for name in metrics]
+    sample = pa.struct([*_SAMPLE, ("scores", pa.struct(scores))])
+    sampled = [("samples", pa.list_(sample))] if any(p.samples for p in predictions) else []
+    schema = pa.schema([*_COLUMNS, *task, *sampled, *scores])
     rows = []
     for prediction in predictions:
         row = dataclasses.asdict(prediction)
-        scores = row.pop("scores")
-        rows.append(row | {name: scores.get(name) for name in metrics})
+        own = row.pop("scores")
+        rows.append(row | {name: own.get(name) for name in metrics})
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / FILE, compression="zstd")
 
 

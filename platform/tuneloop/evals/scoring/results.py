@@ -167,11 +167,20 @@ class Evaluation:
         sign = -1 if self.metric(self.primary).better == "lower" else 1
         return str(max(others, key=lambda arm: sign * arm["scores"][self.primary]["value"])["name"])
 
+    def scores_of_models(self) -> dict[str, dict[str, float | None]]:
+        """Return the primary score of each model of the arms that are several trainings."""
+        return {
+            arm["name"]: {m["name"]: m["scores"][self.primary]["value"] for m in arm["models"]}
+            for arm in self.arms
+            if "models" in arm
+        }
+
     def headline_numbers(self) -> dict[str, Any]:
         """Return the numbers worth seeing in a list of artifacts, for the manifest."""
         return {
             "primary": self.primary,
             "scores": {arm["name"]: arm["scores"][self.primary]["value"] for arm in self.arms},
+            **({"models": models} if (models := self.scores_of_models()) else {}),
             "differences": {
                 pair["other"]: {
                     key: pair["differences"][self.primary][key]

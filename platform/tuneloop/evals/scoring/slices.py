@@ -24,7 +24,7 @@ from tuneloop.evals.scoring.estimates import adjust_p_values, describe_differenc
 from tuneloop.evals.scoring.intervals import Floats, Resampling
 from tuneloop.evals.scoring.metrics import Metric, Scorer
 from tuneloop.evals.scoring.pairing import last_question, pair_arms
-from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.predictions import Prediction, values_of
 from tuneloop.evals.scoring.row_clusters import BY_QUESTION
 from tuneloop.words import split_words
 
@@ -217,7 +217,7 @@ def describe_slices(
     by_arm = {}
     for arm in arms:
         rows = [p for p in predictions if p.arm == arm and p.scores.get(name) is not None]
-        values = np.array([p.scores[name] for p in rows], float)
+        values = values_of(rows, name)
         scored = _Scored.of(rows)
         parts = [_describe(part, values, scored, metric, settings) for part in slices]
         by_arm[arm] = _worst_first(parts, metric)
@@ -226,15 +226,15 @@ def describe_slices(
         examples = [
             e for e in pair_arms(predictions, other, arms[-1], name, metric) if e.gain is not None
         ]
-        ours = np.array([e.after.scores[name] for e in examples], float)
-        theirs = np.array([e.before.scores[name] for e in examples], float)
+        ours = values_of([e.after for e in examples], name)
+        theirs = values_of([e.before for e in examples], name)
         scored = _Scored.of([e.after for e in examples])
         changes = []
         for part in slices:
             inside = scored.inside(part)
             clusters = scored.clusters(part, inside)
             difference = describe_difference(
-                ours[inside], theirs[inside], clusters, metric, settings
+                ours[..., inside], theirs[..., inside], clusters, metric, settings
             )
             kept = ("value", "low", "high", "n", "num_clusters", "p_value", "method", "test")
             changes.append(_named(part, {key: difference[key] for key in kept}))
@@ -278,8 +278,10 @@ def _describe(
     part: Slice, values: Floats, scored: _Scored, metric: Metric, settings: Resampling
 ) -> dict[str, Any]:
     inside = scored.inside(part)
-    mean = describe_mean(values[inside], scored.clusters(part, inside), metric, settings)
-    rest = float(values[~inside].mean()) if (~inside).any() else None
+    mean = describe_mean(values[..., inside], scored.clusters(part, inside), metric, settings)
+    rest = float(values[..., ~inside].mean()) if (~inside).any() else None
+    # Of several trainings: these on the part against these on the other rows.
+    values = np.atleast_2d(values).mean(axis=0)
     is_binary = metric.kind == "binary"
     p_value = differs_from_rest(values, inside, scored.clusters(part), is_binary)
     kept = ("value", "low", "high", "n", "num_clusters", "method")
