@@ -73,7 +73,7 @@ def _type(annotation: Any) -> str:
     if origin is typing.Annotated:
         return _type(parts[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type(part) for part in parts)
+        return " or ".join(_type(part) for part in parts if part is not type(None))
     if origin is tuple:
         return "[" + ", ".join(map(_type, parts)) + "]"
     if origin is list:
