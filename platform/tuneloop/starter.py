@@ -400,7 +400,7 @@ def _yaml(settings: dict[str, Any], starter: Starter, old_model: str) -> str:
         "training:",
         "  method: lora               # or full",
         "  num_epochs: 3",
-        "  learning_rate: 2.0e-4",
+        "  # learning_rate: 1.0e-3   # if left out, what suits the method and the model's size",
         "  global_batch_size: 8       # sequences per step, for any number of workers",
         "",
         "evaluation:",

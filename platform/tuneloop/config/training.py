@@ -46,7 +46,12 @@ class TrainingConfig(Section):
         None, ge=1, description="Stop after N optimizer steps, even in mid-epoch. Default: never."
     )
     global_batch_size: int = Field(8, ge=1, description="Sequences per optimizer step.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate. Default: by method and size of the model "
+        "(docs/training.md).",
+    )
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate falls after the warm-up."
     )

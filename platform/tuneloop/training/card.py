@@ -12,6 +12,7 @@ from tuneloop.models.bases.source import BaseModel
 from tuneloop.training.methods import METHODS
 from tuneloop.training.results import StepRecord, TrainingResult, last_steps, mean_loss
 from tuneloop.training.validation import best_step
+from tuneloop.training.worked import usual_learning_rate
 
 _CURVE_ROWS = 12
 
@@ -23,6 +24,7 @@ def model_card(
     training, last = config.training, result.log[-1]
     method = METHODS[training.method]
     tokens = sum(row["num_tokens"] for row in result.log)
+    rate = training.learning_rate or usual_learning_rate(training.method, result.num_parameters)
     share = result.num_trainable / result.num_parameters
     facts = [
         ("base model", f"`{base.name}`"),
@@ -33,7 +35,7 @@ def model_card(
         ("trained parameters", f"{result.num_trainable:,} ({share:.2%})"),
         ("steps", f"{last['step']:,} of {training.global_batch_size} rows, {last['epoch']} epochs"),
         ("tokens", f"{tokens:,}"),
-        ("learning rate", f"{training.learning_rate:g}, {training.lr_scheduler}"),
+        ("learning rate", f"{rate:g}, {training.lr_scheduler}"),
         ("loss", f"{result.log[0]['loss']:.4f} at the first step, {_final_loss(result.log)}"),
         *_validation(config, result),
         *_rows(result),

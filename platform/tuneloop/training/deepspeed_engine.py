@@ -27,6 +27,7 @@ from tuneloop.config import TrainingConfig
 from tuneloop.models.attention import IMPLEMENTATION
 from tuneloop.models.bases.weights import load_whole
 from tuneloop.training.methods import METHODS
+from tuneloop.training.worked import usual_learning_rate
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -116,7 +117,10 @@ def make_engine(
         for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0))
         if parameters
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    rate = config.learning_rate or usual_learning_rate(
+        config.method, sum(p.numel() for p in model.parameters())
+    )
+    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, num_steps, config)
     )

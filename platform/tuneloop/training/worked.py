@@ -40,6 +40,7 @@ WORKED = (
     Worked("extraction", "lora", *_LARGER, 1e-3, 16, 200, 1, 25, "79.5%; smaller model 64.0%"),
     Worked("classification", "lora", *_SMALL, 5e-4, 16, 64, 2, 16, "68.8%; prompt 21.9%"),
     Worked("30 intents", "lora", *_SMALL, 1e-3, 16, 320, 2, 80, "89.2%; prompt 5.0%, simple 89.4%"),
+    Worked("30 intents", "full", *_SMALL, 2e-4, None, 160, 2, 40, "78.3%; adapters 73.9%"),
     Worked("function calls", "lora", *_SMALL, 1e-3, 16, 252, 1, 32, "56.2%; prompt 4.2%"),
     Worked("mixture", "lora", *_SMALL, 5e-4, 16, 96, 1, 12, "50.0%; prompt 22.5%"),
 )
@@ -49,6 +50,24 @@ _FAR = 5
 # the extraction 18.
 _FEW_STEPS = 20
 _MANY_EPOCHS = 10
+_A_BILLION = 10**9
+
+
+def usual_learning_rate(method: str, num_parameters: int) -> float:
+    """Return the peak learning rate where the configuration has none.
+
+    Small models take larger rates, and adapters larger ones than all weights.
+
+    Args:
+        method: `training.method`.
+        num_parameters: Of the whole model.
+
+    Source: models below a billion weights: `WORKED`, and the sweeps of docs/log. Larger ones, not
+    run here: Dettmers et al. 2023, arXiv:2305.14314, for adapters; Taori et al. 2023, "Stanford
+    Alpaca", for all weights.
+    """
+    small, large = (2e-4, 2e-5) if method == "full" else (1e-3, 2e-4)
+    return small if num_parameters < _A_BILLION else large
 
 
 def far_from_worked(training: TrainingConfig, num_rows: int, num_parameters: int) -> list[Problem]:
@@ -65,19 +84,20 @@ def far_from_worked(training: TrainingConfig, num_rows: int, num_parameters: int
     sizes = sorted(one.num_parameters * 10**6 for one in alike)
     rates = sorted({one.learning_rate for one in alike})
     # Larger models take smaller rates: nothing is known of them here.
-    if rates and sizes[0] / _FAR <= num_parameters <= sizes[-1] * _FAR:
-        rate = training.learning_rate
-        if not rates[0] / _FAR * 0.99 <= rate <= rates[-1] * _FAR * 1.01:
-            problems.append(
-                Problem(
-                    "the learning rate is far from those that have worked",
-                    where="training.learning_rate",
-                    got=f"{rate:g} with training.method {training.method}",
-                    allowed=f"{rates[0]:g} to {rates[-1]:g} in {len(alike)} trainings of models "
-                    "of this size",
-                    remedy=f"try {rates[-1]:g}, or let `tuneloop sweep` try several",
-                )
+    rate = training.learning_rate
+    is_known = rates and sizes[0] / _FAR <= num_parameters <= sizes[-1] * _FAR
+    is_near = is_known and rate and rates[0] / _FAR * 0.99 <= rate <= rates[-1] * _FAR * 1.01
+    if is_known and rate and not is_near:
+        problems.append(
+            Problem(
+                "the learning rate is far from those that have worked",
+                where="training.learning_rate",
+                got=f"{rate:g} with training.method {training.method}",
+                allowed=f"{rates[0]:g} to {rates[-1]:g} in {len(alike)} trainings of models "
+                "of this size",
+                remedy=f"try {rates[-1]:g}, or let `tuneloop sweep` try several",
             )
+        )
     # Who sets the number of steps knows it.
     steps = Schedule.of(training, num_rows).num_steps
     if steps < _FEW_STEPS and training.max_steps is None:

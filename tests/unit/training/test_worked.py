@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tuneloop.config import TrainingConfig
-from tuneloop.training.worked import WORKED, far_from_worked
+from tuneloop.training.worked import WORKED, far_from_worked, usual_learning_rate
 
 SMALL, LARGE = 135_000_000, 7_000_000_000
 ROOT = Path(__file__).parents[3]
@@ -73,3 +73,13 @@ def test_no_recipe_is_far(path: Path) -> None:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     num_rows = config["data"].get("num_train_examples", 100)
     assert told(num_rows, **{"num_epochs": 2} | config["training"]) == []
+
+
+def test_the_usual_rate_depends_on_method_and_size_and_is_near_what_has_worked() -> None:
+    assert usual_learning_rate("lora", SMALL) == usual_learning_rate("qlora", SMALL) == 1e-3
+    assert usual_learning_rate("full", SMALL) == 2e-4
+    assert usual_learning_rate("lora", 7 * 10**9) == 2e-4
+    assert usual_learning_rate("full", 7 * 10**9) == 2e-5
+    for one in WORKED:
+        rate = usual_learning_rate(one.method, one.num_parameters * 10**6)
+        assert rate / 2 <= one.learning_rate <= rate * 2
