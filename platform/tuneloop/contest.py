@@ -370,6 +370,17 @@ def trainings_problems(workspace: Workspace, where: str, models: Sequence[str]) 
                 )
             )
             break  # the others mostly follow from it
+    seeds = [(artifact.manifest["config"].get("training") or {}).get("seed") for artifact in opened]
+    if not problems and len(set(seeds)) < len(seeds):
+        named = ", ".join(f"{seed} in {ref}" for seed, ref in zip(seeds, references, strict=True))
+        problems.append(
+            Problem(
+                "two models of one arm were trained with the same seed: they are one training",
+                where=where,
+                got=f"training.seed: {named}",
+                remedy="leave one of them out",
+            )
+        )
     return problems
 
 

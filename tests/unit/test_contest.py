@@ -193,7 +193,7 @@ def test_a_list_that_is_not_one_recipe_is_refused_before_anything_runs(workspace
     dataset = publish_rows(workspace)
     for seed, other in enumerate(
         ({}, {}, {"training": {"learning_rate": 2e-4}}, {"base_fingerprint": "c" * 64},
-         {"dataset": "e" * 64})
+         {"dataset": "e" * 64}, {"training": {"seed": 1}})
     ):  # fmt: skip
         publish_training(workspace, seed, **other)
 
@@ -211,7 +211,9 @@ def test_a_list_that_is_not_one_recipe_is_refused_before_anything_runs(workspace
         assert told("models/tiny@v1", f"models/tiny@v{number}") == [
             (differ, f"{what} in models/tiny@v{number}")
         ]
-    (twice,) = told("models/tiny", "models/tiny@v5")
+    (again,) = told("models/tiny@v2", "models/tiny@v6")
+    assert again[1] == "training.seed: 1 in models/tiny@v2, 1 in models/tiny@v6"
+    (twice,) = told("models/tiny", "models/tiny@v6")
     assert twice[0] == "the same model stands in the list twice"
     assert len(told("models/tiny@v1", "models/tiny@v7", "models/other@v1")) == 2
 
