@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tuneloop.config import TaskConfig
 from tuneloop.evals.scoring.clusters import (
     Clusters,
     detectable_difference,
     estimate_clustered_mean,
     rows_needed,
 )
+from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.estimates import (
     describe_difference,
     describe_mean,
@@ -27,8 +29,13 @@ from tuneloop.evals.scoring.estimates import (
     rows_to_find,
 )
 from tuneloop.evals.scoring.intervals import Resampling
-from tuneloop.evals.scoring.metrics import Metric
-from tuneloop.evals.scoring.predictions import Prediction, by_model, values_of
+from tuneloop.evals.scoring.metrics import Metric, Scorer
+from tuneloop.evals.scoring.predictions import (
+    Prediction,
+    by_model,
+    paired_values,
+    values_of,
+)
 from tuneloop.evals.scoring.seeds import Seeds, estimate_over_seeds
 
 SHARE = Metric("share", kind="ratio")
@@ -150,6 +157,64 @@ def test_scores_of_models_are_told_apart_and_a_metric_may_miss_some_answers():
         "a": ["a", "a"],
         "b": ["b", "a"],
     }
+    # The same trainings, asked in two ways, are paired.
+    other = replace(row, samples=[sample("a", hit=0.5, extra=1.0), sample("b", hit=0.5, extra=1.0)])
+    first, second = paired_values([row], [other], "hit")
+    assert (first.tolist(), second.tolist()) == ([[0.5], [-0.5]], [0.0])
     alone = replace(row, samples=[])
+    assert paired_values([row], [alone], "hit")[0].tolist() == [[1.0], [0.0]]
     assert by_model([alone]) == {"": [alone]}
     assert values_of([alone], "hit").tolist() == [0.5]
+
+
+def labelled(arm: str, rates: dict[str, float], seed: int) -> list[Prediction]:
+    """Return 60 rows that each model of an arm labels right as often as is said."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for n in range(60):
+        label, other = ("on", "off") if n % 2 else ("off", "on")
+        samples = []
+        for model, rate in rates.items():
+            text = label if generator.random() < rate else other
+            scores = {"accuracy": float(text == label)}
+            samples.append({"completion": text, "finish_reason": "stop", "model": model})
+            samples[-1] |= {"prompt_tokens": 3, "completion_tokens": 1, "latency_s": 0.1}
+            samples[-1] |= {"probability": None, "scores": scores, "score": scores["accuracy"]}
+        mean = float(np.mean([one["score"] for one in samples]))
+        rows.append(
+            Prediction(
+                *(f"r{n}", arm, "[]", label, samples[0]["completion"], "stop", 3, 1, 0.1, "scored"),
+                scores={"accuracy": mean},
+                cluster=str(n // 3),
+                samples=samples if len(samples) > 1 else [],
+            )
+        )
+    return rows
+
+
+def test_macro_f1_is_the_mean_of_the_models_and_knows_their_seeds():
+    task = TaskConfig(type="classification", labels=["on", "off"])
+    arms = labelled("base", {"": 0.5}, 1), labelled("three", {"a": 0.6, "b": 0.8, "c": 1.0}, 2)
+    rows = [*arms[0], *arms[1], *(replace(p, arm="again") for p in arms[1])]
+    scorer = Scorer(task, {p.example_id: p.reference for p in arms[0]}).averaged()
+    base, three, _ = summarise(rows, scorer, Resampling(0.95, 200))["arms"]
+    of_models = [model["scores"]["macro_f1"]["value"] for model in three["models"]]
+    told = three["scores"]["macro_f1"]
+    assert told["value"] == pytest.approx(np.mean(of_models))
+    assert of_models[2] == 1
+    assert told["method"] == "jackknife over clusters, t, rows and seeds"
+    assert told["seed_share"] > 0.3
+    # An arm that is one model has the interval of one.
+    assert base["scores"]["accuracy"]["method"] == "Wilson, ICC averaged"
+    pairs = {
+        (p["arm"], p["other"]): p["differences"]
+        for p in compare(rows, scorer, Resampling(0.95, 200))["pairs"]
+    }
+    against = pairs["three", "base"]["macro_f1"]
+    assert against["value"] == pytest.approx(told["value"] - base["scores"]["macro_f1"]["value"])
+    assert (against["p_value"] <= 0.05) == (not against["low"] <= 0 <= against["high"])
+    # The same trainings, asked in two ways, differ by nothing: their seeds are in both.
+    for name in ("accuracy", "macro_f1"):
+        same = pairs["again", "three"][name]
+        assert same["value"] == 0
+        assert same["high"] < (told["high"] - told["low"]) / 2

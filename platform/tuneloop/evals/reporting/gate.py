@@ -22,7 +22,7 @@ from tuneloop.evals.reporting.headline import Direction, describe_rows, directio
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import design_of, rows_to_find, scale_of
 from tuneloop.evals.scoring.metrics import Metric
-from tuneloop.evals.scoring.predictions import values_of
+from tuneloop.evals.scoring.predictions import paired_values
 from tuneloop.evals.scoring.results import Evaluation
 
 Verdict = Literal["better", "not worse", "worse", "cannot tell"]
@@ -146,9 +146,8 @@ def _rows_needed(
     if not examples or difference["low"] is None:
         return None
     gain = float(np.mean([e.gain for e in examples]))
-    ours, theirs = (
-        values_of([getattr(e, side) for e in examples], evaluation.row_metric)
-        for side in ("after", "before")
+    ours, theirs = paired_values(
+        [e.after for e in examples], [e.before for e in examples], evaluation.row_metric
     )
     distance = gain + margin if gain > -margin else -gain
     clusters = Clusters.of([e.after.cluster or e.example_id for e in examples])

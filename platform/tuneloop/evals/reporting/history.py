@@ -17,7 +17,7 @@ from tuneloop.evals.reporting.overview import compare_settings
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import describe_difference
 from tuneloop.evals.scoring.intervals import Resampling
-from tuneloop.evals.scoring.predictions import FILE, read_predictions, values_of
+from tuneloop.evals.scoring.predictions import FILE, paired_values, read_predictions
 from tuneloop.evals.scoring.results import Evaluation
 
 _MOST_CHANGES = 4
@@ -172,11 +172,14 @@ def _changes(before: Artifact, now: Artifact, name: str) -> _Changes | None:
     gains = (scores[0] - scores[1]) * (-1 if metric.better == "lower" else 1)
     difference = None
     if len(gains):
-        for place, (artifact, evaluation) in enumerate(((now, newer), (before, earlier))):
-            if "models" in evaluation.candidate:  # several trainings: the interval is for them too
+        if any("models" in evaluation.candidate for evaluation in (newer, earlier)):
+            # Several trainings: the interval is for others as well.
+            both = []
+            for artifact, evaluation in ((now, newer), (before, earlier)):
                 arm, rows = evaluation.candidate["name"], read_predictions(artifact.path, [name])
                 by_id = {p.example_id: p for p in rows if p.arm == arm}
-                scores[place] = values_of([by_id[key] for key in shared["example_id"]], name)
+                both.append([by_id[key] for key in shared["example_id"]])
+            scores = list(paired_values(both[0], both[1], name))
         ids = np.where(shared["cluster"] == "", shared["example_id"], shared["cluster"])
         # Without resamples: a page that lists many versions has no seconds for each.
         difference = describe_difference(

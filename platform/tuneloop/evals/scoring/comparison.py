@@ -7,8 +7,9 @@ and a paired comparison uses the examples scored in both arms.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,13 @@ from tuneloop.evals.scoring.pairing import (
     count_tag_changes,
     pair_arms,
 )
-from tuneloop.evals.scoring.predictions import Prediction, by_model, values_of
+from tuneloop.evals.scoring.predictions import (
+    Prediction,
+    are_same_models,
+    by_model,
+    paired_values,
+    values_of,
+)
 
 SCHEMA_VERSION = 1
 
@@ -196,6 +203,10 @@ def _macro_f1(
     )
     if len(first) > 1 or len(second) > 1:
         ours, theirs = ([counts.macro_f1 for counts in arm] for arm in (first, second))
+        if others is not None and are_same_models(rows, others):
+            pairs = zip(first, second, strict=True)
+            ours = [partial(_above, one.macro_f1, other.macro_f1) for one, other in pairs]
+            theirs = [lambda weights: np.zeros(len(weights))]
         told = describe_statistic_over_seeds(ours, theirs, clusters, resampling.confidence)
         if told is not None:
             return told
@@ -239,6 +250,12 @@ def _sampling_noise(
     }
 
 
+def _above(
+    first: Callable[[Floats], Floats], second: Callable[[Floats], Floats], weights: Floats
+) -> Floats:
+    return first(weights) - second(weights)
+
+
 def _compare_pair(
     examples: Sequence[PairedExample], scorer: Scorer, resampling: Resampling
 ) -> dict[str, Any]:
@@ -246,7 +263,7 @@ def _compare_pair(
     ids = _cluster_ids(first)
     differences: dict[str, Any] = {}
     for name, metric in scorer.metrics_of(any(p.samples for p in (*first, *second))).items():
-        ours, theirs = values_of(first, name), values_of(second, name)
+        ours, theirs = paired_values(first, second, name)
         both = _known(ours) & _known(theirs)
         differences[name] = describe_difference(
             ours[..., both], theirs[..., both], Clusters.of(ids[both]), metric, resampling

@@ -147,6 +147,26 @@ def values_of(predictions: Sequence[Prediction], name: str) -> NDArray[np.float6
     return np.where(np.isnan(values), of_rows, values)
 
 
+def are_same_models(first: Sequence[Prediction], second: Sequence[Prediction]) -> bool:
+    """Return whether two arms are the same trainings, asked in two ways."""
+    models = list(by_model(first))
+    return len(models) > 1 and models == list(by_model(second))
+
+
+def paired_values(
+    first: Sequence[Prediction], second: Sequence[Prediction], name: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the scores of two arms on the same rows, as `values_of` does.
+
+    The same trainings, asked in two ways, are paired: they are returned as what the first is above
+    the second, and zeros. Their seeds would count twice otherwise.
+    """
+    ours, theirs = values_of(first, name), values_of(second, name)
+    if are_same_models(first, second):
+        return ours - theirs, np.zeros(len(first))
+    return ours, theirs
+
+
 def mean_scores(scores: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """Return the mean of several answers' scores, by metric, over those that have one."""
     means: dict[str, float | None] = {}

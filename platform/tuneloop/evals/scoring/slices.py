@@ -24,7 +24,7 @@ from tuneloop.evals.scoring.estimates import adjust_p_values, describe_differenc
 from tuneloop.evals.scoring.intervals import Floats, Resampling
 from tuneloop.evals.scoring.metrics import Metric, Scorer
 from tuneloop.evals.scoring.pairing import last_question, pair_arms
-from tuneloop.evals.scoring.predictions import Prediction, values_of
+from tuneloop.evals.scoring.predictions import Prediction, paired_values, values_of
 from tuneloop.evals.scoring.row_clusters import BY_QUESTION
 from tuneloop.words import split_words
 
@@ -226,8 +226,9 @@ def describe_slices(
         examples = [
             e for e in pair_arms(predictions, other, arms[-1], name, metric) if e.gain is not None
         ]
-        ours = values_of([e.after for e in examples], name)
-        theirs = values_of([e.before for e in examples], name)
+        ours, theirs = paired_values(
+            [e.after for e in examples], [e.before for e in examples], name
+        )
         scored = _Scored.of([e.after for e in examples])
         changes = []
         for part in slices:
