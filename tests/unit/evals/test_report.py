@@ -436,6 +436,15 @@ def test_one_model_in_two_forms_is_one_opinion_of_a_reference() -> None:
     assert doubt not in titles(advise(situation(evaluation)))
 
 
+def test_only_rows_that_ask_the_same_are_said_to_mislead() -> None:
+    evaluation = make_evaluation({"base": 5, "finetuned": 80}, task="classification")
+    for similarity, num_rows in ((0.3, []), (0.9, [20])):
+        row = {"conflicts": True, "similarity": similarity}
+        near = {p.example_id: [row] for p in evaluation.predictions}
+        actions = advise(situation(replace(evaluation, nearest=near)))
+        assert [a.num_rows for a in actions if "say otherwise" in a.title] == num_rows
+
+
 def test_bounds_are_the_share_of_what_is_wrong() -> None:
     evaluation = make_evaluation({"base": 5, "finetuned": 80}, finish="length", wrong_answer="{")
     actions = advise(situation(evaluation))

@@ -24,6 +24,7 @@ from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import describe_mean
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric, in_task
+from tuneloop.evals.scoring.nearest import SAME_QUESTION
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.slices import LENGTH, REFERENCE_LENGTH, weak_parts
@@ -361,11 +362,16 @@ class _Adviser:
             "are what several models answer alike, and not the reference.",
             [p for p in wrong if p.example_id in agreed], see,
         )  # fmt: skip
-        near = now.evaluation.nearest
+        # Any other label is a conflict, also of a question that is only a little alike.
+        misled = {
+            example
+            for example, near in now.evaluation.nearest.items()
+            if any(row["conflicts"] and row["similarity"] >= SAME_QUESTION for row in near)
+        }
         self.about(
             "Correct the training rows that say otherwise",
             "stand beside a training row that asks the same and says otherwise than the reference.",
-            [p for p in wrong if any(r["conflicts"] for r in near.get(p.example_id, ()))], see,
+            [p for p in wrong if p.example_id in misled], see,
         )  # fmt: skip
 
     def fields(self) -> None:
