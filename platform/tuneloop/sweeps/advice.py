@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from tuneloop.evals.reporting.situation import HARDLY, SURELY_LESS
 from tuneloop.sweeps.curve import ROWS_KEY, series_of
-from tuneloop.sweeps.table import as_change, as_score, difference_in_words
+from tuneloop.sweeps.table import as_change, as_score, difference_in_words, in_words
+from tuneloop.sweeps.tasks import TASKS_KEY
 
 MODEL_KEY = "model.base"
 Kind = Literal["rows", "model", "setting", "prompt", "stop", "unclear"]
@@ -97,14 +98,15 @@ def advise(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> lis
         return []
     sweep = Sweep(curve, trials)
     rows, model = _rows(sweep), _larger_model(sweep)
-    settings = _edges(sweep)
+    settings, take = _edges(sweep), _best_setting(sweep)
     prompt = _prompt(sweep)
     found = [*prompt, rows[1], *([model[1]] if model[1] else []), *settings, *_tasks(sweep)]
     worth = [one for one in found if one.kind in ("prompt", "rows", "model", "setting")]
     if worth:
         rest = [one for one in found if one not in worth]
-        return worth + rest
-    return [_stop(sweep, rows[0], model[0]), *found]
+        return worth + take + rest
+    first = _stop(sweep, rows[0], model[0])
+    return [*take, *found] if take and first.kind == "unclear" else [first, *take, *found]
 
 
 def _rows(sweep: Sweep) -> tuple[Help, Advice]:
@@ -222,6 +224,29 @@ def _edges(sweep: Sweep) -> list[Advice]:
             )
         )
     return found
+
+
+def _best_setting(sweep: Sweep) -> list[Advice]:
+    """Return the best combination beside the next, where settings alone were varied."""
+    keys = sweep.curve["keys"]
+    cells = [cell for cell in sweep.curve.get("cells", []) if cell["value"] is not None]
+    if len(cells) < 2 or {ROWS_KEY, MODEL_KEY, TASKS_KEY} & set(keys):
+        return []
+    best, second = sorted(cells, key=lambda cell: -sweep.sign * cell["value"])[:2]
+    told = [_score_with_interval(sweep, cell) for cell in (best, second)]
+    names = [
+        ", ".join(f"`{key}: {in_words(cell['values'][key])}`" for key in keys)
+        for cell in (best, second)
+    ]
+    why = f"It has {told[0]} on the validation rows; the next, {names[1]}, has {told[1]}."
+    return [Advice("setting", f"Take {names[0]}", why)]
+
+
+def _score_with_interval(sweep: Sweep, cell: Mapping[str, Any]) -> str:
+    words = sweep.score(cell["value"])
+    if None in (cell["low"], cell["high"]):
+        return words
+    return f"{words} ({sweep.score(cell['low'])} to {sweep.score(cell['high'])})"
 
 
 def _tasks(sweep: Sweep) -> list[Advice]:

@@ -152,7 +152,11 @@ def view_of(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Sw
                 for one in line.get("forecast", {}).get("forecasts", [])
             }
         ),
-        sentences=[_line_in_words(line, percent) for line in curve["curves"]],
+        sentences=(
+            [_line_in_words(line, percent) for line in curve["curves"]]
+            if ROWS_KEY in curve["keys"]
+            else [f"Whether more rows help is not known: {ROWS_KEY} was not varied."]
+        ),
         trials=rows,
         problems=problems,
         best=str(best.get("model") or ""),

@@ -149,6 +149,33 @@ def test_a_best_value_at_the_end_of_what_was_tried_is_told() -> None:
     assert titles[0] == "Try more of `training.learning_rate`"
 
 
+def test_of_settings_alone_the_best_is_told_beside_the_next() -> None:
+    content, trials = sweep(flat)
+    rates = [1e-4, 2e-4, 1e-3, 5e-4, 3e-4]
+    for trial, cell, rate, score in zip(
+        trials, content["cells"], rates, (0.5, 0.6, 0.7, 0.8, 0.65), strict=True
+    ):
+        trial.pop(ROWS_KEY)
+        trial |= {"training.learning_rate": rate, "score": score}
+        cell |= {"values": {"training.learning_rate": rate}, "value": score}
+        cell |= {"low": score - 0.04, "high": score + 0.04}
+    content["keys"] = ["training.learning_rate"]
+    content["curves"] = [
+        {"series": f"training.learning_rate={rate:g}", "points": [[100, 0.5]], "forecast": {}}
+        for rate in rates
+    ]
+    content["best"]["trial"] = 3
+    content["best"]["validation"] = {"value": 0.8, "low": 0.76, "high": 0.84}
+    first = advise(content, trials)[0]
+    assert (first.kind, first.title) == ("setting", "Take `training.learning_rate: 0.0005`")
+    assert first.why == (
+        "It has 80.0% (76.0% to 84.0%) on the validation rows; the next, "
+        "`training.learning_rate: 0.001`, has 70.0% (66.0% to 74.0%)."
+    )
+    content["best"]["validation"]["value"] = 0.99
+    assert advise(content, trials)[0].title == "Stop: little is left to gain"
+
+
 def test_the_front_is_what_nothing_beats() -> None:
     bars = [Bar("base+few-shot", 0.3, 0.29, 0.31), Bar("simple", 0.1, 0.09, 0.11)]
     content, trials = sweep(rising, bars)
