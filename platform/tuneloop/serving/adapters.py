@@ -69,7 +69,7 @@ class Adapters:
                 by_layer.setdefault(layer_name, {})[name] = delta
         for layer_name, deltas in by_layer.items():
             layer = model.get_submodule(layer_name)
-            layer.forward = functools.partial(self._forward, layer.forward, deltas)
+            layer.forward = self._adapted(layer.forward, deltas)
 
     def select(self, segments: Sequence[CachedSegment]) -> None:
         """Note which tokens of the next forward pass belong to which adapter."""
@@ -80,6 +80,12 @@ class Adapters:
             if segment.adapter:
                 self._runs.append((segment.adapter, slice(start, stop)))
             start = stop
+
+    def _adapted(
+        self, usual: Callable[[Tensor], Tensor], deltas: Mapping[str, _LowRank]
+    ) -> Callable[[Tensor], Tensor]:
+        """Return a layer's `forward` with its adapters."""
+        return functools.partial(self._forward, usual, deltas)
 
     def _forward(
         self, usual: Callable[[Tensor], Tensor], deltas: Mapping[str, _LowRank], x: Tensor
@@ -96,13 +102,14 @@ class Adapters:
 
 
 class MaskedAdapters(Adapters):
-    """Adapters of a model that is traced, where the tokens of each are an input.
+    """Adapters of a model that is traced, where the adapter of each token is an input.
 
-    Every adapter is multiplied with every token, and counts for those that are its own.
+    Every adapter is multiplied with every token. Those of a layer lie side by side, so that it has
+    two products whatever their number; between them all ranks but the token's own become 0.
 
     Attributes:
         order: Names of the adapters.
-        masks: 1 where a token is of an adapter, 0 where not; in that order. Shape (N, T, 1).
+        masks: 1 where a token is of an adapter, 0 where not; in that order. Shape (T, N).
     """
 
     masks: Tensor
@@ -111,15 +118,22 @@ class MaskedAdapters(Adapters):
         self.order = tuple(folders)
         super().__init__(model, folders)
 
-    def _forward(
-        self, usual: Callable[[Tensor], Tensor], deltas: Mapping[str, _LowRank], x: Tensor
-    ) -> Tensor:
-        out = usual(x)
-        for index, name in enumerate(self.order):
-            if delta := deltas.get(name):
-                own = self.masks[index] * delta.scaling
-                out = out + (x @ delta.down.t() @ delta.up.t()) * own
-        return out
+    def _adapted(
+        self, usual: Callable[[Tensor], Tensor], deltas: Mapping[str, _LowRank]
+    ) -> Callable[[Tensor], Tensor]:
+        names = [name for name in self.order if name in deltas]
+        down = torch.cat([deltas[name].down for name in names]).t()
+        up = torch.cat([deltas[name].up for name in names], dim=1).t()
+        ranks = [deltas[name].down.shape[0] for name in names]
+        # Which ranks are an adapter's own, and its scaling. Shape (N, sum of R).
+        own = torch.zeros(len(self.order), sum(ranks))
+        for name, columns in zip(names, torch.arange(sum(ranks)).split(ranks), strict=True):
+            own[self.order.index(name), columns] = deltas[name].scaling
+
+        def forward(x: Tensor) -> Tensor:
+            return usual(x) + ((x @ down) * (self.masks @ own)) @ up
+
+        return forward
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -637,12 +637,10 @@ def _own_engine(kind: EngineName, path: Path, **options: Any) -> Engine:
 
     if kind == "openvino":
         openvino.require()
-    # OpenVINO computes every adapter for every token.
     is_tried = (
         kind == "auto"
-        and len(options["adapters"]) <= 1
         and not torch.cuda.is_available()
-        and openvino.suits(weight_bytes(path))
+        and openvino.suits(weight_bytes(path), sum(map(weight_bytes, options["adapters"].values())))
     )
     if kind == "openvino" or is_tried:
         from tuneloop.serving.openvino.engine import OpenVinoEngine

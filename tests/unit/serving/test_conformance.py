@@ -83,7 +83,9 @@ def weights(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Serve
     adapters = {}
     for index, name in enumerate(("first", "second")):
         torch.manual_seed(index)
-        lora = LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        # Of different ranks, and one on a layer that the other leaves alone.
+        layers = ["q_proj", "down_proj", *["v_proj"] * index]
+        lora = LoraConfig(r=8 - 4 * index, target_modules=layers, init_lora_weights=False)
         adapted = get_peft_model(model, lora)
         adapted.save_pretrained(folder / name)
         model = adapted.unload()

@@ -28,6 +28,7 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.contest import engine_problems
 from tuneloop.errors import ModelError
 from tuneloop.records import SamplingParams
+from tuneloop.serving.openvino.environment import suits
 from tuneloop.serving.replica import ModelServer, ServedModel
 from tuneloop.serving.requests import DecodeRequest
 
@@ -194,6 +195,14 @@ def test_auto_takes_openvino_for_what_it_reproduces_and_torch_for_the_rest(
         engine = server._loading.result()["m"].engine
         assert isinstance(engine, engine_class) is is_openvino
         engine.close()
+
+
+@pytest.mark.usefixtures("engine_class")
+def test_auto_takes_openvino_while_the_adapters_are_small_beside_the_base() -> None:
+    assert suits(1000, 0)
+    assert suits(1000, 500)
+    assert not suits(1000, 501)
+    assert not suits(2**60, 0)
 
 
 def test_an_engine_that_is_not_installed_is_one_problem_with_its_remedy(

@@ -137,7 +137,7 @@ class Graph:
         model.set_attn_implementation(_MARK)
         traced = _Traced(model, adapters)
         ids = torch.tensor([[1, 2, 3]])
-        masks = torch.ones(len(self._adapters), 3, 1)
+        masks = torch.ones(3, len(self._adapters))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # sizes of heads, which are the same for all inputs
             graph = read(traced, [ids, ids, torch.tensor([1, 2]), masks])
@@ -179,14 +179,12 @@ class Graph:
         tables = [run.blocks[: -(-end // BLOCK)] for run, end in zip(runs, ends, strict=True)]
         positions = [np.arange(run.position, end) for run, end in zip(runs, ends, strict=True)]
         owners = np.repeat([run.adapter for run in runs], sizes)
-        masks = np.zeros((len(self._adapters), len(owners), 1), np.float32)
-        for mask, name in zip(masks, self._adapters, strict=True):
-            mask[:, 0] = owners == name
+        masks = owners[:, None] == np.array(self._adapters, str)
         inputs = {
             "token_ids": np.concatenate([np.asarray(run.token_ids) for run in runs])[None],
             "positions": np.concatenate(positions)[None],
             "kept": np.asarray(kept or [0]),
-            "masks": masks,
+            "masks": masks.astype(np.float32),
             "past": np.array([run.position for run in runs], np.int32),
             "begins": np.cumsum([0, *sizes], dtype=np.int32),
             "blocks": np.concatenate([np.asarray(table, np.int32) for table in tables]),
