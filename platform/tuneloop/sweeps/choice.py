@@ -17,7 +17,7 @@ from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import describe_mean, scale_of
 from tuneloop.evals.scoring.intervals import Floats, Resampling
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.evals.scoring.seeds import estimate_over_seeds
+from tuneloop.evals.scoring.seeds import Seeds, SeedScatter, estimate_over_seeds
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,34 @@ def score_trial(
     return Score.of(describe_mean(values[0], clusters, meaning, Resampling(confidence)))
 
 
+def scatter_of_seeds(
+    cells: Sequence[Sequence[Evaluation]], rows: Collection[str] | None = None, metric: str = ""
+) -> SeedScatter:
+    """Return how far the seeds of all cells together lie apart.
+
+    Two seeds of one cell tell next to nothing; those of all cells do, as far as combinations
+    scatter alike.
+
+    Args:
+        cells: Of each cell, the evaluations of its seeds.
+        rows: Ids of the only rows that count; None: all.
+        metric: The primary one if empty.
+    """
+    recipes = []
+    for evaluations in cells:
+        if len(evaluations) < 2:
+            continue
+        values, clusters = seeds_by_row(evaluations, rows, metric or evaluations[0].primary)
+        if values.size and len(clusters.sizes) > 1:
+            recipes.append(Seeds.of_rows(values, clusters))
+    return SeedScatter.of(*recipes)
+
+
 def score_seeds(
-    evaluations: Sequence[Evaluation], rows: Collection[str] | None = None, metric: str = ""
+    evaluations: Sequence[Evaluation],
+    rows: Collection[str] | None = None,
+    metric: str = "",
+    scatter: SeedScatter | None = None,
 ) -> Score:
     """Return the mean of one cell's seeds, with an interval for other seeds and other rows.
 
@@ -62,10 +88,11 @@ def score_seeds(
         evaluations: Of the same rows, one for each seed.
         rows: Ids of the only rows that count; None: all.
         metric: The primary one if empty.
+        scatter: Of the seeds of all cells; None: as these show it.
     """
     first = evaluations[0]
     metric = metric or first.primary
-    if len(evaluations) == 1:
+    if len(evaluations) == 1 and not (scatter and scatter.df):
         return score_trial(first, rows, metric)
     values, clusters = seeds_by_row(evaluations, rows, metric)
     if not values.size:  # a score of all answers together, such as macro-F1
@@ -73,7 +100,11 @@ def score_seeds(
         known = [score for score in scores if score is not None]
         return Score(sum(known) / len(known) if known else None)
     estimate = estimate_over_seeds(
-        values, clusters, scale_of(first.metric(metric)), float(first.metrics["confidence"])
+        values,
+        clusters,
+        scale_of(first.metric(metric)),
+        float(first.metrics["confidence"]),
+        scatter,
     )
     return Score(estimate.value, estimate.low, estimate.high)
 

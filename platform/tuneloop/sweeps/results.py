@@ -14,7 +14,14 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, in_task
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.models.export.layout import ADAPTER
-from tuneloop.sweeps.choice import Score, covariance_of_means, optimism, row_scores, score_seeds
+from tuneloop.sweeps.choice import (
+    Score,
+    covariance_of_means,
+    optimism,
+    row_scores,
+    scatter_of_seeds,
+    score_seeds,
+)
 from tuneloop.sweeps.curve import Bar, describe_forecast, series_of
 from tuneloop.sweeps.grid import VALIDATION_LOSS, Trial
 
@@ -62,12 +69,13 @@ def cells_of(scored: Sequence[ScoredTrial]) -> list[list[int]]:
     return list(cells.values())
 
 
-def score_cell(
-    scored: Sequence[ScoredTrial], numbers: Sequence[int], rows: frozenset[str] | None
-) -> Score:
-    """Return the score over the seeds of a cell that were trained."""
-    evaluations = evaluations_of(scored, numbers)
-    return score_seeds(evaluations, rows) if evaluations else Score(None)
+def score_cells(
+    scored: Sequence[ScoredTrial], cells: Sequence[Sequence[int]], rows: frozenset[str] | None
+) -> list[Score]:
+    """Return the score of each cell over those of its seeds that were trained."""
+    evaluations = [evaluations_of(scored, numbers) for numbers in cells]
+    scatter = scatter_of_seeds(evaluations, rows)
+    return [score_seeds(one, rows, scatter=scatter) if one else Score(None) for one in evaluations]
 
 
 def evaluations_of(scored: Sequence[ScoredTrial], numbers: Sequence[int]) -> list[Evaluation]:
@@ -164,6 +172,7 @@ def describe_choice(
     best = scored[winner.number]
     assert best.trial.model
     assert best.evaluation
+    cells = cells_of(scored)
     return {
         "metric": best.evaluation.primary,
         "higher_is_better": winner.higher_is_better,
@@ -184,9 +193,9 @@ def describe_choice(
                     scored[cell[0]].dataset.manifest["metrics"]["num_train_rows"]
                 ),
                 "num_seeds": sum(scored[number].evaluation is not None for number in cell),
-                **asdict(score_cell(scored, cell, rows)),
+                **asdict(score),
             }
-            for cell in cells_of(scored)
+            for cell, score in zip(cells, score_cells(scored, cells, rows), strict=True)
         ],
         "best": {
             "trial": winner.number,

@@ -39,12 +39,12 @@ from tuneloop.sweeps.results import (
     loss_of,
     mean_of,
     model_steps,
-    score_cell,
+    score_cells,
     trial_row,
 )
 from tuneloop.sweeps.tasks import task_curves, task_effects, train_rows_of
 
-CODE_VERSION = 9
+CODE_VERSION = 10
 
 
 def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
@@ -208,9 +208,8 @@ def _test_winner(
         best_cell = whole[choose(means, higher_is_better=False) or 0]
         best = choose([losses[number] for number in best_cell], higher_is_better=False)
     else:
-        best_cell = whole[
-            choose([score_cell(scored, cell, rows).value for cell in whole], higher) or 0
-        ]
+        means = [score.value for score in score_cells(scored, whole, rows)]
+        best_cell = whole[choose(means, higher) or 0]
         best = choose([scored[number].score.value for number in best_cell], higher)
     if best is None:
         raise ModelError(Problem("no trial has a score", got="no answer could be scored"))

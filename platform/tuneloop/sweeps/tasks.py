@@ -12,7 +12,7 @@ from tuneloop.evals.scoring.estimates import describe_difference
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.seeds import estimate_over_seeds
-from tuneloop.sweeps.choice import Score, score_seeds, seeds_by_row
+from tuneloop.sweeps.choice import Score, scatter_of_seeds, score_seeds, seeds_by_row
 from tuneloop.sweeps.curve import ROWS_KEY, Point, fit_line, series_of
 from tuneloop.sweeps.results import ScoredTrial, Untrained, evaluations_of, forecast_of
 
@@ -42,13 +42,18 @@ def task_curves(
     """
     curves = []
     for task, metric in choice["tasks"].items():
+        trained = [evaluations_of(scored, cell["trials"]) for cell in choice["cells"]]
+        scatter = scatter_of_seeds(
+            [each for each in trained if each and metric in each[0].arms[0]["scores"]],
+            metric=metric,
+        )
         by_series: dict[str, list[dict[str, Any]]] = {}
         for cell in choice["cells"]:
             evaluations = evaluations_of(scored, cell["trials"])
             own = num_rows[cell["trials"][0]][task]
             if not own or not evaluations or metric not in evaluations[0].arms[0]["scores"]:
                 continue
-            score = asdict(score_seeds(evaluations, metric=metric))
+            score = asdict(score_seeds(evaluations, metric=metric, scatter=scatter))
             if score["value"] is not None:
                 of_task = {"trials": cell["trials"], "num_train_examples": own, **score}
                 by_series.setdefault(series_of(cell["values"], keys), []).append(of_task)

@@ -36,7 +36,7 @@ from tuneloop.evals.scoring.predictions import (
     paired_values,
     values_of,
 )
-from tuneloop.evals.scoring.seeds import Seeds, estimate_over_seeds
+from tuneloop.evals.scoring.seeds import Seeds, SeedScatter, estimate_over_seeds
 
 SHARE = Metric("share", kind="ratio")
 PLAIN = Resampling(0.95, 0)
@@ -67,7 +67,9 @@ def test_noise_of_seeds_on_rows_is_not_counted_twice():
     assert seeds.parts == pytest.approx(parts / math.sqrt(1 - 5 / 120))
     noise = ((seeds.parts - seeds.parts.mean(axis=0)) ** 2).sum() / (4 * 5)
     between = values.mean(axis=1).var(ddof=1) / 5
-    assert seeds.variance() == pytest.approx(max(0.0, between - 0.75 * noise))
+    scatter = SeedScatter.of(seeds)
+    assert scatter.df == 4
+    assert scatter.variance / 5 == pytest.approx(max(0.0, between - 0.75 * noise))
     # The mean as a statistic has the same parts, up to the factor of the jackknife.
     mean = Seeds.of_statistics(
         [lambda weights, row=row: weights @ row / weights.sum(axis=1) for row in values], CLUSTERS
@@ -75,6 +77,28 @@ def test_noise_of_seeds_on_rows_is_not_counted_twice():
     assert mean.means == pytest.approx(seeds.means)
     assert (mean.parts / seeds.parts).std() == pytest.approx(0, abs=1e-9)
     assert (mean.parts / seeds.parts).mean() == pytest.approx(1, abs=0.05)
+
+
+def test_the_scatter_of_several_recipes_is_pooled_and_covers():
+    generator = np.random.default_rng(4)
+    hits, widths = [], []
+    for _ in range(60):
+        # Right as often as the seed's luck says: 0.2 to 0.8 on average, with 0.06 between seeds.
+        truth = np.linspace(0.2, 0.8, 8)
+        luck = truth[:, None] + 0.06 * generator.standard_normal((8, 2))
+        cells = (generator.random((8, 2, 120)) < luck[..., None]).astype(float)
+        recipes = [Seeds.of_rows(cell, CLUSTERS) for cell in cells]
+        scatter = SeedScatter.of(*recipes)
+        assert scatter.df == 8
+        assert SeedScatter.of(recipes[0]).df == 1
+        for cell, rate in zip(cells, truth, strict=True):
+            alone = estimate_over_seeds(cell, CLUSTERS, "binary")
+            pooled = estimate_over_seeds(cell, CLUSTERS, "binary", 0.95, scatter)
+            assert alone.value == pooled.value
+            hits.append(pooled.low <= rate <= pooled.high)
+            widths.append((pooled.high - pooled.low) / (alone.high - alone.low))
+    assert np.mean(hits) > 0.925
+    assert np.median(widths) < 0.6
 
 
 def test_test_and_interval_of_a_difference_agree_and_turn_with_the_arms():

@@ -12,6 +12,7 @@ from tuneloop.sweeps.choice import (
     choose,
     covariance_of_means,
     optimism,
+    scatter_of_seeds,
     score_seeds,
     score_trial,
 )
@@ -92,6 +93,23 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     assert narrow.low is not None
     assert wide.low is not None
     assert wide.low < narrow.low - 0.1
+
+
+def test_seeds_of_all_cells_tell_how_far_seeds_lie_apart() -> None:
+    def of(*ones: int) -> list[Evaluation]:
+        return [evaluation([1.0] * one + [0.0] * (100 - one)) for one in ones]
+
+    cells = [of(20, 80), of(50, 50), of(45, 55), of(50)]
+    scatter = scatter_of_seeds(cells)
+    assert scatter.df == 3
+    # What a cell's own two seeds hide by chance, the others show, also where there is one seed.
+    for calm in (cells[1], cells[3]):
+        alone, known = score_seeds(calm), score_seeds(calm, scatter=scatter)
+        assert alone.value == known.value
+        assert alone.low is not None
+        assert known.low is not None
+        assert known.low < alone.low - 0.1
+    assert scatter_of_seeds([of(60)]).df == 0
 
 
 def test_a_score_of_all_answers_together_has_a_mean_over_seeds_alone() -> None:

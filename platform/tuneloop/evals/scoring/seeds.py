@@ -76,22 +76,35 @@ class Seeds(NamedTuple):
         factor = math.sqrt((num_clusters - 1) / num_clusters)
         return cls(means, factor * (without.mean(axis=1, keepdims=True) - without))
 
-    def variance(self) -> float:
-        """Return the variance that the seeds give the mean of the means.
 
-        That is the variance of the means over S, less what the variance of the rows holds already:
-        the noise of a seed on a cluster. Where the rest is negative it counts as zero. Of the noise
-        a share of (S - 2) / (S - 1) is taken off. With all of it two seeds cover as little as 88%
-        and three 92% (`benchmarks/seeds.py`): the variance of few means is often low by chance, and
-        then nothing would be left.
+class SeedScatter(NamedTuple):
+    """How far trainings that differ in their seed alone lie apart.
+
+    Args:
+        variance: Of the score of one training, beyond what its rows explain.
+        df: Its degrees of freedom: trainings less recipes; 0 where nothing is known.
+    """
+
+    variance: float
+    df: int
+
+    @classmethod
+    def of(cls, *recipes: Seeds) -> SeedScatter:
+        """Return it of one recipe, or pooled over several that are taken to scatter alike.
+
+        That is the variance of the means, less what the variance of the rows holds already: the
+        noise of a seed on a cluster. Where the rest is negative it counts as zero. Of the noise a
+        share of (df - 1) / df is taken off. With all of it two seeds of one recipe cover as little
+        as 88% and three 92% (`benchmarks/seeds.py`): the variance of few means is often low by
+        chance, and then nothing would be left.
         """
-        num_seeds = len(self.means)
-        if num_seeds < 2:
-            return 0.0
-        noise = self.parts - self.parts.mean(axis=0)
-        between = float(self.means.var(ddof=1)) / num_seeds
-        shared = float((noise**2).sum()) / ((num_seeds - 1) * num_seeds)
-        return max(0.0, between - shared * (num_seeds - 2) / (num_seeds - 1))
+        several = [seeds for seeds in recipes if len(seeds.means) > 1]
+        df = sum(len(seeds.means) - 1 for seeds in several)
+        if not df:
+            return cls(0.0, 0)
+        between = sum(((seeds.means - seeds.means.mean()) ** 2).sum() for seeds in several)
+        noise = sum(((seeds.parts - seeds.parts.mean(axis=0)) ** 2).sum() for seeds in several)
+        return cls(max(0.0, float(between - noise * (df - 1) / df) / df), df)
 
 
 class _Variances(NamedTuple):
@@ -109,12 +122,12 @@ class _Variances(NamedTuple):
     df: Floats
 
     @classmethod
-    def of(cls, rows: float, df: float, *several: Seeds) -> _Variances:
-        """Return the variance of the rows and that of each arm of several seeds."""
-        each = [seeds for seeds in several if len(seeds.means) > 1]
+    def of(cls, rows: float, df: float, *several: tuple[SeedScatter, int]) -> _Variances:
+        """Return the variance of the rows and, of each arm, that of the mean of so many seeds."""
+        each = [(scatter, num_seeds) for scatter, num_seeds in several if scatter.df]
         return cls(
-            np.array([rows, *(seeds.variance() for seeds in each)]),
-            np.array([max(1.0, df), *(len(seeds.means) - 1 for seeds in each)]),
+            np.array([rows, *(scatter.variance / num_seeds for scatter, num_seeds in each)]),
+            np.array([max(1.0, df), *(scatter.df for scatter, _ in each)]),
         )
 
     def half_width(self, confidence: float) -> float:
@@ -157,21 +170,25 @@ class _Variances(NamedTuple):
 
 
 def estimate_over_seeds(
-    values: Floats, clusters: Clusters, scale: Scale, confidence: float = 0.95
+    values: Floats,
+    clusters: Clusters,
+    scale: Scale,
+    confidence: float = 0.95,
+    scatter: SeedScatter | None = None,
 ) -> ClusteredEstimate:
     """Return the mean over seeds and rows, for what other seeds and other rows would give.
 
     The variance has two parts: that of the rows (of the scores averaged over seeds), and that of
-    the seeds with S - 1 degrees of freedom (`Seeds.variance`). So few seeds give wide intervals if
-    they differ.
+    the seeds with S - 1 degrees of freedom. So few seeds give wide intervals if they differ.
 
     Args:
         values: Shape (S, n): scores, or paired differences, of S models on the same rows.
         clusters: Of the rows.
         scale: Of the values; `unbounded` for differences.
         confidence: Level of the interval.
+        scatter: Of the seeds, where more is known of it than these trainings tell.
     """
-    estimate = _mean_over_seeds(values, None, clusters, scale, confidence)
+    estimate = _mean_over_seeds(values, None, clusters, scale, confidence, scatter)
     return estimate or estimate_clustered_mean(values.mean(axis=0), clusters, scale, confidence)
 
 
@@ -201,17 +218,25 @@ def estimate_difference_over_seeds(
 
 
 def _mean_over_seeds(
-    first: Floats, second: Floats | None, clusters: Clusters, scale: Scale, confidence: float
+    first: Floats,
+    second: Floats | None,
+    clusters: Clusters,
+    scale: Scale,
+    confidence: float,
+    scatter: SeedScatter | None = None,
 ) -> SeedsEstimate | None:
     """Return the mean, less that of `second`; None for one seed each, or where nothing varies."""
+    arms = [first] if second is None else [first, second]
     averaged = first.mean(axis=0) - (0 if second is None else second.mean(axis=0))
-    several = [one for one in (first, second) if one is not None and len(one) > 1]
     described = mean_with_error(averaged, clusters)
-    if described.std_error is None or not several:
+    if described.std_error is None:
+        return None
+    scatters = [scatter or SeedScatter.of(Seeds.of_rows(one, clusters)) for one in arms]
+    if not any(one.df for one in scatters):
         return None
     df = satterthwaite_df(clusters.sizes, intraclass_correlation(averaged, clusters))
-    seeds = [Seeds.of_rows(one, clusters) for one in several]
-    variances = _Variances.of(described.std_error**2, df, *seeds)
+    counted = zip(scatters, map(len, arms), strict=True)
+    variances = _Variances.of(described.std_error**2, df, *counted)
     if not variances.variances.any():
         return None
     return variances.estimate(described, scale, confidence)
@@ -238,7 +263,8 @@ def estimate_statistic_over_seeds(
     parts = sum(s * one.parts.mean(axis=0) for s, one in zip(signs, each, strict=False))
     n, num_clusters = len(clusters.index), len(clusters.sizes)
     rows = float((np.asarray(parts) ** 2).sum())
-    variances = _Variances.of(rows, num_clusters - 1, *each)
+    counted = ((SeedScatter.of(one), len(one.means)) for one in each)
+    variances = _Variances.of(rows, num_clusters - 1, *counted)
     if not variances.variances.any():
         return None
     described = ClusteredEstimate(value, None, None, n, num_clusters, "jackknife")
@@ -259,4 +285,5 @@ def detectable_by_seeds(values: Floats, clusters: Clusters, confidence: float) -
     if len(values) < 2:
         return 0.0
     quantiles = stats.t.ppf([0.5 + confidence / 2, 0.8], len(values) - 1)
-    return float(quantiles.sum()) * math.sqrt(Seeds.of_rows(values, clusters).variance())
+    scatter = SeedScatter.of(Seeds.of_rows(values, clusters))
+    return float(quantiles.sum()) * math.sqrt(scatter.variance / len(values))
