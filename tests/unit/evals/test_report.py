@@ -436,6 +436,18 @@ def test_one_model_in_two_forms_is_one_opinion_of_a_reference() -> None:
     assert doubt not in titles(advise(situation(evaluation)))
 
 
+def test_of_many_labels_the_worst_are_shown_and_the_others_folded() -> None:
+    evaluation = make_evaluation({"base": 5, "finetuned": 80}, task="classification")
+    for arm in evaluation.arms:
+        arm["label_f1"] = {f"label {n:02d}": 1 - n / 100 for n in range(25)}
+    page = render_report(evaluation, make_config(TASKS["classification"][0]), "datasets/demo@v1")
+    shown, _, folded = page.partition("<summary>The other 15 labels</summary>")
+    assert [n for n in range(25) if f"<code>label {n:02d}</code>" in shown] == [*range(15, 25)]
+    assert shown.index("label 24") < shown.index("label 23")
+    assert "<code>label 00</code>" in folded
+    assert "Each part of the answer" not in page
+
+
 def test_only_rows_that_ask_the_same_are_said_to_mislead() -> None:
     evaluation = make_evaluation({"base": 5, "finetuned": 80}, task="classification")
     for similarity, num_rows in ((0.3, []), (0.9, [20])):

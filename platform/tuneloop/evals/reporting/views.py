@@ -214,7 +214,7 @@ def show_pair(evaluation: Evaluation, pair: dict[str, Any]) -> dict[str, Any]:
 
 
 def show_parts(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return field scores, or F1 by label: one group for each, one bar for each arm."""
+    """Return the score of each field: one group for each, one bar for each arm."""
     groups = []
     for name in evaluation.metrics["metrics"]:
         task, _, metric = name.rpartition("/")
@@ -228,7 +228,14 @@ def show_parts(evaluation: Evaluation) -> list[dict[str, Any]]:
                 precision = _bars(evaluation, given)
                 if [bar["value"] for bar in precision] != [bar["value"] for bar in bars]:
                     groups.append({"name": f"{field}, where given", "bars": precision})
-    for label in evaluation.candidate.get("label_f1", {}):
+    return groups
+
+
+def show_labels(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return F1 by label, the worst of the last arm first: one group each, one bar for each arm."""
+    groups = []
+    own = evaluation.candidate.get("label_f1", {})
+    for label in sorted(own, key=lambda label: own[label] or 0.0):
         bars = []
         for arm in evaluation.arms:
             score = {"value": arm["label_f1"].get(label), "low": None, "high": None}
