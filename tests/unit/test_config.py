@@ -67,6 +67,34 @@ def test_a_default_written_out_has_the_same_fingerprint(tmp_path: Path) -> None:
     assert json.dumps(written.model_dump()) == json.dumps(bare.model_dump())
 
 
+def test_a_configuration_that_was_written_out_is_read_again() -> None:
+    raw = {
+        "name": "all",
+        "task": {"type": "generation"},
+        "model": {"base": "some/model"},
+        "data": {"sources": [{"path": "rows.jsonl", "format": "question_answer"}]},
+        "evaluation": {
+            "metrics": ["exact_match", {"name": "number", "after": "####"}, "chrf"],
+            "primary": "number",
+            "arms": {
+                "base": {}, "nearest": {"model": "base", "shots": 2, "choose": "nearest"},
+                "recipe": {"model": ["models/a@v1", "models/a@v2"]}, "file": {"answers": "a.jsonl"},
+                "large": {"endpoint": "http://127.0.0.1:1/v1", "model": "x",
+                          "price": {"input": 1.0, "output": 2.0}},
+            },
+            "judge": {"endpoint": "http://127.0.0.1:1/v1", "model": "x"},
+            "floors": [{"at_least": 0.5}, {"at_least": 0.4, "by": "length", "value": "1 to 5"}],
+        },
+        "sweep": {
+            "parameters": {"training.learning_rate": {"loguniform": [1e-4, 1e-3]}},
+            "num_trials": 3,
+        },
+    }  # fmt: skip
+    config = TuneloopConfig.model_validate(raw)
+    assert TuneloopConfig.model_validate(config.model_dump(mode="json")) == config
+    assert len(expand(config)) == 3
+
+
 def test_all_mistakes_are_told_at_once_with_line_and_suggestion(tmp_path: Path) -> None:
     text = GOOD.replace("learning_rate: 1e-3", "learning_rat: 1e-3").replace(
         "type: generation", "type: generatoin"

@@ -248,9 +248,11 @@ class MetricConfig(Section):
             "tolerance": "number", "after": "number",
             "pattern": "regex", "separator": "multi_label_f1",
         }  # fmt: skip
-        for option in sorted(self.model_fields_set - {"name"}):
-            if self.name.rpartition("/")[2] != belongs[option]:
-                raise ValueError(f"`{option}` belongs to the metric `{belongs[option]}`")
+        for option, metric in sorted(belongs.items()):
+            # A configuration that was written out, as a sweep's trials are, names defaults as well.
+            is_set = getattr(self, option) != type(self).model_fields[option].default
+            if is_set and self.name.rpartition("/")[2] != metric:
+                raise ValueError(f"`{option}` belongs to the metric `{metric}`")
         return self
 
 
