@@ -93,7 +93,7 @@ def far_from_worked(training: TrainingConfig, num_rows: int, num_parameters: int
                 "the learning rate is far from those that have worked",
                 where="training.learning_rate",
                 got=f"{rate:g} with training.method {training.method}",
-                allowed=f"{rates[0]:g} to {rates[-1]:g} in {len(alike)} trainings of models "
+                allowed=f"{rates[0]:g} to {rates[-1]:g} in {len(alike)} training(s) of models "
                 "of this size",
                 remedy=f"try {rates[-1]:g}, or let `tuneloop sweep` try several",
             )

@@ -58,7 +58,7 @@ def describe_judge(judge: dict[str, Any]) -> str:
 
 def _result(pair: dict[str, Any]) -> str:
     if not pair["num_pairs"]:
-        return "Both gave the same answers: there is nothing to judge."
+        return "The answers to judge are the same in both: there is nothing to judge."
     if pair["corrected"] is None:
         least, voted = pair["least_votes"], pair["num_voted"]
         there = f"people have voted on {voted}" if voted else "nobody has voted on these answers"
