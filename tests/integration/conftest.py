@@ -77,32 +77,48 @@ class Nodes:
         return kept | own
 
     def start_head(self) -> None:
-        self.port, dashboard, client = (self.free_port() for _ in range(3))
-        self.url = f"http://127.0.0.1:{dashboard}"
-        self._start(
-            "--head",
-            f"--port={self.port}",
-            "--num-cpus=0",
-            "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={dashboard}",
-            f"--ray-client-server-port={client}",
-            f"--temp-dir={self.folder}",
-        )
+        """Start the head, and return when it answers."""
 
-    def start_worker(self) -> subprocess.Popen:
-        # A directory of its own, as on a machine of its own: Ray unpacks a job's bundle once for
-        # each node, over what is there, which may be the directory another node's process is in.
-        own = f"--temp-dir={tempfile.mkdtemp(prefix='node-', dir=self.folder)}"
-        return self._start(f"--address=127.0.0.1:{self.port}", "--num-cpus=1", own)
+        def arguments() -> list[str]:
+            self.port, dashboard, client = (self.free_port() for _ in range(3))
+            self.url = f"http://127.0.0.1:{dashboard}"
+            return [
+                "--head",
+                f"--port={self.port}",
+                "--num-cpus=0",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={dashboard}",
+                f"--ray-client-server-port={client}",
+                f"--temp-dir={self.folder}",
+            ]
 
-    def await_alive(self, number: int) -> None:
-        """Return when so many nodes are alive."""
+        self._start(arguments)
+
+    def start_worker(self) -> None:
+        """Start a worker node, and return when the head knows it."""
+
+        def arguments() -> list[str]:
+            # A directory of its own, as on a machine of its own: Ray unpacks a job's bundle once
+            # for each node, over what is there, which may be what another node's process is in.
+            own = f"--temp-dir={tempfile.mkdtemp(prefix='node-', dir=self.folder)}"
+            return [f"--address=127.0.0.1:{self.port}", "--num-cpus=1", own]
+
+        self._start(arguments)
+
+    def await_alive(self) -> None:
+        """Return when all nodes that were started are alive, and no other one."""
         deadline = time.monotonic() + 120
-        while len(self._alive()) != number:
-            assert time.monotonic() < deadline, f"{len(self._alive())} nodes of {number}"
-            for process in self.started:
-                assert process.poll() is None, (self.folder / "nodes.log").read_text()
+        while len(self._alive()) != len(self.started):
+            assert time.monotonic() < deadline, (
+                f"{len(self._alive())} nodes of {len(self.started)}: {self.log}"
+            )
+            assert all(node.poll() is None for node in self.started), self.log
             time.sleep(0.2)
+
+    @property
+    def log(self) -> str:
+        """What the nodes printed."""
+        return (self.folder / "nodes.log").read_text()
 
     def rows(self, what: str) -> list[dict[str, Any]]:
         """Return what the state API knows: `nodes`, `actors`, …"""
@@ -148,13 +164,17 @@ class Nodes:
         everything = self.processes()
         for node in reversed(self.started):
             node.terminate()
-        _, alive = psutil.wait_procs([psutil.Process(node.pid) for node in self.started], 10)
+        deadline = time.monotonic() + 10
+        for node in self.started:
+            try:
+                node.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                node.kill()
+                node.wait()
         _, agents = psutil.wait_procs(everything, timeout=2)
-        for process in [*alive, *agents]:
+        for process in agents:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        for node in self.started:
-            node.wait()
 
     @staticmethod
     def free_port() -> int:
@@ -168,19 +188,29 @@ class Nodes:
         except (httpx.HTTPError, KeyError, TypeError):
             return []
 
-    def _start(self, *arguments: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", RAY, "start", "--block", "--node-ip-address=127.0.0.1"]
-        command += [f"--dashboard-agent-listen-port={self.free_port()}", *arguments]
-        with (self.folder / "nodes.log").open("a") as log:
-            node = subprocess.Popen(
-                [*command, "--object-store-memory=200000000", "--disable-usage-stats"],
-                env=self.environment,
-                cwd=self.folder,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        self.started.append(node)
-        return node
+    def _start(self, arguments: Callable[[], list[str]]) -> None:
+        """Start a node and wait for it, again with other ports where it ends at once.
+
+        A port that was free when it was looked for may be taken by another process since.
+        """
+        for attempts_left in (2, 1, 0):
+            command = [sys.executable, "-c", RAY, "start", "--block", "--node-ip-address=127.0.0.1"]
+            command += [f"--dashboard-agent-listen-port={self.free_port()}", *arguments()]
+            with (self.folder / "nodes.log").open("a") as log:
+                node = subprocess.Popen(
+                    [*command, "--object-store-memory=200000000", "--disable-usage-stats"],
+                    env=self.environment,
+                    cwd=self.folder,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            self.started.append(node)
+            try:
+                return self.await_alive()
+            except AssertionError:
+                if node.poll() is None or not attempts_left:
+                    raise
+                self.started.remove(node)
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +225,9 @@ def nodes() -> Iterator[Nodes]:
     cluster = Nodes(folder)
     try:
         cluster.start_head()
-        cluster.await_alive(1)
         # One after the other: started together they can take the same names for their sockets.
-        for number in (2, 3):
-            cluster.start_worker()
-            cluster.await_alive(number)
+        cluster.start_worker()
+        cluster.start_worker()
         yield cluster
     finally:
         cluster.stop()

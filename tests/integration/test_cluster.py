@@ -291,7 +291,7 @@ def test_two_nodes_train_like_one_worker_whatever_becomes_of_them(
     assert log["loss"][:NUM_STEPS] == pytest.approx(expected[:NUM_STEPS], rel=1e-4)
     assert log["loss"] == pytest.approx(expected, rel=1e-2)
     assert expected[-1] < expected[0]
-    nodes.await_alive(3)
+    nodes.await_alive()
 
 
 def train_workers(nodes: Any) -> list[dict[str, Any]]:
