@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig, load_config
-from tuneloop.errors import ArtifactError, ConfigError, Problem
+from tuneloop.errors import ArtifactError, ConfigError
 from tuneloop.evals.reporting.advice import Action, Gain
 from tuneloop.evals.reporting.formatting import format_difference, format_estimate
 from tuneloop.evals.reporting.history import Iteration
@@ -150,12 +150,10 @@ def advice_for(workspace: Workspace, name: str, config: TuneloopConfig | None = 
     versions = read_versions(workspace, name)
     if not versions.artifacts:
         file = config.origin.file if config else f"{name}.yaml"
-        raise ArtifactError(
-            Problem(
-                "there is no evaluation to go on from",
-                where=f"evaluations/{name}",
-                remedy=f"tuneloop run {file}",
-            )
+        raise ArtifactError.of(
+            "there is no evaluation to go on from",
+            where=f"evaluations/{name}",
+            remedy=f"tuneloop run {file}",
         )
     newest = versions.artifacts[-1]
     evaluation = Evaluation.load(newest)

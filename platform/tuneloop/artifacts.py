@@ -231,13 +231,11 @@ class Workspace:
             elif self.root.exists() and not self.root.is_dir():
                 raise NotADirectoryError(f"{self.root} is a file")
         except (OSError, ValueError) as error:
-            raise ArtifactError(
-                Problem(
-                    "cannot open the workspace",
-                    where="workspace",
-                    got=f"{location}: {error}",
-                    allowed="a directory, or a URI such as s3://bucket/prefix",
-                )
+            raise ArtifactError.of(
+                "cannot open the workspace",
+                where="workspace",
+                got=f"{location}: {error}",
+                allowed="a directory, or a URI such as s3://bucket/prefix",
             ) from error
 
     def find(self, kind: str, name: str, fingerprint: str) -> Artifact | None:
@@ -266,26 +264,22 @@ class Workspace:
         """
         match = _REFERENCE.match(reference)
         if match is None or match["kind"] not in KINDS:
-            raise ArtifactError(
-                Problem(
-                    "not a reference to an artifact",
-                    got=reference,
-                    allowed="KIND/NAME or KIND/NAME@vN with KIND one of " + ", ".join(KINDS),
-                    remedy="`tuneloop ls` lists what is there",
-                )
+            raise ArtifactError.of(
+                "not a reference to an artifact",
+                got=reference,
+                allowed="KIND/NAME or KIND/NAME@vN with KIND one of " + ", ".join(KINDS),
+                remedy="`tuneloop ls` lists what is there",
             )
         versions = self._versions(match["kind"], match["name"])
         version = int(match["version"]) if match["version"] else max(versions, default=0)
         artifact = self._load(match["kind"], match["name"], version)
         if artifact is None:
             existing = [item.ref for item in self.published()]
-            raise ArtifactError(
-                Problem(
-                    f"no artifact `{reference}`",
-                    where=f"workspace {self.location}",
-                    allowed=", ".join(existing) if existing else "the workspace is empty",
-                    remedy="check `workspace`, or run the step that makes it",
-                )
+            raise ArtifactError.of(
+                f"no artifact `{reference}`",
+                where=f"workspace {self.location}",
+                allowed=", ".join(existing) if existing else "the workspace is empty",
+                remedy="check `workspace`, or run the step that makes it",
             )
         return artifact
 
@@ -330,12 +324,10 @@ class Workspace:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
-                    raise ResourceError(
-                        Problem(
-                            f"another process is building {kind}/{name}",
-                            where=str(work),
-                            remedy="wait for it, or stop it",
-                        )
+                    raise ResourceError.of(
+                        f"another process is building {kind}/{name}",
+                        where=str(work),
+                        remedy="wait for it, or stop it",
                     ) from error
                 path = work / "draft"
                 shutil.rmtree(path, ignore_errors=True)
@@ -353,13 +345,11 @@ class Workspace:
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
-            raise ResourceError(
-                Problem(
-                    f"cannot write {kind}/{name}",
-                    where=str(error.filename or work),
-                    got=error.strerror or str(error),
-                    remedy="free disk space or fix the permissions, then run the same command",
-                )
+            raise ResourceError.of(
+                f"cannot write {kind}/{name}",
+                where=str(error.filename or work),
+                got=error.strerror or str(error),
+                remedy="free disk space or fix the permissions, then run the same command",
             ) from error
 
     def _commit(self, draft: Draft, manifest: dict[str, Any]) -> Artifact:
@@ -393,7 +383,7 @@ class Workspace:
             if artifact is None:
                 break
             return artifact
-        raise ArtifactError(Problem("cannot publish the artifact", where=str(draft.path)))
+        raise ArtifactError.of("cannot publish the artifact", where=str(draft.path))
 
     def _entries(self, kind: str) -> list[str]:
         if self.remote:
@@ -435,14 +425,12 @@ class Workspace:
             for entry in manifest["files"]:
                 file = path / entry["path"]
                 if not file.is_file() or file.stat().st_size != entry["bytes"]:
-                    raise ArtifactError(
-                        Problem(
-                            f"{kind}/{name}@v{version} is damaged",
-                            where=str(file),
-                            got=f"{file.stat().st_size} bytes" if file.exists() else "no file",
-                            allowed=f"{entry['bytes']} bytes, as its manifest says",
-                            remedy=f"remove {path} and run the step again",
-                        )
+                    raise ArtifactError.of(
+                        f"{kind}/{name}@v{version} is damaged",
+                        where=str(file),
+                        got=f"{file.stat().st_size} bytes" if file.exists() else "no file",
+                        allowed=f"{entry['bytes']} bytes, as its manifest says",
+                        remedy=f"remove {path} and run the step again",
                     )
         return Artifact(kind, name, version, path, location, manifest)
 
@@ -455,15 +443,13 @@ def _read_manifest(text: str, reference: str, file: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         manifest, lost = None, [str(error)]
     if not isinstance(manifest, dict) or lost:
-        raise ArtifactError(
-            Problem(
-                f"{reference} is damaged",
-                where=str(file),
-                got=f"a manifest of {len(text)} characters without {', '.join(lost) or 'keys'}"
-                if isinstance(manifest, dict)
-                else f"a manifest of {len(text)} characters that cannot be read",
-                remedy=f"remove {file.parent} and run the step again",
-            )
+        raise ArtifactError.of(
+            f"{reference} is damaged",
+            where=str(file),
+            got=f"a manifest of {len(text)} characters without {', '.join(lost) or 'keys'}"
+            if isinstance(manifest, dict)
+            else f"a manifest of {len(text)} characters that cannot be read",
+            remedy=f"remove {file.parent} and run the step again",
         )
     return manifest
 

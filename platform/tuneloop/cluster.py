@@ -77,13 +77,11 @@ def connect(resources: ResourcesConfig) -> Iterator[None]:
         remedy = "wait until other programs leave it some CPU and run the same command again"
         if address:
             remedy = "`ray status` shows its state; without RAY_ADDRESS a local Ray is started"
-        raise ResourceError(
-            Problem(
-                "cannot reach Ray" if address else "cannot start Ray",
-                where=address or "this machine",
-                got=str(error).partition("\n")[0],
-                remedy=remedy,
-            )
+        raise ResourceError.of(
+            "cannot reach Ray" if address else "cannot start Ray",
+            where=address or "this machine",
+            got=str(error).partition("\n")[0],
+            remedy=remedy,
         ) from error
     if threading.current_thread() is threading.main_thread():
         # Ray replaces the handler by one that aborts the process with a stack trace.
@@ -134,16 +132,14 @@ def _refuse_open_ports() -> None:
     (node,) = ray.nodes()
     if node["NodeManagerAddress"] != _LOOPBACK:
         ray.shutdown()
-        raise ResourceError(
-            Problem(
-                "the local Ray would listen on all network interfaces",
-                where="this machine",
-                got=f"address {node['NodeManagerAddress']}",
-                allowed=_LOOPBACK,
-                remedy="import tuneloop before ray, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0; "
-                "to use a cluster of several machines, start it with `ray start` and set "
-                "RAY_ADDRESS",
-            )
+        raise ResourceError.of(
+            "the local Ray would listen on all network interfaces",
+            where="this machine",
+            got=f"address {node['NodeManagerAddress']}",
+            allowed=_LOOPBACK,
+            remedy="import tuneloop before ray, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0; "
+            "to use a cluster of several machines, start it with `ray start` and set "
+            "RAY_ADDRESS",
         )
 
 
@@ -167,14 +163,12 @@ def await_cpu() -> None:
     """
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     if max(nodes, default=0) < 1:
-        raise ResourceError(
-            Problem(
-                "no node of the cluster has a CPU for tasks",
-                where="the cluster",
-                got=f"{len(nodes)} nodes with {sum(nodes):g} CPUs",
-                allowed="at least one node with a whole CPU",
-                remedy="start a worker node: `ray start --address=HEAD:PORT`",
-            )
+        raise ResourceError.of(
+            "no node of the cluster has a CPU for tasks",
+            where="the cluster",
+            got=f"{len(nodes)} nodes with {sum(nodes):g} CPUs",
+            allowed="at least one node with a whole CPU",
+            remedy="start a worker node: `ray start --address=HEAD:PORT`",
         )
     # A task asks: an idle worker's lease is returned late, so counting free CPUs misleads.
     probe = ray.remote(num_cpus=1)(_exist).remote([])
@@ -283,12 +277,10 @@ def _refuse_dead_address(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
-        raise ResourceError(
-            Problem(
-                "no Ray cluster answers",
-                where="resources.ray_address or RAY_ADDRESS",
-                got=f"{address}: {error}",
-                allowed="HOST:PORT of a Ray head, for example 127.0.0.1:6379",
-                remedy="start one with `ray start --head`, or unset the address for a local Ray",
-            )
+        raise ResourceError.of(
+            "no Ray cluster answers",
+            where="resources.ray_address or RAY_ADDRESS",
+            got=f"{address}: {error}",
+            allowed="HOST:PORT of a Ray head, for example 127.0.0.1:6379",
+            remedy="start one with `ray start --head`, or unset the address for a local Ray",
         ) from error

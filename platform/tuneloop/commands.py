@@ -129,8 +129,8 @@ def _init(arguments: argparse.Namespace, output: IO[str]) -> int:
         given = [f"--{name}" for name, value in wanted.items() if value]
         given += ["--model"] * bool(arguments.model)
         if given:
-            raise ConfigError(
-                Problem(f"`{given[0]}` is about rows, and there are none", remedy="add --from FILE")
+            raise ConfigError.of(
+                f"`{given[0]}` is about rows, and there are none", remedy="add --from FILE"
             )
         _write_new(path, (Path(__file__).parent / "starter.yaml").read_text(encoding="utf-8"))
         summary: dict[str, Any] = {"path": str(path)}
@@ -171,13 +171,11 @@ def _write_new(path: Path, text: str) -> None:
 
 
 def _unwritable(path: Path, got: str) -> ConfigError:
-    return ConfigError(
-        Problem(
-            "cannot write the configuration",
-            where=str(path),
-            got=got,
-            remedy="name another path as the last argument",
-        )
+    return ConfigError.of(
+        "cannot write the configuration",
+        where=str(path),
+        got=got,
+        remedy="name another path as the last argument",
     )
 
 
@@ -426,7 +424,7 @@ def _next(arguments: argparse.Namespace, output: IO[str]) -> int:
 def _label_next(arguments: argparse.Namespace, output: IO[str]) -> int:
     config = _load(arguments)
     if arguments.count < 1:
-        raise ConfigError(Problem("nothing is to be chosen", where="-k", allowed="1 or more"))
+        raise ConfigError.of("nothing is to be chosen", where="-k", allowed="1 or more")
     path = Path(arguments.out)
     _refuse_unwritable({"--out": path})
     from tuneloop.labelling import choose_next, write_choices
@@ -515,13 +513,11 @@ def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
 
 def _export(arguments: argparse.Namespace, output: IO[str]) -> int:
     if (arguments.to == "hub") != bool(arguments.repo):
-        raise ConfigError(
-            Problem(
-                "`--to hub` and `--repo` belong together",
-                where="--repo",
-                got=f"--to {arguments.to}, --repo {arguments.repo or 'not given'}",
-                remedy=f"tuneloop export {arguments.ref} --to hub --repo ORG/NAME",
-            )
+        raise ConfigError.of(
+            "`--to hub` and `--repo` belong together",
+            where="--repo",
+            got=f"--to {arguments.to}, --repo {arguments.repo or 'not given'}",
+            remedy=f"tuneloop export {arguments.ref} --to hub --repo ORG/NAME",
         )
     from tuneloop.evals.reporting.formatting import format_change, format_estimate
     from tuneloop.evals.scoring.metrics import Metric

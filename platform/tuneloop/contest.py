@@ -179,25 +179,21 @@ def referenced_model(
         return finetuned_model(artifact)
     merged = f"serve the merged weights: {artifact.ref}"
     if not (artifact.path / ADAPTER).is_dir():
-        raise ModelError(
-            Problem(
-                "the model has no adapter",
-                where=where,
-                got=f"{reference}, trained with method full",
-                remedy=merged,
-            )
+        raise ModelError.of(
+            "the model has no adapter",
+            where=where,
+            got=f"{reference}, trained with method full",
+            remedy=merged,
         )
     trained_on = artifact.manifest["config"]
     if trained_on["base_fingerprint"] != base.fingerprint:
-        raise ModelError(
-            Problem(
-                "the adapter belongs to another base model",
-                where=where,
-                got=f"{reference}, trained on {trained_on['base']} "
-                f"({trained_on['base_fingerprint'][:12]})",
-                allowed=f"adapters on {base.name} ({base.fingerprint[:12]})",
-                remedy=f"{merged}; or set model.base to {trained_on['base']}",
-            )
+        raise ModelError.of(
+            "the adapter belongs to another base model",
+            where=where,
+            got=f"{reference}, trained on {trained_on['base']} "
+            f"({trained_on['base_fingerprint'][:12]})",
+            allowed=f"adapters on {base.name} ({base.fingerprint[:12]})",
+            remedy=f"{merged}; or set model.base to {trained_on['base']}",
         )
     return ServedModel(base.path, adapter=artifact.path)
 
@@ -435,13 +431,11 @@ def _api_key(variable: str | None, where: str) -> str:
         return ""
     key = os.environ.get(variable, "")
     if not key:
-        raise ConfigError(
-            Problem(
-                "the endpoint's API key is missing",
-                where=f"{where}.api_key_env",
-                got=f"the environment variable {variable} is not set",
-                remedy=f"export {variable}=…, or leave api_key_env out",
-            )
+        raise ConfigError.of(
+            "the endpoint's API key is missing",
+            where=f"{where}.api_key_env",
+            got=f"the environment variable {variable} is not set",
+            remedy=f"export {variable}=…, or leave api_key_env out",
         )
     return key
 
@@ -563,11 +557,9 @@ def missing_model(config: TuneloopConfig, workspace: Workspace) -> ModelError:
     """Return the error that no model was trained with this configuration."""
     others = [a.ref for a in workspace.published() if (a.kind, a.name) == ("models", config.name)]
     other = f"; {others[-1]} was trained with other settings: name it as `model`" if others else ""
-    return ModelError(
-        Problem(
-            "no model was trained with this configuration",
-            where=f"workspace {workspace.location}",
-            allowed="`evaluate` scores what is there, and trains nothing",
-            remedy=f"`tuneloop train` or `tuneloop run` makes it{other}",
-        )
+    return ModelError.of(
+        "no model was trained with this configuration",
+        where=f"workspace {workspace.location}",
+        allowed="`evaluate` scores what is there, and trains nothing",
+        remedy=f"`tuneloop train` or `tuneloop run` makes it{other}",
     )

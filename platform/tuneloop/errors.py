@@ -15,6 +15,7 @@ A `UserError` carries one or more `Problem`s, so that everything wrong is report
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 
 class TuneloopError(Exception):
@@ -59,6 +60,13 @@ class UserError(TuneloopError):
     def __init__(self, *problems: Problem) -> None:
         super().__init__(*problems)
         self.problems = problems
+
+    @classmethod
+    def of(
+        cls, what: str, where: str = "", got: str = "", allowed: str = "", remedy: str = ""
+    ) -> Self:
+        """Return the error with one problem, of these parts."""
+        return cls(Problem(what, where, got, allowed, remedy))
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)

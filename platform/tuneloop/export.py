@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tuneloop.artifacts import Artifact, Workspace, sha256_file
 from tuneloop.config import ArmConfig, EvaluationConfig, TuneloopConfig
 from tuneloop.data.decontamination.seen import datasets_of
-from tuneloop.errors import ArtifactError, ConfigError, ModelError, Problem
+from tuneloop.errors import ArtifactError, ConfigError, ModelError
 from tuneloop.evals.scoring.metrics import MetricKind
 from tuneloop.evals.scoring.questions import Question, read_questions
 from tuneloop.evals.scoring.results import Evaluation
@@ -210,14 +210,12 @@ def push(result: Export, repository: str) -> str:
             ignore_patterns=[MARKER, _DRAFT],
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(
-            Problem(
-                "the Hugging Face Hub does not take the model",
-                where=f"--repo {repository}",
-                got=str(error).strip().splitlines()[0],
-                remedy="set HF_TOKEN to a token that may write there; the folder stays in "
-                f"{result.folder}",
-            )
+        raise ConfigError.of(
+            "the Hugging Face Hub does not take the model",
+            where=f"--repo {repository}",
+            got=str(error).strip().splitlines()[0],
+            remedy="set HF_TOKEN to a token that may write there; the folder stays in "
+            f"{result.folder}",
         ) from error
     return str(url)
 
@@ -225,13 +223,11 @@ def push(result: Export, repository: str) -> str:
 def _model(workspace: Workspace, reference: str) -> Artifact:
     artifact = workspace.open(reference)
     if artifact.kind != "models":
-        raise ArtifactError(
-            Problem(
-                "only models are exported",
-                where="REF",
-                got=artifact.ref,
-                allowed="models/NAME (newest) or models/NAME@vN",
-            )
+        raise ArtifactError.of(
+            "only models are exported",
+            where="REF",
+            got=artifact.ref,
+            allowed="models/NAME (newest) or models/NAME@vN",
         )
     return artifact
 
@@ -247,27 +243,23 @@ def _read(folder: Path, identity: dict[str, Any]) -> Export | None:
         # What a killed export left has our names and no marker.
         foreign = [f.name for f in folder.iterdir()] if folder.is_dir() else []
         if foreign and not (folder / _DRAFT).exists():
-            raise ConfigError(
-                Problem(
-                    "the folder holds other files",
-                    where=f"--output {folder}",
-                    got=", ".join(sorted(foreign)[:5]),
-                    allowed="a folder that is empty or not there yet",
-                )
+            raise ConfigError.of(
+                "the folder holds other files",
+                where=f"--output {folder}",
+                got=", ".join(sorted(foreign)[:5]),
+                allowed="a folder that is empty or not there yet",
             )
         return None
     found = json.loads(marker.read_text(encoding="utf-8"))
     differing = [key for key, value in identity.items() if found.get(key) != value]
     if differing:
         scored = ", scored otherwise" if differing == ["evaluation"] else ""
-        raise ConfigError(
-            Problem(
-                "the folder holds another export",
-                where=f"--output {folder}",
-                got=f"{found.get('model')} as {found.get('to')}{scored}",
-                allowed="the same model and format, scored alike, by this version of tuneloop",
-                remedy="name another folder, or remove this one",
-            )
+        raise ConfigError.of(
+            "the folder holds another export",
+            where=f"--output {folder}",
+            got=f"{found.get('model')} as {found.get('to')}{scored}",
+            allowed="the same model and format, scored alike, by this version of tuneloop",
+            remedy="name another folder, or remove this one",
         )
     files = {name: folder / name for name in found["checksums"]}
     if any(
@@ -290,12 +282,10 @@ def _dataset(workspace: Workspace, model: Artifact, is_needed: bool) -> Artifact
     """Return the dataset a model was trained on; None where it is gone."""
     found = datasets_of(workspace, model.path)
     if is_needed and not found:
-        raise ArtifactError(
-            Problem(
-                "the dataset that the model was trained on is gone, so nothing can be scored",
-                where=model.ref,
-                remedy="leave CONFIG.yaml out: the files are then written without price tags",
-            )
+        raise ArtifactError.of(
+            "the dataset that the model was trained on is gone, so nothing can be scored",
+            where=model.ref,
+            remedy="leave CONFIG.yaml out: the files are then written without price tags",
         )
     return found[0] if found else None
 

@@ -97,13 +97,11 @@ def choose_next(
         ArtifactError: There is no dataset yet.
     """
     if config.task.tasks or config.task.type == "language_modeling":
-        raise ConfigError(
-            Problem(
-                "inputs are chosen for a single task with answers",
-                where="task.type",
-                got=config.task.type,
-                allowed="classification, extraction or generation",
-            )
+        raise ConfigError.of(
+            "inputs are chosen for a single task with answers",
+            where="task.type",
+            got=config.task.type,
+            allowed="classification, extraction or generation",
         )
     found = read_inputs(config, path)
     dataset = workspace.open(f"datasets/{config.name}")
@@ -112,8 +110,8 @@ def choose_next(
     rows = list({_plain(row.prompt): row for row in reversed(found)}.values())[::-1]
     rows = [row for row in rows if _plain(row.prompt) not in known]
     if not rows:
-        raise DataError(
-            Problem("all inputs are train rows already", where=path, got=f"{len(found):,} rows")
+        raise DataError.of(
+            "all inputs are train rows already", where=path, got=f"{len(found):,} rows"
         )
     return choose(rows, train, config.task, find_wanted(config, workspace, dataset), count)
 
@@ -292,13 +290,11 @@ def write_choices(choices: Sequence[Choice], config: TuneloopConfig, path: Path)
                 return Written(str(path), {"path": str(path), "format": "label_studio"})
             return Written(str(path), {"path": str(path)} | _write_csv(choices, config, file))
     except OSError as error:
-        raise ConfigError(
-            Problem(
-                "the chosen inputs cannot be written",
-                where="--out",
-                got=f"{path}: {error.strerror or error}",
-                remedy="name a file that is not there yet, in a folder that is",
-            )
+        raise ConfigError.of(
+            "the chosen inputs cannot be written",
+            where="--out",
+            got=f"{path}: {error.strerror or error}",
+            remedy="name a file that is not there yet, in a folder that is",
         ) from error
 
 

@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from tuneloop.errors import DataError, Problem
+from tuneloop.errors import DataError
 
 # What is the same in every language says nothing about it.
 _NEUTRAL = re.compile(
@@ -63,13 +63,11 @@ def refuse_unknown_languages(codes: Sequence[str]) -> None:
     known = known_languages()
     unknown = [code for code in codes if code not in known]
     if unknown:
-        raise DataError(
-            Problem(
-                "unknown language code",
-                where="data.filters.languages",
-                got=", ".join(unknown),
-                allowed=", ".join(sorted(known)),
-            )
+        raise DataError.of(
+            "unknown language code",
+            where="data.filters.languages",
+            got=", ".join(unknown),
+            allowed=", ".join(sorted(known)),
         )
 
 

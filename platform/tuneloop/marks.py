@@ -191,13 +191,11 @@ def write_marks(marks: Iterable[Mark], path: Path) -> None:
     try:
         path.write_text("".join(lines), encoding="utf-8")
     except OSError as error:
-        raise DataError(
-            Problem(
-                "the marks cannot be written",
-                where=str(path),
-                got=error.strerror or str(error),
-                remedy="give another path",
-            )
+        raise DataError.of(
+            "the marks cannot be written",
+            where=str(path),
+            got=error.strerror or str(error),
+            remedy="give another path",
         ) from error
 
 
@@ -213,13 +211,11 @@ def read_marks(path: Path) -> list[Mark]:
         # Other ends of lines may stand within a text.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            Problem(
-                "the file of marks cannot be read",
-                where=f"data.fixes: {path}",
-                got=str(error),
-                remedy="name a file that `tuneloop fixes CONFIG --output FILE` wrote, or true",
-            )
+        raise DataError.of(
+            "the file of marks cannot be read",
+            where=f"data.fixes: {path}",
+            got=str(error),
+            remedy="name a file that `tuneloop fixes CONFIG --output FILE` wrote, or true",
         ) from error
     marks: list[Mark] = []
     problems: list[Problem] = []

@@ -22,7 +22,7 @@ from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect, refuse_unshared
 from tuneloop.config import API_KEY_VARIABLE, NO_DIFFERENCE, Section, ServingConfig, TuneloopConfig
 from tuneloop.contest import Contest
-from tuneloop.errors import ConfigError, ModelError, Problem
+from tuneloop.errors import ConfigError, ModelError
 from tuneloop.evals.scoring.harness import make_environment
 from tuneloop.evals.scoring.judging import Judging
 from tuneloop.models.bases.source import BaseModel, resolve_base
@@ -84,13 +84,11 @@ def generate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     from tuneloop.synthesis.pairs import generate as generate_pairs
 
     if config.generation is None:
-        raise ConfigError(
-            Problem(
-                "nothing says what to generate",
-                where="generation",
-                got="no such section",
-                remedy="give generation.endpoint, generation.model and generation.sources",
-            )
+        raise ConfigError.of(
+            "nothing says what to generate",
+            where="generation",
+            got="no such section",
+            remedy="give generation.endpoint, generation.model and generation.sources",
         )
     if problems := more_of_problems(config, workspace):
         raise ConfigError(*problems)

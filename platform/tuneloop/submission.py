@@ -70,8 +70,8 @@ def submit(command: str, config_path: str, overrides: Sequence[str], address: st
         ResourceError: No jobs API answers at the address, or it refuses the token.
     """
     if command not in COMMANDS:
-        raise ConfigError(
-            Problem("this command cannot be submitted", got=command, allowed=", ".join(COMMANDS))
+        raise ConfigError.of(
+            "this command cannot be submitted", got=command, allowed=", ".join(COMMANDS)
         )
     config = load_config(config_path, overrides)
     refuse_fleeting_workspace(config)
@@ -116,14 +116,12 @@ def refuse_fleeting_workspace(config: TuneloopConfig) -> None:
     """
     if "://" in config.workspace or Path(config.workspace).expanduser().is_absolute():
         return
-    raise ConfigError(
-        Problem(
-            "the results would vanish with the job",
-            where="workspace",
-            got=f"{config.workspace}, in the job's own directory, which Ray removes",
-            allowed="an absolute path that every node of the cluster shares",
-            remedy="for example workspace=/shared/tuneloop",
-        )
+    raise ConfigError.of(
+        "the results would vanish with the job",
+        where="workspace",
+        got=f"{config.workspace}, in the job's own directory, which Ray removes",
+        allowed="an absolute path that every node of the cluster shares",
+        remedy="for example workspace=/shared/tuneloop",
     )
 
 
@@ -177,15 +175,13 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
     sizes = {source: _num_bytes(source) for source, _ in plan}
     if sum(sizes.values()) > MAX_BUNDLE_BYTES:
         largest = max(sizes, key=lambda source: sizes[source])
-        raise ConfigError(
-            Problem(
-                "the job's bundle would be too large",
-                where=str(largest),
-                got=f"{sum(sizes.values()) / 2**20:,.0f} MiB in {len(sizes)} files",
-                allowed=f"{MAX_BUNDLE_BYTES / 2**20:.0f} MiB",
-                remedy="put it where the cluster can read it (s3://, gs://, a Hub id) and name "
-                "that in the configuration",
-            )
+        raise ConfigError.of(
+            "the job's bundle would be too large",
+            where=str(largest),
+            got=f"{sum(sizes.values()) / 2**20:,.0f} MiB in {len(sizes)} files",
+            allowed=f"{MAX_BUNDLE_BYTES / 2**20:.0f} MiB",
+            remedy="put it where the cluster can read it (s3://, gs://, a Hub id) and name "
+            "that in the configuration",
         )
     for source, target in plan:
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
@@ -287,14 +283,12 @@ def _client(address: str) -> JobSubmissionClient:
         client.list_jobs()
         return client
     except AuthenticationError as error:
-        raise ResourceError(
-            Problem(
-                "the cluster asks for its token",
-                where=address,
-                got=str(error).partition(".")[0],
-                remedy="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what "
-                "`ray get-auth-token` prints on the head",
-            )
+        raise ResourceError.of(
+            "the cluster asks for its token",
+            where=address,
+            got=str(error).partition(".")[0],
+            remedy="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what "
+            "`ray get-auth-token` prints on the head",
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise _no_jobs_api(address, str(error)) from error
@@ -317,15 +311,13 @@ def _refuse_other_server(address: str) -> None:
 
 
 def _no_jobs_api(address: str, reason: str) -> ResourceError:
-    return ResourceError(
-        Problem(
-            "no Ray jobs API answers",
-            where="--address or RAY_API_SERVER_ADDRESS",
-            got=f"{address}: {reason.splitlines()[0] if reason else 'no answer'}",
-            allowed="http://HOST:8265, the dashboard address of a Ray head",
-            remedy="start one with `ray start --head`, or open a tunnel with "
-            "`ray dashboard cluster.yaml`",
-        )
+    return ResourceError.of(
+        "no Ray jobs API answers",
+        where="--address or RAY_API_SERVER_ADDRESS",
+        got=f"{address}: {reason.splitlines()[0] if reason else 'no answer'}",
+        allowed="http://HOST:8265, the dashboard address of a Ray head",
+        remedy="start one with `ray start --head`, or open a tunnel with "
+        "`ray dashboard cluster.yaml`",
     )
 
 

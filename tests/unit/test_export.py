@@ -17,7 +17,7 @@ import pytest
 from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
 from tuneloop.config import EvaluationConfig
-from tuneloop.errors import ArtifactError, ConfigError, ModelError, Problem
+from tuneloop.errors import ArtifactError, ConfigError, ModelError
 from tuneloop.evals.reporting.formatting import format_change
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.questions import Question
@@ -91,7 +91,7 @@ def test_an_export_that_was_killed_is_written_again_and_a_refused_one_leaves_not
 
     def refuse(*arguments: object) -> None:
         (tmp_path / "g" / "faq-F16.gguf").write_bytes(b"wrong")
-        raise ModelError(Problem("llama.cpp renders the chat template otherwise"))
+        raise ModelError.of("llama.cpp renders the chat template otherwise")
 
     monkeypatch.setattr("tuneloop.export.convert", refuse)
     with pytest.raises(ModelError, match="renders the chat template otherwise"):

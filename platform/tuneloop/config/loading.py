@@ -48,34 +48,28 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Tunel
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(
-            Problem(
-                "cannot read the configuration",
-                where=str(path),
-                got=reason,
-                remedy="give the path of a YAML file; `tuneloop init` writes one",
-            )
+        raise ConfigError.of(
+            "cannot read the configuration",
+            where=str(path),
+            got=reason,
+            remedy="give the path of a YAML file; `tuneloop init` writes one",
         ) from error
     try:
         raw = yaml.load(text, Loader=_UniqueKeyLoader)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ConfigError(
-            Problem(
-                "the configuration is not valid YAML",
-                where=f"{path}:{mark.line + 1}" if mark else str(path),
-                got=str(getattr(error, "problem", None) or error),
-            )
+        raise ConfigError.of(
+            "the configuration is not valid YAML",
+            where=f"{path}:{mark.line + 1}" if mark else str(path),
+            got=str(getattr(error, "problem", None) or error),
         ) from error
     if not isinstance(raw, dict):
-        raise ConfigError(
-            Problem(
-                "the configuration is not a mapping",
-                where=str(path),
-                got="an empty file" if raw is None else type(raw).__name__,
-                allowed="keys " + ", ".join(TuneloopConfig.model_fields),
-            )
+        raise ConfigError.of(
+            "the configuration is not a mapping",
+            where=str(path),
+            got="an empty file" if raw is None else type(raw).__name__,
+            allowed="keys " + ", ".join(TuneloopConfig.model_fields),
         )
     for override in overrides:
         raw = with_override(raw, override)
@@ -95,19 +89,17 @@ def with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(
-            Problem(
-                "an override is not of the form dotted.key=value",
-                where="command line",
-                got=override,
-                remedy="for example training.learning_rate=1e-4",
-            )
+        raise ConfigError.of(
+            "an override is not of the form dotted.key=value",
+            where="command line",
+            got=override,
+            remedy="for example training.learning_rate=1e-4",
         )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(
-            Problem("an override's value is not valid YAML", where="command line", got=override)
+        raise ConfigError.of(
+            "an override's value is not valid YAML", where="command line", got=override
         ) from error
     return with_value(raw, key, value)
 
@@ -127,12 +119,10 @@ def _set(node: Any, parts: list[str], value: Any, key: str) -> Any:
     head, rest = parts[0], parts[1:]
     if isinstance(node, list):
         if not head.isdigit() or int(head) >= len(node):
-            raise ConfigError(
-                Problem(
-                    f"no item `{head}` in the list",
-                    where=f"command line, {key}",
-                    allowed=f"0 to {len(node) - 1}",
-                )
+            raise ConfigError.of(
+                f"no item `{head}` in the list",
+                where=f"command line, {key}",
+                allowed=f"0 to {len(node) - 1}",
             )
         return [
             _set(item, rest, value, key) if index == int(head) else item

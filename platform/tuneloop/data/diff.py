@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from tuneloop.artifacts import Artifact
 from tuneloop.data.schema import SPLITS, Side
-from tuneloop.errors import ArtifactError, Problem
+from tuneloop.errors import ArtifactError
 
 _NUM_EXAMPLES = 5
 T = TypeVar("T")
@@ -42,12 +42,10 @@ def diff_datasets(new: Artifact, old: Artifact) -> dict[str, Any]:
     """
     for artifact in (new, old):
         if artifact.kind != "datasets":
-            raise ArtifactError(
-                Problem(
-                    "only datasets can be compared row by row",
-                    where=artifact.ref,
-                    allowed="two references such as datasets/faq@v2 and datasets/faq@v1",
-                )
+            raise ArtifactError.of(
+                "only datasets can be compared row by row",
+                where=artifact.ref,
+                allowed="two references such as datasets/faq@v2 and datasets/faq@v1",
             )
     new_card, old_card = (
         json.loads((a.path / "card.json").read_text(encoding="utf-8")) for a in (new, old)

@@ -121,14 +121,12 @@ def _refuse_no_labels(found: Counter[str], key: str) -> None:
         got = f"{len(found):,} different answers in {num_rows:,} rows"
     else:
         return
-    raise DataError(
-        Problem(
-            "the answers of the rows are no labels",
-            where=key,
-            got=got,
-            allowed=f"2 to {_MOST_LABELS:,} answers, each of several rows",
-            remedy="give `labels`; or, if answers are free text, `task.type: generation`",
-        )
+    raise DataError.of(
+        "the answers of the rows are no labels",
+        where=key,
+        got=got,
+        allowed=f"2 to {_MOST_LABELS:,} answers, each of several rows",
+        remedy="give `labels`; or, if answers are free text, `task.type: generation`",
     )
 
 

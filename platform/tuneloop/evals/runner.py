@@ -301,8 +301,8 @@ def evaluate(
     """
     names = [arm.name for arm in arms]
     if not arms or len(set(names)) < len(names):
-        raise ConfigError(
-            Problem("an evaluation needs arms with different names", got=", ".join(names) or "none")
+        raise ConfigError.of(
+            "an evaluation needs arms with different names", got=", ".join(names) or "none"
         )
     published = find_evaluation(config, workspace, dataset, arms, name, judging)
     if published is not None:

@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from tuneloop.errors import Problem, ResourceError
+from tuneloop.errors import ResourceError
 
 HOST = "127.0.0.1"
 PORT = 8501
@@ -26,20 +26,18 @@ def run_dashboard(workspace: str, port: int = PORT) -> int:
         ResourceError: Streamlit is not installed, or the port is in use.
     """
     if importlib.util.find_spec("streamlit") is None:
-        raise ResourceError(
-            Problem("streamlit is not installed", remedy="pip install 'tuneloop[dashboard]'")
+        raise ResourceError.of(
+            "streamlit is not installed", remedy="pip install 'tuneloop[dashboard]'"
         )
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise ResourceError(
-                Problem(
-                    "the dashboard's port is in use",
-                    where=f"{HOST}:{port}",
-                    remedy="stop the program that uses it, or choose another port: --port 8502",
-                )
+            raise ResourceError.of(
+                "the dashboard's port is in use",
+                where=f"{HOST}:{port}",
+                remedy="stop the program that uses it, or choose another port: --port 8502",
             ) from error
     command = [sys.executable, "-m", "streamlit", "run", str(_app()), "--server.port", str(port)]
     command += ["--server.address", HOST, "--server.headless", "true", "--", "--workspace"]
@@ -59,10 +57,8 @@ def _app() -> Path:
     for path in (checkout, installed):
         if path.is_file():
             return path
-    raise ResourceError(
-        Problem(
-            "the dashboard's pages are not installed",
-            where=str(installed),
-            remedy="install tuneloop from a checkout or a wheel of this version",
-        )
+    raise ResourceError.of(
+        "the dashboard's pages are not installed",
+        where=str(installed),
+        remedy="install tuneloop from a checkout or a wheel of this version",
     )

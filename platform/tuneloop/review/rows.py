@@ -13,7 +13,7 @@ from typing import Any
 import duckdb
 
 from tuneloop.artifacts import Artifact
-from tuneloop.errors import ArtifactError, Problem
+from tuneloop.errors import ArtifactError
 
 # Of a column with more different values a list to choose from is no help.
 _MOST_VALUES, _MOST_OF_A_CONFLICT = 50, 6
@@ -91,13 +91,11 @@ class Query:
                 names = [column[0] for column in found.description or ()]
                 return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
         except duckdb.Error as error:
-            raise ArtifactError(
-                Problem(
-                    "the rows cannot be read",
-                    where=str(Path(self.files[0]).parent),
-                    got=str(error).partition("\n")[0],
-                    remedy="remove the artifact and run its step again",
-                )
+            raise ArtifactError.of(
+                "the rows cannot be read",
+                where=str(Path(self.files[0]).parent),
+                got=str(error).partition("\n")[0],
+                remedy="remove the artifact and run its step again",
             ) from error
 
     def columns(self, without: Sequence[str] = ()) -> str:

@@ -61,14 +61,12 @@ class ReviewStore:
     def __init__(self, workspace: str | Path) -> None:
         url = os.environ.get(URL_VARIABLE, "")
         if not url and not has_store(workspace):
-            raise ArtifactError(
-                Problem(
-                    "what people say cannot be stored in a remote workspace",
-                    where="workspace",
-                    got=str(workspace),
-                    allowed=f"a local directory, or a database that {URL_VARIABLE} names",
-                    remedy=f"set {URL_VARIABLE}, for example to postgresql://user@host/database",
-                )
+            raise ArtifactError.of(
+                "what people say cannot be stored in a remote workspace",
+                where="workspace",
+                got=str(workspace),
+                allowed=f"a local directory, or a database that {URL_VARIABLE} names",
+                remedy=f"set {URL_VARIABLE}, for example to postgresql://user@host/database",
             )
         self.path: Path | None = None
         if url:
@@ -182,14 +180,12 @@ class ReviewStore:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
         revision = _revision(connection)
         if revision is not None and revision not in _known_revisions():
-            raise ArtifactError(
-                Problem(
-                    "the verdicts were stored by a newer version of tuneloop",
-                    where=self.place,
-                    got=f"schema {revision}",
-                    allowed=f"up to {_newest()}",
-                    remedy="update tuneloop",
-                )
+            raise ArtifactError.of(
+                "the verdicts were stored by a newer version of tuneloop",
+                where=self.place,
+                got=f"schema {revision}",
+                allowed=f"up to {_newest()}",
+                remedy="update tuneloop",
             )
         if revision != _newest():
             config = _config()
@@ -225,12 +221,10 @@ def _parsed(url: str) -> sa.URL:
     try:
         parsed = sa.make_url(url)
     except ArgumentError as error:
-        raise ArtifactError(
-            Problem(
-                "not the URL of a database",
-                where=URL_VARIABLE,
-                allowed="for example postgresql://user:password@host:5432/database",
-            )
+        raise ArtifactError.of(
+            "not the URL of a database",
+            where=URL_VARIABLE,
+            allowed="for example postgresql://user:password@host:5432/database",
         ) from error
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")

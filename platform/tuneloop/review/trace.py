@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tuneloop.artifacts import Artifact, Workspace
-from tuneloop.errors import DataError, Problem
+from tuneloop.errors import DataError
 from tuneloop.marks import MARK_LABELS, Mark
 from tuneloop.review.fixes import fixes_of
 from tuneloop.review.rows import Query, open_rows, quoted
@@ -185,7 +185,7 @@ def _row_id(identifier: str, queries: Sequence[Query]) -> str:
         what = "no row of this workspace is called so"
         remedy = "`tuneloop ls` lists the datasets; ids are in the column row_id of their files"
     named = "; ".join(f"{name} ({source})" for name, source in list(found.items())[:10])
-    raise DataError(Problem(what, got=identifier, allowed=named, remedy=remedy))
+    raise DataError.of(what, got=identifier, allowed=named, remedy=remedy)
 
 
 def _matching(queries: Sequence[Query], condition: str, *values: object) -> dict[str, str]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 from tuneloop.serving.kv_cache import CachedSegment
 
 _PREFIX = "base_model.model."
@@ -145,7 +145,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(Problem("cannot read the adapter", str(folder), str(error))) from error
+        raise ModelError.of("cannot read the adapter", str(folder), str(error)) from error
     if settings.get("peft_type") != "LORA":
         raise _unfit(folder, f"peft_type {settings.get('peft_type')}")
     for name in sorted(settings.keys() - _NEUTRAL):
@@ -160,7 +160,7 @@ def _read(folder: Path, model: PreTrainedModel) -> dict[str, _LowRank]:
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(Problem("cannot read the adapter", str(folder), str(error))) from error
+        raise ModelError.of("cannot read the adapter", str(folder), str(error)) from error
     scaling = settings["lora_alpha"] / settings["r"]
     layers: dict[str, _LowRank] = {}
     for key in sorted(tensors):
@@ -199,12 +199,10 @@ def _refuse_misfit(
 
 
 def _unfit(folder: Path, got: str) -> ModelError:
-    return ModelError(
-        Problem(
-            "the adapter cannot be put on this base model",
-            where=str(folder),
-            got=got,
-            allowed="plain LoRA on linear layers of the base it was trained on",
-            remedy="serve the merged weights: the reference without `/adapter`",
-        )
+    return ModelError.of(
+        "the adapter cannot be put on this base model",
+        where=str(folder),
+        got=got,
+        allowed="plain LoRA on linear layers of the base it was trained on",
+        remedy="serve the merged weights: the reference without `/adapter`",
     )

@@ -26,7 +26,7 @@ from ray.serve.handle import DeploymentHandle
 
 from tuneloop.cluster import end_abandoned_serving, served_name
 from tuneloop.config import EngineName, ServingConfig, VllmConfig
-from tuneloop.errors import Problem, ResourceError, find_user_error
+from tuneloop.errors import ResourceError, find_user_error
 from tuneloop.serving.api import build_api
 from tuneloop.serving.keys import Keyring, keyring, refuse_exposed
 from tuneloop.serving.protocol import ProtocolError
@@ -267,14 +267,12 @@ def _await_route(url: str) -> None:
             except httpx.TransportError as error:
                 answer = str(error) or type(error).__name__
             time.sleep(0.05)
-    raise ResourceError(
-        Problem(
-            "the models are loaded, but nothing answers at their address",
-            where=url,
-            got=answer,
-            remedy="run the command on the machine of the cluster's head, which listens, for "
-            "example as a job: `tuneloop submit`",
-        )
+    raise ResourceError.of(
+        "the models are loaded, but nothing answers at their address",
+        where=url,
+        got=answer,
+        remedy="run the command on the machine of the cluster's head, which listens, for "
+        "example as a job: `tuneloop submit`",
     )
 
 
@@ -314,14 +312,12 @@ def _model_options(num_models: int, serving: ServingConfig) -> dict[str, Any]:
     free = ray.available_resources()
     share = min(MODEL_CPUS, (free.get("CPU", 0.0) - INGRESS_CPUS) / num_models)
     if share < 0.01:
-        raise ResourceError(
-            Problem(
-                "no CPU is free to serve on",
-                where="Ray",
-                got=f"{free.get('CPU', 0.0):g} CPUs",
-                allowed=f"more than {INGRESS_CPUS}",
-                remedy="wait for other jobs, or raise resources.num_cpus",
-            )
+        raise ResourceError.of(
+            "no CPU is free to serve on",
+            where="Ray",
+            got=f"{free.get('CPU', 0.0):g} CPUs",
+            allowed=f"more than {INGRESS_CPUS}",
+            remedy="wait for other jobs, or raise resources.num_cpus",
         )
     # Two decimals, rounded down: Ray adds fractions up exactly.
     options: dict[str, Any] = {
@@ -352,14 +348,12 @@ def free_port(serving: ServingConfig) -> int:
         try:
             probe.bind((serving.host, serving.port))
         except OSError as error:
-            raise ResourceError(
-                Problem(
-                    "cannot listen",
-                    where="serving.host and serving.port",
-                    got=f"{serving.host}:{serving.port}: {error.strerror or error}",
-                    allowed="an address of this machine and a free port, or port 0 for any",
-                    remedy="stop what listens there, or set serving.port=0",
-                )
+            raise ResourceError.of(
+                "cannot listen",
+                where="serving.host and serving.port",
+                got=f"{serving.host}:{serving.port}: {error.strerror or error}",
+                allowed="an address of this machine and a free port, or port 0 for any",
+                remedy="stop what listens there, or set serving.port=0",
             ) from error
         return int(probe.getsockname()[1])
 
@@ -370,11 +364,9 @@ def _refuse_running_serve() -> None:
     status = ray_serve.status()
     if not status.proxies and not status.applications:
         return
-    raise ResourceError(
-        Problem(
-            "Ray Serve runs already on this cluster",
-            where="Ray",
-            got=", ".join(status.applications) or "no application",
-            remedy="`serve shutdown` ends it; or run on another cluster",
-        )
+    raise ResourceError.of(
+        "Ray Serve runs already on this cluster",
+        where="Ray",
+        got=", ".join(status.applications) or "no application",
+        remedy="`serve shutdown` ends it; or run on another cluster",
     )

@@ -135,14 +135,12 @@ def refuse_exposed(serving: ServingConfig, ring: Keyring) -> None:
     """Raise ConfigError for an address that other machines reach, without a key."""
     if ring or _is_loopback(serving.host):
         return
-    raise ConfigError(
-        Problem(
-            "other machines would reach the models, and no key is asked for",
-            where="serving.host",
-            got=serving.host,
-            allowed="127.0.0.1, or any address with a key",
-            remedy=f"set serving.api_keys_file, or the environment variable {API_KEY_VARIABLE}",
-        )
+    raise ConfigError.of(
+        "other machines would reach the models, and no key is asked for",
+        where="serving.host",
+        got=serving.host,
+        allowed="127.0.0.1, or any address with a key",
+        remedy=f"set serving.api_keys_file, or the environment variable {API_KEY_VARIABLE}",
     )
 
 
@@ -166,14 +164,12 @@ def read_keys(path: str | Path) -> dict[str, ApiKey]:
     except (OSError, UnicodeDecodeError) as error:
         raise _wrong(path, getattr(error, "strerror", None) or str(error)) from error
     if mode & stat.S_IRWXO:
-        raise ConfigError(
-            Problem(
-                "everybody on this machine may read or change the keys",
-                where=str(path),
-                got=f"mode {stat.S_IMODE(mode):o}",
-                allowed="600, or 640 for a group",
-                remedy=f"chmod 600 {path}",
-            )
+        raise ConfigError.of(
+            "everybody on this machine may read or change the keys",
+            where=str(path),
+            got=f"mode {stat.S_IMODE(mode):o}",
+            allowed="600, or 640 for a group",
+            remedy=f"chmod 600 {path}",
         )
     try:
         raw = yaml.safe_load(text)

@@ -47,13 +47,11 @@ def load_decoder(path: str | Path, on_cpu: bool = False) -> PreTrainedModel:
     except UserError:
         raise
     except Exception as error:
-        raise ModelError(
-            Problem(
-                "cannot load the model",
-                where=str(path),
-                got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:500]}",
-                allowed="a Hugging Face directory with config.json and safetensors",
-            )
+        raise ModelError.of(
+            "cannot load the model",
+            where=str(path),
+            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:500]}",
+            allowed="a Hugging Face directory with config.json and safetensors",
         ) from error
     return model.to("cuda") if cuda else model
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from tuneloop.config import EngineName, VllmConfig
-from tuneloop.errors import ModelError, Problem, UserError
+from tuneloop.errors import ModelError, UserError
 from tuneloop.models.chat.calls import CallReader, CallSyntax, Written
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
@@ -672,14 +672,12 @@ def _load_renderer(model: ServedModel) -> Renderer:
     renderer = Renderer.load(model.folder, model.chat_template)
     recorded = recorded_renderer(model.folder)
     if model.chat_template == "auto" and recorded not in (None, renderer.hash):
-        raise ModelError(
-            Problem(
-                "the model's tokenizer or template renders otherwise than when it was trained",
-                where=str(model.folder),
-                got=renderer.hash,
-                allowed=str(recorded),
-                remedy="put back the directory's own files, or train again",
-            )
+        raise ModelError.of(
+            "the model's tokenizer or template renders otherwise than when it was trained",
+            where=str(model.folder),
+            got=renderer.hash,
+            allowed=str(recorded),
+            remedy="put back the directory's own files, or train again",
         )
     return renderer
 

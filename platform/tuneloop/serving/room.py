@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 from safetensors import SafetensorError, safe_open
 
-from tuneloop.errors import Problem, ResourceError
+from tuneloop.errors import ResourceError
 from tuneloop.models.export.layout import ADAPTER
 from tuneloop.serving.replica import ServedModel
 
@@ -31,16 +31,14 @@ def refuse_small_memory(models: Sequence[ServedModel], copies: int = 1) -> None:
     if needed <= available:
         return
     largest = max(sizes, key=lambda folder: sizes[folder])
-    raise ResourceError(
-        Problem(
-            "the models do not fit into memory together",
-            where="this machine",
-            got=f"{needed / _GIB:.1f} GiB of weights in float32, of which "
-            f"{copies * sizes[largest] / _GIB:.1f} GiB are those of {largest}",
-            allowed=f"{available / _GIB:.1f} GiB available",
-            remedy="serve fewer models, smaller ones, or adapters of one base "
-            "(`models/NAME@vN/adapter`); or free memory",
-        )
+    raise ResourceError.of(
+        "the models do not fit into memory together",
+        where="this machine",
+        got=f"{needed / _GIB:.1f} GiB of weights in float32, of which "
+        f"{copies * sizes[largest] / _GIB:.1f} GiB are those of {largest}",
+        allowed=f"{available / _GIB:.1f} GiB available",
+        remedy="serve fewer models, smaller ones, or adapters of one base "
+        "(`models/NAME@vN/adapter`); or free memory",
     )
 
 

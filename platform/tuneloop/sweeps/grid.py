@@ -109,11 +109,9 @@ def expand(config: TuneloopConfig) -> list[Cell]:
             distributions that cannot be used, all at once.
     """
     if config.sweep is None:
-        raise ConfigError(
-            Problem(
-                "there is no `sweep` in the configuration",
-                remedy="add sweep.parameters, for example data.num_train_examples: [100, 300]",
-            )
+        raise ConfigError.of(
+            "there is no `sweep` in the configuration",
+            remedy="add sweep.parameters, for example data.num_train_examples: [100, 300]",
         )
     sweep = config.sweep
     problems = [

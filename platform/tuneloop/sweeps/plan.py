@@ -134,15 +134,13 @@ def common_rows(datasets: Sequence[Artifact], keys: Sequence[str]) -> frozenset[
     if all(rows == common for rows in ids):
         return None
     if len(common) < min(map(len, ids)) / 2:
-        raise DataError(
-            Problem(
-                "the trials have too few validation rows in common to be compared",
-                where="sweep.parameters",
-                got=f"{len(common):,} rows in common, of {min(map(len, ids)):,} or more each, over "
-                + ", ".join(f"`{key}`" for key in keys),
-                allowed="at least half of them",
-                remedy="sweep keys that leave the rows as they are",
-            )
+        raise DataError.of(
+            "the trials have too few validation rows in common to be compared",
+            where="sweep.parameters",
+            got=f"{len(common):,} rows in common, of {min(map(len, ids)):,} or more each, over "
+            + ", ".join(f"`{key}`" for key in keys),
+            allowed="at least half of them",
+            remedy="sweep keys that leave the rows as they are",
         )
     logger.warning(
         "the trials' validation splits differ: compared on the %d rows that all have", len(common)

@@ -212,7 +212,7 @@ def _test_winner(
         best_cell = whole[choose(means, higher) or 0]
         best = choose([scored[number].score.value for number in best_cell], higher)
     if best is None:
-        raise ModelError(Problem("no trial has a score", got="no answer could be scored"))
+        raise ModelError.of("no trial has a score", got="no answer could be scored")
     trial, dataset, *_ = scored[best_cell[best]]
     assert trial.model
     config = evaluated_on(trial.cell.config, "test")

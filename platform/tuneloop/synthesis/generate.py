@@ -22,7 +22,7 @@ from tuneloop.data.schema import ReasonCode, dataset_schema, removed_schema
 from tuneloop.data.sources.files import identities
 from tuneloop.data.sources.unlabelled import input_files, read_all_unlabelled
 from tuneloop.data.synthetic_rows import RowText, compare, synthetic_lines
-from tuneloop.errors import ConfigError, DataError, Problem
+from tuneloop.errors import ConfigError, DataError
 from tuneloop.evals.scoring.constrained import KINDS, constrain
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
@@ -200,13 +200,11 @@ def _judge_key(judge: JudgeConfig | None) -> str:
         return ""
     key = os.environ.get(judge.api_key_env, "")
     if not key:
-        raise ConfigError(
-            Problem(
-                "the judge's API key is missing",
-                where="evaluation.judge.api_key_env",
-                got=f"the environment variable {judge.api_key_env} is not set",
-                remedy=f"export {judge.api_key_env}=…, or leave api_key_env out",
-            )
+        raise ConfigError.of(
+            "the judge's API key is missing",
+            where="evaluation.judge.api_key_env",
+            got=f"the environment variable {judge.api_key_env} is not set",
+            remedy=f"export {judge.api_key_env}=…, or leave api_key_env out",
         )
     return key
 
@@ -276,13 +274,11 @@ def _nothing_taken(
     told = ", ".join(f"{why} ({n} times)" for why, n in reasons(rows.removed).most_common(3))
     if teacher.stopped is not None and not told:
         return DataError(teacher.stopped)
-    return DataError(
-        Problem(
-            "no row that the model wrote can be used",
-            where=f"{generation.model} at {generation.endpoint}",
-            got=told or f"{written.num_unanswered:,} requests without a reply",
-            remedy="take a larger model, or say it more clearly in generation.instruction",
-        )
+    return DataError.of(
+        "no row that the model wrote can be used",
+        where=f"{generation.model} at {generation.endpoint}",
+        got=told or f"{written.num_unanswered:,} requests without a reply",
+        remedy="take a larger model, or say it more clearly in generation.instruction",
     )
 
 

@@ -174,13 +174,11 @@ def _weak(artifact: Artifact) -> _Weak:
     slices = weak_parts(evaluation.slices, arm, metric.better)
     if not slices:
         count = evaluation.slices.get("num_slices", 0)
-        raise ConfigError(
-            Problem(
-                "no slice is shown to be worse than the other rows",
-                where=f"generation.more_of: {artifact.ref}, arm `{arm}`",
-                got=f"{count:,} slices, none of them worse after correction for so many",
-                remedy="leave generation.more_of out, or mark rows and set it to `marks`",
-            )
+        raise ConfigError.of(
+            "no slice is shown to be worse than the other rows",
+            where=f"generation.more_of: {artifact.ref}, arm `{arm}`",
+            got=f"{count:,} slices, none of them worse after correction for so many",
+            remedy="leave generation.more_of out, or mark rows and set it to `marks`",
         )
     return _Weak(evaluation, slices)
 

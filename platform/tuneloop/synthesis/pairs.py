@@ -31,7 +31,7 @@ from tuneloop.data.hashing.content import content_id
 from tuneloop.data.schema import ReasonCode, Stage
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
-from tuneloop.errors import DataError, Problem
+from tuneloop.errors import DataError
 from tuneloop.languages import refuse_unknown_languages
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
@@ -103,7 +103,7 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
     assert generation is not None, "the caller looked"
     passages = list(_passages(config, generation))
     if not passages:
-        raise DataError(Problem("the sources hold no text", where="generation.sources"))
+        raise DataError.of("the sources hold no text", where="generation.sources")
     renderer = Renderer.load(base.path, config.model.chat_template)
     parts = {
         # The keys that this kind had from the start: what is published stays as it is.
@@ -129,15 +129,13 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
         rows = _rows(passages, replies, renderer)
         if not rows.train:
             removed = reasons(rows.removed)
-            raise DataError(
-                Problem(
-                    "no reply holds a pair that can be used",
-                    where=f"{generation.model} at {generation.endpoint}",
-                    got=", ".join(f"{reason} ({n} times)" for reason, n in removed.most_common(3)),
-                    allowed="a JSON list of objects with `question` and `answer`",
-                    remedy="take a larger model, raise generation.max_tokens, or say it more "
-                    "clearly in generation.instruction",
-                )
+            raise DataError.of(
+                "no reply holds a pair that can be used",
+                where=f"{generation.model} at {generation.endpoint}",
+                got=", ".join(f"{reason} ({n} times)" for reason, n in removed.most_common(3)),
+                allowed="a JSON list of objects with `question` and `answer`",
+                remedy="take a larger model, raise generation.max_tokens, or say it more "
+                "clearly in generation.instruction",
             )
         metrics = _metrics(passages, replies, rows) | {
             "num_requests": teacher.replies.num_requests,
@@ -177,7 +175,7 @@ def _passages(config: TuneloopConfig, generation: GenerationConfig) -> Iterator[
                 if rejection.stage is Stage.FILTER:
                     continue
                 details = rejection.got, rejection.allowed, rejection.remedy
-                raise DataError(Problem(rejection.what, row["source"], *details))
+                raise DataError.of(rejection.what, row["source"], *details)
             for text in cut(row["text"], generation.max_characters):
                 identity = content_id([], text)
                 if identity not in seen:

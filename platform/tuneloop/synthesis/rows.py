@@ -21,7 +21,7 @@ from tuneloop.data.hashing.content import content_id
 from tuneloop.data.rouge import ALIKE
 from tuneloop.data.schema import ReasonCode
 from tuneloop.data.sources.unlabelled import UnlabelledRow
-from tuneloop.errors import DataError, Problem
+from tuneloop.errors import DataError
 from tuneloop.evals.scoring.constrained import KINDS, unwrap
 from tuneloop.evals.scoring.judging import read_rating
 from tuneloop.evals.scoring.metrics import without_thought
@@ -197,12 +197,10 @@ def read_seeds(dataset: Artifact) -> list[SeedRow]:
         if is_plain and not row.get("synthetic") and not row.get("tools"):
             seeds.append(SeedRow(row["row_id"], messages))
     if not seeds:
-        raise DataError(
-            Problem(
-                "no train row can be shown to the model",
-                where=dataset.ref,
-                allowed="rows that people wrote, with one question and one answer, without tools",
-            )
+        raise DataError.of(
+            "no train row can be shown to the model",
+            where=dataset.ref,
+            allowed="rows that people wrote, with one question and one answer, without tools",
         )
     return sorted(seeds, key=lambda seed: seed.row_id)
 

@@ -163,13 +163,11 @@ class Teacher:
         failures = self.errors.total()
         if failures and not may_fail and not any(self.replies.get(key) for key in unique):
             reason, count = self.errors.most_common(1)[0]
-            raise EndpointError(
-                Problem(
-                    "no request was answered",
-                    where=f"{self.endpoint.url}, model {self.endpoint.model}",
-                    got=f"{count} of {failures} times: {reason}",
-                    remedy="look at the server's log",
-                )
+            raise EndpointError.of(
+                "no request was answered",
+                where=f"{self.endpoint.url}, model {self.endpoint.model}",
+                got=f"{count} of {failures} times: {reason}",
+                remedy="look at the server's log",
             )
 
     async def _ask(self, todo: Mapping[str, Asked], progress: Progress) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from tuneloop.artifacts import sha256_file, sync
-from tuneloop.errors import ModelError, Problem, ResourceError
+from tuneloop.errors import ModelError, ResourceError
 from tuneloop.training.results import StepRecord
 from tuneloop.training.state import read_state, write_state
 
@@ -88,27 +88,23 @@ def sync_copies(checkpoints: Path, step: int) -> None:
 def refuse_damaged(folder: Path) -> None:
     """Raise ModelError if weights that were kept are not what was written."""
     if not _is_whole(folder):
-        raise ModelError(
-            Problem(
-                "the weights that were kept are damaged",
-                where=str(folder),
-                got="files that are missing or have other content than when they were written",
-                remedy="check the disk; remove the directory above to train again, or set "
-                "training.keep to last",
-            )
+        raise ModelError.of(
+            "the weights that were kept are damaged",
+            where=str(folder),
+            got="files that are missing or have other content than when they were written",
+            remedy="check the disk; remove the directory above to train again, or set "
+            "training.keep to last",
         )
 
 
 def refuse_save(folder: Path, reason: str) -> ResourceError:
     """Return the error for a checkpoint that cannot be written."""
-    return ResourceError(
-        Problem(
-            "a checkpoint cannot be written",
-            where=str(folder),
-            got=reason,
-            remedy="free space, or set `workspace` to another disk; the same command resumes from "
-            "the checkpoint before",
-        )
+    return ResourceError.of(
+        "a checkpoint cannot be written",
+        where=str(folder),
+        got=reason,
+        remedy="free space, or set `workspace` to another disk; the same command resumes from "
+        "the checkpoint before",
     )
 
 
@@ -139,14 +135,12 @@ def load_engine(engine: DeepSpeedEngine, folder: Path, identity: str = "") -> li
     contents = json.loads((folder / _CONTENTS).read_text(encoding="utf-8"))
     step, stored = int(contents["step"]), contents.get("identity", identity)
     if stored != identity:
-        raise ModelError(
-            Problem(
-                "the checkpoint is of a training with another configuration",
-                where=str(folder),
-                got=f"fingerprint {stored[:16]}",
-                allowed=identity[:16],
-                remedy="remove the directory to start over",
-            )
+        raise ModelError.of(
+            "the checkpoint is of a training with another configuration",
+            where=str(folder),
+            got=f"fingerprint {stored[:16]}",
+            allowed=identity[:16],
+            remedy="remove the directory to start over",
         )
     read_state(engine, folder, step)
     # The learning rate depends on the step alone.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 from tuneloop.training.loop import (
     TrainingJob,
     Worker,
@@ -105,16 +105,14 @@ def _stage(job: TrainingJob, worker: Worker, name: str) -> Iterator[_Timing]:
 
 
 def _lost_state(job: TrainingJob, before: StepRecord, after: StepRecord | None) -> ModelError:
-    return ModelError(
-        Problem(
-            "a checkpoint does not give back what was saved",
-            where=str(job.checkpoints),
-            got="no complete checkpoint there"
-            if after is None
-            else f"loss {after['loss']:.5f} after going back, {before['loss']:.5f} before",
-            remedy="make sure that all nodes share the workspace; another resources.zero_stage "
-            "may help",
-        )
+    return ModelError.of(
+        "a checkpoint does not give back what was saved",
+        where=str(job.checkpoints),
+        got="no complete checkpoint there"
+        if after is None
+        else f"loss {after['loss']:.5f} after going back, {before['loss']:.5f} before",
+        remedy="make sure that all nodes share the workspace; another resources.zero_stage "
+        "may help",
     )
 
 

@@ -290,14 +290,12 @@ def train_step(
     loss_mean, accuracy = (total / max(1, num_targets)).tolist()
     grad_norm = float(norm) if norm is not None else math.nan
     if not math.isfinite(loss_mean) or not math.isfinite(grad_norm):
-        raise ModelError(
-            Problem(
-                "the loss or its gradient is not finite",
-                where=f"step {step + 1} of {schedule.num_steps}, rows "
-                + ", ".join(rows.row_ids[row] for row in batch),
-                got=f"loss {loss_mean}, gradient norm {grad_norm}",
-                remedy="lower training.learning_rate; if it is the first step, check these rows",
-            )
+        raise ModelError.of(
+            "the loss or its gradient is not finite",
+            where=f"step {step + 1} of {schedule.num_steps}, rows "
+            + ", ".join(rows.row_ids[row] for row in batch),
+            got=f"loss {loss_mean}, gradient norm {grad_norm}",
+            remedy="lower training.learning_rate; if it is the first step, check these rows",
         )
     num_tokens = int(rows.lengths[batch].sum())
     padding = sum(share[1] for share in everyone)

@@ -107,13 +107,11 @@ class Lora(Method):
             try:
                 return peft.get_peft_model(model, settings)
             except ValueError as error:
-                raise ModelError(
-                    Problem(
-                        "adapters cannot be put on this model",
-                        where="training.lora.target_modules",
-                        got=f"{lora.target_modules}: {str(error).splitlines()[0]}",
-                        remedy="name other layers, or use training.method full",
-                    )
+                raise ModelError.of(
+                    "adapters cannot be put on this model",
+                    where="training.lora.target_modules",
+                    got=f"{lora.target_modules}: {str(error).splitlines()[0]}",
+                    remedy="name other layers, or use training.method full",
                 ) from error
 
     def exported(self, model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -190,13 +188,11 @@ def _refuse_unknown_layers(model: PreTrainedModel, lora: LoraConfig) -> None:
     asked = targets if isinstance(targets, list) else [targets]
     unknown = [t for t in asked if not any(_names(name, targets, t) for name in names)]
     if unknown or not targets:
-        raise ModelError(
-            Problem(
-                "the base model has no layer of this name",
-                where="training.lora.target_modules",
-                got=", ".join(unknown) or "no name",
-                allowed=f"all-linear, or a list of {', '.join(sorted(linear))}",
-            )
+        raise ModelError.of(
+            "the base model has no layer of this name",
+            where="training.lora.target_modules",
+            got=", ".join(unknown) or "no name",
+            allowed=f"all-linear, or a list of {', '.join(sorted(linear))}",
         )
 
 
@@ -220,12 +216,10 @@ def _refuse_tied_layers(model: PreTrainedModel, lora: LoraConfig) -> None:
     asked = targets if isinstance(targets, list) else [targets]
     hit = [name for name in tied if any(_names(name, targets, target) for target in asked)]
     if hit:
-        raise ModelError(
-            Problem(
-                "the model embeds and predicts with one matrix, which cannot have an adapter",
-                where="training.lora.target_modules",
-                got=", ".join(hit),
-                allowed="layers between the embedding and the output layer",
-                remedy="leave these names out, or use training.method full",
-            )
+        raise ModelError.of(
+            "the model embeds and predicts with one matrix, which cannot have an adapter",
+            where="training.lora.target_modules",
+            got=", ".join(hit),
+            allowed="layers between the embedding and the output layer",
+            remedy="leave these names out, or use training.method full",
         )

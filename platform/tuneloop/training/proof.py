@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 from tuneloop.models.attention import FOREIGN_ERRORS, Documents, Rule, standard_attention
 from tuneloop.training.packed import PackedBatch, can_share, pack_rows
 from tuneloop.training.padded import PaddedBatch, pad_rows
@@ -98,14 +98,12 @@ def padding_fault(model: torch.nn.Module, rows: Rows, device: torch.device) -> s
     except FOREIGN_ERRORS as error:
         if "memory" in str(error):
             raise
-        raise ModelError(
-            Problem(
-                "the model cannot be run as it is configured",
-                where=type(model).__name__,
-                got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-                allowed="a causal language model that transformers runs on these rows",
-                remedy="see whether transformers alone can run it; if not, the files are wrong",
-            )
+        raise ModelError.of(
+            "the model cannot be run as it is configured",
+            where=type(model).__name__,
+            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            allowed="a causal language model that transformers runs on these rows",
+            remedy="see whether transformers alone can run it; if not, the files are wrong",
         ) from error
 
 

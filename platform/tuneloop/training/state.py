@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tuneloop.compat.deepspeed import MOMENTS, WEIGHT, full_shape, optimizer_state
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -110,13 +110,11 @@ def _refuse_other_parameters(
     if trained == stored:
         return
     odd = sorted(key for key in {*trained, *stored} if trained.get(key) != stored.get(key))
-    raise ModelError(
-        Problem(
-            "the checkpoint is of another model or of other adapters",
-            where=str(folder),
-            got=f"{len(odd)} parameters differ, the first {odd[0].partition('/')[2]}: "
-            f"{stored.get(odd[0], 'not there')}",
-            allowed=f"{trained.get(odd[0], 'not there')}",
-            remedy="remove the directory to start over",
-        )
+    raise ModelError.of(
+        "the checkpoint is of another model or of other adapters",
+        where=str(folder),
+        got=f"{len(odd)} parameters differ, the first {odd[0].partition('/')[2]}: "
+        f"{stored.get(odd[0], 'not there')}",
+        allowed=f"{trained.get(odd[0], 'not there')}",
+        remedy="remove the directory to start over",
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuneloop.errors import Problem, ResourceError
+from tuneloop.errors import ResourceError
 
 logger = logging.getLogger("tuneloop.training")
 
@@ -21,13 +21,11 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
     """Raise ResourceError for trackers whose library is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ResourceError(
-            Problem(
-                "an experiment tracker is not installed",
-                where="resources.trackers",
-                got=", ".join(missing),
-                remedy=f"pip install {' '.join(missing)}, or leave it out",
-            )
+        raise ResourceError.of(
+            "an experiment tracker is not installed",
+            where="resources.trackers",
+            got=", ".join(missing),
+            remedy=f"pip install {' '.join(missing)}, or leave it out",
         )
 
 

@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from tuneloop.artifacts import Draft
 from tuneloop.config import TuneloopConfig, grad_accum_steps, micro_batch_size
-from tuneloop.errors import Problem, ResourceError, UserError, find_user_error
+from tuneloop.errors import ResourceError, UserError, find_user_error
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import template_from_root
 from tuneloop.training.checkpoint import newest_complete
@@ -297,15 +297,13 @@ def _lacks_memory(error: BaseException) -> bool:
 def _out_of_memory(
     got: str, what: str = "a training worker ran out of memory", max_failures: int = 0
 ) -> ResourceError:
-    return ResourceError(
-        Problem(
-            what,
-            where="resources",
-            got=got,
-            allowed=f"resources.max_failures {max_failures}" if max_failures else "",
-            remedy="lower resources.micro_batch_size or data.max_seq_len, use training.method "
-            "lora, or more memory; the same command resumes from the last checkpoint",
-        )
+    return ResourceError.of(
+        what,
+        where="resources",
+        got=got,
+        allowed=f"resources.max_failures {max_failures}" if max_failures else "",
+        remedy="lower resources.micro_batch_size or data.max_seq_len, use training.method "
+        "lora, or more memory; the same command resumes from the last checkpoint",
     )
 
 

@@ -62,15 +62,13 @@ def refuse_too_many_rows(total: int) -> None:
     """Raise ResourceError if the driver cannot hold the keys of all rows, which it compares."""
     needed, free = total * _BYTES_PER_ROW, psutil.virtual_memory().available
     if needed > free:
-        raise ResourceError(
-            Problem(
-                "too many rows for the memory of the driver, which compares the keys of all rows",
-                where="data.sources",
-                got=f"{total:,} rows, whose keys take about {needed / 2**30:,.1f} GiB",
-                allowed=f"{free // _BYTES_PER_ROW:,} rows in the {free / 2**30:,.1f} GiB free",
-                remedy="start the command on a node with more memory, or prepare the sources in "
-                "parts; the length of the texts does not matter, they stay with the workers",
-            )
+        raise ResourceError.of(
+            "too many rows for the memory of the driver, which compares the keys of all rows",
+            where="data.sources",
+            got=f"{total:,} rows, whose keys take about {needed / 2**30:,.1f} GiB",
+            allowed=f"{free // _BYTES_PER_ROW:,} rows in the {free / 2**30:,.1f} GiB free",
+            remedy="start the command on a node with more memory, or prepare the sources in "
+            "parts; the length of the texts does not matter, they stay with the workers",
         )
 
 
@@ -122,13 +120,11 @@ def changed_problems(rows: Sequence[ChangedRow], total: int) -> list[Problem]:
 def refuse_bad_rows(bad: Sequence[BadRow], total: int, data: DataConfig) -> None:
     """Raise DataError if more rows are bad than allowed, a file is unreadable, or none is left."""
     if total == 0:
-        raise DataError(
-            Problem(
-                "the data set is empty",
-                where=", ".join(source.path for source in data.sources),
-                got="no rows",
-                allowed="at least two",
-            )
+        raise DataError.of(
+            "the data set is empty",
+            where=", ".join(source.path for source in data.sources),
+            got="no rows",
+            allowed="at least two",
         )
     if _has_fatal(bad) or len(bad) == total or len(bad) > data.max_bad_rows_ratio * total:
         raise DataError(*bad_row_problems(bad, total, data))

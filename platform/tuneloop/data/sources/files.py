@@ -146,7 +146,7 @@ def find_files(sources: Sequence[SourceConfig], key: str = "data.sources") -> li
 
 def _find(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
     if not source.path.strip():
-        raise DataError(Problem("the path of a source is empty", where=f"{where}.path"))
+        raise DataError.of("the path of a source is empty", where=f"{where}.path")
     if source.path.startswith("docstrings:"):
         return [_documentation(source, index, where)]
     repository = repository_of(source, (*TABLES, *DOCUMENTS, *COMPRESSIONS))
@@ -160,13 +160,11 @@ def _find(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
     try:
         paths = _listed(source.path).kept if is_remote else _local_paths(source, where)
     except OSError as error:
-        raise DataError(
-            Problem(
-                "cannot open a data source",
-                where=f"{where}.path",
-                got=f"{source.path}: {error}",
-                remedy=_DOWNLOAD if source.path.startswith(("http://", "https://")) else "",
-            )
+        raise DataError.of(
+            "cannot open a data source",
+            where=f"{where}.path",
+            got=f"{source.path}: {error}",
+            remedy=_DOWNLOAD if source.path.startswith(("http://", "https://")) else "",
         ) from error
     if not paths:
         raise DataError(_nothing_found(source.path, f"{where}.path"))
@@ -177,8 +175,8 @@ def _find(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
 
 def _documentation(source: SourceConfig, index: int, where: str) -> SourceFile:
     if source.path != DOCSTRINGS:
-        raise DataError(
-            Problem("no such source", where=f"{where}.path", got=source.path, allowed=DOCSTRINGS)
+        raise DataError.of(
+            "no such source", where=f"{where}.path", got=source.path, allowed=DOCSTRINGS
         )
     lines = (json.dumps(row, ensure_ascii=False) for row in read_docstrings())
     return SourceFile(DOCSTRINGS, index, "".join(f"{line}\n" for line in lines).encode())
@@ -193,16 +191,12 @@ def _usable(files: list[SourceFile], source: SourceConfig, where: str) -> list[S
         files = [file for file in files if file.suffix in usable] or files
     unusable = next((file for file in files if file.suffix not in usable), None)
     if unusable is not None:
-        raise DataError(
-            Problem(
-                "unknown file format",
-                where=where,
-                got=unusable.name,
-                allowed=", ".join(usable) + ", each also with " + ", ".join(COMPRESSIONS),
-                remedy="plain text documents need format: text"
-                if unusable.suffix in DOCUMENTS
-                else "",
-            )
+        raise DataError.of(
+            "unknown file format",
+            where=where,
+            got=unusable.name,
+            allowed=", ".join(usable) + ", each also with " + ", ".join(COMPRESSIONS),
+            remedy="plain text documents need format: text" if unusable.suffix in DOCUMENTS else "",
         )
     return files
 
@@ -210,23 +204,19 @@ def _usable(files: list[SourceFile], source: SourceConfig, where: str) -> list[S
 def _refuse_needless_keys(source: SourceConfig, where: str) -> None:
     """Raise DataError for `split` or `subset` of what has none, such as a file or a glob."""
     if source.split is not None and not Path(source.path).expanduser().is_dir():
-        raise DataError(
-            Problem(
-                "files have no splits",
-                where=f"{where}.split",
-                got=f"{source.split} of {source.path}",
-                allowed="a directory or a Hub id",
-                remedy="leave it out, and name the files of one split",
-            )
+        raise DataError.of(
+            "files have no splits",
+            where=f"{where}.split",
+            got=f"{source.split} of {source.path}",
+            allowed="a directory or a Hub id",
+            remedy="leave it out, and name the files of one split",
         )
     if source.subset is not None:
-        raise DataError(
-            Problem(
-                "only a data set in the layout of the Hub has subsets",
-                where=f"{where}.subset",
-                got=f"{source.subset} of {source.path}",
-                remedy="leave it out",
-            )
+        raise DataError.of(
+            "only a data set in the layout of the Hub has subsets",
+            where=f"{where}.subset",
+            got=f"{source.subset} of {source.path}",
+            remedy="leave it out",
         )
 
 

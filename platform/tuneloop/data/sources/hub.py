@@ -89,14 +89,12 @@ def _own_files(
     options = {name: value for name, value in vars(config).items() if name not in identity}
     special = [name for name, value in options.items() if value != getattr(usual, name, None)]
     if special:
-        raise DataError(
-            Problem(
-                "the folder's README.md has options that are not followed",
-                where=f"{where}.path",
-                got=", ".join(special),
-                allowed="config_name, data_files, data_dir, default",
-                remedy="convert its files to Parquet or JSONL, and name them",
-            )
+        raise DataError.of(
+            "the folder's README.md has options that are not followed",
+            where=f"{where}.path",
+            got=", ".join(special),
+            allowed="config_name, data_files, data_dir, default",
+            remedy="convert its files to Parquet or JSONL, and name them",
         )
     return [
         FetchedFile(str(path), str(path)) for split in splits for path in config.data_files[split]

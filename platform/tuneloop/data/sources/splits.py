@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tuneloop.config import SourceConfig
-from tuneloop.errors import DataError, Problem
+from tuneloop.errors import DataError
 
 ALL = "all"
 _HUB = "hf://datasets/"
@@ -111,22 +111,18 @@ def choose_splits(source: SourceConfig, found: Sequence[str], where: str) -> lis
     if source.split == ALL or (source.split is None and len(found) == 1):
         return list(found)
     if source.split is None:
-        raise DataError(
-            Problem(
-                "the data set has several splits",
-                where=f"{where}.path",
-                got=source.path,
-                allowed=", ".join(found),
-                remedy=f"name one with {where}.split, or take every one with `{ALL}`",
-            )
+        raise DataError.of(
+            "the data set has several splits",
+            where=f"{where}.path",
+            got=source.path,
+            allowed=", ".join(found),
+            remedy=f"name one with {where}.split, or take every one with `{ALL}`",
         )
     if source.split in found:
         return [source.split]
-    raise DataError(
-        Problem(
-            "the data set has no such split",
-            where=f"{where}.split",
-            got=source.split,
-            allowed=", ".join([*found, ALL]) if found else "no split: leave it out",
-        )
+    raise DataError.of(
+        "the data set has no such split",
+        where=f"{where}.split",
+        got=source.split,
+        allowed=", ".join([*found, ALL]) if found else "no split: leave it out",
     )

@@ -11,7 +11,7 @@ from tuneloop.data.sources.bad_rows import BadRow
 from tuneloop.data.sources.files import SourceFile, find_files
 from tuneloop.data.sources.formats import RowError, to_chat, to_document, used_columns
 from tuneloop.data.sources.readers import read_records, with_instruction
-from tuneloop.errors import DataError, Problem
+from tuneloop.errors import DataError
 from tuneloop.records import Message
 
 # Stands where the answer will be while a row is read; it is never seen outside.
@@ -106,9 +106,9 @@ def read_all_unlabelled(
         bad = found.refused[0]
         details = bad.rejection.got, bad.rejection.allowed, bad.rejection.remedy
         more = f" (and {len(found.refused) - 1:,} more rows)" * (len(found.refused) > 1)
-        raise DataError(Problem(bad.rejection.what + more, bad.place, *details))
+        raise DataError.of(bad.rejection.what + more, bad.place, *details)
     if not found.rows:
-        raise DataError(Problem("the sources hold no input", where="generation.sources"))
+        raise DataError.of("the sources hold no input", where="generation.sources")
     return found.rows
 
 

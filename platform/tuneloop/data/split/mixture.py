@@ -9,7 +9,7 @@ import numpy as np
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.hashing.columns import Indices
-from tuneloop.errors import DataError, Problem
+from tuneloop.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,12 @@ class Mixture:
             ends.append(float(filled[-1]) / weight if len(members) else 0.0)
         empty = [number for number, end in enumerate(ends) if not end]
         if empty:
-            raise DataError(
-                Problem(
-                    f"a {self.what} has no train row to mix",
-                    where=self.where,
-                    got=", ".join(self.names[number] for number in empty),
-                    remedy="leave it out, or prepare once without `weight`: then the data set's "
-                    "card says what removed its rows",
-                )
+            raise DataError.of(
+                f"a {self.what} has no train row to mix",
+                where=self.where,
+                got=", ".join(self.names[number] for number in empty),
+                remedy="leave it out, or prepare once without `weight`: then the data set's "
+                "card says what removed its rows",
             )
         order = np.argsort(place, kind="stable")
         return train[order[place[order] <= min(ends)]]

@@ -183,16 +183,14 @@ def limit_train(
             held_out += f"; {len(everyone):,} without the weights of the {mixture.what}s"
         if len(train) < num_mixed:
             held_out += f"; {num_mixed:,} without data.max_synthetic_ratio"
-        raise DataError(
-            Problem(
-                "not enough rows to train on",
-                where="data.num_train_examples" if limit else "data",
-                got=f"{len(train):,} rows after {held_out}",
-                allowed=f"at least {limit or 1:,}",
-                remedy="lower it, add data, or leave it out to train on all rows"
-                if limit
-                else "add data, or check data.decontamination",
-            )
+        raise DataError.of(
+            "not enough rows to train on",
+            where="data.num_train_examples" if limit else "data",
+            got=f"{len(train):,} rows after {held_out}",
+            allowed=f"at least {limit or 1:,}",
+            remedy="lower it, add data, or leave it out to train on all rows"
+            if limit
+            else "add data, or check data.decontamination",
         )
     text = f"{TRAIN_LIMIT} {limit} of the train split"
     reason = Reason(ReasonCode.TRAIN_LIMIT, text, text)
@@ -205,13 +203,11 @@ def limit_train(
         surplus |= {int(index): reason for index in kept[other]}
         kept = kept[~other]
         if not len(kept):
-            raise DataError(
-                Problem(
-                    "the tasks that are trained on have no train row",
-                    where="data.train_tasks",
-                    got=f"{len(other):,} train rows, all of other tasks",
-                    remedy="raise data.num_train_examples, or name other tasks",
-                )
+            raise DataError.of(
+                "the tasks that are trained on have no train row",
+                where="data.train_tasks",
+                got=f"{len(other):,} train rows, all of other tasks",
+                remedy="raise data.num_train_examples, or name other tasks",
             )
     return replace(split, train=kept, surplus=split.surplus | surplus)
 
@@ -399,13 +395,11 @@ def _refuse_used_up(
         return
     names = np.unique(np.array(strata, dtype=object))
     gone = [names[stratum[units.units[0]]] for units in chosen if units.is_all]
-    raise DataError(
-        Problem(
-            "the test split would take all rows of a stratum",
-            where="data.split" + ".stratify_by" * bool(data.split.stratify_by),
-            got=", ".join(f"{data.split.stratify_by or 'task'} {name}" for name in gone[:5]),
-            remedy="lower data.split.num_test_examples, or add rows of it",
-        )
+    raise DataError.of(
+        "the test split would take all rows of a stratum",
+        where="data.split" + ".stratify_by" * bool(data.split.stratify_by),
+        got=", ".join(f"{data.split.stratify_by or 'task'} {name}" for name in gone[:5]),
+        remedy="lower data.split.num_test_examples, or add rows of it",
     )
 
 
@@ -413,16 +407,12 @@ def _refuse_too_little_left(num_units: int, num_chosen: int, data: DataConfig) -
     if num_units >= 2 and num_chosen < num_units:
         return
     by_number = data.split.num_validation_examples is not None
-    raise DataError(
-        Problem(
-            "not enough rows for the validation split",
-            where="data.split.num_validation_examples"
-            if by_number
-            else "data.split.validation_ratio",
-            got=f"{num_units:,} groups that stay together after the test split",
-            allowed="enough for validation, and one more to train on",
-            remedy="lower it, or add data",
-        )
+    raise DataError.of(
+        "not enough rows for the validation split",
+        where="data.split.num_validation_examples" if by_number else "data.split.validation_ratio",
+        got=f"{num_units:,} groups that stay together after the test split",
+        allowed="enough for validation, and one more to train on",
+        remedy="lower it, or add data",
     )
 
 

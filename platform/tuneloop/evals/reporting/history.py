@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Artifact
-from tuneloop.errors import ArtifactError, Problem
+from tuneloop.errors import ArtifactError
 from tuneloop.evals.reporting.overview import compare_settings
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import describe_difference
@@ -165,8 +165,8 @@ def _changes(before: Artifact, now: Artifact, name: str) -> _Changes | None:
                 values,
             ).fetchnumpy()
     except (duckdb.Error, OSError, pa.ArrowInvalid) as error:
-        raise ArtifactError(
-            Problem("predictions cannot be read", where=now.ref, got=str(error).partition("\n")[0])
+        raise ArtifactError.of(
+            "predictions cannot be read", where=now.ref, got=str(error).partition("\n")[0]
         ) from error
     scores = [np.asarray(shared[key], float) for key in ("now", "before")]
     gains = (scores[0] - scores[1]) * (-1 if metric.better == "lower" else 1)

@@ -209,7 +209,7 @@ class OwnTag:
         self.path, self.where, self.name = path, where, path.rpartition(".")[2]
         self._own = _load(path, where, "tag")
         if self.name in ERROR_TAGS:
-            raise ConfigError(Problem("there is a tag of that name already", where, self.name))
+            raise ConfigError.of("there is a tag of that name already", where, self.name)
         lines = (inspect.getdoc(self._own) or "").strip().splitlines()
         self.meaning = lines[0].rstrip(".") if lines else f"`{path}`"
 
@@ -314,14 +314,12 @@ def _resolve(task: OneTaskConfig, option: MetricConfig, where: str) -> tuple[str
     elsewhere = [
         kind for kind, definition in TASK_METRICS.items() if name in definition.metrics
     ] + ["classification"] * (name == OF_ALL_ROWS)
-    raise ConfigError(
-        Problem(
-            f"this metric does not score {task.type}" if elsewhere else "no such metric",
-            where=where,
-            got=name,
-            allowed=", ".join(allowed) + ", or a dotted path to a function of your own",
-            remedy=f"it scores {', '.join(elsewhere)}" if elsewhere else _closest(name, allowed),
-        )
+    raise ConfigError.of(
+        f"this metric does not score {task.type}" if elsewhere else "no such metric",
+        where=where,
+        got=name,
+        allowed=", ".join(allowed) + ", or a dotted path to a function of your own",
+        remedy=f"it scores {', '.join(elsewhere)}" if elsewhere else _closest(name, allowed),
     )
 
 
@@ -336,13 +334,11 @@ def _with_options(name: str, option: MetricConfig, where: str) -> Metric:
         try:
             pattern = regex.compile(option.pattern)
         except regex.error as error:
-            raise ConfigError(
-                Problem("not a regular expression", f"{where}.pattern", option.pattern, str(error))
+            raise ConfigError.of(
+                "not a regular expression", f"{where}.pattern", option.pattern, str(error)
             ) from error
         if not option.pattern:
-            raise ConfigError(
-                Problem("the metric `regex` needs a pattern", where=f"{where}.pattern")
-            )
+            raise ConfigError.of("the metric `regex` needs a pattern", where=f"{where}.pattern")
         return replace(metric, score=partial(_regex_match, pattern))
     if name == "number":
         return replace(metric, score=partial(_same_number, option.tolerance, option.after))
@@ -361,14 +357,12 @@ def _load(path: str, where: str, kind: str = "scorer") -> OwnScorer:
         inspect.signature(own).bind("reference", "completion")
     except Exception as error:
         # Whatever a user's module does when it is imported.
-        raise ConfigError(
-            Problem(
-                f"the {kind} cannot be loaded",
-                where=where,
-                got=f"{path}: {type(error).__name__}: {error}",
-                allowed="a function of two texts, reference and completion",
-                remedy=f"put the module into {here}, or install it",
-            )
+        raise ConfigError.of(
+            f"the {kind} cannot be loaded",
+            where=where,
+            got=f"{path}: {type(error).__name__}: {error}",
+            allowed="a function of two texts, reference and completion",
+            remedy=f"put the module into {here}, or install it",
         ) from error
     finally:
         sys.path.remove(here)
@@ -524,14 +518,12 @@ def _regex_match(
             return float(got is not None)
         expected = pattern.search(reference, timeout=_LONGEST_MATCH_S)
     except TimeoutError as error:
-        raise ConfigError(
-            Problem(
-                "the regular expression takes too long",
-                where="evaluation.metrics",
-                got=pattern.pattern,
-                allowed=f"{_LONGEST_MATCH_S:.0f} s for an answer",
-                remedy="write it without nested repetitions",
-            )
+        raise ConfigError.of(
+            "the regular expression takes too long",
+            where="evaluation.metrics",
+            got=pattern.pattern,
+            allowed=f"{_LONGEST_MATCH_S:.0f} s for an answer",
+            remedy="write it without nested repetitions",
         ) from error
     if expected is None:
         return None

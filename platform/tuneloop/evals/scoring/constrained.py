@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TaskConfig
-from tuneloop.errors import DataError, Problem
+from tuneloop.errors import DataError
 from tuneloop.evals.scoring.questions import read_solved
 from tuneloop.models.json_form import why_unusable
 from tuneloop.records import Arm
@@ -52,7 +52,7 @@ def constrain(
     for name in names:
         if len(task.of(name).labels) > _MOST_LABELS:
             got, allowed = f"{len(task.of(name).labels):,} labels", f"at most {_MOST_LABELS:,}"
-            raise DataError(Problem(_UNBOUND, got=got, allowed=allowed))
+            raise DataError.of(_UNBOUND, got=got, allowed=allowed)
     if arm.endpoint.url:
         forms = {name: _endpoint_form(name, dataset, task) for name in names}
         labels = any(task.of(name).type == "classification" for name in names)
@@ -115,7 +115,7 @@ def _read_schema(name: str, dataset: Artifact | None, task: TaskConfig) -> _Form
     answers = [row.messages[-1].text for row in rows if row.task == name]
     schema = schema_of(answers)
     if reason := why_unusable(schema):
-        raise DataError(Problem(_UNBOUND, where=dataset.ref, got=reason))
+        raise DataError.of(_UNBOUND, where=dataset.ref, got=reason)
     return _Form(schema, layout_of(answers))
 
 

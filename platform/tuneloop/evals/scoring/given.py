@@ -41,9 +41,7 @@ def _read(path: Path) -> dict[tuple[str, str], str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            Problem("the answers cannot be read", where=str(path), got=str(error))
-        ) from error
+        raise DataError.of("the answers cannot be read", where=str(path), got=str(error)) from error
     answers: dict[tuple[str, str], str] = {}
     problems: list[Problem] = []
     for number, line in enumerate(lines, 1):

@@ -181,14 +181,11 @@ def _run(command: Sequence[str], folder: Path) -> None:
 
 
 def _unusable(folder: Path, got: str) -> ConfigError:
-    return ConfigError(
-        Problem(
-            "the harness cannot be used",
-            where="evaluation.forgetting.environment",
-            got=f"{folder}: {got}",
-            remedy=f"make it by hand: python -m venv {folder} && {folder}/bin/pip install "
-            f"{_quoted()}",
-        )
+    return ConfigError.of(
+        "the harness cannot be used",
+        where="evaluation.forgetting.environment",
+        got=f"{folder}: {got}",
+        remedy=f"make it by hand: python -m venv {folder} && {folder}/bin/pip install {_quoted()}",
     )
 
 
@@ -240,13 +237,11 @@ def run_harness(config: ForgettingConfig, arm: Arm, folder: Path) -> list[Docume
     scores = read_samples(output, identity_of(config, arm), arm) if output.exists() else []
     if done.returncode or not scores:
         told = (folder / "harness.log").read_text(encoding="utf-8", errors="replace")
-        raise EndpointError(
-            Problem(
-                f"lm-evaluation-harness ended without scores of `{arm.name}`",
-                where="evaluation.forgetting.tasks",
-                got=_tail(told),
-                remedy="correct the tasks; the answers of the evaluation are kept",
-            )
+        raise EndpointError.of(
+            f"lm-evaluation-harness ended without scores of `{arm.name}`",
+            where="evaluation.forgetting.tasks",
+            got=_tail(told),
+            remedy="correct the tasks; the answers of the evaluation are kept",
         )
     return scores
 
@@ -301,8 +296,8 @@ def _max_length(arm: Arm) -> int:
         answer = httpx.post(f"{root}/tokenize", json=body, headers=headers, timeout=60)
         return int(answer.raise_for_status().json()["max_model_len"])
     except (httpx.HTTPError, KeyError, ValueError) as error:
-        raise EndpointError(
-            Problem("the model server does not tell its longest text", where=root, got=str(error))
+        raise EndpointError.of(
+            "the model server does not tell its longest text", where=root, got=str(error)
         ) from error
 
 

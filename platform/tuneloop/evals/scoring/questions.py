@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Artifact
-from tuneloop.errors import ArtifactError, DataError, Problem
+from tuneloop.errors import ArtifactError, DataError
 from tuneloop.evals.scoring.function_calls import with_accepted
 from tuneloop.records import Conversation, Message
 
@@ -85,24 +85,20 @@ def read_questions(
             continue
         messages = _messages(row)
         if len(messages) < 2 or messages[-1].role != "assistant":
-            raise ArtifactError(
-                Problem(
-                    f"a {split} row does not end with an answer",
-                    where=f"{dataset.ref}, row {row['row_id']}",
-                    got=", ".join(m.role for m in messages) or "no messages",
-                    allowed="at least one question and a last turn by the assistant",
-                )
+            raise ArtifactError.of(
+                f"a {split} row does not end with an answer",
+                where=f"{dataset.ref}, row {row['row_id']}",
+                got=", ".join(m.role for m in messages) or "no messages",
+                allowed="at least one question and a last turn by the assistant",
             )
         task = str(row["task"]) if tasks else ""
         if tasks and task not in tasks:
-            raise ArtifactError(
-                Problem(
-                    f"a {split} row is of a task that the configuration does not have",
-                    where=f"{dataset.ref}, row {row['row_id']}",
-                    got=task,
-                    allowed=", ".join(tasks),
-                    remedy="prepare the dataset again",
-                )
+            raise ArtifactError.of(
+                f"a {split} row is of a task that the configuration does not have",
+                where=f"{dataset.ref}, row {row['row_id']}",
+                got=task,
+                allowed=", ".join(tasks),
+                remedy="prepare the dataset again",
             )
         reference = messages[-1].text
         if messages[-1].tool_calls:
@@ -119,20 +115,16 @@ def read_questions(
             )
         )
     if not questions:
-        raise DataError(
-            Problem(
-                f"there is nothing to score: the {split} split is empty",
-                where=dataset.ref,
-                remedy=f"raise data.split.num_{split}_examples or data.split.{split}_ratio",
-            )
+        raise DataError.of(
+            f"there is nothing to score: the {split} split is empty",
+            where=dataset.ref,
+            remedy=f"raise data.split.num_{split}_examples or data.split.{split}_ratio",
         )
     if len({question.example_id for question in questions}) < len(questions):
-        raise ArtifactError(
-            Problem(
-                f"a row id occurs twice in the {split} split",
-                where=dataset.ref,
-                remedy="prepare the dataset again with data.dedup.exact=true",
-            )
+        raise ArtifactError.of(
+            f"a row id occurs twice in the {split} split",
+            where=dataset.ref,
+            remedy="prepare the dataset again with data.dedup.exact=true",
         )
     return questions
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Artifact
-from tuneloop.errors import ConfigError, Problem
+from tuneloop.errors import ConfigError
 
 # What clusters are called where no column says which rows belong together.
 BY_QUESTION = "question"
@@ -54,14 +54,12 @@ def read_clusters(
         # A column of the user's whose name the dataset needs for itself is carried under this one.
         choices = [name for name in (f"original_{wanted}", wanted) if wanted and name in stored]
         if group_by and not choices:
-            raise ConfigError(
-                Problem(
-                    "the dataset has no such column to group its rows by",
-                    where="evaluation.group_by",
-                    got=group_by,
-                    allowed=", ".join(name for name in stored if name != "row_id"),
-                    remedy="name a column of the rows, or leave the setting out",
-                )
+            raise ConfigError.of(
+                "the dataset has no such column to group its rows by",
+                where="evaluation.group_by",
+                got=group_by,
+                allowed=", ".join(name for name in stored if name != "row_id"),
+                remedy="name a column of the rows, or leave the setting out",
             )
         found = found or ("" if not choices else str(wanted))
         if not choices and _UNIT in stored:

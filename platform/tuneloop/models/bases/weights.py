@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 
 _SHOWN = 3
 
@@ -62,15 +62,12 @@ def refuse_partial_load(path: Path, info: Mapping[str, Any]) -> None:
         if names
     ]
     if found:
-        raise ModelError(
-            Problem(
-                "the model's tensors are not those of its configuration",
-                where=str(path),
-                got="; ".join(found),
-                allowed="every tensor that config.json describes, and no other",
-                remedy="fetch the model again; a missing tensor would be filled with random "
-                "numbers",
-            )
+        raise ModelError.of(
+            "the model's tensors are not those of its configuration",
+            where=str(path),
+            got="; ".join(found),
+            allowed="every tensor that config.json describes, and no other",
+            remedy="fetch the model again; a missing tensor would be filled with random numbers",
         )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 from tuneloop.models.chat.template import (
     FROZEN_DATE,
     ChatTemplate,
@@ -151,15 +151,13 @@ class Renderer:
             self.stop_ids = self._find_stop_ids()
             self._control = self._find_control_tokens()
         except RenderError as error:
-            raise ModelError(
-                Problem(
-                    "the chat template cannot render a question and its answer",
-                    where="model.chat_template",
-                    got=str(error),
-                    remedy="set model.chat_template to another one: "
-                    + ", ".join(TEMPLATES)
-                    + ", or the path of a Jinja file",
-                )
+            raise ModelError.of(
+                "the chat template cannot render a question and its answer",
+                where="model.chat_template",
+                got=str(error),
+                remedy="set model.chat_template to another one: "
+                + ", ".join(TEMPLATES)
+                + ", or the path of a Jinja file",
             ) from error
         if self.template != template:
             _log.info("the chat template writes today's date: frozen at %s", FROZEN_DATE)
@@ -178,13 +176,11 @@ class Renderer:
         try:
             tokenizer = _load_tokenizer(Path(path))
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                Problem(
-                    "cannot load the tokenizer",
-                    where=str(path),
-                    got=str(error).splitlines()[0],
-                    allowed="a Hugging Face directory with tokenizer.json",
-                )
+            raise ModelError.of(
+                "cannot load the tokenizer",
+                where=str(path),
+                got=str(error).splitlines()[0],
+                allowed="a Hugging Face directory with tokenizer.json",
             ) from error
         return cls(tokenizer, _template(tokenizer, chat_template))
 
@@ -547,13 +543,11 @@ class Renderer:
         }
         stop = next((token for token in self.backend.encode(answer) if token in special), None)
         if stop is None:
-            raise ModelError(
-                Problem(
-                    "the chat template does not end an answer with a stop token",
-                    where="model.chat_template",
-                    got=repr(answer),
-                    remedy="end the assistant's turn with {{ eos_token }}",
-                )
+            raise ModelError.of(
+                "the chat template does not end an answer with a stop token",
+                where="model.chat_template",
+                got=repr(answer),
+                remedy="end the assistant's turn with {{ eos_token }}",
             )
         eos = self.tokenizer.eos_token_id
         return (stop,) if eos is None or eos == stop else (stop, eos)
@@ -594,13 +588,11 @@ def _template(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> str:
     try:
         return Path(chat_template).read_text(encoding="utf-8")
     except OSError as error:
-        raise ModelError(
-            Problem(
-                "no such chat template",
-                where="model.chat_template",
-                got=chat_template,
-                allowed="auto, " + ", ".join(TEMPLATES) + ", or the path of a Jinja file",
-            )
+        raise ModelError.of(
+            "no such chat template",
+            where="model.chat_template",
+            got=chat_template,
+            allowed="auto, " + ", ".join(TEMPLATES) + ", or the path of a Jinja file",
         ) from error
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import jinja2.meta
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 from tuneloop.records import Message
 
 if TYPE_CHECKING:
@@ -128,16 +128,13 @@ class ChatTemplate:
         self.tokenizer, self.source = tokenizer, frozen(source)
         self.settings = dict(settings or {})
         if re.search(r"strftime_now\s*\(", self.source):
-            raise ModelError(
-                Problem(
-                    "the chat template writes today's date in a format that it computes: what was "
-                    "trained today would be served otherwise tomorrow",
-                    where="model.chat_template",
-                    allowed="strftime_now with a format in quotes, which is frozen at "
-                    f"{FROZEN_DATE}",
-                    remedy="write a date into a copy of the template and set model.chat_template "
-                    "to its path",
-                )
+            raise ModelError.of(
+                "the chat template writes today's date in a format that it computes: what was "
+                "trained today would be served otherwise tomorrow",
+                where="model.chat_template",
+                allowed=f"strftime_now with a format in quotes, which is frozen at {FROZEN_DATE}",
+                remedy="write a date into a copy of the template and set model.chat_template "
+                "to its path",
             )
 
     def with_settings(self, settings: Mapping[str, Any]) -> ChatTemplate:

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tuneloop.errors import EndpointError, Problem
+from tuneloop.errors import EndpointError
 from tuneloop.models.client.streaming import FINISH_REASONS, Delta, RequestError, read_deltas
 from tuneloop.records import Completion, Endpoint, Message, SamplingParams, call_text
 
@@ -404,17 +404,15 @@ class Client:
             )
 
     def _unusable(self, what: str, got: str, remedy: str = "") -> EndpointError:
-        return EndpointError(Problem(what, where=self.endpoint.url, got=got, remedy=remedy))
+        return EndpointError.of(what, where=self.endpoint.url, got=got, remedy=remedy)
 
     def _unknown_model(self, served: list[str]) -> EndpointError:
-        return EndpointError(
-            Problem(
-                "the endpoint does not serve this model",
-                where=self.endpoint.url,
-                got=self.endpoint.model,
-                allowed=", ".join(served) or "it serves none",
-                remedy="correct the model's name, or serve it",
-            )
+        return EndpointError.of(
+            "the endpoint does not serve this model",
+            where=self.endpoint.url,
+            got=self.endpoint.model,
+            allowed=", ".join(served) or "it serves none",
+            remedy="correct the model's name, or serve it",
         )
 
 

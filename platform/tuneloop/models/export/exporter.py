@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 from tuneloop.models.attention import attends_packed, keeps_logits, standard_attention
 from tuneloop.models.bases.weights import load_whole
 from tuneloop.models.chat.renderer import Renderer
@@ -137,13 +137,11 @@ class Exporter:
         """
         reloaded = Renderer.load(self.output)
         if reloaded.hash != self.renderer.hash:
-            raise ModelError(
-                Problem(
-                    "the exported tokenizer or template renders differently",
-                    where=str(self.output),
-                    got=reloaded.hash,
-                    allowed=self.renderer.hash,
-                )
+            raise ModelError.of(
+                "the exported tokenizer or template renders differently",
+                where=str(self.output),
+                got=reloaded.hash,
+                allowed=self.renderer.hash,
             )
         tolerance = _TOLERANCE[self.dtype]
         arms: dict[str, float] = {}
@@ -175,15 +173,13 @@ class Exporter:
         )
         write_parity(self.output, parity, live)
         if not parity.passed:
-            raise ModelError(
-                Problem(
-                    "an exported model answers differently from the one that was trained",
-                    where=str(self.output),
-                    got=f"log-probabilities differ by up to {worst:.4g}, "
-                    f"{num_different} of {parity.tokens} greedy tokens differ",
-                    allowed=f"{tolerance:g}, and no other tokens than ties",
-                    remedy="report it with parity.json: the export would not be what was trained",
-                )
+            raise ModelError.of(
+                "an exported model answers differently from the one that was trained",
+                where=str(self.output),
+                got=f"log-probabilities differ by up to {worst:.4g}, "
+                f"{num_different} of {parity.tokens} greedy tokens differ",
+                allowed=f"{tolerance:g}, and no other tokens than ties",
+                remedy="report it with parity.json: the export would not be what was trained",
             )
         return parity
 

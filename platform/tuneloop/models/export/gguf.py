@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import httpx
 
-from tuneloop.errors import ModelError, Problem, ResourceError
+from tuneloop.errors import ModelError, ResourceError
 from tuneloop.models.bases.source import cache_directory
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message
@@ -65,14 +65,12 @@ def llama_cpp() -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(draft, ignore_errors=True)
-        raise ResourceError(
-            Problem(
-                "llama.cpp's packages cannot be installed",
-                where=str(requirements),
-                got=(done.stderr.strip().splitlines() or ["no message"])[-1],
-                remedy="install them by hand: pip install --no-deps --target "
-                f"{folder} -r {requirements}",
-            )
+        raise ResourceError.of(
+            "llama.cpp's packages cannot be installed",
+            where=str(requirements),
+            got=(done.stderr.strip().splitlines() or ["no message"])[-1],
+            remedy="install them by hand: pip install --no-deps --target "
+            f"{folder} -r {requirements}",
         )
     try:
         draft.rename(folder)
@@ -106,14 +104,12 @@ def _run(packages: Path, program: Path, arguments: Sequence[str], model: Path) -
         command, env=_environment(packages), capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise ModelError(
-            Problem(
-                "the model cannot be written as GGUF",
-                where=str(model),
-                got=(done.stderr.strip().splitlines() or ["no message"])[-1][:500],
-                allowed="models that llama.cpp knows, such as Llama, Qwen, Gemma, Mistral, Phi",
-                remedy="`--to vllm` writes merged safetensors, which transformers and vLLM read",
-            )
+        raise ModelError.of(
+            "the model cannot be written as GGUF",
+            where=str(model),
+            got=(done.stderr.strip().splitlines() or ["no message"])[-1][:500],
+            allowed="models that llama.cpp knows, such as Llama, Qwen, Gemma, Mistral, Phi",
+            remedy="`--to vllm` writes merged safetensors, which transformers and vLLM read",
         )
 
 
@@ -153,12 +149,10 @@ def serve_gguf(file: Path, num_slots: int, context: int) -> Iterator[str]:
             address = process.stdout.readline().strip()
             if not address:
                 log.seek(0)
-                raise ModelError(
-                    Problem(
-                        "llama.cpp cannot load the file",
-                        where=str(file),
-                        got=(log.read().strip().splitlines() or ["it ended"])[-1][:500],
-                    )
+                raise ModelError.of(
+                    "llama.cpp cannot load the file",
+                    where=str(file),
+                    got=(log.read().strip().splitlines() or ["it ended"])[-1][:500],
                 )
             yield address
         finally:
@@ -198,15 +192,13 @@ def compare_prompts(
             bos_text = renderer.tokenizer.bos_token or ""
             if text.removeprefix(bos_text) != expected.removeprefix(bos_text):
                 at = _first_difference(text, expected)
-                raise ModelError(
-                    Problem(
-                        "llama.cpp renders the chat template otherwise",
-                        where=f"the prompt's character {at}",
-                        got=repr(text[max(0, at - 40) : at + 40]),
-                        allowed=repr(expected[max(0, at - 40) : at + 40]),
-                        remedy="train with a plainer template (model.chat_template: chatml), or "
-                        "export with `--to vllm`",
-                    )
+                raise ModelError.of(
+                    "llama.cpp renders the chat template otherwise",
+                    where=f"the prompt's character {at}",
+                    got=repr(text[max(0, at - 40) : at + 40]),
+                    allowed=repr(expected[max(0, at - 40) : at + 40]),
+                    remedy="train with a plainer template (model.chat_template: chatml), or "
+                    "export with `--to vllm`",
                 )
             at = _first_difference(found, ids)
             others.append(_text(renderer, ids[max(0, at - 5) : at + 5]))

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message, Role
 
@@ -140,11 +140,9 @@ def _quoted(text: str) -> str:
 
 
 def _inexpressible() -> ModelError:
-    return ModelError(
-        Problem(
-            "Ollama's templates cannot express this chat template",
-            where="model.chat_template",
-            allowed="templates that write something around each message, such as chatml",
-            remedy="use `--to gguf`: llama.cpp reads the model's own template",
-        )
+    return ModelError.of(
+        "Ollama's templates cannot express this chat template",
+        where="model.chat_template",
+        allowed="templates that write something around each message, such as chatml",
+        remedy="use `--to gguf`: llama.cpp reads the model's own template",
     )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tuneloop.errors import EndpointError, ModelError, Problem
+from tuneloop.errors import EndpointError, ModelError
 from tuneloop.models.client.client import Client, RequestError
 from tuneloop.records import Completion, Endpoint, Parity, SamplingParams
 
@@ -63,27 +63,23 @@ def check_served(endpoint: Endpoint, folder: Path) -> Parity | None:
     try:
         served = asyncio.run(_ask(endpoint, live))
     except RequestError as error:
-        raise EndpointError(
-            Problem(
-                f"the served model `{endpoint.model}` cannot be compared with the trained one",
-                where=endpoint.url,
-                got=str(error),
-                allowed="a server that takes and returns token ids, with room for "
-                f"{max(len(a.prompt_ids) + len(a.ids) for a in live)} tokens",
-                remedy="look at the server's log; too little memory leaves too little room",
-            )
+        raise EndpointError.of(
+            f"the served model `{endpoint.model}` cannot be compared with the trained one",
+            where=endpoint.url,
+            got=str(error),
+            allowed="a server that takes and returns token ids, with room for "
+            f"{max(len(a.prompt_ids) + len(a.ids) for a in live)} tokens",
+            remedy="look at the server's log; too little memory leaves too little room",
         ) from error
     parity = compare(live, served, recorded["tolerance"])
     if not parity.passed:
-        raise ModelError(
-            Problem(
-                f"the served model `{endpoint.model}` answers differently from the trained one",
-                where=f"{endpoint.url}, {file}",
-                got=f"log-probabilities differ by up to {parity.max_abs_logprob_diff:.4g}, "
-                f"greedy tokens {'are equal' if parity.greedy_equal else 'differ'}",
-                allowed=f"{parity.tolerance:g}, and no other tokens than ties",
-                remedy="report it with parity.json: what is served is not what was trained",
-            )
+        raise ModelError.of(
+            f"the served model `{endpoint.model}` answers differently from the trained one",
+            where=f"{endpoint.url}, {file}",
+            got=f"log-probabilities differ by up to {parity.max_abs_logprob_diff:.4g}, "
+            f"greedy tokens {'are equal' if parity.greedy_equal else 'differ'}",
+            allowed=f"{parity.tolerance:g}, and no other tokens than ties",
+            remedy="report it with parity.json: what is served is not what was trained",
         )
     return parity
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 from tuneloop.models.attention import FOREIGN_ERRORS
 from tuneloop.serving.adapters import MaskedAdapters
 from tuneloop.serving.engine import PREFIX_CACHE_TOKENS, Engine
@@ -121,16 +121,14 @@ class OpenVinoEngine(Engine):
         return self._graph.bytes_per_token
 
     def _refusal(self, reason: str) -> ModelError:
-        return ModelError(
-            Problem(
-                "OpenVINO does not reproduce this model",
-                where=type(self.model).__name__,
-                got=reason[:500],
-                allowed="causal models whose attention goes through transformers' "
-                "AttentionInterface and sees all tokens before or a window of them, such as Llama, "
-                "Qwen, SmolLM, Gemma 3",
-                remedy="set serving.engine=auto",
-            )
+        return ModelError.of(
+            "OpenVINO does not reproduce this model",
+            where=type(self.model).__name__,
+            got=reason[:500],
+            allowed="causal models whose attention goes through transformers' "
+            "AttentionInterface and sees all tokens before or a window of them, such as Llama, "
+            "Qwen, SmolLM, Gemma 3",
+            remedy="set serving.engine=auto",
         )
 
     def _own_logits(self, ids: list[int]) -> Tensor:

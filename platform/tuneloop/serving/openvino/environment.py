@@ -7,7 +7,7 @@ import platform
 
 import psutil
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 
 # Weights as they are loaded, those of the compiled graph, and as much for keys and values.
 _COPIES = 3
@@ -38,12 +38,10 @@ def require() -> None:
         ModelError: It is not.
     """
     if importlib.util.find_spec("openvino") is None:
-        raise ModelError(
-            Problem(
-                "the engine OpenVINO cannot be used on this machine",
-                where="serving.engine",
-                got="it is not installed",
-                allowed="the package `openvino`, on every machine that serves",
-                remedy="pip install 'tuneloop[openvino]'; or set serving.engine=auto",
-            )
+        raise ModelError.of(
+            "the engine OpenVINO cannot be used on this machine",
+            where="serving.engine",
+            got="it is not installed",
+            allowed="the package `openvino`, on every machine that serves",
+            remedy="pip install 'tuneloop[openvino]'; or set serving.engine=auto",
         )

@@ -23,7 +23,7 @@ import psutil
 from safetensors import SafetensorError, safe_open
 
 from tuneloop.config import VllmConfig
-from tuneloop.errors import ModelError, Problem, TuneloopError
+from tuneloop.errors import ModelError, TuneloopError
 from tuneloop.models.json_form import with_layout
 from tuneloop.serving.adapters import read_settings
 from tuneloop.serving.ranking import RankedAnswer
@@ -116,15 +116,13 @@ def _changed_layers(folder: Path) -> set[str]:
             keys = tensors.keys()
         names = {key.rpartition(".lora_")[0].rpartition(".")[2] for key in keys}
     except (OSError, SafetensorError) as error:
-        raise ModelError(Problem("cannot read the adapter", str(file), str(error))) from error
+        raise ModelError.of("cannot read the adapter", str(file), str(error)) from error
     if names & {"lm_head", ""}:
-        raise ModelError(
-            Problem(
-                "vLLM does not serve this adapter",
-                where=str(folder),
-                got="it changes the output layer, or is not plain LoRA",
-                remedy="serve the merged weights: the reference without `/adapter`",
-            )
+        raise ModelError.of(
+            "vLLM does not serve this adapter",
+            where=str(folder),
+            got="it changes the output layer, or is not plain LoRA",
+            remedy="serve the merged weights: the reference without `/adapter`",
         )
     return names
 

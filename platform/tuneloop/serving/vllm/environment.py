@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from tuneloop.errors import ModelError, Problem, ResourceError
+from tuneloop.errors import ModelError, ResourceError
 from tuneloop.models.bases.source import cache_directory
 
 _log = logging.getLogger("tuneloop.serving")
@@ -74,14 +74,12 @@ def find() -> Installed:
         got = "it is not installed"
     except (OSError, ValueError, TypeError) as error:
         got = f"{record} cannot be read: {error}"
-    raise ModelError(
-        Problem(
-            "the engine vLLM cannot be used on this machine",
-            where="serving.engine",
-            got=got,
-            allowed="an environment of its own, on every machine that serves",
-            remedy=f"{_REMEDY}; or set serving.engine=auto",
-        )
+    raise ModelError.of(
+        "the engine vLLM cannot be used on this machine",
+        where="serving.engine",
+        got=got,
+        allowed="an environment of its own, on every machine that serves",
+        remedy=f"{_REMEDY}; or set serving.engine=auto",
     )
 
 
@@ -99,17 +97,15 @@ def require(model: Path) -> Installed:
         settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
         names = list(settings.get("architectures") or ())
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(Problem("cannot read the model", str(model), str(error))) from error
+        raise ModelError.of("cannot read the model", str(model), str(error)) from error
     if not set(names) & set(installed.architectures):
-        raise ModelError(
-            Problem(
-                "vLLM does not take this kind of model",
-                where=str(model),
-                got=", ".join(names) or "a config.json without `architectures`",
-                allowed=f"the {len(installed.architectures)} kinds that vLLM "
-                f"{installed.version} lists in {environment_folder() / _RECORD}",
-                remedy="set serving.engine=auto",
-            )
+        raise ModelError.of(
+            "vLLM does not take this kind of model",
+            where=str(model),
+            got=", ".join(names) or "a config.json without `architectures`",
+            allowed=f"the {len(installed.architectures)} kinds that vLLM "
+            f"{installed.version} lists in {environment_folder() / _RECORD}",
+            remedy="set serving.engine=auto",
         )
     return installed
 
@@ -155,13 +151,11 @@ def _run(command: Sequence[str], requirements: Path) -> str:
 
 
 def _failed(requirements: Path, got: str) -> ResourceError:
-    return ResourceError(
-        Problem(
-            "vLLM cannot be installed",
-            where=str(requirements),
-            got=got[:500],
-            allowed="Linux, a package index with these versions, and 4 GB of disk",
-            remedy="where PyTorch's CPU build is missing, let PIP_EXTRA_INDEX_URL name PyTorch's "
-            "index of CPU builds, and run the command again",
-        )
+    return ResourceError.of(
+        "vLLM cannot be installed",
+        where=str(requirements),
+        got=got[:500],
+        allowed="Linux, a package index with these versions, and 4 GB of disk",
+        remedy="where PyTorch's CPU build is missing, let PIP_EXTRA_INDEX_URL name PyTorch's "
+        "index of CPU builds, and run the command again",
     )

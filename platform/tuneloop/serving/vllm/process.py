@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tuneloop.errors import ModelError, Problem
+from tuneloop.errors import ModelError
 from tuneloop.models.bases.source import cache_directory
 from tuneloop.serving.model import num_threads
 from tuneloop.serving.vllm.environment import Installed
@@ -115,13 +115,11 @@ class VllmProcess:
 
     def failure(self, what: str) -> ModelError:
         """Return the error that tells what the server said last."""
-        return ModelError(
-            Problem(
-                what,
-                where=str(self.log_file),
-                got=_last_error(self.log_file),
-                remedy="read the log; or set serving.engine=auto",
-            )
+        return ModelError.of(
+            what,
+            where=str(self.log_file),
+            got=_last_error(self.log_file),
+            remedy="read the log; or set serving.engine=auto",
         )
 
     def stop(self) -> None:

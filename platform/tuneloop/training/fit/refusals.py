@@ -25,15 +25,13 @@ def refuse_other_renderer(config: TuneloopConfig, base: BaseModel, dataset: Arti
     renderer = Renderer.load(base.path, config.model.chat_template)
     rendered = dataset.manifest["config"].get("renderer")
     if rendered != renderer.hash:
-        raise ModelError(
-            Problem(
-                "the dataset was rendered with another tokenizer or chat template",
-                where=dataset.ref,
-                got=f"renderer {rendered}",
-                allowed=f"renderer {renderer.hash} of {base.name} with "
-                f"model.chat_template {config.model.chat_template}",
-                remedy="run `tuneloop prepare` with this configuration",
-            )
+        raise ModelError.of(
+            "the dataset was rendered with another tokenizer or chat template",
+            where=dataset.ref,
+            got=f"renderer {rendered}",
+            allowed=f"renderer {renderer.hash} of {base.name} with "
+            f"model.chat_template {config.model.chat_template}",
+            remedy="run `tuneloop prepare` with this configuration",
         )
 
 
@@ -74,29 +72,25 @@ def refuse_without_validation(config: TuneloopConfig, rows: Rows, dataset: Artif
         if used
     ]
     if asked and not len(rows):
-        raise DataError(
-            Problem(
-                "the dataset has no validation split",
-                where=dataset.ref,
-                got=", ".join(asked),
-                remedy="prepare a dataset with a validation split, or leave these settings out",
-            )
+        raise DataError.of(
+            "the dataset has no validation split",
+            where=dataset.ref,
+            got=", ".join(asked),
+            remedy="prepare a dataset with a validation split, or leave these settings out",
         )
 
 
 def refuse_untrainable_rows(rows: Rows, dataset: Artifact) -> None:
     """Raise DataError for an empty train split, or for rows without a token to learn."""
     if not len(rows):
-        raise DataError(Problem("the train split is empty", where=dataset.ref))
+        raise DataError.of("the train split is empty", where=dataset.ref)
     idle = np.flatnonzero(rows.num_target_tokens == 0)
     if len(idle):
-        raise DataError(
-            Problem(
-                "rows without a token to learn",
-                where=f"{dataset.ref}, rows {_some(rows, idle)}",
-                got=f"{len(idle)} rows with an empty loss mask",
-                remedy="run `tuneloop prepare` again; `tuneloop check` shows the mask",
-            )
+        raise DataError.of(
+            "rows without a token to learn",
+            where=f"{dataset.ref}, rows {_some(rows, idle)}",
+            got=f"{len(idle)} rows with an empty loss mask",
+            remedy="run `tuneloop prepare` again; `tuneloop check` shows the mask",
         )
 
 
@@ -153,17 +147,15 @@ def refuse_small_memory(expected: ResourceEstimate | None) -> None:
     if expected is None or expected.machine_memory_bytes <= available:
         return
     state = expected.optimizer_bytes + expected.gradients_bytes
-    raise ResourceError(
-        Problem(
-            "the training does not fit into memory",
-            where="this machine",
-            got=f"about {gib(expected.machine_memory_bytes)} needed; in a worker: weights "
-            f"{gib(expected.weights_bytes)}, optimizer and gradients {gib(state)}, activations "
-            f"{gib(expected.activations_bytes + expected.logits_bytes)}",
-            allowed=f"{gib(available)} available",
-            remedy="lower resources.micro_batch_size, resources.num_workers or "
-            "data.max_seq_len, use training.method lora, or a smaller model",
-        )
+    raise ResourceError.of(
+        "the training does not fit into memory",
+        where="this machine",
+        got=f"about {gib(expected.machine_memory_bytes)} needed; in a worker: weights "
+        f"{gib(expected.weights_bytes)}, optimizer and gradients {gib(state)}, activations "
+        f"{gib(expected.activations_bytes + expected.logits_bytes)}",
+        allowed=f"{gib(available)} available",
+        remedy="lower resources.micro_batch_size, resources.num_workers or "
+        "data.max_seq_len, use training.method lora, or a smaller model",
     )
 
 
@@ -171,14 +163,12 @@ def refuse_small_disk(expected: ResourceEstimate | None, scratch: Path) -> None:
     """Raise ResourceError if checkpoints and the model do not fit on the disk."""
     free = shutil.disk_usage(scratch).free
     if expected is not None and expected.disk_bytes > free:
-        raise ResourceError(
-            Problem(
-                "the disk is too full for checkpoints and the model",
-                where=str(scratch),
-                got=f"about {gib(expected.disk_bytes)} needed",
-                allowed=f"{gib(free)} free",
-                remedy="free space, or set `workspace` to another disk",
-            )
+        raise ResourceError.of(
+            "the disk is too full for checkpoints and the model",
+            where=str(scratch),
+            got=f"about {gib(expected.disk_bytes)} needed",
+            allowed=f"{gib(free)} free",
+            remedy="free space, or set `workspace` to another disk",
         )
 
 

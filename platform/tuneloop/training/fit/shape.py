@@ -19,7 +19,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from tuneloop.compat.transformers import apply_gate
 from tuneloop.config import TrainingConfig
-from tuneloop.errors import ModelError, Problem, UserError
+from tuneloop.errors import ModelError, UserError
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.bases.weights import load_whole
 from tuneloop.training.loss import loss_sum
@@ -164,15 +164,13 @@ def model_settings(base: BaseModel) -> PretrainedConfig:
         raise _unusable(base, error) from error
     if getattr(whole, "quantization_config", None) is not None:
         method = dict(whole.to_dict()["quantization_config"]).get("quant_method", "unknown")
-        raise ModelError(
-            Problem(
-                "the base model is quantized already",
-                where=str(base.path / "config.json"),
-                got=f"quantization_config of kind {method}",
-                allowed="weights in float32, bfloat16 or float16",
-                remedy="use the model it was quantized from; training.method qlora holds that one "
-                "in 4 bits by itself",
-            )
+        raise ModelError.of(
+            "the base model is quantized already",
+            where=str(base.path / "config.json"),
+            got=f"quantization_config of kind {method}",
+            allowed="weights in float32, bfloat16 or float16",
+            remedy="use the model it was quantized from; training.method qlora holds that one "
+            "in 4 bits by itself",
         )
     return whole.get_text_config()
 
@@ -192,18 +190,16 @@ def _load_without_content(
 
 def _unusable(base: BaseModel, error: Exception) -> ModelError:
     own_code = "trust_remote_code" in str(error)
-    return ModelError(
-        Problem(
-            "the base model brings code of its own, which is not run"
-            if own_code
-            else "the base model's configuration cannot be used",
-            where=str(base.path / "config.json"),
-            got="auto_map, and a model type that transformers does not know"
-            if own_code
-            else (str(error).splitlines() or [type(error).__name__])[0],
-            allowed="a causal language model that transformers knows",
-            remedy="use a version of the model in transformers' own format" if own_code else "",
-        )
+    return ModelError.of(
+        "the base model brings code of its own, which is not run"
+        if own_code
+        else "the base model's configuration cannot be used",
+        where=str(base.path / "config.json"),
+        got="auto_map, and a model type that transformers does not know"
+        if own_code
+        else (str(error).splitlines() or [type(error).__name__])[0],
+        allowed="a causal language model that transformers knows",
+        remedy="use a version of the model in transformers' own format" if own_code else "",
     )
 
 
