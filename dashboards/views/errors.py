@@ -222,7 +222,7 @@ def show_example(
                 st.html("".join(theme.labelled(r, theme.text(t, mono=True)) for r, t in turns))
         if after.arm == evaluation.candidate["name"]:
             with actions:
-                show_nearest(evaluation.nearest.get(example.example_id, []), marking.reference)
+                show_nearest(evaluation.near(example.example_id), marking.reference)
         marking.form(row)
 
 

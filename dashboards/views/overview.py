@@ -21,7 +21,7 @@ workspace, artifacts = open_workspace()
 newest = newest_comparison(artifacts)
 if newest is not None:
     try:
-        tables = tabulate(Evaluation.load(workspace.open(newest.ref), with_predictions=False))
+        tables = tabulate(Evaluation.load(workspace.open(newest.ref)))
     except (UserError, OSError, ValueError) as error:
         refuse("The newest evaluation cannot be opened.", error)
     st.caption(f"The newest comparison, {newest.ref}:")

@@ -77,7 +77,7 @@ from tuneloop.evals.scoring.metrics import (
     PERPLEXITY_METRICS,
     Scorer,
 )
-from tuneloop.evals.scoring.nearest import read_nearest
+from tuneloop.evals.scoring.nearest import open_nearest
 from tuneloop.evals.scoring.perplexity import (
     identity_of,
     perplexities,
@@ -378,7 +378,7 @@ def evaluate(
         _account(evaluation, arms, free)
         candidates = [p for p in predictions if p.arm == arms[-1].name]
         context.diagnosis.write_nearest(candidates, draft.path)
-        evaluation.nearest.update(read_nearest(draft.path))
+        evaluation = dataclasses.replace(evaluation, nearest=open_nearest(draft.path))
         if judging:
             _add_judge(evaluation, judging, judgements, workspace)
             write_judgements(judgements, draft.path)

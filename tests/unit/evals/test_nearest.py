@@ -13,7 +13,7 @@ from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.nearest import (
     NearestRows,
     contradicts,
-    read_nearest,
+    open_nearest,
     says_the_same,
     write_nearest,
 )
@@ -111,8 +111,8 @@ def test_what_is_written_says_why_a_row_matters(tmp_path: Path) -> None:
     )
     near = rows.explain([ask("open the door")])
     write_nearest(near, {"q": wrong}, {"q": Scorer(LABELS, {"q": "open"})}, tmp_path)
-    found = {one["row_id"]: one for one in read_nearest(tmp_path)["q"]}
+    found = {one["row_id"]: one for one in open_nearest(tmp_path).to_table().to_pylist()}
     assert (found["a"]["conflicts"], found["a"]["gives_this_answer"]) == (True, True)
     assert (found["b"]["conflicts"], found["b"]["gives_this_answer"]) == (False, False)
     assert found["a"]["similarity"] == pytest.approx(1.0)
-    assert read_nearest(tmp_path / "elsewhere") == {}
+    assert open_nearest(tmp_path / "elsewhere").count_rows() == 0

@@ -9,6 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tuneloop.advice import advice_for
@@ -26,8 +27,14 @@ from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import Scorer
+from tuneloop.evals.scoring.nearest import as_nearest
 from tuneloop.evals.scoring.pairing import last_question
-from tuneloop.evals.scoring.predictions import Prediction, write_predictions
+from tuneloop.evals.scoring.predictions import (
+    FILE,
+    Prediction,
+    StoredPredictions,
+    write_predictions,
+)
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.records import TRAIN_LIMIT
 from tuneloop.review.given import GivenAdvice
@@ -452,9 +459,43 @@ def test_only_rows_that_ask_the_same_are_said_to_mislead() -> None:
     evaluation = make_evaluation({"base": 5, "finetuned": 80}, task="classification")
     for similarity, num_rows in ((0.3, []), (0.9, [20])):
         row = {"conflicts": True, "similarity": similarity}
-        near = {p.example_id: [row] for p in evaluation.predictions}
+        near = as_nearest([row | {"example_id": p.example_id} for p in evaluation.predictions])
         actions = advise(situation(replace(evaluation, nearest=near)))
         assert [a.num_rows for a in actions if "say otherwise" in a.title] == num_rows
+
+
+def test_advice_from_the_stored_columns_is_that_from_the_rows(tmp_path: Path) -> None:
+    made = make_evaluation({"base": 5, "other": 70, "finetuned": 60}, wrong_answer="{", n=90)
+    rows = [
+        replace(
+            p,
+            completion=p.completion if number % 7 else f" {p.completion}\n{number}",
+            error_tags=[*p.error_tags, *["cut_off"] * (number % 3 == 0)],
+            cluster=str(number % 30) * (number % 2),
+        )
+        for number, p in enumerate(made.predictions)
+    ]
+    # One answer is missing.
+    rows[-1] = replace(rows[-1], status="unscored", scores={}, completion="", error_tags=[])
+    names = list(made.metrics["metrics"])
+    write_predictions(rows, names, tmp_path)
+    stored = replace(made, predictions=StoredPredictions(tmp_path, names))
+    near = as_nearest([{"example_id": "r070", "conflicts": True, "similarity": 0.9}])
+    first, second = (
+        advise(situation(replace(one, nearest=near)))
+        for one in (replace(made, predictions=rows), stored)
+    )
+    assert first == second
+    titles = [action.title for action in first]
+    for begin in ("Allow longer", "Teach the form", "Look whether", "Read what got worse"):
+        assert any(title.startswith(begin) for title in titles), begin
+    assert list(stored.predictions) == rows
+    # A file of an earlier version, without some of the columns.
+    table = pq.read_table(tmp_path / FILE)
+    pq.write_table(table.drop_columns(["cluster", "error_tags"]), tmp_path / FILE)
+    old = replace(made, predictions=StoredPredictions(tmp_path, names))
+    plain = [replace(p, cluster="", error_tags=[]) for p in rows]
+    assert advise(situation(old)) == advise(situation(replace(made, predictions=plain)))
 
 
 def test_bounds_are_the_share_of_what_is_wrong() -> None:

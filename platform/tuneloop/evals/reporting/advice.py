@@ -10,32 +10,38 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from numpy.typing import NDArray
 
 from tuneloop.config import GenerationConfig
 from tuneloop.evals.reporting.formatting import format_difference, format_value, join_words
 from tuneloop.evals.reporting.headline import Direction, describe_arm, direction
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import describe_mean
-from tuneloop.evals.scoring.intervals import Resampling
+from tuneloop.evals.scoring.intervals import Floats, Resampling
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric, in_task
 from tuneloop.evals.scoring.nearest import SAME_QUESTION
-from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.slices import LENGTH, REFERENCE_LENGTH, weak_parts
 from tuneloop.records import BASE, BASE_CONSTRAINED, FEW_SHOT, FINETUNED, SIMPLE
 from tuneloop.text import format_duration, shorten
 
+Bools = NDArray[np.bool_]
 Basis = Literal["at most", "measured", "forecast", "unknown"]
 _MOST_PARTS, _FEWEST_ROWS, _SHOWN_CHARACTERS = 3, 3, 60
 # The smallest of a learning curve's volumes has to be a training still.
 _FEWEST_TO_SWEEP = 64
 _NUM_VOLUMES = 3
+_MANY_ROWS = 20_000
 _SATURATED = 0.97
 # From an interval as wide as this little follows; more test rows would make it as narrow as that.
 _WIDE_INTERVAL, _NARROW_INTERVAL = 0.15, 0.10
@@ -265,32 +271,56 @@ def advise(now: Situation) -> list[Action]:
 class _Adviser:
     """The rules: each method adds actions where its measurement speaks for them.
 
+    Which answers a rule is about is told by an array over the candidate's answers that have a
+    score, shape (n,). Only the columns that a rule needs are read.
+
     Args:
-        rows: The candidate's answers that have a score.
-        loss: What each lacks of being right, by example; 1 for all where a score does not tell.
+        is_own: Whether each prediction of the evaluation is one of these answers.
+        scores: Theirs, shape (n,).
+        loss: What each lacks of being right, shape (n,); 1 for all where a score does not tell.
     """
 
     now: Situation
-    rows: list[Prediction]
-    loss: dict[str, float]
+    is_own: pa.ChunkedArray
+    scores: Floats
+    loss: Floats
     found: list[Action] = field(default_factory=list)
 
     @classmethod
     def of(cls, now: Situation) -> _Adviser:
         evaluation, name = now.evaluation, now.evaluation.row_metric
-        arm, metric = evaluation.candidate["name"], evaluation.metric(name)
-        rows, loss = [], dict[str, float]()
-        for p in evaluation.predictions:
-            score = p.scores.get(name)
-            if p.arm == arm and score is not None:
-                rows.append(p)
-                loss[p.example_id] = 1.0 if metric.kind == "number" else 1.0 - score
-        return cls(now, rows, loss)
+        of_all = evaluation.column(name)
+        is_candidate = pc.equal(evaluation.column("arm"), evaluation.candidate["name"])
+        is_own = pc.and_(is_candidate, pc.is_valid(of_all))
+        scores = of_all.filter(is_own).to_numpy()
+        is_number = evaluation.metric(name).kind == "number"
+        return cls(now, is_own, scores, np.ones(len(scores)) if is_number else 1.0 - scores)
 
-    @property
-    def wrong(self) -> list[Prediction]:
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return a column of the answers."""
+        return self.now.evaluation.column(name).filter(self.is_own)
+
+    @cached_property
+    def wrong(self) -> Bools:
         """Answers that lack something."""
-        return [p for p in self.rows if self.loss[p.example_id] > 0]
+        return self.loss > 0
+
+    @cached_property
+    def clusters(self) -> Clusters:
+        """Of the answers."""
+        names, ids = pc.fill_null(self.column("cluster"), ""), self.column("example_id")
+        return Clusters.of(pc.if_else(pc.equal(names, ""), ids, names).to_pylist())
+
+    def among(self, ids: pa.ChunkedArray | pa.Array) -> Bools:
+        """Return the answers to some examples."""
+        return _as_bools(pc.is_in(self.column("example_id"), value_set=ids))
+
+    def tagged(self, tag: str) -> Bools:
+        """Return the answers with an error."""
+        tags = self.column("error_tags").combine_chunks()
+        found = np.zeros(len(tags), bool)
+        found[pc.list_parent_indices(tags).filter(pc.equal(tags.flatten(), tag)).to_numpy()] = True
+        return found
 
     def add(
         self, title: str, why: str, command: str, page: str = "", brings: _Brings = _NOTHING_KNOWN
@@ -299,47 +329,46 @@ class _Adviser:
         self.found.append(Action(title, why, *brings, self.now.cost_of(command), command, page))
 
     def about(
-        self, title: str, why: str, wrong: Iterable[Prediction], command: str, page: str = "answers"
+        self, title: str, why: str, meant: Bools, command: str, page: str = "answers"
     ) -> None:
         """Add an action about at least a few wrong answers, with the bound of what it brings."""
-        ids = {p.example_id for p in wrong}
-        if len(ids) >= _FEWEST_ROWS:
+        chosen = self.wrong & meant
+        if (num := int(chosen.sum())) >= _FEWEST_ROWS:
             is_share = self.now.evaluation.metric(self.now.evaluation.row_metric).kind != "number"
-            why = f"{len(ids):,} of {len(self.wrong):,} {'wrong ' * is_share}answers {why}"
-            self.add(title, why, command, self.now.page(page), self._bound(ids))
+            why = f"{num:,} of {self.wrong.sum():,} {'wrong ' * is_share}answers {why}"
+            self.add(title, why, command, self.now.page(page), self._bound(chosen))
 
     def untold(self, tried: _Try, why: str, page: str = "") -> None:
         """Add a training of which nothing is known, unless there is a reason for it already."""
         if all(action.command != tried.command for action in self.found):
             self.add(tried.words.capitalize(), why + self._not_better(), tried.command, page)
 
-    def _bound(self, ids: Collection[str]) -> _Brings:
-        """Return what the score would gain if the answers to some examples were all right.
+    def _bound(self, chosen: Bools) -> _Brings:
+        """Return what the score would gain if some answers were all right.
 
         Hardly any answer is all right by a score of overlap: there, if they were like the others.
         """
-        evaluation, metric = self.now.evaluation, self.now.metric
+        evaluation, metric, num_rows = self.now.evaluation, self.now.metric, int(chosen.sum())
         # Of others the score of all is not the mean of how right each row is.
         if metric.kind == "number" or evaluation.primary != evaluation.row_metric:
-            return _Brings(num_rows=len(ids))
-        others = [loss for example, loss in self.loss.items() if example not in ids]
-        rest = float(np.mean(others)) if metric.kind == "ratio" and others else 0.0
-        lacking = np.array(
-            [max(0.0, self.loss[p.example_id] - rest) * (p.example_id in ids) for p in self.rows]
-        )
-        clusters = Clusters.of([p.cluster or p.example_id for p in self.rows])
+            return _Brings(num_rows=num_rows)
+        others = self.loss[~chosen]
+        rest = float(others.mean()) if metric.kind == "ratio" and len(others) else 0.0
+        lacking = np.where(chosen, np.maximum(0.0, self.loss - rest), 0.0)
         if not lacking.any():  # the others are no better
-            return _Brings(num_rows=len(ids))
-        told = describe_mean(lacking, clusters, metric, Resampling(num_resamples=2_000))
+            return _Brings(num_rows=num_rows)
+        # Of so many rows a resample takes long, and says the same to 2% of the interval's width.
+        resampling = Resampling(num_resamples=2_000 if len(lacking) < _MANY_ROWS else 0)
+        told = describe_mean(lacking, self.clusters, metric, resampling)
         gain = Gain(told["value"], max(0.0, told["low"] or 0.0), told["high"] or 0.0)
-        return _Brings(gain, "at most", len(ids))
+        return _Brings(gain, "at most", num_rows)
 
     def errors(self) -> None:
         """Errors with a name, doubtful references and misleading train rows."""
-        now, wrong, see = self.now, self.wrong, self.now.look("dashboard")
-        cut = [p for p in wrong if "cut_off" in p.error_tags]
+        now, see, cut = self.now, self.now.look("dashboard"), self.tagged("cut_off")
         # A limit is too low only where the right answer is longer than what was written.
-        short = [p for p in cut if len(p.reference) > len(p.completion)]
+        right, said = (pc.utf8_length(self.column(name)) for name in ("reference", "completion"))
+        short = cut & _as_bools(pc.greater(right, said))
         longer, cut_off = now.longer, "answers&error=cut_off"
         self.about(
             "Allow longer answers", "were cut off, and are shorter than their references.", short,
@@ -348,41 +377,67 @@ class _Adviser:
         self.about(
             f"Teach answers to end: {longer.words}",
             "were still going on where they had become as long as their references.",
-            [p for p in cut if p not in short], longer.command, cut_off,
+            cut & ~short, longer.command, cut_off,
         )  # fmt: skip
-        malformed = [p for p in wrong if "wrong_format" in p.error_tags]
+        malformed = self.tagged("wrong_format")
         self.about(
             f"Teach the form of the answer: {longer.words}",
             "do not have the form that the task asks for.", malformed, longer.command,
             "answers&error=wrong_format",
         )  # fmt: skip
-        agreed = _agreed_otherwise(now.evaluation, wrong)
         self.about(
             "Look whether these references are right",
             "are what several models answer alike, and not the reference.",
-            [p for p in wrong if p.example_id in agreed], see,
+            self._agreed_otherwise(), see,
         )  # fmt: skip
         # Any other label is a conflict, also of a question that is only a little alike.
-        misled = {
-            example
-            for example, near in now.evaluation.nearest.items()
-            if any(row["conflicts"] and row["similarity"] >= SAME_QUESTION for row in near)
-        }
+        asks_the_same = ds.field("similarity") >= SAME_QUESTION
+        misled = now.evaluation.nearest.to_table(
+            columns=["example_id"], filter=ds.field("conflicts") & asks_the_same
+        )
         self.about(
             "Correct the training rows that say otherwise",
             "stand beside a training row that asks the same and says otherwise than the reference.",
-            [p for p in wrong if p.example_id in misled], see,
+            self.among(misled.column(0)), see,
         )  # fmt: skip
+
+    def _agreed_otherwise(self) -> Bools:
+        """Return the wrong answers that at least two arms give, each to one and the same example.
+
+        An arm with its answers held to their form is the same model again, and no second opinion.
+        """
+        evaluation, name = self.now.evaluation, self.now.evaluation.row_metric
+        agreed = np.zeros(len(self.wrong), bool)
+        if evaluation.metric(name).kind == "number":
+            return agreed
+        asked = {arm["name"]: arm.get("free_arm") or arm["name"] for arm in evaluation.arms}
+        columns = [self.column(column) for column in ("example_id", "completion")]
+        ids, said = (column.filter(pa.array(self.wrong)) for column in columns)
+        of_all = {k: evaluation.column(k) for k in ("example_id", "arm", "completion", "status")}
+        none_right = pc.fill_null(pc.equal(evaluation.column(name), 0.0), True)
+        is_meant = pc.and_(pc.equal(of_all.pop("status"), "scored"), none_right)
+        is_meant = pc.and_(is_meant, pc.is_in(of_all["example_id"], value_set=ids))
+        who: dict[tuple[str, str], set[str]] = {}
+        answers = (column.filter(is_meant).to_pylist() for column in of_all.values())
+        for example, arm, text in zip(*answers, strict=True):
+            who.setdefault((example, " ".join(text.split())), set()).add(asked[arm])
+        agreed[self.wrong] = [
+            bool(text) and len(who.get((example, text), ())) > 1
+            for example, completion in zip(ids.to_pylist(), said.to_pylist(), strict=True)
+            for text in [" ".join(completion.split())]
+        ]
+        return agreed
 
     def fields(self) -> None:
         """Each field that alone makes answers wrong."""
         now = self.now
         fields = [n for n in now.evaluation.metrics["metrics"] if n.startswith(FIELD_PREFIX)]
-        alone: dict[str, list[Prediction]] = {}
-        for p in self.wrong:
-            failed = [name for name in fields if (p.scores.get(name) or 0.0) < 1]
-            if len(failed) == 1:
-                alone.setdefault(failed[0].removeprefix(FIELD_PREFIX), []).append(p)
+        failed = [pc.fill_null(self.column(name), 0.0).to_numpy() < 1 for name in fields]
+        is_one = self.wrong & (np.sum(failed, axis=0) == 1)
+        alone = {
+            name.removeprefix(FIELD_PREFIX): is_one & wrong
+            for name, wrong in zip(fields, failed, strict=True)
+        }
         collect = _Try("add training rows in which it is hard", now.look("dashboard"))
         more = now.more or collect
         for name, wrong in alone.items():
@@ -393,11 +448,17 @@ class _Adviser:
         """What the strongest other arm answers better."""
         now, evaluation = self.now, self.now.evaluation
         if other := evaluation.strongest_other():
-            pairs = evaluation.pair(other, evaluation.candidate["name"])
-            worse = {e.example_id for e in pairs if e.change == "introduced"}
+            is_other = pc.equal(evaluation.column("arm"), other)
+            ids, scores = (
+                evaluation.column(name).filter(is_other)
+                for name in ("example_id", evaluation.row_metric)
+            )
+            before = scores.take(pc.index_in(self.column("example_id"), value_set=ids)).to_numpy()
+            is_lower = evaluation.metric(evaluation.row_metric).better == "lower"
+            worse = self.scores > before if is_lower else self.scores < before
             self.about(
                 f"Read what got worse than with {describe_arm(other)}; add training rows like it",
-                "were better there.", [p for p in self.wrong if p.example_id in worse],
+                "were better there.", worse,
                 now.look("dashboard"), "errors",
             )  # fmt: skip
 
@@ -420,7 +481,7 @@ class _Adviser:
             self.about(
                 f"Give `{name}` a model of its own, or a larger share of the mixture",
                 f"are of this task; it {worse} against {describe_arm(best)}, while others gained.",
-                [p for p in self.wrong if p.task == name],
+                _as_bools(pc.equal(self.column("task"), name)),
                 now.command("run", f"data.train_tasks=[{name}]"),
             )
 
@@ -475,7 +536,7 @@ class _Adviser:
         # No group is on both sides: rows of a test group cannot become training rows.
         for part in [part for part in found if part["by"] != now.group_by][:_MOST_PARTS]:
             value, *ends = (
-                sign * max(0.0, sign * (part["rest"] - part[end])) * part["n"] / len(self.rows)
+                sign * max(0.0, sign * (part["rest"] - part[end])) * part["n"] / len(self.loss)
                 for end in ("value", "low", "high")
             )
             unit = " words" * (part["by"] in (LENGTH, REFERENCE_LENGTH))
@@ -617,24 +678,10 @@ _RULES = (
 )
 
 
-def _agreed_otherwise(evaluation: Evaluation, wrong: Sequence[Prediction]) -> set[str]:
-    """Return the examples to which at least two arms give one and the same wrong answer.
-
-    An arm with its answers held to their form is the same model again, and no second opinion.
-    """
-    name = evaluation.row_metric
-    if evaluation.metric(name).kind == "number":
-        return set()
-    asked = {arm["name"]: arm.get("free_arm") or arm["name"] for arm in evaluation.arms}
-
-    def said(p: Prediction) -> tuple[str, str]:
-        return p.example_id, " ".join(p.completion.split())
-
-    who: dict[tuple[str, str], set[str]] = {}
-    for p in evaluation.predictions:
-        if p.status == "scored" and not p.scores.get(name):
-            who.setdefault(said(p), set()).add(asked[p.arm])
-    return {p.example_id for p in wrong if p.completion.strip() and len(who.get(said(p), ())) > 1}
+def _as_bools(values: pa.ChunkedArray) -> Bools:
+    """Return truths as an array; what is null is false."""
+    found: Bools = pc.fill_null(values, False).to_numpy()
+    return found
 
 
 def _step_from(item: dict[str, Any], forecasts: Sequence[dict[str, Any]]) -> int:

@@ -70,7 +70,7 @@ def history(artifacts: Sequence[Artifact], name: str) -> list[Iteration]:
     found: list[Iteration] = []
     before: Artifact | None = None
     for version in versions:
-        evaluation = Evaluation.load(version, with_predictions=False)
+        evaluation = Evaluation.load(version)
         arm, metric = evaluation.candidate, evaluation.primary
         score = arm["scores"][metric]
         parts = made_of(version, by_fingerprint)
@@ -144,7 +144,7 @@ class _Changes(NamedTuple):
 
 def _changes(before: Artifact, now: Artifact, name: str) -> _Changes | None:
     """Return how the last arm's answers differ; None where the earlier ones lack the metric."""
-    earlier, newer = (Evaluation.load(a, with_predictions=False) for a in (before, now))
+    earlier, newer = (Evaluation.load(a) for a in (before, now))
     if name not in earlier.metrics["metrics"]:
         return None
     metric = newer.metric(name)

@@ -431,7 +431,7 @@ def _example(evaluation: Evaluation, example: PairedExample) -> dict[str, Any]:
             }
             for prediction in (example.before, example.after)
         ],
-        "nearest": [show_train_row(row) for row in evaluation.nearest.get(example.example_id, [])]
+        "nearest": [show_train_row(row) for row in evaluation.near(example.example_id)]
         if example.after.arm == evaluation.candidate["name"]
         else [],
     }

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from tuneloop.config import OneTaskConfig
@@ -48,6 +49,15 @@ _NEGATION = re.compile(
 _YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _ALIKE = 0.5
+_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("rank", pa.int32()),
+        *[(name, pa.string()) for name in ("row_id", "source", "question", "answer")],
+        *[(name, pa.float64()) for name in ("similarity", "agreement")],
+        *[(name, pa.bool_()) for name in ("gives_this_answer", "conflicts")],
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -216,13 +226,14 @@ def contradicts(first: str, second: str, task: OneTaskConfig) -> bool:
     return bool(numbers[0] - numbers[1]) and bool(numbers[1] - numbers[0])
 
 
-def read_nearest(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of `nearest.parquet` by example id; none where it is not there."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    if (folder / FILE).exists():
-        for row in pq.read_table(folder / FILE).to_pylist():
-            found.setdefault(row["example_id"], []).append(row)
-    return found
+def as_nearest(rows: Sequence[Mapping[str, Any]]) -> ds.Dataset:
+    """Return rows of `nearest.parquet` that are no file."""
+    return ds.dataset(pa.Table.from_pylist(rows, _SCHEMA))
+
+
+def open_nearest(folder: Path) -> ds.Dataset:
+    """Return the rows of `nearest.parquet`, not read yet; none where it is not there."""
+    return ds.dataset(folder / FILE, _SCHEMA) if (folder / FILE).exists() else as_nearest([])
 
 
 def write_nearest(
@@ -257,17 +268,7 @@ def write_nearest(
         for task in [scorers[example_id].task]
         for rank, row in enumerate(near, start=1)
     ]
-    schema = pa.schema(
-        [
-            ("example_id", pa.string()),
-            ("rank", pa.int32()),
-            *[(name, pa.string()) for name in ("row_id", "source")],
-            *[(name, pa.string()) for name in ("question", "answer")],
-            *[(name, pa.float64()) for name in ("similarity", "agreement")],
-            *[(name, pa.bool_()) for name in ("gives_this_answer", "conflicts")],
-        ]
-    )
-    pq.write_table(pa.Table.from_pylist(records, schema), folder / FILE, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(records, _SCHEMA), folder / FILE, compression="zstd")
 
 
 def is_conflict(row: TrainRow, reference: str, task: OneTaskConfig) -> bool:

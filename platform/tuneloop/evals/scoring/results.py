@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
 
 from tuneloop.artifacts import Artifact
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, PRECISION_PREFIX, Metric, in_task
-from tuneloop.evals.scoring.nearest import read_nearest
+from tuneloop.evals.scoring.nearest import as_nearest, open_nearest
 from tuneloop.evals.scoring.pairing import PairedExample, by_change, pair_arms
-from tuneloop.evals.scoring.predictions import Prediction, read_predictions
+from tuneloop.evals.scoring.predictions import Prediction, StoredPredictions, column_of
 
 
 @dataclass(frozen=True)
@@ -23,32 +27,25 @@ class Evaluation:
         metrics: Content of `metrics.json`.
         comparison: Content of `comparison.json`.
         slices: Content of `slices.json`; empty in an evaluation of an earlier version.
-        nearest: Rows of `nearest.parquet` by example id: what may explain wrong answers of the
-            candidate.
+        nearest: Rows of `nearest.parquet`: what may explain wrong answers of the candidate.
     """
 
     name: str
-    predictions: list[Prediction]
+    predictions: Sequence[Prediction]
     metrics: dict[str, Any]
     comparison: dict[str, Any]
     slices: dict[str, Any] = field(default_factory=dict)
-    nearest: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    nearest: ds.Dataset = field(default_factory=lambda: as_nearest([]))
 
     @classmethod
-    def load(cls, artifact: Artifact, with_predictions: bool = True) -> Evaluation:
-        """Return the results an artifact holds.
-
-        Args:
-            with_predictions: Without them only numbers are there: what is read does not grow with
-                the rows.
-        """
+    def load(cls, artifact: Artifact) -> Evaluation:
+        """Return the results an artifact holds; predictions are read when they are looked at."""
         metrics = json.loads((artifact.path / "metrics.json").read_text(encoding="utf-8"))
         comparison = json.loads((artifact.path / "comparison.json").read_text(encoding="utf-8"))
-        names = list(metrics["metrics"])
-        predictions = read_predictions(artifact.path, names) if with_predictions else []
+        predictions = StoredPredictions(artifact.path, list(metrics["metrics"]))
         stored = artifact.path / "slices.json"
         slices = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
-        nearest = read_nearest(artifact.path) if with_predictions else {}
+        nearest = open_nearest(artifact.path)
         return cls(artifact.name, predictions, metrics, comparison, slices, nearest)
 
     def beside(self, other: Evaluation, name: str) -> Evaluation:
@@ -71,6 +68,17 @@ class Evaluation:
             ],
             metrics={**self.metrics, "metrics": metrics, "arms": [*arms, *self.arms]},
         )
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return a column of the predictions, see `column_of`."""
+        return column_of(self.predictions, name)
+
+    def near(self, example_id: str) -> list[dict[str, Any]]:
+        """Return the training rows that may explain an answer of the candidate, the best first."""
+        found: list[dict[str, Any]] = self.nearest.to_table(
+            filter=ds.field("example_id") == example_id
+        ).to_pylist()
+        return found
 
     @property
     def primary(self) -> str:
