@@ -60,6 +60,15 @@ class Schedule:
         total = self.steps_per_epoch * self.num_epochs
         return total if self.max_steps is None else min(total, self.max_steps)
 
+    def num_validations(self, every: int | None) -> int:
+        """Return how often the validation rows are gone through.
+
+        Args:
+            every: Steps from one time to the next; None: an epoch. After the last step it is done
+                in any case.
+        """
+        return math.ceil(self.num_steps / (every or self.steps_per_epoch))
+
     def epoch(self, step: int) -> int:
         """Return the epoch, from 0, that a step from 0 belongs to."""
         return step // self.steps_per_epoch

@@ -72,8 +72,9 @@ def estimate_totals(
     num_tokens: int,
     rows: Rows = APART,
     target_ratio: float = 0.3,
+    num_validation_rows: int = 0,
 ) -> ResourceEstimate:
-    totals = RowTotals(num_rows, num_tokens, 0, target_ratio, rows)
+    totals = RowTotals(num_rows, num_validation_rows, num_tokens, 0, target_ratio, rows)
     return estimate(config, shape, workload_of_totals(config, shape, totals))
 
 
@@ -153,6 +154,39 @@ def test_the_estimate_follows_the_configuration(
     assert elastic.machine_memory_bytes == 2 * elastic.peak_memory_bytes
     assert elastic.training_s == pytest.approx(full.training_s / 2)
     assert elastic.cost == pytest.approx(2 * 3.0 * elastic.training_s / 3600)
+
+
+def test_passes_over_the_validation_rows_take_time(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuneloop.training.fit.estimate.matmul_rate", lambda num_threads: 1e9)
+
+    def ratio(num_validation_rows: int, **training: Any) -> float:
+        config = make_config(training=training)
+        shape = model_shape(base, config.training)
+        some, none = (
+            estimate_totals(config, shape, 96, 15_000, num_validation_rows=number).training_s
+            for number in (num_validation_rows, 0)
+        )
+        assert some is not None
+        assert none is not None
+        return some / none
+
+    # A row costs forward and backward when it is trained on, and forward alone otherwise.
+    once = ratio(96)
+    assert 1.3 < once < 1.55
+    assert ratio(96, method="full") < once
+    assert ratio(96, num_epochs=3) == pytest.approx(once)
+    assert ratio(48) - 1 == pytest.approx((once - 1) / 2)
+    # 12 steps, eight rows each: four passes in place of one.
+    assert ratio(96, eval_every_steps=3, global_batch_size=8) - 1 == pytest.approx(4 * (once - 1))
+    assert ratio(96, max_steps=6, global_batch_size=8) - 1 == pytest.approx(2 * (once - 1))
+    # The same once the rows are there.
+    rows = make_rows([str(i) for i in range(96)], [[5] * 20] * 96, [[0] * 19 + [1]] * 96)
+    config = make_config(training={"eval_every_steps": 3, "global_batch_size": 8})
+    shape = model_shape(base, config.training)
+    assert workload_of_rows(config, shape, rows, rows).validated_ratio == 4.0
+    assert workload_of_rows(config, shape, rows, APART).validated_ratio == 0.0
 
 
 def test_what_rows_share_is_estimated_once(

@@ -115,7 +115,9 @@ def assess(config: TuneloopConfig, base: BaseModel, rows: RowTotals | PreparedRo
     )
     if errors:
         return Fit(None, errors)
-    predicted = _predict(config, shape, workload_of_rows(config, shape, rows.train))
+    predicted = _predict(
+        config, shape, workload_of_rows(config, shape, rows.train, rows.validation)
+    )
     errors = _errors(
         lambda: refusals.refuse_small_cluster(config.resources),
         lambda: refusals.refuse_small_disk(predicted.estimate, rows.scratch),

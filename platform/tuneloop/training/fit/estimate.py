@@ -48,6 +48,7 @@ class Workload:
         num_pairs: Pairs of tokens that attend to one another in all steps.
         micro_batch_tokens: Tokens computed in the largest micro-batch.
         micro_batch_targets: Targets in the micro-batch with the most.
+        validated_ratio: Tokens of all passes over the validation rows, by `num_tokens`.
     """
 
     num_steps: int
@@ -57,6 +58,7 @@ class Workload:
     num_pairs: int
     micro_batch_tokens: int
     micro_batch_targets: int
+    validated_ratio: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ class ResourceEstimate:
             activations, logits and the process itself.
         machine_memory_bytes: Memory of all workers that share this machine's; 0 on GPUs.
         disk_bytes: Disk space for checkpoints and the model.
-        training_s: Seconds of all steps; None where it is not known, as on GPUs.
-        cost: Cost of all steps, in the currency of `resources.price_per_hour`; None without it.
+        training_s: Seconds of all steps and of the passes over the validation rows between them;
+            None where it is not known, as on GPUs.
+        cost: Cost of those, in the currency of `resources.price_per_hour`; None without it.
     """
 
     peak_memory_bytes: int
@@ -90,6 +93,7 @@ class RowTotals:
 
     Args:
         num_rows: Rows in the train split, at least 1.
+        num_validation_rows: Rows in the validation split, of the same lengths.
         num_tokens: Tokens of those rows, together.
         longest: Tokens of the longest row.
         target_ratio: Share of the tokens that are targets.
@@ -97,6 +101,7 @@ class RowTotals:
     """
 
     num_rows: int
+    num_validation_rows: int
     num_tokens: int
     longest: int
     target_ratio: float
@@ -119,6 +124,9 @@ def workload_of_totals(config: TuneloopConfig, shape: ModelShape, totals: RowTot
         num_pairs=round(tokens * totals.num_tokens / totals.num_rows / 2),
         micro_batch_tokens=micro - (size - 1) * shared,
         micro_batch_targets=round(micro * totals.target_ratio),
+        validated_ratio=totals.num_validation_rows
+        * schedule.num_validations(config.training.eval_every_steps)
+        / (totals.num_rows * passes),
     )
 
 
@@ -129,7 +137,9 @@ def _mean_shared(rows: Rows, size: int, seed: int) -> int:
     return sum(rows.num_prefix_tokens(order[i::count].tolist()) for i in range(count)) // count
 
 
-def workload_of_rows(config: TuneloopConfig, shape: ModelShape, rows: Rows) -> Workload:
+def workload_of_rows(
+    config: TuneloopConfig, shape: ModelShape, rows: Rows, validation: Rows | None = None
+) -> Workload:
     """Return what a training on these rows amounts to.
 
     The micro-batches are those of epoch 1 on the least number of workers. In a long epoch only
@@ -162,6 +172,8 @@ def workload_of_rows(config: TuneloopConfig, shape: ModelShape, rows: Rows) -> W
     ratio = float(computed(some).sum() / max(1, num_tokens[some].sum()))
     passes = schedule.num_steps / schedule.steps_per_epoch
     pairs = np.square(np.diff(rows.documents), dtype=np.float64).sum() / 2
+    validated = 0.0 if validation is None else float(validation.lengths.sum())
+    validated *= schedule.num_validations(config.training.eval_every_steps)
     return Workload(
         schedule.num_steps,
         round(float(lengths.sum()) * passes),
@@ -170,6 +182,7 @@ def workload_of_rows(config: TuneloopConfig, shape: ModelShape, rows: Rows) -> W
         round(float(pairs) * passes),
         int(largest.max(initial=0)),
         most,
+        validated / max(1.0, float(lengths.sum()) * passes),
     )
 
 
@@ -227,7 +240,10 @@ def measured_estimate(
     config: TuneloopConfig, expected: ResourceEstimate, work: Workload, measured: DryRunResult
 ) -> ResourceEstimate:
     """Return an estimate whose memory, time and cost are those that a dry run measured."""
-    training_s = work.num_tokens / max(1e-9, measured.tokens_per_s) + measured.export_s
+    # A validation row is a forward pass alone.
+    passes = METHODS[config.training.method].num_matmul_passes
+    num_tokens = work.num_tokens * (1 + work.validated_ratio / passes)
+    training_s = num_tokens / max(1e-9, measured.tokens_per_s) + measured.export_s
     return replace(
         expected,
         peak_memory_bytes=measured.peak_memory_bytes,
@@ -248,6 +264,7 @@ def _training_s(config: TuneloopConfig, shape: ModelShape, work: Workload) -> fl
     rate = matmul_rate(max(1, (os.cpu_count() or 1) // workers))
     passes = METHODS[config.training.method].num_matmul_passes
     operations = _flops(shape, work, passes, config.resources.gradient_checkpointing)
+    operations += work.validated_ratio * _flops(shape, work, 1, False)
     return operations / (workers * rate * _EFFICIENCY)
 
 
@@ -275,13 +292,14 @@ def _flops(shape: ModelShape, work: Workload, passes: int, checkpointing: bool) 
     """Operations of all steps: forward, gradients of inputs, gradients of what is trained.
 
     Args:
-        passes: 2 where only adapters are trained, 3 for all weights.
+        passes: 2 where only adapters are trained, 3 for all weights, 1 forward alone.
         checkpointing: The layers' forward pass is computed twice.
     """
-    body = 2 * shape.num_active * (passes + checkpointing) + 6 * shape.num_adapter
+    body = 2 * shape.num_active * (passes + checkpointing)
+    body += (6 if passes > 1 else 2) * shape.num_adapter
     head = 2 * shape.hidden_size * shape.vocab_size * passes
     # Two products forward, five backward, whatever is trained.
-    attention = 2 * shape.query_size * (7 + 2 * checkpointing)
+    attention = 2 * shape.query_size * ((7 if passes > 1 else 2) + 2 * checkpointing)
     return float(
         work.num_computed * body + work.num_target_tokens * head + work.num_pairs * attention
     )
