@@ -189,9 +189,9 @@ def _marked(workspace: Workspace, name: str) -> Marked:
     if not has_store(workspace.location):
         return UNMARKED
     marks = ReviewStore(workspace.location).marks(name)
-    datasets = [a for a in workspace.published() if (a.kind, a.name) == ("datasets", name)]
+    states = states_of(marks, workspace.published("datasets", name))
     return Marked(
-        sum(state.state == "waiting" for state in states_of(marks, datasets)),
+        sum(state.state == "waiting" for state in states),
         len({mark.content_id for mark in marks if mark.kind == "more_like_this"}),
     )
 

@@ -283,19 +283,24 @@ class Workspace:
             )
         return artifact
 
-    def published(self) -> list[Artifact]:
-        """Return all published artifacts that can be read, oldest first."""
-        return self.listing()[0]
+    def published(self, kind: str = "", name: str = "") -> list[Artifact]:
+        """Return the published artifacts of a kind and name that can be read, oldest first."""
+        return self.listing(kind, name)[0]
 
-    def listing(self) -> tuple[list[Artifact], list[Problem]]:
-        """Return all published artifacts, oldest first, and one problem for each damaged one."""
+    def listing(self, kind: str = "", name: str = "") -> tuple[list[Artifact], list[Problem]]:
+        """Return the published artifacts, oldest first, and one problem for each damaged one.
+
+        Args:
+            kind: Only these; all if empty.
+            name: Likewise.
+        """
         artifacts: list[Artifact] = []
         damaged: list[Problem] = []
-        for kind in KINDS:
-            for name in self._entries(kind):
-                for version in self._versions(kind, name):
+        for folder in [kind] if kind else KINDS:
+            for entry in [name] if name else self._entries(folder):
+                for version in self._versions(folder, entry):
                     try:
-                        artifact = self._load(kind, name, version, fetch=False)
+                        artifact = self._load(folder, entry, version, fetch=False)
                     except ArtifactError as error:
                         damaged += error.problems
                         continue

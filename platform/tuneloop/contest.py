@@ -422,7 +422,7 @@ def build_judging(config: TuneloopConfig, workspace: Workspace, name: str) -> Ju
 def _votes(workspace: Workspace, name: str) -> list[Vote]:
     if not has_store(workspace.location):
         return []
-    references = [a.ref for a in workspace.published() if (a.kind, a.name) == ("evaluations", name)]
+    references = [artifact.ref for artifact in workspace.published("evaluations", name)]
     return [as_vote(v) for v in ReviewStore(workspace.location).verdicts(references)]
 
 
@@ -555,7 +555,7 @@ class NamedArms:
 
 def missing_model(config: TuneloopConfig, workspace: Workspace) -> ModelError:
     """Return the error that no model was trained with this configuration."""
-    others = [a.ref for a in workspace.published() if (a.kind, a.name) == ("models", config.name)]
+    others = [artifact.ref for artifact in workspace.published("models", config.name)]
     other = f"; {others[-1]} was trained with other settings: name it as `model`" if others else ""
     return ModelError.of(
         "no model was trained with this configuration",

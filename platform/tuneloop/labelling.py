@@ -26,7 +26,7 @@ from tuneloop.evals.scoring.simple import MOST_ROWS, classifier, most_alike, vec
 from tuneloop.evals.scoring.slices import LABEL, weak_parts
 from tuneloop.records import Conversation
 from tuneloop.review.fixes import marks_for
-from tuneloop.text import shorten
+from tuneloop.text import folded, shorten
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -106,9 +106,9 @@ def choose_next(
     found = read_inputs(config, path)
     dataset = workspace.open(f"datasets/{config.name}")
     train = read_solved(dataset)
-    known = {_plain(conversation.messages[-2].text) for conversation in train}
-    rows = list({_plain(row.prompt): row for row in reversed(found)}.values())[::-1]
-    rows = [row for row in rows if _plain(row.prompt) not in known]
+    known = {folded(conversation.messages[-2].text) for conversation in train}
+    rows = list({folded(row.prompt): row for row in reversed(found)}.values())[::-1]
+    rows = [row for row in rows if folded(row.prompt) not in known]
     if not rows:
         raise DataError.of(
             "all inputs are train rows already", where=path, got=f"{len(found):,} rows"
@@ -138,9 +138,7 @@ def read_inputs(config: TuneloopConfig, path: str) -> list[UnlabelledRow]:
         if found.rows and len(found.refused) <= config.data.max_bad_rows_ratio * len(found.rows):
             return found.rows
         for bad in found.refused[:1]:
-            details = bad.rejection.got, bad.rejection.allowed, bad.rejection.remedy
-            more = f" ({len(found.refused):,} rows)"
-            problems.append(Problem(bad.rejection.what + more, bad.place, *details))
+            problems.append(bad.rejection.problem(bad.place, f" ({len(found.refused):,} rows)"))
     raise DataError(*(problems[:1] or [Problem("the file holds no input", where=path)]))
 
 
@@ -152,9 +150,7 @@ def find_wanted(config: TuneloopConfig, workspace: Workspace, dataset: Artifact)
         rows = {row.row_id: row.messages[-2].text for row in read_solved(dataset)}
         rows |= {q.example_id: q.messages[-1].text for q in read_questions(dataset)}
         inputs = [text for row_id, text in rows.items() if row_id.partition("-")[0] in marked]
-    versions = [
-        a for a in workspace.published() if (a.kind, a.name) == ("evaluations", config.name)
-    ]
+    versions = workspace.published("evaluations", config.name)
     file = versions[-1].path / "slices.json" if versions else None
     if file is None or not file.is_file():
         return Wanted(inputs)
@@ -259,10 +255,6 @@ def _weak(row: UnlabelledRow, guess: str, wanted: Wanted) -> str:
             what = f"probably `{value}`" if is_guessed else f"{by} `{shorten(value, 40)}`"
             return f"{what}, where {wanted.metric} is {score:.0%}"
     return ""
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 class Written(NamedTuple):

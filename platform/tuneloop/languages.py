@@ -32,10 +32,8 @@ def foreign_language(text: str, allowed: Sequence[str]) -> str:
         text: The text to judge.
         allowed: ISO 639-1 codes, all of them in `known_languages`.
     """
-    words = _NEUTRAL.sub(" ", text[:_MOST_CHARACTERS])
-    if sum(map(len, words.split())) < _FEWEST_LETTERS:
+    if not (ranked := _ranked(text)):
         return ""
-    ranked = _identifier().rank(words)
     # Near languages share the probability: what counts is that none of those allowed has it.
     possible = sum(probability for code, probability in ranked if code in allowed)
     code = str(ranked[0][0])
@@ -48,12 +46,18 @@ def language_of(text: str) -> str:
 
     A text with fewer than 40 letters, code left out, is not judged.
     """
-    words = _NEUTRAL.sub(" ", text[:_MOST_CHARACTERS])
-    if sum(map(len, words.split())) < _FEWEST_LETTERS:
+    if not (ranked := _ranked(text)):
         return ""
-    code, probability = _identifier().rank(words)[0]
+    code, probability = ranked[0]
     is_clear = str(code) != _NO_LANGUAGE and probability >= 1 - _LARGEST_CHANCE
     return str(code) if is_clear else ""
+
+
+def _ranked(text: str) -> list[tuple[str, float]]:
+    """Return the languages of a text with their probabilities; none of one that is not judged."""
+    words = _NEUTRAL.sub(" ", text[:_MOST_CHARACTERS])
+    is_judged = sum(map(len, words.split())) >= _FEWEST_LETTERS
+    return _identifier().rank(words) if is_judged else []
 
 
 def refuse_unknown_languages(codes: Sequence[str]) -> None:

@@ -295,13 +295,11 @@ def _newest_finetuned(
 
     A sweep, or a run with overrides, leaves models of the same name with other settings.
     """
-    artifacts = workspace.published()
-    trained = [a for a in artifacts if (a.kind, a.name) == ("models", config.name)]
+    trained = workspace.published("models", config.name)
     datasets = {
         a.train_fingerprint
-        for a in artifacts
-        if a.kind == "datasets"
-        and _is_told(config.data, a.manifest["config"].get("data"))
+        for a in workspace.published("datasets")
+        if _is_told(config.data, a.manifest["config"].get("data"))
         and _is_told(config.task, a.manifest["config"].get("task"))
     }
     same = [

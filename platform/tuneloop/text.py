@@ -1,4 +1,4 @@
-"""Texts and durations cut to a length that fits a line, and whether a text shows anything."""
+"""Texts and durations as they fit a line, and what of a text counts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def format_duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def folded(text: str) -> str:
+    """Return a text without regard to case and white space: equal texts say the same."""
+    return " ".join(text.casefold().split())
 
 
 def is_blank(text: str) -> bool:

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tuneloop.errors import Problem
+
 _ROWS_PER_FILE_BITS = 40
 _REJECTION = pa.struct(
     [
@@ -152,6 +154,10 @@ class Rejection(NamedTuple):
         """Return a rejection as Arrow gives it back."""
         enums = {"stage": Stage(struct["stage"]), "code": ReasonCode(struct["code"])}
         return Rejection(**{**struct, **enums})
+
+    def problem(self, place: str, more: str = "") -> Problem:
+        """Return it as the problem of the row at a place, with more words after what is wrong."""
+        return Problem(self.what + more, place, self.got, self.allowed, self.remedy)
 
     @property
     def reason(self) -> Reason:

@@ -190,8 +190,8 @@ def _known_scores(
     """Return what a published evaluation has of a model on these tasks; none if there is none."""
     published = [
         workspace.open(artifact.ref)
-        for artifact in workspace.published()
-        if artifact.kind == "evaluations" and "forgetting" in artifact.manifest["config"]
+        for artifact in workspace.published("evaluations")
+        if "forgetting" in artifact.manifest["config"]
     ]
     return stored_scores(published, identity_of_scores(settings, arm))
 
@@ -550,9 +550,7 @@ def _reuse_answers(
     judging: Judging | None = None,
 ) -> None:
     """Add what published evaluations were answered, by arms of these identities or the judge."""
-    for artifact in workspace.published():
-        if artifact.kind != "evaluations":
-            continue
+    for artifact in workspace.published("evaluations"):
         config = artifact.manifest["config"]
         identities = {
             (arm["name"], one["name"] if "models" in arm else ""): one.get("samples")
@@ -611,13 +609,9 @@ def _reuse_arms(
                 ModelAnswer(
                     prediction.example_id,
                     prediction.prompt,
-                    text=prediction.completion,
-                    finish_reason=prediction.finish_reason,
-                    prompt_tokens=prediction.prompt_tokens,
-                    completion_tokens=prediction.completion_tokens,
-                    latency_s=prediction.latency_s,
+                    prediction.completion,
                     bits_per_byte=prediction.scores.get("bits_per_byte"),
-                    probability=prediction.probability,
+                    **{name: getattr(prediction, name) for name in _OF_ANSWERS},
                 ),
             )
 
@@ -732,18 +726,8 @@ def _with_samples(
 def _mean_of(answers: Sequence[Prediction], primary: str, models: Mapping[str, str]) -> Prediction:
     first = answers[0]
     samples = [
-        {
-            "completion": answer.completion,
-            "finish_reason": answer.finish_reason,
-            "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": answer.completion_tokens,
-            "latency_s": answer.latency_s,
-            "error": answer.error,
-            "score": answer.scores.get(primary),
-            "model": models.get(answer.arm, ""),
-            "probability": answer.probability,
-            "scores": answer.scores,
-        }
+        {name: getattr(answer, name) for name in ("completion", "scores", *_OF_ANSWERS)}
+        | {"score": answer.scores.get(primary), "model": models.get(answer.arm, "")}
         for answer in answers
     ]
     # What one of an arm's models was trained on is not unseen by the arm.
@@ -822,7 +806,7 @@ def _add_judge(
     """Add to the comparison what the judge said of each pair of arms, and people with it."""
     voted = {
         artifact.ref: read_predictions(workspace.open(artifact.ref).path, [])
-        for artifact in workspace.published()
+        for artifact in workspace.published("evaluations")
         if artifact.ref in {vote.evaluation for vote in judging.votes}
     }
     counts = are_on_these(judging.votes, evaluation.predictions, voted)

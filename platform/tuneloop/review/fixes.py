@@ -29,20 +29,7 @@ class MarkState(NamedTuple):
 
     def row(self) -> dict[str, Any]:
         """Return what `--json` prints."""
-        mark = self.mark
-        return {
-            "kind": mark.kind,
-            "row_id": mark.row_id,
-            "dataset": mark.dataset,
-            "evaluation": mark.evaluation,
-            "reviewer": mark.reviewer,
-            "created_at": mark.created_at,
-            "answer": mark.answer,
-            "note": mark.note,
-            "uid": mark.uid,
-            "state": self.state,
-            "why": self.why,
-        }
+        return vars(self.mark) | {"state": self.state, "why": self.why}
 
     @property
     def says(self) -> str:
@@ -91,8 +78,7 @@ def mark_states(
     for is_scored in (False, True):
         marks = marks_for(config, workspace, is_scored)
         name = config.name + (SCORED_SUFFIX if is_scored else "")
-        versions = [a for a in workspace.published() if (a.kind, a.name) == ("datasets", name)]
-        found = states_of(marks, versions, refusal)
+        found = states_of(marks, workspace.published("datasets", name), refusal)
         states += [
             s._replace(state="not applied", why="data.fixes is false")
             if is_off and s.state == "waiting"

@@ -25,6 +25,7 @@ from tuneloop.evals.scoring.constrained import schema_of
 from tuneloop.evals.scoring.simple import classifier, vectorizer_of_words
 from tuneloop.models.json_form import has_form, why_unusable
 from tuneloop.repetition import is_repetitive
+from tuneloop.text import folded
 from tuneloop.words import find_words
 
 # Of people's rows; with fewer rows than these every rule is applied.
@@ -237,9 +238,9 @@ def _unrelated(row: Solved) -> str:
 
 def _unsaid(row: Solved) -> str:
     """Return the first text or number of a JSON answer that its input does not have."""
-    asked = " ".join(row.input.casefold().split())
+    asked = folded(row.input)
     for value in _values(json.loads(row.answer)):
-        if " ".join(str(value).casefold().split()) not in asked:
+        if folded(str(value)) not in asked:
             return str(value)
     return ""
 
@@ -265,10 +266,10 @@ def lost(seed: Solved, text: str, task: OneTaskConfig) -> str:
 
     Numbers have to stay, and so have the values of a JSON answer that the input has.
     """
-    said = " ".join(text.casefold().split())
+    said = folded(text)
     missing = sorted(set(_NUMBER.findall(seed.input)) - set(_NUMBER.findall(text)))
     if task.type == "extraction" and not missing:
-        asked = " ".join(seed.input.casefold().split())
+        asked = folded(seed.input)
         texts = (" ".join(str(value).split()) for value in _values(json.loads(seed.answer)))
         missing = [t for t in texts if t.casefold() in asked and t.casefold() not in said]
     return missing[0] if missing else ""

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,15 @@ from tuneloop.records import Endpoint, Message, Price
 from tuneloop.review.fixes import marks_for
 from tuneloop.synthesis.filters import Rejected
 from tuneloop.synthesis.more_of import find_parts, held_out_rows
-from tuneloop.synthesis.rows import Candidate, Known, RowWriter, SeedRow, Written, read_seeds
+from tuneloop.synthesis.rows import (
+    Candidate,
+    Known,
+    Removed,
+    RowWriter,
+    SeedRow,
+    Written,
+    read_seeds,
+)
 from tuneloop.synthesis.teacher import Rates, Replies, Teacher
 from tuneloop.text import shorten
 
@@ -127,7 +135,7 @@ def generate_rows(
             written.num_unanswered >= existing.manifest["metrics"]["num_unanswered"]
         ):
             return Published(existing, reused=True)
-        rows = _rendered(written, renderer)
+        rows = rendered([*written.removed, *written.taken], renderer)
         if not rows.train:
             raise _nothing_taken(rows, written, teacher, generation)
         metrics = _metrics(rows, written, teacher)
@@ -168,7 +176,7 @@ def _seeds_identity(seeds: Sequence[SeedRow]) -> str:
 
 def _earlier_files(workspace: Workspace, name: str, identity: str) -> list[Path]:
     """Return the replies of other versions: what they hold is not asked for again."""
-    versions = (a for a in workspace.published() if (a.kind, a.name) == ("datasets", name))
+    versions = workspace.published("datasets", name)
     files = (a.path / REPLIES for a in versions if a.fingerprint != identity)
     return [file for file in files if file.is_file()]
 
@@ -209,24 +217,24 @@ def _judge_key(judge: JudgeConfig | None) -> str:
     return key
 
 
-def _rendered(written: Written, renderer: Renderer) -> GeneratedRows:
+def rendered(written: Iterable[Candidate | Removed], renderer: Renderer) -> GeneratedRows:
     """Return the rows with their tokens, each once."""
     rows: dict[str, dict[str, Any]] = {}
-    removed = [
-        _removed_row(gone.row_id, gone.source, gone.why, gone.text) for gone in written.removed
-    ]
-    for row in written.taken:
+    removed = []
+    for row in written:
+        if isinstance(row, Removed):
+            removed.append(_removed_row(row))
+            continue
         text = f"{row.input}\n{row.answer}"
         if row.row_id in rows:
             why = Rejected(ReasonCode.EXACT_DUPLICATE, "written twice", row.row_id)
-            removed.append(_removed_row(row.row_id, row.source, why, text))
+            removed.append(_removed_row(Removed(row.row_id, row.source, why, text)))
             continue
-        messages = [*row.messages, Message("assistant", row.answer)]
         try:
-            sample = renderer.sample(messages)
+            sample = renderer.sample([*row.messages, Message("assistant", row.answer)])
         except RenderError as error:
             why = Rejected(ReasonCode.UNRENDERABLE, f"cannot be rendered: {error}")
-            removed.append(_removed_row(row.row_id, row.source, why, text))
+            removed.append(_removed_row(Removed(row.row_id, row.source, why, text)))
             continue
         rows[row.row_id] = _train_row(row) | {
             "input_ids": sample.input_ids,
@@ -251,15 +259,15 @@ def _train_row(row: Candidate) -> dict[str, Any]:
     }
 
 
-def _removed_row(row_id: str, source: str, why: Rejected, text: str) -> dict[str, Any]:
+def _removed_row(gone: Removed) -> dict[str, Any]:
     return {
-        "row_id": row_id,
+        "row_id": gone.row_id,
         "stage": "generate",
-        "reason": why.reason,
-        "kept_row_id": why.kept_row_id,
-        "text": text,
-        "source": source,
-        "reason_code": why.code,
+        "reason": gone.why.reason,
+        "kept_row_id": gone.why.kept_row_id,
+        "text": gone.text,
+        "source": gone.source,
+        "reason_code": gone.why.code,
     }
 
 
@@ -284,7 +292,6 @@ def _nothing_taken(
 
 def _metrics(rows: GeneratedRows, written: Written, teacher: Teacher) -> dict[str, Any]:
     num_train, num_removed = len(rows.train), len(rows.removed)
-    spent = teacher.replies.spent
     return {
         "num_train_rows": num_train,
         "num_test_rows": 0,
@@ -292,10 +299,18 @@ def _metrics(rows: GeneratedRows, written: Written, teacher: Teacher) -> dict[st
         "num_unanswered": written.num_unanswered,
         "num_train_tokens": sum(row["num_tokens"] for row in rows.train),
         "taken_ratio": round(num_train / max(1, num_train + num_removed), 4),
-        "num_requests": teacher.replies.num_requests,
-        "num_lost_replies": teacher.replies.num_lost,
-        "spent_tokens": spent.tokens,
-        "spent_money": round(spent.money, 6) if teacher.price else None,
+        **describe_requests(teacher),
+    }
+
+
+def describe_requests(teacher: Teacher) -> dict[str, Any]:
+    """Return what a model was asked and what that cost, as the manifest keeps it."""
+    replies = teacher.replies
+    return {
+        "num_requests": replies.num_requests,
+        "num_lost_replies": replies.num_lost,
+        "spent_tokens": replies.spent.tokens,
+        "spent_money": round(replies.spent.money, 6) if teacher.price else None,
     }
 
 

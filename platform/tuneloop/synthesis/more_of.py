@@ -109,11 +109,7 @@ def _near_marks(
         for row in read_solved(dataset)
     ]
     known += held_out_rows(dataset)
-    scored = [
-        a
-        for a in workspace.published()
-        if (a.kind, a.name) == ("datasets", config.name + SCORED_SUFFIX)
-    ]
+    scored = workspace.published("datasets", config.name + SCORED_SUFFIX)
     known += held_out_rows(workspace.open(scored[-1].ref)) if scored else []
     marks = [*marks_for(config, workspace), *marks_for(config, workspace, scored=True)]
     wanted = {mark.content_id for mark in marks if mark.kind == "more_like_this"}

@@ -35,9 +35,17 @@ from tuneloop.errors import DataError
 from tuneloop.languages import refuse_unknown_languages
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.models.chat.template import RenderError
 from tuneloop.records import Message, SamplingParams
-from tuneloop.synthesis.generate import REPLIES, GeneratedRows, reasons, teacher_of
+from tuneloop.synthesis.filters import Rejected
+from tuneloop.synthesis.generate import (
+    REPLIES,
+    GeneratedRows,
+    describe_requests,
+    reasons,
+    rendered,
+    teacher_of,
+)
+from tuneloop.synthesis.rows import Candidate, Removed
 from tuneloop.synthesis.teacher import Asked, Replies, Reply, Teacher
 
 logger = logging.getLogger("tuneloop.data")
@@ -137,12 +145,7 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
                 remedy="take a larger model, raise generation.max_tokens, or say it more "
                 "clearly in generation.instruction",
             )
-        metrics = _metrics(passages, replies, rows) | {
-            "num_requests": teacher.replies.num_requests,
-            "num_lost_replies": teacher.replies.num_lost,
-            "spent_tokens": teacher.replies.spent.tokens,
-            "spent_money": round(teacher.replies.spent.money, 6) if teacher.price else None,
-        }
+        metrics = _metrics(passages, replies, rows) | describe_requests(teacher)
         _write(draft.path, name, rows, metrics, generation)
         artifact = draft.publish(
             config=parts,
@@ -174,8 +177,7 @@ def _passages(config: TuneloopConfig, generation: GenerationConfig) -> Iterator[
             if (rejection := row["rejection"]) is not None:
                 if rejection.stage is Stage.FILTER:
                     continue
-                details = rejection.got, rejection.allowed, rejection.remedy
-                raise DataError.of(rejection.what, row["source"], *details)
+                raise DataError(rejection.problem(row["source"]))
             for text in cut(row["text"], generation.max_characters):
                 identity = content_id([], text)
                 if identity not in seen:
@@ -283,53 +285,25 @@ def support_ratio(answer: str, passage: str) -> float | None:
 
 
 def _rows(passages: list[Passage], replies: dict[str, Reply], renderer: Renderer) -> GeneratedRows:
-    rows: dict[str, dict[str, Any]] = {}
-    removed = []
+    texts: dict[str, str] = {}
 
-    def remove(row_id: str, passage: Passage, code: ReasonCode, reason: str, text: str) -> None:
-        removed.append(
-            {
-                "row_id": row_id,
-                "stage": "generate",
-                "reason": reason,
-                "kept_row_id": row_id if code is ReasonCode.EXACT_DUPLICATE else None,
-                "text": text,
-                "source": passage.source,
-                "reason_code": code,
-            }
-        )
+    def written() -> Iterator[Candidate | Removed]:
+        for passage in passages:
+            reply = replies[passage.passage_id]
+            pairs, problem, code = parse_pairs(reply)
+            if problem:
+                why = Rejected(code, problem)
+                yield Removed(passage.passage_id, passage.source, why, reply.text)
+            for question, answer in pairs:
+                row = Candidate((Message("user", question),), passage.source, answer=answer)
+                texts.setdefault(row.row_id, passage.text)
+                yield row
 
-    for passage in passages:
-        reply = replies[passage.passage_id]
-        pairs, problem, code = parse_pairs(reply)
-        if problem:
-            remove(passage.passage_id, passage, code, problem, reply.text)
-        for question, answer in pairs:
-            messages = [Message("user", question), Message("assistant", answer)]
-            turns = [{"role": m.role, "content": m.content} for m in messages]
-            row_id, text = content_id(turns, ""), f"{question}\n{answer}"
-            if row_id in rows:
-                remove(row_id, passage, ReasonCode.EXACT_DUPLICATE, "written twice", text)
-                continue
-            try:
-                sample = renderer.sample(messages)
-            except RenderError as error:
-                reason = f"cannot be rendered: {error}"
-                remove(row_id, passage, ReasonCode.UNRENDERABLE, reason, text)
-                continue
-            rows[row_id] = {
-                "row_id": row_id,
-                "source": passage.source,
-                "synthetic": True,
-                "messages": turns,
-                "input_ids": sample.input_ids,
-                "loss_mask": sample.loss_mask,
-                "num_tokens": len(sample.input_ids),
-                "split_unit": row_id,
-                "passage": passage.text,
-                "support_ratio": support_ratio(answer, passage.text),
-            }
-    return GeneratedRows(list(rows.values()), removed)
+    rows = rendered(written(), renderer)
+    for row in rows.train:
+        answer, text = row["messages"][-1]["content"], texts[row["row_id"]]
+        row |= {"passage": text, "support_ratio": support_ratio(answer, text)}
+    return rows
 
 
 def _metrics(

@@ -29,6 +29,7 @@ from tuneloop.records import Arm, Message, SamplingParams
 from tuneloop.synthesis.filters import Filters, Novelty, Rejected, Solved, agreement, cleaned, lost
 from tuneloop.synthesis.more_of import Part
 from tuneloop.synthesis.teacher import Asked, Reply, Teacher
+from tuneloop.text import folded
 
 # Train rows whose inputs are shown for a new one; of a label, so many of its own.
 _NUM_SHOWN, _NUM_OF_LABEL = 6, 3
@@ -290,19 +291,19 @@ class RowWriter:
         self, unlabelled: Sequence[UnlabelledRow], written: Written
     ) -> list[Candidate]:
         """Return each input once, without those that train rows have answered."""
-        known = {_plain(seed.messages[-2].text): seed.row_id for seed in self.seeds}
-        held_out = {_plain(row.input): row.row_id for row in self._held_out}
+        known = {folded(seed.messages[-2].text): seed.row_id for seed in self.seeds}
+        held_out = {folded(row.input): row.row_id for row in self._held_out}
         rows = []
         for item in unlabelled:
             row = Candidate(item.messages, item.source)
-            if (earlier := known.get(_plain(row.input))) is not None:
+            if (earlier := known.get(folded(row.input))) is not None:
                 why = Rejected(ReasonCode.EXACT_DUPLICATE, "the input is known", earlier)
                 written.reject(row, why, row.input)
-            elif (tested := held_out.get(_plain(row.input))) is not None:
+            elif (tested := held_out.get(folded(row.input))) is not None:
                 why = Rejected(ReasonCode.SAME_PROMPT, "the input is held out", tested)
                 written.reject(row, why, row.input)
             else:
-                known[_plain(row.input)] = row.row_id
+                known[folded(row.input)] = row.row_id
                 rows.append(row)
         return rows
 
@@ -498,10 +499,6 @@ def _cut_off(reply: Reply) -> Rejected | None:
     if reply.finish_reason != "length":
         return None
     return Rejected(ReasonCode.CUT_OFF, "cut off at generation.max_tokens")
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _shown_to_judge(row: Candidate) -> str:

@@ -100,7 +100,7 @@ def datasets_of(workspace: Workspace, model: Path) -> list[Artifact] | None:
         that is no artifact was trained by others, on what nobody here knows: it does not count.
     """
     found: list[Artifact] = []
-    datasets = [a for a in workspace.published() if a.kind == "datasets"]
+    datasets = workspace.published("datasets")
     # Versions whose train rows are the same share what a model is trained on.
     published = {a.train_fingerprint: a for a in reversed(datasets)}
     published |= {a.fingerprint: a for a in datasets}

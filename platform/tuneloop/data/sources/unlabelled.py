@@ -104,9 +104,8 @@ def read_all_unlabelled(
     found = read_unlabelled(files, generation.sources, task)
     if found.refused:
         bad = found.refused[0]
-        details = bad.rejection.got, bad.rejection.allowed, bad.rejection.remedy
         more = f" (and {len(found.refused) - 1:,} more rows)" * (len(found.refused) > 1)
-        raise DataError.of(bad.rejection.what + more, bad.place, *details)
+        raise DataError(bad.rejection.problem(bad.place, more))
     if not found.rows:
         raise DataError.of("the sources hold no input", where="generation.sources")
     return found.rows

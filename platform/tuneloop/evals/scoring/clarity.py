@@ -18,7 +18,7 @@ from tuneloop.evals.scoring.metrics import TASK_METRICS
 from tuneloop.evals.scoring.questions import Question
 from tuneloop.evals.scoring.simple import answer_simply
 from tuneloop.records import Conversation, Message
-from tuneloop.text import shorten
+from tuneloop.text import folded, shorten
 from tuneloop.words import find_words
 
 # Rows that are looked at: 2,000 with 150 labels take some seconds.
@@ -165,7 +165,7 @@ class AnsweredRow(NamedTuple):
     @property
     def key(self) -> str:
         """Equal for rows that ask the same."""
-        return _plain(f"{self.input}\0{self.context}")
+        return folded(f"{self.input}\0{self.context}")
 
 
 def measure_clarity(rows: Sequence[AnsweredRow], task: TaskConfig) -> Clarity:
@@ -178,9 +178,9 @@ def measure_clarity(rows: Sequence[AnsweredRow], task: TaskConfig) -> Clarity:
     by_input: dict[str, Counter[str]] = defaultdict(Counter)
     texts: dict[str, str] = {}
     for row in rows:
-        by_input[row.key][_plain(row.answer)] += 1
+        by_input[row.key][folded(row.answer)] += 1
         texts.setdefault(row.key, row.input)
-        texts.setdefault(_plain(row.answer), row.answer)
+        texts.setdefault(folded(row.answer), row.answer)
     several = {asked: given for asked, given in by_input.items() if len(given) > 1}
     kinds = Counter(_form(row.answer, task) for row in rows)
     lengths = sorted(len(find_words(row.answer)) for row in rows)
@@ -209,10 +209,6 @@ def measure_clarity(rows: Sequence[AnsweredRow], task: TaskConfig) -> Clarity:
 
 def _short(text: str) -> str:
     return shorten(" ".join(text.split()), _SHOWN_CHARACTERS)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _form(answer: str, task: TaskConfig) -> str:

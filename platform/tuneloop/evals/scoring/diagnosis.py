@@ -33,7 +33,7 @@ def read_train(
     """Return the train rows of a dataset; where it has none, those the last arm was trained on."""
     if rows := read_solved(dataset, tasks):
         return rows
-    known = {a.fingerprint: a.ref for a in workspace.published() if a.kind == "datasets"}
+    known = {a.fingerprint: a.ref for a in workspace.published("datasets")}
     return [
         row
         for fingerprint in arms[-1].trained_on.split()

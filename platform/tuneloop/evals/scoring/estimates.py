@@ -150,17 +150,15 @@ def describe_statistic(
         return described
     estimate = estimate_clustered_statistic(statistic, clusters, scale, resampling.confidence)
     low, high, value = estimate.low, estimate.high, estimate.value
+    least = 0.0 if scale == "unit" else -1.0
     if low is not None and low == high and value is not None:
         # No cluster makes a difference: as much may as a rate of zero leaves possible.
         effective = num_effective * len(clusters.sizes) / max(1, n)
-        share = wilson(0, effective, resampling.confidence)[1]
-        low = value - share * (value if scale == "unit" else 1 + value)
-        high = value + share * (1 - value)
+        low, high = ends_of_equal(value, least, effective, resampling.confidence)
         estimate = dataclasses.replace(
             estimate, low=low, high=high, method="no cluster deviates: Wilson"
         )
     if low is not None and high is not None:
-        least = 0.0 if scale == "unit" else -1.0
         estimate = dataclasses.replace(estimate, low=max(least, low), high=min(1.0, high))
     described = dataclasses.asdict(estimate)
     if scale == "unit" or estimate.value is None:
