@@ -5,20 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
-import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
-from tuneloop.config import (
-    BudgetConfig,
-    EvaluationConfig,
-    ForgettingConfig,
-    TuneloopConfig,
-)
+from tuneloop.config import BudgetConfig, ForgettingConfig, TuneloopConfig
 from tuneloop.errors import ConfigError, EndpointError, Problem, UserError
 from tuneloop.evals.reporting.advice import Action
 from tuneloop.evals.reporting.report import render_report
@@ -29,18 +22,11 @@ from tuneloop.evals.scoring.asking import (
     PartialAnswers,
     arm_identity,
     ask_all,
-    with_reference,
 )
 from tuneloop.evals.scoring.budget import cost_per_1000, mean_count
 from tuneloop.evals.scoring.calibration import describe_calibration
 from tuneloop.evals.scoring.cheapest import find_cheapest
-from tuneloop.evals.scoring.choosable import (
-    chosen_metrics,
-    code_of_own_scorers,
-    metrics_by_task,
-    own_tags,
-    primary_of,
-)
+from tuneloop.evals.scoring.choosable import chosen_metrics, metrics_by_task, own_tags, primary_of
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.diagnosis import Diagnosis, read_train
 from tuneloop.evals.scoring.forgetting import describe_forgetting
@@ -55,6 +41,7 @@ from tuneloop.evals.scoring.harness import (
     write_scores,
 )
 from tuneloop.evals.scoring.harness import identity_of as identity_of_scores
+from tuneloop.evals.scoring.identity import all_parts, answered_by, sampling
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.judged_pairs import describe_judging
 from tuneloop.evals.scoring.judging import (
@@ -62,70 +49,36 @@ from tuneloop.evals.scoring.judging import (
     JudgeQuestions,
     Judging,
     are_on_these,
-    keep_judgements,
-    read_judgements,
     write_judgements,
 )
-from tuneloop.evals.scoring.lineage import (
-    describe_contamination,
-    find_looks,
-    find_seen,
-    is_contaminated,
+from tuneloop.evals.scoring.known_answers import (
+    count_published,
+    may_be_completed,
+    missing_in,
+    reuse_answers,
 )
-from tuneloop.evals.scoring.metrics import (
-    PERPLEXITY,
-    PERPLEXITY_METRICS,
-    Scorer,
-)
+from tuneloop.evals.scoring.lineage import describe_contamination, find_looks, find_seen
+from tuneloop.evals.scoring.metrics import PERPLEXITY, Scorer
 from tuneloop.evals.scoring.nearest import open_nearest
-from tuneloop.evals.scoring.perplexity import (
-    identity_of,
-    perplexities,
-    reference_requests,
-    stored_answer,
-)
+from tuneloop.evals.scoring.perplexity import perplexities, reference_requests
 from tuneloop.evals.scoring.predictions import (
     Prediction,
     by_model,
-    mean_scores,
     read_predictions,
     write_predictions,
 )
 from tuneloop.evals.scoring.questions import Question, read_questions
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.evals.scoring.row_clusters import RowClusters, read_clusters
+from tuneloop.evals.scoring.row_clusters import read_clusters
+from tuneloop.evals.scoring.scored_answers import Context, predict, score_answer, with_samples
 from tuneloop.evals.scoring.slices import describe_slices, find_slices, read_columns
-from tuneloop.evals.scoring.spending import Cost, Entry, Spending
+from tuneloop.evals.scoring.spending import Spending
 from tuneloop.records import Arm, SamplingParams
 
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
 CODE_VERSION = 24
-# What the samples of a row keep of an answer besides its text.
-_OF_ANSWERS = (
-    *("finish_reason", "prompt_tokens", "completion_tokens", "latency_s", "error", "probability"),
-)
-_REFUSED = re.compile(
-    r"HTTP 4(?!08|25|29)\d\d:|the text is a single token|there is no answer to it"
-)
-
-
-class _Context(NamedTuple):
-    """What is known about the rows: clusters, those an arm has seen, and how errors are found."""
-
-    clusters: RowClusters
-    seen: Mapping[str, set[str]]
-    diagnosis: Diagnosis
-
-
-def sampling(evaluation: EvaluationConfig) -> SamplingParams:
-    """Return how answers are sampled."""
-    return SamplingParams(
-        max_tokens=evaluation.max_tokens,
-        temperature=evaluation.temperature,
-        seed=evaluation.seed,
-    )
 
 
 def find_evaluation(
@@ -143,7 +96,7 @@ def find_evaluation(
     served to find out that there is nothing to do.
     """
     published = workspace.find("evaluations", name, identity(config, dataset, arms, judging))
-    return None if published is None or _may_be_completed(published) else published
+    return None if published is None or may_be_completed(published) else published
 
 
 def _add_perplexity(
@@ -226,7 +179,7 @@ def find_unanswered(
     asked = {
         arm.name: _requests(arm, questions, params, num_samples) for arm in arms if not arm.answer
     }
-    _reuse_answers(answered, workspace, {r.identity for of in asked.values() for r in of})
+    reuse_answers(answered, workspace, {r.identity for of in asked.values() for r in of})
     with_perplexity = any(m.name == PERPLEXITY for m in config.evaluation.metrics)
 
     def lacks(arm: Arm) -> bool:
@@ -242,30 +195,11 @@ def find_unanswered(
     return [arm for arm in arms if arm.answer is None and lacks(arm)]
 
 
-def _may_be_completed(evaluation: Artifact) -> bool:
-    """Return whether an answer is missing for a reason that may pass: a rate limit, not a refusal.
-
-    The endpoint refused a prompt for good with a status from 400 to 499, but for a few.
-    """
-    if not _num_missing(evaluation):
-        return False
-    metrics = json.loads((evaluation.path / "metrics.json").read_text(encoding="utf-8"))
-    reasons = [reason for arm in metrics["arms"] for reason in arm["unscored_reasons"]]
-    reasons += [j.error for j in read_judgements(evaluation.path) if j.error]
-    return any(not _REFUSED.match(reason) for reason in reasons)
-
-
-def _num_missing(evaluation: Artifact) -> int:
-    """Return how many answers of arms and of the judge an evaluation lacks."""
-    metrics = evaluation.manifest["metrics"]
-    return int(metrics.get("num_unscored", 0)) + int(metrics.get("num_unjudged", 0))
-
-
 def identity(
     config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm], judging: Judging | None = None
 ) -> str:
     """Return the fingerprint of what `evaluate` makes of arms with a `model_fingerprint`."""
-    return fingerprint(STEP, CODE_VERSION, **_parts(config, dataset, arms, judging))
+    return fingerprint(STEP, CODE_VERSION, **all_parts(config, dataset, arms, judging))
 
 
 def evaluate(
@@ -325,9 +259,9 @@ def evaluate(
     with workspace.draft("evaluations", name, made) as draft:
         incomplete = workspace.find("evaluations", name, made)
         answered = PartialAnswers(draft.scratch / "answers.jsonl")
-        _count_published(answered.spending, incomplete)
+        count_published(answered.spending, incomplete)
         answered.spending.warn_of_lost(_log)
-        _reuse_answers(answered, workspace, {request.identity for request in requests}, judging)
+        reuse_answers(answered, workspace, {request.identity for request in requests}, judging)
         # Nor what a run with other arms was answered before it was cut short.
         for other in draft.scratch.parent.parent.glob(f"evaluations-{name}-*/scratch"):
             if other != draft.scratch:
@@ -337,18 +271,18 @@ def evaluate(
             answered,
             config.evaluation.concurrency,
             config.evaluation.budget,
-            lambda request, answer: _scores(scorer, request, answer)[scorer.primary],
+            lambda request, answer: score_answer(scorer, request, answer)[scorer.primary],
         )
         _refuse_many_unscored(requests, answers, config.evaluation.max_unscored_ratio)
         train = read_train(workspace, dataset, arms, list(config.task.tasks))
-        context = _Context(clusters, seen, Diagnosis(scorer, questions, train, tags))
+        context = Context(clusters, seen, Diagnosis(scorer, questions, train, tags))
         first = [
-            _prediction(scorer, request, answer, context)
+            predict(scorer, request, answer, context)
             for request, answer in zip(requests, answers, strict=True)
         ]
         if PERPLEXITY in scorer.metrics:
             _add_perplexity(first, requests, answered, e.concurrency)
-        predictions = _with_samples(arms, first, scorer.primary)
+        predictions = with_samples(arms, first, scorer.primary)
         if any(prediction.samples for prediction in predictions):
             scorer = scorer.averaged()
         judgements = []
@@ -360,7 +294,7 @@ def evaluate(
         scores = _general_scores(config, workspace, arms, draft.scratch)
         num_missing = sum(prediction.status != "scored" for prediction in predictions)
         num_missing += sum(bool(judgement.error) for judgement in judgements)
-        if incomplete is not None and num_missing >= _num_missing(incomplete):
+        if incomplete is not None and num_missing >= missing_in(incomplete):
             _log.warning("%d answers are still missing from %s", num_missing, incomplete.ref)
             return Published(incomplete, reused=True)
         free = _free_arms(arms, params)
@@ -386,7 +320,7 @@ def evaluate(
             _add_forgetting(evaluation, config, arms, scores)
             write_scores(scores, draft.path / FORGETTING_FILE)
         write_predictions(predictions, list(scorer.metrics), draft.path)
-        parts = _parts(config, dataset, arms, judging)
+        parts = all_parts(config, dataset, arms, judging)
         _write_numbers(draft.path, evaluation)
         actions = _actions(config, workspace, evaluation, draft.unpublished(parts))
         report = render_report(evaluation, config, dataset.ref, actions)
@@ -402,7 +336,7 @@ def evaluate(
                 "spent": _spent(answered.spending),
                 "endpoints": {one.name: one.endpoint.url for one in each if one.endpoint.url},
             },
-            inputs=[dataset.ref, *dict.fromkeys(_model(one) for one in each)],
+            inputs=[dataset.ref, *dict.fromkeys(answered_by(one) for one in each)],
             metrics=evaluation.headline_numbers(),
         )
     return Published(artifact, reused=False)
@@ -429,74 +363,6 @@ def make_scorer(config: TuneloopConfig, questions: Sequence[Question]) -> Scorer
         for question in {question.task: question for question in reversed(questions)}.values():
             scorer.score(question.reference, question.reference, question.task)
     return scorer
-
-
-def _parts(
-    config: TuneloopConfig, dataset: Artifact, arms: Sequence[Arm], judging: Judging | None
-) -> dict[str, Any]:
-    """Return all that changes the result, as the manifest keeps it."""
-    params = sampling(config.evaluation)
-    scorers = code_of_own_scorers(config.evaluation)
-    no_results = {
-        *("concurrency", "max_unscored_ratio", "arms", "sources", "budget", "floors"),
-        *("judge", "forgetting"),
-    }
-    if config.evaluation.split == "test":
-        no_results.add("split")  # evaluations from before there was a choice
-    if config.evaluation.num_samples == 1:
-        no_results.add("num_samples")
-    return {
-        "dataset": dataset.fingerprint,
-        "task": config.task.model_dump(mode="json"),
-        "evaluation": config.evaluation.model_dump(mode="json", exclude=no_results),
-        **({"scorers": scorers} if scorers else {}),
-        **({"judge": judging.parts()} if judging else {}),
-        **_forgetting_parts(config, arms),
-        "arms": [
-            {
-                "name": arm.name,
-                "identity": arm_identity(arm, params),
-                # Of several trainings of one recipe the first stands for its settings.
-                "model": _model(arm.each[0]),
-                "shots": [shot.row_id for shot in arm.each[0].shots],
-            }
-            | _sample_identities(arm, params, config.evaluation.num_samples)
-            | ({"price": arm.price._asdict()} if arm.price else {})
-            | _model_parts(arm, params, config.evaluation.num_samples)
-            for arm in arms
-        ],
-    }
-
-
-def _model_parts(arm: Arm, params: SamplingParams, num_samples: int) -> dict[str, Any]:
-    if not arm.models:
-        return {}
-    return {
-        "models": [
-            {
-                "name": model.endpoint.model,
-                "identity": arm_identity(model, params),
-                "model": _model(model),
-            }
-            | _sample_identities(model, params, num_samples)
-            for model in arm.models
-        ]
-    }
-
-
-def _sample_identities(arm: Arm, params: SamplingParams, num_samples: int) -> dict[str, Any]:
-    if num_samples == 1:
-        return {}
-    return {"samples": [arm_identity(arm, params, sample) for sample in range(num_samples)]}
-
-
-def _forgetting_parts(config: TuneloopConfig, arms: Sequence[Arm]) -> dict[str, Any]:
-    settings = config.evaluation.forgetting
-    return {"forgetting": parts_of(settings)} if settings and models_to_compare(arms) else {}
-
-
-def _model(arm: Arm) -> str:
-    return arm.model_fingerprint or f"{arm.endpoint.model} at {arm.endpoint.url}"
 
 
 def _refuse_many_unscored(
@@ -534,88 +400,6 @@ def _spent(spending: Spending) -> dict[str, Any]:
     }
 
 
-def _count_published(spending: Spending, incomplete: Artifact | None) -> None:
-    """Count what a published evaluation cost whose missing answers are now asked for."""
-    spent = incomplete.manifest["resources"].get("spent") if incomplete else None
-    if incomplete is None or not spent or spending.num_requests:
-        return
-    cost = Cost(spent["tokens"], spent["money"])
-    spending.add(Entry(incomplete.ref, cost, {"error": "of an earlier run"}))
-
-
-def _reuse_answers(
-    answered: PartialAnswers,
-    workspace: Workspace,
-    wanted: Set[str],
-    judging: Judging | None = None,
-) -> None:
-    """Add what published evaluations were answered, by arms of these identities or the judge."""
-    for artifact in workspace.published("evaluations"):
-        config = artifact.manifest["config"]
-        identities = {
-            (arm["name"], one["name"] if "models" in arm else ""): one.get("samples")
-            or [one["identity"]]
-            for arm in config.get("arms", [])
-            for one in arm.get("models", [arm])
-            if one.get("identity") in wanted
-        }
-        if identities:
-            _reuse_arms(answered, workspace.open(artifact.ref), identities)
-        if judging and (config.get("judge") or {}).get("identity") == judging.identity:
-            keep_judgements(answered, workspace.open(artifact.ref))
-
-
-def _reuse_arms(
-    answered: PartialAnswers, earlier: Artifact, identities: Mapping[tuple[str, str], Sequence[str]]
-) -> None:
-    """Add the answers that arms gave in an earlier evaluation, and what they knew of references.
-
-    Args:
-        identities: By arm, and by model where the arm has several, of each of the answers that were
-            sampled.
-    """
-    every = read_predictions(earlier.path, ["bits_per_byte", *PERPLEXITY_METRICS])
-    answers = [(p, model, p.of(model) if model else p) for p in every for model in p.models or [""]]
-    for whole, model, prediction in answers:
-        own = identities.get((prediction.arm, model))
-        if own is None:
-            continue
-        if model and whole.status != "scored":
-            # A row that lacks an answer has those that came in its samples alone.
-            kept = [sample for sample in whole.samples if sample["model"] == model]
-            prediction = dataclasses.replace(prediction, samples=kept)
-        for name, sample in zip(own, prediction.samples, strict=False):
-            if sample["finish_reason"] is not None:
-                known = {k: v for k, v in sample.items() if k in _OF_ANSWERS}
-                bits = (sample.get("scores") or {}).get("bits_per_byte")
-                answered.put(
-                    name,
-                    ModelAnswer(
-                        prediction.example_id,
-                        prediction.prompt,
-                        sample["completion"],
-                        bits_per_byte=bits,
-                        **known,
-                    ),
-                )
-        if prediction.status == "scored":
-            if prediction.scores.get(PERPLEXITY):
-                asked = with_reference(prediction.prompt, prediction.reference)
-                answered.put(identity_of(own[0]), stored_answer(prediction, asked))
-            if prediction.samples:
-                continue
-            answered.put(
-                own[0],
-                ModelAnswer(
-                    prediction.example_id,
-                    prediction.prompt,
-                    prediction.completion,
-                    bits_per_byte=prediction.scores.get("bits_per_byte"),
-                    **{name: getattr(prediction, name) for name in _OF_ANSWERS},
-                ),
-            )
-
-
 def _requests(
     arm: Arm, questions: Sequence[Question], params: SamplingParams, num_samples: int
 ) -> list[EvaluationRequest]:
@@ -635,110 +419,6 @@ def _requests(
             shots = own.get(question.example_id, arm.shots)
             requests.append(EvaluationRequest(arm, name, question, params, shots, sample=sample))
     return requests
-
-
-def _scores(
-    scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer
-) -> Mapping[str, float | None]:
-    if request.question.text:
-        return {"bits_per_byte": answer.bits_per_byte}
-    try:
-        reference = _nearest_reference(scorer, request, answer)
-        return scorer.score(reference, answer.text, request.question.task)
-    except ConfigError as error:
-        # A function of the user's own: the answers that came are kept.
-        row = f", row {request.question.example_id}"
-        problems = [dataclasses.replace(p, where=p.where + row) for p in error.problems]
-        raise ConfigError(*problems) from error
-
-
-def _nearest_reference(scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer) -> str:
-    """Return that of the right answers by which an answer scores best; of equals the first."""
-    question = request.question
-    if not question.accepted:
-        return question.reference
-    sign = -1 if scorer.metrics[scorer.primary].better == "lower" else 1
-
-    def score(reference: str) -> float:
-        value = scorer.score(reference, answer.text, question.task)[scorer.primary]
-        return -math.inf if value is None else sign * value
-
-    return max((question.reference, *question.accepted), key=score)
-
-
-def _prediction(
-    scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer, context: _Context
-) -> Prediction:
-    reference, finish_reason = request.question.reference, answer.finish_reason
-    if finish_reason is not None:
-        reference = _nearest_reference(scorer, request, answer)
-    seen = context.seen.get(request.arm.name)
-    scored = finish_reason is not None
-    prediction = Prediction(
-        example_id=answer.example_id,
-        arm=request.arm.name,
-        prompt=answer.prompt,
-        reference=reference,
-        completion=answer.text,
-        finish_reason=finish_reason,
-        prompt_tokens=answer.prompt_tokens,
-        completion_tokens=answer.completion_tokens,
-        latency_s=answer.latency_s,
-        status="scored" if scored else "unscored",
-        error=answer.error,
-        scores=dict(_scores(scorer, request, answer)) if scored else {},
-        task=request.question.task,
-        cluster=context.clusters.names.get(answer.example_id, answer.example_id),
-        contaminated=is_contaminated(request.question, request.shots, seen),
-        probability=answer.probability,
-    )
-    errors = context.diagnosis.find(prediction)
-    return dataclasses.replace(
-        prediction,
-        error_tags=[error.tag for error in errors],
-        error_evidence=[dataclasses.asdict(error) for error in errors],
-    )
-
-
-def _with_samples(
-    arms: Sequence[Arm], answers: Sequence[Prediction], primary: str
-) -> list[Prediction]:
-    """Return one row for each arm and example, with the means of its answers' scores.
-
-    Args:
-        arms: All arms.
-        answers: As they were scored one by one, by the names of those that answer.
-        primary: The metric whose scores of single answers are kept.
-    """
-    arm_of = {one.name: arm.name for arm in arms for one in arm.each}
-    models = {model.name: model.endpoint.model for arm in arms for model in arm.models}
-    rows: dict[tuple[str, str], list[Prediction]] = {}
-    for answer in answers:
-        rows.setdefault((arm_of[answer.arm], answer.example_id), []).append(answer)
-    return [
-        dataclasses.replace(_mean_of(of_row, primary, models), arm=arm)
-        if len(of_row) > 1
-        else of_row[0]
-        for (arm, _), of_row in rows.items()
-    ]
-
-
-def _mean_of(answers: Sequence[Prediction], primary: str, models: Mapping[str, str]) -> Prediction:
-    first = answers[0]
-    samples = [
-        {name: getattr(answer, name) for name in ("completion", "scores", *_OF_ANSWERS)}
-        | {"score": answer.scores.get(primary), "model": models.get(answer.arm, "")}
-        for answer in answers
-    ]
-    # What one of an arm's models was trained on is not unseen by the arm.
-    seen = {answer.contaminated for answer in answers}
-    contaminated = True if True in seen else None if None in seen else False
-    missing = next((answer for answer in answers if answer.status != "scored"), None)
-    if missing is not None:
-        # With the answers that came alone a row would count as often as one that has them all.
-        return dataclasses.replace(missing, samples=samples, contaminated=contaminated)
-    scores = mean_scores([answer.scores for answer in answers])
-    return dataclasses.replace(first, scores=scores, samples=samples, contaminated=contaminated)
 
 
 def _build(

@@ -30,12 +30,7 @@ from tuneloop.evals.scoring.estimates import (
 )
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import Metric, Scorer
-from tuneloop.evals.scoring.predictions import (
-    Prediction,
-    by_model,
-    paired_values,
-    values_of,
-)
+from tuneloop.evals.scoring.predictions import Prediction, by_model, paired_values, values_of
 from tuneloop.evals.scoring.seeds import Seeds, SeedScatter, estimate_over_seeds
 
 SHARE = Metric("share", kind="ratio")
