@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from tuneloop.config import OneTaskConfig, TaskConfig
-from tuneloop.data.sources.formats import AnswerError, check_answer
+from tuneloop.data.sources.formats import check_answer
+from tuneloop.data.sources.row_errors import AnswerError
 from tuneloop.marks import Fix
 from tuneloop.records import Message
 

@@ -11,9 +11,10 @@ from tuneloop.config import MixedSourceConfig, TaskType, TuneloopConfig
 from tuneloop.data.schema import SourceRow
 from tuneloop.data.sources.bad_rows import BadRow, ChangedRow
 from tuneloop.data.sources.files import DOCUMENTS, SourceFile, find_files
-from tuneloop.data.sources.formats import RowError, used_columns
+from tuneloop.data.sources.formats import used_columns
 from tuneloop.data.sources.layout import Layout, find_layout
 from tuneloop.data.sources.readers import Record, read_records, read_source
+from tuneloop.data.sources.row_errors import RowError
 from tuneloop.errors import DataError
 from tuneloop.records import Message
 

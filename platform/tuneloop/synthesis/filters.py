@@ -20,7 +20,8 @@ from tuneloop.data.filters.boilerplate import find_self_reference
 from tuneloop.data.filters.quality import cut_off
 from tuneloop.data.rouge import ALIKE, WordCodes, rouge_l, similarities
 from tuneloop.data.schema import ReasonCode
-from tuneloop.data.sources.formats import RowError, check_answer
+from tuneloop.data.sources.formats import check_answer
+from tuneloop.data.sources.row_errors import RowError
 from tuneloop.evals.scoring.constrained import schema_of
 from tuneloop.evals.scoring.simple import classifier, vectorizer_of_words
 from tuneloop.models.json_form import has_form, why_unusable

@@ -11,7 +11,8 @@ import pytest
 from tuneloop.config import DedupConfig, OneTaskConfig, SourceConfig
 from tuneloop.data.hashing.content import Content, dedup_keys
 from tuneloop.data.schema import dataset_schema, plain_messages, row_schema
-from tuneloop.data.sources.formats import Chat, RowError, to_chat
+from tuneloop.data.sources.formats import Chat, to_chat
+from tuneloop.data.sources.row_errors import RowError
 from tuneloop.records import Message
 
 TASK = OneTaskConfig(type="generation")

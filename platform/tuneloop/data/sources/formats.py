@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, ClassVar
+from typing import Any
 
 from tuneloop.config import OneTaskConfig, SourceConfig
-from tuneloop.data.schema import ReasonCode, Rejection, Stage
-from tuneloop.data.sources.calls import fitted_calls, made_up_id, unpaired_result
+from tuneloop.data.sources.calls import fitted_calls, unpaired_result
 from tuneloop.data.sources.mending import (
     is_filled_in,
     is_preference,
@@ -20,31 +19,21 @@ from tuneloop.data.sources.mending import (
     preference_columns,
     without_nulls,
 )
+from tuneloop.data.sources.row_errors import (
+    AnswerError,
+    RowError,
+    decoded,
+    missing_column,
+    object_of,
+    short,
+    wrong_type,
+)
+from tuneloop.data.sources.turns import both_lists, system_beside, tools_of, turns_of
 from tuneloop.data.sources.unfit import is_turned_down, media_of
 from tuneloop.models.chat.tool_results import results_in_order
-from tuneloop.records import Message, Role
+from tuneloop.records import Message
 from tuneloop.text import is_blank
 
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatbot": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
-# Keys of a turn beside its role and content.
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_WEIGHTS = ("weight", "train", "loss")
-_TURN_KEYS = frozenset(
-    {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name"}
-).union(_THOUGHTS, _WEIGHTS)
 _CUT = "turns after the last answer to learn left out"
 _FILLED_IN = "names without a value that Arrow fills in left out"
 _NO_INPUT = "`<noinput>` taken for no input"
@@ -60,64 +49,6 @@ _PAIRS = {
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
 }
-
-
-class RowError(ValueError):
-    """A row cannot be used.
-
-    Args:
-        what: What is wrong, worded alike for all rows with the same mistake.
-        got: What this row has.
-        allowed: What would have been accepted.
-        remedy: What to do.
-    """
-
-    code: ClassVar[ReasonCode] = ReasonCode.WRONG_LAYOUT
-
-    def __init__(self, what: str, got: str = "", allowed: str = "", remedy: str = "") -> None:
-        super().__init__(what, got, allowed, remedy)
-        self.what, self.got, self.allowed, self.remedy = what, got, allowed, remedy
-
-    def rejection(self) -> Rejection:
-        """Return why the row is removed."""
-        is_fatal = isinstance(self, FileError)
-        details = self.what, self.got, self.allowed, self.remedy
-        return Rejection(Stage.READ, self.code, *details, is_fatal)
-
-
-class ParseError(RowError):
-    """A row cannot be read as text or parsed."""
-
-    code = ReasonCode.UNREADABLE
-
-
-class FileError(ParseError):
-    """A whole file cannot be used: never tolerated, whatever `data.max_bad_rows_ratio` allows."""
-
-
-class RepeatedKeyError(ParseError):
-    """An object of JSON gives a key twice: parsers keep the last, in silence."""
-
-
-class AnswerError(RowError):
-    """A row's answer is none that the task allows."""
-
-    code = ReasonCode.WRONG_ANSWER
-
-
-def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON from its keys and values. Raises RepeatedKeyError."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RepeatedKeyError(
-            f"an object gives the key `{twice}` twice",
-            got=_short([value for name, value in pairs if name == twice]),
-            allowed="every key once",
-            remedy="keep the one that is meant",
-        )
-    return found
 
 
 def used_columns(source: SourceConfig) -> tuple[str, ...]:
@@ -203,18 +134,18 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
         whole = {name: without_nulls(value) for name, value in row.items() if name in of_turns}
         row, changes = {**row, **whole}, [*changes, _FILLED_IN]
     if source.format in ("messages", "sharegpt"):
-        messages = _turns(row, source.format)
-        tools = _tools(row)
+        messages = turns_of(row, source.format)
+        tools = tools_of(row)
     elif source.format == "label_studio":
         messages = _annotated(row)
     elif source.format == "prompt_completion" and isinstance(row.get("prompt"), list):
-        messages = _turns({"messages": _both_lists(row)}, "messages")
-        tools = _tools(row)
+        messages = turns_of({"messages": both_lists(row)}, "messages")
+        tools = tools_of(row)
     else:
         messages = _pair(row, source, task)
         if source.format == "alpaca":
             messages = [*_alpaca_before(row), *messages]
-            tools = _tools(row)
+            tools = tools_of(row)
     last = max((i for i, m in enumerate(messages) if m.role == "assistant" and m.weight), default=0)
     if not last:
         raise RowError(
@@ -226,7 +157,7 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
     if medium := media_of(row, messages, source.format):
         raise RowError(
             f"the row is about more than text: it has `{medium}`",
-            got=_short(row[medium]),
+            got=short(row[medium]),
             allowed="rows of text alone",
             remedy="only text is learned; leave such rows out, or the column if it is not needed",
         )
@@ -253,7 +184,7 @@ def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> 
         prompt = _text(row, "instruction")
         more = row.get("input")
         if more is not None and not isinstance(more, str):
-            raise _wrong_type("input", more)
+            raise wrong_type("input", more)
         if more and more.strip():
             prompt = f"{prompt.rstrip()}\n\n{more}"
         answer = "output"
@@ -264,7 +195,7 @@ def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> 
         prompt, answer = _text(row, columns["prompt"]), columns["completion"]
         if "system" in columns:
             if columns["system"] not in row:
-                raise _missing(columns["system"], row)
+                raise missing_column(columns["system"], row)
             if row[columns["system"]]:
                 system = _text(row, columns["system"])
     reference = row.get(answer)
@@ -286,28 +217,17 @@ def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> 
     ]
 
 
-def _both_lists(row: Mapping[str, Any]) -> list[Any]:
-    """Return the turns of a prompt and a completion that are lists of turns, as TRL has them."""
-    if not isinstance(row.get("completion"), list):
-        raise RowError(
-            "`prompt` is a list of turns and `completion` is not",
-            got=_short(row.get("completion")),
-            allowed="both lists of turns, or both texts",
-        )
-    return [*row["prompt"], *row["completion"]]
-
-
 def _annotated(row: Mapping[str, Any]) -> list[Message]:
     """Return a task of Label Studio as a question and the answer that people gave."""
-    data = _decoded(row.get("data"), "data")
+    data = decoded(row.get("data"), "data")
     if not isinstance(data, dict) or "text" not in data:
         raise RowError(
             "the task has no `data` with a `text`",
-            got=", ".join(data) if isinstance(data, dict) else _short(data),
+            got=", ".join(data) if isinstance(data, dict) else short(data),
             allowed="tasks as `tuneloop label-next` writes them, exported as JSON",
             remedy="for other tasks export CSV or JSON-MIN and use format `columns`",
         )
-    given = _decoded(row.get("annotations"), "annotations") or []
+    given = decoded(row.get("annotations"), "annotations") or []
     results = [
         one.get("result") or []
         for one in given
@@ -322,7 +242,7 @@ def _annotated(row: Mapping[str, Any]) -> list[Message]:
     if len(set(answers)) > 1:
         raise RowError(
             "people gave the task different answers",
-            got=", ".join(map(_short, dict.fromkeys(answers))),
+            got=", ".join(map(short, dict.fromkeys(answers))),
             remedy="agree on one, and delete the other annotations",
         )
     prompt = _text(data, "text").rstrip().lstrip("\r\n")
@@ -343,11 +263,11 @@ def _annotation(results: object) -> str:
 
 def _only_instance(instances: object) -> dict[str, Any]:
     """Return the input and output that Alpaca's seed tasks keep in a list."""
-    instances = _decoded(instances, "instances")
+    instances = decoded(instances, "instances")
     if not isinstance(instances, list) or len(instances) != 1 or not isinstance(instances[0], dict):
         raise RowError(
             "`instances` is not a list of one instance",
-            got=_short(instances),
+            got=short(instances),
             allowed='[{"input": …, "output": …}]',
             remedy="write a row for each instance",
         )
@@ -356,8 +276,8 @@ def _only_instance(instances: object) -> dict[str, Any]:
 
 def _alpaca_before(row: Mapping[str, Any]) -> list[Message]:
     """Return what stands before the instruction: `system`, and the turns of `history`."""
-    messages = _system_beside(row)
-    history = _decoded(row.get("history"), "history") or []
+    messages = system_beside(row)
+    history = decoded(row.get("history"), "history") or []
     is_pairs = isinstance(history, list) and all(
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
         for turn in history
@@ -365,267 +285,15 @@ def _alpaca_before(row: Mapping[str, Any]) -> list[Message]:
     if not is_pairs:
         raise RowError(
             "`history` is not a list of questions and answers",
-            got=_short(history),
+            got=short(history),
             allowed='[["question", "answer"], …]',
         )
     for question, answer in history:
         if is_blank(question) or is_blank(answer):
-            raise RowError("a turn of `history` is empty", got=_short([question, answer]))
+            raise RowError("a turn of `history` is empty", got=short([question, answer]))
         messages.append(Message("user", question.rstrip().lstrip("\r\n")))
         messages.append(Message("assistant", answer.strip()))
     return messages
-
-
-def _system_beside(row: Mapping[str, Any]) -> list[Message]:
-    """Return the system message that a column `system` holds, if any."""
-    value = row.get("system")
-    if value is not None and not isinstance(value, str):
-        raise _wrong_type("system", value)
-    return [Message("system", value.strip())] if value and value.strip() else []
-
-
-def _turns(row: Mapping[str, Any], layout: str) -> list[Message]:
-    column = "messages" if layout == "messages" else "conversations"
-    if column not in row:
-        other = "sharegpt" if layout == "messages" else "messages"
-        if {"messages", "conversations"} & row.keys():
-            raise missing_column(column, row, f"set `format: {other}`")
-        raise _missing(column, row)
-    turns = _decoded(row[column], column)
-    if not isinstance(turns, list) or not turns:
-        raise RowError(
-            f"`{column}` is not a list of turns", got=_short(turns), allowed="at least two turns"
-        )
-    messages = [message for turn in turns if (message := _turn(turn, layout))]
-    if system := _system_beside(row):
-        if messages and messages[0].role in ("system", "developer"):
-            raise RowError("the row has a column `system` and a system message in its turns")
-        messages = [*system, *messages]
-    _check_order(messages)
-    return messages
-
-
-def _turn(turn: object, layout: str) -> Message | None:
-    """Return a turn as a message; None for a system message that says nothing."""
-    keys = ("role", "content")
-    if layout == "sharegpt" and isinstance(turn, dict) and "from" in turn:
-        keys = ("from", "value")
-    if not isinstance(turn, dict) or keys[0] not in turn:
-        wanted = ("from", "value") if layout == "sharegpt" else keys
-        raise RowError(
-            f"a turn has no `{wanted[0]}` and `{wanted[1]}`",
-            got=_short(turn),
-            allowed=f'{{"{wanted[0]}": …, "{wanted[1]}": …}}',
-        )
-    said = {key: value for key, value in turn.items() if value not in (None, "", [], {})}
-    unknown = [key for key in said if key not in _TURN_KEYS]
-    if unknown:
-        raise RowError(
-            f"a turn has a key that is not understood: `{unknown[0]}`",
-            got=_short(said[unknown[0]]),
-            allowed=", ".join(sorted(_TURN_KEYS - {"from", "value"})),
-            remedy="remove it, or write what it says in one of the allowed keys",
-        )
-    spoken = str(turn[keys[0]]).lower()
-    role = _ROLES.get(spoken)
-    if role is None:
-        raise RowError(
-            "a turn has a role that is not supported",
-            got=_short(turn[keys[0]]),
-            allowed=", ".join(_ROLES),
-        )
-    calls = said.get("tool_calls") or []
-    if "function_call" in said:  # OpenAI's layout before there were tools
-        calls = [{"function": said["function_call"]}]
-    content = turn.get(keys[1])
-    if spoken == "function_call":
-        written = _decoded(content, "function_call")
-        calls, content = [written] if isinstance(written, dict) else written, ""
-    text = "" if content is None else _content(content)
-    text = text.strip() if role == "assistant" else text.rstrip().lstrip("\r\n")
-    if calls and role != "assistant":
-        raise RowError(f"a turn of the {role} has tool calls", got=_short(calls))
-    if is_blank(text) and not calls and role in ("user", "assistant"):
-        if keys[1] not in turn:
-            raise RowError(
-                f"a turn has no `{keys[0]}` and `{keys[1]}`",
-                got=_short(turn),
-                allowed=f'{{"{keys[0]}": …, "{keys[1]}": …}}',
-            )
-        raise RowError(f"a turn of the {role} is empty")
-    if not text and role in ("system", "developer"):
-        return None
-    thoughts = [said[key] for key in _THOUGHTS if key in said]
-    fields = {name: said.get(name, "") for name in ("tool_call_id", "name")}
-    for name, value in [*fields.items(), *(("reasoning_content", t) for t in thoughts)]:
-        if not isinstance(value, str):
-            raise _wrong_type(name, value)
-    return Message(
-        role,
-        text,
-        tool_calls=_calls(calls) if calls else "",
-        reasoning_content=thoughts[0].strip() if thoughts else "",
-        weight=_weight(turn, role),
-        **fields,
-    )
-
-
-def _weight(turn: Mapping[str, Any], role: Role) -> int:
-    """Return 0 for a turn marked as not to be learned, else 1."""
-    for key in _WEIGHTS:
-        value = turn.get(key)
-        if value is None:
-            continue
-        if value not in (0, 1):  # also False, True, 0.0 and 1.0
-            raise RowError(
-                f"`{key}` of a turn is neither 0 nor 1",
-                got=_short(value),
-                allowed="0 or false: context only; 1 or true: learned",
-            )
-        if value and role != "assistant":
-            raise RowError(
-                f"a turn of the {role} is marked to be learned",
-                got=f"{key}: {_short(value)}",
-                allowed="turns of the assistant",
-            )
-        if not value and role == "assistant":
-            return 0
-    return 1
-
-
-def _calls(calls: object) -> str:
-    """Return the JSON of tool calls in OpenAI's layout, with arguments as JSON text."""
-    allowed = '[{"function": {"name": …, "arguments": "{…}"}}]'
-    if not isinstance(calls, list):
-        raise RowError("`tool_calls` is not a list", got=_short(calls), allowed=allowed)
-    found = []
-    for number, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError(
-                "a tool call has no `function` with a `name`", got=_short(call), allowed=allowed
-            )
-        arguments = function.get("arguments", function.get("parameters"))
-        found.append(
-            {
-                "id": str(call.get("id") or made_up_id(number)),
-                "type": "function",
-                "function": {"name": function["name"], "arguments": _arguments(arguments)},
-            }
-        )
-    return json.dumps(found, ensure_ascii=False)
-
-
-def _arguments(value: object) -> str:
-    """Return a call's arguments as the JSON text of an object."""
-    if value is None or value == "":
-        return "{}"
-    decoded = value
-    if isinstance(value, str):
-        try:
-            decoded = json.loads(value, object_pairs_hook=object_of)
-        except RowError:
-            raise
-        except ValueError as error:
-            raise RowError(
-                "the arguments of a tool call are not valid JSON", got=_short(value)
-            ) from error
-        if isinstance(decoded, str):
-            raise RowError(
-                "the arguments of a tool call are JSON within JSON",
-                got=_short(value),
-                allowed="the JSON text of an object, written once",
-                remedy="data.sources[*].mend: [json_within_json] decodes them once more",
-            )
-    if not isinstance(decoded, dict):
-        raise RowError(
-            "the arguments of a tool call are not an object",
-            got=_short(decoded),
-            allowed="a JSON object",
-        )
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _tools(row: Mapping[str, Any]) -> str:
-    """Return the JSON of a row's tools in OpenAI's layout; empty for none."""
-    column = "tools" if row.get("tools") or not row.get("functions") else "functions"
-    tools = _decoded(row.get(column), column) or []
-    if isinstance(tools, str):
-        raise RowError(
-            f"`{column}` is JSON within JSON",
-            got=_short(tools),
-            allowed="a list",
-            remedy="data.sources[*].mend: [json_within_json] decodes it once more",
-        )
-    found = []
-    for tool in tools if isinstance(tools, list) else [tools]:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError(
-                f"one of `{column}` has no `function` with a `name`",
-                got=_short(tool),
-                allowed='[{"type": "function", "function": {"name": …, "parameters": {…}}}]',
-            )
-        found.append(tool if "function" in tool else {"type": "function", "function": tool})
-    return json.dumps(found, ensure_ascii=False) if found else ""
-
-
-def _check_order(messages: Sequence[Message]) -> None:
-    """Raise RowError if turns do not follow one another as in a conversation."""
-    is_system = [message.role in ("system", "developer") for message in messages]
-    if any(is_system[1:]):
-        raise RowError("a system message is not the first one")
-    spoken = [message for message in messages if message.role not in ("system", "developer")]
-    before = "start"
-    for message in spoken:
-        if message.role not in _FOLLOWS[before]:
-            break
-        before = "call" if message.tool_calls else message.role
-    else:
-        if len(spoken) >= 2 and before in ("assistant", "call"):
-            return
-    raise RowError(
-        "the turns do not alternate from user to assistant",
-        got=_short(" ".join(message.role for message in spoken)),
-        allowed="user assistant, once or more, after an optional system message; results of tools "
-        "after the assistant's calls",
-    )
-
-
-_FOLLOWS: dict[str, tuple[str, ...]] = {
-    "start": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user",),
-    # A call whose result is not in the row may be followed by the next question.
-    "call": ("tool", "user"),
-    "tool": ("tool", "assistant"),
-}
-
-
-def _decoded(value: object, column: str) -> Any:
-    """Return a value, or what its JSON holds: CSV has no lists."""
-    if not isinstance(value, str) or not value.strip():
-        return value if not isinstance(value, str) else None
-    try:
-        return json.loads(value, object_pairs_hook=object_of)
-    except RowError:
-        raise
-    except ValueError as error:
-        raise RowError(f"`{column}` is not valid JSON", got=_short(value)) from error
-
-
-def _content(value: object) -> str:
-    """Return a turn's text; a list of text parts, as OpenAI writes it, is joined."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(
-        isinstance(part, dict)
-        and part.get("type") in ("text", "input_text", "output_text")
-        and isinstance(part.get("text"), str)
-        for part in value
-    ):
-        return "".join(part["text"] for part in value)
-    raise RowError("a turn's content is not text", got=_short(value), allowed="a string")
 
 
 def check_answer(answer: str, task: OneTaskConfig) -> None:
@@ -634,7 +302,7 @@ def check_answer(answer: str, task: OneTaskConfig) -> None:
         close = difflib.get_close_matches(answer.lower(), task.labels, n=1)
         raise AnswerError(
             "the answer is not one of task.labels",
-            got=_short(answer),
+            got=short(answer),
             allowed=", ".join(task.labels),
             remedy=f"did you mean `{close[0]}`?" if close else "add it to task.labels",
         )
@@ -647,11 +315,11 @@ def check_answer(answer: str, task: OneTaskConfig) -> None:
             raise
         except ValueError as error:
             raise AnswerError(
-                "the answer is not valid JSON", got=_short(answer), allowed="a JSON object"
+                "the answer is not valid JSON", got=short(answer), allowed="a JSON object"
             ) from error
         if not isinstance(record, dict):
             raise AnswerError(
-                "the answer is not a JSON object", got=_short(answer), allowed="a JSON object"
+                "the answer is not a JSON object", got=short(answer), allowed="a JSON object"
             )
         absent = [name for name in task.fields if name not in record]
         if absent:
@@ -669,39 +337,12 @@ def _refuse_constant(name: str) -> float:
 
 def _text(row: Mapping[str, Any], column: str) -> str:
     if column not in row:
-        raise _missing(column, row)
+        raise missing_column(column, row)
     value = row[column]
     if value is None:
         raise RowError(f"`{column}` is empty", got="null", allowed="text")
     if not isinstance(value, str):
-        raise _wrong_type(column, value)
+        raise wrong_type(column, value)
     if is_blank(value):
-        raise RowError(f"`{column}` is empty", got=_short(value), allowed="text")
+        raise RowError(f"`{column}` is empty", got=short(value), allowed="text")
     return value
-
-
-def _missing(column: str, row: Mapping[str, Any]) -> RowError:
-    return missing_column(column, row, "set `format` to the rows' layout, or map `columns`")
-
-
-def missing_column(column: str, row: Mapping[str, Any], remedy: str) -> RowError:
-    """Return the error for a column that a row lacks, with a suggestion if one is close."""
-    close = difflib.get_close_matches(column, list(row), n=1)
-    return RowError(
-        f"no column `{column}`",
-        got="columns " + (", ".join(row) or "none"),
-        remedy=f"did you mean `{close[0]}`? Otherwise {remedy}" if close else remedy,
-    )
-
-
-def _wrong_type(column: str, value: object) -> RowError:
-    return RowError(
-        f"`{column}` is not text",
-        got=f"{type(value).__name__} {_short(value)}",
-        allowed="a string",
-    )
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return repr(text if len(text) <= 80 else text[:77] + "…")

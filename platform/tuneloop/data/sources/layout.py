@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tuneloop.data.sources.formats import RowError
 from tuneloop.data.sources.mending import is_preference
+from tuneloop.data.sources.row_errors import RowError
 from tuneloop.data.sources.unfit import is_chat_export, is_prodigy
 from tuneloop.errors import DataError, Problem
 

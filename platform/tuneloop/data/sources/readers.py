@@ -33,20 +33,17 @@ from tuneloop.data.sources.dialect import (
     separator_of,
 )
 from tuneloop.data.sources.files import DOCUMENTS, SourceFile
-from tuneloop.data.sources.formats import (
+from tuneloop.data.sources.formats import check_answer, to_chat, to_document, used_columns
+from tuneloop.data.sources.mending import without_nulls
+from tuneloop.data.sources.partitions import PartitionValue, other_value
+from tuneloop.data.sources.row_errors import (
     FileError,
     ParseError,
     RepeatedKeyError,
     RowError,
-    check_answer,
     missing_column,
     object_of,
-    to_chat,
-    to_document,
-    used_columns,
 )
-from tuneloop.data.sources.mending import without_nulls
-from tuneloop.data.sources.partitions import PartitionValue, other_value
 from tuneloop.records import Message
 
 # Columns of the dataset artifact: a user's column of the same name is kept as `original_NAME`.
