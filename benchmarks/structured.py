@@ -21,7 +21,8 @@ from typing import Any
 
 import jsonschema
 
-from tuneloop.serving.replica import ModelServer, ServedModel
+from tuneloop.serving.loaded import ServedModel
+from tuneloop.serving.replica import ModelServer
 
 SUBJECTS = ["a cat", "the sea", "a train to Rome", "números", "東京の天気", "an unpaid invoice"]
 ROOMS = ["account", "card", "travel", "weather", "music", "home", "food", "work", "health", "order"]

@@ -44,8 +44,8 @@ from tuneloop.records import (
 )
 from tuneloop.review.store import ReviewStore, has_store
 from tuneloop.review.verdicts import as_vote
+from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.openvino import environment as openvino
-from tuneloop.serving.replica import ServedModel
 from tuneloop.serving.vllm import environment as vllm
 
 _CONSTRAINED = (BASE_CONSTRAINED, FINETUNED_CONSTRAINED)

@@ -31,7 +31,7 @@ from tuneloop.records import BASE, FEW_SHOT, FINETUNED, SIMPLE, Arm, Endpoint, P
 from tuneloop.review.fixes import marks_for
 from tuneloop.serving import app
 from tuneloop.serving.keys import keyring, refuse_exposed
-from tuneloop.serving.replica import ServedModel
+from tuneloop.serving.loaded import ServedModel
 from tuneloop.text import shorten
 from tuneloop.training import launch
 

@@ -25,6 +25,7 @@ from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 
 from tuneloop.serving.answers import event, model_card, model_list
+from tuneloop.serving.asked import Route
 from tuneloop.serving.keys import Holder, Keyring
 from tuneloop.serving.protocol import (
     MAX_BODY_BYTES,
@@ -36,7 +37,6 @@ from tuneloop.serving.protocol import (
     TokenizeRequest,
     unknown_model,
 )
-from tuneloop.serving.replica import Route
 from tuneloop.serving.requests import Activity
 from tuneloop.serving.responses import (
     ResponsesRequest,

@@ -28,9 +28,11 @@ from tuneloop.cluster import end_abandoned_serving, served_name
 from tuneloop.config import EngineName, ServingConfig, VllmConfig
 from tuneloop.errors import ResourceError, find_user_error
 from tuneloop.serving.api import build_api
+from tuneloop.serving.asked import Route
 from tuneloop.serving.keys import Keyring, keyring, refuse_exposed
+from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.protocol import ProtocolError
-from tuneloop.serving.replica import ModelServer, Route, ServedModel
+from tuneloop.serving.replica import ModelServer
 from tuneloop.serving.requests import Activity
 from tuneloop.serving.room import refuse_small_memory
 

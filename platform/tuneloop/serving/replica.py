@@ -7,29 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Callable,
-    Collection,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 from tuneloop.config import EngineName, VllmConfig
-from tuneloop.errors import ModelError, UserError
-from tuneloop.models.chat.calls import CallReader, CallSyntax, Written
+from tuneloop.errors import UserError
+from tuneloop.models.chat.calls import Written
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
-from tuneloop.models.chat.tool_results import results_in_order
-from tuneloop.models.export.layout import ADAPTER, recorded_renderer
-from tuneloop.records import Message, Sample, SamplingParams
 from tuneloop.serving import protocol
 from tuneloop.serving.answers import (
     Chunks,
@@ -44,242 +32,24 @@ from tuneloop.serving.answers import (
     event,
     tool_call,
 )
-from tuneloop.serving.openvino import environment as openvino
-from tuneloop.serving.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    ProtocolError,
-    TokenizeRequest,
-)
-from tuneloop.serving.ranking import AnswerTree
+from tuneloop.serving.asked import Asked, Route, detokenize, read_request, tokenize
+from tuneloop.serving.loaded import LONG_TEXT_BYTES, LoadedModel, ServedModel, load
+from tuneloop.serving.protocol import ChatRequest, CompletionRequest, ProtocolError
 from tuneloop.serving.requests import (
     Activity,
-    AnswerForm,
     DecodeRequest,
     DecodeResult,
     InvalidRequest,
     QueueFull,
-    Ranking,
     TokenScore,
 )
-from tuneloop.serving.text import Decode, StreamedText
-
-if TYPE_CHECKING:
-    from tuneloop.serving.constraint import Constraint, Constraints
-    from tuneloop.serving.engine import Engine
-    from tuneloop.serving.requests import DecodeEngine
+from tuneloop.serving.text import StreamedText
 
 log = logging.getLogger("tuneloop.serving")
 
-Route = Literal["chat", "completions", "tokenize", "detokenize"]
-Result = TypeVar("Result")
-
-# Texts and answers that take longer than some milliseconds are dealt with in another thread.
-_LONG_TEXT_BYTES = 8192
+# Longer answers, too, are written down in another thread.
 _LONG_ANSWER_TOKENS = 512
-_MANY_MESSAGES = 32
-_READ_AT_ONCE = 16  # short prompts of one request, before others have a turn
-_MIN_TEXT_LIMIT_BYTES = 2**16
 _QUEUE_WAIT_S = 0.05
-_NUM_TREES = 16
-_SEED_STEP = 0x9E3779B97F4A7C15  # odd: no two of 2**63 choices share a seed
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model to serve.
-
-    Args:
-        path: Hugging Face directory with the weights.
-        chat_template: As in `model.chat_template`.
-        adapter: A model artifact's directory, whose `adapter/` is put on the weights and whose
-            tokenizer and template are used. None: the weights as they are.
-    """
-
-    path: Path
-    chat_template: str = "auto"
-    adapter: Path | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where tokenizer and template are."""
-        return self.adapter or self.path
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """One name's renderer, and the engine it shares with the others.
-
-    Args:
-        reader: Reads long texts in a thread of its own, with a tokenizer of its own: neither may
-            one wait for it that is used meanwhile.
-        constraints: Compiles the forms of answers; None where the tokenizer is of no kind that
-            this is known for.
-        compiler: Does so in a thread of its own.
-    """
-
-    model: ServedModel
-    renderer: Renderer
-    engine: DecodeEngine
-    adapter: str
-    reader: ThreadPoolExecutor
-    constraints: Constraints | None
-    compiler: ThreadPoolExecutor
-
-    def decode_request(
-        self, request: ChatRequest | CompletionRequest, params: SamplingParams
-    ) -> DecodeRequest:
-        """Return what to ask the engine for, but for the prompt."""
-        stop_ids = frozenset([*self.renderer.stop_ids, *(request.stop_token_ids or ())])
-        return DecodeRequest(
-            (), params, adapter=self.adapter, stop_ids=stop_ids, shaping=request.shaping()
-        )
-
-    @cached_property
-    def second_renderer(self) -> Renderer:
-        """The same renderer, for the reader's thread alone."""
-        return _load_renderer(self.model)
-
-    @cached_property
-    def syntax(self) -> CallSyntax:
-        """How the model's template writes tool calls."""
-        return CallSyntax.of(self.renderer)
-
-    @cached_property
-    def decode_calls(self) -> Decode:
-        """Ids to text with the special tokens that calls are written with."""
-        kept = self.syntax.special_ids(self.renderer)
-        return partial(self.renderer.decode_with, kept) if kept else self.renderer.decode
-
-    @cached_property
-    def max_text_bytes(self) -> int:
-        """More bytes than a prompt of the model's length can have."""
-        longest = max(len(name.encode()) for name in self.renderer.tokenizer.get_vocab())
-        return max(_MIN_TEXT_LIMIT_BYTES, self.engine.max_length * longest)
-
-    async def read(self, num_bytes: int, read: Callable[[Renderer], Result]) -> Result:
-        """Return what a function makes of a text of so many bytes, without holding up others.
-
-        Raises:
-            InvalidRequest: No prompt of the model can be that long.
-        """
-        if num_bytes > self.max_text_bytes:
-            raise InvalidRequest(
-                f"the prompt has {num_bytes} bytes; the {self.engine.max_length} positions of the "
-                f"model hold at most {self.max_text_bytes}",
-                code="context_length_exceeded",
-            )
-        if num_bytes < _LONG_TEXT_BYTES:
-            return read(self.renderer)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.reader, lambda: read(self.second_renderer))
-
-    async def constraint(self, form: AnswerForm) -> Constraint:
-        """Return a form, compiled without holding up others.
-
-        Raises:
-            InvalidRequest: No answer can have the form.
-        """
-        if self.constraints is None:
-            raise InvalidRequest("the model's tokenizer knows no forms", param=form.param)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.compiler, self.constraints.compile, form)
-
-    async def ranking(self, request: ChatRequest, prompt_ids: Sequence[int]) -> Ranking | None:
-        """Return the answers to choose from, if the request has some.
-
-        Raises:
-            RenderError: The template does not take one of the answers.
-            InvalidRequest: Two of them have the same tokens.
-        """
-        if request.ranking is None:
-            return None
-        answers, tools = tuple(request.ranking.answers), request.offered_tools
-        loop = asyncio.get_running_loop()
-        tree = await loop.run_in_executor(self.reader, self._usual_tree, answers)
-        # An answer has the same tokens behind every question, but for unusual templates.
-        messages = [*request.conversation(), Message("assistant", answers[0])]
-        settings = _template_settings(request, self.renderer)
-
-        def render(renderer: Renderer) -> Sample:
-            return renderer.with_settings(settings).sample(messages, tools)
-
-        sample = await self.read(4 * len(prompt_ids), render)
-        if sample.input_ids != [*prompt_ids, *tree.answers[0]]:
-            make = partial(self._tree, answers, request.conversation(), tools, settings)
-            tree = await loop.run_in_executor(self.reader, make)
-        return Ranking(tree, request.ranking.coverage)
-
-    @cached_property
-    def _usual_tree(self) -> Callable[[tuple[str, ...]], AnswerTree]:
-        question = [Message("user", "a")]
-        return lru_cache(_NUM_TREES)(lambda answers: self._tree(answers, question, (), {}))
-
-    def _tree(
-        self,
-        answers: Sequence[str],
-        messages: Sequence[Message],
-        tools: Sequence[Any],
-        settings: Mapping[str, Any],
-    ) -> AnswerTree:
-        renderer = self.second_renderer.with_settings(settings)
-        start = len(renderer.prompt_ids(messages, tools))
-        turns = [[*messages, Message("assistant", text)] for text in answers]
-        ids = [tuple(renderer.sample(one, tools).input_ids[start:]) for one in turns]
-        first: dict[tuple[int, ...], str] = {}
-        for text, one in zip(answers, ids, strict=True):
-            if one in first:
-                same = f"{first[one][:100]!r} and {text[:100]!r}"
-                raise InvalidRequest(f"{same} are the same tokens", param="ranking")
-            first[one] = text
-        return AnswerTree(ids)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """An HTTP request that has been read.
-
-    Args:
-        prompts: Each prompt, once.
-        decoding: What the engine is asked for: each prompt as often as there are choices.
-    """
-
-    model: _Loaded
-    request: ChatRequest | CompletionRequest
-    prompts: list[TextPrompt]
-    decoding: list[DecodeRequest]
-
-    @property
-    def decode(self) -> Decode:
-        """Ids to the text in which content and calls are told apart."""
-        request, model = self.request, self.model
-        may_call = isinstance(request, ChatRequest) and request.may_call
-        return model.decode_calls if may_call else model.renderer.decode
-
-    def text(self, result: DecodeResult) -> str:
-        """Return the text of an answer up to a stop string."""
-        if self.decode == self.model.renderer.decode:
-            return result.text
-        text = self.decode(result.token_ids)
-        ends = [text.find(stop) for stop in self.request.stop_strings if stop in text]
-        return text[: min(ends, default=len(text))]
-
-    def call_reader(self) -> CallReader | None:
-        """Return what tells an answer's calls from its content, where it may have some."""
-        request = self.request
-        if not isinstance(request, ChatRequest) or not request.may_call:
-            return None
-        most = 1 if request.parallel_tool_calls is False else None
-        return CallReader(self.model.syntax, request.offered_tools, most)
-
-    def said(self, result: DecodeResult) -> Said:
-        """Return what an answer says."""
-        reader = self.call_reader()
-        if reader is None:
-            return Said(result.text)
-        content, calls = reader.finish(self.text(result))
-        return Said(content, [tool_call(one, self.model.syntax.new_id()) for one in calls])
 
 
 class ModelServer:
@@ -299,8 +69,8 @@ class ModelServer:
         engine: EngineName | VllmConfig = "auto",
         waits: bool = False,
     ) -> None:
-        self._loading: Future[dict[str, _Loaded]] = ThreadPoolExecutor(1).submit(
-            _load, models, max_batch_size, engine
+        self._loading: Future[dict[str, LoadedModel]] = ThreadPoolExecutor(1).submit(
+            load, models, max_batch_size, engine
         )
         if waits:
             self._loading.result()
@@ -349,10 +119,10 @@ class ModelServer:
         try:
             model = (await asyncio.wrap_future(self._loading))[body["model"]]
             if route == "tokenize":
-                return 200, await _tokenize(protocol.parse_tokenize(body), model)
+                return 200, await tokenize(protocol.parse_tokenize(body), model)
             if route == "detokenize":
-                return 200, await _detokenize(protocol.parse_detokenize(body), model)
-            asked = await _read(route, body, model)
+                return 200, await detokenize(protocol.parse_detokenize(body), model)
+            asked = await read_request(route, body, model)
             generations = _Generations(model, asked.decoding)
             try:
                 results = await asyncio.gather(*generations.tasks)
@@ -362,7 +132,7 @@ class ModelServer:
             size = sum(len(r.token_ids) + len(r.prompt_scores or ()) for r in results)
             is_long = size > _LONG_ANSWER_TOKENS
             return 200, await model.read(
-                _LONG_TEXT_BYTES if is_long else 0, partial(_answer, asked, results)
+                LONG_TEXT_BYTES if is_long else 0, partial(_answer, asked, results)
             )
         except Exception as error:
             failure = _failure(error, route, body, request_id)
@@ -375,7 +145,7 @@ class ModelServer:
         started, generations = False, None
         try:
             model = (await asyncio.wrap_future(self._loading))[body["model"]]
-            asked = await _read(route, body, model)
+            asked = await read_request(route, body, model)
             prompt_scores = await _streamed_prompt_scores(asked)
             news: asyncio.Queue[_News] = asyncio.Queue()
             loop = asyncio.get_running_loop()
@@ -411,7 +181,7 @@ class ModelServer:
                 generations.cancel()
 
 
-async def _streamed_prompt_scores(asked: _Asked) -> list[Sequence[TokenScore]]:
+async def _streamed_prompt_scores(asked: Asked) -> list[Sequence[TokenScore]]:
     """Return the scores of each prompt of a stream that echoes them; mostly nothing.
 
     They stand in the stream before the answer, so the prompt is read for them first.
@@ -452,7 +222,7 @@ class _Generations:
         QueueFull: The engine does not take the first.
     """
 
-    def __init__(self, model: _Loaded, requests: Sequence[DecodeRequest]) -> None:
+    def __init__(self, model: LoadedModel, requests: Sequence[DecodeRequest]) -> None:
         for request in requests:
             model.engine.check(request)
         self._engine = model.engine
@@ -484,7 +254,7 @@ class _Generations:
 class _Choice:
     """What of one choice has been written and not yet sent."""
 
-    def __init__(self, asked: _Asked) -> None:
+    def __init__(self, asked: Asked) -> None:
         self._asked = asked
         self._request, self._renderer = asked.request, asked.model.renderer
         self._text = StreamedText(asked.decode, asked.request.stop_strings)
@@ -534,7 +304,7 @@ class _Choice:
 
 
 async def _events(
-    asked: _Asked,
+    asked: Asked,
     generations: _Generations,
     news: asyncio.Queue[_News],
     prompt_scores: Sequence[Sequence[TokenScore]],
@@ -554,7 +324,7 @@ async def _events(
         if prompt_scores:
             is_long = len(prompt.token_ids) > _LONG_ANSWER_TOKENS
             write = partial(choice.echo, prompt, prompt_scores[number])
-            logprobs = await asked.model.read(_LONG_TEXT_BYTES if is_long else 0, write)
+            logprobs = await asked.model.read(LONG_TEXT_BYTES if is_long else 0, write)
         if echoes:
             yield chunks.text(prompt.text, index, logprobs)
     num_open = len(choices)
@@ -585,256 +355,11 @@ def _told(chunks: Chunks, index: int, choice: _Choice, said: Said) -> Iterator[s
         yield chunks.call(call, number, index)
 
 
-def _load(
-    models: Mapping[str, ServedModel], max_batch_size: int, kind: EngineName | VllmConfig
-) -> dict[str, _Loaded]:
-    # The replica alone needs these; who only describes it, or passes requests on, does not.
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    renderers = {name: _load_renderer(model) for name, model in models.items()}
-    first = next(iter(models))
-    # The same weights have the same tokenizer; templates, and so stop tokens, may differ.
-    decode, stop_ids = renderers[first].decode, renderers[first].stop_ids
-    adapters = {n: m.adapter / ADAPTER for n, m in models.items() if m.adapter is not None}
-    engine: DecodeEngine
-    if isinstance(kind, VllmConfig):
-        from tuneloop.serving.vllm.engine import ServedWeights, VllmEngine
-
-        weights = ServedWeights(models[first].path, adapters)
-        engine = VllmEngine(weights, kind, decode, stop_ids, max_batch_size)
-    else:
-        engine = _own_engine(
-            kind,
-            models[first].path,
-            decode=decode,
-            stop_ids=stop_ids,
-            max_batch_size=max_batch_size,
-            adapters=adapters,
-        )
-    reader = ThreadPoolExecutor(1, "tuneloop-reader")
-    compiler = ThreadPoolExecutor(1, "tuneloop-compiler")
-    return {
-        name: _Loaded(
-            model,
-            renderers[name],
-            engine,
-            name if model.adapter else "",
-            reader,
-            _load_constraints(renderers[name], engine.vocab_size),
-            compiler,
-        )
-        for name, model in models.items()
-    }
-
-
-def _own_engine(kind: EngineName, path: Path, **options: Any) -> Engine:
-    """Return our engine on OpenVINO, or on PyTorch where `auto` finds that OpenVINO cannot."""
-    import torch
-
-    from tuneloop.serving.engine import Engine
-    from tuneloop.serving.room import weight_bytes
-
-    if kind == "openvino":
-        openvino.require()
-    is_tried = (
-        kind == "auto"
-        and not torch.cuda.is_available()
-        and openvino.suits(weight_bytes(path), sum(map(weight_bytes, options["adapters"].values())))
-    )
-    if kind == "openvino" or is_tried:
-        from tuneloop.serving.openvino.engine import OpenVinoEngine
-
-        try:
-            return OpenVinoEngine.load(path, **options)
-        except ModelError as error:
-            if kind == "openvino":
-                raise
-            problem = error.problems[0]
-            log.info("PyTorch computes, for %s: %s", problem.what, problem.got)
-    return Engine.load(path, **options)
-
-
-def _load_constraints(renderer: Renderer, vocab_size: int) -> Constraints | None:
-    from tuneloop.serving.constraint import Constraints
-
-    try:
-        return Constraints(renderer, vocab_size)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of llguidance is no Exception
-        log.warning("answers in a given form are not served: %s", error)
-        return None
-
-
-def _load_renderer(model: ServedModel) -> Renderer:
-    """Return a model's renderer; one that renders otherwise than in training is refused."""
-    renderer = Renderer.load(model.folder, model.chat_template)
-    recorded = recorded_renderer(model.folder)
-    if model.chat_template == "auto" and recorded not in (None, renderer.hash):
-        raise ModelError.of(
-            "the model's tokenizer or template renders otherwise than when it was trained",
-            where=str(model.folder),
-            got=renderer.hash,
-            allowed=str(recorded),
-            remedy="put back the directory's own files, or train again",
-        )
-    return renderer
-
-
-async def _read(route: Route, body: dict[str, Any], model: _Loaded) -> _Asked:
-    """Return a request with its prompts as token ids.
-
-    Raises:
-        ProtocolError: The request is wrong.
-        RenderError: The model's template does not take the messages.
-    """
-    request: ChatRequest | CompletionRequest
-    if route == "chat":
-        request = protocol.parse_chat(body)
-        prompts = [await _chat_prompt(request, model)]
-        num_top, wants_logprobs = request.top_logprobs or 0, bool(request.logprobs)
-        max_tokens = request.max_completion_tokens or request.max_tokens
-        if max_tokens is None:
-            # OpenAI's default is no bound; the model's positions are one.
-            max_tokens = max(1, model.engine.max_length - len(prompts[0].token_ids))
-    else:
-        request = protocol.parse_completion(body)
-        prompts = await _completion_prompts(request, model)
-        num_top, wants_logprobs = request.logprobs or 0, request.logprobs is not None
-        max_tokens = request.max_tokens
-        if max_tokens is None:
-            max_tokens = protocol.DEFAULT_COMPLETION_TOKENS
-    form = request.form()
-    if isinstance(request, ChatRequest) and (tools := request.demanded_tools):
-        is_parallel = request.tool_choice == "required" and request.parallel_tool_calls is not False
-        grammar = model.syntax.grammar(tools, is_parallel, model.renderer)
-        form = AnswerForm("lark", grammar, "tool_choice")
-    constraint = None if form is None else await model.constraint(form)
-    ranking = None
-    if isinstance(request, ChatRequest):
-        ranking = await model.ranking(request, prompts[0].token_ids)
-    if ranking is not None:
-        max_tokens = ranking.tree.longest
-    # Candidates are told apart by their log-probabilities, whether those are asked for or not.
-    scores_answer = wants_logprobs or request.num_candidates > request.num_choices
-    asked = replace(
-        model.decode_request(request, request.params(max_tokens, scores_answer)),
-        num_top=num_top,
-        constraint=constraint,
-        ranking=ranking,
-        score_prompt=route == "completions"
-        and bool(getattr(request, "echo", False))
-        and (wants_logprobs or max_tokens == 0),
-    )
-    decoding = [
-        replace(asked, prompt_ids=prompt.token_ids, params=_choice_params(asked.params, index))
-        for prompt in prompts
-        for index in range(request.num_candidates)
-    ]
-    return _Asked(model, request, prompts, decoding)
-
-
-def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
-    """Return the parameters of one of several choices; the first has the seed that was given."""
-    return replace(params, seed=(params.seed + index * _SEED_STEP) % 2**63) if index else params
-
-
-async def _chat_prompt(request: ChatRequest | TokenizeRequest, model: _Loaded) -> TextPrompt:
-    messages = results_in_order([message.message() for message in request.messages or ()])
-    tools = request.offered_tools if isinstance(request, ChatRequest) else request.tools or ()
-    settings = _template_settings(request, model.renderer)
-    said = [text for m in messages for text in (m.content, m.tool_calls, m.reasoning_content)]
-    size = sum(len(text.encode()) for text in [*said, *map(str, tools), str(settings)])
-    # Each turn costs a rendering of all before it.
-    is_long = len(messages) > _MANY_MESSAGES
-
-    def read(renderer: Renderer) -> list[int]:
-        return renderer.with_settings(settings).prompt_ids(messages, tools)
-
-    return TextPrompt("", await model.read(max(size, is_long * _LONG_TEXT_BYTES), read))
-
-
-def _template_settings(
-    request: ChatRequest | TokenizeRequest, renderer: Renderer
-) -> dict[str, Any]:
-    """Return what a request tells the chat template beside the conversation.
-
-    Raises:
-        InvalidRequest: The template does not read it.
-    """
-    settings = dict(request.chat_template_kwargs or {})
-    names = renderer.setting_names
-    if unread := sorted(settings.keys() - names):
-        raise _unread(unread[0], "chat_template_kwargs", names)
-    effort = request.reasoning_effort if isinstance(request, ChatRequest) else None
-    if effort is None:
-        return settings
-    param = "reasoning_effort"
-    implied: dict[str, Any] = {param: effort} if param in names else {}
-    if not implied and effort == "none" and "enable_thinking" in names:
-        implied = {"enable_thinking": False}
-    if not implied and (effort != "none" or renderer.opens_thinking):
-        raise _unread(param, param, names)
-    for name, value in implied.items():
-        if settings.get(name, value) != value:
-            raise InvalidRequest(f"`{param}` and `chat_template_kwargs.{name}` differ", None, param)
-    return settings | implied
-
-
-def _unread(name: str, param: str, names: Collection[str]) -> InvalidRequest:
-    read = ", ".join(f"`{one}`" for one in sorted(names)) or "nothing of the kind"
-    message = f"the model's chat template does not read `{name[:100]}`; it reads {read}"
-    return InvalidRequest(message, "unsupported_parameter", param)
-
-
-async def _completion_prompts(request: CompletionRequest, model: _Loaded) -> list[TextPrompt]:
-    prompts = []
-    for index, prompt in enumerate(request.prompts()):
-        if index % _READ_AT_ONCE == _READ_AT_ONCE - 1:
-            await asyncio.sleep(0)
-        if isinstance(prompt, str):
-            read = partial(Renderer.text_ids, text=prompt)
-            prompts.append(TextPrompt(prompt, await model.read(len(prompt.encode()), read)))
-            continue
-        text = ""
-        if request.echo:
-            text = await _text(prompt, model)
-        prompts.append(TextPrompt(text, prompt))
-    return prompts
-
-
-async def _text(ids: Sequence[int], model: _Loaded) -> str:
-    """Return the text of ids.
-
-    Raises:
-        InvalidRequest: An id is outside the vocabulary.
-    """
-    size = model.engine.vocab_size
-    if any(not 0 <= token < size for token in ids):
-        raise InvalidRequest(f"a token id is outside the vocabulary of {size}")
-    return await model.read(min(len(ids), _LONG_TEXT_BYTES), partial(Renderer.decode, ids=ids))
-
-
-def _answer(asked: _Asked, results: Sequence[DecodeResult], renderer: Renderer) -> dict[str, Any]:
+def _answer(asked: Asked, results: Sequence[DecodeResult], renderer: Renderer) -> dict[str, Any]:
     if isinstance(asked.request, ChatRequest):
         said = [asked.said(result) for result in results]
         return chat_response(asked.request, asked.prompts[0].token_ids, results, said, renderer)
     return completion_response(asked.request, asked.prompts, results, renderer)
-
-
-async def _tokenize(request: TokenizeRequest, model: _Loaded) -> dict[str, Any]:
-    """Return the ids of a text, or of a conversation as it would be asked."""
-    if request.prompt is None:
-        ids = (await _chat_prompt(request, model)).token_ids
-    else:
-        read = partial(Renderer.text_ids, text=request.prompt)
-        ids = await model.read(len(request.prompt.encode()), read)
-    return {"count": len(ids), "max_model_len": model.engine.max_length, "tokens": list(ids)}
-
-
-async def _detokenize(request: DetokenizeRequest, model: _Loaded) -> dict[str, Any]:
-    return {"prompt": await _text(request.tokens, model)}
 
 
 def _failure(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from tuneloop.errors import ResourceError
 from tuneloop.models.export.layout import ADAPTER
-from tuneloop.serving.replica import ServedModel
+from tuneloop.serving.loaded import ServedModel
 
 _BYTES_PER_WEIGHT = 4  # on a CPU weights are float32, whatever the file has
 _GIB = 2**30

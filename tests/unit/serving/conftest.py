@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.serving.replica import ModelServer, ServedModel
+from tuneloop.serving.loaded import ServedModel
+from tuneloop.serving.replica import ModelServer
 
 # Its settings are read as those of Qwen 3, SmolLM 3 and Llama 3 are.
 THINKING = """\

@@ -21,8 +21,9 @@ from tuneloop.models.chat.renderer import Renderer
 from tuneloop.serving.answers import ScoredToken, chat_logprobs
 from tuneloop.serving.api import build_api
 from tuneloop.serving.keys import ApiKey, Keyring, hash_of
+from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.protocol import MAX_BODY_BYTES
-from tuneloop.serving.replica import ModelServer, ServedModel
+from tuneloop.serving.replica import ModelServer
 from tuneloop.serving.requests import QueueFull, TokenScore
 
 CHAT: dict[str, Any] = {

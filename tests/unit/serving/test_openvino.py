@@ -28,8 +28,9 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.contest import engine_problems
 from tuneloop.errors import ModelError
 from tuneloop.records import SamplingParams
+from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.openvino.environment import suits
-from tuneloop.serving.replica import ModelServer, ServedModel
+from tuneloop.serving.replica import ModelServer
 from tuneloop.serving.requests import DecodeRequest
 
 SMALL = {

@@ -17,6 +17,7 @@ from openai.types.responses import response_create_params as response_params
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.serving import protocol
 from tuneloop.serving.app import _gpu_share
+from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -24,7 +25,7 @@ from tuneloop.serving.protocol import (
     parse_chat,
     parse_completion,
 )
-from tuneloop.serving.replica import ModelServer, ServedModel
+from tuneloop.serving.replica import ModelServer
 from tuneloop.serving.responses import ResponsesRequest, parse_responses
 from tuneloop.serving.text import Detokenizer, StreamedText
 

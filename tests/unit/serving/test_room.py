@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tuneloop.errors import ResourceError
-from tuneloop.serving.replica import ServedModel
+from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.room import refuse_small_memory, weight_bytes
 
 

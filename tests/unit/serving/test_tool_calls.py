@@ -19,7 +19,8 @@ from tuneloop.evals.scoring.function_calls import function_call
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message, call_text
 from tuneloop.serving.api import build_api
-from tuneloop.serving.replica import ModelServer, ServedModel
+from tuneloop.serving.loaded import ServedModel
+from tuneloop.serving.replica import ModelServer
 
 PARAMETERS = {
     "type": "object",
