@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 from tuneloop.serving.answers import event, model_card, model_list
 from tuneloop.serving.asked import Route
 from tuneloop.serving.keys import Holder, Keyring
+from tuneloop.serving.parsing import unknown_model
 from tuneloop.serving.protocol import (
     MAX_BODY_BYTES,
     ChatRequest,
@@ -35,7 +36,6 @@ from tuneloop.serving.protocol import (
     ErrorBody,
     ProtocolError,
     TokenizeRequest,
-    unknown_model,
 )
 from tuneloop.serving.requests import Activity
 from tuneloop.serving.responses import (

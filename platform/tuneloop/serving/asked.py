@@ -12,10 +12,11 @@ from tuneloop.models.chat.calls import CallReader
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.tool_results import results_in_order
 from tuneloop.records import SamplingParams
-from tuneloop.serving import protocol
 from tuneloop.serving.answers import Said, TextPrompt, tool_call
 from tuneloop.serving.loaded import LONG_TEXT_BYTES, LoadedModel, template_settings
+from tuneloop.serving.parsing import parse_chat, parse_completion
 from tuneloop.serving.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -85,7 +86,7 @@ async def read_request(route: Route, body: dict[str, Any], model: LoadedModel) -
     """
     request: ChatRequest | CompletionRequest
     if route == "chat":
-        request = protocol.parse_chat(body)
+        request = parse_chat(body)
         prompts = [await _chat_prompt(request, model)]
         num_top, wants_logprobs = request.top_logprobs or 0, bool(request.logprobs)
         max_tokens = request.max_completion_tokens or request.max_tokens
@@ -93,12 +94,12 @@ async def read_request(route: Route, body: dict[str, Any], model: LoadedModel) -
             # OpenAI's default is no bound; the model's positions are one.
             max_tokens = max(1, model.engine.max_length - len(prompts[0].token_ids))
     else:
-        request = protocol.parse_completion(body)
+        request = parse_completion(body)
         prompts = await _completion_prompts(request, model)
         num_top, wants_logprobs = request.logprobs or 0, request.logprobs is not None
         max_tokens = request.max_tokens
         if max_tokens is None:
-            max_tokens = protocol.DEFAULT_COMPLETION_TOKENS
+            max_tokens = DEFAULT_COMPLETION_TOKENS
     form = request.form()
     if isinstance(request, ChatRequest) and (tools := request.demanded_tools):
         is_parallel = request.tool_choice == "required" and request.parallel_tool_calls is not False

@@ -18,7 +18,6 @@ from tuneloop.errors import UserError
 from tuneloop.models.chat.calls import Written
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
-from tuneloop.serving import protocol
 from tuneloop.serving.answers import (
     Chunks,
     Said,
@@ -34,6 +33,7 @@ from tuneloop.serving.answers import (
 )
 from tuneloop.serving.asked import Asked, Route, detokenize, read_request, tokenize
 from tuneloop.serving.loaded import LONG_TEXT_BYTES, LoadedModel, ServedModel, load
+from tuneloop.serving.parsing import parse_detokenize, parse_tokenize
 from tuneloop.serving.protocol import ChatRequest, CompletionRequest, ProtocolError
 from tuneloop.serving.requests import (
     Activity,
@@ -119,9 +119,9 @@ class ModelServer:
         try:
             model = (await asyncio.wrap_future(self._loading))[body["model"]]
             if route == "tokenize":
-                return 200, await tokenize(protocol.parse_tokenize(body), model)
+                return 200, await tokenize(parse_tokenize(body), model)
             if route == "detokenize":
-                return 200, await detokenize(protocol.parse_detokenize(body), model)
+                return 200, await detokenize(parse_detokenize(body), model)
             asked = await read_request(route, body, model)
             generations = _Generations(model, asked.decoding)
             try:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tuneloop.serving.parsing import parse_body
 from tuneloop.serving.protocol import (
     MAX_FIELDS,
     MAX_INTEGER,
@@ -24,7 +25,6 @@ from tuneloop.serving.protocol import (
     ProtocolError,
     StreamOptions,
     StrictBody,
-    parse_body,
 )
 
 # Fields that are not implemented, with the values that ask for nothing.

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from tuneloop.models.chat.renderer import TEMPLATES, Renderer
 from tuneloop.records import Message
 from tuneloop.serving.constraint import Constraints
-from tuneloop.serving.protocol import ProtocolError, parse_chat
+from tuneloop.serving.parsing import parse_chat
+from tuneloop.serving.protocol import ProtocolError
 from tuneloop.serving.ranking import AnswerSearch, AnswerTree
 from tuneloop.serving.replica import ModelServer
 from tuneloop.serving.requests import AnswerForm

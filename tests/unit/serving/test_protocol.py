@@ -15,16 +15,10 @@ from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params as response_params
 
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.serving import protocol
 from tuneloop.serving.app import _gpu_share
 from tuneloop.serving.loaded import ServedModel
-from tuneloop.serving.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    ProtocolError,
-    parse_chat,
-    parse_completion,
-)
+from tuneloop.serving.parsing import parse_chat, parse_completion, unknown_model
+from tuneloop.serving.protocol import ChatRequest, CompletionRequest, ProtocolError
 from tuneloop.serving.replica import ModelServer
 from tuneloop.serving.responses import ResponsesRequest, parse_responses
 from tuneloop.serving.text import Detokenizer, StreamedText
@@ -248,7 +242,7 @@ def test_a_directory_that_renders_otherwise_than_in_training_is_refused(
 
 
 def test_unknown_model_lists_what_is_served() -> None:
-    error = protocol.unknown_model("x", ["a", "b"])
+    error = unknown_model("x", ["a", "b"])
     assert (error.status, error.code) == (404, "model_not_found")
     assert "a, b" in error.message
 
