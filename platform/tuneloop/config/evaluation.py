@@ -17,8 +17,10 @@ NO_DIFFERENCE = 0.05
 class PriceConfig(Section):
     """What an endpoint charges; `in` and `out`, or a list of the two, are understood as well."""
 
-    input: float = Field(ge=0, description="Price of a million tokens of prompts.")
-    output: float = Field(ge=0, description="Price of a million tokens of answers.")
+    input: float = Field(ge=0)
+    """Price of a million tokens of prompts."""
+    output: float = Field(ge=0)
+    """Price of a million tokens of answers."""
 
     @model_validator(mode="before")
     @classmethod
@@ -37,54 +39,34 @@ class ArmConfig(Section):
     `finetuned+constrained` and `finetuned` are those that `run` compares.
     """
 
-    model: str | list[str] | None = Field(
-        None,
-        description="`base`, `finetuned`, an artifact such as `models/faq@v2`, or what "
-        "`model.base` takes; with `endpoint`, the model's name there. A list of artifacts, trained "
-        "alike but for `training.seed`, is one arm: its score is their mean, and its intervals and "
-        "tests hold for other seeds as well as other rows.",
-    )
-    shots: int | None = Field(
-        None,
-        ge=0,
-        description="Solved examples from the train split in the prompt. Default: none, or "
-        "`evaluation.num_shots` where `choose` is given.",
-    )
-    choose: Literal["fixed", "nearest"] | None = Field(
-        None,
-        description="`fixed`: the same examples in every prompt; `nearest`: those most alike the "
-        "question. Default: `fixed`.",
-    )
-    constrain: bool = Field(
-        False,
-        description="True: the answer of a `classification` is the most probable label as a whole, "
-        "that of an `extraction` is JSON under the schema of the train rows. An endpoint has to "
-        "know `response_format`.",
-    )
-    endpoint: str | None = Field(
-        None,
-        pattern=r"^https?://",
-        description="Base URL of an OpenAI-compatible server, ending in `/v1`.",
-    )
-    api_key_env: str | None = Field(
-        None, description="The environment variable that holds the endpoint's API key."
-    )
-    price: PriceConfig | None = Field(
-        None, description="What the endpoint charges, in any one currency."
-    )
-    timeout_s: float = Field(
-        300.0, gt=0, description="Longest wait for one answer of the endpoint, in seconds."
-    )
-    answers: str | None = Field(
-        None,
-        description="A JSONL file with answers made elsewhere: `example_id` or `prompt`, and "
-        "`completion`.",
-    )
-    simple: bool = Field(
-        False,
-        description="True: a classifier on TF-IDF for `classification`, else the answer of the "
-        "nearest train row.",
-    )
+    model: str | list[str] | None = None
+    """`base`, `finetuned`, an artifact such as `models/faq@v2`, or what `model.base` takes; with
+    `endpoint`, the model's name there. A list of artifacts, trained alike but for `training.seed`,
+    is one arm: its score is their mean, and its intervals and tests hold for other seeds as well as
+    other rows."""
+    shots: int | None = Field(None, ge=0)
+    """Solved examples from the train split in the prompt. Default: none, or `evaluation.num_shots`
+    where `choose` is given."""
+    choose: Literal["fixed", "nearest"] | None = None
+    """`fixed`: the same examples in every prompt; `nearest`: those most alike the question.
+    Default: `fixed`."""
+    constrain: bool = False
+    """True: the answer of a `classification` is the most probable label as a whole, that of an
+    `extraction` is JSON under the schema of the train rows. An endpoint has to know
+    `response_format`."""
+    endpoint: str | None = Field(None, pattern=r"^https?://")
+    """Base URL of an OpenAI-compatible server, ending in `/v1`."""
+    api_key_env: str | None = None
+    """The environment variable that holds the endpoint's API key."""
+    price: PriceConfig | None = None
+    """What the endpoint charges, in any one currency."""
+    timeout_s: float = Field(300.0, gt=0)
+    """Longest wait for one answer of the endpoint, in seconds."""
+    answers: str | None = None
+    """A JSONL file with answers made elsewhere: `example_id` or `prompt`, and `completion`."""
+    simple: bool = False
+    """True: a classifier on TF-IDF for `classification`, else the answer of the nearest train
+    row."""
 
     @property
     def given(self) -> set[str]:
@@ -144,63 +126,51 @@ class ArmConfig(Section):
 class BudgetConfig(Section):
     """What the endpoints of an evaluation or a generation may cost, all tries together."""
 
-    money: float | None = Field(
-        None, gt=0, description="Most money, in the currency of `price`. Default: any."
-    )
-    tokens: int | None = Field(
-        None, ge=1, description="Most tokens of prompts and answers. Default: any number."
-    )
+    money: float | None = Field(None, gt=0)
+    """Most money, in the currency of `price`. Default: any."""
+    tokens: int | None = Field(None, ge=1)
+    """Most tokens of prompts and answers. Default: any number."""
 
 
 class JudgeConfig(Section):
     """A model that says which of two answers is better; human votes correct it."""
 
-    endpoint: str = Field(
-        pattern=r"^https?://",
-        description="Base URL of an OpenAI-compatible server, ending in `/v1`.",
-    )
-    model: str = Field(description="The model's name there.")
-    api_key_env: str | None = Field(
-        None, description="The environment variable that holds the endpoint's API key."
-    )
-    price: PriceConfig | None = Field(
-        None, description="What the endpoint charges; `evaluation.budget` holds for all together."
-    )
-    timeout_s: float = Field(300.0, gt=0, description="Longest wait for one answer, in seconds.")
-    kind: Literal["pairwise", "rubric"] = Field(
-        "pairwise",
-        description="`pairwise` shows two answers, in both orders; `rubric` rates each answer from "
-        "1 to 5, and the higher rating wins.",
-    )
+    endpoint: str = Field(pattern=r"^https?://")
+    """Base URL of an OpenAI-compatible server, ending in `/v1`."""
+    model: str
+    """The model's name there."""
+    api_key_env: str | None = None
+    """The environment variable that holds the endpoint's API key."""
+    price: PriceConfig | None = None
+    """What the endpoint charges; `evaluation.budget` holds for all together."""
+    timeout_s: float = Field(300.0, gt=0)
+    """Longest wait for one answer, in seconds."""
+    kind: Literal["pairwise", "rubric"] = "pairwise"
+    """`pairwise` shows two answers, in both orders; `rubric` rates each answer from 1 to 5, and the
+    higher rating wins."""
     criteria: str = Field(
-        "A good answer is correct, does what was asked, and adds nothing wrong.",
-        min_length=1,
-        description="What makes an answer good, in the words the judge is told.",
+        "A good answer is correct, does what was asked, and adds nothing wrong.", min_length=1
     )
-    against: list[str] = Field(
-        default_factory=list,
-        description="The arms that the last arm is compared with. Default: all others.",
-    )
-    max_tokens: int = Field(512, ge=1, description="Longest answer of the judge, in tokens.")
+    """What makes an answer good, in the words the judge is told."""
+    against: list[str] = Field(default_factory=list)
+    """The arms that the last arm is compared with. Default: all others."""
+    max_tokens: int = Field(512, ge=1)
+    """Longest answer of the judge, in tokens."""
 
 
 class ForgettingConfig(Section):
     """What a model may have forgotten: general tasks before and after, by lm-evaluation-harness."""
 
-    tasks: list[str] = Field(
-        min_length=1,
-        description="Tasks of lm-evaluation-harness by name, or YAML files of your own "
-        "(`dataset_path: json` needs no network).",
-    )
-    limit: int | None = Field(None, ge=1, description="Documents of each task. Default: all.")
-    num_fewshot: int | None = Field(
-        None, ge=0, description="Solved documents in the prompt. Default: what the task says."
-    )
-    environment: str = Field(
-        ".lm-eval",
-        description="Directory of the virtual environment with lm-eval, never the one that trains; "
-        "made, and lm-eval installed into it, where it is not there.",
-    )
+    tasks: list[str] = Field(min_length=1)
+    """Tasks of lm-evaluation-harness by name, or YAML files of your own (`dataset_path: json` needs
+    no network)."""
+    limit: int | None = Field(None, ge=1)
+    """Documents of each task. Default: all."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Solved documents in the prompt. Default: what the task says."""
+    environment: str = ".lm-eval"
+    """Directory of the virtual environment with lm-eval, never the one that trains; made, and
+    lm-eval installed into it, where it is not there."""
 
 
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}$")]
@@ -211,31 +181,20 @@ DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
 class MetricConfig(Section):
     """A metric by its name, with its options."""
 
-    name: str = Field(
-        min_length=1,
-        description="A metric of the task (`docs/evaluation.md` lists them), `exact_match_strict`, "
-        "`chrf`, `bleu`, `number`, `multi_label_f1`, `json_f1`, `function_call`, `regex`, "
-        "`perplexity`, or the dotted path to a function of your own, "
-        "`my_module.my_scorer(reference, completion)`, that returns a number from 0 to 1.",
-    )
-    tolerance: float = Field(
-        0.0,
-        ge=0,
-        description="For `number`: the largest error, as a share of the reference's number.",
-    )
-    after: str = Field(
-        "", description="For `number`: the mark before the answer, for example `####`."
-    )
-    pattern: str = Field(
-        "",
-        description="For `regex`: what an answer has to match; if it has a group, what the group "
-        "finds has to be what it finds in the reference.",
-    )
-    separator: str = Field(
-        ",",
-        min_length=1,
-        description="For `multi_label_f1`: what parts labels, unless they are a JSON list.",
-    )
+    name: str = Field(min_length=1)
+    """A metric of the task (`docs/evaluation.md` lists them), `exact_match_strict`, `chrf`, `bleu`,
+    `number`, `multi_label_f1`, `json_f1`, `function_call`, `regex`, `perplexity`, or the dotted
+    path to a function of your own, `my_module.my_scorer(reference, completion)`, that returns a
+    number from 0 to 1."""
+    tolerance: float = Field(0.0, ge=0)
+    """For `number`: the largest error, as a share of the reference's number."""
+    after: str = ""
+    """For `number`: the mark before the answer, for example `####`."""
+    pattern: str = ""
+    """For `regex`: what an answer has to match; if it has a group, what the group finds has to be
+    what it finds in the reference."""
+    separator: str = Field(",", min_length=1)
+    """For `multi_label_f1`: what parts labels, unless they are a JSON list."""
 
     @model_validator(mode="before")
     @classmethod
@@ -259,18 +218,14 @@ class MetricConfig(Section):
 class FloorConfig(Section):
     """The least that `tuneloop gate` asks of all rows, or of those of one kind."""
 
-    at_least: float = Field(
-        description="The score in the primary metric that has to be shown, in its unit (0.8 is 80% "
-        "of a score shown in per cent): the lower end of the interval has to reach it."
-    )
-    by: str | None = Field(
-        None,
-        description="A column of the rows, or `length`, `reference_length`, `source`, `label`, "
-        "`task`: see `slices.json`. Default: all rows together.",
-    )
-    value: str | None = Field(
-        None, description="The value whose rows are meant. Default: those of each value."
-    )
+    at_least: float
+    """The score in the primary metric that has to be shown, in its unit (0.8 is 80% of a score
+    shown in per cent): the lower end of the interval has to reach it."""
+    by: str | None = None
+    """A column of the rows, or `length`, `reference_length`, `source`, `label`, `task`: see
+    `slices.json`. Default: all rows together."""
+    value: str | None = None
+    """The value whose rows are meant. Default: those of each value."""
 
     @field_validator("value", mode="before")
     @classmethod
@@ -287,100 +242,64 @@ class FloorConfig(Section):
 class EvaluationConfig(Section):
     """How answers are scored."""
 
-    arms: dict[ArmName, ArmConfig] = Field(
-        default_factory=dict,
-        description="For `tuneloop evaluate`: what answers, by name; the last one is the one that "
-        "the headline is about. Default: the arms that `run` compares, and no `finetuned` before "
-        "there is one.",
-    )
-    sources: list[MixedSourceConfig] = Field(
-        default_factory=list,
-        description="For `tuneloop evaluate`: rows to answer in place of the test split; written "
-        "like `data.sources`.",
-    )
+    arms: dict[ArmName, ArmConfig] = Field(default_factory=dict)
+    """For `tuneloop evaluate`: what answers, by name; the last one is the one that the headline is
+    about. Default: the arms that `run` compares, and no `finetuned` before there is one."""
+    sources: list[MixedSourceConfig] = Field(default_factory=list)
+    """For `tuneloop evaluate`: rows to answer in place of the test split; written like
+    `data.sources`."""
     budget: BudgetConfig = BudgetConfig()
-    judge: JudgeConfig | None = Field(
-        None,
-        description="Who compares the answers of the last arm with those of others, for `evaluate` "
-        "and `run`. Its win rates are shown once people have voted on some of the pairs.",
-    )
-    forgetting: ForgettingConfig | None = Field(
-        None,
-        description="General tasks on which the first and the last model served here are compared, "
-        "for `evaluate` and `run`.",
-    )
+    judge: JudgeConfig | None = None
+    """Who compares the answers of the last arm with those of others, for `evaluate` and `run`. Its
+    win rates are shown once people have voted on some of the pairs."""
+    forgetting: ForgettingConfig | None = None
+    """General tasks on which the first and the last model served here are compared, for `evaluate`
+    and `run`."""
 
-    num_shots: int = Field(
-        3,
-        ge=0,
-        description="Solved examples from the train split in the prompt of the few-shot arm; 0 "
-        "leaves the arm out.",
-    )
-    max_tokens: int = Field(128, ge=1, description="Longest answer, in tokens.")
-    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy.")
-    num_samples: int = Field(
-        1,
-        ge=1,
-        le=1000,
-        description="Answers to each question, with `temperature` above 0. A row's score is their "
-        "mean, and intervals and tests know both sources of noise: the rows and the sampling.",
-    )
-    concurrency: int = Field(64, ge=1, description="Requests in flight.")
-    confidence: float = Field(
-        0.95, gt=0.5, lt=1, description="Confidence level of the intervals and comparisons."
-    )
-    num_resamples: int = Field(10_000, ge=100, description="Bootstrap resamples.")
-    split: Literal["test", "validation"] = Field(
-        "test",
-        description="The split that is answered. Choose settings on `validation`, and look at "
-        "`test` once.",
-    )
-    metrics: list[MetricConfig] = Field(
-        default_factory=list,
-        description="What is measured, as names or as names with options. Default: the metrics of "
-        "the task.",
-    )
-    primary: str | None = Field(
-        None,
-        description="The metric that decides: headline, comparison and sweeps read it. Default: "
-        "the task's own, or the first of `metrics`.",
-    )
-    tags: list[DottedPath] = Field(
-        default_factory=list,
-        description="Error tags of your own, beside those of `docs/evaluation.md`: dotted paths to "
-        "functions `my_module.my_tag(reference, completion)` that return None where nothing is "
-        "wrong, else True or the text that shows it.",
-    )
-    group_by: str | None = Field(
-        None,
-        description="The column of the rows that belong together: they are right and wrong "
-        "together, and intervals and tests know it. Default: the column of `data.split.group_by`, "
-        "else rows with the same question or nearly the same.",
-    )
-    margin: float | None = Field(
-        None,
-        gt=0,
-        description="The loss in the primary metric that does not matter, in its unit (0.02 is 2 "
-        "points of a score shown in per cent). The headline then says `not worse` as well.",
-    )
-    floors: list[FloorConfig] = Field(
-        default_factory=list,
-        description="For `tuneloop gate`: scores that the candidate has to reach.",
-    )
-    calibration: bool = Field(
-        False,
-        description="True: labels that are ranked have probabilities, and the report says how far "
-        "one can rely on them. The search among the labels takes longer then, the more so the less "
-        "sure the model is.",
-    )
-    max_unscored_ratio: float = Field(
-        0.2,
-        ge=0,
-        le=1,
-        description="The largest share of an arm's questions that may stay without an answer. With "
-        "more nothing is published; the next run asks for what is missing.",
-    )
-    seed: int = Field(0, description="Seed of the few-shot examples, sampling and bootstrap.")
+    num_shots: int = Field(3, ge=0)
+    """Solved examples from the train split in the prompt of the few-shot arm; 0 leaves the arm
+    out."""
+    max_tokens: int = Field(128, ge=1)
+    """Longest answer, in tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    num_samples: int = Field(1, ge=1, le=1000)
+    """Answers to each question, with `temperature` above 0. A row's score is their mean, and
+    intervals and tests know both sources of noise: the rows and the sampling."""
+    concurrency: int = Field(64, ge=1)
+    """Requests in flight."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Confidence level of the intervals and comparisons."""
+    num_resamples: int = Field(10_000, ge=100)
+    """Bootstrap resamples."""
+    split: Literal["test", "validation"] = "test"
+    """The split that is answered. Choose settings on `validation`, and look at `test` once."""
+    metrics: list[MetricConfig] = Field(default_factory=list)
+    """What is measured, as names or as names with options. Default: the metrics of the task."""
+    primary: str | None = None
+    """The metric that decides: headline, comparison and sweeps read it. Default: the task's own, or
+    the first of `metrics`."""
+    tags: list[DottedPath] = Field(default_factory=list)
+    """Error tags of your own, beside those of `docs/evaluation.md`: dotted paths to functions
+    `my_module.my_tag(reference, completion)` that return None where nothing is wrong, else True or
+    the text that shows it."""
+    group_by: str | None = None
+    """The column of the rows that belong together: they are right and wrong together, and intervals
+    and tests know it. Default: the column of `data.split.group_by`, else rows with the same
+    question or nearly the same."""
+    margin: float | None = Field(None, gt=0)
+    """The loss in the primary metric that does not matter, in its unit (0.02 is 2 points of a score
+    shown in per cent). The headline then says `not worse` as well."""
+    floors: list[FloorConfig] = Field(default_factory=list)
+    """For `tuneloop gate`: scores that the candidate has to reach."""
+    calibration: bool = False
+    """True: labels that are ranked have probabilities, and the report says how far one can rely on
+    them. The search among the labels takes longer then, the more so the less sure the model is."""
+    max_unscored_ratio: float = Field(0.2, ge=0, le=1)
+    """The largest share of an arm's questions that may stay without an answer. With more nothing is
+    published; the next run asks for what is missing."""
+    seed: int = 0
+    """Seed of the few-shot examples, sampling and bootstrap."""
 
     @field_validator("arms", mode="before")
     @classmethod

@@ -13,57 +13,39 @@ from tuneloop.config.section import Section
 class ResourcesConfig(Section):
     """How work is executed. Never changes a result, never fingerprinted."""
 
-    ray_address: str | None = Field(
-        None,
-        description="Address of an existing Ray cluster. Default: RAY_ADDRESS, else a local Ray is "
-        "started.",
-    )
-    num_cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray. Default: all.")
-    num_workers: int | tuple[int, int] = Field(
-        1,
-        description="Training workers, at least 1. `[min, max]` uses as many as there is room for: "
-        "fewer when a node is lost, more when one joins.",
-    )
-    gpus_per_worker: float = Field(
-        0,
-        ge=0,
-        le=1,
-        description="1 trains on GPUs in bfloat16, 0 on CPUs in float32; a single worker may use a "
-        "fraction of a GPU.",
-    )
-    price_per_hour: float | None = Field(
-        None, gt=0, description="Price of one worker per hour; estimates then include the cost."
-    )
-    preflight: bool | None = Field(
-        None,
-        description="Dry run before a long training: take two steps, save a checkpoint, resume "
-        "from it and export, in a temporary place. Default: on a cluster, and where the training "
-        "is expected to take more than ten minutes, or 200 steps where that is not known.",
-    )
-    micro_batch_size: int | None = Field(
-        None,
-        ge=1,
-        description="Sequences per forward pass. Default: the largest divisor of a worker's share "
-        "of the batch that is at most 8.",
-    )
-    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
-    checkpoint_every_steps: int = Field(
-        20, ge=1, description="Optimizer steps between checkpoints."
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Recompute activations in the backward pass instead of keeping them: less "
-        "memory, about a third more time, the same result.",
-    )
-    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
-        default_factory=list,
-        description="Experiment trackers that also receive every row of the training log. Each "
-        "must be installed; its own environment variables say where it writes.",
-    )
-    max_failures: int = Field(2, ge=0, description="Worker failures that a training survives.")
-    num_concurrent_trials: int = Field(
-        1, ge=1, description="Trials of a sweep that run at the same time."
-    )
+    ray_address: str | None = None
+    """Address of an existing Ray cluster. Default: RAY_ADDRESS, else a local Ray is started."""
+    num_cpus: int | None = Field(None, ge=1)
+    """CPUs of the local Ray. Default: all."""
+    num_workers: int | tuple[int, int] = 1
+    """Training workers, at least 1. `[min, max]` uses as many as there is room for: fewer when a
+    node is lost, more when one joins."""
+    gpus_per_worker: float = Field(0, ge=0, le=1)
+    """1 trains on GPUs in bfloat16, 0 on CPUs in float32; a single worker may use a fraction of a
+    GPU."""
+    price_per_hour: float | None = Field(None, gt=0)
+    """Price of one worker per hour; estimates then include the cost."""
+    preflight: bool | None = None
+    """Dry run before a long training: take two steps, save a checkpoint, resume from it and export,
+    in a temporary place. Default: on a cluster, and where the training is expected to take more
+    than ten minutes, or 200 steps where that is not known."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Sequences per forward pass. Default: the largest divisor of a worker's share of the batch
+    that is at most 8."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
+    checkpoint_every_steps: int = Field(20, ge=1)
+    """Optimizer steps between checkpoints."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: less memory, about a
+    third more time, the same result."""
+    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(default_factory=list)
+    """Experiment trackers that also receive every row of the training log. Each must be installed;
+    its own environment variables say where it writes."""
+    max_failures: int = Field(2, ge=0)
+    """Worker failures that a training survives."""
+    num_concurrent_trials: int = Field(1, ge=1)
+    """Trials of a sweep that run at the same time."""
 
     @field_validator("num_workers", mode="plain")
     @classmethod

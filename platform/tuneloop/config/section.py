@@ -14,4 +14,6 @@ class Section(BaseModel):
 
     # Defaults are validated as well: a default of 32 and a 32 in the YAML are the same 32.0, so
     # they have the same fingerprint.
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )

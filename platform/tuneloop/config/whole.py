@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from typing import Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import PrivateAttr, model_validator
 
 from tuneloop.config.data import DataConfig
 from tuneloop.config.evaluation import EvaluationConfig
@@ -30,12 +30,11 @@ class TuneloopConfig(Section):
 
     _origin: Origin | None = PrivateAttr(None)
 
-    name: Name = Field(description="Name of the artifacts: `datasets/NAME`, `models/NAME`, …")
-    workspace: str = Field(
-        "workspace",
-        description="Directory or URI that holds the artifacts. A relative path is relative to the "
-        "current directory.",
-    )
+    name: Name
+    """Name of the artifacts: `datasets/NAME`, `models/NAME`, …"""
+    workspace: str = "workspace"
+    """Directory or URI that holds the artifacts. A relative path is relative to the current
+    directory."""
     task: TaskConfig
     model: ModelConfig
     data: DataConfig
