@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -17,7 +16,8 @@ from pydantic import ValidationError
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import ArmConfig, TaskConfig, TrainingConfig, TuneloopConfig
 from tuneloop.data.decontamination.seen import datasets_of, find_seen
-from tuneloop.errors import ConfigError, DataError, ModelError, Problem, UserError
+from tuneloop.errors import DataError, ModelError, Problem, UserError
+from tuneloop.evals.scoring.budget import price_of
 from tuneloop.evals.scoring.constrained import KINDS, constrain, constrainable
 from tuneloop.evals.scoring.given import given_arm
 from tuneloop.evals.scoring.harness import forgetting_problems
@@ -26,6 +26,7 @@ from tuneloop.evals.scoring.questions import Question, choose_shots
 from tuneloop.evals.scoring.simple import simple_arm, with_nearest_shots
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.client.client import api_key_of
 from tuneloop.models.export.layout import ADAPTER
 from tuneloop.records import (
     ARMS,
@@ -38,7 +39,6 @@ from tuneloop.records import (
     Arm,
     Endpoint,
     Message,
-    Price,
     Sample,
     Vote,
 )
@@ -174,7 +174,7 @@ def referenced_model(
     """
     if not reference.startswith("models/"):
         return ServedModel(resolve_base(reference).path)
-    artifact = workspace.open(reference.removesuffix(f"/{ADAPTER}"))
+    artifact = _open(workspace, reference)
     if not reference.endswith(f"/{ADAPTER}"):
         return finetuned_model(artifact)
     merged = f"serve the merged weights: {artifact.ref}"
@@ -242,10 +242,19 @@ def _gate_arm(
         return reference, named.get(reference, ArmConfig())
     if not reference.startswith("models/"):
         return reference, ArmConfig(model=reference)
-    # The version is fixed now: a model that is published meanwhile is another one.
-    artifact = workspace.open(reference.removesuffix(f"/{ADAPTER}"))
-    pinned = artifact.ref + (f"/{ADAPTER}" if reference.endswith(f"/{ADAPTER}") else "")
+    pinned = _pinned(workspace, reference)
     return pinned.removeprefix("models/"), ArmConfig(model=pinned)
+
+
+def _open(workspace: Workspace, reference: str) -> Artifact:
+    """Return the model of a reference that may name its adapter."""
+    return workspace.open(reference.removesuffix(f"/{ADAPTER}"))
+
+
+def _pinned(workspace: Workspace, reference: str) -> str:
+    """Return a reference with its version as it is now: what is published later is another."""
+    adapter = f"/{ADAPTER}" * reference.endswith(f"/{ADAPTER}")
+    return _open(workspace, reference).ref + adapter
 
 
 def engine_problems(config: TuneloopConfig) -> list[Problem]:
@@ -265,7 +274,7 @@ def judging_problems(config: TuneloopConfig) -> list[Problem]:
     problems = engine_problems(config)
     if judge := config.evaluation.judge:
         try:
-            _api_key(judge.api_key_env, "evaluation.judge")
+            api_key_of(judge.api_key_env, "evaluation.judge")
         except UserError as error:
             problems += error.problems
         if config.task.type == "language_modeling":
@@ -288,17 +297,15 @@ def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
         where = f"evaluation.arms.{name}"
         try:
             if spec.endpoint:
-                _api_key(spec.api_key_env, where)
+                api_key_of(spec.api_key_env, where)
             elif spec.answers:
                 given_arm(name, spec.answers)
             elif isinstance(spec.model, list):
                 problems += trainings_problems(workspace, f"{where}.model", spec.model)
             elif spec.model and spec.model.startswith("models/"):
-                workspace.open(spec.model.removesuffix(f"/{ADAPTER}"))
+                _open(workspace, spec.model)
         except UserError as error:
-            problems += [
-                replace(problem, where=_place(where, problem)) for problem in error.problems
-            ]
+            problems += _placed(where, error)
         if config.task.type == "language_modeling" and (
             spec.simple or spec.answers or spec.shots or spec.choose
         ):
@@ -334,11 +341,9 @@ def trainings_problems(workspace: Workspace, where: str, models: Sequence[str]) 
     problems, opened = list[Problem](), list[Artifact]()
     for reference in models:
         try:
-            opened.append(workspace.open(reference.removesuffix(f"/{ADAPTER}")))
+            opened.append(_open(workspace, reference))
         except UserError as error:
-            problems += [
-                replace(problem, where=_place(where, problem)) for problem in error.problems
-            ]
+            problems += _placed(where, error)
     references = [artifact.ref for artifact in opened]
     if twice := [ref for number, ref in enumerate(references) if ref in references[:number]]:
         problems.append(
@@ -390,8 +395,14 @@ def _recipe(model: Artifact) -> dict[str, Any]:
     return {key: config.get(key) for key in (*_HASHES, "chat_template")} | settings
 
 
-def _place(key: str, problem: Problem) -> str:
-    return problem.where if problem.where.startswith(key) else f"{key} ({problem.where})"
+def _placed(key: str, error: UserError) -> list[Problem]:
+    """Return an error's problems, each with the key of the arm that has it."""
+    return [
+        problem
+        if problem.where.startswith(key)
+        else replace(problem, where=f"{key} ({problem.where})")
+        for problem in error.problems
+    ]
 
 
 def build_judging(config: TuneloopConfig, workspace: Workspace, name: str) -> Judging | None:
@@ -404,11 +415,11 @@ def build_judging(config: TuneloopConfig, workspace: Workspace, name: str) -> Ju
     judge = config.evaluation.judge
     if judge is None:
         return None
-    key, url = _api_key(judge.api_key_env, "evaluation.judge"), judge.endpoint.rstrip("/")
+    key, url = api_key_of(judge.api_key_env, "evaluation.judge"), judge.endpoint.rstrip("/")
     arm = Arm(
         "judge",
         Endpoint(judge.endpoint, judge.model, key),
-        price=Price(judge.price.input, judge.price.output) if judge.price else None,
+        price=price_of(judge.price),
         timeout_s=judge.timeout_s,
     )
     itself = (
@@ -424,20 +435,6 @@ def _votes(workspace: Workspace, name: str) -> list[Vote]:
         return []
     references = [artifact.ref for artifact in workspace.published("evaluations", name)]
     return [as_vote(v) for v in ReviewStore(workspace.location).verdicts(references)]
-
-
-def _api_key(variable: str | None, where: str) -> str:
-    if variable is None:
-        return ""
-    key = os.environ.get(variable, "")
-    if not key:
-        raise ConfigError.of(
-            "the endpoint's API key is missing",
-            where=f"{where}.api_key_env",
-            got=f"the environment variable {variable} is not set",
-            remedy=f"export {variable}=…, or leave api_key_env out",
-        )
-    return key
 
 
 @dataclass
@@ -480,9 +477,7 @@ class NamedArms:
         """Return the arm of several trainings of one recipe."""
         models = []
         for reference in references:
-            # The version is fixed now: it says who answered.
-            pinned = self.workspace.open(reference.removesuffix(f"/{ADAPTER}")).ref
-            pinned += f"/{ADAPTER}" * reference.endswith(f"/{ADAPTER}")
+            pinned = _pinned(self.workspace, reference)
             one = self._arm(name, spec.model_copy(update={"model": pinned}))
             models.append(replace(one, name=f"{name} ({pinned})"))
         trained_on = " ".join(dict.fromkeys(" ".join(m.trained_on for m in models).split()))
@@ -504,8 +499,8 @@ class NamedArms:
             where = f"evaluation.arms.{name}"
             arm = Arm(
                 name,
-                Endpoint(spec.endpoint, spec.model or "", _api_key(spec.api_key_env, where)),
-                price=Price(spec.price.input, spec.price.output) if spec.price else None,
+                Endpoint(spec.endpoint, spec.model or "", api_key_of(spec.api_key_env, where)),
+                price=price_of(spec.price),
                 timeout_s=spec.timeout_s,
             )
         else:
@@ -535,7 +530,7 @@ class NamedArms:
         where = f"evaluation.arms.{name}.model"
         model = referenced_model(self.workspace, self.base(), where, reference)
         if reference.startswith("models/"):
-            artifact = self.workspace.open(reference.removesuffix(f"/{ADAPTER}"))
+            artifact = _open(self.workspace, reference)
             arm = self._finetuned(artifact, reference)
             self.models[reference] = model
             if reference.endswith(f"/{ADAPTER}"):

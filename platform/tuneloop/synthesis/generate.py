@@ -16,18 +16,20 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
-from tuneloop.config import GenerationConfig, JudgeConfig, PriceConfig, TuneloopConfig
+from tuneloop.config import GenerationConfig, JudgeConfig, TuneloopConfig
 from tuneloop.data.hashing.content import content_id
 from tuneloop.data.schema import ReasonCode, dataset_schema, removed_schema
 from tuneloop.data.sources.files import identities
 from tuneloop.data.sources.unlabelled import input_files, read_all_unlabelled
 from tuneloop.data.synthetic_rows import RowText, compare, synthetic_lines
-from tuneloop.errors import ConfigError, DataError
+from tuneloop.errors import DataError
+from tuneloop.evals.scoring.budget import price_of
 from tuneloop.evals.scoring.constrained import KINDS, constrain
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
-from tuneloop.records import Endpoint, Message, Price
+from tuneloop.models.client.client import api_key_of
+from tuneloop.records import Endpoint, Message
 from tuneloop.review.fixes import marks_for
 from tuneloop.synthesis.filters import Rejected
 from tuneloop.synthesis.more_of import find_parts, held_out_rows
@@ -98,7 +100,7 @@ def generate_rows(
     files = input_files(generation)
     renderer = Renderer.load(base.path, config.model.chat_template)
     judge = config.evaluation.judge if generation.min_rating is not None else None
-    judge_key = _judge_key(judge)
+    judge_key = api_key_of(judge.api_key_env, "evaluation.judge") if judge else ""
     known = _known(config, workspace, dataset)
     parts = {
         "generation": generation.model_dump(mode="json", exclude=_HOW),
@@ -187,7 +189,7 @@ def teacher_of(generation: GenerationConfig, replies: Replies) -> Teacher:
     key = os.environ.get(API_KEY_VARIABLE, "")
     return Teacher(
         Endpoint(generation.endpoint, generation.model, key),
-        _price(generation.price),
+        price_of(generation.price),
         Rates(generation.concurrency, generation.requests_per_minute),
         generation.budget,
         replies,
@@ -196,25 +198,7 @@ def teacher_of(generation: GenerationConfig, replies: Replies) -> Teacher:
 
 def _judge(judge: JudgeConfig, key: str, generation: GenerationConfig, replies: Replies) -> Teacher:
     endpoint, rates = Endpoint(judge.endpoint, judge.model, key), Rates(generation.concurrency)
-    return Teacher(endpoint, _price(judge.price), rates, generation.budget, replies)
-
-
-def _price(price: PriceConfig | None) -> Price | None:
-    return Price(price.input, price.output) if price else None
-
-
-def _judge_key(judge: JudgeConfig | None) -> str:
-    if judge is None or judge.api_key_env is None:
-        return ""
-    key = os.environ.get(judge.api_key_env, "")
-    if not key:
-        raise ConfigError.of(
-            "the judge's API key is missing",
-            where="evaluation.judge.api_key_env",
-            got=f"the environment variable {judge.api_key_env} is not set",
-            remedy=f"export {judge.api_key_env}=…, or leave api_key_env out",
-        )
-    return key
+    return Teacher(endpoint, price_of(judge.price), rates, generation.budget, replies)
 
 
 def rendered(written: Iterable[Candidate | Removed], renderer: Renderer) -> GeneratedRows:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tuneloop.config import BudgetConfig
+from tuneloop.config import BudgetConfig, PriceConfig
 from tuneloop.errors import EndpointError, Problem
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.spending import Cost, Entry, Spending
@@ -16,6 +16,11 @@ from tuneloop.records import Arm, Price
 _TOKENS_PER_MESSAGE = 32
 # A reply that did not arrive may have been paid for, so each further try counts in the budget.
 _LOST_RETRIES = 2
+
+
+def price_of(config: PriceConfig | None) -> Price | None:
+    """Return what an endpoint charges; None where nobody says so."""
+    return Price(config.input, config.output) if config else None
 
 
 def cost_of(price: Price | None, prompt_tokens: int, completion_tokens: int) -> Cost:

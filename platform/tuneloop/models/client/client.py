@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import random
 import re
 import time
@@ -29,11 +30,19 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tuneloop.errors import EndpointError
+from tuneloop.errors import ConfigError, EndpointError
 from tuneloop.models.client.streaming import FINISH_REASONS, Delta, RequestError, read_deltas
 from tuneloop.records import Completion, Endpoint, Message, SamplingParams, call_text
 
-__all__ = ["Client", "Delta", "Likelihood", "RequestError", "ask_each", "chat_request"]
+__all__ = [
+    "Client",
+    "Delta",
+    "Likelihood",
+    "RequestError",
+    "api_key_of",
+    "ask_each",
+    "chat_request",
+]
 _log = logging.getLogger("tuneloop.models")
 T = TypeVar("T")
 # Besides these, every 5xx but "not implemented": gateways answer with codes of their own.
@@ -414,6 +423,29 @@ class Client:
             allowed=", ".join(served) or "it serves none",
             remedy="correct the model's name, or serve it",
         )
+
+
+def api_key_of(variable: str | None, where: str) -> str:
+    """Return the key of an endpoint: what an environment variable holds; empty without one.
+
+    Args:
+        variable: Its name, as `api_key_env` gives it.
+        where: Dotted key of the endpoint.
+
+    Raises:
+        ConfigError: It is not set.
+    """
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ConfigError.of(
+            "the endpoint's API key is missing",
+            where=f"{where}.api_key_env",
+            got=f"the environment variable {variable} is not set",
+            remedy=f"export {variable}=…, or leave api_key_env out",
+        )
+    return key
 
 
 async def ask_each(
