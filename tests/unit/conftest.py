@@ -177,3 +177,27 @@ def model_server() -> Iterator[ModelServer]:
     # Requests that nobody waits for any more are not waited for here either.
     runner.should_exit = runner.force_exit = True
     thread.join(20)
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuneloop.models.client.client._FIRST_WAIT_S", 0.01)
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    from torch import distributed
+
+    from tuneloop.compat.deepspeed import import_deepspeed
+
+    # The tests that do what a GPU does find it bound to the CPU, whichever runs first.
+    deepspeed = import_deepspeed(use_gpu=False)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    with pytest.MonkeyPatch.context() as patch:
+        # As Ray Train sets them in its workers.
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            patch.setenv(name, value)
+        yield
+    # DeepSpeed keeps groups of its own, which whoever trains next in this process must not find.
+    running = deepspeed.comm if deepspeed.comm.is_initialized() else distributed
+    running.destroy_process_group()

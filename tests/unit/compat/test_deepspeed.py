@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from tuneloop.compat.deepspeed import (
     MOMENTS,
@@ -24,18 +21,9 @@ from tuneloop.training.deepspeed_engine import (
     ready_to_generate,
 )
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 CONFIG = TrainingConfig(global_batch_size=2, learning_rate=0.1, lr_scheduler="constant")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    deepspeed = import_deepspeed(use_gpu=False)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-            patch.setenv(name, value)
-        yield
-    (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()
 
 
 def make_model() -> torch.nn.Module:

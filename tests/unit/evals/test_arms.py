@@ -16,16 +16,12 @@ import yaml
 from tuneloop.cli import main
 from tuneloop.config import load_config
 from tuneloop.errors import ConfigError
-from tuneloop.models.client import client as client_module
+
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 QUESTIONS = ["the lamp is off", "it is cold", "light please", "turn on the heating", "so dark here"]
 ANSWERS = ["lights", "heating", "lights", "heating", "lights"]
 PRICE = {"input": 2.0, "output": 10.0}
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture

@@ -15,16 +15,12 @@ from tuneloop.cli import main
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.corrected import correct_rate
 from tuneloop.evals.scoring.judging import read_rating, read_verdict
-from tuneloop.models.client import client as client_module
 from tuneloop.review.store import ReviewStore
 from tuneloop.review.verdicts import Verdict
 
+pytestmark = pytest.mark.usefixtures("short_waits")
+
 NUM_ROWS = 30
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture

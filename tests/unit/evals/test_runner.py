@@ -34,8 +34,9 @@ from tuneloop.evals.scoring.questions import Question, choose_shots, read_questi
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.row_clusters import read_clusters
 from tuneloop.evals.scoring.spending import read_entries
-from tuneloop.models.client import client as client_module
 from tuneloop.records import Arm, Endpoint, Message, SamplingParams
+
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 SYSTEM = {"role": "system", "content": "Spell it in capitals as JSON."}
 
@@ -91,11 +92,6 @@ def config(tmp_path: Path) -> TuneloopConfig:
             "evaluation": {"num_resamples": 200, "concurrency": 4},
         }
     )
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_FIRST_WAIT_S", 0.01)
 
 
 def spell(messages: list[dict[str, str]]) -> tuple[str, str]:

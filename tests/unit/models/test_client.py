@@ -12,16 +12,12 @@ from typing import Any
 import pytest
 
 from tuneloop.errors import EndpointError
-from tuneloop.models.client import client as client_module
 from tuneloop.models.client.client import Client, RequestError, retry_after_s
 from tuneloop.records import Endpoint, Message, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("short_waits")
+
 HELLO = [Message("system", "be kind"), Message("user", "hello there")]
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_FIRST_WAIT_S", 0.01)
 
 
 def ask(

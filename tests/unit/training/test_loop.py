@@ -6,7 +6,6 @@ import json
 import pickle
 import resource
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
@@ -25,7 +23,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from tuneloop.compat.deepspeed import import_deepspeed
 from tuneloop.config import TrainingConfig
 from tuneloop.errors import ModelError, Problem, ResourceError
 from tuneloop.models.chat.renderer import Renderer
@@ -41,6 +38,8 @@ from tuneloop.training.progress import MAY_STOP_FILE, PROGRESS_FILE, STOP_FILE, 
 from tuneloop.training.results import TrainingResult
 from tuneloop.training.rows import Rows, make_rows
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 CONFIG = TrainingConfig(
     global_batch_size=8, num_epochs=4, learning_rate=1e-2, lora={"rank": 8, "dropout": 0.1}
 )
@@ -48,20 +47,6 @@ CONFIG = TrainingConfig(
 
 class Killed(Exception):
     """Stands for a SIGKILL right after a checkpoint."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    # The tests that do what a GPU does find it bound to the CPU, whichever runs first.
-    deepspeed = import_deepspeed(use_gpu=False)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with pytest.MonkeyPatch.context() as patch:
-        # As Ray Train sets them in its workers.
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-            patch.setenv(name, value)
-        yield
-    # DeepSpeed keeps groups of its own, which whoever trains next in this process must not find.
-    (deepspeed.comm if deepspeed.comm.is_initialized() else dist).destroy_process_group()
 
 
 @pytest.fixture(scope="module")
