@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             from tuneloop.commands import COMMANDS
 
-            return COMMANDS[arguments.command](arguments, output)
+            return COMMANDS[arguments.command](arguments, output) or 0
         except KeyboardInterrupt:
             print("interrupted; run the same command again to resume", file=sys.stderr)
             return 130

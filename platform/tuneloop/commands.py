@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ _SHOWN_CHOICES = 10
 _MARK_CHARACTERS = 120
 
 
-def _step(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _step(arguments: argparse.Namespace, output: IO[str]) -> None:
     config = _load(arguments)
     from tuneloop import pipeline
 
@@ -63,7 +64,6 @@ def _step(arguments: argparse.Namespace, output: IO[str]) -> int:
         print(json.dumps(result, ensure_ascii=False), file=output)
     else:
         _print_published(published, config, arguments, output)
-    return 0
 
 
 def _print_published(
@@ -115,7 +115,7 @@ def _advice_after(config: TuneloopConfig) -> Advice | None:
         return None
 
 
-def _init(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _init(arguments: argparse.Namespace, output: IO[str]) -> None:
     path, source = Path(arguments.path), arguments.rows
     wanted = {name: getattr(arguments, name, "") or "" for name in ("task", "instruction", "base")}
     if source is None and not arguments.json and sys.stdin.isatty() and sys.stderr.isatty():
@@ -146,7 +146,6 @@ def _init(arguments: argparse.Namespace, output: IO[str]) -> int:
     print(
         json.dumps(summary, ensure_ascii=False) if arguments.json else "\n".join(lines), file=output
     )
-    return 0
 
 
 def _ask(question: str, default: str) -> str:
@@ -256,7 +255,7 @@ def _refuse_unwritable(files: dict[str, Path]) -> None:
         raise ConfigError(*problems)
 
 
-def _sweep(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _sweep(arguments: argparse.Namespace, output: IO[str]) -> None:
     config = _load(arguments)
     from tuneloop.sweeps.advice import advise
     from tuneloop.sweeps.run import sweep
@@ -275,7 +274,6 @@ def _sweep(arguments: argparse.Namespace, output: IO[str]) -> int:
         state = "reused" if published.reused else "new"
         console.print(f"{published.artifact.ref}  {state}  {published.artifact.location}")
         console.print(f"look at it  tuneloop dashboard --workspace {config.workspace}")
-    return 0
 
 
 def _submit(arguments: argparse.Namespace, output: IO[str]) -> int:
@@ -293,7 +291,7 @@ def _submit(arguments: argparse.Namespace, output: IO[str]) -> int:
     return job.exit_code
 
 
-def _serve(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _serve(arguments: argparse.Namespace, output: IO[str]) -> None:
     config = _load(arguments)
     from tuneloop import pipeline
 
@@ -309,7 +307,6 @@ def _serve(arguments: argparse.Namespace, output: IO[str]) -> int:
             has_file = bool(config.serving.api_keys_file)
             print(_curl_line(url, models[-1], has_file), file=output, flush=True)
         signal.pause()
-    return 0
 
 
 def _curl_line(url: str, model: str, has_file: bool = False) -> str:
@@ -328,7 +325,7 @@ def _dashboard(arguments: argparse.Namespace, output: IO[str]) -> int:
     return run_dashboard(open_workspace(arguments).location, arguments.port)
 
 
-def _ls(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _ls(arguments: argparse.Namespace, output: IO[str]) -> None:
     workspace = open_workspace(arguments)
     artifacts, damaged = workspace.listing()
     if arguments.json:
@@ -336,7 +333,7 @@ def _ls(arguments: argparse.Namespace, output: IO[str]) -> int:
         if damaged:
             listed["damaged"] = [asdict(problem) for problem in damaged]
         print(json.dumps(listed, ensure_ascii=False), file=output)
-        return 0
+        return
     for problem in damaged:
         print(f"{problem.what}: {problem.where}; {problem.remedy}", file=output)
     if not artifacts:
@@ -344,7 +341,7 @@ def _ls(arguments: argparse.Namespace, output: IO[str]) -> int:
             f"no artifacts in {workspace.location}; `tuneloop run CONFIG.yaml` makes some",
             file=output,
         )
-        return 0
+        return
     table = Table(box=None, pad_edge=False)
     for column in ("artifact", "created (UTC)", "took", "result"):
         table.add_column(column, no_wrap=column != "result")
@@ -353,7 +350,6 @@ def _ls(arguments: argparse.Namespace, output: IO[str]) -> int:
         took = f"{artifact.manifest['duration_s']:,.0f} s"
         table.add_row(artifact.ref, created, took, _headline(artifact))
     Console(file=output).print(table)
-    return 0
 
 
 def _headline(artifact: Artifact) -> str:
@@ -369,7 +365,7 @@ def _headline(artifact: Artifact) -> str:
     return ", ".join(f"{key} {_short(value)}" for key, value in metrics.items())
 
 
-def _fixes(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _fixes(arguments: argparse.Namespace, output: IO[str]) -> None:
     config = _load(arguments)
     from tuneloop.data.corrections import refusal_by_task
     from tuneloop.review.fixes import mark_states
@@ -379,10 +375,10 @@ def _fixes(arguments: argparse.Namespace, output: IO[str]) -> int:
         write_marks((state.mark for state in states), Path(arguments.output))
     if arguments.json:
         print(json.dumps({"marks": [s.row() for s in states]}, ensure_ascii=False), file=output)
-        return 0
+        return
     if not states:
         print(f"no marks on rows of `{config.name}`; they are made on the dashboard", file=output)
-        return 0
+        return
     for found in states:
         mark, state, why = found
         when = mark.created_at[:16].replace("T", " ")
@@ -394,15 +390,14 @@ def _fixes(arguments: argparse.Namespace, output: IO[str]) -> int:
     if num_waiting:
         applies = f"`tuneloop prepare {arguments.config}` applies what waits: {num_waiting:,}"
         print(applies, file=output)
-    return 0
 
 
-def _next(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _next(arguments: argparse.Namespace, output: IO[str]) -> None:
     config = _load(arguments)
     advice = _advice(config)
     if arguments.json:
         print(json.dumps(advice.as_dict(), ensure_ascii=False), file=output)
-        return 0
+        return
     console = Console(file=output)
     console.print(f"{advice.reference}: {advice.score}", highlight=False, markup=False)
     for number, action in enumerate(advice.actions, 1):
@@ -418,10 +413,9 @@ def _next(arguments: argparse.Namespace, output: IO[str]) -> int:
             line = f"   {outcome.describe(advice.metric)}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         console.print(f"   {advice.calibration}", highlight=False, markup=False, soft_wrap=True)
-    return 0
 
 
-def _label_next(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _label_next(arguments: argparse.Namespace, output: IO[str]) -> None:
     config = _load(arguments)
     if arguments.count < 1:
         raise ConfigError.of("nothing is to be chosen", where="-k", allowed="1 or more")
@@ -438,7 +432,7 @@ def _label_next(arguments: argparse.Namespace, output: IO[str]) -> int:
         ]
         summary = {"path": written.path, "source": written.source, "chosen": rows}
         print(json.dumps(summary, ensure_ascii=False), file=output)
-        return 0
+        return
     table = Table(box=None, pad_edge=False)
     for column in ("input", "why"):
         table.add_column(column, overflow="fold")
@@ -450,24 +444,22 @@ def _label_next(arguments: argparse.Namespace, output: IO[str]) -> int:
         print(f"and {len(chosen) - _SHOWN_CHOICES:,} more", file=output)
     print(f"wrote      {written.path}; fill in its answers", file=output)
     print(f"then       add to data.sources: {json.dumps(written.source)}", file=output)
-    return 0
 
 
-def _trace(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _trace(arguments: argparse.Namespace, output: IO[str]) -> None:
     workspace = open_workspace(arguments)
     from tuneloop.review.trace import trace, trace_lines
 
     found = trace(workspace, arguments.id)
     if arguments.json:
         print(json.dumps(found.as_dict(), ensure_ascii=False), file=output)
-        return 0
+        return
     width = shutil.get_terminal_size().columns
     for line in trace_lines(found):
         print(shorten(line, width), file=output)
-    return 0
 
 
-def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _show(arguments: argparse.Namespace, output: IO[str]) -> None:
     workspace = open_workspace(arguments)
     artifact = workspace.open(arguments.ref)
     if arguments.diff:
@@ -475,11 +467,11 @@ def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
         print(
             json.dumps(diff, ensure_ascii=False) if arguments.json else diff_text(diff), file=output
         )
-        return 0
+        return
     if arguments.json:
         result = artifact.summary(reused=True) | {"manifest": artifact.manifest}
         print(json.dumps(result, ensure_ascii=False), file=output)
-        return 0
+        return
     manifest = artifact.manifest
     width = shutil.get_terminal_size().columns
 
@@ -508,10 +500,9 @@ def _show(arguments: argparse.Namespace, output: IO[str]) -> int:
             Console(file=output).print("", Markdown(text))
         else:
             print(f"\n{text}", file=output)
-    return 0
 
 
-def _export(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _export(arguments: argparse.Namespace, output: IO[str]) -> None:
     if (arguments.to == "hub") != bool(arguments.repo):
         raise ConfigError.of(
             "`--to hub` and `--repo` belong together",
@@ -533,7 +524,7 @@ def _export(arguments: argparse.Namespace, output: IO[str]) -> int:
     if arguments.json:
         summary = result.summary() | ({"url": url} if url else {})
         print(json.dumps(summary, ensure_ascii=False), file=output)
-        return 0
+        return
     console = Console(file=output)
     table = Table(box=None, pad_edge=False)
     names = {kind: name for name in result.sizes for kind in [name.rsplit("-", 1)[-1][:-5]]}
@@ -559,10 +550,9 @@ def _export(arguments: argparse.Namespace, output: IO[str]) -> int:
     for line in (*result.notes, f"{'same as before: ' * result.reused}{result.folder}", url):
         if line:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 0
 
 
-def _doctor(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _doctor(arguments: argparse.Namespace, output: IO[str]) -> None:
     lines = examine()
     if arguments.json:
         print(json.dumps({line.name: line.found for line in lines}), file=output)
@@ -572,10 +562,9 @@ def _doctor(arguments: argparse.Namespace, output: IO[str]) -> int:
             print(f"{mark} {line.name:<14} {line.found}", file=output)
             if line.remedy:
                 print(f"    {'':<14} {line.remedy}", file=output)
-    return 0
 
 
-def _install_engine(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _install_engine(arguments: argparse.Namespace, output: IO[str]) -> None:
     from tuneloop.serving.vllm.environment import install
 
     installed = install(arguments.device or ("gpu" if shutil.which("nvidia-smi") else "cpu"))
@@ -584,10 +573,9 @@ def _install_engine(arguments: argparse.Namespace, output: IO[str]) -> int:
     else:
         print(f"vLLM {installed.version} for the {installed.device.upper()}", file=output)
         print("serve with it: tuneloop serve CONFIG.yaml serving.engine=vllm", file=output)
-    return 0
 
 
-def _completion(arguments: argparse.Namespace, output: IO[str]) -> int:
+def _completion(arguments: argparse.Namespace, output: IO[str]) -> None:
     from argcomplete.shell_integration import shellcode
 
     script = shellcode(["tuneloop"], shell=arguments.shell)
@@ -595,7 +583,6 @@ def _completion(arguments: argparse.Namespace, output: IO[str]) -> int:
         print(json.dumps({"script": script}), file=output)
     else:
         print(script, file=output)
-    return 0
 
 
 def _load(arguments: argparse.Namespace) -> TuneloopConfig:
@@ -614,7 +601,8 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
-COMMANDS = {
+# A command that returns nothing has exit code 0.
+COMMANDS: dict[str, Callable[[argparse.Namespace, IO[str]], int | None]] = {
     **dict.fromkeys(("init", "import"), _init),
     "check": _check,
     "doctor": _doctor,
