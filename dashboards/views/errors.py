@@ -23,7 +23,7 @@ from tuneloop.evals.reporting.error_analysis import (
     TagCount,
 )
 from tuneloop.evals.reporting.views import evidence_of, show_slices
-from tuneloop.evals.scoring.pairing import Change, PairedExample, count_changes
+from tuneloop.evals.scoring.pairing import CHANGES, Change, PairedExample, Pairs
 from tuneloop.evals.scoring.results import Evaluation
 
 PAGE_SIZE = 5
@@ -37,7 +37,7 @@ AGAINST: dict[Against, str] = {"reference": "from the reference", "other": "betw
 class Paired(NamedTuple):
     """The examples of two arms with what is counted of them."""
 
-    examples: list[PairedExample]
+    examples: Pairs
     counts: dict[Change, int]
     tags: list[TagCount]
 
@@ -48,7 +48,8 @@ def pair(
     location: str, _evaluation: Evaluation, before: str, after: str, metric: str, task: str | None
 ) -> Paired:
     examples = _evaluation.pair(before, after, metric, task)
-    counts = {change: count for change, count in count_changes(examples).items() if count}
+    counts = {name: int((examples.change == name).sum()) for name in CHANGES}
+    counts = {change: count for change, count in counts.items() if count}
     return Paired(examples, counts, analysis.count_tags(examples))
 
 
@@ -222,7 +223,7 @@ def show_example(
                 st.html("".join(theme.labelled(r, theme.text(t, mono=True)) for r, t in turns))
         if after.arm == evaluation.candidate["name"]:
             with actions:
-                show_nearest(evaluation.near(example.example_id), marking.reference)
+                show_nearest(near[example.example_id], marking.reference)
         marking.form(row)
 
 
@@ -257,8 +258,7 @@ if slices := show_slices(evaluation, after, before):
 
 st.subheader("Examples")
 chosen = choose_filter(counts, [count.tag for count in tags])
-is_all = chosen == Filter()
-matches = examples if is_all else [e for e in examples if chosen.admits(e)]
+matches = examples if chosen == Filter() else chosen.choose(examples)
 _, num_pages = analysis.paginate(matches, 1, PAGE_SIZE)
 with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
     against = st.segmented_control(
@@ -279,5 +279,7 @@ st.html(
 if not matches:
     st.info("No example matches all filters. Clear one of them.")
 marking = marking_of(workspace, artifact)
-for number, example in enumerate(analysis.paginate(matches, page, PAGE_SIZE)[0], 1):
+shown = analysis.paginate(matches, page, PAGE_SIZE)[0]
+near = evaluation.near([example.example_id for example in shown])
+for number, example in enumerate(shown, 1):
     show_example(example, comparison, against or "reference", marking, number)

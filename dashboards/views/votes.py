@@ -6,6 +6,9 @@ import time
 from collections.abc import Collection, Sequence
 from itertools import combinations
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import streamlit as st
 
 import theme
@@ -17,7 +20,8 @@ from tuneloop.evals.reporting.judge import describe_judge, describe_judged_pair
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.judged_pairs import Compared, describe_pair
 from tuneloop.evals.scoring.judging import are_on_these, read_judgements
-from tuneloop.evals.scoring.pairing import PairedExample
+from tuneloop.evals.scoring.pairing import PairedExample, Pairs
+from tuneloop.evals.scoring.predictions import Prediction, rows_at
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.review import agreement, verdicts
 from tuneloop.review.ratings import rate_arms
@@ -103,25 +107,37 @@ def counted_verdicts(evaluation: Evaluation, reviewer: str | None = None) -> lis
         a.ref for a in workspace.published() if (a.kind, a.name) == ("evaluations", artifact.name)
     ]
     said = store.verdicts(references, reviewer)
+    ids = pa.array({verdict.example_id for verdict in said}, pa.string())
+
+    def answers(of: Evaluation) -> list[Prediction]:
+        is_voted = pc.is_in(of.column("example_id"), value_set=ids)
+        return rows_at(of.predictions, np.flatnonzero(is_voted.to_numpy()))
+
     voted = {
-        reference: load_evaluation(workspace.open(reference)).predictions
+        reference: answers(load_evaluation(workspace.open(reference)))
         for reference in {verdict.evaluation for verdict in said}
     }
-    counts = are_on_these([as_vote(v) for v in said], evaluation.predictions, voted)
+    counts = are_on_these([as_vote(v) for v in said], answers(evaluation), voted)
     return [verdict for verdict, is_on_these in zip(said, counts, strict=True) if is_on_these]
 
 
-def show_ballot(examples: list[PairedExample], arms: Collection[str]) -> None:
+@st.cache_resource(max_entries=4, show_spinner="Comparing the answers")
+def different_answers(location: str, _evaluation: Evaluation, arms: Sequence[str]) -> Pairs:
+    return analysis.examples_to_judge(_evaluation, arms)
+
+
+def show_ballot(examples: Pairs, arms: Collection[str]) -> None:
     """Ask for a verdict on the next open example."""
     reviewer = ask_name()
     if not reviewer:
         st.info("Type your name to begin.")
         return
-    by_id = {example.example_id: example for example in examples}
+    ids = examples.sides("example_id")[1].to_pylist()
+    numbers = {example_id: number for number, example_id in enumerate(ids)}
     mine = counted_verdicts(evaluation, reviewer)
-    still_open = open_examples(list(by_id), mine, arms)
-    done = len(by_id) - len(still_open)
-    st.progress(done / len(by_id), text=f"{done:,} of {len(by_id):,} judged by {reviewer}")
+    still_open = open_examples(ids, mine, arms)
+    done = len(ids) - len(still_open)
+    st.progress(done / len(ids), text=f"{done:,} of {len(ids):,} judged by {reviewer}")
     if unstored := st.session_state.get("unstored"):
         st.error("Your last vote is not stored yet.")
         st.code(unstored[1], language=None, wrap_lines=True)
@@ -129,14 +145,14 @@ def show_ballot(examples: list[PairedExample], arms: Collection[str]) -> None:
     if st.session_state.pop("too_fast", False):
         st.warning("Not counted: the answers had been shown for less than a second.")
     example_id = st.session_state.get("again")
-    if example_id not in by_id:
+    if example_id not in numbers:
         example_id = next_example(still_open, st.session_state.get("skipped", []))
     if example_id is None:
         st.success("Every example is judged. Thank you! The ratings are under Results.")
     else:
-        show_pair(by_id[example_id], blind_order(example_id, reviewer, arms), reviewer)
+        show_pair(examples[numbers[example_id]], blind_order(example_id, reviewer, arms), reviewer)
     last = st.session_state.get("last_voted")
-    if last in by_id and last != example_id and st.button("Change my last vote", type="tertiary"):
+    if last in numbers and last != example_id and st.button("Change my last vote", type="tertiary"):
         st.session_state.again = last
         st.rerun()
 
@@ -174,7 +190,7 @@ def show_pair(example: PairedExample, sides: Sides, reviewer: str) -> None:
         st.button("Skip", type="tertiary", on_click=put_off, args=(example.example_id,))
 
 
-def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
+def show_results(evaluation: Evaluation, examples: Pairs) -> None:
     """Show ratings, and how far they can be trusted."""
     votes = counted_verdicts(evaluation)
     if not votes:
@@ -198,6 +214,8 @@ def show_results(evaluation: Evaluation, examples: list[PairedExample]) -> None:
     else:
         st.caption("This needs two people who have judged the same examples.")
     st.subheader("Do people agree with the metric?")
+    ids = pa.array({verdict.example_id for verdict in votes})
+    examples = examples.where(pc.is_in(examples.sides("example_id")[1], value_set=ids).to_numpy())
     judges = {
         evaluation.metric(name).label.replace("`", ""): analysis.metric_preferences(
             evaluation, examples, name
@@ -266,7 +284,7 @@ arms = right.selectbox(
     "Arms", pairs, format_func=" vs ".join, key="pair", bind="query-params",
     help=f"{ARM_HELP} Which answer is on the left differs by example and reviewer.",
 )  # fmt: skip
-examples = analysis.examples_to_judge(evaluation, arms)
+examples = different_answers(artifact.location, evaluation, arms)
 view = st.segmented_control(
     "View", ["Vote", "Results"], default="Vote", key="view", required=True,
     label_visibility="collapsed", bind="query-params",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +14,11 @@ from tuneloop.evals.reporting import error_analysis as analysis
 from tuneloop.evals.reporting.error_analysis import Filter
 from tuneloop.evals.reporting.overview import describe_parity
 from tuneloop.evals.scoring.error_tags import misspelt_words, tag_errors
-from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.predictions import (
+    Prediction,
+    StoredPredictions,
+    write_predictions,
+)
 from tuneloop.evals.scoring.results import Evaluation
 
 METRICS = {
@@ -100,7 +106,7 @@ def test_tags_are_counted_as_fixed_introduced_and_both(evaluation: Evaluation) -
 )
 def test_filters(evaluation: Evaluation, chosen: Filter, expected: set[str]) -> None:
     examples = evaluation.pair("base", "tuned", "right")
-    assert {e.example_id for e in examples if chosen.admits(e)} == expected
+    assert {e.example_id for e in chosen.choose(examples)} == expected
 
 
 def test_differences_are_marked_where_they_can_be_read(evaluation: Evaluation) -> None:
@@ -126,6 +132,23 @@ def test_only_different_answers_are_judged_in_everybodys_order(evaluation: Evalu
     assert {example.example_id for example in judged} == {"r0", "r1", "r3"}
     again = analysis.examples_to_judge(evaluation, ("tuned", "base"))
     assert [e.example_id for e in judged] == [e.example_id for e in again]
+
+
+def test_arms_of_another_evaluation_stand_before_its_own(
+    evaluation: Evaluation, tmp_path: Path
+) -> None:
+    write_predictions(evaluation.predictions, list(METRICS), tmp_path)
+    stored = replace(evaluation, predictions=StoredPredictions(tmp_path, list(METRICS)))
+    both = evaluation.beside(stored, "demo@v1")
+    assert [arm["name"] for arm in both.arms[:2]] == ["base of demo@v1", "tuned of demo@v1"]
+    examples = both.pair("tuned of demo@v1", "base", "right")
+    own = evaluation.pair("tuned", "base", "right")
+    assert [e.change for e in examples] == [e.change for e in own]
+    assert [e.after for e in examples] == [e.after for e in own]
+    first = examples[0].before
+    assert first.arm == "tuned of demo@v1"
+    assert replace(first, arm="tuned") == own[0].before
+    assert len(list(both.predictions)) == 20
 
 
 def test_what_judges_prefer(evaluation: Evaluation) -> None:

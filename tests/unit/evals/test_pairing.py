@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.pairing import (
+    TAG_CHANGES,
+    Between,
     PairedExample,
-    by_change,
+    Pairs,
     count_changes,
     count_tag_changes,
     pair_arms,
@@ -70,9 +74,28 @@ def test_examples_that_only_one_arm_was_asked_are_left_out() -> None:
 
 def test_the_largest_change_comes_first_whatever_the_order_of_the_rows() -> None:
     scores = {"d": (0.0, 3.0), "a": (1.0, 0.0), "c": (0.0, 1.0), "b": (1.0, 1.0), "e": (None, 1.0)}
-    examples = pair(scores, LOSS)
-    shuffled = random.Random(0).sample(examples, len(examples))
-    assert [e.example_id for e in by_change(shuffled)] == ["d", "a", "c", "b", "e"]
+    rows = [predict("old", example, before) for example, (before, _) in scores.items()]
+    rows += [predict("new", example, after) for example, (_, after) in scores.items()]
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(rows, len(rows))
+        examples = Pairs.of(shuffled, Between("old", "new"), "m", LOSS)
+        assert [e.example_id for e in examples] == ["d", "a", "c", "b", "e"]
+        assert examples[-1].example_id == "e"
+
+
+@given(st.lists(st.tuples(*[st.sampled_from([None, 0.0, 0.3, 1.0])] * 2), max_size=12))
+def test_columns_say_the_same_as_the_examples_one_by_one(scores: list) -> None:
+    rows = [predict("old", f"x{i}", before, "empty") for i, (before, _) in enumerate(scores)]
+    rows += [predict("new", f"x{i}", now, "cut_off") for i, (_, now) in enumerate(scores[1:], 1)]
+    for metric in (RIGHT, LOSS):
+        each = pair_arms(rows, "old", "new", "m", metric)
+        pairs = Pairs.of(rows, Between("old", "new"), "m", metric)
+        assert sorted(pairs, key=lambda e: e.example_id) == sorted(each, key=lambda e: e.example_id)
+        assert pairs.is_answered.tolist() == [e.is_answered for e in pairs]
+        for tag in ("empty", "cut_off", "refusal"):
+            became = pairs.tag_changes(tag)
+            for change in TAG_CHANGES:
+                assert became[change].tolist() == [e.tag_change(tag) == change for e in pairs]
 
 
 def test_changes_of_a_tag() -> None:

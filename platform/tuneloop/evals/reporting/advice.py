@@ -30,6 +30,7 @@ from tuneloop.evals.scoring.estimates import describe_mean
 from tuneloop.evals.scoring.intervals import Floats, Resampling
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric, in_task
 from tuneloop.evals.scoring.nearest import SAME_QUESTION
+from tuneloop.evals.scoring.predictions import has_tag
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.slices import LENGTH, REFERENCE_LENGTH, weak_parts
 from tuneloop.records import BASE, BASE_CONSTRAINED, FEW_SHOT, FINETUNED, SIMPLE
@@ -317,10 +318,7 @@ class _Adviser:
 
     def tagged(self, tag: str) -> Bools:
         """Return the answers with an error."""
-        tags = self.column("error_tags").combine_chunks()
-        found = np.zeros(len(tags), bool)
-        found[pc.list_parent_indices(tags).filter(pc.equal(tags.flatten(), tag)).to_numpy()] = True
-        return found
+        return has_tag(self.column("error_tags"), tag)
 
     def add(
         self, title: str, why: str, command: str, page: str = "", brings: _Brings = _NOTHING_KNOWN

@@ -8,10 +8,20 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+import pyarrow.compute as pc
+
 from tuneloop.evals.reporting.formatting import Piece, format_value, word_diff
-from tuneloop.evals.scoring.error_tags import tags_of
+from tuneloop.evals.scoring.error_tags import ERROR_TAGS
 from tuneloop.evals.scoring.function_calls import without_accepted
-from tuneloop.evals.scoring.pairing import Change, PairedExample, TagChange, count_tag_changes, gain
+from tuneloop.evals.scoring.pairing import (
+    TAG_CHANGES,
+    Change,
+    PairedExample,
+    Pairs,
+    TagChange,
+    gain,
+)
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.records import Message
@@ -66,33 +76,30 @@ class Filter:
     tag_change: TagChange | None = None
     text: str = ""
 
-    def admits(self, example: PairedExample) -> bool:
-        """Return whether an example is to be shown."""
-        if self.change is not None and example.change != self.change:
-            return False
+    def choose(self, examples: Pairs) -> Pairs:
+        """Return the examples that are to be shown."""
+        chosen = np.ones(len(examples), bool)
+        if self.change is not None:
+            chosen &= examples.change == self.change
         if self.tag or self.tag_change:
-            tags = {*example.before.error_tags, *example.after.error_tags}
-            tag_changes = {example.tag_change(tag) for tag in ([self.tag] if self.tag else tags)}
-            if (self.tag and tag_changes == {None}) or (
-                self.tag_change and self.tag_change not in tag_changes
-            ):
-                return False
-        if not self.text.strip():
-            return True
-        texts = (
-            *(example.example_id, example.reference, example.question),
-            *(example.before.completion, example.after.completion),
-        )
-        haystack = "\n".join(texts).casefold()
-        return all(word in haystack for word in self.text.casefold().split())
+            found = np.zeros(len(examples), bool)
+            for tag in [self.tag] if self.tag else examples.tags:
+                became = examples.tag_changes(tag)
+                for change in [self.tag_change] if self.tag_change else TAG_CHANGES:
+                    found |= became[change]
+            chosen &= found
+        for word in self.text.lower().split():
+            chosen &= pc.match_substring(examples.text, word).to_numpy()
+        return examples.where(chosen)
 
 
-def count_tags(examples: Sequence[PairedExample]) -> list[TagCount]:
+def count_tags(examples: Pairs) -> list[TagCount]:
     """Return the errors that either arm makes, most frequent first."""
-    answered = [example for example in examples if example.is_answered]
-    tags = tags_of([p for e in answered for p in (e.before, e.after)])
-    changes = count_tag_changes(answered, tags)
-    counts = [TagCount(tag, **changes[tag]) for tag in tags]
+    answered = examples.where(examples.is_answered)
+    counts = []
+    for tag in [*ERROR_TAGS, *(tag for tag in answered.tags if tag not in ERROR_TAGS)]:
+        changes = answered.tag_changes(tag)
+        counts.append(TagCount(tag, **{k: int(of.sum()) for k, of in changes.items()}))
     return sorted((count for count in counts if count.total), key=lambda count: -count.total)
 
 
@@ -140,21 +147,19 @@ def paginate(items: Sequence[T], page: int, page_size: int) -> tuple[list[T], in
     return list(items[start : start + page_size]), num_pages
 
 
-def examples_to_judge(evaluation: Evaluation, arms: Collection[str]) -> list[PairedExample]:
+def examples_to_judge(evaluation: Evaluation, arms: Collection[str]) -> Pairs:
     """Return the examples worth a human's look, in an order that is the same for everybody.
 
     That is: answered in both arms, and differently. The same order lets two reviewers who each
     judge only some examples judge the same ones.
     """
-    first, second = sorted(arms)
-    different = [
-        example
-        for example in evaluation.pair(first, second)
-        if example.is_answered
-        and not same_text(example.before.completion, example.after.completion)
-    ]
+    examples = evaluation.pair(*sorted(arms))
+    examples = examples.where(examples.is_answered)
+    said = [texts.to_pylist() for texts in examples.sides("completion")]
+    differ = [old != new and not same_text(old, new) for old, new in zip(*said, strict=True)]
+    different = examples.where(np.array(differ, bool))
     # Row ids are hashes: a random order, in which nothing tells the size of the change.
-    return sorted(different, key=lambda example: example.example_id)
+    return different.where(pc.sort_indices(different.sides("example_id")[1]).to_numpy())
 
 
 def same_text(first: str, second: str) -> bool:
@@ -198,8 +203,9 @@ def judged_metrics(evaluation: Evaluation, task: str | None = None) -> list[str]
         if evaluation.metric(name).better != "neither"
         and (task is None or name.rpartition("/")[0] in ("", task))
     ]
-    has_rows = {name for p in evaluation.predictions for name in p.scores}
-    return sorted((n for n in names if n in has_rows), key=lambda n: n != evaluation.row_metric)
+    columns = {name: evaluation.column(name) for name in names}
+    of_rows = [name for name, scores in columns.items() if scores.null_count < len(scores)]
+    return sorted(of_rows, key=lambda name: name != evaluation.row_metric)
 
 
 def prompt_turns(prompt: str) -> list[tuple[str, str]]:

@@ -160,7 +160,7 @@ def terminal_table(artifact: Artifact) -> RenderableType:
     if other := evaluation.strongest_other():
         examples = evaluation.pair(other, evaluation.candidate["name"])
         for change, heading, style in _SHOWN_CHANGES:
-            chosen = [e for e in examples if e.change == change][:_SHOWN_EXAMPLES]
+            chosen = examples.where(examples.change == change)[:_SHOWN_EXAMPLES]
             if chosen:
                 parts += [Text(), Text(f"{heading} than {other}", style=style)]
                 parts += [Padding(_terminal_example(e), (0, 0, 1, 2)) for e in chosen]

@@ -398,16 +398,20 @@ def show_examples(evaluation: Evaluation) -> list[dict[str, Any]]:
         examples = evaluation.pair(pair["other"], pair["arm"])
         changes = []
         for change, label in _SHOWN_CHANGES.items():
-            changed = [example for example in examples if example.change == change]
+            changed = examples.where(examples.change == change)
             if changed:
-                shown = [_example(evaluation, example) for example in changed[:_NUM_EXAMPLES]]
+                first = changed[:_NUM_EXAMPLES]
+                near = evaluation.near([e.example_id for e in first])
+                shown = [_example(evaluation, e, near[e.example_id]) for e in first]
                 changes.append({"label": label, "count": len(changed), "examples": shown})
         if changes:
             groups.append({"words": describe_arm(pair["other"]), "changes": changes})
     return groups
 
 
-def _example(evaluation: Evaluation, example: PairedExample) -> dict[str, Any]:
+def _example(
+    evaluation: Evaluation, example: PairedExample, near: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     reference = shorten(example.reference, _LONGEST_TEXT)
     return {
         "id": example.example_id,
@@ -431,7 +435,7 @@ def _example(evaluation: Evaluation, example: PairedExample) -> dict[str, Any]:
             }
             for prediction in (example.before, example.after)
         ],
-        "nearest": [show_train_row(row) for row in evaluation.near(example.example_id)]
+        "nearest": [show_train_row(row) for row in near]
         if example.after.arm == evaluation.candidate["name"]
         else [],
     }

@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -194,37 +195,23 @@ def write_predictions(
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / FILE, compression="zstd")
 
 
-class StoredPredictions(Sequence[Prediction]):
-    """The rows of `predictions.parquet`, of which nothing is read before it is asked for.
+class ColumnPredictions(Sequence[Prediction]):
+    """Rows that are kept as columns; each is made when it is asked for.
 
-    Args:
-        folder: Of the evaluation.
-        metrics: Whose columns are scores.
+    To go over all of them takes a hundred times as long as to read the columns that are needed.
     """
 
-    def __init__(self, folder: Path, metrics: Sequence[str]) -> None:
-        self._folder, self._metrics = folder, metrics
-        self._columns: dict[str, pa.ChunkedArray] = {}
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return what `column_of` says."""
+        raise NotImplementedError
 
-    @cached_property
-    def _stored(self) -> list[str]:
-        names: list[str] = pq.read_schema(self._folder / FILE).names
-        return names
+    def take(self, numbers: NDArray[np.intp]) -> list[Prediction]:
+        """Return what `rows_at` says."""
+        raise NotImplementedError
 
     @cached_property
     def _rows(self) -> list[Prediction]:
-        return read_predictions(self._folder, self._metrics)
-
-    def column(self, name: str) -> pa.ChunkedArray:
-        """Return what `column_of` says; a column is read once."""
-        if name not in self._columns:
-            if name in self._stored:
-                table = pq.read_table(self._folder / FILE, columns=[name])
-                self._columns[name] = table.column(0)
-            else:
-                default: Any = [] if name == "error_tags" else "" if name in _SHARED else None
-                self._columns[name] = _column(name, [default] * len(self))
-        return self._columns[name]
+        return self.take(np.arange(len(self)))
 
     def __len__(self) -> int:
         return len(self.column("arm"))
@@ -240,17 +227,108 @@ class StoredPredictions(Sequence[Prediction]):
         return iter(self._rows)
 
 
+class StoredPredictions(ColumnPredictions):
+    """The rows of `predictions.parquet`, of which nothing is read before it is asked for.
+
+    Args:
+        folder: Of the evaluation.
+        metrics: Whose columns are scores.
+    """
+
+    def __init__(self, folder: Path, metrics: Sequence[str]) -> None:
+        self._folder, self._metrics = folder, metrics
+        self._columns: dict[str, pa.ChunkedArray] = {}
+
+    @cached_property
+    def _rows(self) -> list[Prediction]:
+        # In batches, and with the texts that arms share held once.
+        return read_predictions(self._folder, self._metrics)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        names: list[str] = pq.read_schema(self._folder / FILE).names
+        return names
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return what `column_of` says; a column is read once."""
+        if name not in self._columns:
+            if name in self._names:
+                with pq.ParquetFile(self._folder / FILE) as file:
+                    self._columns[name] = file.read([name]).column(0)
+            else:
+                default: Any = [] if name == "error_tags" else "" if name in _SHARED else None
+                self._columns[name] = _column(name, [default] * len(self))
+        return self._columns[name]
+
+    def take(self, numbers: NDArray[np.intp]) -> list[Prediction]:
+        """Return what `rows_at` says."""
+        fields = [f.name for f in dataclasses.fields(Prediction) if f.name in self._names]
+        scored = [name for name in self._metrics if name in self._names]
+        found = {
+            name: self.column(name).take(pa.array(numbers)).to_pylist()
+            for name in [*fields, *scored]
+        }
+        columns = {name: found[name] for name in fields}
+        columns["scores"] = _scores_of(columns["status"], {name: found[name] for name in scored})
+        return list(_made_of(columns))
+
+
+class JoinedPredictions(ColumnPredictions):
+    """The rows of two evaluations.
+
+    Args:
+        first: Those that come first.
+        suffix: What is added to the names of their arms.
+        second: The others.
+    """
+
+    def __init__(
+        self, first: Sequence[Prediction], suffix: str, second: Sequence[Prediction]
+    ) -> None:
+        self._first, self._suffix, self._second = first, suffix, second
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return what `column_of` says."""
+        first, second = (column_of(rows, name) for rows in (self._first, self._second))
+        if name == "arm":
+            first = pc.binary_join_element_wise(first, self._suffix, "")
+        return pa.chunked_array([*first.chunks, *second.chunks])
+
+    def take(self, numbers: NDArray[np.intp]) -> list[Prediction]:
+        """Return what `rows_at` says."""
+        size = len(self._first)
+        earlier = rows_at(self._first, numbers[numbers < size])
+        firsts = (dataclasses.replace(p, arm=p.arm + self._suffix) for p in earlier)
+        seconds = iter(rows_at(self._second, numbers[numbers >= size] - size))
+        return [next(firsts if number < size else seconds) for number in numbers.tolist()]
+
+
+def rows_at(predictions: Sequence[Prediction], numbers: NDArray[np.intp]) -> list[Prediction]:
+    """Return some of the rows, by their numbers."""
+    if isinstance(predictions, ColumnPredictions):
+        return predictions.take(numbers)
+    return [predictions[number] for number in numbers.tolist()]
+
+
 def column_of(predictions: Sequence[Prediction], name: str) -> pa.ChunkedArray:
     """Return a column of the rows: a field of theirs, or else their scores in a metric.
 
     Nothing but columns is read of stored rows: of a hundred thousand they take tenths of a second,
     and the rows as objects half a minute.
     """
-    if isinstance(predictions, StoredPredictions):
+    if isinstance(predictions, ColumnPredictions):
         return predictions.column(name)
     is_field = name in Prediction.__dataclass_fields__
     values = [getattr(p, name) if is_field else p.scores.get(name) for p in predictions]
     return _column(name, values)
+
+
+def has_tag(tags: pa.ChunkedArray, tag: str) -> NDArray[np.bool_]:
+    """Return which rows of the column `error_tags` hold a tag, shape (n,)."""
+    lists = tags.combine_chunks()
+    found = np.zeros(len(lists), bool)
+    found[pc.list_parent_indices(lists).filter(pc.equal(lists.flatten(), tag)).to_numpy()] = True
+    return found
 
 
 def _column(name: str, values: Sequence[Any]) -> pa.ChunkedArray:
@@ -272,13 +350,20 @@ def read_predictions(folder: Path, metrics: Sequence[str]) -> list[Prediction]:
             columns = {name: batch[name].to_pylist() for name in fields}
             for name in columns.keys() & set(_SHARED):
                 columns[name] = [same.setdefault(text, text) for text in columns[name]]
-            scores = [batch[name].to_pylist() for name in scored]
-            columns["scores"] = [
-                dict(zip(scored, values, strict=True)) if status == "scored" else {}
-                for status, *values in zip(columns["status"], *scores, strict=True)
-            ]
+            scores = {name: batch[name].to_pylist() for name in scored}
+            columns["scores"] = _scores_of(columns["status"], scores)
             predictions += _made_of(columns)
     return predictions
+
+
+def _scores_of(
+    statuses: Sequence[str], scores: Mapping[str, Sequence[float | None]]
+) -> list[dict[str, float | None]]:
+    """Return each row's scores by metric; none where it is unscored."""
+    return [
+        dict(zip(scores, values, strict=True)) if status == "scored" else {}
+        for status, *values in zip(statuses, *scores.values(), strict=True)
+    ]
 
 
 def _made_of(columns: Mapping[str, Sequence[Any]]) -> Iterator[Prediction]:

@@ -14,8 +14,13 @@ from tuneloop.artifacts import Artifact
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, PRECISION_PREFIX, Metric, in_task
 from tuneloop.evals.scoring.nearest import as_nearest, open_nearest
-from tuneloop.evals.scoring.pairing import PairedExample, by_change, pair_arms
-from tuneloop.evals.scoring.predictions import Prediction, StoredPredictions, column_of
+from tuneloop.evals.scoring.pairing import Between, Pairs
+from tuneloop.evals.scoring.predictions import (
+    JoinedPredictions,
+    Prediction,
+    StoredPredictions,
+    column_of,
+)
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,7 @@ class Evaluation:
         arms = [{**arm, "name": f"{arm['name']} of {name}"} for arm in other.arms]
         return replace(
             self,
-            predictions=[
-                *(replace(p, arm=f"{p.arm} of {name}") for p in other.predictions),
-                *self.predictions,
-            ],
+            predictions=JoinedPredictions(other.predictions, f" of {name}", self.predictions),
             metrics={**self.metrics, "metrics": metrics, "arms": [*arms, *self.arms]},
         )
 
@@ -73,11 +75,12 @@ class Evaluation:
         """Return a column of the predictions, see `column_of`."""
         return column_of(self.predictions, name)
 
-    def near(self, example_id: str) -> list[dict[str, Any]]:
-        """Return the training rows that may explain an answer of the candidate, the best first."""
-        found: list[dict[str, Any]] = self.nearest.to_table(
-            filter=ds.field("example_id") == example_id
-        ).to_pylist()
+    def near(self, example_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        """Return by example the training rows that may explain an answer of the candidate."""
+        found: dict[str, list[dict[str, Any]]] = {example_id: [] for example_id in example_ids}
+        is_meant = ds.field("example_id").isin(pa.array(example_ids, pa.string()))
+        for row in self.nearest.to_table(filter=is_meant).to_pylist():
+            found[row["example_id"]].append(row)
         return found
 
     @property
@@ -129,10 +132,8 @@ class Evaluation:
             if name != self.primary and not name.startswith((FIELD_PREFIX, PRECISION_PREFIX))
         ]
 
-    def pair(
-        self, before: str, after: str, metric: str = "", task: str | None = None
-    ) -> list[PairedExample]:
-        """Return the examples of two arms in the order to show them, see `pairing.by_change`.
+    def pair(self, before: str, after: str, metric: str = "", task: str | None = None) -> Pairs:
+        """Return the examples of two arms in the order to show them, see `Pairs`.
 
         Args:
             before: Name of the arm to compare with.
@@ -143,8 +144,7 @@ class Evaluation:
         name = metric or self.row_metric
         # In a mixture a metric may be that of one task alone.
         only = task or (name.rpartition("/")[0] if self.tasks else "")
-        rows = [p for p in self.predictions if only in ("", p.task)]
-        return by_change(pair_arms(rows, before, after, name, self.metric(name)))
+        return Pairs.of(self.predictions, Between(before, after, only), name, self.metric(name))
 
     @property
     def judge(self) -> dict[str, Any]:
