@@ -151,10 +151,11 @@ def row_scores(
     """
     totals: dict[str, list[float]] = {}
     for evaluation in evaluations:
-        for p in evaluation.predictions:
-            score = p.scores.get(metric or evaluation.primary)
-            if score is not None and arm in (None, p.arm):
-                totals.setdefault(p.example_id, []).append(score)
+        names = ("example_id", "arm", metric or evaluation.primary)
+        columns = (evaluation.column(name).to_pylist() for name in names)
+        for example, of_arm, score in zip(*columns, strict=True):
+            if score is not None and arm in (None, of_arm):
+                totals.setdefault(example, []).append(score)
     whole = {row: scores for row, scores in totals.items() if len(scores) == len(evaluations)}
     return {row: sum(scores) / len(scores) for row, scores in whole.items()}
 

@@ -264,7 +264,7 @@ def forecast_of(
     scores = [row_scores(evaluations_of(scored, cell["trials"]), metric=metric) for cell in cells]
     if without:
         scores += [row_scores([without.evaluation], bar.arm, metric) for bar in bars]
-    clusters = {p.example_id: p.cluster for p in evaluation.predictions}
+    clusters = evaluation.clusters()
     return describe_forecast(
         cells,
         evaluation.metric(metric),
@@ -276,10 +276,11 @@ def forecast_of(
 
 def latency_of(evaluation: Evaluation, arm: str | None = None) -> float | None:
     """Return the median seconds of an answer; None where none was timed."""
+    columns = (evaluation.column(name).to_pylist() for name in ("arm", "latency_s"))
     latencies = [
-        p.latency_s
-        for p in evaluation.predictions
-        if p.latency_s is not None and arm in (None, p.arm)
+        latency
+        for of_arm, latency in zip(*columns, strict=True)
+        if latency is not None and arm in (None, of_arm)
     ]
     return statistics.median(latencies) if latencies else None
 
@@ -302,7 +303,7 @@ def model_steps(
         return []
     evaluation = next(one.evaluation for one in scored if one.evaluation)
     sign = 1 if evaluation.metric(evaluation.primary).better == "higher" else -1
-    clusters = {p.example_id: p.cluster for p in evaluation.predictions}
+    clusters = evaluation.clusters()
 
     def best_of(same: list[dict[str, Any]]) -> dict[str, Any]:
         equal = [cell for cell in same if cell["num_train_examples"] == max(common)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 from pyarrow import parquet
 
 from tuneloop.artifacts import Artifact, Workspace
@@ -193,11 +194,12 @@ def _in_weak_slices(
     scored = workspace.open(artifact.manifest["inputs"][0])
     columns = {split: read_columns(scored, split) for split in _HELD_OUT}
     ours = read_columns(dataset, "train")
-    asked = [
-        Solved(last_question(p.prompt), p.reference, p.example_id)
-        for p in evaluation.predictions
-        if p.arm == evaluation.candidate["name"]
-    ]
+    is_own = pc.equal(evaluation.column("arm"), evaluation.candidate["name"])
+    prompts, references, ids = (
+        evaluation.column(name).filter(is_own).to_pylist()
+        for name in ("prompt", "reference", "example_id")
+    )
+    asked = [Solved(*row) for row in zip(map(last_question, prompts), references, ids, strict=True)]
     parts = []
     for item in weak:
         by, name = item["by"], item["slice"]

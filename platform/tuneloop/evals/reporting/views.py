@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import psutil
+import pyarrow.compute as pc
 
 from tuneloop.artifacts import git_commit, package_versions
 from tuneloop.config import TuneloopConfig
@@ -322,7 +323,7 @@ def _is_below(part: dict[str, Any], difference: float, level: float) -> bool:
 
 def show_tasks(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return a mixture's tasks: a bar for each arm, and the candidate against the others."""
-    groups = []
+    groups, ids = [], evaluation.column("example_id")
     for task, about in evaluation.tasks.items():
         name = in_task(task, about["primary"])
         metric = evaluation.metric(name)
@@ -331,7 +332,7 @@ def show_tasks(evaluation: Evaluation) -> list[dict[str, Any]]:
                 "name": task,
                 "label": metric.label.partition(": ")[2],
                 "num_examples": len(
-                    {p.example_id for p in evaluation.predictions if p.task == task}
+                    pc.unique(ids.filter(pc.equal(evaluation.column("task"), task)))
                 ),
                 "bars": _bars(evaluation, name),
                 "differences": [

@@ -75,6 +75,11 @@ class Evaluation:
         """Return a column of the predictions, see `column_of`."""
         return column_of(self.predictions, name)
 
+    def clusters(self) -> dict[str, str]:
+        """Return the cluster of each example; empty where it is one of its own."""
+        columns = (self.column(name).to_pylist() for name in ("example_id", "cluster"))
+        return dict(zip(*columns, strict=True))
+
     def near(self, example_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """Return by example the training rows that may explain an answer of the candidate."""
         found: dict[str, list[dict[str, Any]]] = {example_id: [] for example_id in example_ids}
