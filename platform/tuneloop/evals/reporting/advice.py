@@ -355,7 +355,7 @@ class _Adviser:
         lacking = np.where(chosen, np.maximum(0.0, self.loss - rest), 0.0)
         if not lacking.any():  # the others are no better
             return _Brings(num_rows=num_rows)
-        # Of so many rows a resample takes long, and says the same to 2% of the interval's width.
+        # Of so many rows resampling takes long, and says the same to a twentieth of the width.
         resampling = Resampling(num_resamples=2_000 if len(lacking) < _MANY_ROWS else 0)
         told = describe_mean(lacking, self.clusters, metric, resampling)
         gain = Gain(told["value"], max(0.0, told["low"] or 0.0), told["high"] or 0.0)

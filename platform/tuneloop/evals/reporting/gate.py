@@ -142,15 +142,19 @@ def _rows_needed(
     metric, margin = evaluation.metric(evaluation.row_metric), margin_of(evaluation)
     if evaluation.row_metric != evaluation.primary:
         return _rows_by_width(difference, margin)
-    examples = [e for e in evaluation.pair(pair["other"], pair["arm"]) if e.gain is not None]
+    examples = evaluation.pair(pair["other"], pair["arm"])
+    examples = examples.where(~np.isnan(examples.gain))
     if not examples or difference["low"] is None:
         return None
-    gain = float(np.mean([e.gain for e in examples]))
-    ours, theirs = paired_values(
-        [e.after for e in examples], [e.before for e in examples], evaluation.row_metric
-    )
+    gain = float(examples.gain.mean())
+    theirs, ours = (scores.to_numpy() for scores in examples.sides(evaluation.row_metric))
+    if any("models" in arm for arm in evaluation.arms):
+        ours, theirs = paired_values(
+            [e.after for e in examples], [e.before for e in examples], evaluation.row_metric
+        )
     distance = gain + margin if gain > -margin else -gain
-    clusters = Clusters.of([e.after.cluster or e.example_id for e in examples])
+    names, ids = (examples.sides(name)[1].to_pylist() for name in ("cluster", "example_id"))
+    clusters = Clusters.of([name or row for name, row in zip(names, ids, strict=True)])
     confidence = evaluation.metrics["confidence"]
     design = design_of(ours, theirs, clusters, scale_of(metric), confidence)
     needed = None if design is None or distance == 0 else rows_to_find(design, min(1.0, distance))
