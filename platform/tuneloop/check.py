@@ -18,7 +18,7 @@ from tuneloop.data.check import check as check_data
 from tuneloop.data.labels import resolve_labels
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.unlabelled import input_files, read_all_unlabelled
-from tuneloop.errors import ArtifactError, DataError, ModelError, Problem
+from tuneloop.errors import ArtifactError, ConfigError, DataError, ModelError, Problem
 from tuneloop.evals.scoring.choosable import try_scorers
 from tuneloop.models.bases.source import BaseModel, resolve_base
 from tuneloop.models.chat.renderer import Renderer
@@ -28,13 +28,11 @@ from tuneloop.synthesis.more_of import more_of_problems
 from tuneloop.text import format_duration
 from tuneloop.training.fit.assess import Fit, assess
 from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
+from tuneloop.training.fit.refusals import refuse_small_budget
 from tuneloop.training.rows import make_rows
 from tuneloop.training.worked import far_from_worked
 
 _SHOWN_TOKENS = 400
-# From the start of a training's workers to its first step, and from its last step to the published
-# model; measured on two cores with 135M and 270M parameters.
-_START_S = 30.0
 
 
 class SweepEstimate(NamedTuple):
@@ -187,24 +185,17 @@ def check_trials(
                 continue
             found += fit.problems
             expected = fit.prediction and fit.prediction.estimate
-            of_steps = expected.training_s if expected else None
-            seconds.append(None if of_steps is None else of_steps + _START_S)
+            seconds.append(expected.whole_s if expected else None)
         problems += [
             problem
             for number, problem in enumerate(found)
             if problem not in problems and problem not in found[:number]
         ]
+    try:
+        refuse_small_budget(seconds, most_s)
+    except ConfigError as error:
+        problems += error.problems
     known = [one for one in seconds if one is not None]
-    if known and len(known) == len(seconds) and min(known) > most_s:
-        problems.append(
-            Problem(
-                "no training fits into the budget",
-                where="sweep.budget",
-                got=f"{format_duration(most_s)} of training",
-                allowed=f"at least {format_duration(min(known))}, for the shortest one",
-                remedy="raise the budget, or train on fewer rows or a smaller model",
-            )
-        )
     total = sum(known) if known and len(known) == len(seconds) else None
     return replace(result, problems=problems, sweep=SweepEstimate(len(trials), total))
 

@@ -91,7 +91,7 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             # From here on PyTorch and Ray Tune are needed.
             from tuneloop.sweeps.trials import refuse_unfit, train_all
 
-            refuse_unfit(study.jobs or jobs, study.trials)
+            refuse_unfit(study.jobs or jobs, study.trials, study.budget.seconds)
             train_all(study, config, workspace, folder)
         trials, datasets = study.ended(), [job.dataset for job in study.jobs]
         if not any(trial.model for trial in trials):

@@ -31,7 +31,7 @@ from tuneloop.sweeps.search import PERCENT, TrialSearch, order_file
 from tuneloop.sweeps.study import Job, Study
 from tuneloop.training.batches import Schedule
 from tuneloop.training.fit.assess import PreparedRows, assess
-from tuneloop.training.fit.refusals import refuse_small_cluster
+from tuneloop.training.fit.refusals import refuse_small_budget, refuse_small_cluster
 from tuneloop.training.progress import (
     MAY_STOP_FILE,
     PROGRESS_FILE,
@@ -135,13 +135,15 @@ def train_all(study: Study, config: TuneloopConfig, workspace: Workspace, folder
             shutil.rmtree(left, ignore_errors=True)
 
 
-def refuse_unfit(jobs: Sequence[Job], trials: Mapping[int, Trial]) -> None:
+def refuse_unfit(jobs: Sequence[Job], trials: Mapping[int, Trial], budget_s: float) -> None:
     """Raise UserError, with the problems of all trainings, if one of them does not fit.
 
     Args:
         trials: Those that ended, by the job's number.
+        budget_s: Seconds that all trainings may take; one has to fit where none has ended.
     """
     problems: list[Problem] = []
+    seconds: list[float | None] = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         stored: dict[str, PreparedRows] = {}
@@ -157,7 +159,10 @@ def refuse_unfit(jobs: Sequence[Job], trials: Mapping[int, Trial]) -> None:
                 stored[ref] = PreparedRows(job.dataset, sides[0], sides[1], scratch)
             try:
                 base = resolve_base(job.cell.config.model.base)
-                found = assess(job.cell.config, base, stored[ref]).problems
+                fit = assess(job.cell.config, base, stored[ref])
+                expected = fit.prediction and fit.prediction.estimate
+                seconds.append(expected.whole_s if expected else None)
+                found = fit.problems
             except UserError as error:
                 found = list(error.problems)
             told = {(problem.what, problem.where) for problem in problems}
@@ -168,6 +173,8 @@ def refuse_unfit(jobs: Sequence[Job], trials: Mapping[int, Trial]) -> None:
             ]
     if problems:
         raise UserError(*problems)
+    if not trials:
+        refuse_small_budget(seconds, budget_s)
 
 
 def train_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import psutil
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import ResourcesConfig, TuneloopConfig
-from tuneloop.errors import DataError, ModelError, Problem, ResourceError
+from tuneloop.errors import ConfigError, DataError, ModelError, Problem, ResourceError
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
+from tuneloop.text import format_duration
 from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
 from tuneloop.training.fit.shape import ModelShape
 from tuneloop.training.methods import METHODS
@@ -169,6 +171,24 @@ def refuse_small_disk(expected: ResourceEstimate | None, scratch: Path) -> None:
             got=f"about {gib(expected.disk_bytes)} needed",
             allowed=f"{gib(free)} free",
             remedy="free space, or set `workspace` to another disk",
+        )
+
+
+def refuse_small_budget(seconds: Sequence[float | None], most_s: float) -> None:
+    """Raise ConfigError if no training of a sweep fits into its budget.
+
+    Args:
+        seconds: That each training is expected to take; None where that is not known.
+        most_s: Seconds of all trainings together.
+    """
+    known = [one for one in seconds if one is not None]
+    if known and len(known) == len(seconds) and min(known) > most_s:
+        raise ConfigError.of(
+            "no training fits into the budget",
+            where="sweep.budget",
+            got=f"{format_duration(most_s)} of training",
+            allowed=f"at least {format_duration(min(known))}, for the shortest one",
+            remedy="raise the budget, or train on fewer rows or a smaller model",
         )
 
 
