@@ -261,8 +261,7 @@ def refuse_unshared(workspace: Path, base: Path) -> None:
                     remedy="set `workspace`, and TUNELOOP_CACHE on every node, to such directories",
                 )
             )
-    if problems:
-        raise ResourceError(*problems)
+    ResourceError.refuse(problems)
 
 
 def _exist(paths: list[str]) -> list[bool]:

@@ -241,7 +241,7 @@ def _gate(arguments: argparse.Namespace, output: IO[str]) -> int:
 
 
 def _refuse_unwritable(files: dict[str, Path]) -> None:
-    problems = [
+    ConfigError.refuse(
         Problem(
             "the result cannot be written there",
             where=option,
@@ -250,9 +250,7 @@ def _refuse_unwritable(files: dict[str, Path]) -> None:
         )
         for option, path in files.items()
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)
-    ]
-    if problems:
-        raise ConfigError(*problems)
+    )
 
 
 def _sweep(arguments: argparse.Namespace, output: IO[str]) -> None:

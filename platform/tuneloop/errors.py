@@ -14,6 +14,7 @@ A `UserError` carries one or more `Problem`s, so that everything wrong is report
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -67,6 +68,12 @@ class UserError(TuneloopError):
     ) -> Self:
         """Return the error with one problem, of these parts."""
         return cls(Problem(what, where, got, allowed, remedy))
+
+    @classmethod
+    def refuse(cls, problems: Iterable[Problem]) -> None:
+        """Raise the error with these problems, if there are any."""
+        if found := tuple(problems):
+            raise cls(*found)
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)

@@ -235,8 +235,7 @@ def read_marks(path: Path) -> list[Mark]:
                     remedy="correct or remove the line",
                 )
             )
-    if problems:
-        raise DataError(*problems)
+    DataError.refuse(problems)
     return marks
 
 

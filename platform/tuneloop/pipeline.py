@@ -90,8 +90,7 @@ def generate(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             got="no such section",
             remedy="give generation.endpoint, generation.model and generation.sources",
         )
-    if problems := more_of_problems(config, workspace):
-        raise ConfigError(*problems)
+    ConfigError.refuse(more_of_problems(config, workspace))
     base = resolve_base(config.model.base)
     if config.generation.kind == "pairs":
         return [_log_published(generate_pairs(config, workspace, base))]
@@ -116,8 +115,7 @@ def run(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
     The base model is measured before anything is trained: what prompting alone reaches is the
     bar that finetuning has to clear.
     """
-    if problems := contest.judging_problems(config):
-        raise ConfigError(*problems)
+    ConfigError.refuse(contest.judging_problems(config))
     if config.evaluation.arms:
         logger.info("evaluation.arms is for `tuneloop evaluate`; this compares the usual arms")
     _make_environment(config)
@@ -197,8 +195,7 @@ def evaluate_named(
     """
     from tuneloop.data.scored_rows import prepare_scored_rows
 
-    if problems := contest.arm_problems(config, workspace):
-        raise ConfigError(*problems)
+    ConfigError.refuse(contest.arm_problems(config, workspace))
     _make_environment(config)
     config = with_labels(config)
     base = cache(partial(resolve_base, config.model.base))
@@ -257,8 +254,7 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
         ResourceError: The port is taken, or there is no room for the models.
         ConfigError: The keys are wrong, or other machines would reach the models without one.
     """
-    if problems := contest.engine_problems(config):
-        raise ModelError(*problems)
+    ModelError.refuse(contest.engine_problems(config))
     keys, own = keyring(config.serving), ""
     refuse_exposed(config.serving, keys)
     if keys:

@@ -223,8 +223,7 @@ def _refuse_missing(config: TuneloopConfig) -> None:
     base = config.model.base
     if base.startswith(".") and not Path(base).exists():
         missing.append(Problem("no such model to send", "model.base", base, remedy=here))
-    if missing:
-        raise ConfigError(*missing)
+    ConfigError.refuse(missing)
 
 
 def _expanded(path: str) -> str:

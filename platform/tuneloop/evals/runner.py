@@ -387,8 +387,7 @@ def _refuse_many_unscored(
                     "asked for",
                 )
             )
-    if problems:
-        raise EndpointError(*problems)
+    EndpointError.refuse(problems)
 
 
 def _spent(spending: Spending) -> dict[str, Any]:

@@ -138,8 +138,7 @@ def expand(config: TuneloopConfig) -> list[Cell]:
         valid = _validated(raw, values, problems)
         if valid is not None:
             cells += _each_seed(Cell(values, valid), sweep.num_seeds)
-    if problems:
-        raise ConfigError(*problems)
+    ConfigError.refuse(problems)
     return cells
 
 

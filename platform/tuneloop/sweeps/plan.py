@@ -99,8 +99,7 @@ def prepare_all(cells: Sequence[Cell], workspace: Workspace) -> dict[str, Artifa
             resolve_base(base)
         except UserError as error:
             problems += error.problems
-    if problems:
-        raise UserError(*problems)
+    UserError.refuse(problems)
     datasets: dict[str, Artifact] = {}
     for cell in cells:
         wanted = _dataset_key(cell)
@@ -112,8 +111,7 @@ def prepare_all(cells: Sequence[Cell], workspace: Workspace) -> dict[str, Artifa
             ).artifact
         except DataError as error:
             problems += [problem for problem in error.problems if problem not in problems]
-    if problems:
-        raise DataError(*problems)
+    DataError.refuse(problems)
     return datasets
 
 

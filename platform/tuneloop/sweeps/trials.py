@@ -171,8 +171,7 @@ def refuse_unfit(jobs: Sequence[Job], trials: Mapping[int, Trial], budget_s: flo
                 for problem in found
                 if (problem.what, f"{job.cell.label}; {problem.where}".rstrip("; ")) not in told
             ]
-    if problems:
-        raise UserError(*problems)
+    UserError.refuse(problems)
     if not trials:
         refuse_small_budget(seconds, budget_s)
 

@@ -43,7 +43,7 @@ class LongRow(NamedTuple):
 def refuse_mismatched_formats(config: TuneloopConfig) -> None:
     """Raise DataError where a source's format does not fit the task."""
     is_text = config.task.type == "language_modeling"
-    problems = [
+    DataError.refuse(
         Problem(
             "format and task do not fit together",
             where=f"data.sources.{index}.format",
@@ -53,9 +53,7 @@ def refuse_mismatched_formats(config: TuneloopConfig) -> None:
         )
         for index, source in enumerate(config.data.sources)
         if (source.format == "text") != is_text
-    ]
-    if problems:
-        raise DataError(*problems)
+    )
 
 
 def refuse_too_many_rows(total: int) -> None:

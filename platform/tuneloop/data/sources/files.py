@@ -138,8 +138,7 @@ def find_files(sources: Sequence[SourceConfig], key: str = "data.sources") -> li
                 )
             )
         seen[file.path] = file.source
-    if problems:
-        raise DataError(*problems)
+    DataError.refuse(problems)
     columns = partitions_of([file.name for file in files])
     return [replace(file, columns=own) for file, own in zip(files, columns, strict=True)]
 

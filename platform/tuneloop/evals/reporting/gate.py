@@ -221,8 +221,7 @@ def _floors(
             value = "".join(c for c in " ".join(part["slice"].split()) if c.isprintable())
             name = f"{part['by']} = {value}"
             checks.append(_floor(evaluation, floor, metric, name, part))
-    if problems:
-        raise ConfigError(*problems)
+    ConfigError.refuse(problems)
     return checks
 
 

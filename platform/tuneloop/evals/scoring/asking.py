@@ -479,8 +479,7 @@ def _refuse_dead_arms(
                     remedy="give answers to the rows that are scored" if arm.answer else remedy,
                 )
             )
-    if problems:
-        raise EndpointError(*problems)
+    EndpointError.refuse(problems)
 
 
 class _RunningScores:

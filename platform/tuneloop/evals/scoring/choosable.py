@@ -67,8 +67,7 @@ def chosen_metrics(task: OneTaskConfig, evaluation: EvaluationConfig) -> dict[st
     together = {OF_ALL_ROWS: MACRO_F1} if task.type == "classification" else {}
     if not evaluation.metrics:
         _refuse_primary(evaluation.primary, TASK_METRICS[task.type].metrics | together, problems)
-        if problems:
-            raise ConfigError(*problems)
+        ConfigError.refuse(problems)
         return None
     options = [(f"evaluation.metrics.{n}", one) for n, one in enumerate(evaluation.metrics)]
     chosen = _choose(task, options, problems)
@@ -83,8 +82,7 @@ def chosen_metrics(task: OneTaskConfig, evaluation: EvaluationConfig) -> dict[st
                 )
             )
         _refuse_primary(evaluation.primary, chosen | together, problems)
-    if problems:
-        raise ConfigError(*problems)
+    ConfigError.refuse(problems)
     return chosen
 
 
@@ -125,8 +123,7 @@ def metrics_by_task(task: TaskConfig, evaluation: EvaluationConfig) -> dict[str,
         # Its options were checked with the name as it is given.
         named.setdefault(name, []).append((where, option.model_copy(update={"name": metric})))
     chosen = {name: _choose(task.tasks[name], options, problems) for name, options in named.items()}
-    if problems:
-        raise ConfigError(*problems)
+    ConfigError.refuse(problems)
     return chosen
 
 
@@ -256,8 +253,7 @@ def own_tags(evaluation: EvaluationConfig) -> list[OwnTag]:
             tags.append(OwnTag(path, f"evaluation.tags.{index}"))
         except ConfigError as error:
             problems += error.problems
-    if problems:
-        raise ConfigError(*problems)
+    ConfigError.refuse(problems)
     return tags
 
 

@@ -64,8 +64,7 @@ def _read(path: Path) -> dict[tuple[str, str], str]:
         problems.append(Problem("there are no answers in the file", where=str(path)))
     if len(problems) > 3:
         problems[3:] = [Problem(f"and {len(problems) - 3} more such lines", where=str(path))]
-    if problems:
-        raise DataError(*problems)
+    DataError.refuse(problems)
     return answers
 
 

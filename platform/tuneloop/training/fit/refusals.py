@@ -57,8 +57,7 @@ def refuse_unsupported(config: TuneloopConfig) -> None:
         refuse_missing_trackers(resources.trackers)
     except ResourceError as error:
         problems += error.problems
-    if problems:
-        raise ResourceError(*problems)
+    ResourceError.refuse(problems)
 
 
 def refuse_without_validation(config: TuneloopConfig, rows: Rows, dataset: Artifact) -> None:
@@ -123,8 +122,7 @@ def refuse_unreadable_rows(rows: Rows, shape: ModelShape, where: str) -> None:
                 "was enlarged",
             )
         )
-    if problems:
-        raise ModelError(*problems)
+    ModelError.refuse(problems)
 
 
 def refuse_long_totals(totals: RowTotals, shape: ModelShape) -> None:
@@ -209,7 +207,7 @@ def refuse_small_cluster(resources: ResourcesConfig, cpus_per_trial: float = 0.0
         needed["GPU"] = num_workers * resources.gpus_per_worker
     present = ray.cluster_resources()
     each = f", and {cpus_per_trial:g} for each of {trials} concurrent trials" if trials else ""
-    problems = [
+    ResourceError.refuse(
         Problem(
             f"the cluster has too few {unit}s for the training workers",
             where="resources.num_workers",
@@ -220,9 +218,7 @@ def refuse_small_cluster(resources: ResourcesConfig, cpus_per_trial: float = 0.0
         )
         for unit, count in needed.items()
         if count > present.get(unit, 0)
-    ]
-    if problems:
-        raise ResourceError(*problems)
+    )
 
 
 def _some(rows: Rows, indices: np.ndarray) -> str:
