@@ -97,8 +97,7 @@ def trace(workspace: Workspace, identifier: str) -> Trace:
     said = store.find(identifier) if store else None
     if said is not None:
         identifier = said.row_id if isinstance(said, Mark) else said.example_id
-    published = workspace.published()
-    datasets = [workspace.open(a.ref) for a in published if a.kind == "datasets"]
+    datasets = [workspace.open(a.ref) for a in workspace.published("datasets")]
     opened = [
         (dataset, folder, query)
         for dataset in datasets
@@ -109,11 +108,11 @@ def trace(workspace: Workspace, identifier: str) -> Trace:
     places = [place for item in opened for place in _places(*item, row_id)]
     places = [_with_repeats(place, opened) for place in places]
     trained = {p.dataset for p in places if p.side == "train"}
-    evaluations = [workspace.open(a.ref) for a in published if a.kind == "evaluations"]
+    evaluations = [workspace.open(a.ref) for a in workspace.published("evaluations")]
     return Trace(
         row_id,
         places,
-        _models(published, [d for d in datasets if d.ref in trained]),
+        _models(workspace, [d for d in datasets if d.ref in trained]),
         [answer for evaluation in evaluations for answer in _answers(evaluation, row_id)],
         [m for m in (store.marks() if store else []) if m.content_id == row_id],
         store.all_verdicts(row_id) if store else [],
@@ -232,13 +231,13 @@ def _with_repeats(place: Place, opened: Sequence[tuple[Artifact, str, Query]]) -
     return place
 
 
-def _models(published: Sequence[Artifact], datasets: Sequence[Artifact]) -> list[dict[str, str]]:
+def _models(workspace: Workspace, datasets: Sequence[Artifact]) -> list[dict[str, str]]:
     by_identity = {d.train_fingerprint: d.ref for d in reversed(datasets)}
     by_identity |= {d.fingerprint: d.ref for d in datasets}
     return [
         {"model": model.ref, "dataset": by_identity[model.manifest["config"]["dataset"]]}
-        for model in published
-        if model.kind == "models" and model.manifest["config"].get("dataset") in by_identity
+        for model in workspace.published("models")
+        if model.manifest["config"].get("dataset") in by_identity
     ]
 
 

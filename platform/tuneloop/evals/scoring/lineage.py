@@ -58,13 +58,10 @@ def find_looks(workspace: Workspace, dataset: Artifact, split: str) -> Looks:
     Datasets that differ in their train rows share test rows: rows are compared, not datasets.
     """
     ours = _row_ids(dataset, split)
-    published = workspace.published()
-    datasets = {a.fingerprint: a for a in published if a.kind == "datasets"}
+    datasets = {a.fingerprint: a for a in workspace.published("datasets")}
     shared: Mapping[tuple[str, str], bool] = {(dataset.fingerprint, split): True}
     evaluations, identities = [], set()
-    for artifact in published:
-        if artifact.kind != "evaluations":
-            continue
+    for artifact in workspace.published("evaluations"):
         config = artifact.manifest["config"]
         scored = config.get("evaluation", {}).get("split", "test")
         key = str(config.get("dataset", "")), scored
