@@ -170,26 +170,30 @@ def conflicts(query: Query, page: int, page_size: int) -> tuple[list[list[dict[s
     said = "array_to_string(list_transform(messages[:-2], lambda m: m.content), chr(10))"
     asked = f"hash(lower(trim({said})))"
     answered = "hash(trim(messages[-1].content))"
-    groups = (
-        f"SELECT {asked} AS prompt, count(*) AS n FROM rows GROUP BY prompt "
-        f"HAVING min({answered}) <> max({answered})"
+    start = (max(1, int(page)) - 1) * int(page_size)
+    # Groups are named by position: people call their own columns `prompt` and `value` too.
+    # Each reading of a million rows takes seconds: one for the groups, one for all their rows.
+    groups = query.ask(
+        f"SELECT {asked} AS prompt, count(*) AS n, count(*) OVER () AS total FROM rows "
+        f"GROUP BY 1 HAVING min({answered}) <> max({answered}) "
+        f"ORDER BY 2 DESC, 1 LIMIT {int(page_size)} OFFSET {start}"
     )
-    (count,) = query.ask(f"SELECT count(*) AS n FROM ({groups})")
-    shown = query.ask(
-        f"{groups} ORDER BY n DESC, prompt LIMIT {int(page_size)} "
-        f"OFFSET {(max(1, int(page)) - 1) * int(page_size)}"
+    if not groups:
+        return [], conflicts(query, 1, page_size)[1] if page > 1 else 0
+    # A row of each answer first.
+    each = f"row_number() OVER (PARTITION BY {asked}, {answered} ORDER BY row_id)"
+    rows = query.ask(
+        f"SELECT * FROM (SELECT {query.columns(_TOKENS)}, {asked} AS _asked, {each} AS _each "
+        "FROM rows WHERE _asked IN (SELECT unnest(?))) "
+        "QUALIFY row_number() OVER (PARTITION BY _asked ORDER BY _each, row_id) "
+        f"<= {_MOST_OF_A_CONFLICT} ORDER BY _each, row_id",
+        [group["prompt"] for group in groups],
     )
-    found = []
-    for group in shown:
-        # A row of each answer first.
-        each = f"row_number() OVER (PARTITION BY {answered} ORDER BY row_id)"
-        rows = query.ask(
-            f"SELECT {query.columns(_TOKENS)} FROM rows WHERE {asked} = ? ORDER BY {each}, row_id "
-            f"LIMIT {_MOST_OF_A_CONFLICT}",
-            group["prompt"],
-        )
-        found.append(rows)
-    return found, count["n"]
+    found: dict[int, list[dict[str, Any]]] = {group["prompt"]: [] for group in groups}
+    for row in rows:
+        del row["_each"]
+        found[row.pop("_asked")].append(row)
+    return list(found.values()), groups[0]["total"]
 
 
 def value_counts(query: Query) -> dict[str, dict[str, int]]:
@@ -205,7 +209,7 @@ def value_counts(query: Query) -> dict[str, dict[str, int]]:
         column = _as_text(name)
         counts = query.ask(
             f"SELECT {column} AS value, count(*) AS n FROM rows WHERE {quoted(name)} IS NOT NULL "
-            f"GROUP BY value ORDER BY n DESC, value LIMIT {_MOST_VALUES + 1}"
+            f"GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {_MOST_VALUES + 1}"
         )
         if 1 < len(counts) <= _MOST_VALUES:
             found[name] = {row["value"]: row["n"] for row in counts}

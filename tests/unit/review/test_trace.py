@@ -14,7 +14,14 @@ import pytest
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.errors import ArtifactError, DataError
 from tuneloop.marks import Mark
-from tuneloop.review.rows import RowFilter, open_rows, read_page, read_row, value_counts
+from tuneloop.review.rows import (
+    RowFilter,
+    conflicts,
+    open_rows,
+    read_page,
+    read_row,
+    value_counts,
+)
 from tuneloop.review.store import URL_VARIABLE, ReviewStore
 from tuneloop.review.trace import trace, trace_lines
 from tuneloop.review.verdicts import Verdict
@@ -90,6 +97,31 @@ def test_rows_are_filtered_over_all_files_and_read_page_by_page(workspace: Works
     (made.path / "train" / "part1.parquet").write_bytes(b"\0" * 100)
     with pytest.raises(ArtifactError, match="the rows cannot be read"):
         open_rows(made, "train")
+
+
+def test_conflicts_come_with_a_row_of_each_answer_whatever_columns_are_called(
+    workspace: Workspace,
+) -> None:
+    rows = []
+    # Question 0 has nine rows and three answers, question 1 four and two; the last has one answer.
+    for number, (asked, said) in enumerate([(0, i % 3) for i in range(9)] + [(1, 1), (1, 2)] * 2):
+        rows.append(row(number) | {"prompt": "x", "value": "ab"[number % 2], "n": number % 3})
+        rows[-1]["messages"] = [
+            {"role": "user", "content": f" Ask {asked}" if number % 2 else f"ask {asked} "},
+            {"role": "assistant", "content": f"say {said}"},
+        ]
+    rows += [row(20), row(20)]
+    made = publish(workspace, "datasets", "faq", {}, train__part0_parquet=rows)
+    query = open_rows(made, "train")
+    assert query is not None
+    (first, second), count = conflicts(query, 1, 5)
+    assert count == 2
+    assert [r["messages"][-1]["content"] for r in first] == ["say 0", "say 1", "say 2"] * 2
+    assert [int(r["row_id"]) for r in second] == [9, 10, 11, 12]
+    assert conflicts(query, 2, 1) == ([second], 2)
+    assert conflicts(query, 9, 5) == ([], 2)
+    assert value_counts(query)["value"] == {"a": 7, "b": 6}
+    assert value_counts(query)["synthetic"] == {"true": 9, "false": 6}
 
 
 def test_a_row_is_followed_through_everything(workspace: Workspace) -> None:
