@@ -43,7 +43,7 @@ class Paired(NamedTuple):
 
 
 # What goes over all answers is done once, and not at every click.
-@st.cache_resource(max_entries=4, show_spinner="Comparing the answers")
+@st.cache_resource(max_entries=2, show_spinner="Comparing the answers")
 def pair(
     location: str, _evaluation: Evaluation, before: str, after: str, metric: str, task: str | None
 ) -> Paired:

@@ -121,7 +121,7 @@ def counted_verdicts(evaluation: Evaluation, reviewer: str | None = None) -> lis
     return [verdict for verdict, is_on_these in zip(said, counts, strict=True) if is_on_these]
 
 
-@st.cache_resource(max_entries=4, show_spinner="Comparing the answers")
+@st.cache_resource(max_entries=2, show_spinner="Comparing the answers")
 def different_answers(location: str, _evaluation: Evaluation, arms: Sequence[str]) -> Pairs:
     return analysis.examples_to_judge(_evaluation, arms)
 
