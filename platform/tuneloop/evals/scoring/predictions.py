@@ -19,6 +19,8 @@ from tuneloop.records import FinishReason, Status
 
 FILE = "predictions.parquet"
 _BATCH_ROWS = 8192
+# Groups are read by several threads at once, and none that holds other arms alone.
+_ROW_GROUP = 20_000
 _SHARED = ("example_id", "arm", "prompt", "reference", "status", "error", "cluster", "task")
 _EVIDENCE = pa.struct(
     [("tag", pa.string()), ("detail", pa.string()), ("start", pa.int32()), ("end", pa.int32())]
@@ -192,7 +194,8 @@ def write_predictions(
         row = dataclasses.asdict(prediction)
         own = row.pop("scores")
         rows.append(row | {name: own.get(name) for name in metrics})
-    pq.write_table(pa.Table.from_pylist(rows, schema), folder / FILE, compression="zstd")
+    table = pa.Table.from_pylist(rows, schema)
+    pq.write_table(table, folder / FILE, compression="zstd", row_group_size=_ROW_GROUP)
 
 
 class ColumnPredictions(Sequence[Prediction]):
