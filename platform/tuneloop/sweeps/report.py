@@ -247,10 +247,10 @@ def _spent(trials: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         ("trials", ", ".join(f"{count} {status}" for status, count in by_status.items())),
         ("time of training", format_duration(seconds)),
     ]
-    for unit in ("cpu", "gpu"):
+    for unit, name in (("cpu", "hours of all workers"), ("gpu", "GPU hours")):
         hours = [t[f"{unit}_hours"] for t in trials if t.get(f"{unit}_hours") is not None]
         if hours:
-            facts.append((f"{unit.upper()} hours of the workers", f"{sum(hours):.2f}"))
+            facts.append((name, f"{sum(hours):.2f}"))
     prices = [trial["price"] for trial in trials if trial.get("price") is not None]
     if prices:
         facts.append(("price of training", f"{sum(prices):,.2f}"))
