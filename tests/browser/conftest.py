@@ -383,7 +383,7 @@ def served(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 def parrots() -> Iterator[str]:
     """The base URL of a server that streams what it is asked, by our own protocol."""
 
-    from tuneloop.serving import answers, protocol
+    from tuneloop.serving import answers, parsing, protocol
     from tuneloop.serving.requests import DecodeResult
 
     app = FastAPI()
@@ -394,7 +394,7 @@ def parrots() -> Iterator[str]:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
-        asked = protocol.parse_chat(await request.json())
+        asked = parsing.parse_chat(await request.json())
         text = asked.conversation()[-1].content
         if text == "fail":
             error = protocol.ProtocolError(400, "this question is refused")
