@@ -60,7 +60,7 @@ class SweepConfig(Section):
     every training goes to its end."""
     grace_period: float = Field(0.2, gt=0, lt=1)
     """For `asha`: the share of a training before which it is not stopped."""
-    reduction_factor: float = Field(4, gt=1)
+    reduction_factor: float = Field(2, gt=1)
     """For `asha`: one in so many goes on at each decision."""
     budget: SweepBudgetConfig = SweepBudgetConfig()
     price_per_row: float | None = Field(None, gt=0)
