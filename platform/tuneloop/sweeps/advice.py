@@ -5,6 +5,7 @@ Each piece of advice comes from numbers in `curve.json` and `trials.parquet`, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -212,7 +213,7 @@ def _edges(sweep: Sweep) -> list[Advice]:
         if key == ROWS_KEY or len(numbers) < 3 or len(numbers) < len(values):
             continue
         best = sweep.best[key]
-        if best not in (min(numbers), max(numbers)):
+        if best not in (min(numbers), max(numbers)) or not _matters(sweep, key):
             continue
         is_top = best == max(numbers)
         found.append(
@@ -224,6 +225,19 @@ def _edges(sweep: Sweep) -> list[Advice]:
             )
         )
     return found
+
+
+def _matters(sweep: Sweep, key: str) -> bool:
+    """Return whether the best value of a setting is a point better than any other one of it."""
+    cells = [cell for cell in sweep.curve.get("cells", []) if cell["value"] is not None]
+    best, rest = (
+        max(
+            (sweep.sign * c["value"] for c in cells if (c["values"][key] == sweep.best[key]) is of),
+            default=-math.inf,
+        )
+        for of in (True, False)
+    )
+    return best - rest >= HARDLY * sweep.unit
 
 
 def _best_setting(sweep: Sweep) -> list[Advice]:
@@ -238,6 +252,9 @@ def _best_setting(sweep: Sweep) -> list[Advice]:
         ", ".join(f"`{key}: {in_words(cell['values'][key])}`" for key in keys)
         for cell in (best, second)
     ]
+    if abs(best["value"] - second["value"]) < HARDLY * sweep.unit:
+        why = f"They have {told[0]} and {told[1]} on the validation rows: less than a point apart."
+        return [Advice("setting", f"Take {names[0]}, or {names[1]}", why)]
     why = f"It has {told[0]} on the validation rows; the next, {names[1]}, has {told[1]}."
     return [Advice("setting", f"Take {names[0]}", why)]
 
