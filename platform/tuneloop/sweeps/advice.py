@@ -283,7 +283,10 @@ def _tasks(sweep: Sweep) -> list[Advice]:
 
 
 def _prompt(sweep: Sweep) -> list[Advice]:
-    """Return what needs no training and is not surely passed by the best combination."""
+    """Return what needs no training and is not surely passed by the best combination.
+
+    The best of it comes first: what a prompt does not tell, the simple arm may.
+    """
     number = sweep.curve["best"]["trial"]
     # Sweeps of an early version have neither cells nor what needs no training.
     cells = (one for one in sweep.curve.get("cells", []) if number in one["trials"])
@@ -297,7 +300,7 @@ def _prompt(sweep: Sweep) -> list[Advice]:
     forecast = sweep.line.get("forecast", {})
     passing = {one["arm"]: one for one in forecast.get("break_even", [])}
     found = []
-    for bar in bars:
+    for bar in sorted(bars, key=lambda bar: -sweep.sign * bar["score"]):
         at = passing.get(bar["arm"], {"found": "", "high": None, "num_examples": None})
         ends = [cell[end] for end in ("low", "high") if cell[end] is not None]
         is_sure = at["high"] is not None and at["high"] <= cell["num_train_examples"]

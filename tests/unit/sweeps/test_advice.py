@@ -116,6 +116,10 @@ def test_a_prompt_that_is_not_passed_is_kept() -> None:
     assert first.title == "Stop: keep base+few-shot"
     assert "90.0% without training, the best combination 69.9%" in first.why
     assert "3,200 rows" in first.why
+    # Of two that are not passed the better one is named first.
+    bars = [Bar("base+few-shot", 0.72, 0.71, 0.73), Bar("simple", 0.9, 0.89, 0.91)]
+    titles = [one.title for one in advise(*sweep(flat, bars))]
+    assert titles[:2] == ["Stop: keep simple", "Stop: keep base+few-shot"]
 
 
 def test_what_is_as_good_without_training_is_told_before_more_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -204,13 +205,13 @@ class ColumnPredictions(Sequence[Prediction]):
     To go over all of them takes a hundred times as long as to read the columns that are needed.
     """
 
+    @abstractmethod
     def column(self, name: str) -> pa.ChunkedArray:
         """Return what `column_of` says."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, numbers: NDArray[np.intp]) -> list[Prediction]:
         """Return what `rows_at` says."""
-        raise NotImplementedError
 
     @cached_property
     def _rows(self) -> list[Prediction]:
