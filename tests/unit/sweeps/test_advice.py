@@ -119,7 +119,7 @@ def test_a_prompt_that_is_not_passed_is_kept() -> None:
     # Of two that are not passed the better one is named first.
     bars = [Bar("base+few-shot", 0.72, 0.71, 0.73), Bar("simple", 0.9, 0.89, 0.91)]
     titles = [one.title for one in advise(*sweep(flat, bars))]
-    assert titles[:2] == ["Stop: keep simple", "Stop: keep base+few-shot"]
+    assert titles[:2] == ["Stop: keep simple", "base+few-shot is as good"]
 
 
 def test_what_is_as_good_without_training_is_told_before_more_rows() -> None:
