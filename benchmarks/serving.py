@@ -1,9 +1,11 @@
 """Decode engine against transformers' own `generate` with static batches, side by side.
 
     python benchmarks/serving.py PATH [--prompts 32] [--max-tokens 64] [--openvino] [--vllm]
+    python benchmarks/serving.py PATH --adapters 8 [--openvino]
 
 With `--openvino`, our engine with OpenVINO's forward passes takes part; with `--vllm`, vLLM behind
-our protocol, and the same server asked directly; `tuneloop install-engine vllm` installs it.
+our protocol, and the same server asked directly; `tuneloop install-engine vllm` installs it. With
+`--adapters`, the prompts are dealt out to so many adapters of rank 16, in turn with one of them.
 
 Prompts are slices of this Python's own sources. Each workload runs on both, one after the other,
 with greedy decoding and without stop tokens, so that both write the same number of tokens; the
@@ -15,16 +17,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import os
 import random
 import statistics
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuneloop.config import VllmConfig
@@ -41,9 +48,11 @@ WORKLOADS = {
 }
 
 
-def make_prompts(ids: list[int], count: int, shared: int, lengths: tuple[int, int]) -> Any:
+def make_prompts(
+    ids: list[int], count: int, shared: int, lengths: tuple[int, int], seed: int = 0
+) -> list[list[int]]:
     """Return `count` prompts that begin with the same `shared` tokens."""
-    chooser = random.Random(0)
+    chooser = random.Random(seed)
 
     def cut(size: int) -> list[int]:
         start = chooser.randrange(len(ids) - size)
@@ -54,13 +63,23 @@ def make_prompts(ids: list[int], count: int, shared: int, lengths: tuple[int, in
 
 
 def run_engine(
-    path: Path, prompts: list[list[int]], max_tokens: int, kind: type[Engine] = Engine
+    path: Path,
+    prompts: list[list[int]],
+    max_tokens: int,
+    kind: type[Engine] = Engine,
+    adapters: Mapping[str, Path] = MappingProxyType({}),
 ) -> tuple[float, Any]:
-    """Return seconds and generated ids."""
-    engine = kind.load(path, decode=lambda ids: "", stop_ids=(), max_batch_size=len(prompts))
+    """Return seconds and generated ids, the prompts dealt out to the adapters."""
+    engine = kind.load(
+        path, decode=lambda ids: "", stop_ids=(), max_batch_size=len(prompts), adapters=adapters
+    )
     params = SamplingParams(max_tokens=max_tokens)
     start = time.perf_counter()
-    futures = [engine.submit(DecodeRequest(prompt, params)) for prompt in prompts]
+    names = itertools.cycle(adapters or [""])
+    futures = [
+        engine.submit(DecodeRequest(prompt, params, adapter=name))
+        for prompt, name in zip(prompts, names, strict=False)
+    ]
     answers = [future.result().token_ids for future in futures]
     seconds = time.perf_counter() - start
     engine.close()
@@ -112,6 +131,44 @@ def run_generate(path: Path, prompts: list[list[int]], max_tokens: int) -> tuple
     return time.perf_counter() - start, out[:, longest:].tolist()
 
 
+def make_adapters(path: Path, count: int, folder: Path) -> dict[str, Path]:
+    """Return adapters of rank 16 on all linear layers, with random weights."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    adapters = {}
+    for index in range(count):
+        torch.manual_seed(index)
+        lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+        adapted = get_peft_model(model, lora)
+        name = f"adapter-{index}"
+        adapted.save_pretrained(folder / name)
+        model = adapted.unload()
+        adapters[name] = folder / name
+    return adapters
+
+
+def measure_adapters(args: argparse.Namespace, prompts: list[list[int]], folder: Path) -> None:
+    """Print one line for each kind of engine: one adapter and all of them, in turn."""
+    adapters = make_adapters(args.model, args.adapters, folder)
+    counts = {"one adapter": 1, f"{args.adapters} adapters": args.adapters}
+    kinds = {"engine": Engine}
+    if args.openvino:
+        from tuneloop.serving.openvino.engine import OpenVinoEngine
+
+        kinds["openvino"] = OpenVinoEngine
+    tokens = args.prompts * args.max_tokens
+    for engine, kind in kinds.items():
+        speeds: dict[str, list[float]] = {name: [] for name in counts}
+        for _ in range(args.rounds):
+            for name, count in counts.items():
+                loaded = dict(itertools.islice(adapters.items(), count))
+                seconds, _ = run_engine(args.model, prompts, args.max_tokens, kind, loaded)
+                speeds[name].append(tokens / seconds)
+        medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
+        one, several = medians.values()
+        report = {"engine": engine, "tokens_per_s": medians, "ratio": round(several / one, 2)}
+        print(json.dumps(report), flush=True)
+
+
 def main() -> None:
     """Run all workloads."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -121,16 +178,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--openvino", action="store_true")
     parser.add_argument("--vllm", action="store_true")
+    parser.add_argument("--adapters", type=int, default=0)
     options = parser.parse_args()
-    vllm = None
-    if options.vllm:
-        weights = ServedWeights(options.model)
-        vllm = VllmEngine(weights, VllmConfig(), lambda ids: "", (), options.prompts)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     text = "\n".join(
         Path(os.__file__).with_name(name).read_text() for name in ("argparse.py", "os.py")
     )
     ids = tokenizer.encode(text, add_special_tokens=False)
+    if options.adapters:
+        prompts = make_prompts(ids, options.prompts, *WORKLOADS["20 to 220 tokens"])
+        with tempfile.TemporaryDirectory() as folder:
+            measure_adapters(options, prompts, Path(folder))
+        return
+    vllm = None
+    if options.vllm:
+        weights = ServedWeights(options.model)
+        vllm = VllmEngine(weights, VllmConfig(), lambda ids: "", (), options.prompts)
     for name, (shared, lengths) in WORKLOADS.items():
         prompts = make_prompts(ids, options.prompts, shared, lengths)
         tokens = options.prompts * options.max_tokens

@@ -249,6 +249,7 @@ def rendered_schema(num_bands: int, num_prompt_bands: int, num_passages: int) ->
             ("exact_key", pa.int64()),
             ("prompt_key", pa.int64()),
             ("answer_key", pa.int64()),
+            ("has_long_answer", pa.bool_()),
             ("bands", pa.list_(pa.uint64(), num_bands)),
             ("prompt_bands", pa.list_(pa.uint64(), num_prompt_bands)),
             ("passage_bands", pa.list_(pa.uint64(), num_passages)),

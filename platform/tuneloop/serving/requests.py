@@ -225,7 +225,7 @@ class DecodeEngine(Protocol):
 
     Streams are requests with `on_token`, log-probabilities requests with `params.logprobs` and
     `score_prompt`, adapters are named by requests, and a request is cancelled by its future.
-    `tests/unit/serving/conformance.py` says what all of it means.
+    `tests/unit/serving/test_conformance.py` says what all of it means.
 
     Attributes:
         max_batch_size: Sequences that are decoded together.

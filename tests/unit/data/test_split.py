@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from tuneloop.config import DataConfig
-from tuneloop.data.split.assign import unit_ids
+from tuneloop.data.split.assign import same_answers, unit_ids
 from tuneloop.data.split.mixture import Mixture
 from tuneloop.data.split.split import (
     NEAR_DUPLICATES,
@@ -375,3 +375,18 @@ def test_rows_that_stay_together_have_one_unit_named_by_the_first_id() -> None:
     found = split(["r1", "r2", "r3", "r4"], ["x", "y", "y", "z"], [0, 1, 2, 0],
                   split={"group_by": "g", "test_ratio": 0.5})  # fmt: skip
     assert found.unit.tolist() == [0, 1, 1, 0]
+
+
+def test_rows_with_the_same_long_answer_stay_together_unless_it_is_a_stock_phrase() -> None:
+    answers = np.array([7, 7, 8, 9, 9, *[5] * 21, 7, 6, 6])
+    is_compared = np.array([True, True, True, False, True, *[True] * 21, True, True, True])
+    is_synthetic = np.zeros(len(answers), dtype=bool)
+    is_synthetic[[-3, -1]] = True
+    labels = same_answers(answers, is_compared, is_synthetic).tolist()
+    together = {
+        tuple(row for row, other in enumerate(labels) if other == label) for label in labels
+    }
+    assert {own for own in together if len(own) > 1} == {(0, 1, 26), (27, 28)}
+    # Rows that a model wrote do not make a stock phrase of what people have answered.
+    is_synthetic[5:25] = True
+    assert len(set(same_answers(answers, is_compared, is_synthetic)[5:26])) == 1

@@ -123,7 +123,7 @@ def dedup_keys(table: pa.Table, content: Content, dedup: DedupConfig) -> dict[st
 
 
 def prompt_keys(table: pa.Table, content: Content, exact: Indices) -> dict[str, pa.Array]:
-    """Return the columns `prompt_key`, `answer_key`, `prompt_bands` and `passage_bands`.
+    """Return the columns of `rendered_schema` from `prompt_key` on, without `bands`.
 
     A document has its own text for a prompt, but no bands.
 
@@ -141,6 +141,7 @@ def prompt_keys(table: pa.Table, content: Content, exact: Indices) -> dict[str, 
     return {
         "prompt_key": pa.array(exact),
         "answer_key": pa.array(normalised_hashes(answers)),
+        "has_long_answer": pa.array(lowest_hashes(answers, PASSAGE_WORDS, 1)[:, 0] != 0),
         "prompt_bands": _lists(band_hashes(prompts, 1, ALIKE_PROMPTS)),
         "passage_bands": _lists(lowest_hashes(prompts, PASSAGE_WORDS, PASSAGE_HASHES)),
     }

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.hashing.columns import Indices
 from tuneloop.data.ledger import Ledger, Removal
 from tuneloop.data.schema import Side, Stage
 from tuneloop.data.split.mixture import mixture_of
+from tuneloop.data.split.shared_texts import MOST_ROWS
 from tuneloop.data.split.split import (
     NEAR_DUPLICATES,
+    SAME_ANSWER,
     SAME_PASSAGE,
     SAME_PROMPT,
     Split,
@@ -48,6 +51,10 @@ def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
     }
     if ledger.passages is not None:
         links[SAME_PASSAGE] = ledger.passages[rows]
+        answers = ledger.table["answer_key"].to_numpy()[rows]
+        is_long = ledger.table["has_long_answer"].to_numpy(zero_copy_only=False)[rows]
+        is_told_apart = is_long & _of_writing_tasks(config, ledger.task_ids[rows])
+        links[SAME_ANSWER] = same_answers(answers, is_told_apart, is_synthetic)
     split = split_rows(
         row_ids.take(people).to_pylist(),
         of_people["group"].to_pylist(),
@@ -76,6 +83,31 @@ def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
         surplus={int(rows[index]): reason for index, reason in split.surplus.items()},
         unit=unit,
     )
+
+
+def same_answers(
+    answers: Indices, is_compared: NDArray[np.bool_], is_synthetic: NDArray[np.bool_]
+) -> Indices:
+    """Return labels, equal for rows with the same answer that few rows have. Shape (N,).
+
+    What many of people's rows are answered with is a stock phrase, such as a refusal.
+
+    Args:
+        answers: Hash of each row's answer. Shape (N,).
+        is_compared: Whose answers count: long ones of writing tasks. The same label or the same
+            record may be right for many texts. Shape (N,).
+        is_synthetic: Which rows a model wrote. Shape (N,).
+    """
+    number = np.unique(answers, return_inverse=True)[1]
+    num_people = np.bincount(number[~is_synthetic], minlength=number.max(initial=0) + 1)
+    is_linked = is_compared & (num_people[number] <= MOST_ROWS)
+    return np.where(is_linked, len(answers) + number, np.arange(len(answers)))
+
+
+def _of_writing_tasks(config: TuneloopConfig, task_ids: Indices) -> NDArray[np.bool_]:
+    """Return which rows are of a task whose answers are written freely. Shape (N,)."""
+    names = list(config.task.tasks) or [""]
+    return np.array([config.task.of(name).type == "generation" for name in names])[task_ids]
 
 
 def unit_ids(row_ids: pa.StringArray, rows: Indices, unit: Indices) -> pa.StringArray:

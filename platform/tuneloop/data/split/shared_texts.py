@@ -20,7 +20,7 @@ from tuneloop.errors import Problem
 from tuneloop.words import find_words
 
 # What more than these rows, and more than this share of all rows, have is a template.
-_MOST_ROWS, _MOST_OF_ALL = 20, 4
+MOST_ROWS, _MOST_OF_ALL = 20, 4
 _HIGHEST = np.iinfo(np.uint64).max
 # How many passages are looked into, and rows of each.
 NUM_TRIED, ROWS_TRIED = 50, 6
@@ -75,7 +75,7 @@ def sharing_rows(bands: Hashes) -> Indices:
         bands: `passage_bands` of the rows; 0 for none. Shape (N, hashes).
     """
     count, width = bands.shape
-    most = max(_MOST_ROWS, count // _MOST_OF_ALL)
+    most = max(MOST_ROWS, count // _MOST_OF_ALL)
     hashes, owner = bands.reshape(-1), np.repeat(np.arange(count), width)
     order = np.argsort(hashes, kind="stable")
     hashes, owner = hashes[order], owner[order]

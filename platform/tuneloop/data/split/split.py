@@ -30,10 +30,11 @@ from tuneloop.records import TRAIN_LIMIT
 SIDES = ("train", "test", "validation")
 # What keeps rows together, as an error says it, and what helps.
 NEAR_DUPLICATES, SAME_PROMPT = "are near-duplicates", "have the same prompt"
-SAME_PASSAGE = "quote the same passage"
+SAME_PASSAGE, SAME_ANSWER = "quote the same passage", "have the same long answer"
 _REMEDIES = {
     NEAR_DUPLICATES: "add rows that differ from each other, or raise data.dedup.threshold",
     SAME_PASSAGE: "add rows about other texts: a test on a text that is trained on is none",
+    SAME_ANSWER: "add rows with other answers: a test on an answer that is trained on is none",
     SAME_PROMPT: "add rows with other prompts; what tells these apart has to be in the prompt",
 }
 _TEST, _VALIDATION = 1, 2

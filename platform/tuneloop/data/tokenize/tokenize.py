@@ -39,7 +39,8 @@ from tuneloop.progress import Progress
 
 _COLUMNS = [
     *("source", "rejection", "changes", "group", "stratum", "num_tokens", "num_target_tokens"),
-    *("prompt_key", "answer_key", "is_plain", "cut", "seed_row_id", *KEY_COLUMNS),
+    *("prompt_key", "answer_key", "has_long_answer", "is_plain", "cut", "seed_row_id"),
+    *KEY_COLUMNS,
 ]
 
 
