@@ -338,7 +338,7 @@ async def response_events(
         yield item
     try:
         async for chunk in chunks:
-            for line in str(chunk).splitlines():
+            for line in str(chunk).split("\n"):
                 data = line.removeprefix("data: ")
                 if data != line and data != "[DONE]":
                     for item in events.after(json.loads(data)):

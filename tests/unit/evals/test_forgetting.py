@@ -35,7 +35,9 @@ TUNED = Arm("tuned", Endpoint("", "tuned"), (), "weights-2")
 
 def sample(doc: int, acc: float) -> str:
     scores = {"acc": acc, "acc_norm": 1 - acc, "details": [1, 2]}
-    return json.dumps({"doc_id": doc, "filter": "none", "metrics": list(scores), **scores})
+    # As the harness writes it: a separator of lines stays within the document.
+    row = {"doc_id": doc, "doc": "a\u2028b", "filter": "none", "metrics": list(scores), **scores}
+    return json.dumps(row, ensure_ascii=False)
 
 
 def test_samples_are_read_and_the_newest_of_a_task_counts(tmp_path: Path) -> None:
@@ -43,7 +45,7 @@ def test_samples_are_read_and_the_newest_of_a_task_counts(tmp_path: Path) -> Non
     folder.mkdir()
     for time, acc in (("2026-01-01T00-00-00.1", 0.0), ("2026-01-02T00-00-00.1", 1.0)):
         file = folder / f"samples_my_task_{time}.jsonl"
-        file.write_text("\n".join(sample(doc, acc) for doc in range(2)) + "\n")
+        file.write_text("\n".join(sample(doc, acc) for doc in range(2)) + "\n", encoding="utf-8")
     scores = read_samples(tmp_path, "id", BASE)
     assert [(s.task, s.doc, s.metric, s.value, s.model) for s in scores] == [
         ("my_task", f"{doc}/none", metric, value, "weights-1")

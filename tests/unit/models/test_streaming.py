@@ -11,7 +11,7 @@ import pytest
 
 from tuneloop.errors import EndpointError
 from tuneloop.models.client.client import Client, Delta, RequestError
-from tuneloop.models.client.streaming import read_deltas
+from tuneloop.models.client.streaming import event_lines, read_deltas
 from tuneloop.records import Endpoint, Message, SamplingParams
 
 
@@ -58,6 +58,20 @@ def test_without_usage_the_counts_are_unknown() -> None:
 def test_an_answer_without_an_end_is_an_error(lines: list[str], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         read(*lines)
+
+
+def test_a_line_of_events_ends_at_a_newline_alone() -> None:
+    text = "a\u2028b\x85c\u2029é"
+    events = f'data: {{"x": "{text}"}}\r\n\ndata: [DONE]'.encode()
+
+    async def run() -> list[str]:
+        async def pieces() -> AsyncIterator[bytes]:
+            for place in range(len(events)):
+                yield events[place : place + 1]
+
+        return [line async for line in event_lines(pieces())]
+
+    assert asyncio.run(run()) == [f'data: {{"x": "{text}"}}', "", "data: [DONE]"]
 
 
 def stream(url: str, model: str = "parrot", key: str = "") -> list[Delta]:

@@ -15,12 +15,13 @@ from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params as response_params
 
 from tuneloop.models.chat.renderer import Renderer
+from tuneloop.serving.answers import event
 from tuneloop.serving.app import _gpu_share
 from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.parsing import parse_chat, parse_completion, unknown_model
 from tuneloop.serving.protocol import ChatRequest, CompletionRequest, ProtocolError
 from tuneloop.serving.replica import ModelServer
-from tuneloop.serving.responses import ResponsesRequest, parse_responses
+from tuneloop.serving.responses import ResponsesRequest, parse_responses, response_events
 from tuneloop.serving.text import Detokenizer, StreamedText
 
 CHATS, TEXTS, RESPONSES = "chat", "completions", "responses"
@@ -219,6 +220,24 @@ def test_refusals_are_answers(server: ModelServer) -> None:
     # One prompt of several that cannot be answered refuses all.
     status, _ = answer(server, "completions", {"model": "m", "prompt": [[1], [99999]]})
     assert status == 400
+
+
+def test_a_separator_of_lines_in_a_streamed_response_is_text() -> None:
+    text = "a\u2028b\x85c"
+
+    async def chunks() -> Any:
+        for delta, reason in (({"content": text}, None), ({}, "stop")):
+            choice = {"index": 0, "delta": delta, "finish_reason": reason}
+            yield event({"choices": [choice]})
+        yield event(None)
+
+    async def run() -> list[str]:
+        request = parse_responses({"model": "m", "input": "a", "stream": True})
+        return [item async for item in response_events(request, chunks())]
+
+    last = json.loads(asyncio.run(run())[-1].split("\n")[1].removeprefix("data: "))
+    assert last["type"] == "response.completed"
+    assert last["response"]["output"][0]["content"][0]["text"] == text
 
 
 def test_a_model_that_does_not_load_answers_500(tmp_path: Path) -> None:

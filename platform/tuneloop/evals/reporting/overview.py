@@ -177,7 +177,8 @@ def read_training_log(model: Artifact) -> list[dict[str, Any]]:
 
 def read_samples(model: Artifact) -> list[dict[str, Any]]:
     """Return a model's answers during training: `step, row_id, prompt, reference, completion`."""
-    return [json.loads(line) for line in read_text(model, "samples.jsonl").splitlines()]
+    # As bytes: a line of text also ends at U+2028, which may stand in an answer.
+    return [json.loads(line) for line in read_text(model, "samples.jsonl").encode().splitlines()]
 
 
 def prompt_labels(prompts: Sequence[str]) -> dict[str, str]:

@@ -254,7 +254,8 @@ def read_samples(output: Path, identity: str, arm: Arm) -> list[DocumentScore]:
         newest[file.name.removeprefix("samples_").rpartition("_")[0]] = file
     scores: list[DocumentScore] = []
     for task, file in newest.items():
-        for line in file.read_text(encoding="utf-8").splitlines():
+        # As bytes: a line of text also ends at U+2028, which stands in documents.
+        for line in file.read_bytes().splitlines():
             sample = json.loads(line)
             doc = f"{sample['doc_id']}/{sample.get('filter', 'none')}"
             for metric in sample.get("metrics", []):

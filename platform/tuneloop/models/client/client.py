@@ -31,7 +31,13 @@ from urllib.parse import urlsplit
 import httpx
 
 from tuneloop.errors import ConfigError, EndpointError
-from tuneloop.models.client.streaming import FINISH_REASONS, Delta, RequestError, read_deltas
+from tuneloop.models.client.streaming import (
+    FINISH_REASONS,
+    Delta,
+    RequestError,
+    event_lines,
+    read_deltas,
+)
 from tuneloop.records import Completion, Endpoint, Message, SamplingParams, call_text
 
 __all__ = [
@@ -268,7 +274,7 @@ class Client:
                     await response.aread()
                     await self._raise_if_unusable(response, "/chat/completions")
                     raise RequestError(f"HTTP {response.status_code}: {_reason(response)}")
-                async for delta in read_deltas(response.aiter_lines()):
+                async for delta in read_deltas(event_lines(response.aiter_bytes())):
                     yield delta
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise self._unusable("not a URL to ask", str(error)) from error

@@ -47,6 +47,20 @@ class Delta:
     completion_tokens: int | None = None
 
 
+async def event_lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """Yield the lines of server-sent events.
+
+    httpx's own also end at U+2028 and its like, which JSON leaves within a text as they are.
+    """
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace").removesuffix("\r")
+    if rest:
+        yield rest.decode(errors="replace")
+
+
 async def read_deltas(lines: AsyncIterator[str]) -> AsyncIterator[Delta]:
     """Yield the pieces of one streamed chat completion; exactly one, the last, has its end.
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from tuneloop.config import VllmConfig
 from tuneloop.errors import ModelError, TuneloopError
+from tuneloop.models.client.streaming import event_lines
 from tuneloop.models.json_form import with_layout
 from tuneloop.serving.adapters import read_settings
 from tuneloop.serving.ranking import RankedAnswer
@@ -350,7 +351,7 @@ class VllmEngine:
                 if not response.is_success:
                     text = (await response.aread()).decode(errors="replace")
                     raise self._refusal(response.status_code, text)
-                async for line in response.aiter_lines():
+                async for line in event_lines(response.aiter_bytes()):
                     data = line.removeprefix("data: ")
                     if data == line or data == "[DONE]":
                         continue
