@@ -52,7 +52,7 @@ from tuneloop.repetition import REPETITION_VERSION
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 20
+CODE_VERSION = 21
 
 
 def prepare(

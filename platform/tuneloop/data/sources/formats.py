@@ -30,6 +30,7 @@ from tuneloop.data.sources.row_errors import (
 )
 from tuneloop.data.sources.turns import both_lists, system_beside, tools_of, turns_of
 from tuneloop.data.sources.unfit import is_turned_down, media_of
+from tuneloop.data.sources.values import learned_json
 from tuneloop.models.chat.tool_results import results_in_order
 from tuneloop.records import Message
 from tuneloop.text import is_blank
@@ -200,8 +201,8 @@ def _pair(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> 
                 system = _text(row, columns["system"])
     reference = row.get(answer)
     if task.type == "extraction" and isinstance(reference, dict):
-        completion = json.dumps(reference, ensure_ascii=False)
-    elif isinstance(reference, bool | int | float) and math.isfinite(reference):
+        completion = learned_json(reference)
+    elif isinstance(reference, int) or (isinstance(reference, float) and math.isfinite(reference)):
         # A label 0 or 1, a count; pandas writes whole numbers as 1.0 where some are missing.
         is_whole = isinstance(reference, float) and reference.is_integer()
         completion = json.dumps(int(reference) if is_whole else reference)

@@ -7,7 +7,6 @@ To add a file format: a function that yields its records, and its suffix in `_FO
 
 from __future__ import annotations
 
-import base64
 import csv
 import functools
 import io
@@ -18,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
@@ -44,6 +42,7 @@ from tuneloop.data.sources.row_errors import (
     missing_column,
     object_of,
 )
+from tuneloop.data.sources.values import as_text, python_values
 from tuneloop.records import Message
 
 # Columns of the dataset artifact: a user's column of the same name is kept as `original_NAME`.
@@ -575,7 +574,7 @@ def _batch_rows(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterato
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
     }
     for batch in batches:
-        columns = [_python_values(column) for column in batch.columns]
+        columns = [python_values(column) for column in batch.columns]
         for values in zip(*columns, strict=True):
             record = dict(zip(schema.names, values, strict=True))
             for column, names in classes.items():
@@ -584,31 +583,6 @@ def _batch_rows(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterato
                     # -1 is a label that is missing.
                     record[column] = names[number] if 0 <= number < len(names) else None
             yield record
-
-
-def _python_values(column: pa.Array) -> list[Any]:
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError:
-        raise
-    except (OverflowError, ValueError, LookupError):
-        return [_python_value(scalar) for scalar in column]
-
-
-def _python_value(scalar: pa.Scalar) -> Any:
-    """Return a value as Python has it; a time that Python cannot hold as text."""
-    try:
-        return scalar.as_py()
-    except (OverflowError, ValueError, LookupError):
-        if isinstance(scalar, pa.StructScalar):
-            return {name: _python_value(part) for name, part in scalar.items()}
-        if isinstance(scalar, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
-            return [_python_value(part) for part in scalar.values]
-        if isinstance(scalar, pa.TimestampScalar):
-            return str(np.datetime64(scalar.value, scalar.type.unit)).replace("T", " ")
-        if isinstance(scalar, pa.DurationScalar):
-            return f"{scalar.value} {scalar.type.unit}"
-        return str(scalar.cast(pa.string()))
 
 
 _SHOWN = 80
@@ -682,14 +656,4 @@ def _refuse_lone_surrogates(row: SourceRow) -> None:
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=_as_text)
-
-
-def _as_text(value: object) -> str:
-    """Return what JSON has no type for as text: a date, a decimal, bytes."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return base64.b64encode(value).decode()
-    return str(value)
+    return json.dumps(value, ensure_ascii=False, default=as_text)

@@ -15,6 +15,7 @@ from tuneloop.data.sources.row_errors import (
     short,
     wrong_type,
 )
+from tuneloop.data.sources.values import learned_json
 from tuneloop.records import Message, Role
 from tuneloop.text import is_blank
 
@@ -227,7 +228,7 @@ def _arguments(value: object) -> str:
             got=short(decoded),
             allowed="a JSON object",
         )
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else learned_json(value)
 
 
 def tools_of(row: Mapping[str, Any]) -> str:
@@ -251,7 +252,7 @@ def tools_of(row: Mapping[str, Any]) -> str:
                 allowed='[{"type": "function", "function": {"name": …, "parameters": {…}}}]',
             )
         found.append(tool if "function" in tool else {"type": "function", "function": tool})
-    return json.dumps(found, ensure_ascii=False) if found else ""
+    return learned_json(found) if found else ""
 
 
 def _check_order(messages: Sequence[Message]) -> None:
