@@ -144,6 +144,11 @@ def test_macro_f1_decides_together_and_accuracy_about_single_answers():
         ({"tolerance": 0.01}, "200", "202.1", 0.0),
         ({"after": "####"}, "6 * 7 #### 42", "It is 6 * 7.\n#### 42 apples", 1.0),
         ({"after": "####"}, "6 * 7 #### 42", "It is 42", 0.0),
+        ({"after": "####"}, "6 * 7 #### 42", "#### 42 of 50", 1.0),
+        ({}, "0.5", "it is .5", 1.0),
+        ({}, ".5", "5", 0.0),
+        ({}, "-$1,200.50", "a loss of −$1200.5", 1.0),
+        ({}, "-$5", "$5", 0.0),
         ({"after": "####"}, "so #### Paris", "hence #### paris.", 1.0),
     ],
 )
@@ -165,6 +170,11 @@ def test_labels_lists_and_nested_values_get_partial_credit():
     assert score("json_f1", reference, half) == pytest.approx(2 * 1 / (4 + 2))
     assert score("json_f1", reference, "no JSON") == 0.0
     assert score("json_f1", "no JSON", half) is None
+    assert score("json_f1", '{"a": null}', "{}") == 1.0
+    assert score("json_f1", '{"a": []}', "[]") == 0.0
+    assert score("json_f1", '{"a": 1, "b": true}', '{"a": "1", "b": true}') == 0.5
+    assert score("json_f1", '{"a": "caf\u00e9"}', '{"a": "cafe\u0301"}') == 1.0
+    assert score("multi_label_f1", "caf\u00e9", "cafe\u0301") == 1.0
 
 
 def test_texts_are_compared_as_sacrebleu_does():

@@ -114,6 +114,28 @@ def test_several_calls_in_any_order_and_references_without_a_list() -> None:
     assert mixed.score("Paris", "Paris", "")["function_call"] is None
 
 
+def test_a_list_in_a_reference_is_a_value_and_no_choice() -> None:
+    reference = call(where={"ids": [1, 2], "rooms": [{"sizes": [3, 4]}]})
+    assert function_call(reference, reference, TASK) == 1
+    for where in (
+        {"ids": 1, "rooms": [{"sizes": [3, 4]}]},
+        {"ids": [1, 2], "rooms": [{"sizes": 3}]},
+        {"ids": [True, 2], "rooms": [{"sizes": [3, 4]}]},
+    ):
+        assert function_call(reference, call(where=where), TASK) == 0
+    assert function_call(call(where={"city": "Rome"}), call(where={"city": "rome."}), TASK) == 1
+    assert function_call(call(where={"city": "Rome"}), call(where={"city": ["Rome"]}), TASK) == 0
+    assert function_call(call(where={"ids": []}), call(where={}), TASK) == 0
+
+
+def test_a_call_leaves_the_others_what_they_need() -> None:
+    calls = f"{call(base=2)}\n{call(base=1)}"
+    reference = with_accepted(calls, [{"area": {"base": [1, 2]}}, {"area": {"base": [1]}}])
+    for completion in (f"{call(base=1)} {call(base=2)}", f"{call(base=2)} {call(base=1)}"):
+        assert function_call(reference, completion, TASK) == 1
+    assert function_call(reference, 2 * f"{call(base=2)} ", TASK) == 0
+
+
 def test_accepted_values_from_any_column() -> None:
     as_struct = [{"area": {"base": [10], "height": None}, "volume": None}]
     for accepted in (as_struct, json.dumps(as_struct)):

@@ -174,6 +174,8 @@ def test_references_that_cannot_be_scored_against_are_refused_together():
 def test_labels_are_recognised_without_guessing():
     scorer = Scorer(TaskConfig(type="classification", labels=["yes", "no", "US", "us"]), {})
     assert scorer.label(" yes\n") == "yes"
+    composed = Scorer(TaskConfig(type="classification", labels=["caf\u00e9", "bar"]), {})
+    assert composed.label("cafe\u0301") == "caf\u00e9"
     assert scorer.label('"Yes."') == "yes"
     assert scorer.label("yes, because") is None
     assert scorer.label("us") == "us"
@@ -228,6 +230,11 @@ def test_a_part_of_a_chinese_answer_is_a_part_of_the_score():
         ("It is -5 degrees.", "it is -5 degrees", True),
         ("3.14", "314", False),
         ("1,000", "1000", True),
+        (".5", "5", False),
+        ("$.50", "$50", False),
+        ("it is .5.", "It is 0.5", True),
+        ("-$5", "$5", False),
+        ("-$5", "$-5", True),
         ("1,5", "15", False),
         ("5%", "5", False),
         ("C++", "C#", False),

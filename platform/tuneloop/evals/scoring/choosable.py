@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from tuneloop.evals.scoring.metrics import (
     Metric,
     deciding_of,
     parse_json,
+    plain_numbers,
     words_and_signs,
 )
 from tuneloop.words import is_unspaced, split_words
@@ -443,13 +445,14 @@ def _is_spaced(text: str) -> bool:
 
 def _numbers(text: str, after: str) -> list[float]:
     part = text.rpartition(after)[2] if after else text
-    return [float(number.replace(",", "")) for number in _NUMBER.findall(part.replace("−", "-"))]
+    plain = plain_numbers(part.replace("−", "-"))
+    return [float(number.replace(",", "")) for number in _NUMBER.findall(plain)]
 
 
 def _same_number(
     tolerance: float, after: str, reference: str, completion: str, task: OneTaskConfig
 ) -> float | None:
-    """Return whether the last number is right; with a mark, what stands after its last use."""
+    """Return whether the last number is right; with a mark, what stands first after its last."""
     if after and after not in completion:
         return 0.0
     expected, answer = _numbers(reference, after), _numbers(completion, after)
@@ -458,10 +461,11 @@ def _same_number(
             return None
         ours, theirs = (text.rpartition(after)[2] for text in (reference, completion))
         return float(words_and_signs(ours) == words_and_signs(theirs))
-    return float(
-        bool(answer)
-        and math.isclose(answer[-1], expected[-1], rel_tol=0, abs_tol=tolerance * abs(expected[-1]))
-    )
+    if not answer:
+        return 0.0
+    place = 0 if after else -1
+    most = tolerance * abs(expected[place])
+    return float(math.isclose(answer[place], expected[place], rel_tol=0, abs_tol=most))
 
 
 def _multi_label_f1(separator: str, reference: str, completion: str, task: OneTaskConfig) -> float:
@@ -474,7 +478,7 @@ def _multi_label_f1(separator: str, reference: str, completion: str, task: OneTa
 def _labels(text: str, separator: str) -> set[str]:
     value = parse_json(text)
     parts = [str(v) for v in value] if isinstance(value, list) else text.split(separator)
-    return {label for part in parts if (label := " ".join(part.split()).casefold())}
+    return {label for part in parts if (label := _plain(part).casefold())}
 
 
 def _json_f1(reference: str, completion: str, task: OneTaskConfig) -> float | None:
@@ -487,7 +491,7 @@ def _json_f1(reference: str, completion: str, task: OneTaskConfig) -> float | No
         return 0.0
     ours, theirs = Counter(_leaves(expected, "")), Counter(_leaves(answer, ""))
     total = ours.total() + theirs.total()
-    return 2 * (ours & theirs).total() / total if total else float(expected == answer)
+    return 2 * (ours & theirs).total() / total if total else float(type(expected) is type(answer))
 
 
 def _leaves(value: object, place: str) -> Iterator[tuple[str, str]]:
@@ -501,7 +505,11 @@ def _leaves(value: object, place: str) -> Iterator[tuple[str, str]]:
     elif value is not None:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        yield place, " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
+        yield place, json.dumps(_plain(value) if isinstance(value, str) else value)
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
 def _regex_match(

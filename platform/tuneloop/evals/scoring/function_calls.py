@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tuneloop.config import OneTaskConfig
 from tuneloop.models.chat.calls import Call, find_calls
 
 _ACCEPTED = '{"accepted"'
 _IGNORED_IN_TEXT = str.maketrans("", "", " ,./-_*^'\"")
+
+
+class _Only(NamedTuple):
+    """A value that is accepted as it is: a list in it is a value, and no choice of several."""
+
+    value: Any
 
 
 def function_call(reference: str, completion: str, _task: OneTaskConfig) -> float | None:
@@ -27,12 +33,7 @@ def function_call(reference: str, completion: str, _task: OneTaskConfig) -> floa
     found = find_calls(completion)
     if len(found) != len(wanted):
         return 0.0
-    for call in found:
-        fitting = next((i for i, accepted in enumerate(wanted) if _fits(call, accepted)), None)
-        if fitting is None:
-            return 0.0
-        del wanted[fitting]
-    return 1.0
+    return float(_are_matched(found, wanted))
 
 
 def accepted_calls(reference: str) -> list[Call] | None:
@@ -44,7 +45,10 @@ def accepted_calls(reference: str) -> list[Call] | None:
     if last.startswith(_ACCEPTED):
         listed = json.loads(last)["accepted"]
         return [Call(name, args or {}) for one in listed for name, args in one.items()]
-    return [Call(c.name, {key: [value] for key, value in c.arguments.items()}) for c in calls]
+    return [
+        Call(c.name, {key: [value and _Only(value)] for key, value in c.arguments.items()})
+        for c in calls
+    ]
 
 
 def with_accepted(reference: str, accepted: object) -> str:
@@ -79,6 +83,25 @@ def without_accepted(reference: str) -> str:
     return before if last.startswith(_ACCEPTED) else reference
 
 
+def _are_matched(calls: Sequence[Call], wanted: Sequence[Call]) -> bool:
+    """Return whether each call fits a wanted one of its own; what the first takes may be another's.
+
+    Source: Kuhn 1955, "The Hungarian method for the assignment problem", by augmenting paths.
+    """
+    taken_by: dict[int, int] = {}
+
+    def place(number: int, tried: set[int]) -> bool:
+        for i, accepted in enumerate(wanted):
+            if i not in tried and _fits(calls[number], accepted):
+                tried.add(i)
+                if i not in taken_by or place(taken_by[i], tried):
+                    taken_by[i] = number
+                    return True
+        return False
+
+    return all(place(number, set()) for number in range(len(calls)))
+
+
 def _fits(call: Call, accepted: Call) -> bool:
     return call.name == accepted.name and _arguments_fit(call.arguments, accepted.arguments)
 
@@ -99,19 +122,26 @@ def _arguments_fit(arguments: Mapping[str, Any], accepted: Mapping[str, Any]) ->
 
 def _same(value: object, accepted: object) -> bool:
     """Return whether a value is the accepted one; objects within may list accepted values."""
-    if isinstance(value, bool) or isinstance(accepted, bool):
-        return value is accepted
-    if isinstance(value, str) and isinstance(accepted, str):
-        return _plain(value) == _plain(accepted)
+    if isinstance(accepted, _Only):
+        return _equal(value, accepted.value)
     if isinstance(value, dict) and isinstance(accepted, dict):
-        return value == accepted or _arguments_fit(value, accepted)
+        return _equal(value, accepted) or _arguments_fit(value, accepted)
     if isinstance(value, list) and isinstance(accepted, list):
-        return _all_same(value, accepted)
-    return bool(value == accepted)
+        return len(value) == len(accepted) and all(map(_same, value, accepted))
+    return _equal(value, accepted)
 
 
-def _all_same(values: Sequence[Any], accepted: Sequence[Any]) -> bool:
-    return len(values) == len(accepted) and all(map(_same, values, accepted))
+def _equal(value: object, other: object) -> bool:
+    """Return whether two values are one, but for how texts in them are written."""
+    if isinstance(value, bool) or isinstance(other, bool):
+        return value is other
+    if isinstance(value, str) and isinstance(other, str):
+        return _plain(value) == _plain(other)
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(_equal(value[k], other[k]) for k in value)
+    if isinstance(value, list) and isinstance(other, list):
+        return len(value) == len(other) and all(map(_equal, value, other))
+    return bool(value == other)
 
 
 def _plain(text: str) -> str:

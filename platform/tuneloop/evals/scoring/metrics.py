@@ -81,6 +81,8 @@ _PUNCTUATION = regex.compile(r"\p{P}")
 _ONE_SPELLING = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "−": "-"})
 _ARTICLES = frozenset({"a", "an", "the"})
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_SIGN_BEFORE_CURRENCY = regex.compile(r"(?<![\p{L}\p{N}])-(\p{Sc})(?=[\d.])")
+_NO_WHOLE_PART = regex.compile(r"(?<![\p{L}\p{N}.])\.(?=\d)")
 # A number with its sign, a word (`don't`, `c++`, `c#`), or a symbol.
 _TOKEN = regex.compile(
     r"(?<![\p{L}\p{N}])-?\d+(?:[.,]\d+)*(?![\p{L}\p{M}\p{N}_])"
@@ -357,7 +359,8 @@ def _plain(text: str) -> str:
 
 
 def _loose(text: str) -> str:
-    return text.removesuffix(".").strip("\"'`").removesuffix(".").casefold()
+    plain = unicodedata.normalize("NFC", text)
+    return plain.removesuffix(".").strip("\"'`").removesuffix(".").casefold()
 
 
 def find_label(text: str, labels: Sequence[str]) -> str | None:
@@ -501,10 +504,15 @@ def words_and_signs(text: str) -> list[str]:
     """Return the words of a text with what makes another value of them: signs, decimals, symbols.
 
     Case, articles, quotes and other punctuation do not count. `-5` is not `5`, `3.14` not `314`,
-    `5%` not `5` and `C++` not `C#`; `1,000` is `1000`.
+    `.5` not `5`, `5%` not `5` and `C++` not `C#`; `1,000` is `1000`.
     """
-    plain = unicodedata.normalize("NFC", text).casefold().translate(_ONE_SPELLING)
+    plain = plain_numbers(unicodedata.normalize("NFC", text).casefold().translate(_ONE_SPELLING))
     return [word for word in _TOKEN.findall(_THOUSANDS.sub("", plain)) if word not in _ARTICLES]
+
+
+def plain_numbers(text: str) -> str:
+    """Return a text with `-$5` as `$-5` and `.5` as `0.5`: numbers keep their sign and point."""
+    return str(_NO_WHOLE_PART.sub("0.", _SIGN_BEFORE_CURRENCY.sub(r"\1-", text)))
 
 
 def _f1(common: int, num_expected: int, num_answered: int) -> float:
