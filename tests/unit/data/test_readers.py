@@ -3,6 +3,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,16 @@ def test_the_users_columns_are_carried_and_grouped_by(tmp_path: Path) -> None:
     assert rows[0]["group"] == "t"
     assert rows[0]["synthetic"] is True
     assert rejection(rows[1]).what == "no column `topic`"
+
+
+def test_rows_of_one_group_are_one_however_the_value_is_written(tmp_path: Path) -> None:
+    values = [7, 7.0, "7", " 7 ", math.nan, " ", "nan", True, [1], 7.5]
+    path = lines(tmp_path / "a.jsonl", *({"question": "q", "answer": "a", "n": v} for v in values))
+    rows = read(config_for(path, "question_answer", split={"group_by": "n"}))
+    assert [row["group"] for row in rows] == ["7"] * 4 + [""] * 3 + ["true", "[1]", "7.5"]
+    assert {rejection(row).what for row in rows[4:7]} == {
+        "`n` is empty, and data.split.group_by needs it"
+    }
 
 
 def test_sources_that_lead_nowhere_are_told_all_at_once(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ _ORDERED = "results of tools put in the order of their calls"
 _NO_INPUTS = ("<noinput>", "noinput")
 _MISSING = "a text is `{}`: what a program writes for a missing value; learned as it is"
 # Words for a missing value that are hardly ever meant, of spreadsheets and of pandas.
-_NO_VALUES = frozenset(
+NO_VALUES = frozenset(
     {"#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!", "nan", "NaN", "<NA>"}
 )
 _INCOMPLETE = "a call leaves out an argument that its tool requires; learned as it is"
@@ -175,7 +175,7 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
         )
     told = [_CUT] if last + 1 < len(messages) else []
     told += [_INCOMPLETE] if calls.is_incomplete else []
-    told += sorted({_MISSING.format(m.content) for m in messages if m.content in _NO_VALUES})
+    told += sorted({_MISSING.format(m.content) for m in messages if m.content in NO_VALUES})
     return Chat(messages[: last + 1], tools, (*changes, *told))
 
 

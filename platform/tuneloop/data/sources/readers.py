@@ -31,7 +31,13 @@ from tuneloop.data.sources.dialect import (
     separator_of,
 )
 from tuneloop.data.sources.files import DOCUMENTS, SourceFile
-from tuneloop.data.sources.formats import check_answer, to_chat, to_document, used_columns
+from tuneloop.data.sources.formats import (
+    NO_VALUES,
+    check_answer,
+    to_chat,
+    to_document,
+    used_columns,
+)
 from tuneloop.data.sources.mending import without_nulls
 from tuneloop.data.sources.partitions import PartitionValue, other_value
 from tuneloop.data.sources.row_errors import (
@@ -635,9 +641,13 @@ def _label(record: Mapping[str, Any], column: str, key: str) -> str:
     if column not in record:
         raise missing_column(column, record, f"set data.split.{key} to a column of the rows")
     value = record[column]
-    if value is None or value == "":
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas writes 1 as 1.0 where others are missing
+    is_json = isinstance(value, bool | int | float | list | dict)
+    text = json.dumps(value, sort_keys=True, default=as_text) if is_json else as_text(value)
+    if value is None or not text.strip() or text.strip() in NO_VALUES:
         raise RowError(f"`{column}` is empty, and data.split.{key} needs it")
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return text.strip()
 
 
 def _refuse_lone_surrogates(row: SourceRow) -> None:
