@@ -25,6 +25,7 @@ from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import FloorConfig, TuneloopConfig
 from tuneloop.errors import ArtifactError, ConfigError, DataError, EndpointError
 from tuneloop.evals.reporting.advice import Situation, advise
+from tuneloop.evals.reporting.error_analysis import prompt_turns
 from tuneloop.evals.reporting.gate import decide
 from tuneloop.evals.reporting.headline import write_headline
 from tuneloop.evals.reporting.report import terminal_table
@@ -736,6 +737,19 @@ def test_any_text_survives_the_file_of_partial_answers(tmp_path):
     again = PartialAnswers(tmp_path / "answers.jsonl")
     assert len(again) == 2
     assert again._answers == partial._answers
+
+
+def test_an_answer_with_other_tools_is_not_reused():
+    tools = json.dumps([{"type": "function", "function": {"name": "f", "description": "Old."}}])
+    question = Question("a", (Message("user", "?"),), "{}", tools=tools)
+    request = EvaluationRequest(Arm("arm", Endpoint("", "")), "arm", question, SamplingParams(8))
+    answered = PartialAnswers()
+    answered.put("arm", ModelAnswer("a", request.prompt, text="yes", finish_reason="stop"))
+    assert answered.get(request) is not None
+    # A row's id knows the names of its tools alone.
+    described = replace(question, tools=tools.replace("Old.", "New."))
+    assert answered.get(replace(request, question=described)) is None
+    assert prompt_turns(request.prompt) == [("tools", tools), ("user", "?")]
 
 
 def test_a_kill_in_the_middle_loses_no_answer(model_server, config, workspace, dataset, tmp_path):

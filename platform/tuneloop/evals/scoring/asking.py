@@ -101,9 +101,9 @@ class EvaluationRequest:
     def prompt(self) -> str:
         if self.question.text:
             return self.question.text
-        if self.of_reference:
-            return with_reference(messages_json(self.messages), self.question.reference)
-        return messages_json(self.messages)
+        # A row's id knows the names of its tools alone.
+        sent = messages_json(self.messages, self.question.tools)
+        return with_reference(sent, self.question.reference) if self.of_reference else sent
 
     @property
     def payment_key(self) -> str:

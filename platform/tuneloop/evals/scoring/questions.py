@@ -210,9 +210,11 @@ def _choose(rows: list[dict[str, Any]], num_shots: int, seed: int) -> tuple[Conv
     return tuple(conversations[index] for index in chosen)
 
 
-def messages_json(messages: Sequence[Message]) -> str:
-    """Return messages as the JSON that predictions keep."""
-    return json.dumps([replace(m, weight=1).as_dict() for m in messages], ensure_ascii=False)
+def messages_json(messages: Sequence[Message], tools: str = "") -> str:
+    """Return messages as the JSON that predictions keep, after a turn with the tools, if any."""
+    turns = [{"role": "tools", "content": tools}] if tools else []
+    turns += [replace(m, weight=1).as_dict() for m in messages]
+    return json.dumps(turns, ensure_ascii=False)
 
 
 class _Words(NamedTuple):
