@@ -25,9 +25,10 @@ points = [
         "high": i.high,
     }
     for i in iterations
+    if i.metric == iterations[-1].metric
 ]
-if len(iterations) > 1:
-    is_one = len({i.arm for i in iterations}) == 1
+if len(points) > 1:
+    is_one = len({point["model"] for point in points}) == 1
     legend = None if is_one else alt.Legend(orient="top")
     # Coloured by a column, since marks without one are black, in the dark too.
     chart = alt.Chart(alt.Data(values=points)).encode(

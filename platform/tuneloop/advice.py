@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact, Workspace
@@ -39,9 +40,9 @@ class Outcome(NamedTuple):
         gain: What it was to bring.
         change: Score of the next version less that of the one it was about, over the examples that
             both scored.
-        low, high: Its 95% interval, paired; None where no example is shared.
+        low, high: Its 95% interval, paired; None where the rows are too few for one.
         was_done: Whether the next version has the settings that were advised; None where that
-            cannot be told: other actions have the same, or none is named.
+            cannot be told: other actions have the same, or none would have changed.
         changed: What differs between the two versions, in words: whatever of it was advised.
     """
 
@@ -196,20 +197,27 @@ def _marked(workspace: Workspace, name: str) -> Marked:
     )
 
 
-def _was_done(command: str, made_of: Sequence[Artifact]) -> bool | None:
-    """Return whether artifacts have the settings of a command; None where it names none."""
-    asked, has = advised(command), settings_of(made_of)
+def _was_done(command: str, before: Sequence[Artifact], made_of: Sequence[Artifact]) -> bool | None:
+    """Return whether artifacts have what a command changes; None where it changes no setting.
+
+    Args:
+        before: What the advice was about: a command keeps some of its settings.
+    """
+    had, has = settings_of(before), settings_of(made_of)
+    asked = {key: value for key, value in advised(command).items() if had.get(key) != value}
     if not asked:
         return None
     return all(key in has and has[key] == value for key, value in asked.items())
 
 
 def _outcomes(workspace: Workspace, iterations: Sequence[Iteration]) -> list[Outcome]:
-    """Return what came of advice on versions that have a next one."""
+    """Return what came of advice on versions that have a next one with rows of the same test.
+
+    Where another metric decides, what was told is in another unit, and nothing is held against it.
+    """
     if not has_store(workspace.location):
         return []
-    after = dict(zip([i.ref for i in iterations], iterations[1:], strict=False))
-    score = {i.ref: i.value for i in iterations}
+    steps = {before.ref: (before, now) for before, now in pairwise(iterations)}
     advice = ReviewStore(workspace.location).advice()
     # What several actions changed together is held against one: a forecast, or the highest bound.
     judged: dict[tuple[str, str], str] = {}
@@ -218,13 +226,14 @@ def _outcomes(workspace: Workspace, iterations: Sequence[Iteration]) -> list[Out
         judged.setdefault((given.evaluation, given.command), given.uid)
     found = []
     for given in advice:
-        following, before = after.get(given.evaluation), score.get(given.evaluation)
-        if following is None or following.value is None or before is None:
+        if given.evaluation not in steps:
+            continue
+        before, now = steps[given.evaluation]
+        if now.change is None or now.metric != before.metric:
             continue
         gain = json.loads(given.gain)
-        change = following.change or {}
-        made_of = [*following.made_of, workspace.open(following.ref)]
-        was_done = _was_done(given.command, made_of)
+        parts = ([*one.made_of, workspace.open(one.ref)] for one in (before, now))
+        was_done = _was_done(given.command, *parts)
         if was_done and judged[given.evaluation, given.command] != given.uid:
             was_done = None
         found.append(
@@ -233,11 +242,11 @@ def _outcomes(workspace: Workspace, iterations: Sequence[Iteration]) -> list[Out
                 given.basis,
                 given.evaluation,
                 Gain(*gain) if gain else None,
-                following.ref,
-                change.get("value", following.value - before),
-                following.changed,
-                change.get("low"),
-                change.get("high"),
+                now.ref,
+                now.change["value"],
+                now.changed,
+                now.change["low"],
+                now.change["high"],
                 was_done,
             )
         )

@@ -6,6 +6,7 @@ import html
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tuneloop.evals.reporting.advice import Action, Gain, Situation, advise
 from tuneloop.evals.reporting.error_analysis import Filter
 from tuneloop.evals.reporting.formatting import word_diff
 from tuneloop.evals.reporting.headline import describe_rows, write_headline
+from tuneloop.evals.reporting.history import history
 from tuneloop.evals.reporting.overview import describe_metrics, prompt_labels, tabulate, without_end
 from tuneloop.evals.reporting.report import render_report
 from tuneloop.evals.reporting.situation import Step, after_what_failed
@@ -657,41 +659,114 @@ def test_what_has_just_hardly_helped_is_not_advised_first_again(value, high, is_
         assert after_what_failed(actions, [*steps, better], now, metric) == actions
 
 
+def publish_version(
+    workspace: Workspace,
+    evaluation: Evaluation,
+    num_rows: int,
+    num_epochs: int,
+    max_tokens: int = 80,
+    **training: float,
+) -> None:
+    """Publish a dataset, a model and an evaluation of it."""
+    dataset, model, own = (f"{len(workspace.published())}{kind}" * 8 for kind in "dme")
+    origin = {"file": "demo.yaml", "overrides": ["workspace=here"]}
+    origin["overrides"] += [f"training.{name}={value:.0e}" for name, value in training.items()]
+    told = {
+        "resources": {"configuration": origin},
+        "inputs": [],
+        "metrics": {"num_train_rows": num_rows},
+    }
+    with workspace.draft("datasets", "demo", dataset) as draft:
+        reason = {"stage": "split", "reason": f"{TRAIN_LIMIT} {num_rows} of the train split"}
+        card = {"reasons": [{**reason, "rows": 1000 - num_rows}]}
+        (draft.path / "card.json").write_text(json.dumps(card))
+        split = {"num_test_examples": 20, "test_ratio": None}
+        data = {"num_train_examples": num_rows, "split": split}
+        draft.publish(config={"data": data}, **told)
+    with workspace.draft("models", "demo", model) as draft:
+        draft.publish(config={"training": {"num_epochs": num_epochs, **training}}, **told)
+    with workspace.draft("evaluations", "demo", own) as draft:
+        # Macro-F1 is of all rows: it has no column.
+        names = [name for name in evaluation.metrics["metrics"] if name != "macro_f1"]
+        write_predictions(evaluation.predictions, names, draft.path)
+        for name in ("metrics", "comparison"):
+            text = json.dumps(getattr(evaluation, name))
+            (draft.path / f"{name}.json").write_text(text)
+        task = make_config(TASKS[evaluation.metrics["task_type"]][0]).task
+        asked = {
+            "dataset": dataset,
+            "task": task.model_dump(mode="json"),
+            "arms": [{"name": "finetuned", "model": model}],
+            "evaluation": {"max_tokens": max_tokens},
+        }
+        draft.publish(config=asked, **told)
+
+
+def by_macro_f1(evaluation: Evaluation) -> Evaluation:
+    """Return an evaluation whose answers macro-F1 decides about."""
+    return replace(evaluation, metrics={**evaluation.metrics, "primary": "macro_f1"})
+
+
+def test_versions_by_macro_f1_are_compared_and_by_another_metric_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    workspace = Workspace(tmp_path)
+    first = make_evaluation({"base": 5, "finetuned": 80}, task="classification")
+    publish_version(workspace, first, 100, 1)
+    advice_for(workspace, "demo").keep()
+    second = make_evaluation({"base": 5, "finetuned": 90}, task="classification")
+    publish_version(workspace, by_macro_f1(second), 200, 1)
+    # What was told is in points of accuracy.
+    changed = advice_for(workspace, "demo")
+    assert changed.outcomes == []
+    changed.keep()
+    third = make_evaluation({"base": 5, "finetuned": 96}, task="classification")
+    publish_version(workspace, by_macro_f1(third), 400, 1)
+    found = history(workspace.published(), "demo")
+    assert [(i.metric, i.num_fixed, i.num_introduced) for i in found] == [
+        ("accuracy", None, None), ("macro_f1", 10, 0), ("macro_f1", 6, 0)
+    ]  # fmt: skip
+    # All references are `yes`, so the mean over the labels is the F1 of that one.
+    change = 2 * 0.96 / 1.96 - 2 * 0.9 / 1.9
+    assert found[2].change["value"] == pytest.approx(change)
+    assert 0 < found[2].change["low"] < change < found[2].change["high"]
+    outcomes = advice_for(workspace, "demo").outcomes
+    assert outcomes
+    assert all(o.change == pytest.approx(change) for o in outcomes)
+    # The next version answers other rows: nothing says what came.
+    others = [replace(p, example_id=f"s{p.example_id}") for p in second.predictions]
+    publish_version(workspace, by_macro_f1(replace(second, predictions=others)), 800, 1)
+    assert advice_for(workspace, "demo").outcomes == outcomes
+    assert history(workspace.published(), "demo")[-1].num_shared == 0
+
+
+def test_a_setting_that_stays_as_it_was_is_nothing_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    workspace = Workspace(tmp_path)
+    publish_version(workspace, make_evaluation({"finetuned": 80}), 100, 1, learning_rate=5e-4)
+    first = advice_for(workspace, "demo")
+    first.keep()
+    assert all(
+        "training.learning_rate=5e-04" in a.command for a in first.actions if " run " in a.command
+    )
+    same = "tuneloop run demo.yaml training.learning_rate=5e-4"
+    given = GivenAdvice.of(first.reference, "Apply the marks", "unknown", "null", same)
+    ReviewStore(tmp_path).add(given)
+    publish_version(workspace, make_evaluation({"finetuned": 90}), 100, 2, learning_rate=5e-4)
+    done = {o.title: o.was_done for o in advice_for(workspace, "demo").outcomes}
+    assert done["Apply the marks"] is None
+    assert done["Train for 2 epochs in place of 1"] is True
+
+
 def test_advice_is_kept_and_held_against_the_next_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(URL_VARIABLE, raising=False)
     workspace = Workspace(tmp_path)
-
-    def publish(
-        evaluation: Evaluation, num_rows: int, num_epochs: int, max_tokens: int = 80
-    ) -> None:
-        dataset, model, own = (f"{len(workspace.published())}{kind}" * 8 for kind in "dme")
-        origin = {"file": "demo.yaml", "overrides": ["workspace=here"]}
-        told = {
-            "resources": {"configuration": origin},
-            "inputs": [],
-            "metrics": {"num_train_rows": num_rows},
-        }
-        with workspace.draft("datasets", "demo", dataset) as draft:
-            reason = {"stage": "split", "reason": f"{TRAIN_LIMIT} {num_rows} of the train split"}
-            card = {"reasons": [{**reason, "rows": 1000 - num_rows}]}
-            (draft.path / "card.json").write_text(json.dumps(card))
-            split = {"num_test_examples": 20, "test_ratio": None}
-            data = {"num_train_examples": num_rows, "split": split}
-            draft.publish(config={"data": data}, **told)
-        with workspace.draft("models", "demo", model) as draft:
-            draft.publish(config={"training": {"num_epochs": num_epochs}}, **told)
-        with workspace.draft("evaluations", "demo", own) as draft:
-            names = list(evaluation.metrics["metrics"])
-            write_predictions(evaluation.predictions, names, draft.path)
-            for name in ("metrics", "comparison"):
-                text = json.dumps(getattr(evaluation, name))
-                (draft.path / f"{name}.json").write_text(text)
-            arms = [{"name": "finetuned", "model": model}]
-            asked = {"dataset": dataset, "arms": arms, "evaluation": {"max_tokens": max_tokens}}
-            draft.publish(config=asked, **told)
-
+    publish = partial(publish_version, workspace)
     publish(make_evaluation({"base": 5, "finetuned": 80}), 100, 1)
     first = advice_for(workspace, "demo")
     assert first.outcomes == []

@@ -12,15 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Artifact
+from tuneloop.config import TaskConfig
 from tuneloop.errors import ArtifactError
 from tuneloop.evals.reporting.overview import compare_settings
 from tuneloop.evals.scoring.clusters import Clusters
+from tuneloop.evals.scoring.comparison import describe_macro_f1
 from tuneloop.evals.scoring.estimates import describe_difference
 from tuneloop.evals.scoring.intervals import Resampling
+from tuneloop.evals.scoring.metrics import OF_ALL_ROWS, Scorer
 from tuneloop.evals.scoring.predictions import FILE, paired_values, read_predictions
 from tuneloop.evals.scoring.results import Evaluation
 
 _MOST_CHANGES = 4
+# Resamples times rows: a page that lists many versions has no seconds for each.
+_MOST_DRAWS, _MOST_RESAMPLES, _FEWEST_RESAMPLES = 5_000_000, 1_000, 100
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Iteration:
         changed: In words: the dataset, and settings of training and evaluation that differ.
         value: Score of the last arm in the primary metric, with the ends of its interval.
         change: Score less that of the version before, over the examples that both scored, with its
-            95% interval, paired: `value`, `low`, `high`; None for the first.
+            95% interval, paired: `value`, `low`, `high`; None for the first, and where the version
+            before has no such metric or no example in common.
         made_of: Dataset of the evaluation and model of its last arm; what is gone is missing.
         num_fixed: Shared examples that score better than in the version before; None for the first.
         num_introduced: Likewise worse.
@@ -145,13 +151,15 @@ class _Changes(NamedTuple):
 def _changes(before: Artifact, now: Artifact, name: str) -> _Changes | None:
     """Return how the last arm's answers differ; None where the earlier ones lack the metric."""
     earlier, newer = (Evaluation.load(a) for a in (before, now))
-    if name not in earlier.metrics["metrics"]:
+    # Single answers are better or worse by the metric of rows, also where macro-F1 decides.
+    by_row = newer.row_metric
+    if not {name, by_row} <= earlier.metrics["metrics"].keys():
         return None
-    metric = newer.metric(name)
+    metric = newer.metric(by_row)
     values: list[Any] = []
     for artifact, evaluation in ((now, newer), (before, earlier)):
         values += [str(artifact.path / FILE), evaluation.candidate["name"]]
-    column = '"' + name.replace('"', '""') + '"'
+    column = '"' + by_row.replace('"', '""') + '"'
     side = f"(SELECT *, {column} AS score FROM read_parquet(?) WHERE arm = ?)"
     try:
         # Predictions of the first versions know no clusters.
@@ -172,17 +180,26 @@ def _changes(before: Artifact, now: Artifact, name: str) -> _Changes | None:
     gains = (scores[0] - scores[1]) * (-1 if metric.better == "lower" else 1)
     difference = None
     if len(gains):
-        if any("models" in evaluation.candidate for evaluation in (newer, earlier)):
-            # Several trainings: the interval is for others as well.
-            both = []
+        both = []
+        # Macro-F1 is of the answers. Several trainings: the interval is for others as well.
+        is_of_all = name == OF_ALL_ROWS
+        if is_of_all or any("models" in e.candidate for e in (newer, earlier)):
             for artifact, evaluation in ((now, newer), (before, earlier)):
-                arm, rows = evaluation.candidate["name"], read_predictions(artifact.path, [name])
+                arm, rows = evaluation.candidate["name"], read_predictions(artifact.path, [by_row])
                 by_id = {p.example_id: p for p in rows if p.arm == arm}
                 both.append([by_id[key] for key in shared["example_id"]])
-            scores = list(paired_values(both[0], both[1], name))
-        ids = np.where(shared["cluster"] == "", shared["example_id"], shared["cluster"])
-        # Without resamples: a page that lists many versions has no seconds for each.
-        difference = describe_difference(
-            scores[0], scores[1], Clusters.of(ids.astype(str)), metric, Resampling(num_resamples=0)
-        )
+        if is_of_all:
+            task = TaskConfig.model_validate(now.manifest["config"]["task"])
+            scorer = Scorer(task, {p.example_id: p.reference for p in both[0]}, primary=name)
+            num = min(_MOST_RESAMPLES, max(_FEWEST_RESAMPLES, _MOST_DRAWS // len(gains)))
+            resampling = Resampling(num_resamples=num)
+            difference = describe_macro_f1(both[0], both[1], scorer, resampling)
+        else:
+            if both:
+                scores = list(paired_values(both[0], both[1], name))
+            ids = np.where(shared["cluster"] == "", shared["example_id"], shared["cluster"])
+            clusters = Clusters.of(ids.astype(str))
+            # Without resamples, which take as long again for each version.
+            resampling = Resampling(num_resamples=0)
+            difference = describe_difference(scores[0], scores[1], clusters, metric, resampling)
     return _Changes(int((gains > 0).sum()), int((gains < 0).sum()), len(gains), difference)

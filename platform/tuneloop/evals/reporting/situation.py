@@ -166,7 +166,7 @@ def advised(command: str) -> dict[str, Any]:
     if words[1:2] not in (["run"], ["train"], ["evaluate"]):
         return {}
     parts = [word.partition("=") for word in words[3:] if "=" in word]
-    found = {key: yaml.safe_load(value) for key, _, value in parts}
+    found = {key: _value(text) for key, _, text in parts}
     # As `_flat` finds them in what was made.
     return {
         key: value
@@ -174,6 +174,15 @@ def advised(command: str) -> dict[str, Any]:
         if re.match(r"(training|data|evaluation)\.(?!.*\d)", key)
         and not isinstance(value, dict | list)
     }
+
+
+def _value(text: str) -> Any:
+    """Return the value of an override as a manifest has it: 5e-4 is a text to YAML."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 class Step(NamedTuple):

@@ -180,7 +180,7 @@ def _scores(
         clusters = Clusters.of(ids[known])
         scores[name] = describe_mean(values[..., known], clusters, metric, resampling)
     if scorer.task.type == "classification":
-        scores["macro_f1"] = _macro_f1(scored, None, scorer, resampling)
+        scores["macro_f1"] = describe_macro_f1(scored, None, scorer, resampling)
     return scores
 
 
@@ -189,13 +189,20 @@ def _known(values: Floats) -> NDArray[np.bool_]:
     return np.asarray(~np.isnan(np.atleast_2d(values)).any(axis=0))
 
 
-def _macro_f1(
+def describe_macro_f1(
     rows: Sequence[Prediction],
     others: Sequence[Prediction] | None,
     scorer: Scorer,
     resampling: Resampling,
 ) -> dict[str, Any]:
-    """Return macro-F1 with its interval, or the difference to another arm's on the same rows."""
+    """Return macro-F1 with its interval, or the difference to another arm's on the same rows.
+
+    Args:
+        rows: Scored answers.
+        others: Those of the other arm, in the same order; None for macro-F1 itself.
+        scorer: Knows the labels.
+        resampling: Level, resamples and seed.
+    """
     clusters = Clusters.of(_cluster_ids(rows))
     first, second = (
         [] if arm is None else [LabelCounts(one, scorer) for one in by_model(arm).values()]
@@ -269,7 +276,7 @@ def _compare_pair(
             ours[..., both], theirs[..., both], Clusters.of(ids[both]), metric, resampling
         )
     if scorer.task.type == "classification":
-        differences["macro_f1"] = _macro_f1(first, second, scorer, resampling)
+        differences["macro_f1"] = describe_macro_f1(first, second, scorer, resampling)
     return {
         "differences": differences,
         "outcomes": _outcomes(examples, scorer.metrics[scorer.primary]),
