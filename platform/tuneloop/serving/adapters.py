@@ -81,6 +81,10 @@ class Adapters:
                 self._runs.append((segment.adapter, slice(start, stop)))
             start = stop
 
+    def select_one(self, name: str) -> None:
+        """Note that all tokens of the next passes belong to one adapter; empty: to the base."""
+        self._runs[:] = [(name, slice(None))] if name else []
+
     def _adapted(
         self, usual: Callable[[Tensor], Tensor], deltas: Mapping[str, _LowRank]
     ) -> Callable[[Tensor], Tensor]:

@@ -595,7 +595,7 @@ class PlainEngine(Engine):
 
     def _generate(self, row: _Row) -> None:
         ids = torch.tensor([list(row.request.prompt_ids)], device=self.model.device)
-        self.adapters.select([row.prompt.next_chunk(ids.shape[1])])
+        self.adapters.select_one(row.request.adapter)
         if row.request.score_prompt:
             logits = self.model(input_ids=ids, use_cache=False).logits[0]
             targets = ids[0, 1:].tolist()

@@ -211,6 +211,9 @@ def test_adapters_are_put_on_whole_sequences(
     engine = Engine.load(tmp_path, decode=str, stop_ids=(), adapters={"mine": tmp_path / "adapter"})
     try:
         answers = [submit(engine, PROMPTS[1], adapter=name).result(60) for name in ("mine", "")]
+        given = (7, 8, 9, 2), (30, 31, 2)
+        ranking = Ranking(AnswerTree(given), 1.0)
+        ranked = submit(engine, PROMPTS[1], adapter="mine", ranking=ranking).result(60).ranked
     finally:
         engine.close()
     mine = greedy(adapted, PROMPTS[1], 8)
@@ -218,6 +221,12 @@ def test_adapters_are_put_on_whole_sequences(
         plain = greedy(adapted, PROMPTS[1], 8)
     assert [answer.token_ids for answer in answers] == [mine, plain]
     assert mine != plain
+    for one in ranked:
+        ids = [*PROMPTS[1], *given[one.place]]
+        with torch.no_grad():
+            logprobs = adapted(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        total = logprobs[range(len(PROMPTS[1]) - 1, len(ids) - 1), ids[len(PROMPTS[1]) :]].sum()
+        assert one.logprob == pytest.approx(float(total), abs=1e-3)
 
 
 def test_what_the_engine_reproduces_stays_with_it(
