@@ -90,7 +90,9 @@ def call_text(call: Mapping[str, Any]) -> str:
         arguments = json.loads(function["arguments"] or "{}")
     except ValueError:
         arguments = function["arguments"]
-    return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+    text = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+    # Half a surrogate pair, which a model may write as an escape, stays one: it is no text.
+    return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True)

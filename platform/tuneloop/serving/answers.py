@@ -41,8 +41,12 @@ class Said(NamedTuple):
 
 def tool_call(call: Call, call_id: str) -> dict[str, Any]:
     """Return a call as OpenAI has it."""
-    arguments = json.dumps(call.arguments, ensure_ascii=False)
-    function = {"name": call.name, "arguments": arguments}
+    # Half a surrogate pair, which a model may write as an escape, stays one: it is no text.
+    name, arguments = (
+        text.encode(errors="backslashreplace").decode()
+        for text in (call.name, json.dumps(call.arguments, ensure_ascii=False))
+    )
+    function = {"name": name, "arguments": arguments}
     return {"id": call_id, "type": "function", "function": function}
 
 

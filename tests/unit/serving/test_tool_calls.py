@@ -16,8 +16,10 @@ from transformers import LlamaForCausalLM
 
 from tuneloop.config import OneTaskConfig
 from tuneloop.evals.scoring.function_calls import function_call
+from tuneloop.models.chat.calls import Call
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message, call_text
+from tuneloop.serving.answers import tool_call
 from tuneloop.serving.api import build_api
 from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.replica import ModelServer
@@ -112,6 +114,14 @@ def test_a_call_that_is_cut_off_is_text(client: openai.OpenAI) -> None:
     pieces = client.chat.completions.create(**asked, stream=True)
     deltas = [piece.choices[0].delta.content or "" for piece in pieces if piece.choices]
     assert "".join(deltas) == choice.message.content
+
+
+def test_half_a_character_in_a_call_stays_an_escape() -> None:
+    call = tool_call(Call("f", {"c": "\ud83d", "d": "é"}), "call_1")
+    for text in (call["function"]["arguments"], call_text(call)):
+        assert r'"\ud83d", "d": "é"' in text
+        assert text.encode()
+    assert json.loads(call["function"]["arguments"]) == {"c": "\ud83d", "d": "é"}
 
 
 def test_a_model_is_not_told_of_tools_it_may_not_call(client: openai.OpenAI) -> None:
