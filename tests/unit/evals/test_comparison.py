@@ -312,6 +312,36 @@ def test_missing_answers_are_shown_at_their_worst_and_best():
     assert pair["worst_case"] == pytest.approx({"low": 0.2, "high": 0.4})
 
 
+def test_rows_that_a_metric_says_nothing_of_are_no_wrong_answers():
+    task = TaskConfig(type="generation")
+    number = {"number": Metric("right number", kind="binary")}
+    scorer = Scorer(task, {}, metrics=number, primary="number")
+
+    def rows(arm, scores, missing):
+        kinds = [
+            *((score, "scored") for score in scores),
+            *((0, "unscored") for _ in range(missing)),
+        ]
+        return [
+            Prediction(
+                f"{i:02d}", arm, "[]", "1", "1", "stop", 1, 1, 0.1, status,
+                error="" if status == "scored" else "no answer",
+                scores={"number": score} if status == "scored" else {},
+            )
+            for i, (score, status) in enumerate(kinds)
+        ]  # fmt: skip
+
+    # Of ten rows only the first four have a number.
+    first = rows("first", [1.0, 0.0, 0.0, 0.0, *[None] * 5, 0.0], 0)
+    second = rows("second", [1.0, 1.0, 1.0, 0.0, *[None] * 5], 1)
+    told = summarise([*first, *second], scorer, FAST)["arms"][1]
+    assert told["scores"]["number"]["value"] == 0.75
+    assert told["worst_case"] == pytest.approx({"low": 3 / 5, "high": 4 / 5})
+    (pair,) = compare([*first, *second], scorer, FAST)["pairs"]
+    assert pair["differences"]["number"]["value"] == 0.5
+    assert pair["worst_case"] == pytest.approx({"low": 2 / 5, "high": 3 / 5})
+
+
 def test_p_values_read_together_are_adjusted():
     truth = ["a"] * 12
     scorer = Scorer(TaskConfig(type="classification", labels=["a", "b"]), {})

@@ -108,8 +108,9 @@ def compare(
             answered = [example for example in examples if example.is_answered]
             pair = {"arm": arm, "other": other, "num_both_scored": len(answered)}
             pair |= _compare_pair(answered, scorer, resampling)
-            if len(answered) < len(examples) and primary.kind != "number":
-                pair["worst_case"] = _worst_case(examples, scorer)
+            counted = [e for e in examples if all(_counts(p, scorer) for p in (e.before, e.after))]
+            if len(answered) < len(examples) and counted and primary.kind != "number":
+                pair["worst_case"] = _worst_case(counted, scorer)
             pairs.append(pair)
     tasks = {in_task(name, part.primary) for name, part in scorer.parts.items()}
     read = [p for p in pairs if p["arm"] == arms[-1] and p["other"] not in no_opponents]
@@ -148,7 +149,8 @@ def _summarise_arm(
     reasons = [p.error for p in predictions if p.status == "unscored"]
     if reasons and scorer.metrics[scorer.primary].kind != "number":
         # As if every missing answer were wrong, and as if every one were right.
-        ends = (_score_of_all(predictions, scorer, missing) for missing in (0.0, 1.0))
+        counted = [p for p in predictions if _counts(p, scorer)]
+        ends = (_score_of_all(counted, scorer, missing) for missing in (0.0, 1.0))
         extra["worst_case"] = dict(zip(("low", "high"), ends, strict=True))
     return {
         "name": predictions[0].arm,
@@ -355,6 +357,12 @@ class LabelCounts:
         }
 
 
+def _counts(prediction: Prediction, scorer: Scorer) -> bool:
+    """Return whether a row has a part in the score that decides, or may have: it is missing."""
+    is_missing, is_of_all = prediction.status != "scored", scorer.decides == OF_ALL_ROWS
+    return is_missing or is_of_all or prediction.scores.get(scorer.primary) is not None
+
+
 def _worst_case(examples: Sequence[PairedExample], scorer: Scorer) -> dict[str, float]:
     """Return the difference if every missing answer spoke against, or for, the later arm."""
 
@@ -376,8 +384,7 @@ def _score_of_all(predictions: Sequence[Prediction], scorer: Scorer, missing: fl
         ]
         each = [LabelCounts(rows, scorer) for rows in by_model(filled).values()]
         return float(np.mean([counts.macro_f1(np.ones((1, len(filled)))) for counts in each]))
-    scores = [p.scores.get(scorer.primary, missing) or 0.0 for p in predictions]
-    return float(np.mean(scores))
+    return float(np.mean([p.scores.get(scorer.primary, missing) for p in predictions]))
 
 
 def _adjust_pairs(pairs: Sequence[dict[str, Any]], primary: str, tasks: Collection[str]) -> None:
