@@ -126,8 +126,8 @@ def test_tools_and_calls_are_rendered_and_the_calls_learned(family: str, tiny_mo
     prompt = renderer.prompt_ids(CALLS[:-1], TOOLS)
     assert sample.input_ids[: len(prompt)] == prompt
     first, second, third = learned_texts(renderer, CALLS, tools=TOOLS)
-    assert '"city": "Oslo"' in first
-    assert "celsius" not in first
+    # The whole call, and nothing else, is learned in the first turn as it is in the last one.
+    assert first.replace("Oslo", "Rome") == third.removeprefix("<think>\n\n</think>\n\n")
     assert second.strip() == "Three below zero."
     assert '"city": "Rome"' in third
 
@@ -145,6 +145,14 @@ def test_an_answer_of_weight_0_is_context(family: str, tiny_model: Path) -> None
     (only,) = learned_texts(renderer, turns)
     assert only.strip().endswith("Madrid.")
     assert "Paris" not in only
+
+
+@pytest.mark.parametrize("family", [name for name in written.FAMILIES if name != "gemma"])
+def test_an_answer_with_tags_is_learned_from_its_beginning(family: str, tiny_model: Path) -> None:
+    turns = [Message("system", "Be brief."), *TALK]
+    turns[2] = Message("assistant", "<b>Paris</b>, of course.")
+    learned = learned_texts(make(family, tiny_model), turns)[0]
+    assert learned.strip() == "<b>Paris</b>, of course."
 
 
 def test_thoughts_are_written_where_the_template_writes_them(tiny_model: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -248,25 +248,47 @@ class ChatTemplate:
         Raises:
             RenderError: The answer is not found.
         """
-        turn = dict(turns[index])
-        if turn["content"]:
-            # Templates drop what the assistant thought of earlier turns.
-            thought = re.match(r".*</\w+>\s*(?=\S)", turn["content"], re.DOTALL)
-            cut = thought.end() if thought else 0
-            turn["content"] = turn["content"][:cut] + _MARK + turn["content"][cut:]
-        else:
-            first, *others = turn.get("tool_calls", [{"function": {"name": ""}}])
-            function = first["function"] | {"name": _MARK + first["function"]["name"]}
-            turn["tool_calls"] = [first | {"function": function}, *others]
-        marked = self.render([*turns[:index], turn, *turns[index + 1 :]], tools, generation_prompt)
-        place = marked.find(_MARK)
-        if place < 0 or marked.replace(_MARK, "") != rendered:
+        place = -1
+        for turn in _marked(turns[index]):
+            others = [*turns[:index], turn, *turns[index + 1 :]]
+            marked = self.render(others, tools, generation_prompt)
+            place = marked.find(_MARK) if marked.replace(_MARK, "") == rendered else -1
+            if place >= 0:
+                break
+        if place < 0:
             raise RenderError("the chat template changes earlier turns when a turn is added")
         before = rendered[:place]
         header = self.header
         if header and header in before:
             return before.rindex(header) + len(header)
-        return len(before.rstrip())
+        # What opens a call is part of the answer, and only the question tells where it begins.
+        behind = self._behind_question(turns, tools, index, rendered, generation_prompt)
+        return len(before.rstrip()) if behind is None else behind
+
+    def _behind_question(
+        self,
+        turns: Sequence[dict[str, Any]],
+        tools: Sequence[Any],
+        index: int,
+        rendered: str,
+        generation_prompt: bool,
+    ) -> int | None:
+        """Return where a rendering has what a prompt ends with, behind the turn before an answer.
+
+        Arguments as of `answer_start`; None where it is not found.
+        """
+        text = turns[index - 1]["content"] if index else None
+        if not text:
+            return None
+        end = len(text.rstrip())
+        question = {**turns[index - 1], "content": text[:end] + _MARK + text[end:]}
+        asked = [*turns[: index - 1], question]
+        marked = self.render([*asked, *turns[index:]], tools, generation_prompt)
+        _, found, closing = self.render(asked, tools, True).rpartition(_MARK)
+        place = marked.find(_MARK)
+        if not found or place < 0 or marked.replace(_MARK, "") != rendered:
+            return None
+        return place + len(closing) if rendered.startswith(closing, place) else None
 
     @cached_property
     def header(self) -> str:
@@ -339,6 +361,23 @@ class ChatTemplate:
         """Whether a call without content is rendered right with `content: null`."""
         rendered = self._probe(None, {"key": "b"} if self._takes_objects else '{"key": "b"}')
         return "probe" in rendered and "None" not in rendered
+
+
+def _marked(turn: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield an answer with a mark at its beginning, then with one behind what it thought.
+
+    Templates drop what the assistant thought of earlier turns, and the mark with it. Other tags are
+    part of the answer.
+    """
+    if content := turn["content"]:
+        yield {**turn, "content": _MARK + content}
+        if thought := re.match(r".*</\w+>\s*(?=\S)", content, re.DOTALL):
+            cut = thought.end()
+            yield {**turn, "content": content[:cut] + _MARK + content[cut:]}
+    else:
+        first, *others = turn.get("tool_calls", [{"function": {"name": ""}}])
+        function = first["function"] | {"name": _MARK + first["function"]["name"]}
+        yield {**turn, "tool_calls": [first | {"function": function}, *others]}
 
 
 def opened_thinking(prompt: str) -> re.Match[str] | None:
