@@ -147,7 +147,8 @@ def _verdict(own: Sequence[Mark], unused: dict[str, str]) -> Fix | None:
         if mark.kind == "bad_reference" and not mark.answer.strip():
             unused[mark.uid] = "the right answer is missing: mark the row again and give it"
         else:
-            asked.setdefault((mark.kind, mark.answer.strip()), []).append(mark)
+            answer = mark.answer.strip() if mark.kind == "bad_reference" else ""
+            asked.setdefault((mark.kind, answer), []).append(mark)
     if len(asked) > 1:
         for key, marks in asked.items():
             others = [m for other, found in asked.items() if other != key for m in found]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from tuneloop.artifacts import Workspace
 from tuneloop.errors import DataError
 from tuneloop.marks import Mark, decide, read_marks, write_marks
+from tuneloop.review.fixes import states_of
 
 
 def mark(kind: str, reviewer: str = "ann", answer: str = "", row: str = "r1") -> Mark:
@@ -62,6 +65,36 @@ def test_a_correction_without_an_answer_asks_for_it() -> None:
     lacking = mark("bad_reference")
     assert decide([lacking]).fixes == []
     assert "the right answer is missing" in decide([lacking]).unused[lacking.uid]
+
+
+def test_a_mark_that_asks_for_what_was_done_or_refused_does_not_wait(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    first = mark("bad_reference", answer="42")
+    accepted, long = mark("accept", answer="x", row="r2"), mark("accept", answer="y", row="r3")
+    with workspace.draft("datasets", "demo", "f" * 16) as draft:
+        changes = [("r1", "correct", "42", first), ("r2-2", "accept", "x", accepted)]
+        applied = [
+            {"row_id": row, "action": action, "after": after, "marks": [of.uid]}
+            for row, action, after, of in changes
+        ]
+        fixes = {"applied": applied, "refused": {long.uid: "the row is trained on"}}
+        (draft.path / "card.json").write_text(json.dumps({"fixes": fixes}))
+        artifact = draft.publish(config={}, resources={}, inputs=[], metrics={})
+    marks = [
+        first, accepted, long,
+        mark("bad_reference", answer=" 42"), mark("bad_reference", "bob", "42"),
+        mark("accept", "bob", "z", "r2"), mark("accept", "bob", "x", "r2"),
+        mark("fine", row="r3"), mark("accept", "bob", "y", "r3"),
+    ]  # fmt: skip
+    states = [(s.state, s.why) for s in states_of(marks, [artifact])]
+    # The same correction is still asked for: nothing takes it back.
+    assert states[0] == ("not applied", "ann has marked the row again")
+    assert states[1] == ("applied", "since datasets/demo@v1")
+    assert states[3] == states[4] == ("applied", "as it was marked before")
+    assert [state for state, _ in states[5:7]] == ["waiting", "not applied"]
+    assert states[8] == ("not applied", "the row is trained on")
+    undone = states_of([first, mark("fine")], [artifact])[0]
+    assert undone.why == "ann has marked the row again; the next `tuneloop prepare` takes it back"
 
 
 def test_marks_come_back_from_their_file(tmp_path: Path) -> None:

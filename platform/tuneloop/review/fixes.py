@@ -13,6 +13,8 @@ from tuneloop.marks import MARK_LABELS, Fix, Mark, decide, read_marks
 from tuneloop.review.store import ReviewStore, has_store
 
 SCORED_SUFFIX = "-scored"
+# What a mark of a kind asks to be done with its row.
+_ACTIONS = {"bad_reference": "correct", "bad_row": "drop", "accept": "accept"}
 
 
 class MarkState(NamedTuple):
@@ -107,39 +109,55 @@ def states_of(
                 first_in.setdefault(uid, reference)
     newest = fixes[-1][1] if fixes else {"applied": [], "refused": {}}
     in_newest = {uid for item in newest["applied"] for uid in item["marks"]}
+    # Whoever asks for what was done, or refused, makes no new version: it is so for them too.
+    done = {
+        (item["row_id"].partition("-")[0], item["action"]): item["after"]
+        for item in newest["applied"]
+    }
     # What a later preparation refused holds for the answers that it was given.
-    refused: dict[str, str] = dict(newest["refused"])
-    # Whoever agrees with a mark that is applied has it applied too.
-    agreed = {
-        mark.uid
-        for fix in asked.fixes
-        if any(other.uid in in_newest for other in fix.marks)
-        for mark in fix.marks
-    }
-    refused |= {
-        mark.uid: why
-        for fix in asked.fixes
-        if (why := refusal(fix))
-        for mark in fix.marks
-        if mark.uid not in refused
-    }
+    refused = {_asks(m): newest["refused"][m.uid] for m in marks if m.uid in newest["refused"]}
+    wanted = {mark.uid: fix for fix in asked.fixes for mark in fix.marks}
+    still = {_asks(mark) for mark in marks if mark.uid in wanted}
     states = []
     for mark in marks:
+        ask = _asks(mark)
         if mark.kind in ("note", "more_like_this"):
             state, why = "kept", asked.unused[mark.uid]
         elif mark.uid in asked.unused:
             state, why = "not applied", asked.unused[mark.uid]
-            if mark.uid in in_newest:
+            if mark.uid in in_newest and ask not in still:
                 why += "; the next `tuneloop prepare` takes it back"
-        elif mark.uid in agreed:
+        elif _is_done(ask, done.get((ask.row, ask.action))):
             since = first_in.get(mark.uid)
-            state, why = "applied", f"since {since}" if since else "as others marked it before"
-        elif mark.uid in refused:
-            state, why = "not applied", refused[mark.uid]
+            state, why = "applied", f"since {since}" if since else "as it was marked before"
+        elif told := refused.get(ask) or refusal(wanted[mark.uid]):
+            state, why = "not applied", told
         else:
             state, why = "waiting", "the next `tuneloop prepare` applies it"
         states.append(MarkState(mark, state, why))
     return states
+
+
+class _Ask(NamedTuple):
+    """What a mark asks for, whoever makes it."""
+
+    row: str
+    action: str
+    answer: str
+
+
+def _asks(mark: Mark) -> _Ask:
+    has_answer = mark.kind in ("bad_reference", "accept")
+    answer = mark.answer.strip() if has_answer else ""
+    return _Ask(mark.content_id, _ACTIONS.get(mark.kind, ""), answer)
+
+
+def _is_done(ask: _Ask, after: str | None) -> bool:
+    """Return whether what a change has made of a row, None for no change, is what a mark asks."""
+    if after is None or ask.action != "accept":
+        return after == ask.answer
+    # Several accepted answers are one change, each on lines of its own.
+    return f"\n{ask.answer}\n" in f"\n{after}\n"
 
 
 def fixes_of(dataset: Artifact) -> dict[str, Any]:
