@@ -52,7 +52,7 @@ from tuneloop.repetition import REPETITION_VERSION
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 23
+CODE_VERSION = 24
 
 
 def prepare(

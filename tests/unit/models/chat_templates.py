@@ -180,6 +180,14 @@ ZEPHYR = """\
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{% endif %}"""
 
 # Special tokens of each family, the one that ends an answer first.
+# As Phi-3-mini had it first: turns of other roles vanish.
+PHI3 = """\
+{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|user|>
+{{ m.content }}<|end|>
+<|assistant|>
+{% elif m.role == 'assistant' %}{{ m.content }}<|end|>
+{% endif %}{% endfor %}"""
+
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "smollm2": (SMOLLM2, ("<|im_end|>", "<|im_start|>")),
     "qwen2.5": (QWEN25, ("<|im_end|>", "<|im_start|>")),

@@ -203,6 +203,11 @@ def test_what_a_template_has_no_place_for_is_refused_with_the_template_as_cause(
         make("gemma", tiny_model).sample([Message("system", "Be brief."), *TALK])
     assert "the model's own template" in caught.value.remedy
     assert "task.instruction" in caught.value.remedy
+    phi = renderer_of(written.PHI3, ("<|end|>", "<|user|>", "<|assistant|>"), tiny_model)
+    for role in ("system", "developer"):
+        with pytest.raises(RenderError, match="no place for a system message") as caught:
+            phi.prompt_ids([Message(role, "Be brief."), *TALK[:1]])
+        assert "task.instruction" in caught.value.remedy
     with pytest.raises(RenderError, match="must alternate"):
         make("gemma", tiny_model).prompt_ids([TALK[0], TALK[0]])
     with pytest.raises(RenderError, match="one call at a time"):

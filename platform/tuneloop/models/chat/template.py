@@ -298,6 +298,15 @@ class ChatTemplate:
         return re.sub(r"<\w+>\s*$", "", header)
 
     @cached_property
+    def _writes_system(self) -> bool:
+        try:
+            return "probe" in self.render(
+                [{"role": "system", "content": "probe"}, *_QUESTION], (), True
+            )
+        except RenderError:
+            return True  # it refuses one itself, and says why
+
+    @cached_property
     def _writes_thoughts(self) -> bool:
         if self.opens_thinking:
             return True
@@ -310,6 +319,10 @@ class ChatTemplate:
         if message.role == "developer" and "developer" not in self.source:
             # Models that do not know the newer name know it as system.
             turn["role"] = "system"
+        if turn["role"] == "system" and message.content and not self._writes_system:
+            raise RenderError(
+                "the chat template has no place for a system message", _remedy([turn])
+            )
         if message.tool_calls:
             if "tool_calls" not in self.source:
                 raise RenderError(
