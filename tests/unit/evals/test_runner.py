@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -595,6 +596,22 @@ def test_near_duplicates_are_a_cluster(workspace):
     clusters = read_clusters(publish_dataset(workspace, test, []))
     assert list(clusters.names.values()) == ["row-000", "row-000", "row-002", "row-003"]
     assert clusters.by == "question"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["7", "7.0", "NaN", "nan", " ", "a", " a"], ["7", "7", "#2", "#3", "#4", "a", "a"]),
+        (
+            [7.0, 7.0, math.nan, math.nan, None, 0.5, 0.5],
+            ["7", "7", "#2", "#3", "#4", "0.5", "0.5"],
+        ),
+    ],
+)
+def test_rows_without_a_group_are_each_their_own(workspace, values, expected):
+    rows = [row(number, f"w{number}") | {"user": value} for number, value in enumerate(values)]
+    names = read_clusters(publish_dataset(workspace, rows, []), "user").names
+    assert list(names.values()) == [name.replace("#", "row-00") for name in expected]
 
 
 def test_a_scorer_that_fails_in_the_middle_publishes_nothing_and_loses_no_answer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +160,11 @@ def test_slices_of_no_difference_are_rarely_said_to_differ(rate: float, share: f
         wrong += p_value is not None and p_value <= 0.05
     # At a true rate of 5% more than 27 have a chance of 0.1%.
     assert wrong <= 27
+
+
+def test_what_is_no_number_is_in_no_quarter() -> None:
+    rows = [prediction(index, "a", True) for index in range(40)]
+    price = {f"r{index}": float(index) if index < 32 else math.nan for index in range(40)}
+    found = [p for p in find_slices(rows, {"price": price}, scorer_of(rows), "") if p.by == "price"]
+    assert [len(part.example_ids) for part in found] == [8, 8, 8, 8]
+    assert {part.value for part in found} >= {"0 to below 8"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
@@ -15,6 +16,9 @@ from tuneloop.errors import ConfigError
 BY_QUESTION = "question"
 # The column of a dataset that tells rows with one prompt, and near-duplicates, to be one unit.
 _UNIT = "split_unit"
+# What programs write where there is no value; and a whole number where another row has none.
+_MISSING = frozenset({"nan", "<na>"})
+_WHOLE = re.compile(r"\A(-?\d+)\.0\Z")
 
 
 class RowClusters(NamedTuple):
@@ -78,6 +82,7 @@ def _name(value: object, is_question: bool) -> str:
     if value is None:
         return ""
     if not is_question:
-        return value if isinstance(value, str) else json.dumps(value, default=str)
+        text = (value if isinstance(value, str) else json.dumps(value, default=str)).strip()
+        return "" if text.casefold() in _MISSING else _WHOLE.sub(r"\1", text)
     asked = json.dumps(value[:-1] if isinstance(value, list) else value, sort_keys=True)
     return hashlib.sha256(asked.encode()).hexdigest()[:16]

@@ -165,7 +165,8 @@ def find_slices(
 
 def _parts(values: Mapping[str, Any]) -> dict[str, frozenset[str]]:
     """Return the row ids of each value; of many numbers those of each quarter."""
-    known = {key: value for key, value in values.items() if value is not None and value != ""}
+    # What is not a number is not equal to itself.
+    known = {k: v for k, v in values.items() if v is not None and v != "" and v == v}
     numbers = [v for v in known.values() if isinstance(v, int | float) and not isinstance(v, bool)]
     named: Callable[[Any], str] = _name
     if len(numbers) == len(known) and len(set(numbers)) > _MOST_VALUES:
