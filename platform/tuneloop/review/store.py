@@ -103,20 +103,20 @@ class ReviewStore:
     def verdicts(
         self, evaluation: str | Collection[str], reviewer: str | None = None
     ) -> list[Verdict]:
-        """Return the verdicts that count, oldest first: the newest of each reviewer and pair.
+        """Return the newest verdicts of each reviewer on each pair of each version, oldest first.
 
         Args:
-            evaluation: Reference with version; or several, of versions with the same answers.
+            evaluation: Reference with version, or several.
             reviewer: Only hers.
         """
         references = [evaluation] if isinstance(evaluation, str) else list(evaluation)
         where: sa.ColumnElement[bool] = _VERDICTS.c.evaluation.in_(references)
         if reviewer is not None:
             where &= _VERDICTS.c.reviewer == reviewer
-        newest: dict[tuple[str, str, frozenset[str]], Verdict] = {}
+        newest: dict[tuple[str, str, str, frozenset[str]], Verdict] = {}
         for verdict in self._select(Verdict, _VERDICTS, where):
             pair = frozenset((verdict.arm_left, verdict.arm_right))
-            key = (verdict.reviewer, verdict.example_id, pair)
+            key = (verdict.evaluation, verdict.reviewer, verdict.example_id, pair)
             newest.pop(key, None)
             newest[key] = verdict
         return list(newest.values())

@@ -14,7 +14,9 @@ import yaml
 from tuneloop.cli import main
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.corrected import correct_rate
-from tuneloop.evals.scoring.judging import read_rating, read_verdict
+from tuneloop.evals.scoring.judging import are_on_these, read_rating, read_verdict
+from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.records import Vote
 from tuneloop.review.store import ReviewStore
 from tuneloop.review.verdicts import Verdict
 
@@ -205,6 +207,26 @@ def test_a_verdict_is_a_line_of_its_own(text: str, verdict: str) -> None:
 def test_a_rating_is_a_line_of_its_own() -> None:
     told = ["Fine.\nRating: 4", "**Score:** 5/5", "3", "I give it 3 of 5 stars", "Rating: 9", ""]
     assert [read_rating(text) for text in told] == [4.0, 5.0, 3.0, None, None, None]
+
+
+def test_a_vote_on_other_answers_takes_back_none_on_these() -> None:
+    def answers(new: str) -> list[Prediction]:
+        said = {"old": "a", "new": new}
+        return [
+            Prediction("e", arm, "", "", text, "stop", None, None, None, "scored")
+            for arm, text in said.items()
+        ]
+
+    seen = {"evaluations/qa@v1": answers("b"), "evaluations/qa@v2": answers("c")}
+    seen["evaluations/qa@v3"] = answers("b")
+    votes = [
+        Vote(f"evaluations/qa@v{version}", "e", "old", "new", score, who)
+        for who, version, score in (
+            ("ann", 1, 1.0), ("ann", 2, 0.0), ("bob", 1, 0.0), ("bob", 3, 1.0)
+        )
+    ]  # fmt: skip
+    assert are_on_these(votes, answers("b"), seen) == [True, False, False, True]
+    assert are_on_these(votes, answers("c"), seen) == [False, True, False, False]
 
 
 def test_the_corrected_rate_is_the_papers() -> None:

@@ -318,10 +318,10 @@ def are_on_these(
     predictions: Sequence[Prediction],
     voted: Mapping[str, Sequence[Prediction]],
 ) -> list[bool]:
-    """Return of each vote whether it was given on exactly these answers.
+    """Return of each vote whether it counts: the reviewer's newest on exactly these answers.
 
     Args:
-        votes: On any version of the evaluation.
+        votes: On any version of the evaluation, oldest first.
         predictions: The answers.
         voted: By reference, the answers of the versions that people saw.
     """
@@ -336,7 +336,14 @@ def are_on_these(
         keys = [(vote.example_id, arm) for arm in (vote.arm, vote.other)]
         return all(key in texts and shown.get(key) == texts[key] for key in keys)
 
-    return [is_on_these(vote) for vote in votes]
+    # Versions may have the same answers: of several votes on them the last one stays.
+    newest = {
+        (vote.reviewer, vote.example_id, frozenset((vote.arm, vote.other))): number
+        for number, vote in enumerate(votes)
+        if is_on_these(vote)
+    }
+    counting = set(newest.values())
+    return [number in counting for number in range(len(votes))]
 
 
 def _key(system: str, shown: str) -> str:
