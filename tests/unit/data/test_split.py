@@ -341,6 +341,15 @@ def test_documents_are_mixed_by_what_they_fill() -> None:
             "not enough rows for the validation",
         ),
         (
+            # Each stratum has one row left beside the test.
+            {
+                "ids": IDS[:8],
+                "strata": ["a", "b", "c", "d"] * 2,
+                "split": {"stratify_by": "l", "test_ratio": 0.5, "validation_ratio": 0.25},
+            },
+            "not enough rows for the validation",
+        ),
+        (
             {"ids": IDS[:10], "groups": ["g"] * 10, "split": {"group_by": "m"}},
             "cannot be split",
         ),

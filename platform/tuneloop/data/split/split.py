@@ -405,7 +405,7 @@ def _refuse_used_up(
 
 
 def _refuse_too_little_left(num_units: int, num_chosen: int, data: DataConfig) -> None:
-    if num_units >= 2 and num_chosen < num_units:
+    if 0 < num_chosen < num_units:
         return
     by_number = data.split.num_validation_examples is not None
     raise DataError.of(
