@@ -86,7 +86,8 @@ if sweep.points:
     st.subheader("Learning curve")
     st.vega_lite_chart(chart(sweep))
     st.caption(
-        "Points are trials on the validation rows with their 95% intervals. Where there are enough "
+        f"Points are trials on the validation rows with their {sweep.confidence} intervals. Where "
+        "there are enough "
         "data volumes the dashed lines are the median of all curves that fit, and the bands hold "
         "90% of these; else they are straight lines, which promise nothing beyond the points."
     )

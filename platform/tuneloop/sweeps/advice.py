@@ -176,7 +176,8 @@ def _price(sweep: Sweep, num_rows: int) -> float | None:
     if per_row is None and per_hour is None:
         return None
     labels = (num_rows - largest) * (per_row or 0.0)
-    hours = (sweep.best.get("cpu_hours") or sweep.best.get("gpu_hours") or 0.0) * num_rows / largest
+    hours = sweep.best.get("cpu_hours") or sweep.best.get("gpu_hours") or 0.0
+    hours *= num_rows / int(sweep.best["num_train_examples"])
     return labels + hours * (per_hour or 0.0)
 
 

@@ -25,9 +25,6 @@ from tuneloop.sweeps.choice import (
 from tuneloop.sweeps.curve import Bar, describe_forecast, series_of
 from tuneloop.sweeps.grid import VALIDATION_LOSS, Trial
 
-# Standard errors in the 95% interval of a step from one model to a larger one.
-_INTERVAL = 2 * 1.96
-
 
 class ScoredTrial(NamedTuple):
     """A trial with what it was trained on, and how its model did on the validation rows.
@@ -143,13 +140,14 @@ def trial_row(one: ScoredTrial, winner: Winner | None, config: TuneloopConfig) -
         return row
     (arm,) = one.evaluation.arms
     metrics = trial.model.manifest["metrics"]
+    # The primary metric of a mixture is called `score`, and is of all rows of the trial's own.
+    row = {name: score["value"] for name, score in arm["scores"].items()} | row
     return row | {
         "num_parameters": num_base_parameters(trial.model),
         "status": "done",
         "model": trial.model.ref,
         "evaluation": one.artifact.ref,
         "metric": one.evaluation.primary,
-        **{name: value["value"] for name, value in arm["scores"].items()},
         "loss": metrics["final_loss"],
         "validation_loss": metrics.get(VALIDATION_LOSS),
         "num_steps": metrics["num_steps"],
@@ -260,6 +258,8 @@ def forecast_of(
     """
     evaluation = next(one.evaluation for one in scored if one.evaluation)
     metric = metric or evaluation.primary
+    # What was not trained has no rows in common with the others.
+    cells = [cell for cell in cells if evaluations_of(scored, cell["trials"])]
     bars = without.bars_of(metric) if without else []
     scores = [row_scores(evaluations_of(scored, cell["trials"]), metric=metric) for cell in cells]
     if without:
@@ -286,12 +286,17 @@ def latency_of(evaluation: Evaluation, arm: str | None = None) -> float | None:
 
 
 def model_steps(
-    scored: Sequence[ScoredTrial], cells: Sequence[dict[str, Any]]
+    scored: Sequence[ScoredTrial], cells: Sequence[dict[str, Any]], confidence: float = 0.95
 ) -> list[dict[str, Any]]:
     """Return what each larger base model brought, from the smallest to the largest.
 
     Each is there with its best combination, at the largest data volume that all were trained on.
+
+    Args:
+        cells: Those of `curve.json`.
+        confidence: Level of their intervals, and of those of the steps.
     """
+    width = 2 * statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     by_base: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         first = scored[cell["trials"][0]]
@@ -327,10 +332,10 @@ def model_steps(
         # Between the same rows, and the scatter of seeds, which the rows do not know.
         variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
         for number, cell in enumerate(pair):
-            total = ((cell["high"] - cell["low"]) / _INTERVAL) ** 2
+            total = ((cell["high"] - cell["low"]) / width) ** 2
             variance += max(0.0, total - covariance[number, number])
-        value, half = pair[1]["value"] - pair[0]["value"], _INTERVAL / 2 * math.sqrt(variance)
-        hours = [statistics.mean(one.trial.wall_s for one in same) for same in of]
+        value, half = pair[1]["value"] - pair[0]["value"], width / 2 * math.sqrt(variance)
+        hours = [statistics.mean(o.trial.wall_s for o in same if o.evaluation) for same in of]
         latencies = [[latency_of(one.evaluation) for one in same if one.evaluation] for same in of]
         known = [[one for one in same if one is not None] for same in latencies]
         steps.append(

@@ -44,7 +44,7 @@ from tuneloop.sweeps.results import (
 )
 from tuneloop.sweeps.tasks import task_curves, task_effects, train_rows_of
 
-CODE_VERSION = 12
+CODE_VERSION = 13
 
 
 def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
@@ -123,7 +123,7 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         content = {"keys": keys, "curves": curves} | choice
         content |= {
             "untrained": {base: one.described() for base, one in untrained.items()},
-            "model_steps": model_steps(scored, choice["cells"]),
+            "model_steps": model_steps(scored, choice["cells"], choice["confidence"]),
             "price_per_row": config.sweep.price_per_row,
             "price_per_hour": config.resources.price_per_hour,
         }

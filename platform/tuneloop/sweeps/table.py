@@ -46,6 +46,7 @@ class SweepView:
         best_words: The best trial's score and settings.
         choice: How it was chosen, and what the choice makes of its score, in sentences.
         percent: Scores are shares.
+        confidence: Level of their intervals, for example `95%`.
     """
 
     metric: str
@@ -60,6 +61,7 @@ class SweepView:
     best_words: str
     choice: list[str]
     percent: bool
+    confidence: str
 
 
 def read_files(sweep: Artifact) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -88,7 +90,10 @@ def view_of(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Sw
     keys = list(curve["keys"])
     best = curve.get("best") or {}
     scores = [trial["score"] for trial in trials if trial["score"] is not None]
-    percent = bool(scores) and all(0 <= score <= 1 for score in scores)
+    # Bits per byte are no share, though most lie between 0 and 1.
+    is_share = curve.get("higher_is_better", True) and all(0 <= score <= 1 for score in scores)
+    percent = bool(scores) and is_share
+    confidence = f"{curve.get('confidence', 0.95):.0%}"
     points: list[dict[str, Any]] = []
     rows: list[dict[str, str]] = []
     problems: list[tuple[str, str]] = []
@@ -127,7 +132,7 @@ def view_of(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Sw
                 ),
                 "parameters": _millions(trial["num_parameters"]),
                 "validation" if is_tested else curve["metric"]: as_score(trial["score"], percent),
-                "95% interval": (
+                f"{confidence} interval": (
                     "–"
                     if trial["low"] is None
                     else f"{as_score(trial['low'], percent)} to {as_score(trial['high'], percent)}"
@@ -171,6 +176,7 @@ def view_of(curve: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> Sw
         ),
         choice=_choice_in_words(curve, len(points), percent),
         percent=percent,
+        confidence=confidence,
     )
 
 

@@ -79,6 +79,15 @@ def test_more_rows_are_advised_where_they_surely_help_with_their_price() -> None
     assert "label `other` (20.0% of 40, the others 60.0%)" in first.why
 
 
+def test_the_price_of_more_rows_goes_by_the_rows_of_the_training_that_is_known() -> None:
+    curve, trials = sweep(rising)
+    curve["best"]["trial"] = SIZES.index(400)
+    # An hour for 800 rows, so four hours for the 3,200.
+    trials[SIZES.index(400)]["cpu_hours"] = 0.5
+    (first, *_) = advise(curve, trials)
+    assert first.price == pytest.approx(2400 * 0.5 + 4 * 10)
+
+
 def test_stop_is_advised_where_the_numbers_say_so() -> None:
     content, trials = sweep(flat)
     # The truth: 1,600 rows bring a tenth of a point.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tuneloop.config import TuneloopConfig
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.sweeps.advice import advise
-from tuneloop.sweeps.choice import score_trial
+from tuneloop.sweeps.choice import Score, score_trial
 from tuneloop.sweeps.curve import ROWS_KEY, learning_curves
 from tuneloop.sweeps.grid import Measurement, Trial, expand
 from tuneloop.sweeps.report import render_sweep
@@ -25,8 +25,11 @@ from tuneloop.sweeps.results import (
     Untrained,
     Winner,
     add_forecast,
+    cells_of,
     describe_choice,
+    forecast_of,
     model_steps,
+    score_cells,
     trial_row,
 )
 from tuneloop.sweeps.run import write
@@ -159,6 +162,55 @@ def test_rows_curves_steps_and_page_are_of_the_trials(
     assert pq.read_table(tmp_path / "trials.parquet").num_rows == len(scored)
     assert json.loads((tmp_path / "curve.json").read_text())["cells"][0]["num_seeds"] == 2
     assert "A larger model helps" in render_sweep("sweeps/s", content, table)
+
+
+def test_a_failed_cell_changes_no_forecast(
+    measured: tuple[TuneloopConfig, list[ScoredTrial], dict[str, Untrained]],
+) -> None:
+    _, scored, untrained = measured
+    small = scored[: 2 * len(SIZES)]
+    failed = [one._replace(evaluation=None, score=Score(None)) for one in small[:2]]
+
+    def forecast(trials: list[ScoredTrial]) -> dict[str, Any]:
+        cells = [
+            {"trials": numbers, "num_train_examples": size, **asdict(score)}
+            for numbers in cells_of(trials)
+            for size in [trials[numbers[0]].trial.cell.values[ROWS_KEY]]
+            for score in score_cells(trials, [numbers], None)
+        ]
+        return forecast_of(cells, trials, 0.95, untrained["small"])
+
+    # The others still answer the same rows as one another and as the bar.
+    assert forecast([*failed, *small[2:]]) == forecast(small[2:])
+
+
+def test_the_steps_between_models_have_the_level_of_the_scores(
+    measured: tuple[TuneloopConfig, list[ScoredTrial], dict[str, Untrained]],
+) -> None:
+    _, scored, _ = measured
+    winner = Winner(0, artifact("evaluations", num_examples=30), scored[0].score, True)
+    cells = describe_choice(scored, winner, None)["cells"]
+    # Intervals of 90% of the same scores.
+    share = 1.6449 / 1.96
+    shorter = [
+        cell | {end: (1 - share) * cell["value"] + share * cell[end] for end in ("low", "high")}
+        for cell in cells
+    ]
+    (at_95,), (at_90,) = model_steps(scored, cells), model_steps(scored, shorter, 0.9)
+    widths = [step["gain"]["high"] - step["gain"]["low"] for step in (at_90, at_95)]
+    assert widths[0] == pytest.approx(widths[1] * share, rel=1e-3)
+
+
+def test_the_score_of_a_mixture_is_of_the_rows_that_all_trials_answered(
+    measured: tuple[TuneloopConfig, list[ScoredTrial], dict[str, Untrained]],
+) -> None:
+    config, scored, _ = measured
+    one = scored[0]
+    assert one.evaluation is not None
+    (arm,) = one.evaluation.metrics["arms"]
+    arm["scores"]["score"] = {"value": 0.9, "low": 0.8, "high": 1.0}
+    row = trial_row(one._replace(score=Score(0.5, 0.4, 0.6)), None, config)
+    assert (row["score"], row["low"], row["high"]) == (0.5, 0.4, 0.6)
 
 
 def test_values_that_are_lists_or_of_several_types_are_read_as_they_were(

@@ -67,6 +67,16 @@ def test_a_sweep_has_points_lines_and_problems(tmp_path: Path) -> None:
     assert view.percent
 
 
+def test_bits_per_byte_are_no_share_and_intervals_have_their_level(tmp_path: Path) -> None:
+    trials = [trial(100, 0.93), trial(200, 0.91)]
+    best = {"trial": 1, "model": "models/s-200@v1"}
+    more = {"higher_is_better": False, "confidence": 0.9}
+    view = read_sweep(publish_sweep(tmp_path, trials, best, more))
+    assert not view.percent
+    assert view.trials[0]["90% interval"] == "0.930 to 0.930"
+    assert view.sentences[0].startswith("model.base=m: −0.020 for each doubling")
+
+
 def test_what_all_trials_share_is_said_once_and_has_no_column(tmp_path: Path) -> None:
     two = [trial(100, 0.2), trial(200, 0.3)]
     table = trial_table(read_sweep(publish_sweep(tmp_path, two, None)))
