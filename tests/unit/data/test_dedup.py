@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from tuneloop.config import DataConfig, DedupConfig
 from tuneloop.data.dedup.conflicts import without_shared_words
+from tuneloop.data.dedup.deduplicate import exact_keys
 from tuneloop.data.dedup.distributed import compared_answers
 from tuneloop.data.dedup.minhash import (
     MANY,
@@ -368,6 +370,20 @@ def test_a_near_duplicate_needs_the_same_answer(one: str, other: str, same: bool
     assert found.kept.tolist() == ([0, 0] if same else [0, 1])
     # Either way they are on one side of a split.
     assert found.cluster[0] == found.cluster[1]
+
+
+def test_one_text_cut_elsewhere_into_prompt_and_answer_is_another_row_that_stays_with_it() -> None:
+    prompts = ["def add(a, b):", "def add(a, b): return", "def add(a, b):"]
+    answers = ["return a + b", "a + b", "return  a + b"]
+    whole = [f"{prompt}\n{answer}" for prompt, answer in zip(prompts, answers, strict=True)]
+    config = DedupConfig()
+    keys, compared = keys_of(whole, config, [0, 1, 2]), InProcess(whole, config, answers)
+    assert len(set(keys.exact)) == 1
+    keys = replace(keys, exact=exact_keys(keys.exact, normalised_hashes(Texts.of(answers))))
+    found = find_duplicates(keys, config, compared.compare, compared.find_own)
+    assert found.kept.tolist() == [0, 1, 0]
+    assert found.exact.tolist() == [False, False, True]
+    assert len(set(found.cluster)) == 1
 
 
 def test_prompts_are_nearly_the_same_by_their_own_words() -> None:

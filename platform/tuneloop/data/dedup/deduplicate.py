@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 from ray.data import Dataset
 
 from tuneloop.config import OneTaskConfig, TuneloopConfig
 from tuneloop.data.dedup.distributed import KEY_COLUMNS, find_duplicate_rows
-from tuneloop.data.dedup.minhash import Duplicates
+from tuneloop.data.dedup.minhash import Duplicates, scoped_hashes
 from tuneloop.data.hashing.columns import Indices
 from tuneloop.data.hashing.content import Content
 from tuneloop.data.ledger import Ledger, Removal
@@ -30,6 +31,10 @@ def deduplicate(
         table = table.take(usable)
     answer_keys = ledger.table["answer_key"].to_numpy()
     scopes = _dedup_scopes(config, ledger.task_ids, answer_keys)[usable]
+    if config.data.dedup.on == "both":
+        exact = exact_keys(table["exact_key"].to_numpy(), answer_keys[usable])
+        place = table.column_names.index("exact_key")
+        table = table.set_column(place, "exact_key", pa.array(exact))
     duplicates = find_duplicate_rows(table, rows, content, config.data.dedup, scopes)
     for index in duplicates.removed.tolist():
         kept = ledger.row_ids[int(usable[duplicates.kept[index]])].as_py()
@@ -40,6 +45,16 @@ def deduplicate(
         similarity = float(duplicates.similarity[index])
         ledger.remove(int(usable[index]), Removal(Stage.DEDUP, reason, kept, similarity))
     return duplicates
+
+
+def exact_keys(texts: Indices, answers: Indices) -> Indices:
+    """Return keys that are equal for copies: a text cut elsewhere has another answer to learn.
+
+    Args:
+        texts: Hash of each row's normalised text, prompt and answer together. Shape (N,).
+        answers: Hash of its normalised answer. Shape (N,).
+    """
+    return scoped_hashes(texts, answers)
 
 
 def _dedup_scopes(config: TuneloopConfig, task_ids: Indices, answer_keys: Indices) -> Indices:
