@@ -72,7 +72,8 @@ def prepare_scored_rows(
             row_id = content_id(*content.own(row), row["task"])
             # The same question twice is two rows here: what users ask is scored as it is asked.
             seen[row_id] += 1
-            before, accepted, is_dropped = row["messages"], list[str](), False
+            extra = json.loads(row["extra"])
+            before, accepted, is_dropped = row["messages"], _texts(extra), False
             for fix in by_row.get(row_id, []):
                 why = refusal(fix, row["messages"], config.task.of(row["task"]))
                 for mark in fix.marks:
@@ -101,17 +102,18 @@ def prepare_scored_rows(
                 continue
             own = {
                 column: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-                for column, value in json.loads(row["extra"]).items()
-                if value is not None
+                for column, value in extra.items()
+                if value is not None and column != ACCEPTED_COLUMN
             }
             rows.append(
                 own
-                | ({ACCEPTED_COLUMN: accepted} if accepted else {})
+                | ({ACCEPTED_COLUMN: list(dict.fromkeys(accepted))} if accepted else {})
                 | {
                     "row_id": row_id if seen[row_id] == 1 else f"{row_id}-{seen[row_id]}",
                     "source": row["source"],
                     "synthetic": row["synthetic"],
                     **({"text": row["text"]} if content.is_text else {"messages": row["messages"]}),
+                    **({"tools": row["tools"]} if row["tools"] else {}),
                     "num_tokens": 0,
                 }
             )
@@ -132,3 +134,11 @@ def prepare_scored_rows(
             metrics={"num_train_rows": 0, "num_test_rows": len(rows), "num_removed": len(bad)},
         )
     return Published(artifact, reused=False)
+
+
+def _texts(extra: dict[str, Any]) -> list[str]:
+    """Return what a row's own columns say is right too."""
+    given = extra.get(ACCEPTED_COLUMN)
+    if isinstance(given, list) and all(isinstance(text, str) for text in given):
+        return [*given]
+    return []

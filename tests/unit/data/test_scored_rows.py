@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tuneloop.artifacts import Workspace
 from tuneloop.config import TuneloopConfig
@@ -12,12 +13,11 @@ from tuneloop.evals.scoring.questions import read_questions
 from tuneloop.marks import Mark
 
 
-def test_marks_correct_accept_and_drop(tmp_path: Path) -> None:
-    rows = ({"question": f"q {i}?", "answer": f"a {i}"} for i in range(4))
+def make_config(tmp_path: Path, rows: list[dict[str, Any]], layout: str) -> TuneloopConfig:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sources = [{"path": str(file), "format": "question_answer"}]
-    config = TuneloopConfig.model_validate(
+    sources = [{"path": str(file), "format": layout}]
+    return TuneloopConfig.model_validate(
         {
             "name": "faq",
             "task": {"type": "generation"},
@@ -26,9 +26,32 @@ def test_marks_correct_accept_and_drop(tmp_path: Path) -> None:
             "evaluation": {"sources": sources},
         }
     )
+
+
+def test_rows_are_asked_with_the_tools_that_they_list(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "now", "arguments": "{}"}}
+    asked = {"role": "user", "content": "What time is it?"}
+    rows = [
+        {"messages": [asked, {"role": "assistant", "tool_calls": [call]}], "tools": [tool]},
+        {"messages": [asked, {"role": "assistant", "content": "I cannot know."}]},
+    ]
+    config = make_config(tmp_path, rows, "messages")
+    scored = prepare_scored_rows(config, Workspace(tmp_path / "ws")).artifact
+    first, second = read_questions(scored)
+    assert json.loads(first.tools) == [tool]
+    assert second.tools == ""
+
+
+def test_marks_correct_accept_and_drop(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"question": f"q {i}?", "answer": f"a {i}"} for i in range(4)]
+    # A column of the user's own says so as well.
+    rows[3] |= {"accepted_answers": ["mine"]}
+    config = make_config(tmp_path, rows, "question_answer")
     workspace = Workspace(tmp_path / "ws")
     first = prepare_scored_rows(config, workspace).artifact
     ids = [question.example_id for question in read_questions(first)]
+    assert [question.accepted for question in read_questions(first)] == [(), (), (), ("mine",)]
 
     def mark(kind: str, row_id: str, answer: str = "") -> Mark:
         return Mark(kind, row_id, first.ref, "ann", answer, created_at="2026-11-28")  # type: ignore[arg-type]
@@ -38,14 +61,15 @@ def test_marks_correct_accept_and_drop(tmp_path: Path) -> None:
         mark("accept", ids[1], "also"),
         mark("bad_row", ids[2]),
         mark("bad_row", "0" * 20),
+        mark("accept", ids[3], "too"),
     ]
     second = prepare_scored_rows(config, workspace, marks).artifact
     assert second.ref == "datasets/faq-scored@v2"
     assert [(q.reference, q.accepted) for q in read_questions(second)] == [
-        ("right", ()), ("a 1", ("also",)), ("a 3", ()),
+        ("right", ()), ("a 1", ("also",)), ("a 3", ("mine", "too")),
     ]  # fmt: skip
     fixes = json.loads((second.path / "card.json").read_text())["fixes"]
-    assert [item["action"] for item in fixes["applied"]] == ["correct", "accept", "drop"]
+    assert [item["action"] for item in fixes["applied"]] == ["correct", "accept", "drop", "accept"]
     assert fixes["applied"][0]["before"] == "a 0"
     assert list(fixes["refused"]) == [marks[3].uid]
     assert prepare_scored_rows(config, workspace, marks).reused
