@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,7 +20,7 @@ from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.evals.scoring.slices import Slice, describe_slices
+from tuneloop.evals.scoring.slices import Slice, describe_slices, find_slices
 
 TASK = TaskConfig(type="classification", labels=["yes", "no"])
 
@@ -92,6 +93,51 @@ def test_floors_are_reached_only_where_the_interval_shows_it() -> None:
     with pytest.raises(ConfigError) as raised:
         decide(evaluation, [FloorConfig(at_least=0.9, by="topic", value="refunds")])
     assert raised.value.problems[0].allowed == "billing"
+
+
+def test_a_floor_has_to_hold_with_all_missing_answers_wrong() -> None:
+    evaluation = evaluate([1] * 500, [1] * 480 + [0] * 20)
+    rows = [
+        replace(p, status="unscored", scores={}, finish_reason=None, completion="", error="lost")
+        if p.arm == "new" and (index < 6 or 300 <= index < 360)
+        else p
+        for arm in ("old", "new")
+        for index, p in enumerate(p for p in evaluation.predictions if p.arm == arm)
+    ]
+    scorer = Scorer(TASK, {p.example_id: "yes" for p in rows})
+    part = Slice("topic", "billing", frozenset(p.example_id for p in rows[:100]))
+    evaluation = Evaluation(
+        "gate", rows, summarise(rows, scorer, Resampling()), compare(rows, scorer, Resampling()),
+        describe_slices(rows, [part], scorer, 0.95),
+    )  # fmt: skip
+    # 414 of 434 answers are right, 94 of 94 of the part; of all rows 82.8%, of the part 94%.
+    floors = [
+        FloorConfig(at_least=0.82),
+        FloorConfig(at_least=0.9),
+        FloorConfig(at_least=0.93, by="topic"),
+        FloorConfig(at_least=0.95, by="topic"),
+    ]
+    checks = decide(evaluation, floors).checks[1:]
+    assert [check.outcome for check in checks] == ["reached", "cannot tell"] * 2
+    assert checks[1].detail.endswith("too many answers are missing to tell")
+
+
+def test_a_floor_of_a_column_that_parts_the_rows_as_another_does_is_asked_for() -> None:
+    evaluation = evaluate([1] * 100, [0] * 20 + [1] * 80)
+    column = {
+        p.example_id: "b" if int(p.example_id[1:]) < 20 else "o" for p in evaluation.predictions
+    }
+    columns = {"team": column, "topic": {key: value * 2 for key, value in column.items()}}
+    scorer = Scorer(TASK, dict.fromkeys(column, "yes"))
+    found = find_slices(evaluation.predictions, columns, scorer, "question")
+    told = replace(evaluation, slices=describe_slices(evaluation.predictions, found, scorer, 0.95))
+    for by, names in (("team", ["b", "o"]), ("topic", ["bb", "oo"])):
+        checks = decide(told, [FloorConfig(at_least=0.5, by=by)]).checks[1:]
+        assert {c.name.rpartition(" = ")[2]: c.outcome for c in checks} == dict(
+            zip(names, ("missed", "reached"), strict=True)
+        )
+    (one,) = decide(told, [FloorConfig(at_least=0.5, by="topic", value="bb")]).checks[1:]
+    assert one.name == "at least 50.0% on topic = bb"
 
 
 def test_a_candidate_that_was_trained_on_the_rows_does_not_pass() -> None:

@@ -198,9 +198,17 @@ def _floors(
     for number, floor in enumerate(floors):
         if floor.by is None:
             score = evaluation.candidate["scores"][evaluation.primary]
+            worst = evaluation.candidate.get("worst_case")
+            score = score | ({"worst": worst["low"]} if worst else {})
             checks.append(_floor(evaluation, floor, metric, _ALL_ROWS, score))
             continue
-        of_column = [part for part in parts if part["by"] == floor.by]
+        # Several columns may part the rows alike.
+        of_column = [
+            part | name
+            for part in parts
+            for name in [{"by": part["by"], "slice": part["slice"]}, *part.get("also", [])]
+            if name["by"] == floor.by
+        ]
         meant = [part for part in of_column if floor.value in (None, part["slice"])]
         if not meant:
             known = of_column or parts
@@ -220,6 +228,10 @@ def _floors(
             # In XML and in a table's cell no other character may stand.
             value = "".join(c for c in " ".join(part["slice"].split()) if c.isprintable())
             name = f"{part['by']} = {value}"
+            if missing := part.get("num_unscored"):
+                # As if all of them were wrong.
+                worst_case = (part["value"] or 0.0) * part["n"] / (part["n"] + missing)
+                part |= {"worst": worst_case}
             checks.append(_floor(evaluation, floor, metric, name, part))
     ConfigError.refuse(problems)
     return checks
@@ -233,7 +245,9 @@ def _floor(
     detail = f"{format_estimate(score, metric)}, {describe_rows(evaluation, score)}"
     needed = None
     if low is not None and low >= floor.at_least:
-        outcome = "reached"
+        lacks = score.get("worst", low) < floor.at_least
+        outcome = "cannot tell" if lacks else "reached"
+        detail += "; too many answers are missing to tell" if lacks else ""
     elif high is not None and high < floor.at_least:
         outcome = "missed"
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,12 +60,14 @@ class Slice:
         value: Its value.
         example_ids: At least `SMALLEST`, and not all rows.
         is_cluster: Whether the rows are one cluster; they are its sample then.
+        also: What else these rows, and no others, have in common, as column and value.
     """
 
     by: str
     value: str
     example_ids: frozenset[str]
     is_cluster: bool = False
+    also: tuple[tuple[str, str], ...] = ()
 
 
 def read_columns(dataset: Artifact, split: str) -> dict[str, dict[str, Any]]:
@@ -158,8 +160,10 @@ def find_slices(
     found: dict[frozenset[str], Slice] = {}
     for by, values in kinds.items():
         for value, ids in _parts({key: values[key] for key in rows if key in values}).items():
-            if SMALLEST <= len(ids) < len(rows):
-                found.setdefault(ids, Slice(by, value, ids, by == cluster_by))
+            if ids in found:
+                found[ids] = replace(found[ids], also=(*found[ids].also, (by, value)))
+            elif SMALLEST <= len(ids) < len(rows):
+                found[ids] = Slice(by, value, ids, by == cluster_by)
     return list(found.values())
 
 
@@ -220,7 +224,12 @@ def describe_slices(
         rows = [p for p in predictions if p.arm == arm and p.scores.get(name) is not None]
         values = values_of(rows, name)
         scored = _Scored.of(rows)
-        parts = [_describe(part, values, scored, metric, settings) for part in slices]
+        missing = {p.example_id for p in predictions if p.arm == arm and p.status != "scored"}
+        parts = [
+            _describe(part, values, scored, metric, settings)
+            | ({"num_unscored": count} if (count := len(part.example_ids & missing)) else {})
+            for part in slices
+        ]
         by_arm[arm] = _worst_first(parts, metric)
     pairs = []
     for other in reversed(arms[:-1]):
@@ -291,7 +300,10 @@ def _describe(
 
 
 def _named(part: Slice, estimate: dict[str, Any]) -> dict[str, Any]:
-    named = {"by": part.by, "slice": part.value} | estimate
+    named: dict[str, Any] = {"by": part.by, "slice": part.value}
+    if part.also:
+        named["also"] = [{"by": by, "slice": value} for by, value in part.also]
+    named |= estimate
     return named | ({"num_clusters": 1} if part.is_cluster else {})
 
 
