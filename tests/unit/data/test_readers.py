@@ -316,7 +316,7 @@ def test_the_users_columns_are_carried_and_grouped_by(tmp_path: Path) -> None:
 
 
 def test_rows_of_one_group_are_one_however_the_value_is_written(tmp_path: Path) -> None:
-    values = [7, 7.0, "7", " 7 ", math.nan, " ", "nan", True, [1], 7.5]
+    values = [7, 7.0, "7.0", " 7 ", math.nan, " ", "nan", True, [1], 7.5]
     path = lines(tmp_path / "a.jsonl", *({"question": "q", "answer": "a", "n": v} for v in values))
     rows = read(config_for(path, "question_answer", split={"group_by": "n"}))
     assert [row["group"] for row in rows] == ["7"] * 4 + [""] * 3 + ["true", "[1]", "7.5"]

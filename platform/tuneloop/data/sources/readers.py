@@ -12,6 +12,7 @@ import functools
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -67,6 +68,8 @@ _ARROW = (".parquet", ".arrow")
 _UTF8_MARK = b"\xef\xbb\xbf"
 # An object of which one key would be lost is refused.
 _DECODER = json.JSONDecoder(object_pairs_hook=object_of)
+# pandas writes 7 as 7.0 where others are missing, in CSV too.
+_WHOLE = re.compile(r"^(-?\d+)\.0+$")
 _YES, _NO = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no", "", "none")
 
 
@@ -641,13 +644,11 @@ def _label(record: Mapping[str, Any], column: str, key: str) -> str:
     if column not in record:
         raise missing_column(column, record, f"set data.split.{key} to a column of the rows")
     value = record[column]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # pandas writes 1 as 1.0 where others are missing
     is_json = isinstance(value, bool | int | float | list | dict)
     text = json.dumps(value, sort_keys=True, default=as_text) if is_json else as_text(value)
     if value is None or not text.strip() or text.strip() in NO_VALUES:
         raise RowError(f"`{column}` is empty, and data.split.{key} needs it")
-    return text.strip()
+    return _WHOLE.sub(r"\1", text.strip())
 
 
 def _refuse_lone_surrogates(row: SourceRow) -> None:
