@@ -72,6 +72,25 @@ def test_what_was_lost_is_told_by_documents_both_have() -> None:
     assert told["fingerprints"] == {"base": "weights-1", "tuned": "weights-2"}
 
 
+def test_a_document_that_is_read_in_two_ways_is_one_document() -> None:
+    scores = [
+        DocumentScore("i", arm.name, "w", "gsm8k", f"{doc}/{way}", "exact_match", float(is_right))
+        for arm in (BASE, TUNED)
+        for way in ("strict-match", "flexible-extract")
+        for doc in range(40)
+        for is_right in [doc % 2 if arm is BASE else doc % 4 == 1 or way == "flexible-extract"]
+    ]
+    told = describe_forgetting(scores, Models(BASE, TUNED), Resampling(num_resamples=200))["tasks"]
+    strict, loose = told
+    assert [one["metric"] for one in told] == [
+        "exact_match,strict-match", "exact_match,flexible-extract",
+    ]  # fmt: skip
+    assert [one["is_primary"] for one in told] == [True, False]
+    assert (strict["before"]["value"], strict["after"]["value"]) == (0.5, 0.25)
+    assert loose["after"]["value"] == 1.0
+    assert [one["difference"]["n"] for one in told] == [40, 40]
+
+
 def test_the_first_and_the_last_model_that_differ_are_compared() -> None:
     shots = replace(BASE, name="few", shots=(Conversation(()),))
     endpoint = replace(TUNED, name="far", model_fingerprint="")

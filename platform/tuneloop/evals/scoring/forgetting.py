@@ -22,8 +22,9 @@ def describe_forgetting(
 ) -> dict[str, Any]:
     """Return both models' scores on each task and the paired difference, for `comparison.json`.
 
-    Documents that only one of the two has are left out. p-values are adjusted for the number of
-    tasks (Holm).
+    Documents that only one of the two has are left out. Where a task reads answers in several ways,
+    by filters, each is a metric of its own: `exact_match,strict-match`. p-values are adjusted for
+    the number of tasks (Holm).
 
     Args:
         scores: Of both models.
@@ -32,11 +33,18 @@ def describe_forgetting(
     """
     before, after = models.before.name, models.after.name
     values: dict[tuple[str, str, str], dict[str, float]] = {}
+    filters: dict[str, dict[str, None]] = {}
     for score in scores:
-        values.setdefault((score.task, score.metric, score.arm), {})[score.doc] = score.value
+        filters.setdefault(score.task, {})[score.doc.partition("/")[2]] = None
+    names: dict[str, dict[str, None]] = {}
+    for score in scores:
+        doc, _, way = score.doc.partition("/")
+        name = f"{score.metric},{way}" if len(filters[score.task]) > 1 else score.metric
+        names.setdefault(score.task, {})[name] = None
+        values.setdefault((score.task, name, score.arm), {})[doc] = score.value
     tasks: list[dict[str, Any]] = []
-    for task in dict.fromkeys(score.task for score in scores):
-        metrics = list(dict.fromkeys(score.metric for score in scores if score.task == task))
+    for task, found in names.items():
+        metrics = list(found)
         for name in metrics:
             old, new = (values.get((task, name, arm), {}) for arm in (before, after))
             if docs := sorted(old.keys() & new.keys()):
@@ -68,4 +76,6 @@ def _meaning(name: str, values: Floats) -> Metric:
 
 
 def _primary(metrics: Sequence[str]) -> str:
-    return next((name for name in _PREFERRED if name in metrics), metrics[0])
+    plain = [name.partition(",")[0] for name in metrics]
+    place = next((plain.index(name) for name in _PREFERRED if name in plain), 0)
+    return metrics[place]
