@@ -171,6 +171,20 @@ def test_an_account_without_money_ends_the_run(model_server):
     assert len(model_server.requests) == 1
 
 
+def test_an_answer_that_only_calls_needs_no_content(model_server):
+    def text_of(message: object) -> str:
+        model_server.answer = lambda body: {"message": message}
+        endpoint = Endpoint(model_server.url, "parrot")
+        return ask(endpoint, lambda client: client.generate(HELLO, SamplingParams())).text
+
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    only_calls = {"role": "assistant", "tool_calls": [call]}
+    assert text_of(only_calls) == '{"name": "f", "arguments": {"a": 1}}'
+    for message in (None, {"role": "assistant"}):
+        with pytest.raises(RequestError, match="not a chat completion"):
+            text_of(message)
+
+
 def test_an_answer_without_counted_tokens_is_an_answer(model_server):
     model_server.counts_tokens = False
     completion = ask(

@@ -198,15 +198,18 @@ class Client:
         try:
             choice, usage = answer["choices"][0], _Usage.of(answer)
             reason = choice["finish_reason"]
-            calls = map(call_text, choice["message"].get("tool_calls") or ())
-            text = "\n".join(filter(None, [choice["message"]["content"], *calls]))
+            message = choice["message"]
+            calls = [call_text(call) for call in message.get("tool_calls") or ()]
+            # Some servers leave out the content of an answer that only calls.
+            content = message.get("content") if calls else message["content"]
+            text = "\n".join(filter(None, [content, *calls]))
             logprobs = (
                 [float(item["logprob"]) for item in choice["logprobs"]["content"]]
                 if params.logprobs
                 else None
             )
             probabilities = _probabilities(choice.get("ranking"))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise RequestError(f"not a chat completion: {answer!r:.300}") from error
         if reason not in FINISH_REASONS:
             raise RequestError(f"the answer ended with finish_reason {reason!r}")
