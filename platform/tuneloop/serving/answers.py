@@ -8,13 +8,14 @@ import statistics
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from tuneloop.models.chat.calls import Call
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.serving.protocol import ChatRequest, CompletionRequest
 from tuneloop.serving.requests import DecodeResult, TokenScore
-from tuneloop.serving.text import Detokenizer
+from tuneloop.serving.text import Decode, Detokenizer
 
 
 class TextPrompt(NamedTuple):
@@ -22,6 +23,14 @@ class TextPrompt(NamedTuple):
 
     text: str
     token_ids: Sequence[int]
+
+
+def completion_decode(request: CompletionRequest, prompt: TextPrompt, renderer: Renderer) -> Decode:
+    """Return what makes the text of an answer, which goes on from its prompt."""
+    # A form is one of the answer alone.
+    if request.has_form:
+        return renderer.decode
+    return partial(renderer.decode_behind, prompt.token_ids)
 
 
 class Said(NamedTuple):
@@ -132,12 +141,14 @@ def completion_response(
             "finish_reason": result.finish_reason,
         }
         if request.logprobs is not None:
+            num_top, start = request.logprobs, len(prompt.text) if request.echo else 0
             tokens = list(map(ScoredToken, result.token_ids, result.scores or ()))
+            offsets = TextOffsets(completion_decode(request, prompt, renderer), start)
+            told = completion_logprobs(tokens, num_top, renderer, offsets)
             if request.echo:
-                scores: list[TokenScore | None] = [None, *(result.prompt_scores or ())]
-                tokens = [*map(ScoredToken, prompt.token_ids, scores), *tokens]
-            offsets = TextOffsets(renderer)
-            choice["logprobs"] = completion_logprobs(tokens, request.logprobs, renderer, offsets)
+                before = prompt_logprobs(prompt, result.prompt_scores or (), num_top, renderer)
+                told = {name: before[name] + values for name, values in told.items()}
+            choice["logprobs"] = told
         if request.return_token_ids:
             choice |= {"token_ids": result.token_ids, "prompt_token_ids": list(prompt.token_ids)}
         choices.append(choice)
@@ -253,7 +264,7 @@ class Chunks:
 
 
 def _token_text(token_id: int, renderer: Renderer) -> str:
-    return str(renderer.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+    return renderer.token_bytes(token_id).decode(errors="replace")
 
 
 def chat_logprobs(tokens: Sequence[ScoredToken], renderer: Renderer) -> dict[str, Any]:
@@ -276,11 +287,16 @@ def chat_logprobs(tokens: Sequence[ScoredToken], renderer: Renderer) -> dict[str
 
 
 class TextOffsets:
-    """Where each token begins in the text of an answer."""
+    """Where each token begins in a text.
 
-    def __init__(self, renderer: Renderer) -> None:
-        self._detokenizer = Detokenizer(renderer.decode)
-        self._end = 0
+    Args:
+        decode: Ids to this text.
+        start: Where the first begins.
+    """
+
+    def __init__(self, decode: Decode, start: int = 0) -> None:
+        self._detokenizer = Detokenizer(decode)
+        self._end = start
 
     def next(self, token_id: int) -> int:
         """Return where the next token begins."""
@@ -289,13 +305,28 @@ class TextOffsets:
         return start
 
 
+def prompt_logprobs(
+    prompt: TextPrompt, scores: Sequence[TokenScore], num_top: int, renderer: Renderer
+) -> dict[str, Any]:
+    """Return the parallel lists of a prompt that is echoed.
+
+    Args:
+        scores: Of its tokens but the first.
+    """
+    added = renderer.tokenizer.added_tokens_decoder
+    # Ids were given, and special tokens are left out; or a text, which stays as it is.
+    kept = {index for index, one in added.items() if one.special and one.content in prompt.text}
+    offsets = TextOffsets(partial(renderer.decode_with, kept))
+    tokens = list(map(ScoredToken, prompt.token_ids, [None, *scores]))
+    return completion_logprobs(tokens, num_top, renderer, offsets)
+
+
 def completion_logprobs(
     tokens: Sequence[ScoredToken], num_top: int, renderer: Renderer, offsets: TextOffsets
 ) -> dict[str, Any]:
     """Return the parallel lists of the completions protocol.
 
     Args:
-        tokens: With the prompt's first where it is echoed.
         num_top: How many of the likeliest tokens to list beside each.
     """
     top: list[dict[str, float] | None] = []

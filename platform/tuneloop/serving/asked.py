@@ -12,7 +12,7 @@ from tuneloop.models.chat.calls import CallReader
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.tool_results import results_in_order
 from tuneloop.records import SamplingParams
-from tuneloop.serving.answers import Said, TextPrompt, tool_call
+from tuneloop.serving.answers import Said, TextPrompt, completion_decode, tool_call
 from tuneloop.serving.loaded import LONG_TEXT_BYTES, LoadedModel, template_settings
 from tuneloop.serving.parsing import parse_chat, parse_completion
 from tuneloop.serving.protocol import (
@@ -45,21 +45,6 @@ class Asked:
     prompts: list[TextPrompt]
     decoding: list[DecodeRequest]
 
-    @property
-    def decode(self) -> Decode:
-        """Ids to the text in which content and calls are told apart."""
-        request, model = self.request, self.model
-        may_call = isinstance(request, ChatRequest) and request.may_call
-        return model.decode_calls if may_call else model.renderer.decode
-
-    def text(self, result: DecodeResult) -> str:
-        """Return the text of an answer up to a stop string."""
-        if self.decode == self.model.renderer.decode:
-            return result.text
-        text = self.decode(result.token_ids)
-        ends = [text.find(stop) for stop in self.request.stop_strings if stop in text]
-        return text[: min(ends, default=len(text))]
-
     def call_reader(self) -> CallReader | None:
         """Return what tells an answer's calls from its content, where it may have some."""
         request = self.request
@@ -73,7 +58,7 @@ class Asked:
         reader = self.call_reader()
         if reader is None:
             return Said(result.text)
-        content, calls = reader.finish(self.text(result))
+        content, calls = reader.finish(result.text)
         return Said(content, [tool_call(one, self.model.syntax.new_id()) for one in calls])
 
 
@@ -123,11 +108,25 @@ async def read_request(route: Route, body: dict[str, Any], model: LoadedModel) -
         and (wants_logprobs or max_tokens == 0),
     )
     decoding = [
-        replace(asked, prompt_ids=prompt.token_ids, params=_choice_params(asked.params, index))
+        replace(
+            asked,
+            prompt_ids=prompt.token_ids,
+            params=_choice_params(asked.params, index),
+            decode=_decode(request, model, prompt),
+        )
         for prompt in prompts
         for index in range(request.num_candidates)
     ]
     return Asked(model, request, prompts, decoding)
+
+
+def _decode(
+    request: ChatRequest | CompletionRequest, model: LoadedModel, prompt: TextPrompt
+) -> Decode:
+    """Return what makes the text of an answer: one with its calls, or one that goes on."""
+    if isinstance(request, ChatRequest):
+        return model.decode_calls if request.may_call else model.renderer.decode
+    return completion_decode(request, prompt, model.renderer)
 
 
 def _choice_params(params: SamplingParams, index: int) -> SamplingParams:

@@ -101,7 +101,7 @@ class Constraints:
     def __init__(self, renderer: Renderer, vocab_size: int) -> None:
         self._tokenizer = _as_llguidance(renderer, max(vocab_size, len(renderer.tokenizer)))
         self._limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
-        self._has_leading_space = _drops_leading_space(renderer)
+        self._has_leading_space = renderer.drops_leading_space
         self.compile = lru_cache(_NUM_KEPT)(self._compile)
 
     def _compile(self, form: AnswerForm) -> Constraint:
@@ -173,18 +173,6 @@ def _as_llguidance(renderer: Renderer, size: int) -> LLTokenizer:
 def _refusal(reason: str, param: str) -> InvalidRequest:
     first = next((line.strip() for line in reason.splitlines() if line.strip()), reason)
     return InvalidRequest(f"the answer cannot have this form: {first[:300]}", param=param)
-
-
-def _drops_leading_space(renderer: Renderer) -> bool:
-    """Return whether the first word of an answer has a space before it that its text has not.
-
-    So it is with tokenizers of the SentencePiece kind.
-    """
-    vocabulary = renderer.tokenizer.get_vocab()
-    token = next(
-        (index for name, index in vocabulary.items() if name[:1] == "▁" and name[1:]), None
-    )
-    return token is not None and not renderer.decode([token]).startswith(" ")
 
 
 def _after_a_space(grammar: str) -> str:

@@ -226,7 +226,7 @@ class Engine:
         if request.params.temperature > 0:
             row.sampler = torch.Generator().manual_seed(request.params.seed)
         if request.params.stop:
-            row.stop_finder = StopFinder(self.decode, request.params.stop)
+            row.stop_finder = StopFinder(request.decode or self.decode, request.params.stop)
         if request.constraint is not None:
             row.token_filter = request.constraint.start()
         if request.ranking is not None:
@@ -522,7 +522,7 @@ class Engine:
                 row.request.on_token(token, row.scores[-1] if row.scores else None)
         is_full = len(row.token_ids) == params.max_tokens
         if row.stop_finder is not None and (may_stop or ended or is_full):
-            text = self.decode(row.token_ids)
+            text = (row.request.decode or self.decode)(row.token_ids)
             ends = [text.find(stop) for stop in params.stop if stop in text]
             if ends:
                 return self._finish(row, "stop", text=text[: min(ends)])
@@ -548,9 +548,10 @@ class Engine:
         num_stop_tokens: int = 0,
     ) -> bool:
         request, count = row.request, len(row.token_ids)
+        decode = request.decode or self.decode
         scores = row.scores[:count] if request.params.logprobs else None
         result = DecodeResult(
-            text=self.decode(row.token_ids) if text is None else text,
+            text=decode(row.token_ids) if text is None else text,
             finish_reason=reason,
             prompt_tokens=len(request.prompt_ids),
             completion_tokens=count + num_stop_tokens,

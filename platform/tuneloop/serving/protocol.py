@@ -289,6 +289,12 @@ class _Sampling(StrictBody):
             logprobs=logprobs,
         )
 
+    @property
+    def has_form(self) -> bool:
+        """Whether the answer has to have a form."""
+        asked = self.response_format
+        return self.structured_outputs is not None or (asked is not None and asked.type != "text")
+
     def form(self) -> AnswerForm | None:
         """Return the form that the answer has to have, if any is asked for."""
         asked, other = self.response_format, self.structured_outputs

@@ -29,6 +29,7 @@ from tuneloop.serving.answers import (
     completion_logprobs,
     completion_response,
     event,
+    prompt_logprobs,
     tool_call,
 )
 from tuneloop.serving.asked import Asked, Route, detokenize, read_request, tokenize
@@ -254,15 +255,16 @@ class _Generations:
 class _Choice:
     """What of one choice has been written and not yet sent."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: Asked, decoding: DecodeRequest) -> None:
         self._asked = asked
+        self._decode = decoding.decode or asked.model.renderer.decode
         self._request, self._renderer = asked.request, asked.model.renderer
-        self._text = StreamedText(asked.decode, asked.request.stop_strings)
+        self._text = StreamedText(self._decode, asked.request.stop_strings)
         self._reader = asked.call_reader()
         self.calls: list[dict[str, Any]] = []
         self._tokens: list[ScoredToken] = []
-        self._offsets = TextOffsets(self._renderer)
-        self._wants_logprobs = asked.decoding[0].params.logprobs
+        self._offsets = TextOffsets(self._decode)
+        self._wants_logprobs = decoding.params.logprobs
 
     def push(self, token: ScoredToken) -> Said:
         """Return what can be sent after this token."""
@@ -276,14 +278,12 @@ class _Choice:
     ) -> dict[str, Any]:
         """Return the log-probabilities of the prompt's tokens."""
         assert isinstance(self._request, CompletionRequest)
-        self._offsets = TextOffsets(renderer)
-        tokens = list(map(ScoredToken, prompt.token_ids, [None, *scores]))
-        num_top = self._request.logprobs or 0
-        return completion_logprobs(tokens, num_top, renderer, self._offsets)
+        self._offsets = TextOffsets(self._decode, len(prompt.text))
+        return prompt_logprobs(prompt, scores, self._request.logprobs or 0, renderer)
 
     def finish(self, result: DecodeResult) -> Said:
         """Return what is left to send of the whole answer."""
-        text = self._text.finish(self._asked.text(result))
+        text = self._text.finish(result.text)
         return self._said(Written(text, ()) if self._reader is None else self._reader.finish(text))
 
     def _said(self, written: Written) -> Said:
@@ -315,7 +315,7 @@ async def _events(
         prompt_scores: Those of each prompt that is echoed with its log-probabilities.
     """
     chunks = Chunks(asked.request)
-    choices = [_Choice(asked) for _ in generations.tasks]
+    choices = [_Choice(asked, decoding) for decoding in asked.decoding]
     echoes = isinstance(asked.request, CompletionRequest) and asked.request.echo
     for index, choice in enumerate(choices):
         yield chunks.first(index)

@@ -135,6 +135,8 @@ class DecodeRequest:
             its score where scores are asked for.
         adapter: One of the engine's adapters; empty: the base weights alone.
         stop_ids: Tokens that end this generation; None: those of the engine.
+        decode: Ids to the text that is given, and in which stop strings are looked for; None: as
+            the engine does.
         shaping: Penalties, biases and bounds on what is drawn.
         constraint: The form the answer has to have.
         ranking: Answers to choose from by the model's own probabilities, whatever else is asked.
@@ -147,6 +149,7 @@ class DecodeRequest:
     on_token: Callable[[int, TokenScore | None], None] | None = None
     adapter: str = ""
     stop_ids: frozenset[int] | None = None
+    decode: Callable[[Sequence[int]], str] | None = None
     shaping: Shaping = Shaping()
     constraint: Constraint | None = None
     ranking: Ranking | None = None

@@ -376,6 +376,21 @@ def test_a_stream_echoes_its_prompts(api: FastAPI, logprobs: int | None) -> None
         assert others == pytest.approx(one["logprobs"]["token_logprobs"][1:], abs=1e-4)
 
 
+def test_offsets_are_places_in_the_text_also_behind_control_tokens(api: FastAPI) -> None:
+    prompt = "<|im_start|>user\nyes<|im_end|>\n"
+    body = TEXT | {"prompt": prompt, "echo": True, "logprobs": 0, "logit_bias": {"1": 100}}
+    for asked in (body | {"max_tokens": 0}, body):
+        choice = post(api, TEXTS, asked)["choices"][0]
+        assert choice["text"].startswith(prompt)
+        tokens, offsets = (choice["logprobs"][name] for name in ("tokens", "text_offset"))
+        at = 0
+        for token, offset in zip(tokens, offsets, strict=True):
+            assert offset == at
+            # One that is written is left out of the text, as in every answer.
+            at += len(token) if at < len(prompt) else 0
+        assert at == len(choice["text"])
+
+
 def test_a_stream_that_only_echoes(api: FastAPI) -> None:
     body = TEXT | {"echo": True, "logprobs": 1, "max_tokens": 0}
     chunks = [chunk["choices"][0] for chunk in chunks_of(api, TEXTS, body)]

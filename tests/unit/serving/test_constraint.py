@@ -237,6 +237,12 @@ def test_a_space_that_only_the_tokenizer_writes_is_allowed(strips: bool) -> None
         texts.add(renderer.decode(ids))
     assert texts == {"yes", "no", "für"}
     assert constraint.start().allows(vocabulary["▁yes"]) == strips
+    # What goes on from a text keeps its space.
+    ids = [vocabulary[name] for name in ("<|im_end|>", "▁yes", "▁no")]
+    assert renderer.decode(ids) == ("yes no" if strips else " yes no")
+    assert renderer.decode_behind([5], ids) == " yes no"
+    assert renderer.decode_behind(ids[:1], ids) == renderer.decode(ids)
+    assert renderer.decode_behind([5], []) == ""
 
 
 def test_unigram_tokens_are_known_by_their_bytes() -> None:

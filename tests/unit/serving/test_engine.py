@@ -278,6 +278,17 @@ def test_stop_string_is_cut_off(start) -> None:  # type: ignore[no-untyped-def]
     assert got.finish_reason == "stop"
 
 
+def test_stop_strings_are_looked_for_in_the_text_that_a_request_asks_for(start) -> None:  # type: ignore[no-untyped-def]
+    model = make_model(FAMILIES["llama"])
+    prompt = prompts_of([20])[0]
+    ids = greedy(model, prompt, 12)
+    params = SamplingParams(max_tokens=12, stop=(f"<{ids[4]}>",))
+    request = DecodeRequest(prompt, params, decode=lambda ids: "".join(f"<{i}>" for i in ids))
+    got = start(model).submit(request).result(60)
+    assert got.text == "".join(f"<{i}>" for i in ids[: ids.index(ids[4])])
+    assert got.finish_reason == "stop"
+
+
 def test_sampling_follows_seed_temperature_and_top_p(start) -> None:  # type: ignore[no-untyped-def]
     model = make_model(FAMILIES["llama"])
     prompt = prompts_of([20])[0]

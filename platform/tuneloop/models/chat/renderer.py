@@ -295,6 +295,17 @@ class Renderer:
             )
         )
 
+    def decode_behind(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Return what ids add to the text of those before them, without special tokens.
+
+        The space before the first word of a text is dropped; before a word within one it stays.
+        """
+        text = self.decode(ids)
+        if not self.drops_leading_space or self._special_ids.issuperset(before):
+            return text
+        said = (self.token_bytes(token) for token in ids if token not in self._special_ids)
+        return f" {text}" if next(filter(None, said), b"").startswith(b" ") else text
+
     def decode_with(self, kept: Collection[int], ids: Sequence[int]) -> str:
         """Return the text of ids with the names of some special tokens and without the others."""
         parts, start = [], 0
@@ -340,9 +351,26 @@ class Renderer:
         return [decode(piece.tolist()) for piece in pieces]
 
     @cached_property
+    def drops_leading_space(self) -> bool:
+        """Whether the first word of a text has a space before it that decoding drops.
+
+        So it is with tokenizers of the SentencePiece kind.
+        """
+        vocabulary = self.tokenizer.get_vocab()
+        token = next(
+            (index for name, index in vocabulary.items() if name[:1] == "▁" and name[1:]), None
+        )
+        return token is not None and not self.decode([token]).startswith(" ")
+
+    @cached_property
     def _added_tokens(self) -> dict[int, str]:
         added = self.tokenizer.added_tokens_decoder
         return {index: token.content for index, token in added.items()}
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset(index for index, token in added.items() if token.special)
 
     @cached_property
     def _decoders(self) -> set[str]:

@@ -380,7 +380,7 @@ class VllmEngine:
 
     def _result(self, request: DecodeRequest, written: Written, seconds: float) -> DecodeResult:
         params, ids = request.params, written.token_ids
-        text, count = self._decode(ids), len(ids)
+        text, count = (request.decode or self._decode)(ids), len(ids)
         if params.stop and request.ranking is None:
             ends = [text.find(stop) for stop in params.stop if stop in text]
             if ends or isinstance(written.stop_reason, str):
