@@ -78,7 +78,7 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 30
+CODE_VERSION = 31
 
 
 def find_evaluation(
@@ -306,7 +306,8 @@ def evaluate(
             num_arms_scored=len(looks.arm_identities | {arm_identity(one, params) for one in each}),
         )
         columns = read_columns(dataset, e.split)
-        slices = find_slices(predictions, columns, scorer, context.clusters.by)
+        own_references = {q.example_id: q.reference for q in questions}
+        slices = find_slices(predictions, columns, scorer, clusters.by, own_references)
         evaluation.slices.update(describe_slices(predictions, slices, scorer, e.confidence))
         evaluation.metrics["error_tags"] = context.diagnosis.meanings
         _account(evaluation, arms, free)

@@ -342,6 +342,25 @@ def test_rows_that_a_metric_says_nothing_of_are_no_wrong_answers():
     assert pair["worst_case"] == pytest.approx({"low": 2 / 5, "high": 3 / 5})
 
 
+def test_an_arm_of_which_the_metric_says_nothing_is_the_weakest():
+    scorer = Scorer(TaskConfig(type="extraction"), {"r": '{"a": 1}'}, primary="fields_precision")
+    rows = [
+        Prediction(
+            f"r{number}", arm, "[]", '{"a": 1}', said, "stop", 1, 1, 0.1, "scored",
+            scores=scorer.score('{"a": 1}', said),
+        )
+        for arm, said in (("silent", "no"), ("wrong", '{"a": 2}'), ("tuned", '{"a": 1}'))
+        for number in range(20)
+    ]  # fmt: skip
+    evaluation = Evaluation("e", rows, summarise(rows, scorer, FAST), compare(rows, scorer, FAST))
+    assert evaluation.strongest_other() == "wrong"
+    alone = [p for p in rows if p.arm != "wrong"]
+    evaluation = Evaluation(
+        "e", alone, summarise(alone, scorer, FAST), compare(alone, scorer, FAST)
+    )
+    assert evaluation.strongest_other() == "silent"
+
+
 def test_p_values_read_together_are_adjusted():
     truth = ["a"] * 12
     scorer = Scorer(TaskConfig(type="classification", labels=["a", "b"]), {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,16 @@ def test_slices_of_no_difference_are_rarely_said_to_differ(rate: float, share: f
         wrong += p_value is not None and p_value <= 0.05
     # At a true rate of 5% more than 27 have a chance of 0.1%.
     assert wrong <= 27
+
+
+def test_parts_by_label_are_the_rows_own_and_not_what_was_answered() -> None:
+    rows = [prediction(index, "a", True) for index in range(40)]
+    own = {p.example_id: "yes" if index < 20 else "no" for index, p in enumerate(rows)}
+    # Both are right for the first ten rows, and they were answered with the other one.
+    answered = [replace(p, reference="no") if i < 10 else p for i, p in enumerate(rows)]
+    found = find_slices(answered, {}, scorer_of(rows), "", own)
+    labels = {p.value: len(p.example_ids) for p in found if p.by == "label"}
+    assert labels == {"yes": 20, "no": 20}
 
 
 def test_what_is_no_number_is_in_no_quarter() -> None:

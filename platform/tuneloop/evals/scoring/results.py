@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -178,7 +179,13 @@ class Evaluation:
         if not others:
             return None
         sign = -1 if self.metric(self.primary).better == "lower" else 1
-        return str(max(others, key=lambda arm: sign * arm["scores"][self.primary]["value"])["name"])
+
+        def score(arm: dict[str, Any]) -> float:
+            # A metric may say nothing of any of an arm's answers.
+            value = arm["scores"][self.primary]["value"]
+            return -math.inf if value is None else sign * value
+
+        return str(max(others, key=score)["name"])
 
     def scores_of_models(self) -> dict[str, dict[str, float | None]]:
         """Return the primary score of each model of the arms that are several trainings."""

@@ -131,6 +131,7 @@ def find_slices(
     columns: Mapping[str, Mapping[str, Any]],
     scorer: Scorer,
     cluster_by: str,
+    references: Mapping[str, str] | None = None,
 ) -> list[Slice]:
     """Return the slices of the rows that were answered, without those that hold the same rows.
 
@@ -139,19 +140,22 @@ def find_slices(
         columns: What `read_columns` returns.
         scorer: Knows the labels.
         cluster_by: What the rows of a cluster have in common.
+        references: Of each row its own, where several answers are right: predictions name the one
+            that an answer is nearest to, and what was answered must not tell which rows are meant.
     """
     rows = {p.example_id: p for p in predictions}
+    said = {key: p.reference for key, p in rows.items()} | dict(references or {})
     kinds: dict[str, Mapping[str, Any]] = {
         TASK: {key: p.task for key, p in rows.items()},
         LABEL: {
-            key: part.label(p.reference)
+            key: part.label(said[key])
             for key, p in rows.items()
             if (part := scorer.of(p.task)).task.type == "classification"
         },
         **columns,
         LENGTH: {key: len(split_words(last_question(p.prompt))) for key, p in rows.items()},
         REFERENCE_LENGTH: {
-            key: len(split_words(p.reference))
+            key: len(split_words(said[key]))
             for key, p in rows.items()
             if scorer.of(p.task).task.type == "generation"
         },
