@@ -50,8 +50,12 @@ def is_finished(log: Sequence[StepRecord], config: TrainingConfig, schedule: Sch
 
 
 def best_step(log: Sequence[StepRecord]) -> int | None:
-    """Return the step, from 1, with the least validation loss, the earliest of equal ones."""
-    measured = [(loss, row["step"]) for row in log if (loss := row["validation_loss"]) is not None]
+    """Return the step, from 1, with the least validation loss, the earliest of equal ones.
+
+    A loss that is no number is never the least: compared with one, no other is smaller.
+    """
+    losses = [(row["validation_loss"], row["step"]) for row in log]
+    measured = [(loss, step) for loss, step in losses if loss is not None and math.isfinite(loss)]
     return min(measured)[1] if measured else None
 
 
