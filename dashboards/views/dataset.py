@@ -52,9 +52,9 @@ def load_diff(new: str, old: str, _new: Artifact, _old: Artifact) -> dict[str, A
 
 @st.cache_data(max_entries=4, show_spinner="Looking for conflicts")
 def load_conflicts(
-    location: str, page: int, _query: Query
+    location: str, page: int, _query: Query, by_task: bool
 ) -> tuple[list[list[dict[str, Any]]], int]:
-    return conflicts(_query, page, PAGE_SIZE)
+    return conflicts(_query, page, PAGE_SIZE, by_task)
 
 
 def query_of(folder: str) -> Query | None:
@@ -209,8 +209,8 @@ def show_conflicts() -> None:
     query = query_of("train")
     found, count = ([], 0)
     if query is not None:
-        page = page_number()
-        found, count = load_conflicts(artifact.location, page, query)
+        is_mixture = bool(artifact.manifest["config"].get("task", {}).get("tasks"))
+        found, count = load_conflicts(artifact.location, page_number(), query, is_mixture)
     what = "prompt has" if count == 1 else "prompts have"
     st.caption(f"{count:,} {what} several answers among the train rows.")
     if count > PAGE_SIZE:

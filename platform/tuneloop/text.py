@@ -7,6 +7,9 @@ import unicodedata
 # Separators, control characters, and marks without width such as the zero-width space.
 _INVISIBLE = frozenset(("Zs", "Zl", "Zp", "Cc", "Cf"))
 
+# Letters that searches in any case take for others: upper case does not tell them apart.
+ALIKE_IN_SEARCHES = (("ß", "ss"), ("ς", "σ"))
+
 
 def shorten(text: str, limit: int) -> str:
     """Return a text of at most `limit` characters; an ellipsis stands for what was cut off."""

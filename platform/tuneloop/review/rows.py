@@ -14,6 +14,7 @@ import duckdb
 
 from tuneloop.artifacts import Artifact
 from tuneloop.errors import ArtifactError
+from tuneloop.text import ALIKE_IN_SEARCHES
 
 # Of a column with more different values a list to choose from is no help.
 _MOST_VALUES, _MOST_OF_A_CONFLICT = 50, 6
@@ -74,29 +75,34 @@ class Query:
         self.files = [str(file) for file in files]
         self.connection = duckdb.connect()
         self.connection.execute(f"SET memory_limit='{_MEMORY_LIMIT}'")
+        listed = ", ".join("'" + file.replace("'", "''") + "'" for file in self.files)
+        try:
+            self.connection.execute(
+                f"CREATE VIEW rows AS FROM read_parquet([{listed}], union_by_name=true)"
+            )
+        except duckdb.Error as error:
+            raise self._unreadable(error) from error
         described = self.ask("DESCRIBE SELECT * FROM rows")
         self.types = {row["column_name"]: row["column_type"] for row in described}
 
     def ask(self, sql: str, *values: object) -> list[dict[str, Any]]:
         """Return what a query on the table `rows` finds; `?` stand for the values."""
-        table = "read_parquet($1, union_by_name=true)"
-        numbered = sql
-        for number in range(2, len(values) + 2):
-            numbered = numbered.replace("?", f"${number}", 1)
         try:
             # Several people may ask at once; a cursor of its own keeps their answers apart.
             with self.connection.cursor() as cursor:
-                sql = numbered.replace("FROM rows", f"FROM {table}")
-                found = cursor.execute(sql, [self.files, *values])
+                found = cursor.execute(sql, list(values))
                 names = [column[0] for column in found.description or ()]
                 return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
         except duckdb.Error as error:
-            raise ArtifactError.of(
-                "the rows cannot be read",
-                where=str(Path(self.files[0]).parent),
-                got=str(error).partition("\n")[0],
-                remedy="remove the artifact and run its step again",
-            ) from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: duckdb.Error) -> ArtifactError:
+        return ArtifactError.of(
+            "the rows cannot be read",
+            where=str(Path(self.files[0]).parent),
+            got=str(error).partition("\n")[0],
+            remedy="remove the artifact and run its step again",
+        )
 
     def columns(self, without: Sequence[str] = ()) -> str:
         """Return the names of the columns, but for some, as SQL."""
@@ -108,11 +114,12 @@ class Query:
         if "messages" in self.types:
             content = "list_transform(messages, lambda m: m.content)"
             found.append(f"array_to_string({content}, chr(10))")
-        names = (
-            *("text", "row_id", "source", "reason"),
-            *("example_id", "prompt", "reference", "completion"),
-        )
+        names = ("text", "row_id", "source", "reason", "example_id", "reference", "completion")
         found += [name for name in names if name in self.types]
+        if {"arm", "prompt"} <= self.types.keys():
+            # What was sent is JSON, with roles and examples: the question is its last turn.
+            turn = "json_extract_string(TRY_CAST(prompt AS JSON), '$[#-1].content')"
+            found.append(f"coalesce({turn}, prompt)")
         return f"lower(concat_ws(chr(10), {', '.join(found)}))"
 
 
@@ -157,18 +164,21 @@ def read_row(query: Query, row_id: str) -> dict[str, Any] | None:
     return found[0] if found else None
 
 
-def conflicts(query: Query, page: int, page_size: int) -> tuple[list[list[dict[str, Any]]], int]:
+def conflicts(
+    query: Query, page: int, page_size: int, by_task: bool = False
+) -> tuple[list[list[dict[str, Any]]], int]:
     """Return groups of conversations that ask the same and answer differently, and how many are.
 
     Prompts are compared without regard to case and white space at their ends.
 
     Args:
         page: From 1.
+        by_task: The rows are of a mixture: two of its tasks may answer one prompt differently.
     """
     if "messages" not in query.types:
         return [], 0
     said = "array_to_string(list_transform(messages[:-2], lambda m: m.content), chr(10))"
-    asked = f"hash(lower(trim({said})))"
+    asked = f"hash(lower(trim({said})){', task' * by_task})"
     answered = "hash(trim(messages[-1].content))"
     start = (max(1, int(page)) - 1) * int(page_size)
     # Groups are named by position: people call their own columns `prompt` and `value` too.
@@ -179,7 +189,7 @@ def conflicts(query: Query, page: int, page_size: int) -> tuple[list[list[dict[s
         f"ORDER BY 2 DESC, 1 LIMIT {int(page_size)} OFFSET {start}"
     )
     if not groups:
-        return [], conflicts(query, 1, page_size)[1] if page > 1 else 0
+        return [], conflicts(query, 1, page_size, by_task)[1] if page > 1 else 0
     # A row of each answer first.
     each = f"row_number() OVER (PARTITION BY {asked}, {answered} ORDER BY row_id)"
     rows = query.ask(
@@ -254,7 +264,11 @@ def _conditions(query: Query, chosen: RowFilter) -> tuple[list[str], list[object
     if chosen.example_ids is not None:
         conditions.append("example_id IN (SELECT unnest(?))")
         values.append(list(chosen.example_ids))
-    for word in chosen.words.lower().split():
-        conditions.append(f"contains({query.text()}, ?)")
+    for word in chosen.words.split():
+        said, asked = query.text(), "lower(?)"
+        for letter, plain in ALIKE_IN_SEARCHES:
+            if plain in word.casefold():
+                said, asked = (f"replace({text}, '{letter}', '{plain}')" for text in (said, asked))
+        conditions.append(f"contains({said}, {asked})")
         values.append(word)
     return conditions, values

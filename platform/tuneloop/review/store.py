@@ -122,8 +122,10 @@ class ReviewStore:
         return list(newest.values())
 
     def all_verdicts(self, example_id: str) -> list[Verdict]:
-        """Return every verdict on an example, in all evaluations, oldest first."""
-        return self._select(Verdict, _VERDICTS, _VERDICTS.c.example_id == example_id)
+        """Return every verdict on an example or copies of it, in all evaluations, oldest first."""
+        name = _VERDICTS.c.example_id
+        is_meant = (name == example_id) | name.startswith(f"{example_id}-", autoescape=True)
+        return self._select(Verdict, _VERDICTS, is_meant)
 
     def marks(self, dataset_name: str | None = None) -> list[Mark]:
         """Return every mark, or those on the rows of a dataset in any version, oldest first."""

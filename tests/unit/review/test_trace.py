@@ -15,6 +15,7 @@ from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.errors import ArtifactError, DataError
 from tuneloop.marks import Mark
 from tuneloop.review.rows import (
+    Query,
     RowFilter,
     conflicts,
     open_rows,
@@ -40,7 +41,7 @@ def row(number: int, topic: str = "a", question: str = "What is it?") -> dict[st
         "input_ids": [1, 2],
         "loss_mask": [0, 1],
         "num_tokens": 2,
-        'the "topic"': topic,
+        'the "topic"?': topic,
     }
 
 
@@ -65,7 +66,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
 
 
 def test_rows_are_filtered_over_all_files_and_read_page_by_page(workspace: Workspace) -> None:
-    hostile = "100% 'quoted' \"and\" ÄPFEL; DROP TABLE rows --"
+    hostile = "100% 'quoted' \"and\" ÄPFEL; DROP TABLE rows -- Straße"
     first = [row(i, "ab"[i % 2]) for i in range(30)]
     second = [row(i, "c", hostile) for i in range(30, 35)]
     made = publish(
@@ -78,9 +79,12 @@ def test_rows_are_filtered_over_all_files_and_read_page_by_page(workspace: Works
     assert (page.num_matching, page.num_rows) == (35, 35)
     assert [r["row_id"] for r in page.rows] == [f"{i:020d}" for i in range(20, 30)]
     assert "input_ids" not in page.rows[0]
-    chosen = RowFilter(equal={'the "topic"': "b", "synthetic": "false", "no such": "x"})
+    chosen = RowFilter(equal={'the "topic"?': "b", "synthetic": "false", "no such": "x"})
     assert read_page(query, chosen, 1, 10).num_matching == 15
-    for words, count in (("äpfel drop", 5), ("it's 7", 3), ("100% 'QUOTED'", 5), ("none", 0)):
+    for words, count in (
+        ("äpfel drop", 5), ("it's 7", 3), ("100% 'QUOTED'", 5), ("none", 0),
+        ("STRASSE", 5), ("straße", 5),
+    ):  # fmt: skip
         assert read_page(query, RowFilter(words), 1, 10).num_matching == count
     # Several people at once.
     with ThreadPoolExecutor(8) as pool:
@@ -88,8 +92,8 @@ def test_rows_are_filtered_over_all_files_and_read_page_by_page(workspace: Works
         found = list(pool.map(lambda w: read_page(query, RowFilter(w), 1, 10), words))
     assert [f"It's {p.rows[0]['messages'][-1]['content'][5:]}".lower() for p in found] == words
     counts = value_counts(query)
-    assert counts['the "topic"'] == {"a": 15, "b": 15, "c": 5}
-    assert set(counts) == {'the "topic"', "synthetic"}
+    assert counts['the "topic"?'] == {"a": 15, "b": 15, "c": 5}
+    assert set(counts) == {'the "topic"?', "synthetic"}
     whole = read_row(query, f"{3:020d}")
     assert whole is not None
     assert whole["loss_mask"] == [0, 1]
@@ -120,8 +124,28 @@ def test_conflicts_come_with_a_row_of_each_answer_whatever_columns_are_called(
     assert [int(r["row_id"]) for r in second] == [9, 10, 11, 12]
     assert conflicts(query, 2, 1) == ([second], 2)
     assert conflicts(query, 9, 5) == ([], 2)
+    # In a mixture two tasks may answer one prompt differently.
+    tasks = [r | {"task": r["messages"][-1]["content"]} for r in rows]
+    made = publish(workspace, "datasets", "mixed", {}, train__part0_parquet=tasks)
+    query = open_rows(made, "train")
+    assert query is not None
+    assert conflicts(query, 1, 5, by_task=True) == ([], 0)
+    assert conflicts(query, 1, 5)[1] == 2
     assert value_counts(query)["value"] == {"a": 7, "b": 6}
     assert value_counts(query)["synthetic"] == {"true": 9, "false": 6}
+
+
+def test_answers_are_found_by_their_question_and_not_by_all_that_was_sent(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": 'Say "hi"'}]
+    prompts = [json.dumps(turns), 'plain "hi"']
+    rows = [
+        {"example_id": str(number), "arm": "base", "prompt": prompt, "completion": "Hello"}
+        for number, prompt in enumerate(prompts)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "it's.parquet")
+    query = Query([tmp_path / "it's.parquet"])
+    for words, count in (('"HI"', 2), ("say hello", 1), ("content", 0), ("kind", 0)):
+        assert read_page(query, RowFilter(words), 1, 10).num_matching == count
 
 
 def test_a_row_is_followed_through_everything(workspace: Workspace) -> None:
@@ -163,7 +187,7 @@ def test_a_row_is_followed_through_everything(workspace: Workspace) -> None:
     publish(workspace, "evaluations", "faq", {}, predictions_parquet=said)
     store = ReviewStore(workspace.location)
     mark = Mark("bad_reference", f"{3:020d}-2", "datasets/faq@v1", "ann", "It's three")
-    vote = Verdict("evaluations/faq@v1", f"{5:020d}", "base", "finetuned", "left", "bob", "short")
+    vote = Verdict("evaluations/faq@v1", f"{5:020d}-2", "base", "finetuned", "left", "bob", "short")
     store.add(mark)
     store.add(vote)
 

@@ -25,6 +25,7 @@ from tuneloop.evals.scoring.pairing import (
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.records import Message
+from tuneloop.text import ALIKE_IN_SEARCHES
 
 Against = Literal["reference", "other"]
 T = TypeVar("T")
@@ -88,8 +89,12 @@ class Filter:
                 for change in [self.tag_change] if self.tag_change else TAG_CHANGES:
                     found |= became[change]
             chosen &= found
-        for word in self.text.lower().split():
-            chosen &= pc.match_substring(examples.text, word).to_numpy()
+        for word in self.text.split():
+            said, asked = examples.text, pc.utf8_lower(word)
+            for letter, plain in ALIKE_IN_SEARCHES:
+                if plain in word.casefold():
+                    said, asked = (pc.replace_substring(t, letter, plain) for t in (said, asked))
+            chosen &= pc.match_substring(said, asked.as_py()).to_numpy()
         return examples.where(chosen)
 
 
