@@ -317,20 +317,22 @@ async def _events(
     chunks = Chunks(asked.request)
     choices = [_Choice(asked, decoding) for decoding in asked.decoding]
     echoes = isinstance(asked.request, CompletionRequest) and asked.request.echo
-    for index, choice in enumerate(choices):
-        yield chunks.first(index)
-        number = index // asked.request.num_choices
-        prompt, logprobs = asked.prompts[number], None
-        if prompt_scores:
-            is_long = len(prompt.token_ids) > _LONG_ANSWER_TOKENS
-            write = partial(choice.echo, prompt, prompt_scores[number])
-            logprobs = await asked.model.read(LONG_TEXT_BYTES if is_long else 0, write)
-        if echoes:
-            yield chunks.text(prompt.text, index, logprobs)
-    num_open = len(choices)
+    unopened, num_open = set(range(len(choices))), len(choices)
     while num_open:
         index, token = await news.get()
         choice = choices[index]
+        # Not before there is something to tell: the second event of all is the first text.
+        if index in unopened:
+            unopened.remove(index)
+            yield chunks.first(index)
+            number = index // asked.request.num_choices
+            prompt, logprobs = asked.prompts[number], None
+            if prompt_scores:
+                is_long = len(prompt.token_ids) > _LONG_ANSWER_TOKENS
+                write = partial(choice.echo, prompt, prompt_scores[number])
+                logprobs = await asked.model.read(LONG_TEXT_BYTES if is_long else 0, write)
+            if echoes:
+                yield chunks.text(prompt.text, index, logprobs)
         if token is not None:
             for item in _told(chunks, index, choice, choice.push(token)):
                 yield item

@@ -322,6 +322,13 @@ def test_metrics_count(server: ModelServer) -> None:
     assert 'tuneloop_engine_generated_tokens{engine="m"} 0.0' not in text
 
 
+@pytest.mark.parametrize("more", [{}, {"n": 3}, {"prompt": ["yes", "no"]}])
+def test_the_time_to_the_first_token_is_that_of_a_text(api: FastAPI, more: dict[str, Any]) -> None:
+    # It is measured at the second event, however many choices there are.
+    chunks = chunks_of(api, TEXTS, TEXT | {"logit_bias": {"40": 100}} | more)
+    assert [bool(chunk["choices"][0]["text"]) for chunk in chunks[:2]] == [False, True]
+
+
 @pytest.mark.parametrize("num_top", [0, 2])
 def test_several_choices_and_prompts_whole_and_streamed(api: FastAPI, num_top: int) -> None:
     body = TEXT | {"prompt": ["Return the", "Open"], "n": 3, "temperature": 1, "seed": 5,
