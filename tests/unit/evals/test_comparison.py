@@ -361,6 +361,18 @@ def test_an_arm_of_which_the_metric_says_nothing_is_the_weakest():
     assert evaluation.strongest_other() == "silent"
 
 
+@pytest.mark.parametrize("num_seeds", [1, 3])
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
+def test_an_interval_of_equal_scores_has_a_width_whatever_sums_round_to(value, num_seeds):
+    clusters = Clusters.of([number // 7 for number in range(80)])
+    scores = np.full((num_seeds, 80), value)
+    told = describe_mean(scores if num_seeds > 1 else scores[0], clusters, Metric("f1"), FAST)
+    low, high = wilson(0, 12, 0.95)
+    assert told["value"] == pytest.approx(value)
+    assert told["low"] == pytest.approx(value - (high - low) * value)
+    assert told["high"] == pytest.approx(value + (high - low) * (1 - value))
+
+
 def test_p_values_read_together_are_adjusted():
     truth = ["a"] * 12
     scorer = Scorer(TaskConfig(type="classification", labels=["a", "b"]), {})

@@ -29,6 +29,8 @@ from tuneloop.evals.scoring.intervals import Floats, wilson
 
 # With fewer votes an interval says nothing, and the weight of the judge is not known.
 LEAST_VOTES = 10
+# What the rounding of sums leaves of none.
+_NO_VARIANCE = 1e-24
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _estimate(
     variance = float(factor * ((without - value) ** 2).sum())
     value = min(1.0, max(0.0, value))
     described = ClusteredEstimate(value, None, None, n, num_voted, "none", math.sqrt(variance))
-    if variance == 0:
+    if variance < _NO_VARIANCE:
         # All votes alike: as many may differ as a rate of zero leaves possible.
         share = wilson(0, num_voted, confidence)[1]
         ends = max(0.0, value - share * value), min(1.0, value + share * (1 - value))

@@ -50,6 +50,7 @@ _MOST_ROWS = 1_000_000
 # With fewer rows the bootstrap covers too little: 87% of scores around 0.4 at 6 rows and 90% at 12,
 # where t (in Wilson's form) covers 94 and 95%. From 60 rows on both are equally wide.
 _FEW_ROWS = 50
+_NO_WIDTH = 1e-12
 
 
 def scale_of(metric: Metric) -> Scale:
@@ -80,7 +81,7 @@ def describe_mean(
         plain = estimate_mean(values, scale, resampling)
         return dataclasses.asdict(plain) | {"num_clusters": plain.n}
     estimate = estimate_clustered_mean(values, clusters, scale, resampling.confidence)
-    if estimate.low is not None and estimate.low == estimate.high:
+    if _has_no_width(estimate.low, estimate.high):
         estimate = _widened(estimate, scale, 0.0, resampling.confidence)
     return dataclasses.asdict(estimate)
 
@@ -118,7 +119,7 @@ def describe_difference(
         )
         if clusters.singletons and resampling.num_resamples:
             p_value, test = sign_flip_p(differences, resampling), "sign-flip permutation"
-        if estimate.low is not None and estimate.low == estimate.high:
+        if _has_no_width(estimate.low, estimate.high):
             estimate = _widened(estimate, scale, -1.0, confidence)
         described = dataclasses.asdict(estimate) | {"p_value": p_value, "test": test}
     return described | _describe_power(design, differences)
@@ -151,7 +152,7 @@ def describe_statistic(
     estimate = estimate_clustered_statistic(statistic, clusters, scale, resampling.confidence)
     low, high, value = estimate.low, estimate.high, estimate.value
     least = 0.0 if scale == "unit" else -1.0
-    if low is not None and low == high and value is not None:
+    if _has_no_width(low, high) and value is not None:
         # No cluster makes a difference: as much may as a rate of zero leaves possible.
         effective = num_effective * len(clusters.sizes) / max(1, n)
         low, high = ends_of_equal(value, least, effective, resampling.confidence)
@@ -212,6 +213,11 @@ def _is_plain(values: Floats, clusters: Clusters, scale: Scale, resampling: Resa
     if scale == "binary" or not resampling.num_resamples:
         return scale == "binary"
     return not 2 <= len(values) < _FEW_ROWS or bool(np.ptp(values) == 0)
+
+
+def _has_no_width(low: float | None, high: float | None) -> bool:
+    """Return whether an interval is a point; equal values may differ by the rounding of sums."""
+    return low is not None and high is not None and high - low < _NO_WIDTH
 
 
 def _widened(

@@ -30,6 +30,7 @@ from tuneloop.evals.scoring.intervals import Floats, Scale
 
 # p-values below this are not told apart.
 _LEAST_TAIL = 1e-12
+_NO_VARIANCE = 1e-24
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ class _Variances(NamedTuple):
             np.array([rows, *(scatter.variance / num_seeds for scatter, num_seeds in each)]),
             np.array([max(1.0, df), *(scatter.df for scatter, _ in each)]),
         )
+
+    @property
+    def vary(self) -> bool:
+        """Whether there is more than the rounding of sums."""
+        return bool((self.variances > _NO_VARIANCE).any())
 
     def half_width(self, confidence: float) -> float:
         return self._reach((1 - confidence) / 2)
@@ -237,7 +243,7 @@ def _mean_over_seeds(
     df = satterthwaite_df(clusters.sizes, intraclass_correlation(averaged, clusters))
     counted = zip(scatters, map(len, arms), strict=True)
     variances = _Variances.of(described.std_error**2, df, *counted)
-    if not variances.variances.any():
+    if not variances.vary:
         return None
     return variances.estimate(described, scale, confidence)
 
@@ -265,7 +271,7 @@ def estimate_statistic_over_seeds(
     rows = float((np.asarray(parts) ** 2).sum())
     counted = ((SeedScatter.of(one), len(one.means)) for one in each)
     variances = _Variances.of(rows, num_clusters - 1, *counted)
-    if not variances.variances.any():
+    if not variances.vary:
         return None
     described = ClusteredEstimate(value, None, None, n, num_clusters, "jackknife")
     estimate = variances.estimate(described, scale, confidence)
