@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from tuneloop.errors import ModelError
 from tuneloop.models.chat.renderer import TEMPLATES, Renderer
@@ -158,6 +159,19 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
     )
     with pytest.raises(ModelError, match="earlier turns"):
         Renderer.load(tiny_model, str(template))
+
+
+def test_of_several_templates_the_default_is_taken(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model)
+    chatml = TEMPLATES["chatml"].replace("<|im_end|>", "{{ eos_token }}")
+    tokenizer.chat_template = {"rag": "{{ messages }}", "default": chatml}
+    tokenizer.save_pretrained(tmp_path)
+    assert Renderer.load(tmp_path).template == chatml
+    tokenizer.chat_template = {"rag": "{{ messages }}", "tool_use": chatml}
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match="several chat templates") as caught:
+        Renderer.load(tmp_path / "other")
+    assert caught.value.problems[0].got == "rag, tool_use"
 
 
 def test_missing_tokenizer_and_template(tmp_path: Path, tiny_model: Path) -> None:

@@ -601,8 +601,18 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 def _template(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> str:
     """Return the Jinja text that `model.chat_template` names."""
-    if chat_template == "auto" and tokenizer.chat_template:
-        return str(tokenizer.chat_template)
+    own = tokenizer.chat_template if chat_template == "auto" else None
+    if isinstance(own, dict):  # several, by name
+        if "default" not in own:
+            raise ModelError.of(
+                "the model has several chat templates and none of them is its default",
+                where="model.chat_template",
+                got=", ".join(own),
+                remedy="write one of them into a file and set model.chat_template to its path",
+            )
+        own = own["default"]
+    if own:
+        return str(own)
     if chat_template == "auto":
         chat_template = "alpaca"
     if chat_template in TEMPLATES:
