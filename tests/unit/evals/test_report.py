@@ -23,7 +23,7 @@ from tuneloop.evals.reporting.headline import describe_rows, write_headline
 from tuneloop.evals.reporting.history import history
 from tuneloop.evals.reporting.overview import describe_metrics, prompt_labels, tabulate, without_end
 from tuneloop.evals.reporting.report import render_report
-from tuneloop.evals.reporting.situation import Step, after_what_failed
+from tuneloop.evals.reporting.situation import Step, after_what_failed, fitting_curves
 from tuneloop.evals.reporting.views import show_examples
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors
@@ -597,6 +597,25 @@ def test_what_a_sweep_forecasts_and_marks_that_wait_are_named() -> None:
     assert "Measure whether more rows would help" not in titles(actions)
     # Where nearly all is right, nothing is trained on.
     assert not any(title.startswith("Train for") for title in titles(actions))
+
+
+def test_a_sweep_forecasts_for_its_own_settings_and_metric() -> None:
+    rate, rows = "training.learning_rate", "data.num_train_examples"
+    values = [{rate: r, rows: n} for r in (5e-4, 1e-5) for n in (100, 200)]
+    curve = {
+        "keys": [rate, rows],
+        "metric": "exact_match",
+        "cells": [{"values": value} for value in values],
+        "curves": [{"series": f"{rate}={r}"} for r in (5e-4, 1e-5)],
+    }
+    found = fitting_curves(curve, {rate: 1e-5}, "exact_match")
+    assert found["curves"] == [{"series": f"{rate}=1e-05"}]
+    assert fitting_curves(curve, {rate: 1e-5}, "fields_f1")["curves"] == []
+    assert fitting_curves(curve, {rate: 1e-3}, "exact_match")["curves"] == []
+    alone = {"keys": [rows], "metric": "exact_match", "cells": [], "curves": [{"series": ""}]}
+    assert fitting_curves(alone, {}, "exact_match") == alone
+    assert fitting_curves(alone, {}, "fields_f1")["curves"] == []
+    assert fitting_curves({}, {}, "exact_match") == {}
 
 
 def test_parts_that_are_surely_worse_are_named() -> None:

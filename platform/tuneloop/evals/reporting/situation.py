@@ -23,6 +23,7 @@ from tuneloop.records import ARMS, TRAIN_LIMIT
 
 # A gain that is smaller than the first, and surely smaller than the second, is not worth the work.
 HARDLY, SURELY_LESS = 0.01, 0.03
+_ROWS_KEY = "data.num_train_examples"
 
 
 class Marked(NamedTuple):
@@ -78,13 +79,15 @@ def actions_after(
     split = dataset.manifest["config"].get("data", {}).get("split", {}) if dataset else {}
     origin = config.origin if config else origin_of(artifact)
     made_of = [*iteration.made_of, artifact]
+    settings = settings_of(made_of) | ({"model.base": config.model.base} if config else {})
+    curve = _newest_curve(workspace, artifact.name)
     situation = Situation(
         evaluation,
         artifact.ref,
         origin.file,
         iteration.took_s,
         int(trained.get("num_epochs") or 1),
-        _newest_curve(workspace, artifact.name),
+        fitting_curves(curve, settings, evaluation.primary),
         *marked,
         config.generation if config else None,
         int(dataset.manifest["metrics"].get("num_train_rows", 0)) if dataset else 0,
@@ -118,6 +121,29 @@ def _newest_curve(workspace: Workspace, name: str) -> dict[str, Any]:
     sweeps = [a for a in workspace.published() if (a.kind, a.name) == ("sweeps", name)]
     found = (read_json(workspace.open(sweep.ref), "curve.json") for sweep in reversed(sweeps))
     return next(filter(None, found), {})
+
+
+def fitting_curves(
+    curve: dict[str, Any], settings: Mapping[str, Any], primary: str
+) -> dict[str, Any]:
+    """Return `curve.json` with those curves alone that are of these settings and this metric.
+
+    What more rows bring by another learning rate, say, or to another score, says nothing here.
+
+    Args:
+        settings: By dotted key.
+        primary: The metric that decides.
+    """
+    keys = [key for key in curve.get("keys", ()) if key != _ROWS_KEY]
+    if not keys and curve.get("metric", primary) == primary:
+        return curve
+    series = {
+        ", ".join(f"{key}={cell['values'][key]}" for key in keys)
+        for cell in curve.get("cells", ())
+        if curve["metric"] == primary
+        and all(key in settings and settings[key] == cell["values"][key] for key in keys)
+    }
+    return {**curve, "curves": [one for one in curve["curves"] if one["series"] in series]}
 
 
 def _num_spare_rows(dataset: Artifact) -> int:
