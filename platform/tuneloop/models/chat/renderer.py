@@ -607,7 +607,7 @@ def _template(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> str:
             raise ModelError.of(
                 "the model has several chat templates and none of them is its default",
                 where="model.chat_template",
-                got=", ".join(own),
+                got=", ".join(sorted(own)),
                 remedy="write one of them into a file and set model.chat_template to its path",
             )
         own = own["default"]
