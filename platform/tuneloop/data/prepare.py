@@ -52,7 +52,7 @@ from tuneloop.repetition import REPETITION_VERSION
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 26
+CODE_VERSION = 27
 
 
 def prepare(

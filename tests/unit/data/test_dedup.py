@@ -10,11 +10,12 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuneloop.config import DataConfig, DedupConfig
+from tuneloop.config import DataConfig, DedupConfig, TaskConfig
 from tuneloop.data.dedup.conflicts import without_shared_words
 from tuneloop.data.dedup.deduplicate import exact_keys
 from tuneloop.data.dedup.distributed import compared_answers
@@ -34,6 +35,7 @@ from tuneloop.data.dedup.minhash import (
 )
 from tuneloop.data.hashing import kernels
 from tuneloop.data.hashing.columns import Texts
+from tuneloop.data.hashing.content import Content
 from tuneloop.data.hashing.signatures import (
     OwnParts,
     band_hashes,
@@ -42,6 +44,7 @@ from tuneloop.data.hashing.signatures import (
     own_parts,
     shingles,
 )
+from tuneloop.data.schema import messages_type
 from tuneloop.data.split.split import split_rows
 
 
@@ -370,6 +373,32 @@ def test_a_near_duplicate_needs_the_same_answer(one: str, other: str, same: bool
     assert found.kept.tolist() == ([0, 0] if same else [0, 1])
     # Either way they are on one side of a split.
     assert found.cluster[0] == found.cluster[1]
+
+
+def test_conversations_that_differ_in_an_earlier_answer_stay() -> None:
+    long = " ".join(f"q{i}" for i in range(400))
+    rows = [
+        [("user", long), ("assistant", f"{n} parcels"), ("user", "Thanks"), ("assistant", "Bye")]
+        for n in (5, 5, 6)
+    ]
+    rows[1][2] = ("user", "Thank you")
+    messages = [[{"role": role, "content": text} for role, text in row] for row in rows]
+    table = pa.table(
+        {
+            "task": [""] * 3,
+            "messages": pa.array(messages, messages_type()),
+            "tools": [""] * 3,
+            "text": [""] * 3,
+        }
+    )
+    content = Content.of(TaskConfig(type="generation"))
+    answers = content.answers(table).to_pylist()
+    assert answers == ["5 parcels\nBye", "5 parcels\nBye", "6 parcels\nBye"]
+    config, whole = DedupConfig(), content.column(table, "both").to_pylist()
+    keys, compared = keys_of(whole, config, [0, 1, 2]), InProcess(whole, config, answers)
+    found = find_duplicates(keys, config, compared.compare, compared.find_own)
+    assert found.kept.tolist() == [0, 0, 2]
+    assert len(set(found.cluster)) == 1
 
 
 def test_one_text_cut_elsewhere_into_prompt_and_answer_is_another_row_that_stays_with_it() -> None:

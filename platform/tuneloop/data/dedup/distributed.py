@@ -269,7 +269,7 @@ def _texts_by_group(
 ) -> pa.Table | list[pa.Table]:
     """Return, for each group, a table of its rows in some blocks: `key`, `compared`, `answer`.
 
-    Documents have no answer, and it counts only where both sides are compared.
+    Documents have no answer, and it counts only where both sides are compared: all of its turns.
     """
     tables = []
     for block in blocks:
@@ -278,7 +278,7 @@ def _texts_by_group(
         compared = wanted.content.column(rows, wanted.on)
         columns = {"key": rows["key"], "compared": compared}
         if wanted.on == "both" and not wanted.content.is_text:
-            columns["answer"] = wanted.content.column(rows, "completion")
+            columns["answer"] = wanted.content.answers(rows)
         tables.append(pa.table(columns))
     table = pa.concat_tables(tables)
     group = wanted.group[np.searchsorted(wanted.keys, table["key"].to_numpy())]

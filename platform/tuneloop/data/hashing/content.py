@@ -77,6 +77,12 @@ class Content:
         texts = [compared_text(*own, on) for own in self.own_of(table)]
         return pa.array(texts, pa.large_string())
 
+    def answers(self, table: pa.Table) -> pa.Array:
+        """Return all that the assistant says in each conversation: any turn may be learned."""
+        rows = (own.messages for own in self.own_of(table))
+        texts = ["\n".join(m["content"] for m in row if m["role"] == "assistant") for row in rows]
+        return pa.array(texts, pa.large_string())
+
 
 def spoken(messages: list[dict[str, Any]], tools: str) -> list[dict[str, str]]:
     """Return what is compared of a conversation: thoughts and calls are content, and tools' names.
