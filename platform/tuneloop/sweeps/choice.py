@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from tuneloop.config import OneTaskConfig
 from tuneloop.evals.scoring.clusters import Clusters
+from tuneloop.evals.scoring.comparison import describe_macro_f1
 from tuneloop.evals.scoring.estimates import describe_mean, scale_of
 from tuneloop.evals.scoring.intervals import Floats, Resampling
+from tuneloop.evals.scoring.metrics import OF_ALL_ROWS, Scorer
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.seeds import Seeds, SeedScatter, estimate_over_seeds
 
@@ -35,22 +38,44 @@ class Score:
 
 
 def score_trial(
-    evaluation: Evaluation, rows: Collection[str] | None = None, metric: str = ""
+    evaluation: Evaluation,
+    rows: Collection[str] | None = None,
+    metric: str = "",
+    task: OneTaskConfig | None = None,
 ) -> Score:
     """Return the score of a model that was evaluated alone.
 
     Args:
         rows: Ids of the only rows that count; None: all.
         metric: The primary one if empty.
+        task: Whose labels macro-F1 on some of the rows is of.
     """
     (arm,) = evaluation.arms
-    metric = metric or evaluation.primary
+    return score_arm(evaluation, arm, rows, metric or evaluation.primary, task)
+
+
+def score_arm(
+    evaluation: Evaluation,
+    arm: Mapping[str, Any],
+    rows: Collection[str] | None,
+    metric: str,
+    task: OneTaskConfig | None = None,
+) -> Score:
+    """Return the score of an arm, as `score_trial` does that of the only one."""
     if rows is None:
         return Score.of(arm["scores"][metric])
-    values, clusters = seeds_by_row([evaluation], rows, metric)
-    confidence = float(evaluation.metrics["confidence"])
-    meaning = evaluation.metric(metric)
-    return Score.of(describe_mean(values[0], clusters, meaning, Resampling(confidence)))
+    resampling = Resampling(float(evaluation.metrics["confidence"]))
+    scored = [
+        p
+        for p in evaluation.predictions
+        if p.arm == arm["name"] and p.example_id in rows and p.status == "scored"
+    ]
+    if metric == OF_ALL_ROWS and task is not None:
+        return Score.of(describe_macro_f1(scored, None, Scorer(task, {}), resampling))
+    known = [(p, score) for p in scored if (score := p.scores.get(metric)) is not None]
+    clusters = Clusters.of([p.cluster or p.example_id for p, _ in known])
+    values = np.array([score for _, score in known], np.float64)
+    return Score.of(describe_mean(values, clusters, evaluation.metric(metric), resampling))
 
 
 def scatter_of_seeds(
@@ -81,6 +106,7 @@ def score_seeds(
     rows: Collection[str] | None = None,
     metric: str = "",
     scatter: SeedScatter | None = None,
+    task: OneTaskConfig | None = None,
 ) -> Score:
     """Return the mean of one cell's seeds, with an interval for other seeds and other rows.
 
@@ -89,14 +115,15 @@ def score_seeds(
         rows: Ids of the only rows that count; None: all.
         metric: The primary one if empty.
         scatter: Of the seeds of all cells; None: as these show it.
+        task: Whose labels macro-F1 on some of the rows is of.
     """
     first = evaluations[0]
     metric = metric or first.primary
     if len(evaluations) == 1 and not (scatter and scatter.df):
-        return score_trial(first, rows, metric)
+        return score_trial(first, rows, metric, task)
     values, clusters = seeds_by_row(evaluations, rows, metric)
     if not values.size:  # a score of all answers together, such as macro-F1
-        scores = [score_trial(evaluation, metric=metric).value for evaluation in evaluations]
+        scores = [score_trial(one, rows, metric, task).value for one in evaluations]
         known = [score for score in scores if score is not None]
         return Score(sum(known) / len(known) if known else None)
     estimate = estimate_over_seeds(

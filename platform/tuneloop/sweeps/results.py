@@ -6,11 +6,11 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact
-from tuneloop.config import TuneloopConfig
+from tuneloop.config import OneTaskConfig, TuneloopConfig
 from tuneloop.evals.scoring.metrics import FIELD_PREFIX, in_task
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.models.export.layout import ADAPTER
@@ -20,6 +20,7 @@ from tuneloop.sweeps.choice import (
     optimism,
     row_scores,
     scatter_of_seeds,
+    score_arm,
     score_seeds,
 )
 from tuneloop.sweeps.curve import Bar, describe_forecast, series_of
@@ -72,7 +73,11 @@ def score_cells(
     """Return the score of each cell over those of its seeds that were trained."""
     evaluations = [evaluations_of(scored, numbers) for numbers in cells]
     scatter = scatter_of_seeds(evaluations, rows)
-    return [score_seeds(one, rows, scatter=scatter) if one else Score(None) for one in evaluations]
+    task = scored[0].trial.cell.config.task
+    return [
+        score_seeds(one, rows, scatter=scatter, task=task) if one else Score(None)
+        for one in evaluations
+    ]
 
 
 def evaluations_of(scored: Sequence[ScoredTrial], numbers: Sequence[int]) -> list[Evaluation]:
@@ -206,18 +211,27 @@ def describe_choice(
 
 
 class Untrained(NamedTuple):
-    """What is reached without training."""
+    """What is reached without training.
+
+    Args:
+        rows: Ids of the only rows that count, as for the trials; None: all.
+        task: Of the rows.
+    """
 
     evaluation: Evaluation
+    rows: frozenset[str] | None = None
+    task: OneTaskConfig | None = None
 
     def bars_of(self, metric: str) -> list[Bar]:
         """Return the scores to pass in a metric."""
-        scores = {arm["name"]: arm["scores"].get(metric) for arm in self.evaluation.arms}
-        return [
-            Bar(name, score["value"], score["low"], score["high"])
-            for name, score in scores.items()
-            if score and score["low"] is not None
-        ]
+        bars = []
+        for arm in self.evaluation.arms:
+            if metric in arm["scores"]:
+                value, low, high = astuple(
+                    score_arm(self.evaluation, arm, self.rows, metric, self.task)
+                )
+                bars += [Bar(arm["name"], value, low, high)] if low is not None else []
+        return bars
 
     def described(self) -> list[dict[str, Any]]:
         """Return the bars as `curve.json` keeps them, with the time to answer."""

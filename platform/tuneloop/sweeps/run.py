@@ -44,7 +44,7 @@ from tuneloop.sweeps.results import (
 )
 from tuneloop.sweeps.tasks import task_curves, task_effects, train_rows_of
 
-CODE_VERSION = 13
+CODE_VERSION = 14
 
 
 def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
@@ -101,7 +101,7 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             return [Published(existing, reused=True)]
         scored = _score_on_validation(trials, datasets, rows, workspace)
         winner = _test_winner(scored, rows, config.sweep.metric, workspace)
-        untrained = _score_untrained(scored, workspace) if ROWS_KEY in keys else {}
+        untrained = _score_untrained(scored, rows, workspace) if ROWS_KEY in keys else {}
     metrics = {
         "num_trials": len(scored),
         "num_failed": sum(trial.status == "failed" for trial in trials),
@@ -131,7 +131,7 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
             rows_of = {dataset.ref: train_rows_of(dataset) for dataset in datasets}
             num_rows = [rows_of[dataset.ref] for dataset in datasets]
             content |= {
-                "task_curves": task_curves(choice, keys, scored, num_rows, untrained),
+                "task_curves": task_curves(choice, keys, scored, num_rows, untrained, rows),
                 "task_effects": task_effects(choice, scored, num_rows),
             }
         write(draft.path, table, content)
@@ -179,7 +179,7 @@ def _score_on_validation(
         if trial.model:
             artifact = next(evaluations).artifact
             evaluation = Evaluation.load(artifact)
-            score = score_trial(evaluation, rows)
+            score = score_trial(evaluation, rows, task=trial.cell.config.task)
             scored.append(ScoredTrial(trial, dataset, artifact, evaluation, score))
         else:
             scored.append(ScoredTrial(trial, dataset, None, None, Score(None)))
@@ -221,7 +221,9 @@ def _test_winner(
     return Winner(best_cell[best], tested.artifact, score, higher)
 
 
-def _score_untrained(scored: Sequence[ScoredTrial], workspace: Workspace) -> dict[str, Untrained]:
+def _score_untrained(
+    scored: Sequence[ScoredTrial], rows: frozenset[str] | None, workspace: Workspace
+) -> dict[str, Untrained]:
     """Return by base model what is reached without training, on the validation split.
 
     Solved examples, and what the simple arm learns from, are of the largest data volume.
@@ -235,7 +237,7 @@ def _score_untrained(scored: Sequence[ScoredTrial], workspace: Workspace) -> dic
         if published is None:
             continue
         evaluation = Evaluation.load(published.artifact)
-        untrained[config.model.base] = Untrained(evaluation)
+        untrained[config.model.base] = Untrained(evaluation, rows, config.task)
     return untrained
 
 

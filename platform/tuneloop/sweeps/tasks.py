@@ -31,6 +31,7 @@ def task_curves(
     scored: Sequence[ScoredTrial],
     num_rows: Sequence[Mapping[str, int]],
     untrained: Mapping[str, Untrained],
+    rows: frozenset[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Return each task's own learning curves, of its own score over its own train rows.
 
@@ -39,13 +40,15 @@ def task_curves(
         keys: The swept dotted keys.
         num_rows: Of each trial, the train rows of each task.
         untrained: What is reached without training, by base model.
+        rows: Ids of the only rows that count; None: all.
     """
     curves = []
     for task, metric in choice["tasks"].items():
         trained = [evaluations_of(scored, cell["trials"]) for cell in choice["cells"]]
         scatter = scatter_of_seeds(
             [each for each in trained if each and metric in each[0].arms[0]["scores"]],
-            metric=metric,
+            rows,
+            metric,
         )
         by_series: dict[str, list[dict[str, Any]]] = {}
         for cell in choice["cells"]:
@@ -53,7 +56,7 @@ def task_curves(
             own = num_rows[cell["trials"][0]][task]
             if not own or not evaluations or metric not in evaluations[0].arms[0]["scores"]:
                 continue
-            score = asdict(score_seeds(evaluations, metric=metric, scatter=scatter))
+            score = asdict(score_seeds(evaluations, rows, metric, scatter))
             if score["value"] is not None:
                 of_task = {"trials": cell["trials"], "num_train_examples": own, **score}
                 by_series.setdefault(series_of(cell["values"], keys), []).append(of_task)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tuneloop.config import OneTaskConfig
+from tuneloop.evals.scoring.comparison import summarise
+from tuneloop.evals.scoring.intervals import Resampling
+from tuneloop.evals.scoring.metrics import Scorer
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.sweeps.choice import (
@@ -16,6 +20,7 @@ from tuneloop.sweeps.choice import (
     score_seeds,
     score_trial,
 )
+from tuneloop.sweeps.results import Untrained
 
 
 def evaluation(scores: list[float | None], clusters: list[str] | None = None) -> Evaluation:
@@ -30,7 +35,12 @@ def evaluation(scores: list[float | None], clusters: list[str] | None = None) ->
         "primary": "exact_match",
         "confidence": 0.95,
         "metrics": {"exact_match": {"label": "", "better": "higher", "kind": "binary"}},
-        "arms": [{"scores": {"exact_match": {"value": 0.5, "low": 0.4, "high": 0.6}}}],
+        "arms": [
+            {
+                "name": "finetuned",
+                "scores": {"exact_match": {"value": 0.5, "low": 0.4, "high": 0.6}},
+            }
+        ],
     }
     return Evaluation("s", predictions, metrics, {})
 
@@ -82,6 +92,30 @@ def test_a_trial_is_scored_on_the_rows_that_count() -> None:
     one = evaluation([1.0, 1.0, 0.0, 0.0])
     assert score_trial(one).value == 0.5
     assert score_trial(one, {"r0", "r1", "r2"}).value == pytest.approx(2 / 3)
+
+
+def test_macro_f1_and_bars_are_of_the_rows_that_all_trials_answered() -> None:
+    task = OneTaskConfig(type="classification", labels=["a", "b"])
+    # On the last four rows everything is wrong; not every trial was asked about them.
+    truth, said = "aabbaabb", "aaabbbaa"
+    rows = [
+        Prediction(
+            f"r{n}", "only", "", own, answer, "stop", 1, 1, 0.1, "scored",
+            scores={"accuracy": float(own == answer)},
+        )
+        for n, (own, answer) in enumerate(zip(truth, said, strict=True))
+    ]  # fmt: skip
+    scorer = Scorer(task, {}, primary="macro_f1")
+    one = Evaluation("s", rows, summarise(rows, scorer, Resampling(num_resamples=200)), {})
+    common = frozenset(f"r{n}" for n in range(4))
+    expected = (4 / 5 + 2 / 3) / 2
+    assert score_trial(one).value == pytest.approx((4 / 9 + 2 / 7) / 2)
+    assert score_trial(one, common, task=task).value == pytest.approx(expected)
+    assert score_seeds([one, one], common, task=task).value == pytest.approx(expected)
+    (bar,) = Untrained(one, common, task).bars_of("macro_f1")
+    assert (bar.arm, bar.score) == ("only", pytest.approx(expected))
+    (bar,) = Untrained(one, common, task).bars_of("accuracy")
+    assert bar.score == 0.75
 
 
 def test_seeds_that_differ_widen_the_interval() -> None:
