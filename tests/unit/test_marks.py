@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tuneloop.artifacts import Workspace
+from tuneloop.artifacts import Artifact, Workspace
+from tuneloop.data.prepare import has_train_rows_of
 from tuneloop.errors import DataError
 from tuneloop.marks import Mark, decide, read_marks, write_marks
 from tuneloop.review.fixes import states_of
@@ -95,6 +98,26 @@ def test_a_mark_that_asks_for_what_was_done_or_refused_does_not_wait(tmp_path: P
     assert states[8] == ("not applied", "the row is trained on")
     undone = states_of([first, mark("fine")], [artifact])[0]
     assert undone.why == "ann has marked the row again; the next `tuneloop prepare` takes it back"
+
+
+def test_versions_with_other_train_rows_share_no_models(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+
+    def publish(name: str, ids: list[str], of: str = "") -> Artifact:
+        identity = f"{name}{len(workspace.published())}" * 8
+        with workspace.draft("datasets", name, identity) as draft:
+            (draft.path / "train").mkdir()
+            pq.write_table(pa.table({"row_id": ids}), draft.path / "train" / "part-00000.parquet")
+            config = {"train_fingerprint": of} if of else {}
+            return draft.publish(config=config, resources={}, inputs=[], metrics={})
+
+    first = publish("demo", ["a", "b"])
+    fixed = publish("demo", ["b", "a"], first.fingerprint)
+    # A row is back that had quoted a test row.
+    other = publish("other", ["a", "b", "c"])
+    assert has_train_rows_of(workspace, "demo", first.fingerprint, fixed.path)
+    assert not has_train_rows_of(workspace, "demo", first.fingerprint, other.path)
+    assert has_train_rows_of(workspace, "demo", "of none", other.path)
 
 
 def test_marks_come_back_from_their_file(tmp_path: Path) -> None:

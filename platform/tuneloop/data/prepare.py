@@ -12,9 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Draft, Published, Workspace, fingerprint
 from tuneloop.cluster import await_cpu
@@ -107,7 +109,10 @@ def prepare(
     with workspace.draft("datasets", config.name, identity) as draft:
         evaluations = read_evaluations(evaluation_files, config)
         ledger, metrics = _build(config, files, evaluations, rendering, draft, marks)
-        used = train_fixes(ledger, fixes)
+        train_identity = _identity(parts, train_fixes(ledger, fixes))
+        if not has_train_rows_of(workspace, config.name, train_identity, draft.path):
+            # A train row was left out for what a test row said before.
+            train_identity = identity
         artifact = draft.publish(
             config={
                 **parts,
@@ -115,7 +120,7 @@ def prepare(
                 "chat_template": config.model.chat_template,
                 "files": len(files),
                 **({"fixes": [fix.identity() for fix in fixes]} if fixes else {}),
-                **({"train_fingerprint": _identity(parts, used)} if used != fixes else {}),
+                **({"train_fingerprint": train_identity} if train_identity != identity else {}),
             },
             resources=config.resources.model_dump(),
             inputs=[
@@ -128,6 +133,24 @@ def prepare(
             metrics=metrics,
         )
     return Published(artifact, reused=False)
+
+
+def has_train_rows_of(workspace: Workspace, name: str, fingerprint: str, folder: Path) -> bool:
+    """Return whether a dataset's train rows are those of the newest that models take for the same.
+
+    Args:
+        fingerprint: `train_fingerprint` of such versions of `datasets/NAME`; without any all is
+            well.
+        folder: Of the dataset.
+    """
+    same = [a for a in workspace.published("datasets", name) if a.train_fingerprint == fingerprint]
+    if not same:
+        return True
+    earlier, now = (
+        pq.read_table(path / "train", columns=["row_id"]).column(0).combine_chunks().sort()
+        for path in (workspace.open(same[-1].ref).path, folder)
+    )
+    return bool(earlier.equals(now))
 
 
 def _identity(parts: dict[str, Any], fixes: Sequence[Fix]) -> str:
