@@ -99,9 +99,10 @@ class Adapters:
         for name, part in self._runs:
             delta = deltas.get(name)
             if delta is not None:
-                # In the order and the precision of PEFT's own layer.
-                rows = x[:, part].to(delta.down.dtype)
-                out[:, part] = out[:, part] + (rows @ delta.down.t() @ delta.up.t()) * delta.scaling
+                # In the order and the precision of PEFT's own layer. Experts get (T, in).
+                rows = x[..., part, :].to(delta.down.dtype)
+                added = (rows @ delta.down.t() @ delta.up.t()) * delta.scaling
+                out[..., part, :] = out[..., part, :] + added
         return out
 
 

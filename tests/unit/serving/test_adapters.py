@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Qwen2MoeConfig,
+)
 
 from tuneloop.errors import ModelError
 from tuneloop.records import SamplingParams
@@ -24,6 +30,12 @@ CONFIGS = {
     "gpt_neox": GPTNeoXConfig(
         vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=300,
+    ),
+    # Its shared expert gets its tokens without the batch in front.
+    "qwen2_moe": Qwen2MoeConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=300, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
     ),
     # Its layers are not `nn.Linear`: they keep the transposed weight.
     "gpt2": GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=300),
