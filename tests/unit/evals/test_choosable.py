@@ -198,6 +198,9 @@ def test_a_pattern_is_found_or_says_the_same():
     assert score(choice, "The answer is (b).", "I think the answer is b") == 1.0
     assert score(choice, "The answer is (b).", "answer is (c)") == 0.0
     assert score(choice, "no letter", "answer is (c)") is None
+    either = {"name": "regex", "pattern": r"answer is (\w)|\((\w)\)"}
+    assert score(either, "(b)", "(c)") == 0.0
+    assert score(either, "(b)", "the answer is b") == 1.0
 
 
 def test_a_scorer_of_the_users_own_is_a_function_by_its_dotted_path(module):

@@ -185,6 +185,18 @@ def test_labels_are_recognised_without_guessing():
     assert scorer.score("yes", "maybe") == {"accuracy": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("completion", "f1", "exact"),
+    [("A", 1, 1), ("a.", 1, 1), ("", 0, 0), ("The", 0, 0), ("B", 0, 0), ("Option A", 2 / 3, 0)],
+)
+def test_the_letter_a_of_a_choice_is_no_article(completion, f1, exact):
+    scores = score_text("A", completion)
+    assert (scores["token_f1"], scores["exact_match"]) == (pytest.approx(f1), exact)
+    # As any other letter.
+    other = score_text("B", completion.replace("B", "C").replace("A", "B").replace("a", "b"))
+    assert other["token_f1"] == pytest.approx(f1)
+
+
 def test_token_f1_follows_the_squad_script():
     assert reference_words("The cat's a hat, an   Apple!") == ["cats", "hat", "apple"]
     scores = score_text("the black cat sat", "A black cat")

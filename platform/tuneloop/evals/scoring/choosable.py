@@ -531,7 +531,12 @@ def _regex_match(
         ) from error
     if expected is None:
         return None
-    return float(got is not None and got[1] == expected[1])
+    return float(got is not None and _said(got) == _said(expected))
+
+
+def _said(match: regex.Match[str]) -> str | None:
+    """Return the first group that took part: of alternatives one alone does."""
+    return next((group for group in match.groups() if group is not None), None)
 
 
 _MORE = {

@@ -461,8 +461,10 @@ def _field_precision(
 
 
 def token_f1(reference: str, completion: str, task: OneTaskConfig) -> float:
-    """Return the F1 of the words in common."""
+    """Return the F1 of the words in common; articles count where the reference has no others."""
     expected, answer = reference_words(reference), reference_words(completion)
+    if not expected:  # as the letter A of a choice, which an empty answer does not name
+        expected, answer = split_words(_bare(reference)), split_words(_bare(completion))
     common = sum((Counter(expected) & Counter(answer)).values())
     return _f1(common, len(expected), len(answer))
 
@@ -496,18 +498,25 @@ def reference_words(text: str) -> list[str]:
 
     Source: Rajpurkar et al. 2016 (arXiv:1606.05250), section 6.1 and its evaluation script.
     """
+    return split_words(re.sub(r"\b(a|an|the)\b", " ", _bare(text)))
+
+
+def _bare(text: str) -> str:
+    """Return a text without case and punctuation."""
     lowered = unicodedata.normalize("NFC", text).lower().translate(_WITHOUT_PUNCTUATION)
-    return split_words(re.sub(r"\b(a|an|the)\b", " ", _PUNCTUATION.sub(" ", lowered)))
+    return str(_PUNCTUATION.sub(" ", lowered))
 
 
 def words_and_signs(text: str) -> list[str]:
     """Return the words of a text with what makes another value of them: signs, decimals, symbols.
 
     Case, articles, quotes and other punctuation do not count. `-5` is not `5`, `3.14` not `314`,
-    `.5` not `5`, `5%` not `5` and `C++` not `C#`; `1,000` is `1000`.
+    `.5` not `5`, `5%` not `5` and `C++` not `C#`; `1,000` is `1000`. A text of articles alone, as
+    the letter A of a choice, keeps them.
     """
     plain = plain_numbers(unicodedata.normalize("NFC", text).casefold().translate(_ONE_SPELLING))
-    return [word for word in _TOKEN.findall(_THOUSANDS.sub("", plain)) if word not in _ARTICLES]
+    words = _TOKEN.findall(_THOUSANDS.sub("", plain))
+    return [word for word in words if word not in _ARTICLES] or words
 
 
 def plain_numbers(text: str) -> str:
