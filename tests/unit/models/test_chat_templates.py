@@ -191,6 +191,16 @@ def test_a_template_that_opens_the_thinking_itself_is_trained_behind_it(tiny_mod
         )
 
 
+def test_a_tag_that_names_the_speaker_opens_no_thinking(tiny_model: Path) -> None:
+    bot = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+    bot += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    renderer = renderer_of(bot, ("<|end|>", "<|begin|>"), tiny_model)
+    assert not renderer.opens_thinking
+    assert learned_texts(renderer, TALK) == ["Paris, of course.", "Madrid."]
+    with pytest.raises(RenderError, match="no place for `reasoning_content`"):
+        renderer.sample([TALK[0], Message("assistant", "Paris.", reasoning_content="Hm.")])
+
+
 def test_what_a_template_has_no_place_for_is_refused_with_the_template_as_cause(
     tiny_model: Path,
 ) -> None:

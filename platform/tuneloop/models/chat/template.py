@@ -40,6 +40,7 @@ _GIVEN = frozenset({"messages", "raise_exception", "strftime_now", "tojson"})
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "a"}]
 _MARK = "\U0010fffd"
+_THINKING = ("think", "thinking", "thought", "thoughts", "reason", "reasoning")
 
 
 class RenderError(ValueError):
@@ -156,7 +157,9 @@ class ChatTemplate:
     @cached_property
     def opens_thinking(self) -> bool:
         """Whether a prompt ends with a tag behind which the model has to think."""
-        return bool(opened_thinking(self.render(_QUESTION, (), True)))
+        opened = opened_thinking(self.render(_QUESTION, (), True))
+        # Some templates name the speaker in such a tag: `<bot>`.
+        return opened is not None and opened["tag"] in _THINKING
 
     def turns(self, messages: Sequence[Message], tools: Sequence[Any]) -> list[dict[str, Any]]:
         """Return messages as the template reads them.
