@@ -691,7 +691,7 @@ def publish_version(
     origin = {"file": "demo.yaml", "overrides": ["workspace=here"]}
     origin["overrides"] += [f"training.{name}={value:.0e}" for name, value in training.items()]
     told = {
-        "resources": {"configuration": origin},
+        "resources": {"configuration": origin, "concurrency": 2},
         "inputs": [],
         "metrics": {"num_train_rows": num_rows},
     }

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 import yaml
 
 from tuneloop.artifacts import Artifact, Workspace
@@ -81,11 +82,14 @@ def actions_after(
     made_of = [*iteration.made_of, artifact]
     settings = settings_of(made_of) | ({"model.base": config.model.base} if config else {})
     curve = _newest_curve(workspace, artifact.name)
+    # Answers that an earlier version had took their time then.
+    evaluated_s = float(artifact.manifest["duration_s"])
+    again_s = max(0.0, _asked_s(evaluation, artifact, config) - evaluated_s)
     situation = Situation(
         evaluation,
         artifact.ref,
         origin.file,
-        iteration.took_s,
+        iteration.took_s + again_s,
         int(trained.get("num_epochs") or 1),
         fitting_curves(curve, settings, evaluation.primary),
         *marked,
@@ -94,7 +98,7 @@ def actions_after(
         _num_spare_rows(workspace.open(dataset.ref)) if dataset else 0,
         _kept(config, made_of) if config else origin.overrides,
         float(model.manifest["duration_s"]) if model else 0.0,
-        float(artifact.manifest["duration_s"]),
+        evaluated_s + again_s,
         int(artifact.manifest["config"].get("evaluation", {}).get("max_tokens", 0)),
         bool(config.evaluation.arms)
         if config
@@ -107,6 +111,15 @@ def actions_after(
         settings_of(made_of),
         evaluation.metric(evaluation.primary),
     )
+
+
+def _asked_s(evaluation: Evaluation, artifact: Artifact, config: TuneloopConfig | None) -> float:
+    """Return the seconds that the candidate's answers took, whenever; 0 where nothing tells."""
+    told = artifact.manifest.get("resources", {}).get("concurrency")
+    at_once = told or (config.evaluation.concurrency if config else 0)
+    is_own = pc.equal(evaluation.column("arm"), evaluation.candidate["name"])
+    total = pc.sum(evaluation.column("latency_s").filter(is_own)).as_py()
+    return (total or 0.0) / at_once if at_once else 0.0
 
 
 def origin_of(evaluation: Artifact) -> Origin:
