@@ -89,9 +89,13 @@ class AnswerSearch:
     @property
     def coverage(self) -> float:
         """The share of all answers' probability that those found have, at least."""
-        found = math.fsum(math.exp(answer.logprob) for answer in self.found)
-        rest = math.fsum(math.exp(-candidate.negative_logprob) for candidate in self._open)
-        return found / (found + rest) if found else 0.0
+        if not self.found:
+            return 0.0
+        # Beside the most probable one: the probabilities of long answers are too small themselves.
+        best = self.found[0].logprob
+        found = math.fsum(math.exp(answer.logprob - best) for answer in self.found)
+        rest = math.fsum(math.exp(-one.negative_logprob - best) for one in self._open)
+        return found / (found + rest)
 
     def advance(self, logits: Tensor) -> int | None:
         """Return the token to feed next, or None: the search has ended. Shape (V,).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import threading
 import time
@@ -26,7 +27,7 @@ from tuneloop.errors import ModelError, TuneloopError
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import SamplingParams
 from tuneloop.serving.engine import Engine
-from tuneloop.serving.ranking import AnswerTree
+from tuneloop.serving.ranking import AnswerSearch, AnswerTree
 from tuneloop.serving.requests import DecodeRequest, InvalidRequest, QueueFull, Ranking, Shaping
 from tuneloop.serving.sampling import argmax, sample, shape
 
@@ -177,6 +178,18 @@ def test_transposed_products_write_the_same(start, monkeypatch) -> None:  # type
     futures = [engine.submit(DecodeRequest(p, SamplingParams(max_tokens=10))) for p in prompts]
     assert [future.result(60).token_ids for future in futures] == expected
     assert any(stride == 1 and num_rows >= 16 for stride, num_rows in sizes)
+
+
+def test_answers_too_improbable_for_a_number_have_shares() -> None:
+    search = AnswerSearch(AnswerTree([(1, 0), (2, 0)]), 1.0)
+    likely, unlikely = torch.tensor([0.0, -2000.0, -2001.0]), torch.tensor([0.0, -2000.0, -2000.0])
+    logits, coverages = likely, []
+    while search.advance(logits) is not None:
+        coverages.append(search.coverage)
+        logits = unlikely
+    assert [one.place for one in search.found] == [0, 1]
+    assert coverages == pytest.approx([0, 1 / (1 + math.exp(-1))])
+    assert search.coverage == 1
 
 
 def test_the_first_of_the_likeliest_is_taken() -> None:
