@@ -23,7 +23,12 @@ from tuneloop.evals.reporting.headline import describe_rows, write_headline
 from tuneloop.evals.reporting.history import history
 from tuneloop.evals.reporting.overview import describe_metrics, prompt_labels, tabulate, without_end
 from tuneloop.evals.reporting.report import render_report
-from tuneloop.evals.reporting.situation import Step, after_what_failed, fitting_curves
+from tuneloop.evals.reporting.situation import (
+    Change,
+    Step,
+    after_what_came,
+    fitting_curves,
+)
 from tuneloop.evals.reporting.views import show_examples
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors
@@ -664,18 +669,27 @@ def test_what_has_just_hardly_helped_is_not_advised_first_again(value, high, is_
     assert again in titles(actions)[:-1]
     change = {"value": value, "low": -0.018, "high": high}
     metric = evaluation.metric(evaluation.primary)
-    other = Step(frozenset({"data.num_train_examples"}), {"value": 0.0, "low": 0.0, "high": 0.0})
-    steps = [Step(frozenset({"training.num_epochs"}), change), other]
+    rows = {"data.num_train_examples": Change(100, 200)}
+    other = Step(rows, {"value": 0.0, "low": 0.0, "high": 0.0})
+    steps = [Step({"training.num_epochs": Change(1, 2)}, change), other]
     now = {"training.num_epochs": 2, "training.seed": 0}
-    found = after_what_failed(actions, steps, now, metric)
+    found = after_what_came(actions, steps, now, metric)
     assert sorted(titles(found)) == sorted(titles(actions))
     assert (titles(found)[-1] == again) == is_last
     if is_last:
         assert "brought −0.1 points (−1.8 to +1.6)" in found[-1].why
         # Another setting had changed: nothing is known about more epochs.
-        assert after_what_failed(actions, [other], now, metric) == actions
-        better = Step(steps[0].changed, {"value": 0.1, "low": 0.05, "high": 0.15})
-        assert after_what_failed(actions, [*steps, better], now, metric) == actions
+        assert after_what_came(actions, [other], now, metric) == actions
+        # Fewer epochs had brought nothing: that says nothing of more.
+        fewer = Step({"training.num_epochs": Change(3, 2)}, change)
+        assert after_what_came(actions, [fewer], now, metric) == actions
+        better = {"value": 0.1, "low": 0.05, "high": 0.15}
+        found = after_what_came(actions, [*steps, Step(steps[0].changed, better)], now, metric)
+        assert titles(found)[0] == again
+        assert "brought +10.0 points (+5.0 to +15.0)" in found[0].why
+        # Beside another change it cannot be told which of them helped.
+        both = Step({**steps[0].changed, **rows}, better)
+        assert after_what_came(actions, [both], now, metric) == actions
 
 
 def publish_version(

@@ -46,6 +46,7 @@ _MANY_ROWS = 20_000
 _SATURATED = 0.97
 # From an interval as wide as this little follows; more test rows would make it as narrow as that.
 _WIDE_INTERVAL, _NARROW_INTERVAL = 0.15, 0.10
+_STOP = "Stop, or make the test harder"
 _UNTRAINED = (BASE, FEW_SHOT, BASE_CONSTRAINED, SIMPLE)
 
 
@@ -248,24 +249,28 @@ def advise(now: Situation) -> list[Action]:
     """Return what to do next: what surely brings something, then bounds, then what is not known."""
     adviser = _Adviser.of(now)
     score = now.score["value"] or 0.0
-    stop, rules = "Stop, or make the test harder", [*_RULES]
+    rules = [*_RULES]
     if now.metric.kind == "binary" and score >= _SATURATED:
         rules.remove(_Adviser.epochs)
         if now.width <= _WIDE_INTERVAL:
             why = f"{score:.1%} is right: this test can no longer tell models apart."
-            adviser.add(stop, why, now.command("serve"))
+            adviser.add(_STOP, why, now.command("serve"))
     for rule in rules:
         rule(adviser)
 
-    def rank(action: Action) -> tuple[bool, bool, float]:
-        # What is sure to bring something comes before any bound, and to stop before chasing a rest.
-        if action.gain is None:
-            return False, action.title == stop, -1.0
-        value, *ends = (now.sign * end for end in action.gain)
-        is_sure = action.basis in ("forecast", "measured") and min(ends) > 0
-        return is_sure, False, value
+    def rank(action: Action) -> tuple[bool, float]:
+        value = -1.0 if action.gain is None else now.sign * action.gain.value
+        return comes_first(action, now.metric), value
 
     return sorted(adviser.found, key=rank, reverse=True)
+
+
+def comes_first(action: Action, metric: Metric) -> bool:
+    """Whether an action surely brings something, or ends what cannot: before any bound."""
+    if action.gain is None or action.basis not in ("forecast", "measured"):
+        return action.title == _STOP
+    sign = -1 if metric.better == "lower" else 1
+    return min(sign * end for end in action.gain[1:]) > 0
 
 
 @dataclass(frozen=True)

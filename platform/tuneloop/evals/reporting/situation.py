@@ -14,7 +14,7 @@ import yaml
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import Origin, TuneloopConfig
-from tuneloop.evals.reporting.advice import Action, Situation, advise
+from tuneloop.evals.reporting.advice import Action, Situation, advise, comes_first
 from tuneloop.evals.reporting.formatting import format_change
 from tuneloop.evals.reporting.history import Iteration, history
 from tuneloop.evals.reporting.overview import read_json
@@ -105,7 +105,7 @@ def actions_after(
         else any(arm["name"] not in ARMS for arm in evaluation.arms),
         split.get("group_by") or "",
     )
-    return after_what_failed(
+    return after_what_came(
         advise(situation),
         steps_between(versions),
         settings_of(made_of),
@@ -224,10 +224,29 @@ def _value(text: str) -> Any:
         return value
 
 
-class Step(NamedTuple):
-    """From one version to the next: the settings that differ, and what it brought."""
+class Change(NamedTuple):
+    """What a setting was, and what it becomes."""
 
-    changed: frozenset[str]
+    before: Any
+    after: Any
+
+    def goes_on_with(self, earlier: Change) -> bool:
+        """Whether it is of the same kind: a number that rises, or falls, as it did before."""
+        values = (*self, *earlier)
+        if not all(isinstance(value, int | float) for value in values):
+            return True
+        return bool((self.after > self.before) == (earlier.after > earlier.before))
+
+
+class Step(NamedTuple):
+    """From one version to the next: the settings that differ, and what it brought.
+
+    Args:
+        changed: By dotted key.
+        change: Paired difference of the scores.
+    """
+
+    changed: Mapping[str, Change]
     change: dict[str, Any]
 
     @property
@@ -235,6 +254,18 @@ class Step(NamedTuple):
         """Whether it brought little, and surely not much."""
         high = self.change["high"]
         return high is not None and high < SURELY_LESS and self.change["value"] < HARDLY
+
+    @property
+    def surely_helped(self) -> bool:
+        """Whether it brought something, whatever chance did."""
+        return self.change["low"] is not None and self.change["low"] > 0
+
+    def has(self, changes: Mapping[str, Change]) -> bool:
+        """Whether it changed these settings in the same direction, beside others perhaps."""
+        return bool(changes) and all(
+            key in self.changed and change.goes_on_with(self.changed[key])
+            for key, change in changes.items()
+        )
 
 
 def steps_between(versions: Versions) -> list[Step]:
@@ -244,7 +275,10 @@ def steps_between(versions: Versions) -> list[Step]:
         for artifact, iteration in zip(*versions, strict=True)
     ]
     return [
-        Step(frozenset(k for k, v in now.items() if v != before.get(k)), iteration.change)
+        Step(
+            {k: Change(before.get(k), v) for k, v in now.items() if v != before.get(k)},
+            iteration.change,
+        )
         for iteration, now, before in zip(
             versions.iterations[1:], settings[1:], settings, strict=False
         )
@@ -252,10 +286,13 @@ def steps_between(versions: Versions) -> list[Step]:
     ]
 
 
-def after_what_failed(
+def after_what_came(
     actions: Sequence[Action], steps: Sequence[Step], now: dict[str, Any], metric: Metric
 ) -> list[Action]:
-    """Return actions with those last that go on with a change which hardly helped.
+    """Return actions in the light of what earlier changes brought.
+
+    One that goes on with a change which surely helped by itself comes before all whose gain is a
+    bound or not known; one that goes on with a change which hardly helped comes last.
 
     Args:
         actions: The best first.
@@ -265,13 +302,23 @@ def after_what_failed(
     """
     if metric.kind == "number":
         return list(actions)
-    others, tried = [], []
+    places = []
     for action in actions:
-        changes = {k for k, value in advised(action.command).items() if now.get(k, value) != value}
-        step = next((s for s in reversed(steps) if changes and changes <= s.changed), None)
-        if step is None or not step.hardly_helped:
-            others.append(action)
-            continue
-        came = format_change(step.change, metric)
-        tried.append(replace(action, why=f"{action.why} The last step of it brought {came}."))
-    return others + tried
+        changes = {
+            k: Change(now[k], value)
+            for k, value in advised(action.command).items()
+            if now.get(k, value) != value
+        }
+        step = next((s for s in reversed(steps) if s.has(changes)), None)
+        place = 0 if comes_first(action, metric) else 2
+        if step is not None and step.hardly_helped:
+            place = 3
+        elif step is not None and step.surely_helped and changes.keys() == step.changed.keys():
+            place = min(place, 1)
+        else:
+            step = None
+        if step is not None:
+            came = format_change(step.change, metric)
+            action = replace(action, why=f"{action.why} The last step of it brought {came}.")
+        places.append((place, action))
+    return [action for _, action in sorted(places, key=lambda one: one[0])]
