@@ -27,6 +27,11 @@ SYSTEM_IN_QUESTION = (
     "{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
 
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    + TEMPLATES["chatml"]
+)
+
 
 @pytest.fixture
 def render(tiny_model: Path):  # type: ignore[no-untyped-def]
@@ -69,5 +74,6 @@ def test_what_begins_a_talk_is_written_once(render) -> None:  # type: ignore[no-
 
 
 def test_a_template_that_does_more_is_refused(render) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ModelError, match="Ollama's templates cannot express"):
-        modelfile(render(SYSTEM_IN_QUESTION), "x.gguf", "", 512)
+    for template in (SYSTEM_IN_QUESTION, NO_SYSTEM):
+        with pytest.raises(ModelError, match="Ollama's templates cannot express"):
+            modelfile(render(template), "x.gguf", "", 512)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tuneloop.errors import ModelError
 from tuneloop.models.chat.renderer import Renderer
+from tuneloop.models.chat.template import RenderError
 from tuneloop.records import Message, Role
 
 
@@ -39,7 +40,10 @@ def modelfile(renderer: Renderer, file: str, instruction: str, context: int) -> 
         f"PARAMETER stop {_quoted(renderer.tokenizer.convert_ids_to_tokens(index))}\n"
         for index in renderer.stop_ids
     )
-    pieces = _pieces(renderer)
+    try:
+        pieces = _pieces(renderer)
+    except RenderError as error:  # no place for a system message, for example
+        raise _inexpressible() from error
     # Where the tokenizer puts BOS before a text, llama.cpp does so too.
     opening = "" if renderer.adds_bos else pieces.opening
     system = f"SYSTEM {_block(instruction)}\n" if instruction else ""
