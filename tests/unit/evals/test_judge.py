@@ -196,6 +196,9 @@ def test_a_judge_that_cannot_be_asked_is_told(model_server, config, tmp_path, ca
         ("A", "A"),
         ("Verdict: A\nNo, wait.\nVerdict: B", "B"),
         ("Verdict: A or B", "unparseable"),
+        ("**A:**\nIt is right.\n\n**B:**\nIt is not.\n\nVerdict: A is better.", "unparseable"),
+        ("A:\nRight.\nB:\nWrong.\n\n```\nA\n```", "A"),
+        ("Verdict: B\n\nA", "B"),
         ("A is better than B.", "unparseable"),
         ("", "unparseable"),
     ],
@@ -207,6 +210,7 @@ def test_a_verdict_is_a_line_of_its_own(text: str, verdict: str) -> None:
 def test_a_rating_is_a_line_of_its_own() -> None:
     told = ["Fine.\nRating: 4", "**Score:** 5/5", "3", "I give it 3 of 5 stars", "Rating: 9", ""]
     assert [read_rating(text) for text in told] == [4.0, 5.0, 3.0, None, None, None]
+    assert read_rating("1.\nIt is short.\n2.\nIt is right.\nI would say four.") is None
 
 
 def test_a_vote_on_other_answers_takes_back_none_on_these() -> None:

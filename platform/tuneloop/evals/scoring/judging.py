@@ -44,12 +44,10 @@ _COLUMNS = [
     ("error", pa.string()),
 ]
 # A line that is the verdict and nothing else: `Verdict: A`, `**Verdict:** tie`, `{"verdict": "B"}`,
-# `A`. What is read out of prose is a guess.
-_VERDICT = re.compile(
-    r"^\W*(?:(?:final\s+)?verdict\W+)?(A|B|tie)\W*$", re.IGNORECASE | re.MULTILINE
-)
+# and `A` as the last one. What is read out of prose is a guess.
+_VERDICT = re.compile(r"^\W*((?:final\s+)?verdict\W+)?(A|B|tie)\W*$", re.IGNORECASE | re.MULTILINE)
 _RATING = re.compile(
-    r"^\W*(?:(?:final\s+)?(?:rating|score)\W+)?([1-5])(?:\s*(?:/|out of)\s*5)?\W*$",
+    r"^\W*((?:final\s+)?(?:rating|score)\W+)?([1-5])(?:\s*(?:/|out of)\s*5)?\W*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _PAIR = (
@@ -266,16 +264,27 @@ class JudgeQuestions:
 
 def read_verdict(text: str) -> str:
     """Return `A`, `B`, `tie` or `unparseable`: what the last line that is a verdict says."""
-    found = _VERDICT.findall(text)
-    if not found:
+    said = _last_said(_VERDICT, text)
+    if said is None:
         return UNPARSEABLE
-    return TIE if found[-1].casefold() == TIE else str(found[-1]).upper()
+    return TIE if said.casefold() == TIE else said.upper()
 
 
 def read_rating(text: str) -> float | None:
     """Return the rating of the last line that is one, or None."""
-    found = _RATING.findall(text)
-    return float(found[-1]) if found else None
+    said = _last_said(_RATING, text)
+    return None if said is None else float(said)
+
+
+def _last_said(pattern: re.Pattern[str], text: str) -> str | None:
+    """Return what the last line that names itself says, else the last line of all.
+
+    A bare `A:` further up heads what is said about an answer.
+    """
+    found = list(pattern.finditer(text))
+    named = [match for match in found if match[1]]
+    bare = [match for match in found if not re.search(r"\w", text[match.end() :])]
+    return next((str(match[2]) for match in reversed(named or bare)), None)
 
 
 def keep_judgements(answered: PartialAnswers, earlier: Artifact) -> None:
