@@ -181,15 +181,13 @@ def test_transposed_products_write_the_same(start, monkeypatch) -> None:  # type
 
 
 def test_answers_too_improbable_for_a_number_have_shares() -> None:
-    search = AnswerSearch(AnswerTree([(1, 0), (2, 0)]), 1.0)
-    likely, unlikely = torch.tensor([0.0, -2000.0, -2001.0]), torch.tensor([0.0, -2000.0, -2000.0])
-    logits, coverages = likely, []
-    while search.advance(logits) is not None:
-        coverages.append(search.coverage)
-        logits = unlikely
-    assert [one.place for one in search.found] == [0, 1]
-    assert coverages == pytest.approx([0, 1 / (1 + math.exp(-1))])
-    assert search.coverage == 1
+    for coverage, places, share in ((0.0, [0], 1 / (1 + math.exp(-1))), (1.0, [0, 1], 1.0)):
+        search = AnswerSearch(AnswerTree([(1, 0), (2, 0)]), coverage)
+        logits = torch.tensor([0.0, -2000.0, -2001.0])
+        while search.advance(logits) is not None:
+            pass
+        assert [one.place for one in search.found] == places
+        assert search.coverage == pytest.approx(share)
 
 
 def test_the_first_of_the_likeliest_is_taken() -> None:
