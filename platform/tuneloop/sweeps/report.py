@@ -202,9 +202,12 @@ def show_tasks(
     for cell in curve["cells"] if curve.get("tasks") else []:
         row = {"": _name_of(cell["values"])}
         for task, column in curve["tasks"].items():
+            of_task = measured.get((task, *cell["trials"]))
             value = _mean_of([trials[number].get(column) for number in cell["trials"]])
+            # Of the rows that its interval is of: those that all trials answered.
+            value = of_task["value"] if of_task else value
             row[task] = "–" if value is None else sweep.score(value)
-            if of_task := measured.get((task, *cell["trials"])):
+            if of_task:
                 if of_task["low"] is not None:
                     ends = (sweep.score(of_task[end]) for end in ("low", "high"))
                     row[task] += f" ({' to '.join(ends)})"

@@ -10,7 +10,7 @@ import pytest
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.sweeps.advice import advise
 from tuneloop.sweeps.curve import ROWS_KEY, Bar, describe_forecast, learning_curves
-from tuneloop.sweeps.report import list_candidates, render_sweep
+from tuneloop.sweeps.report import list_candidates, render_sweep, show_tasks
 
 ACCURACY = Metric("right", kind="binary")
 SIZES = (50, 100, 200, 400, 800)
@@ -229,6 +229,11 @@ def test_a_mixture_shows_each_task_by_itself() -> None:
     page = render_sweep("sweeps/s@v1", content | {"tasks": tasks}, trials)
     assert "<th>read</th><th>write</th>" in page
     assert f"<td>rows 800</td><td>{100 * rising(800) / 2:.1f}%</td><td>25.0%</td>" in page
+    # Where the trials' validation rows differ, score and interval are of those that all answered.
+    common = {"trials": [4], "num_train_examples": 90, "value": 0.5, "low": 0.4, "high": 0.6}
+    curves = [{"task": "read", "cells": [common]}]
+    (*_, last) = show_tasks(content | {"tasks": tasks, "task_curves": curves}, trials)
+    assert last["read"] == "50.0% (40.0% to 60.0%), 90 rows"
 
 
 def test_the_page_loads_nothing_and_shows_curve_front_and_advice() -> None:
