@@ -77,3 +77,28 @@ def test_a_whole_number_may_be_larger_than_any_float(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"question": "a", "answer": 1{"0" * 400}}}\n')
     assert answers(read(path)) == [f"1{'0' * 400}"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_names_that_arrow_fills_in_are_no_arguments_of_a_completion(
+    tmp_path: Path, suffix: str
+) -> None:
+    kinds = ({"city": {"type": "string"}}, {"unit": {"type": "string"}})
+    names = [{"city": "Oslo"}, {"unit": "C"}]
+    columns = {
+        "prompt": [[{"role": "user", "content": name}] for name in "ab"],
+        "completion": [
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": own}}]}]
+            for own in names
+        ],
+        "tools": [[{"name": "f", "parameters": {"properties": own}}] for own in kinds],
+    }
+    path, table = tmp_path / f"a.{suffix}", pa.table(columns)
+    if suffix == "parquet":
+        parquet.write_table(table, path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    rows = read(path, layout="prompt_completion")
+    assert [row["rejection"] for row in rows] == [None, None]
+    calls = [row["messages"][-1]["tool_calls"][0]["function"]["arguments"] for row in rows]
+    assert [json.loads(call) for call in calls] == names

@@ -131,7 +131,8 @@ def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -
     if source.format == "alpaca" and str(row.get("input")).strip().lower() in _NO_INPUTS:
         row, changes = {**row, "input": ""}, [*changes, _NO_INPUT]
     if is_filled_in(row.get("tools")):
-        of_turns = ("messages", "conversations", "tools")
+        of_turns = ["messages", "conversations", "tools"]
+        of_turns += ["prompt", "completion"] if isinstance(row.get("prompt"), list) else []
         whole = {name: without_nulls(value) for name, value in row.items() if name in of_turns}
         row, changes = {**row, **whole}, [*changes, _FILLED_IN]
     if source.format in ("messages", "sharegpt"):

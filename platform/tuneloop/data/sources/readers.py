@@ -110,9 +110,14 @@ def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iter
             if isinstance(record, RowError):
                 raise record
             record = _without_marks(record, used)
-            if file.suffix in _ARROW and source.format in ("messages", "sharegpt"):
+            # Turns; a prompt and a completion may be such, too, as TRL has them.
+            is_turns = source.format in ("messages", "sharegpt") or (
+                source.format == "prompt_completion" and isinstance(record.get("prompt"), list)
+            )
+            if file.suffix in _ARROW and is_turns:
+                of_turns = used | {"tools"}
                 record = {
-                    name: without_nulls(value) if name in used else value
+                    name: without_nulls(value) if name in of_turns else value
                     for name, value in record.items()
                 }
             _fill(row, record, source, config)
