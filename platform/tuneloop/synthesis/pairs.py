@@ -32,6 +32,7 @@ from tuneloop.data.schema import ReasonCode, Stage
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
 from tuneloop.errors import DataError
+from tuneloop.evals.scoring.spending import Cost, Entry
 from tuneloop.languages import refuse_unknown_languages
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
@@ -128,7 +129,10 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
         return Published(existing, reused=True)
     known = {} if existing is None else _published_replies(existing)
     with workspace.draft("datasets", name, identity) as draft:
-        teacher = teacher_of(generation, Replies(draft.scratch / REPLIES))
+        paid = Replies(draft.scratch / REPLIES)
+        if existing is not None:
+            _count_published(paid, existing)
+        teacher = teacher_of(generation, paid)
         replies = _replies(passages, generation, teacher, known)
         num_missing = sum(bool(reply.error) for reply in replies.values())
         if existing is not None and num_missing >= existing.manifest["metrics"]["num_unanswered"]:
@@ -222,6 +226,15 @@ def _published_replies(dataset: Artifact) -> dict[str, Reply]:
         elif row["reason_code"] == ReasonCode.CUT_OFF:
             replies[row["row_id"]] = Reply(row["text"], "length")
     return replies
+
+
+def _count_published(replies: Replies, existing: Artifact) -> None:
+    """Count what a published dataset cost whose missing replies are now asked for."""
+    told = existing.manifest["metrics"]
+    if not replies.spent.tokens:
+        cost = Cost(told.get("spent_tokens", 0), told.get("spent_money") or 0.0)
+        replies.add(Entry(existing.ref, cost, {"error": "of an earlier run"}, is_earlier=True))
+    replies.num_requests += told.get("num_requests", 0)
 
 
 def _replies(

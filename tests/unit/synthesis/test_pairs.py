@@ -164,6 +164,26 @@ def test_what_was_answered_is_not_asked_again(
     assert len(model_server.requests) == 1
 
 
+def test_the_budget_is_one_for_all_runs(
+    config: Path, model_server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model_server.reply = teacher
+    settings = ["generation.concurrency=1", "generation.max_tokens=200"]
+    command = ["generate", str(config), "--json", *settings]
+    assert main([*command, "generation.budget.tokens=650"]) == 0
+    first = json.loads(capfd.readouterr().out)
+    assert first["metrics"]["num_unanswered"] == 1
+    assert (first["metrics"]["num_requests"], len(model_server.requests)) == (2, 2)
+    # What was published was paid from the same budget.
+    assert main([*command, "generation.budget.tokens=650"]) == 0
+    assert json.loads(capfd.readouterr().out)["artifact"] == "datasets/faq-generated@v1"
+    assert len(model_server.requests) == 2
+    assert main([*command, "generation.budget.tokens=5000"]) == 0
+    whole = json.loads(capfd.readouterr().out)["metrics"]
+    assert (whole["num_unanswered"], whole["num_requests"]) == (0, 3)
+    assert whole["spent_tokens"] > first["metrics"]["spent_tokens"] > 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
