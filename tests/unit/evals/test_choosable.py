@@ -231,6 +231,14 @@ def test_a_scorer_that_fails_is_told_with_the_row(module, name, told):
     assert told in str(problem)
 
 
+@pytest.mark.parametrize("name", ["error", "latency_s", "macro_f1"])
+def test_a_scorer_named_as_a_column_of_predictions_is_refused(module, name):
+    source = f"\ndef {name}(reference, completion):\n    return 1.0\n"
+    module.with_name(f"named_{name}.py").write_text(source)
+    with pytest.raises(ConfigError, match="a column of that name already"):
+        choose(f"named_{name}.{name}")
+
+
 def test_an_answer_that_is_no_label_is_a_class_of_its_own():
     task = TaskConfig(type="classification", labels=["a", "b"])
     scorer = Scorer(task, {})

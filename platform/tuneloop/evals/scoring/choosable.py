@@ -36,6 +36,7 @@ from tuneloop.evals.scoring.metrics import (
     plain_numbers,
     words_and_signs,
 )
+from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.words import is_unspaced, split_words
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ _NUMBER = re.compile(
     r"(?<![\w.])-?(?:\d+(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 )
 _LONGEST_MATCH_S = 2.0
+# Scores are columns beside these, and these scores come from elsewhere.
+_TAKEN = frozenset({*Prediction.__dataclass_fields__, OF_ALL_ROWS, *PERPLEXITY_METRICS})
 
 
 def chosen_metrics(task: OneTaskConfig, evaluation: EvaluationConfig) -> dict[str, Metric] | None:
@@ -302,7 +305,11 @@ def _resolve(task: OneTaskConfig, option: MetricConfig, where: str) -> tuple[str
     if task.type != "language_modeling":
         if "." in name:
             own = partial(_score_own, _load(name, where), where, name)
-            return name.rpartition(".")[2], Metric(f"`{name}`", score=own)
+            column = name.rpartition(".")[2]
+            if column in _TAKEN:
+                what = "predictions have a column of that name already"
+                raise ConfigError.of(what, where, name, remedy="give the function another name")
+            return column, Metric(f"`{name}`", score=own)
         if name in _MORE:
             return name, _with_options(name, option, where)
         if name == PERPLEXITY:
