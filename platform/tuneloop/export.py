@@ -35,7 +35,7 @@ from tuneloop.records import Endpoint, SamplingParams
 
 logger = logging.getLogger("tuneloop.export")
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 MODEL = "the model"
 MARKER = "export.json"
 _DRAFT = ".draft"  # the folder is ours, and not whole

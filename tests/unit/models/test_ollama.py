@@ -54,7 +54,7 @@ def test_each_turn_stands_between_its_markers(render) -> None:  # type: ignore[n
     assert text.startswith("FROM ./faq-Q8_0.gguf\n")
     assert text.endswith(
         'SYSTEM """Say "yes"."""\nPARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n'
-        "PARAMETER num_ctx 512\n"
+        "PARAMETER repeat_penalty 1\nPARAMETER num_ctx 512\n"
     )
 
 

@@ -49,7 +49,8 @@ def modelfile(renderer: Renderer, file: str, instruction: str, context: int) -> 
     system = f"SYSTEM {_block(instruction)}\n" if instruction else ""
     return (
         f"FROM ./{file}\nTEMPLATE {_block(_go_template(pieces, opening))}\n{system}{stops}"
-        f"PARAMETER temperature 0\nPARAMETER num_ctx {context}\n"
+        # Ollama's own default of 1.1 would turn greedy answers away from what their prompt says.
+        f"PARAMETER temperature 0\nPARAMETER repeat_penalty 1\nPARAMETER num_ctx {context}\n"
     )
 
 
