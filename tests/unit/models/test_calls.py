@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,6 +145,47 @@ def test_an_answer_that_has_to_be_a_call_is_bound_to_what_was_trained(
     if family != "llama3":
         assert takes(few, True)
         assert not takes(few, False)
+
+
+@pytest.mark.parametrize("family", ["chatml_tools", *OTHERS])
+def test_arguments_whose_schemas_refer_to_definitions(family: str, tiny_model: Path) -> None:
+    # As Pydantic writes the schema of nested models, enumerations and what may be left out.
+    place = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    parameters = {
+        "type": "object",
+        "$defs": {"Color": {"type": "string", "enum": ["red", "1"]}, "Place": place},
+        "properties": {
+            "color": {"$ref": "#/$defs/Color"},
+            "where": {"allOf": [{"$ref": "#/$defs/Place"}]},
+            "many": {"type": "array", "items": {"$ref": "#/$defs/Place"}},
+            "code": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "days": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        },
+        "required": ["color", "where", "many", "code", "days"],
+    }
+    tools = [{"type": "function", "function": {"name": "forecast", "parameters": parameters}}]
+    made = renderer(family, tiny_model)
+    syntax = CallSyntax.of(made)
+    form = AnswerForm("lark", syntax.grammar(tools, False, made), "tool_choice")
+    constraint = Constraints(made, len(made.tokenizer)).compile(form)
+    good = {"color": "1", "where": {"n": 1}, "many": [{"n": 2}], "code": "12345", "days": 3}
+
+    def takes(arguments: dict[str, Any]) -> bool:
+        ids = answer_ids(made, [Call("forecast", arguments)])
+        text = made.decode_with(syntax.special_ids(made), ids)
+        found = CallReader(syntax, tools).finish(text).calls
+        assert found == [Call("forecast", arguments)]
+        follower = constraint.start()
+        for token in made.backend.encode(text.rpartition("</think>")[2].strip()):
+            if not follower.allows(token):
+                return False
+            follower.push(token)
+        return True
+
+    assert takes(good)
+    assert takes(good | {"code": None})
+    wrong = [{"color": "blue"}, {"where": {"n": "x"}}, {"many": [{}]}, {"days": "soon"}]
+    assert not any(takes(good | one) for one in wrong)
 
 
 def test_templates_that_write_no_calls_are_known_by_their_tag(tiny_model: Path) -> None:

@@ -33,6 +33,7 @@ _KNOWN_TAGS = re.compile(
 _LONG_ID = "call_Zq7000000000Zq7Zq7Zq7"
 _SHORT_ID = "Zq7Zq7Zq7"
 _NAMES = ("probe_one", "probe_two")
+_MOST_REFERENCES = 8  # from one definition to the next
 _ARGUMENTS = ({"key_a": "value_a", "key_b": "value_b"}, {"key_c": "value_c"})
 
 
@@ -251,7 +252,7 @@ class CallSyntax:
         if not text.startswith(head, place):
             return None, place
         place += len(head)
-        types = _types(name[0], tools)
+        schema = _parameters_of(name[0], tools)
         values: dict[str, Any] = {}
         while (rest := text[place:].lstrip()).startswith(opening):
             place = len(text) - len(rest) + len(opening)
@@ -262,7 +263,10 @@ class CallSyntax:
             value = text[ends[0] + len(middle) : ends[1]]
             value = value.removeprefix(_spaces_behind(self.parameters.middle))
             value = value.removesuffix(_spaces_before(self.parameters.closing))
-            values[key] = value if types.get(key) == "string" else _json_or_text(value)
+            kinds = _kinds(_properties(schema).get(key), schema)
+            is_text = "string" in kinds and kinds <= {"string", "null"}
+            is_text = is_text and (value != "null" or "null" not in kinds)
+            values[key] = value if is_text else _json_or_text(value)
             place = ends[1] + len(closing)
         end = (self.behind_arguments or self.closing).strip()
         rest = text[place:].lstrip()
@@ -529,11 +533,37 @@ def _properties(schema: object) -> Mapping[str, Any]:
     return properties if isinstance(properties, Mapping) else {}
 
 
-def _types(name: str, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the JSON type of each argument of a function."""
+def _parameters_of(name: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the schema of a function's arguments."""
     function = next((f for tool in tools if (f := _function(tool)).get("name") == name), {})
-    properties = _properties(function.get("parameters"))
-    return {key: one.get("type") for key, one in properties.items() if isinstance(one, Mapping)}
+    parameters = function.get("parameters")
+    return parameters if isinstance(parameters, Mapping) else {}
+
+
+def _resolved(part: object, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a part of a schema; where it says no more than a reference, what that names."""
+    for _ in range(_MOST_REFERENCES):
+        part = part if isinstance(part, Mapping) else {}
+        every, reference = part.get("allOf"), part.get("$ref")
+        if isinstance(every, list) and len(every) == 1:
+            part = every[0]
+        elif isinstance(reference, str):
+            part = schema
+            for key in reference.removeprefix("#/").split("/"):
+                part = part.get(key) if isinstance(part, Mapping) else None
+        else:
+            return part
+    return {}
+
+
+def _kinds(part: object, schema: Mapping[str, Any]) -> set[str]:
+    """Return the JSON types that a value may have; none: it is not said."""
+    part = _resolved(part, schema)
+    some = part.get("anyOf") or part.get("oneOf")
+    parts = [_resolved(one, schema) for one in some] if isinstance(some, list) else [part]
+    types = [one.get("type") for one in parts]
+    lists = [kinds if isinstance(kinds, list) else [kinds] for kinds in types]
+    return {kind for kinds in lists for kind in kinds if isinstance(kind, str)}
 
 
 def _spaces_behind(text: str) -> str:
@@ -567,16 +597,20 @@ def _parameters_rule(parameters: _Parameters, schema: object, renderer: Renderer
     """Return the grammar of arguments that are written one by one."""
     required = schema.get("required") if isinstance(schema, Mapping) else None
     rule = []
-    for key, one in _properties(schema).items():
+    whole = schema if isinstance(schema, Mapping) else {}
+    definitions = {name: whole[name] for name in ("$defs", "definitions") if name in whole}
+    for key, said in _properties(schema).items():
         closing = parameters.closing
-        values = one.get("enum") if isinstance(one, Mapping) else None
+        one, kinds = _resolved(said, whole), _kinds(said, whole)
+        values = one.get("enum")
         if isinstance(values, list) and all(isinstance(value, str) for value in values):
             value = "(" + " | ".join(json.dumps(v, ensure_ascii=False) for v in values) + ")"
-        elif not isinstance(one, Mapping) or one.get("type", "string") == "string":
+        elif "string" in kinds or not (kinds or {"enum", "const", "properties"} & one.keys()):
             # A text goes on until the next tag, and takes the space before it.
             value, closing = "/[^<]*/", closing.lstrip()
         else:
-            value = f"%json {json.dumps(one)}"
+            refers = '"$ref"' in json.dumps(one)
+            value = f"%json {json.dumps({**definitions, **one} if refers else one)}"
         before = _literal(f"{parameters.opening}{key}{parameters.middle}", renderer)
         part = f"({before} {value} {_literal(closing, renderer)})"
         rule.append(part if key in (required or ()) else part + "?")
