@@ -150,6 +150,8 @@ def test_commands_keys_and_references_are_completed(workspace: Workspace) -> Non
     assert complete("tuneloop train x.yaml data.spl") == ["data.split."]
     assert "data.split.test_ratio=" in complete("tuneloop train x.yaml data.split.")
     assert "data.sources.0.format=" in complete("tuneloop train x.yaml data.sources.0.f")
+    assert "evaluation.judge.model=" in complete("tuneloop train x.yaml evaluation.judge.m")
+    assert "sweep.num_seeds=" in complete("tuneloop sweep x.yaml sweep.")
     asked = f"tuneloop show --workspace {workspace.location} models/"
     assert complete(asked) == ["models/faq@v1"]
 

@@ -120,6 +120,7 @@ def test_a_mistake_in_an_override_is_placed_on_the_command_line(tmp_path: Path) 
         ("- 1", "list"),
         ("a: [", "not valid YAML"),
         (GOOD + "name: again\n", "given twice"),
+        (GOOD + "? [a, b]\n: 1\n", "a list or a mapping cannot be a key"),
         (GOOD.replace("name: faq\n", ""), "`name` is missing"),
         (GOOD.replace("name: faq", "name: ../faq"), "../faq"),
     ],
@@ -234,3 +235,25 @@ def test_tasks_and_sources_do_not_both_have_weights(tmp_path: Path) -> None:
 def test_without_a_mixture_a_source_has_no_task(tmp_path: Path) -> None:
     (found,) = problems(write(tmp_path, GOOD), "data.sources.0.task=faq")
     assert "data.sources.0.task is faq (task.type is not mixture)" in found
+
+
+def test_sections_that_may_be_left_out_have_suggestions(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    for override, meant in (
+        ("sweep.nums_seeds=2", "num_seeds"),
+        ("evaluation.judge.modle=a", "model"),
+        ("evaluation.arms.ours.price.inputs=1", "input"),
+    ):
+        assert f"did you mean `{meant}`?" in "\n".join(problems(path, override))
+
+
+def test_merged_keys_are_read(tmp_path: Path) -> None:
+    text = GOOD + "serving:\n  <<: {port: 8123}\n  host: h\n"
+    serving = load_config(write(tmp_path, text)).serving
+    assert (serving.port, serving.host) == (8123, "h")
+
+
+def test_a_key_given_twice_in_an_override_is_refused(tmp_path: Path) -> None:
+    (found,) = problems(write(tmp_path, GOOD), "training={seed: 1, seed: 2}")
+    assert "key `seed` is given twice" in found
+    assert "command line, training" in found

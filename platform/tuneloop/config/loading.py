@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import types
 import typing
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, which YAML spreads
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a list or a mapping cannot be a key", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key `{key}` is given twice", key_node.start_mark
@@ -96,10 +104,12 @@ def with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
             remedy="for example training.learning_rate=1e-4",
         )
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError.of(
-            "an override's value is not valid YAML", where="command line", got=override
+            "an override's value is not valid YAML",
+            where=f"command line, {key}",
+            got=str(getattr(error, "problem", None) or text),
         ) from error
     return with_value(raw, key, value)
 
@@ -118,7 +128,7 @@ def _set(node: Any, parts: list[str], value: Any, key: str) -> Any:
         return value
     head, rest = parts[0], parts[1:]
     if isinstance(node, list):
-        if not head.isdigit() or int(head) >= len(node):
+        if not head.isdecimal() or int(head) >= len(node):
             raise ConfigError.of(
                 f"no item `{head}` in the list",
                 where=f"command line, {key}",
@@ -193,7 +203,9 @@ def _line(root: yaml.Node | None, location: list[str]) -> int:
             for key_node, value_node in node.value:
                 if key_node.value == part:
                     line, child = key_node.start_mark.line + 1, value_node
-        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
+        elif (
+            isinstance(node, yaml.SequenceNode) and part.isdecimal() and int(part) < len(node.value)
+        ):
             child = node.value[int(part)]
             line = child.start_mark.line + 1
         if child is None:
@@ -209,7 +221,7 @@ def field_names(location: list[str]) -> list[str]:
         if isinstance(model, type) and issubclass(model, Section):
             if part not in model.model_fields:
                 return []
-            model = model.model_fields[part].annotation
+            model = _section_of(model.model_fields[part].annotation)
         elif typing.get_origin(model) is dict:
             model = typing.get_args(model)[1]
             continue
@@ -222,3 +234,11 @@ def field_names(location: list[str]) -> list[str]:
     return (
         list(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []
     )
+
+
+def _section_of(annotation: Any) -> Any:
+    """Return the section of one that may be left out, such as `sweep`; else what is given."""
+    if not isinstance(annotation, types.UnionType):
+        return annotation
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
+    return kinds[0] if len(kinds) == 1 else annotation
