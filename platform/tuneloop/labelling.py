@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _MOST_INPUTS = 4_000
 _FLAT = ("question_answer", "prompt_completion", "alpaca", "columns")
 _TEXT, _CHOICE = "text", "answer"
+_SYSTEM = ("system", "developer")
 Numbers = NDArray[np.float64]
 
 
@@ -273,14 +274,30 @@ def write_choices(choices: Sequence[Choice], config: TuneloopConfig, path: Path)
 
     Raises:
         ConfigError: It cannot be written there, or is there already.
+        DataError: An input is more than a text, which is all that would be labelled.
     """
+    first = choices[0].row.record
+    layout = next((s for s in config.data.sources if s.format in _FLAT and _reads(s, first)), None)
+    # Of other layouts, and in tasks, the last question stands alone.
+    is_text = path.suffix == ".json" or layout is None or layout.format == "alpaca"
+    lost = [choice.row for choice in choices if is_text and _says_more(choice.row, config.task)]
+    if lost:
+        raise DataError.of(
+            "inputs have earlier turns, a system message or tools, and would be labelled without",
+            where=lost[0].source,
+            got=f"{len(lost):,} of {len(choices):,} inputs",
+            allowed="inputs of one text; of flat rows, such as CSV with a column for the system "
+            "message, a table (--out FILE.csv) keeps all columns",
+            remedy="leave these inputs out, and label them where they can be read whole",
+        )
     try:
         with path.open("x", encoding="utf-8", newline="") as file:
             if path.suffix == ".json":
                 tasks = [_task(choice, config) for choice in choices]
                 json.dump(tasks, file, ensure_ascii=False, indent=1)
                 return Written(str(path), {"path": str(path), "format": "label_studio"})
-            return Written(str(path), {"path": str(path)} | _write_csv(choices, config, file))
+            told = _write_csv(choices, config, layout, file)
+            return Written(str(path), {"path": str(path)} | told)
     except OSError as error:
         raise ConfigError.of(
             "the chosen inputs cannot be written",
@@ -290,10 +307,20 @@ def write_choices(choices: Sequence[Choice], config: TuneloopConfig, path: Path)
         ) from error
 
 
-def _write_csv(choices: Sequence[Choice], config: TuneloopConfig, file: IO[str]) -> dict[str, Any]:
+def _says_more(row: UnlabelledRow, task: OneTaskConfig) -> bool:
+    """Return whether an input is more than its last turn and the task's instruction."""
+    spoken = [m for m in row.messages if m.role not in _SYSTEM]
+    told = {m.text.strip() for m in row.messages if m.role in _SYSTEM}
+    return len(spoken) > 1 or bool(told - {task.instruction.strip()}) or bool(row.tools)
+
+
+def _write_csv(
+    choices: Sequence[Choice],
+    config: TuneloopConfig,
+    layout: SourceConfig | None,
+    file: IO[str],
+) -> dict[str, Any]:
     """Write a table with an empty column for the answers; return its layout."""
-    first = choices[0].row.record
-    layout = next((s for s in config.data.sources if s.format in _FLAT and _reads(s, first)), None)
     if layout is None or layout.format == "alpaca":
         columns = {"prompt": "prompt", "completion": "answer"}
         records = [{"prompt": choice.row.prompt} for choice in choices]
@@ -305,8 +332,10 @@ def _write_csv(choices: Sequence[Choice], config: TuneloopConfig, file: IO[str])
             {k: v for k, v in choice.row.record.items() if k != answer} for choice in choices
         ]
         result = {"format": layout.format} | ({"columns": layout.columns} if layout.columns else {})
-    names = list(dict.fromkeys(name for record in records for name in record))
     guessed = ["guess"] if config.task.type == "classification" else []
+    # The file may be what was left of such a table.
+    ours = {*guessed, "why"}
+    names = list(dict.fromkeys(name for record in records for name in record if name not in ours))
     writer = csv.writer(file)
     writer.writerow([*names, answer, *guessed, "why"])
     for choice, record in zip(choices, records, strict=True):

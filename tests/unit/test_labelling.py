@@ -13,13 +13,14 @@ import pytest
 
 from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
-from tuneloop.config import TaskConfig, load_config
+from tuneloop.config import TaskConfig, TuneloopConfig, load_config
 from tuneloop.data.first_look import look
 from tuneloop.data.schema import dataset_schema
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
 from tuneloop.data.sources.unlabelled import UnlabelledRow
-from tuneloop.labelling import Wanted, choose
+from tuneloop.errors import DataError
+from tuneloop.labelling import Choice, Wanted, choose, write_choices
 from tuneloop.records import Conversation, Message
 
 KNOWN = {
@@ -180,3 +181,27 @@ def test_tasks_of_label_studio_come_back_as_a_source(
     ]
     found = look(str(tmp_path / "export.json"))
     assert (found.layout.format, found.num_rows) == ("label_studio", 5)
+
+
+def test_inputs_that_are_more_than_a_text_are_not_labelled_without_the_rest(tmp_path: Path) -> None:
+    source = {"path": "rows.jsonl", "format": "messages"}
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "faq",
+            "task": {"type": "generation", "instruction": "Help."},
+            "model": {"base": "x"},
+            "data": {"sources": [source]},
+        }
+    )
+    told, asked = Message("system", "Help."), Message("user", "And now?")
+    plain = UnlabelledRow((told, asked), "x:1", {"why": "left of a table"})
+    turns = (told, Message("user", "Hi"), Message("assistant", "Hello"), asked)
+    for messages, tools in ((turns, ""), ((Message("system", "Help.\n\nBe X."), asked), ""),
+                            ((told, asked), "[]")):  # fmt: skip
+        rows = [plain, UnlabelledRow(messages, "x:2", {}, tools)]
+        for name in ("next.csv", "next.json"):
+            with pytest.raises(DataError, match="1 of 2 inputs"):
+                write_choices([Choice(row, 1.0, "", ()) for row in rows], config, tmp_path / name)
+            assert not (tmp_path / name).exists()
+    write_choices([Choice(plain, 1.0, "", ("new",))], config, tmp_path / "next.csv")
+    assert (tmp_path / "next.csv").read_text().split() == ["prompt,answer,why", "And", "now?,,new"]
