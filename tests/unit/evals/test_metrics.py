@@ -177,6 +177,7 @@ def test_labels_are_recognised_without_guessing():
     composed = Scorer(TaskConfig(type="classification", labels=["caf\u00e9", "bar"]), {})
     assert composed.label("cafe\u0301") == "caf\u00e9"
     assert scorer.label('"Yes."') == "yes"
+    assert scorer.label("“Yes.”") == scorer.label("«yes».") == "yes"
     assert scorer.label("yes, because") is None
     assert scorer.label("us") == "us"
     assert scorer.label("US") == "US"

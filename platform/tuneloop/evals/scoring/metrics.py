@@ -79,6 +79,7 @@ PRECISION_PREFIX = "precision_"
 _WITHOUT_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’ʼ"))
 _PUNCTUATION = regex.compile(r"\p{P}")
 _ONE_SPELLING = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "−": "-"})
+_QUOTES = "\"'`“”„‘’‚«»"
 _ARTICLES = frozenset({"a", "an", "the"})
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SIGN_BEFORE_CURRENCY = regex.compile(r"(?<![\p{L}\p{N}])-(\p{Sc})(?=[\d.])")
@@ -360,7 +361,7 @@ def _plain(text: str) -> str:
 
 def _loose(text: str) -> str:
     plain = unicodedata.normalize("NFC", text)
-    return plain.removesuffix(".").strip("\"'`").removesuffix(".").casefold()
+    return plain.removesuffix(".").strip(_QUOTES).removesuffix(".").casefold()
 
 
 def find_label(text: str, labels: Sequence[str]) -> str | None:
