@@ -313,9 +313,8 @@ def prompt_logprobs(
     Args:
         scores: Of its tokens but the first.
     """
-    added = renderer.tokenizer.added_tokens_decoder
     # Ids were given, and special tokens are left out; or a text, which stays as it is.
-    kept = {index for index, one in added.items() if one.special and one.content in prompt.text}
+    kept = {index for index, name in renderer.special_names.items() if name in prompt.text}
     offsets = TextOffsets(partial(renderer.decode_with, kept))
     tokens = list(map(ScoredToken, prompt.token_ids, [None, *scores]))
     return completion_logprobs(tokens, num_top, renderer, offsets)

@@ -301,9 +301,10 @@ class Renderer:
         The space before the first word of a text is dropped; before a word within one it stays.
         """
         text = self.decode(ids)
-        if not self.drops_leading_space or self._special_ids.issuperset(before):
+        special = self.special_names
+        if not self.drops_leading_space or all(token in special for token in before):
             return text
-        said = (self.token_bytes(token) for token in ids if token not in self._special_ids)
+        said = (self.token_bytes(token) for token in ids if token not in special)
         return f" {text}" if next(filter(None, said), b"").startswith(b" ") else text
 
     def decode_with(self, kept: Collection[int], ids: Sequence[int]) -> str:
@@ -368,9 +369,10 @@ class Renderer:
         return {index: token.content for index, token in added.items()}
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_names(self) -> dict[int, str]:
+        """The special tokens, which a text of ids leaves out, by their ids."""
         added = self.tokenizer.added_tokens_decoder
-        return frozenset(index for index, token in added.items() if token.special)
+        return {index: token.content for index, token in added.items() if token.special}
 
     @cached_property
     def _decoders(self) -> set[str]:
