@@ -160,6 +160,10 @@ def advice_for(workspace: Workspace, name: str, config: TuneloopConfig | None = 
     evaluation = Evaluation.load(newest)
     metric = evaluation.metric(evaluation.primary)
     estimate = evaluation.candidate["scores"][evaluation.primary]
+    written = config or _written(newest)
+    marked = _marked(workspace, name)
+    if written and written.data.fixes is not True:
+        marked = marked._replace(num_waiting=0)  # no preparation reads them
     return Advice(
         workspace,
         newest.ref,
@@ -169,8 +173,8 @@ def advice_for(workspace: Workspace, name: str, config: TuneloopConfig | None = 
             workspace,
             evaluation,
             versions,
-            config or _written(newest),
-            _marked(workspace, name),
+            written,
+            marked,
         ),
         _outcomes(workspace, versions.iterations),
     )

@@ -43,6 +43,7 @@ from tuneloop.evals.scoring.predictions import (
     write_predictions,
 )
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.marks import Mark
 from tuneloop.records import TRAIN_LIMIT
 from tuneloop.review.given import GivenAdvice
 from tuneloop.review.store import URL_VARIABLE, ReviewStore
@@ -842,6 +843,12 @@ def test_advice_is_kept_and_held_against_the_next_version(
     ReviewStore(tmp_path).add(same)
     outcomes = advice_for(workspace, "demo").outcomes
     assert [o.was_done for o in outcomes if o.title == "Same"] == [True]
+    ReviewStore(tmp_path).add(Mark("bad_row", "r1", "datasets/demo@v1", "ann"))
+    waiting = "Apply the marks that wait: 1"
+    assert waiting in titles(advice_for(workspace, "demo").actions)
+    data = make_config({"type": "extraction"}).data.model_copy(update={"fixes": False})
+    unread = make_config({"type": "extraction"}).model_copy(update={"data": data})
+    assert waiting not in titles(advice_for(workspace, "demo", unread).actions)
     # The file says other rows and answers: a command of the next advice keeps those of the version.
     config = make_config({"type": "extraction"})
     kept = advice_for(workspace, "demo", config)
