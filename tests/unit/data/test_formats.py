@@ -471,3 +471,24 @@ def test_plain_rows_keep_the_layout_of_two_fields() -> None:
     whole = dataset_schema(pa.schema([]), is_plain=False)
     assert whole.field("tools").type == pa.string()
     assert {f.name for f in whole.field("messages").type.value_type} >= {"tool_calls", "weight"}
+
+
+def test_an_annotation_with_several_answers_is_refused() -> None:
+    def row(*results: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+        given = [{"type": kind, "value": value} for kind, value in results]
+        return {"data": {"text": "q"}, "annotations": [{"result": given}]}
+
+    source = SourceConfig(path="x", format="label_studio")
+    one, two = ("choices", {"choices": ["a"]}), ("choices", {"choices": ["a", "b"]})
+    passage = ("labels", {"text": "Oslo", "labels": ["city"]})
+    assert (
+        to_chat(row(one, passage), source, OneTaskConfig(type="generation")).messages[-1].text
+        == "a"
+    )
+    for results, what in (
+        ([two], "several answers"),
+        ([one, ("choices", {"choices": ["b"]})], "several answers"),
+        ([passage], "not labelled yet"),
+    ):
+        with pytest.raises(RowError, match=what):
+            to_chat(row(*results), source, OneTaskConfig(type="generation"))

@@ -46,6 +46,8 @@ NO_VALUES = frozenset(
     {"#N/A", "#REF!", "#VALUE!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!", "nan", "NaN", "<NA>"}
 )
 _INCOMPLETE = "a call leaves out an argument that its tool requires; learned as it is"
+# What answers are to Label Studio.
+_ANSWERS = ("choices", "textarea")
 _PAIRS = {
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
@@ -252,15 +254,28 @@ def _annotated(row: Mapping[str, Any]) -> list[Message]:
 
 
 def _annotation(results: object) -> str:
-    """Return the choice or the text of an annotation; empty without one."""
+    """Return the choice or the text of an annotation; empty without one.
+
+    Raises:
+        RowError: It has several: taking one of them would drop the others.
+    """
+    said: list[str] = []
     for result in results if isinstance(results, list) else []:
-        value = result.get("value") if isinstance(result, dict) else None
+        # A marked passage, for example, has its text in the same place.
+        is_answer = isinstance(result, dict) and result.get("type") in (None, *_ANSWERS)
+        value = result.get("value") if is_answer else None
         for kind in ("choices", "text"):
-            said = value.get(kind) if isinstance(value, dict) else None
-            said = said[0] if isinstance(said, list) and said else said
-            if isinstance(said, str) and said.strip():
-                return said
-    return ""
+            found = value.get(kind) if isinstance(value, dict) else None
+            texts = found if isinstance(found, list) else [found]
+            said += [text for text in texts if isinstance(text, str) and text.strip()]
+    if len(set(said)) > 1:
+        raise RowError(
+            "an annotation has several answers",
+            got=", ".join(map(short, dict.fromkeys(said))),
+            allowed="one choice, or one text",
+            remedy="for other tasks export CSV or JSON-MIN and use format `columns`",
+        )
+    return said[0] if said else ""
 
 
 def _only_instance(instances: object) -> dict[str, Any]:
