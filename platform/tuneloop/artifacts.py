@@ -270,9 +270,11 @@ class Workspace:
                 allowed="KIND/NAME or KIND/NAME@vN with KIND one of " + ", ".join(KINDS),
                 remedy="`tuneloop ls` lists what is there",
             )
-        versions = self._versions(match["kind"], match["name"])
-        version = int(match["version"]) if match["version"] else max(versions, default=0)
-        artifact = self._load(match["kind"], match["name"], version)
+        kind, name = match["kind"], match["name"]
+        versions = [int(match["version"])] if match["version"] else self._versions(kind, name)[::-1]
+        # A version without a manifest is an upload that was cut short.
+        loaded = (self._load(kind, name, version) for version in versions)
+        artifact = next((one for one in loaded if one is not None), None)
         if artifact is None:
             existing = [item.ref for item in self.published()]
             raise ArtifactError.of(
@@ -358,6 +360,14 @@ class Workspace:
             ) from error
 
     def _commit(self, draft: Draft, manifest: dict[str, Any]) -> Artifact:
+        with contextlib.ExitStack() as held:
+            if self.remote:
+                # A store renames no directory as a whole: versions are taken one after the other.
+                lock = held.enter_context((self.root / ".work" / "publishing").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return self._place(draft, manifest)
+
+    def _place(self, draft: Draft, manifest: dict[str, Any]) -> Artifact:
         for _ in range(1000):
             version = max(self._versions(draft.kind, draft.name), default=0) + 1
             manifest["version"] = version
@@ -369,6 +379,8 @@ class Workspace:
                 self._arrow.copy_files(str(draft.path), remote, destination_filesystem=self._fs)
                 with self._fs.open_output_stream(f"{remote}/{MANIFEST}") as stream:
                     stream.write(text.encode())
+                # A copy of what had this version before it was removed from the store.
+                shutil.rmtree(target, ignore_errors=True)
             # Written beside, then renamed: a manifest is never seen half-written. The directory
             # is renamed as a whole, which fails if another process has taken the version.
             temporary = draft.path / f".{MANIFEST}"
@@ -381,9 +393,11 @@ class Workspace:
                 draft.path.rename(target)
                 sync(target.parent)
             except OSError:
-                if target.exists() and not self.remote:
+                if not target.exists():
+                    raise
+                if not self.remote:
                     continue
-                raise
+                # Behind a URI the version is this one's: who asked for it has its copy already.
             artifact = self._load(draft.kind, draft.name, version)
             if artifact is None:
                 break
@@ -412,7 +426,9 @@ class Workspace:
                     text = stream.read().decode(errors="replace")
             except FileNotFoundError:
                 return None
-            if fetch and not (path / MANIFEST).exists():
+            if fetch and _text_of(path / MANIFEST) != text:
+                # No copy yet, or one of what had this version before it was removed there.
+                shutil.rmtree(path, ignore_errors=True)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
                     self._arrow.copy_files(remote, temporary, source_filesystem=self._fs)
@@ -420,11 +436,10 @@ class Workspace:
                         Path(temporary).rename(path)
                         Path(temporary).mkdir()
         else:
-            try:
-                # What is no text is no manifest either.
-                text = (path / MANIFEST).read_text(encoding="utf-8", errors="replace")
-            except (FileNotFoundError, NotADirectoryError):
+            found = _text_of(path / MANIFEST)
+            if found is None:
                 return None
+            text = found
         manifest = _read_manifest(text, f"{kind}/{name}@v{version}", path / MANIFEST)
         if fetch:
             for entry in manifest["files"]:
@@ -438,6 +453,14 @@ class Workspace:
                         remedy=f"remove {path} and run the step again",
                     )
         return Artifact(kind, name, version, path, location, manifest)
+
+
+def _text_of(file: Path) -> str | None:
+    """Return what a manifest says, or None if there is none; what is no text is none either."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _read_manifest(text: str, reference: str, file: Path) -> dict[str, Any]:

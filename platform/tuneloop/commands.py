@@ -83,7 +83,7 @@ def _print_published(
         line = f"{item.artifact.ref:<28} {state:<7} {item.artifact.location}"
         console.print(line, soft_wrap=True)
     if last.kind == "evaluations":
-        console.print(f"\nreport     {Path(last.location) / 'report.html'}", soft_wrap=True)
+        console.print(f"\nreport     {last.location}/report.html", soft_wrap=True)
         console.print(f"dashboard  tuneloop dashboard --workspace {config.workspace}")
         again = shlex.join([arguments.config, *arguments.overrides])
         console.print(f"serve it   tuneloop serve {again}", soft_wrap=True)
@@ -219,7 +219,7 @@ def _gate(arguments: argparse.Namespace, output: IO[str]) -> int:
     result = decide(
         evaluation, config.evaluation.floors, is_same=first["identity"] == second["identity"]
     )
-    report = str(Path(artifact.location) / "report.html")
+    report = f"{artifact.location}/report.html"
     if arguments.junit:
         Path(arguments.junit).write_text(to_junit(result), encoding="utf-8")
     if arguments.markdown:
@@ -268,8 +268,7 @@ def _sweep(arguments: argparse.Namespace, output: IO[str]) -> None:
         console.print(sweep_table(published.artifact))
         for one in advise(*read_files(published.artifact))[:1]:
             console.print(f"{one.title}. {one.why}\n", markup=False)
-        report = Path(published.artifact.location) / "report.html"
-        console.print(f"report      {report}", soft_wrap=True)
+        console.print(f"report      {published.artifact.location}/report.html", soft_wrap=True)
         state = "reused" if published.reused else "new"
         console.print(f"{published.artifact.ref}  {state}  {published.artifact.location}")
         console.print(f"look at it  tuneloop dashboard --workspace {config.workspace}")

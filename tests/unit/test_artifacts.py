@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
 from tuneloop.artifacts import Artifact, Workspace, fingerprint, sha256_file
 from tuneloop.errors import ArtifactError, ResourceError
@@ -161,25 +165,61 @@ def test_the_fingerprint_depends_on_values_not_on_order() -> None:
     assert fingerprint("a", 1, x=1) != fingerprint("b", 1, x=1)
 
 
-def test_a_workspace_behind_a_uri(tmp_path: Path) -> None:
-    from pyarrow import fs
+@pytest.fixture
+def store(tmp_path: Path) -> Workspace:
+    """A workspace that treats a local folder as a remote store."""
+    workspace = Workspace(tmp_path / "cache")
+    workspace.remote, workspace._arrow, workspace.location = True, fs, "store://bucket"
+    workspace._fs = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    workspace._base = "b"
+    workspace._fs.create_dir("b")
+    return workspace
 
-    class Remote(Workspace):
-        """A workspace that treats a local folder as a remote store."""
 
-        def __init__(self) -> None:
-            super().__init__(tmp_path / "cache")
-            self.remote = True
-            self._arrow = fs
-            self.location = "store://bucket"
-            self._fs, self._base = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), "b"
-            self._fs.create_dir("b")
-
-    artifact = publish(Remote(), "a" * 64)
+def test_a_workspace_behind_a_uri(store: Workspace, tmp_path: Path) -> None:
+    artifact = publish(store, "a" * 64)
     assert (tmp_path / "b/datasets/faq/v1/artifact.json").exists()
     assert artifact.location == "store://bucket/datasets/faq/v1"
-    import shutil
-
     shutil.rmtree(tmp_path / "cache")
-    again = Remote().open("datasets/faq@v1")
+    again = store.open("datasets/faq@v1")
     assert (again.path / "train" / "a.txt").read_text() == "rows"
+
+
+def test_an_upload_that_was_cut_short_hides_nothing(store: Workspace, tmp_path: Path) -> None:
+    published = publish(store, "a" * 64)
+    (tmp_path / "b/datasets/faq/v2").mkdir()
+    (tmp_path / "b/datasets/faq/v2/a.txt").write_text("ro")
+    assert store.open("datasets/faq").ref == published.ref
+    assert publish(store, "b" * 64).version == 3
+
+
+def test_a_copy_of_what_was_removed_from_the_store_is_not_used(
+    store: Workspace, tmp_path: Path
+) -> None:
+    publish(store, "a" * 64)
+    folder = tmp_path / "b/datasets/faq/v1"
+    shutil.rmtree(folder)
+    # Removed there, and made anew: here, then by another machine.
+    artifact = publish(store, "b" * 64)
+    assert (artifact.version, artifact.fingerprint) == (1, "b" * 64)
+    (folder / "train" / "a.txt").write_text("ROWS")
+    manifest = (folder / "artifact.json").read_text()
+    (folder / "artifact.json").write_text(manifest.replace("b" * 64, "c" * 64))
+    assert (store.open("datasets/faq").path / "train" / "a.txt").read_text() == "ROWS"
+
+
+def test_two_uploads_at_once_are_two_versions(
+    store: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = store._versions
+
+    def slow(kind: str, name: str) -> list[int]:
+        found = versions(kind, name)
+        time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr(store, "_versions", slow)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda letter: publish(store, letter * 64).version, "ab"))
+    assert sorted(made) == [1, 2]
+    assert {a.fingerprint[0] for a in store.published()} == {"a", "b"}
