@@ -75,3 +75,12 @@ def test_forms_and_lookups_of_free_text_and_of_json() -> None:
     alone = measure_clarity([AnsweredRow("a", "b")], WRITING)
     assert (alone.lookup, alone.advice) == (None, "label")
     assert alone.as_dict()["told"]
+
+
+def test_json_that_is_written_otherwise_is_no_other_answer() -> None:
+    answers = ['{"a": 1, "b": "X"}', '{"b":"X","a":1}', '{"a": 1, "b": "Y"}']
+    task = TaskConfig(type="extraction")
+    rows = [AnsweredRow("the same input", answer) for answer in answers[:2] * 30]
+    assert measure_clarity(rows, task).num_conflicting == 0
+    rows.append(AnsweredRow("the same input", answers[2]))
+    assert measure_clarity(rows, task).num_conflicting == 61

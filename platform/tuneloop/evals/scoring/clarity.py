@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tuneloop.config import TaskConfig
 from tuneloop.evals.scoring.intervals import wilson
-from tuneloop.evals.scoring.metrics import TASK_METRICS
+from tuneloop.evals.scoring.metrics import TASK_METRICS, parse_object
 from tuneloop.evals.scoring.questions import Question
 from tuneloop.evals.scoring.simple import answer_simply
 from tuneloop.records import Conversation, Message
@@ -178,9 +178,10 @@ def measure_clarity(rows: Sequence[AnsweredRow], task: TaskConfig) -> Clarity:
     by_input: dict[str, Counter[str]] = defaultdict(Counter)
     texts: dict[str, str] = {}
     for row in rows:
-        by_input[row.key][folded(row.answer)] += 1
+        said = _said(row.answer, task)
+        by_input[row.key][said] += 1
         texts.setdefault(row.key, row.input)
-        texts.setdefault(folded(row.answer), row.answer)
+        texts.setdefault(said, row.answer)
     several = {asked: given for asked, given in by_input.items() if len(given) > 1}
     kinds = Counter(_form(row.answer, task) for row in rows)
     lengths = sorted(len(find_words(row.answer)) for row in rows)
@@ -205,6 +206,13 @@ def measure_clarity(rows: Sequence[AnsweredRow], task: TaskConfig) -> Clarity:
         num_learned=round(len(learned) * (1 - 1 / _FOLDS)),
         floor=_floor(rows, task),
     )
+
+
+def _said(answer: str, task: TaskConfig) -> str:
+    """Return an answer without what makes no difference: case, white space, how JSON is written."""
+    if task.type == "extraction" and (record := parse_object(answer)) is not None:
+        return json.dumps(record, sort_keys=True)
+    return folded(answer)
 
 
 def _short(text: str) -> str:
