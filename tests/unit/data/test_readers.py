@@ -302,6 +302,12 @@ def test_a_mended_answer_is_held_against_the_task_again(tmp_path: Path) -> None:
     assert rejection(bare).what == "the answer is not valid JSON"
 
 
+def test_no_white_space_is_left_around_a_repaired_answer(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"question": "q \u200b", "answer": "Yes \u200b"})
+    (row,) = read(config_for(path, "question_answer", filters={"repair_text": True}))
+    assert turns(row)[1] == ("assistant", "Yes")
+
+
 def test_the_users_columns_are_carried_and_grouped_by(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "a.jsonl",

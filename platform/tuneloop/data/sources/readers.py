@@ -221,6 +221,8 @@ def _with_texts(
                     json.loads(call["function"]["arguments"])
             except (ValueError, TypeError, KeyError) as error:
                 raise RowError("a tool call is no valid JSON after the filters") from error
+        if repaired[turn].role == "assistant":
+            text = text.strip()  # what went may have stood behind a space
         repaired[turn] = _with_text(repaired[turn], name, text)
     return repaired
 
