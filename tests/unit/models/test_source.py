@@ -19,14 +19,17 @@ from tuneloop.models.chat.renderer import Renderer
 
 @pytest.fixture(scope="module")
 def tiny_gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama written as a float32 GGUF, tokenizer and template included."""
+    return write_gguf(tiny_model, tmp_path_factory.mktemp("gguf") / "tiny.gguf", "smollm")
+
+
+def write_gguf(tiny_model: Path, path: Path, splitting: str) -> Path:
+    """Write the tiny Llama as a float32 GGUF, tokenizer and template included."""
     import gguf
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -41,7 +44,7 @@ def tiny_gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(splitting)
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([3 if token.startswith("<|") else 1 for token, _ in vocabulary])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
@@ -114,6 +117,34 @@ def test_a_gguf_gives_the_models_logits_and_ids(
     expected = AutoModelForCausalLM.from_pretrained(tiny_model)(batch).logits
     found = AutoModelForCausalLM.from_pretrained(base.path)(batch).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("splitting", "pieces"),
+    [("gpt-2", ["ab", "123", "Ġ12"]), ("qwen2", ["ab", "1", "2", "3", "Ġ", "1", "2"])],
+)
+def test_a_gguf_splits_texts_as_its_vocabulary_was_learned(
+    tiny_model: Path, tmp_path: Path, cache: Path, splitting: str, pieces: list[str]
+) -> None:
+    base = resolve_base(str(write_gguf(tiny_model, tmp_path / "tiny.gguf", splitting)))
+    split = Renderer.load(base.path).tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    assert [piece for piece, _ in split("ab123 12")] == pieces
+
+
+def test_a_word_that_is_a_token_of_llama_3_is_that_token(
+    tiny_model: Path, tmp_path: Path, cache: Path
+) -> None:
+    base = resolve_base(str(write_gguf(tiny_model, tmp_path / "tiny.gguf", "llama-bpe")))
+    model = json.loads((base.path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert model["ignore_merges"] is True
+
+
+def test_a_gguf_whose_splitting_is_unknown_is_refused(
+    tiny_model: Path, tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(ModelError, match="splits texts in a way that is not known") as caught:
+        resolve_base(str(write_gguf(tiny_model, tmp_path / "tiny.gguf", "deepseek-coder")))
+    assert caught.value.problems[0].got == "deepseek-coder"
 
 
 def wheel(folder: Path, name: str, files: dict[str, bytes], requires: tuple[str, ...] = ()) -> None:

@@ -37,11 +37,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tuneloop.models")
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 # Vocabularies whose merges were learned with every digit apart, by GGUF's name of the splitting.
 # transformers reads these names for other splittings only. Source: llama.cpp, `llama-vocab.cpp`.
 _DIGITS_APART = frozenset(
-    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+    ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2")
+)
+# Vocabularies that are split as GPT-2's is, which transformers does with every name it lacks.
+_AS_GPT2 = frozenset(
+    "default gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat a.x-4.0 mellum "
+    "modern-bert roberta-bpe jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code".split()
+)
+# Vocabularies in which a word that is a token is that token, whatever the merges make of it.
+_WHOLE_WORDS = frozenset(
+    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken".split()
 )
 _MARKER = "tuneloop_source.json"
 _INDEX = "model.safetensors.index.json"
@@ -318,8 +327,10 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
             source = {"gguf_file": file.name}
             with _without_bar(), read_once():
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-                _split_digits(tokenizer, file)
+                _split_as_learned(tokenizer, file)
                 model = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", **source)
+        except ModelError:
+            raise
         except OSError as error:
             if error.errno is not None:
                 raise
@@ -343,21 +354,35 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
     return BaseModel(base, target, checksum, license)
 
 
-def _split_digits(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
-    """Cut digits apart before anything else where the vocabulary was learned so.
+def _split_as_learned(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
+    """Split texts before anything else as they were when the vocabulary was learned.
 
-    Without it the two line ends before a numbered list become two tokens instead of the one that
-    the model was trained on.
+    Otherwise the model is asked in tokens that it was not trained on: digits in groups instead of
+    apart, two line ends instead of the one token for both.
+
+    Raises:
+        ModelError: How is not known here.
     """
     import gguf
 
-    name = gguf.GGUFReader(str(file)).get_field("tokenizer.ggml.pre")
-    if name is not None and name.contents() in _DIGITS_APART:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    field = gguf.GGUFReader(str(file)).get_field("tokenizer.ggml.pre")
+    name = "default" if field is None else str(field.contents())
+    backend = tokenizer.backend_tokenizer
+    if name in _DIGITS_APART:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
+        )
+    elif name in _WHOLE_WORDS:
+        backend.model.ignore_merges = True
+    elif isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) and name not in _AS_GPT2:
+        raise ModelError.of(
+            "the GGUF splits texts in a way that is not known here",
+            where=f"{file}: tokenizer.ggml.pre",
+            got=name,
+            remedy="use the model in Hugging Face layout, which carries its tokenizer",
         )
 
 
