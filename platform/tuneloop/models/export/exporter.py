@@ -23,7 +23,7 @@ from tuneloop.models.attention import attends_packed, keeps_logits, standard_att
 from tuneloop.models.bases.weights import load_whole
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.layout import ADAPTER, RENDER_FILE
-from tuneloop.models.export.parity import LiveAnswer, write_parity
+from tuneloop.models.export.parity import LiveAnswer, widest, write_parity
 from tuneloop.records import Parity
 
 NUM_TOKENS = 24
@@ -151,16 +151,16 @@ class Exporter:
                 if name == "adapter" and not (self.output / ADAPTER).is_dir():
                     continue
                 model = load()
-                worst = 0.0
+                gaps: list[float] = []
                 for answer in live:
                     again, picks = _score(model, answer.prompt_ids, answer.ids)
-                    gaps = zip(answer.logprobs, again.logprobs, strict=True)
-                    worst = max([worst, *(abs(a - b) for a, b in gaps)])
+                    pairs = zip(answer.logprobs, again.logprobs, strict=True)
+                    gaps += [abs(a - b) for a, b in pairs]
                     for pick, token, margin in zip(picks, answer.ids, answer.margins, strict=True):
                         num_different += pick != token
                         num_ties += pick != token and margin <= 2 * tolerance
-                arms[name] = worst
-        worst = max(arms.values())
+                arms[name] = widest(gaps)
+        worst = widest(arms.values())
         parity = Parity(
             passed=worst <= tolerance and num_different == num_ties,
             prompts=len(live),

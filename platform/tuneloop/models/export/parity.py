@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
 
 from tuneloop.errors import EndpointError, ModelError
 from tuneloop.models.client.client import Client, RequestError
@@ -36,6 +38,11 @@ class LiveAnswer:
     logprobs: list[float]
     margins: list[float]
     stopped: bool = False
+
+
+def widest(gaps: Iterable[float]) -> float:
+    """Return the largest gap, 0 without any; not a number where one of them is none."""
+    return float(np.max([0.0, *gaps]))
 
 
 def write_parity(folder: Path, parity: Parity, live: Sequence[LiveAnswer]) -> None:
@@ -102,7 +109,8 @@ def compare(live: Sequence[LiveAnswer], served: Sequence[Completion], tolerance:
     A live answer may end with its stop token, which a completion leaves out. What follows a
     differing token has another past and is not compared.
     """
-    worst, num_tokens, num_different, num_ties = 0.0, 0, 0, 0
+    num_tokens, num_different, num_ties = 0, 0, 0
+    gaps: list[float] = []
     for answer, completion in zip(live, served, strict=True):
         picks: list[int | None] = [*completion.token_ids]
         if completion.finish_reason == "stop":
@@ -117,7 +125,8 @@ def compare(live: Sequence[LiveAnswer], served: Sequence[Completion], tolerance:
                 num_ties += answer.margins[index] <= 2 * tolerance
                 break
             if pick is not None and completion.logprobs is not None:
-                worst = max(worst, abs(completion.logprobs[index] - answer.logprobs[index]))
+                gaps.append(abs(completion.logprobs[index] - answer.logprobs[index]))
+    worst = widest(gaps)
     return Parity(
         passed=worst <= tolerance and num_different == num_ties,
         prompts=len(live),
