@@ -1,6 +1,6 @@
 """Any command as a Ray job: a clean bundle, live logs, the job's exit code.
 
-The bundle holds the configuration, the local source files and the local model it names, nothing
+The bundle holds the configuration, and the local source files, marks and model it names, nothing
 else of the current directory: no `.git`, no workspace, no secrets. This version of the tuneloop
 package goes with it, so the cluster runs the code that was submitted.
 """
@@ -164,6 +164,10 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
             target = Path("answers") / f"{name}.jsonl"
             plan.append((Path(arm["answers"]).expanduser(), target))
             arm["answers"] = str(target)
+    if isinstance(config.data.fixes, str) and Path(config.data.fixes).is_file():
+        target = Path("marks") / Path(config.data.fixes).name
+        plan.append((Path(config.data.fixes), target))
+        raw["data"]["fixes"] = str(target)
     base = Path(raw["model"]["base"]).expanduser()
     if base.exists():
         plan.append((base, Path("model") / base.name))
@@ -172,13 +176,14 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
     if template.is_file():
         plan.append((template, Path("model") / template.name))
         raw["model"]["chat_template"] = str(Path("model") / template.name)
-    sizes = {source: _num_bytes(source) for source, _ in plan}
-    if sum(sizes.values()) > MAX_BUNDLE_BYTES:
-        largest = max(sizes, key=lambda source: sizes[source])
+    # A file that two sections name is sent for each.
+    sizes = [_num_bytes(source) for source, _ in plan]
+    if sum(sizes) > MAX_BUNDLE_BYTES:
+        largest, _ = plan[sizes.index(max(sizes))]
         raise ConfigError.of(
             "the job's bundle would be too large",
             where=str(largest),
-            got=f"{sum(sizes.values()) / 2**20:,.0f} MiB in {len(sizes)} files",
+            got=f"{sum(sizes) / 2**20:,.0f} MiB",
             allowed=f"{MAX_BUNDLE_BYTES / 2**20:.0f} MiB",
             remedy="put it where the cluster can read it (s3://, gs://, a Hub id) and name "
             "that in the configuration",
@@ -186,7 +191,7 @@ def write_bundle(config: TuneloopConfig, folder: Path) -> tuple[int, int]:
     for source, target in plan:
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, folder / target, ignore=_hidden)
+            shutil.copytree(source, folder / target, ignore=_left_out)
         else:
             shutil.copyfile(source, folder / target)
     (folder / _CONFIG).write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
@@ -220,6 +225,9 @@ def _refuse_missing(config: TuneloopConfig) -> None:
         for name, arm in config.evaluation.arms.items()
         if arm.answers and not Path(arm.answers).expanduser().is_file()
     ]
+    fixes = config.data.fixes
+    if isinstance(fixes, str) and not Path(fixes).is_absolute() and not Path(fixes).is_file():
+        missing.append(Problem("no such file to send", "data.fixes", fixes, remedy=here))
     base = config.model.base
     if base.startswith(".") and not Path(base).exists():
         missing.append(Problem("no such model to send", "model.base", base, remedy=here))
@@ -243,9 +251,14 @@ def _fixed_part(path: Path) -> Path:
     return Path(*parts)
 
 
-def _hidden(folder: str, names: list[str]) -> set[str]:
-    """Return the names in a directory that are not sent: `.git`, `.env` and the like."""
-    return {name for name in names if name.startswith(".")}
+def _left_out(folder: str, names: list[str]) -> set[str]:
+    """Return the names in a directory that stay here: hidden ones, links to folders or nothing."""
+    paths = {name: Path(folder, name) for name in names}
+    return {
+        name
+        for name, path in paths.items()
+        if name.startswith(".") or not path.exists() or (path.is_symlink() and path.is_dir())
+    }
 
 
 def _num_bytes(path: Path) -> int:
@@ -253,8 +266,9 @@ def _num_bytes(path: Path) -> int:
         return path.stat().st_size
     total = 0
     for folder, folders, files in os.walk(path):
-        folders[:] = set(folders) - _hidden(folder, folders)
-        total += sum(os.stat(Path(folder, name)).st_size for name in files if name[0] != ".")
+        folders[:] = set(folders) - _left_out(folder, folders)
+        sent = set(files) - _left_out(folder, files)
+        total += sum(Path(folder, name).stat().st_size for name in sent)
     return total
 
 

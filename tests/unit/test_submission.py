@@ -128,6 +128,38 @@ def test_a_bundle_over_the_limit_is_refused_and_names_the_largest_file(
     assert list(folder.iterdir()) == []
 
 
+def test_a_file_that_is_sent_twice_counts_twice(config: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "here" / "bench" / "c.jsonl"
+    with rows.open("w") as file:
+        file.truncate(MAX_BUNDLE_BYTES * 2 // 3)
+    (tmp_path / "bundle").mkdir()
+    write_bundle(load_config(config), tmp_path / "bundle")
+    twice = json.dumps([{"path": str(rows), "format": "question_answer"}])
+    with pytest.raises(ConfigError, match="too large"):
+        write_bundle(load_config(config, [f"evaluation.sources={twice}"]), tmp_path / "bundle")
+
+
+def test_links_to_directories_and_to_nothing_are_not_followed(config: Path, tmp_path: Path) -> None:
+    model = tmp_path / "here" / "model"
+    (model / "again").symlink_to(model)
+    (model / "gone").symlink_to(tmp_path / "nowhere")
+    (model / "model.safetensors").symlink_to(tmp_path / "here" / "bench" / "c.jsonl")
+    (tmp_path / "bundle").mkdir()
+    write_bundle(load_config(config), tmp_path / "bundle")
+    sent = sorted(file.name for file in (tmp_path / "bundle" / "model" / "model").iterdir())
+    assert sent == ["config.json", "model.safetensors"]
+
+
+def test_a_file_of_marks_is_sent(config: Path, tmp_path: Path) -> None:
+    marks = tmp_path / "marks.jsonl"
+    marks.write_text("{}")
+    (tmp_path / "bundle").mkdir()
+    write_bundle(load_config(config, [f"data.fixes={marks}"]), tmp_path / "bundle")
+    sent = load_config(tmp_path / "bundle" / "config.yaml").data.fixes
+    assert sent == "marks/marks.jsonl"
+    assert (tmp_path / "bundle" / str(sent)).read_text() == "{}"
+
+
 def test_a_relative_path_that_leads_nowhere_is_told_before_anything_is_sent(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +170,7 @@ def test_a_relative_path_that_leads_nowhere_is_told_before_anything_is_sent(
         "data.sources.0.path": "rows/gone.jsonl",
         "data.decontamination.sources.0.path": "bench/*.csv",
         "model.base": "./gone",
+        "data.fixes": "gone.jsonl",
     }
     with pytest.raises(ConfigError) as caught:
         write_bundle(load_config(config, [f"{k}={v}" for k, v in places.items()]), folder)
