@@ -157,6 +157,7 @@ class Teacher:
         todo = {key: one for key, one in unique.items() if self.replies.get(key) is None}
         if len(todo) < len(unique):
             logger.info("%d of %d replies are already there", len(unique) - len(todo), len(unique))
+        self.errors.clear()  # those of an earlier call do not say that this one failed
         if todo and self.stopped is None:
             with Progress("asking", len(todo), "replies") as progress:
                 asyncio.run(self._ask(todo, progress))

@@ -16,7 +16,7 @@ import pytest
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.check import check
-from tuneloop.config import MixedSourceConfig, TaskConfig, TuneloopConfig
+from tuneloop.config import BudgetConfig, MixedSourceConfig, TaskConfig, TuneloopConfig
 from tuneloop.data.schema import dataset_schema
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.unlabelled import read_unlabelled
@@ -25,13 +25,13 @@ from tuneloop.evals.scoring.predictions import Prediction, write_predictions
 from tuneloop.evals.scoring.spending import Cost, Entry
 from tuneloop.marks import Mark
 from tuneloop.models.bases.source import resolve_base
-from tuneloop.records import Message, SamplingParams
+from tuneloop.records import Endpoint, Message, SamplingParams
 from tuneloop.review.store import ReviewStore
 from tuneloop.synthesis.filters import Filters, Novelty, Solved, agreement, cleaned, lost
 from tuneloop.synthesis.generate import generate_rows, teacher_of
 from tuneloop.synthesis.more_of import find_parts, more_of_problems
 from tuneloop.synthesis.rows import Known, RowWriter, read_seeds
-from tuneloop.synthesis.teacher import Asked, Replies, Reply
+from tuneloop.synthesis.teacher import Asked, Rates, Replies, Reply, Teacher
 
 LABELS = ["billing", "delivery"]
 WORDS = "parcel invoice refund courier payment address late wrong broken card box street".split()
@@ -488,6 +488,13 @@ def test_a_request_that_a_crash_lost_counts_with_the_most_it_can_cost(tmp_path: 
     assert other.get("a") == Reply("said", "stop")
     assert (other.spent, other.num_requests) == (Cost(), 0)
     assert Replies(tmp_path / "other.jsonl").get("a") == Reply("said", "stop")
+
+
+def test_a_failure_of_one_call_is_none_of_the_next(tmp_path: Path) -> None:
+    replies = Replies(tmp_path / "replies.jsonl")
+    teacher = Teacher(Endpoint("http://x/v1", "m"), None, Rates(1), BudgetConfig(), replies)
+    teacher.errors["HTTP 500"] = 1
+    teacher.ask([])  # no input was taken: there is nothing to ask
 
 
 @pytest.mark.parametrize("sent", [b"", b'HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"choi'])
