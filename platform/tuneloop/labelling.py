@@ -6,6 +6,7 @@ Source: Wei, Iyer and Bilmes 2015, Submodularity in data subset selection and ac
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,7 +95,7 @@ def choose_next(
 
     Raises:
         ConfigError: It is a mixture or plain text.
-        DataError: The file holds no input that can be read, or all are train rows.
+        DataError: The file holds no input that can be read, or the dataset has all of them.
         ArtifactError: There is no dataset yet.
     """
     if config.task.tasks or config.task.type == "language_modeling":
@@ -107,12 +108,12 @@ def choose_next(
     found = read_inputs(config, path)
     dataset = workspace.open(f"datasets/{config.name}")
     train = read_solved(dataset)
-    known = {folded(conversation.messages[-2].text) for conversation in train}
+    known = {folded(conversation.messages[-2].text) for conversation in train} | _held_out(dataset)
     rows = list({folded(row.prompt): row for row in reversed(found)}.values())[::-1]
     rows = [row for row in rows if folded(row.prompt) not in known]
     if not rows:
         raise DataError.of(
-            "all inputs are train rows already", where=path, got=f"{len(found):,} rows"
+            "all inputs are rows of the dataset already", where=path, got=f"{len(found):,} rows"
         )
     return choose(rows, train, config.task, find_wanted(config, workspace, dataset), count)
 
@@ -141,6 +142,16 @@ def read_inputs(config: TuneloopConfig, path: str) -> list[UnlabelledRow]:
         for bad in found.refused[:1]:
             problems.append(bad.rejection.problem(bad.place, f" ({len(found.refused):,} rows)"))
     raise DataError(*(problems[:1] or [Problem("the file holds no input", where=path)]))
+
+
+def _held_out(dataset: Artifact) -> set[str]:
+    """Return the inputs of rows that are tested on: labelled already, and never trained on."""
+    found: set[str] = set()
+    for split in ("test", "validation"):
+        with contextlib.suppress(DataError):  # there is no such split
+            rows = read_questions(dataset, split=split)
+            found |= {folded(row.messages[-1].text) for row in rows if row.messages}
+    return found
 
 
 def find_wanted(config: TuneloopConfig, workspace: Workspace, dataset: Artifact) -> Wanted:

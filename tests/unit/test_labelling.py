@@ -29,6 +29,7 @@ KNOWN = {
     "the invoice is too high": "billing",
     "please send the invoice again": "billing",
 }
+TESTED = "when will the postman ring"
 INPUTS = [
     "where is the parcel today",  # as good as known
     "is the parcel on the invoice too",  # between both labels
@@ -94,6 +95,13 @@ def config(tmp_path: Path) -> Path:
         (draft.path / "train").mkdir()
         table = pa.Table.from_pylist(rows, dataset_schema(pa.schema([])))
         pq.write_table(table, draft.path / "train" / "part-0.parquet")
+        tested = [
+            {"role": "user", "content": TESTED},
+            {"role": "assistant", "content": "delivery"},
+        ]
+        (draft.path / "test").mkdir()
+        table = pa.Table.from_pylist([rows[0] | {"row_id": "f" * 20, "messages": tested}])
+        pq.write_table(table, draft.path / "test" / "part-0.parquet")
         draft.publish(config={}, resources={}, inputs=[], metrics={})
     path = tmp_path / "mail.yaml"
     path.write_text(
@@ -109,7 +117,7 @@ def test_a_table_comes_back_as_a_source(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     known = next(iter(KNOWN))
-    texts = [*INPUTS, known.upper(), INPUTS[1]]
+    texts = [*INPUTS, known.upper(), TESTED.title(), INPUTS[1]]
     (tmp_path / "all.csv").write_text(
         "id,mail\n" + "".join(f"{i},{t}\n" for i, t in enumerate(texts))
     )
@@ -117,7 +125,7 @@ def test_a_table_comes_back_as_a_source(
     arguments = ["label-next", str(tmp_path / "all.csv"), str(config), "-k", "9", "--out", str(out)]
     assert main([*arguments, "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
-    assert len(result["chosen"]) == 5  # without the train row and the copy
+    assert len(result["chosen"]) == 5  # without the rows of the dataset and the copy
     with out.open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["id", "mail", "topic", "guess", "why"]
@@ -137,7 +145,7 @@ def test_a_table_comes_back_as_a_source(
     assert "File exists" in capfd.readouterr().err
     (tmp_path / "known.csv").write_text(f"mail\n{known}\n")
     assert main(["label-next", str(tmp_path / "known.csv"), str(config), "--out", "n.csv"]) == 2
-    assert "all inputs are train rows already" in capfd.readouterr().err
+    assert "all inputs are rows of the dataset already" in capfd.readouterr().err
     assert main(["label-next", str(tmp_path / "none.csv"), str(config), "--out", "n.csv"]) == 2
     assert "no such file\n  where:   FILE" in capfd.readouterr().err
     (tmp_path / "other.csv").write_text("body\nx\n")
