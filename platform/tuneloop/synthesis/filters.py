@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from tuneloop.data.schema import ReasonCode
 from tuneloop.data.sources.formats import check_answer
 from tuneloop.data.sources.row_errors import RowError
 from tuneloop.evals.scoring.constrained import schema_of
+from tuneloop.evals.scoring.metrics import same_value
 from tuneloop.evals.scoring.simple import classifier, vectorizer_of_words
 from tuneloop.models.json_form import has_form, why_unusable
 from tuneloop.repetition import is_repetitive
@@ -329,19 +329,14 @@ def agreement(answers: Sequence[str], num_asked: int, task: OneTaskConfig) -> Ag
         task: Says when two answers are the same.
     """
     if task.type in ("classification", "extraction"):
-        same = [_canonical(answer, task) for answer in answers]
-        count = Counter(same)
-        best = max(range(len(answers)), key=lambda index: (count[same[index]], -index))
-        return Agreement(answers[best], count[same[best]] / num_asked)
+        # Of JSON as evaluation compares it: 1 equals 1.0.
+        values = answers if task.type == "classification" else [json.loads(one) for one in answers]
+        same = [sum(same_value(value, other) for other in values) for value in values]
+        most = same.index(max(same))
+        return Agreement(answers[most], same[most] / num_asked)
     codes = WordCodes()
     encoded = [codes.encode(answer) for answer in answers]
     # Two texts without words have nothing that could differ.
     counts = (similarities(encoded, encoded) >= ALIKE).sum(axis=1)
     best = int(np.argmax(counts))
     return Agreement(answers[best], int(counts[best]) / num_asked)
-
-
-def _canonical(answer: str, task: OneTaskConfig) -> str:
-    if task.type == "classification":
-        return answer
-    return json.dumps(json.loads(answer), sort_keys=True)

@@ -48,7 +48,7 @@ from tuneloop.text import shorten
 logger = logging.getLogger("tuneloop.data")
 
 API_KEY_VARIABLE = "TUNELOOP_GENERATION_API_KEY"
-CODE_VERSION = 3
+CODE_VERSION = 4
 REPLIES = "replies.jsonl"
 # What is paid and how fast does not change what is written.
 # The parts that `more_of` comes to count.

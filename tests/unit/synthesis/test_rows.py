@@ -453,6 +453,9 @@ def test_novelty_agreement_and_lost_details() -> None:
     record = TaskConfig(type="extraction")
     pair = agreement(['{"x": 1, "y": 2}', '{"y": 2, "x": 1}'], 2, record)
     assert vars(pair) == {"answer": '{"x": 1, "y": 2}', "ratio": 1}
+    # As evaluation compares them.
+    pair = agreement(['{"x": 1, "y": "a b"}', '{"x": 1.0, "y": "a  b"}', '{"x": true}'], 3, record)
+    assert vars(pair) == {"answer": '{"x": 1, "y": "a b"}', "ratio": pytest.approx(2 / 3)}
     free = TaskConfig(type="generation")
     texts = ["It flies high.", "A kite flies on a line", "A kite flies on the line"]
     assert vars(agreement(texts, 3, free)) == {"answer": texts[1], "ratio": pytest.approx(2 / 3)}
