@@ -56,9 +56,12 @@ async def complete(client: httpx.AsyncClient, prompt: list[int], max_tokens: int
 
 
 async def stream(
-    client: httpx.AsyncClient, prompt: list[int], max_tokens: int
+    client: httpx.AsyncClient,
+    prompt: list[int],
+    max_tokens: int,
+    is_written: asyncio.Event | None = None,
 ) -> tuple[float, float]:
-    """Return the seconds until the first event of a stream, and until its end."""
+    """Return the seconds until the first event of a stream, which is told, and until its end."""
     body = {"model": "base", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
     start = time.perf_counter()
     first = 0.0
@@ -67,6 +70,8 @@ async def stream(
         async for line in response.aiter_lines():
             if line.startswith("data: {") and not first:
                 first = time.perf_counter() - start
+                if is_written is not None:
+                    is_written.set()
     return first, time.perf_counter() - start
 
 
@@ -84,8 +89,13 @@ async def late_request(
 ) -> tuple[float, float]:
     """Return the seconds to the first token of a late request, and those of a step at that time."""
     first, *others = prompts
-    running = [asyncio.create_task(stream(client, prompt, max_tokens)) for prompt in others]
-    await asyncio.sleep(max_tokens / 40)  # all of them are read by then
+    written = [asyncio.Event() for _ in others]
+    running = [
+        asyncio.create_task(stream(client, prompt, max_tokens, event))
+        for prompt, event in zip(others, written, strict=True)
+    ]
+    for event in written:  # all prompts are read then
+        await event.wait()
     late, end = await stream(client, first[:8], 16)
     await asyncio.gather(*running)
     return late, (end - late) / 15
@@ -99,7 +109,7 @@ async def measure(url: str, engine: DecodeEngine, ids: list[int], args: argparse
     ) as client:
         await run_http(client, make_prompts(ids, 4, 0, (20, 60)), 8)  # both are warm then
         run_engine(engine, make_prompts(ids, 4, 0, (20, 60)), 8)
-        for name, (shared, lengths) in WORKLOADS.items():
+        for name, (shared, lengths) in {} if args.waits_only else WORKLOADS.items():
             for count in (32, 1) if not shared else (32,):
                 speeds: dict[str, list[float]] = {"in process": [], "over HTTP": []}
                 num_equal = 0
@@ -139,6 +149,7 @@ def main() -> None:
     parser.add_argument("--engine", default="auto", choices=["auto", "tuneloop", "openvino"])
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--waits-only", action="store_true", help="no speeds")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
