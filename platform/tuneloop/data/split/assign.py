@@ -53,8 +53,8 @@ def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
         links[SAME_PASSAGE] = ledger.passages[rows]
         answers = ledger.table["answer_key"].to_numpy()[rows]
         is_long = ledger.table["has_long_answer"].to_numpy(zero_copy_only=False)[rows]
-        is_told_apart = is_long & _of_writing_tasks(config, ledger.task_ids[rows])
-        links[SAME_ANSWER] = same_answers(answers, is_told_apart, is_synthetic)
+        is_compared = is_long & _of_writing_tasks(config, ledger.task_ids[rows])
+        links[SAME_ANSWER] = same_answers(answers, is_compared, is_synthetic)
     split = split_rows(
         row_ids.take(people).to_pylist(),
         of_people["group"].to_pylist(),
