@@ -27,6 +27,25 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
+def press_until(page: Any, key: str, answer: Any, times: int = 1) -> None:
+    """Press a key that Streamlit's buttons listen to until the page answers, three tries at most.
+
+    On a slow machine a key may reach a page that is still being drawn, or a vote may come before
+    the answers have been shown for a second.
+    """
+    for timeout in (10_000, 10_000, LONG_MS):
+        page.wait_for_timeout(1500)
+        for _ in range(times):
+            page.keyboard.press(key)
+            page.wait_for_timeout(100)
+        try:
+            answer.wait_for(timeout=timeout)
+            return
+        except sync_api.TimeoutError:
+            if timeout == LONG_MS:
+                raise
+
+
 @dataclass
 class Visit:
     """A page with what it asked for and what went wrong in it."""
@@ -110,11 +129,9 @@ def test_from_a_wrong_answer_to_the_next_version(visit, served, filled, next_ver
     page.get_by_label("Your name").press("Enter")
     page.get_by_text("0 of 15 judged by grace").wait_for()
     # The name is text now: a digit votes, and the same key held on votes on nothing unseen.
-    page.wait_for_timeout(1500)
-    for _ in range(5):
-        page.keyboard.press("2")
-        page.wait_for_timeout(100)
-    page.get_by_text("1 of 15 judged by grace").wait_for()
+    page.get_by_label("Your name").wait_for(state="detached")
+    page.get_by_role("button", name="Left is better").wait_for()
+    press_until(page, "2", page.get_by_text("1 of 15 judged by grace"), times=5)
     page.wait_for_timeout(1500)
     # The digits are the buttons' keys; while somebody writes they are digits.
     # The field of the example before stays until the page is drawn.
@@ -144,10 +161,9 @@ def test_from_a_wrong_answer_to_the_next_version(visit, served, filled, next_ver
     assert "find=r29" in page.url
     # The count stands above the answers: those of before go a moment later.
     page.get_by_text("r28", exact=True).wait_for(state="detached")
-    page.wait_for_timeout(1000)
     # Out of the field, a digit marks the row of this place.
     page.get_by_role("heading", name="Answers", exact=True).last.click()
-    page.keyboard.press("1")
+    press_until(page, "1", page.get_by_label("Right answer"))
     page.get_by_label("Right answer").fill('{"colour": "blue", "number": 30}')
     page.get_by_label("Right answer").press("Control+Enter")
     page.get_by_role("button", name="Store the mark").click()
