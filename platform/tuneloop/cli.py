@@ -1,7 +1,8 @@
 """The command line: arguments to configuration to one call.
 
 Standard output carries the result only; logs and progress go to standard error. Exit codes:
-0 done, 2 the user's mistake, 1 our failure, 3 the gate is not passed, 130 interrupted.
+0 done, 2 the user's mistake, 1 our failure, 3 the gate is not passed, 130 interrupted, 141 nobody
+reads the result any more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -70,20 +72,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     arguments = _parse(argv)
     signal.signal(signal.SIGTERM, _interrupt)
-    with _result_stream() as output, _logging_to_stderr(arguments.verbose):
-        try:
-            from tuneloop.commands import COMMANDS
+    try:
+        with _result_stream() as output, _logging_to_stderr(arguments.verbose):
+            return _run(arguments, output)
+    except BrokenPipeError:
+        # As in `tuneloop trace ID | head`: whoever read the result has enough of it.
+        if not _has_no_reader(1):
+            raise
+        return 128 + signal.SIGPIPE
 
-            return COMMANDS[arguments.command](arguments, output) or 0
-        except KeyboardInterrupt:
-            print("interrupted; run the same command again to resume", file=sys.stderr)
-            return 130
-        except Exception as error:
-            user_error = _removed_directory(error) or find_user_error(error)
-            if user_error is None:
-                raise
-            _print_error(user_error, arguments, output)
-            return 2
+
+def _run(arguments: argparse.Namespace, output: IO[str]) -> int:
+    try:
+        from tuneloop.commands import COMMANDS
+
+        return COMMANDS[arguments.command](arguments, output) or 0
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        return 130
+    except Exception as error:
+        user_error = _removed_directory(error) or find_user_error(error)
+        if user_error is None:
+            raise
+        _print_error(user_error, arguments, output)
+        return 2
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    """Return whether this is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -71,6 +71,15 @@ def test_an_artifact_is_shown_in_80_columns(workspace: Workspace) -> None:
     assert readme.count("word") == 40
 
 
+def test_a_reader_that_has_enough_is_no_failure_of_ours(workspace: Workspace) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "tuneloop.cli", "ls", "--workspace", workspace.location]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_every_command_is_listed_by_the_help_once(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
