@@ -117,10 +117,7 @@ def make_engine(
         for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0))
         if parameters
     ]
-    rate = config.learning_rate or usual_learning_rate(
-        config.method, sum(p.numel() for p in model.parameters())
-    )
-    optimizer = torch.optim.AdamW(groups, lr=rate, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=peak_learning_rate(model, config), fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, num_steps, config)
     )
@@ -134,6 +131,19 @@ def make_engine(
         )
     forget_step_at_start(engine)
     return engine
+
+
+def peak_learning_rate(model: torch.nn.Module, config: TrainingConfig) -> float:
+    """Return the learning rate that the configuration names, or the usual one for the model."""
+    return config.learning_rate or usual_learning_rate(
+        config.method, sum(map(num_weights, model.parameters()))
+    )
+
+
+def num_weights(parameter: torch.Tensor) -> int:
+    """Return how many weights a parameter holds; with bitsandbytes two of them share a byte."""
+    quantized = getattr(parameter, "quant_state", None)
+    return parameter.numel() if quantized is None else quantized.shape.numel()
 
 
 def deepspeed_config(

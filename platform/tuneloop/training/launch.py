@@ -17,7 +17,10 @@ CODE_VERSION = 4
 
 def identity(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> str:
     """Return the fingerprint of what `train` makes, before it is made."""
-    return fingerprint("train", CODE_VERSION, **result_parts(config, base, dataset))
+    training = config.training
+    # Version 5 counts all weights of a base in 4 bits where the rate goes by the model's size.
+    by_size = training.method == "qlora" and training.learning_rate is None
+    return fingerprint("train", CODE_VERSION + by_size, **result_parts(config, base, dataset))
 
 
 def result_parts(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from tuneloop.training.deepspeed_engine import (
     gathered,
     load_model,
     make_engine,
+    num_weights,
     ready_to_generate,
 )
 from tuneloop.training.loss import loss_and_hits, row_layout
@@ -199,7 +200,7 @@ def start_engine(job: TrainingJob, rows: Rows, worker: Worker) -> StartedEngine:
     _silence_libraries()
     model, worker, fault = _load_for_rows(job, rows, worker)
     # Counted before ZeRO takes the parameters apart.
-    num_all = sum(_num_weights(p) for p in model.parameters())
+    num_all = sum(map(num_weights, model.parameters()))
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     engine = make_engine(model, job.config, worker.execution, job.schedule(rows).num_steps)
     return StartedEngine(engine, worker, num_all, num_trained, fault)
@@ -232,12 +233,6 @@ def _first_workers(text: str) -> str:
     texts = [text]
     dist.broadcast_object_list(texts, src=0)
     return texts[0]
-
-
-def _num_weights(parameter: torch.Tensor) -> int:
-    """Return how many weights a parameter holds; with bitsandbytes two of them share a byte."""
-    quantized = getattr(parameter, "quant_state", None)
-    return parameter.numel() if quantized is None else quantized.shape.numel()
 
 
 def train_step(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tuneloop.config import TrainingConfig
+from tuneloop.training.deepspeed_engine import num_weights, peak_learning_rate
 from tuneloop.training.worked import WORKED, far_from_worked, usual_learning_rate
 
 SMALL, LARGE = 135_000_000, 7_000_000_000
@@ -83,3 +86,13 @@ def test_the_usual_rate_depends_on_method_and_size_and_is_near_what_has_worked()
     for one in WORKED:
         rate = usual_learning_rate(one.method, one.num_parameters * 10**6)
         assert rate / 2 <= one.learning_rate <= rate * 2
+
+
+def test_a_base_in_4_bits_counts_all_its_weights_for_the_usual_rate() -> None:
+    packed = torch.nn.Linear(8, 8, bias=False)
+    packed.weight.quant_state = SimpleNamespace(shape=torch.Size((30_000, 40_000)))
+    assert num_weights(packed.weight) == 1_200_000_000
+    qlora = TrainingConfig(method="qlora")
+    assert peak_learning_rate(packed, qlora) == usual_learning_rate("qlora", 1_200_000_000) == 2e-4
+    assert peak_learning_rate(torch.nn.Linear(8, 8), qlora) == 1e-3
+    assert peak_learning_rate(packed, TrainingConfig(learning_rate=3e-5)) == 3e-5
