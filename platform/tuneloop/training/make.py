@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -84,7 +85,7 @@ def make_model(
             "measured": None if measured is None else asdict(measured),
         },
         inputs=[dataset.ref, f"{base.name} sha256:{base.fingerprint}"],
-        metrics=_metrics(result),
+        metrics=metrics_of(result, config.training.keep == "best"),
     )
 
 
@@ -164,11 +165,18 @@ def _write_log(result: TrainingResult, path: Path) -> None:
         (path / _SAMPLES).write_text(lines, encoding="utf-8")
 
 
-def _metrics(result: TrainingResult) -> dict[str, Any]:
+def metrics_of(result: TrainingResult, keeps_best: bool) -> dict[str, Any]:
+    """Return the numbers of a training that the manifest keeps.
+
+    Args:
+        keeps_best: The model has the weights of the lowest validation loss, not the last ones.
+    """
     last = result.log[-1]
     tokens = sum(row["num_tokens"] for row in result.log)
     best = best_step(result.log)
-    validated = {} if best is None else {"best_step": best, **_validation(result.log[best - 1])}
+    # The loss is that of the weights that became the model: a sweep may choose by it.
+    kept = result.log[best - 1] if best is not None and keeps_best else last
+    validated = {} if best is None else {"best_step": best, **_validation(kept)}
     return {
         "num_steps": last["step"],
         "first_loss": round(result.log[0]["loss"], 6),
@@ -188,4 +196,6 @@ def _validation(record: StepRecord) -> dict[str, float]:
     loss, accuracy = record["validation_loss"], record["validation_accuracy"]
     assert loss is not None
     assert accuracy is not None
+    if not math.isfinite(loss):
+        return {}
     return {"validation_loss": round(loss, 6), "validation_accuracy": round(accuracy, 6)}

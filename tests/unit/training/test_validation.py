@@ -8,8 +8,10 @@ from typing import Any, cast
 import pytest
 
 from tuneloop.config import TrainingConfig
+from tuneloop.records import Parity
 from tuneloop.training.batches import Schedule
-from tuneloop.training.results import StepRecord
+from tuneloop.training.make import metrics_of
+from tuneloop.training.results import StepRecord, TrainingResult
 from tuneloop.training.validation import best_step, is_finished
 
 
@@ -43,3 +45,27 @@ def test_training_stops_after_so_many_losses_that_are_no_lower() -> None:
     assert is_finished(log_of(2.0, None, 3.0, math.nan), config, schedule)
     assert not is_finished(log_of(math.nan, 2.0, 3.0), config, schedule)
     assert is_finished(log_of(*[1.0] * 10), TrainingConfig(), schedule)
+
+
+@pytest.mark.parametrize(
+    ("losses", "keeps_best", "loss"),
+    [
+        ((2.0, 1.0, 3.0), False, 3.0),
+        ((2.0, 1.0, 3.0), True, 1.0),
+        ((2.0, 1.0), False, 1.0),
+        ((2.0, math.inf), False, None),
+        ((None, None), True, None),
+    ],
+)
+def test_the_validation_loss_of_a_model_is_that_of_its_weights(
+    losses: tuple[float | None, ...], keeps_best: bool, loss: float | None
+) -> None:
+    row = {
+        "loss": 1.0, "num_tokens": 8, "elapsed_s": 1.0, "peak_memory_bytes": 1,
+        "validation_accuracy": 0.5,
+    }  # fmt: skip
+    log = cast(list[StepRecord], [row | dict(one) for one in log_of(*losses)])
+    parity = Parity(True, 1, 1, 0.0, True, 0, 1e-3, {})
+    metrics = metrics_of(TrainingResult(log, parity, 1, 1), keeps_best)
+    assert metrics.get("validation_loss") == loss
+    assert metrics.get("best_step") == best_step(log)
