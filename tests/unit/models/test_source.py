@@ -8,11 +8,13 @@ import logging
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tuneloop.errors import ModelError
+from tuneloop.models.bases.gguf_file import rotary
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.models.chat.renderer import Renderer
 
@@ -22,8 +24,21 @@ def tiny_gguf(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return write_gguf(tiny_model, tmp_path_factory.mktemp("gguf") / "tiny.gguf", "smollm")
 
 
-def write_gguf(tiny_model: Path, path: Path, splitting: str) -> Path:
-    """Write the tiny Llama as a float32 GGUF, tokenizer and template included."""
+def write_gguf(
+    tiny_model: Path,
+    path: Path,
+    splitting: str = "smollm",
+    without: str = "",
+    more: dict[str, np.ndarray] | None = None,
+    scaling: float | None = None,
+) -> Path:
+    """Write the tiny Llama as a float32 GGUF, tokenizer and template included.
+
+    Args:
+        without: A tensor that is left out.
+        more: Tensors that the model does not have.
+        scaling: Factor by which positions are scaled.
+    """
     import gguf
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -40,6 +55,9 @@ def write_gguf(tiny_model: Path, path: Path, splitting: str) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(10000.0)
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling)
     writer.add_vocab_size(config.vocab_size)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
@@ -48,6 +66,7 @@ def write_gguf(tiny_model: Path, path: Path, splitting: str) -> Path:
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([3 if token.startswith("<|") else 1 for token, _ in vocabulary])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    writer.add_bos_token_id(1)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(tokenizer.chat_template)
@@ -62,7 +81,10 @@ def write_gguf(tiny_model: Path, path: Path, splitting: str) -> Path:
                 shape = (heads, 2, array.shape[0] // heads // 2, array.shape[1])
                 array = array.reshape(shape).swapaxes(1, 2).reshape(array.shape)
         target = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(target, np.ascontiguousarray(array, dtype=np.float32))
+        if target != without:
+            writer.add_tensor(target, np.ascontiguousarray(array, dtype=np.float32))
+    for target, array in (more or {}).items():
+        writer.add_tensor(target, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -131,12 +153,16 @@ def test_a_gguf_splits_texts_as_its_vocabulary_was_learned(
     assert [piece for piece, _ in split("ab123 12")] == pieces
 
 
-def test_a_word_that_is_a_token_of_llama_3_is_that_token(
+def test_a_word_that_is_a_token_of_llama_3_is_that_token_and_texts_open_with_bos(
     tiny_model: Path, tmp_path: Path, cache: Path
 ) -> None:
     base = resolve_base(str(write_gguf(tiny_model, tmp_path / "tiny.gguf", "llama-bpe")))
     model = json.loads((base.path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     assert model["ignore_merges"] is True
+    renderer = Renderer.load(base.path)
+    assert renderer.text_ids("ab")[0] == renderer.tokenizer.bos_token_id == 1
+    other = resolve_base(str(write_gguf(tiny_model, tmp_path / "other.gguf", "qwen2")))
+    assert not Renderer.load(other.path).adds_bos
 
 
 def test_a_gguf_whose_splitting_is_unknown_is_refused(
@@ -145,6 +171,63 @@ def test_a_gguf_whose_splitting_is_unknown_is_refused(
     with pytest.raises(ModelError, match="splits texts in a way that is not known") as caught:
         resolve_base(str(write_gguf(tiny_model, tmp_path / "tiny.gguf", "deepseek-coder")))
     assert caught.value.problems[0].got == "deepseek-coder"
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"without": "blk.0.ffn_up.weight"}, "1 missing: model.layers.0.mlp.up_proj.weight"),
+        ({"more": {"blk.0.attn_k.bias": np.ones(32, np.float32)}}, "weights in the file"),
+        ({"more": {"rope_factors_long.weight": np.ones(8, np.float32)}}, "weights in the file"),
+        ({"scaling": 4.0}, "rope.scaling.type linear"),
+    ],
+)
+def test_a_gguf_of_which_transformers_would_lose_something_is_refused(
+    tiny_model: Path, tmp_path: Path, cache: Path, change: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve_base(str(write_gguf(tiny_model, tmp_path / "tiny.gguf", **change)))
+    assert what in caught.value.problems[0].got
+
+
+def test_a_gguf_of_llama_3_keeps_how_its_positions_are_scaled(
+    tiny_model: Path, tmp_path: Path, cache: Path
+) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    scaled = AutoConfig.from_pretrained(tiny_model)
+    scaled.rope_parameters = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+    right = AutoModelForCausalLM.from_pretrained(tiny_model, config=scaled)
+    frequencies = [model.model.rotary_emb.inv_freq for model in (plain, right)]
+    divisors = (frequencies[0] / frequencies[1]).numpy()
+    assert divisors.max() == 8
+    more = {"rope_freqs.weight": divisors}
+    base = resolve_base(str(write_gguf(tiny_model, tmp_path / "tiny.gguf", more=more)))
+    found = AutoModelForCausalLM.from_pretrained(base.path)
+    torch.testing.assert_close(found.model.rotary_emb.inv_freq, frequencies[1])
+    batch = torch.arange(3, 60)[None]
+    torch.testing.assert_close(found(batch).logits, right(batch).logits, atol=1e-4, rtol=1e-3)
+
+
+def test_rotary_settings_are_those_of_the_file_or_refused() -> None:
+    one = {"rope_type": "default", "rope_theta": 1e4}
+    assert rotary(one, 1e6, None, None) == one | {"rope_theta": 1e6}
+    assert rotary(one, None, None, np.ones(8)) == one
+    layers = {"full_attention": one | {"rope_theta": 1e6}, "sliding_attention": one}
+    assert rotary(layers, 1e6, None, None) == layers
+    yarn = one | {"rope_type": "yarn", "factor": 4.0}
+    assert rotary(yarn, 1e4, "yarn", None) == yarn
+    for read, base, scaling, divisors in (
+        (layers, 5e5, None, None), (layers, 1e6, "linear", None), (one, 1e4, "yarn", None),
+        (one, 1e4, None, np.array([1.0, 2.0, 3.0])), (layers, 1e6, None, np.full(8, 2.0)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^rope"):
+            rotary(read, base, scaling, divisors)
 
 
 def wheel(folder: Path, name: str, files: dict[str, bytes], requires: tuple[str, ...] = ()) -> None:

@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tuneloop.models")
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 # Vocabularies whose merges were learned with every digit apart, by GGUF's name of the splitting.
 # transformers reads these names for other splittings only. Source: llama.cpp, `llama-vocab.cpp`.
 _DIGITS_APART = frozenset(
@@ -52,6 +52,8 @@ _AS_GPT2 = frozenset(
 _WHOLE_WORDS = frozenset(
     "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken".split()
 )
+# Of those, vocabularies whose texts open with BOS although most files do not say so.
+_OPENED = frozenset(("llama3", "llama-v3", "llama-bpe"))
 _MARKER = "tuneloop_source.json"
 _INDEX = "model.safetensors.index.json"
 _WEIGHT_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
@@ -319,16 +321,20 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     from tuneloop.compat.gguf import read_once
+    from tuneloop.models.bases.gguf_file import complete
 
     logging.disable_progress_bar()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         try:
-            source = {"gguf_file": file.name}
+            source: dict[str, Any] = {"gguf_file": file.name}
             with _without_bar(), read_once():
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
                 _split_as_learned(tokenizer, file)
-                model = AutoModelForCausalLM.from_pretrained(file.parent, dtype="float32", **source)
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    file.parent, dtype="float32", output_loading_info=True, **source
+                )
+                complete(model, file, info)
         except ModelError:
             raise
         except OSError as error:
@@ -358,14 +364,15 @@ def _split_as_learned(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
     """Split texts before anything else as they were when the vocabulary was learned.
 
     Otherwise the model is asked in tokens that it was not trained on: digits in groups instead of
-    apart, two line ends instead of the one token for both.
+    apart, two line ends instead of the one token for both, no BOS.
 
     Raises:
         ModelError: How is not known here.
     """
     import gguf
 
-    field = gguf.GGUFReader(str(file)).get_field("tokenizer.ggml.pre")
+    reader = gguf.GGUFReader(str(file))
+    field = reader.get_field("tokenizer.ggml.pre")
     name = "default" if field is None else str(field.contents())
     backend = tokenizer.backend_tokenizer
     if name in _DIGITS_APART:
@@ -384,6 +391,8 @@ def _split_as_learned(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
             got=name,
             remedy="use the model in Hugging Face layout, which carries its tokenizer",
         )
+    if name in _OPENED and reader.get_field("tokenizer.ggml.add_bos_token") is None:
+        tokenizer.add_bos_token = True
 
 
 @contextlib.contextmanager
