@@ -120,6 +120,16 @@ def test_a_cut_off_download_is_refused(tiny_model: Path, tmp_path: Path) -> None
         resolve_base(str(copy))
 
 
+def test_a_base_beside_an_adapter_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_model, tmp_path / "copy")
+    settings = '{"base_model_name_or_path": "another/model", "peft_type": "LORA"}'
+    (tmp_path / "copy" / "adapter_config.json").write_text(settings)
+    with pytest.raises(ModelError, match="comes with an adapter"):
+        resolve_base(str(tmp_path / "copy"))
+
+
 def test_a_gguf_gives_the_models_logits_and_ids(
     tiny_gguf: Path, tiny_model: Path, cache: Path
 ) -> None:

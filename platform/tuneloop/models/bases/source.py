@@ -132,6 +132,7 @@ def _from_directory(base: str, path: Path) -> BaseModel:
             got=", ".join(entries[:8]) or "an empty directory",
             allowed="config.json, *.safetensors and tokenizer files",
         )
+    _refuse_adapter(path)
     _refuse_broken_weights(path)
     _refuse_broken_index(path)
     files = sorted({file for pattern in _WEIGHT_FILES for file in path.glob(pattern)})
@@ -140,6 +141,19 @@ def _from_directory(base: str, path: Path) -> BaseModel:
         if file.name != _MARKER:
             digest.update(f"{file.name}:{sha256_file(file)}\n".encode())
     return BaseModel(base, path.absolute(), digest.hexdigest())
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Raise ModelError for an adapter: transformers puts it on the weights beside it, unasked."""
+    if (path / "adapter_config.json").is_file():
+        raise ModelError.of(
+            "the base comes with an adapter",
+            where="model.base",
+            got=str(path / "adapter_config.json"),
+            allowed="weights alone",
+            remedy="merge the adapter into them; where they are merged already, or without it, "
+            "remove that file",
+        )
 
 
 def _refuse_broken_weights(path: Path) -> None:
@@ -210,6 +224,7 @@ def _from_hub(base: str) -> BaseModel:
         ) from error
     except (errors.RepositoryNotFoundError, errors.HfHubHTTPError, ValueError) as error:
         raise ModelError(_missing(base, str(error).splitlines()[0])) from error
+    _refuse_adapter(path)
     license = "unknown"
     try:
         card = model_info(base, timeout=5).card_data
