@@ -151,6 +151,19 @@ def test_a_gguf_gives_the_models_logits_and_ids(
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
+def test_what_lies_beside_a_gguf_does_not_count(
+    tiny_model: Path, tmp_path: Path, cache: Path
+) -> None:
+    path = write_gguf(tiny_model, tmp_path / "tiny.gguf")
+    tokenizer = json.loads((tiny_model / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    converted, own = Renderer.load(resolve_base(str(path)).path), Renderer.load(tiny_model)
+    assert converted.text_ids("Return THE number") == own.text_ids("Return THE number")
+    assert converted.template == own.template
+
+
 @pytest.mark.parametrize(
     ("splitting", "pieces"),
     [("gpt-2", ["ab", "123", "Ġ12"]), ("qwen2", ["ab", "1", "2", "3", "Ġ", "1", "2"])],

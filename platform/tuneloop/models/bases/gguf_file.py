@@ -19,6 +19,7 @@ from tuneloop.errors import ModelError
 from tuneloop.models.bases.weights import refuse_partial_load
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
     from transformers import PreTrainedModel
 
 # Divisors of the rotary frequencies, where a model has some.
@@ -26,19 +27,19 @@ _DIVISORS = "rope_freqs.weight"
 _REMEDY = "use the model in Hugging Face layout"
 
 
-def complete(model: PreTrainedModel, file: Path, info: Mapping[str, Any]) -> None:
+def complete(
+    model: PreTrainedModel, reader: GGUFReader, file: Path, info: Mapping[str, Any]
+) -> None:
     """Put right what transformers has not read of a GGUF.
 
     Args:
+        reader: Of the file.
         info: transformers' loading info.
 
     Raises:
         ModelError: The model is not what the file describes, and cannot be made so.
     """
-    import gguf
-
     refuse_partial_load(file, info)
-    reader = gguf.GGUFReader(str(file))
 
     def setting(name: str) -> Any:
         field = reader.get_field(name)

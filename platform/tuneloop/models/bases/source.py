@@ -33,6 +33,7 @@ from tuneloop.artifacts import sha256_file
 from tuneloop.errors import ModelError, Problem, ResourceError
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger("tuneloop.models")
@@ -333,6 +334,7 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
         return BaseModel(base, target, checksum, license)
     target.parent.mkdir(parents=True, exist_ok=True)
     logger.info("converting %s to safetensors (once; kept in %s)", file.name, target)
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     from tuneloop.compat.gguf import read_once
@@ -340,16 +342,23 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
 
     logging.disable_progress_bar()
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+    with (
+        tempfile.TemporaryDirectory(dir=target.parent) as temporary,
+        tempfile.TemporaryDirectory(dir=target.parent) as alone,
+    ):
+        # A tokenizer or adapter in the file's own directory would be taken for its.
+        link = Path(alone) / file.name
+        link.symlink_to(file.resolve())
         try:
             source: dict[str, Any] = {"gguf_file": file.name}
             with _without_bar(), read_once():
-                tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-                _split_as_learned(tokenizer, file)
+                reader = gguf.GGUFReader(str(link))
+                tokenizer = AutoTokenizer.from_pretrained(alone, **source)
+                _split_as_learned(tokenizer, reader, file)
                 model, info = AutoModelForCausalLM.from_pretrained(
-                    file.parent, dtype="float32", output_loading_info=True, **source
+                    alone, dtype="float32", output_loading_info=True, **source
                 )
-                complete(model, file, info)
+                complete(model, reader, file, info)
         except ModelError:
             raise
         except OSError as error:
@@ -375,7 +384,7 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
     return BaseModel(base, target, checksum, license)
 
 
-def _split_as_learned(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
+def _split_as_learned(tokenizer: PreTrainedTokenizerFast, reader: GGUFReader, file: Path) -> None:
     """Split texts before anything else as they were when the vocabulary was learned.
 
     Otherwise the model is asked in tokens that it was not trained on: digits in groups instead of
@@ -384,9 +393,6 @@ def _split_as_learned(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
     Raises:
         ModelError: How is not known here.
     """
-    import gguf
-
-    reader = gguf.GGUFReader(str(file))
     field = reader.get_field("tokenizer.ggml.pre")
     name = "default" if field is None else str(field.contents())
     backend = tokenizer.backend_tokenizer
