@@ -54,7 +54,7 @@ from tuneloop.repetition import REPETITION_VERSION
 
 logger = logging.getLogger("tuneloop.data")
 
-CODE_VERSION = 30
+CODE_VERSION = 31
 
 
 def prepare(

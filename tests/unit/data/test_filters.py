@@ -191,6 +191,12 @@ def test_a_row_of_markers_alone_is_dropped() -> None:
     assert found == Filtered(["Hi", "What?"], None, ("template markers stripped",))
 
 
+def test_where_no_marker_stands_nothing_is_stripped() -> None:
+    texts = ["    return total\n\nWhat does this line do?", "It returns the total."]
+    found = apply_filters(texts, True, FiltersConfig(template_markers="strip"))
+    assert found == Filtered(texts, None, ())
+
+
 def test_more_secrets_and_addresses_are_found() -> None:
     text = (
         "host 2600:1f18:22d9:9d00::53, token hf_abcdefghijklmnopqrstuvwxyzABCDEFGH and "

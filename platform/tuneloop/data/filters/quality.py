@@ -208,7 +208,8 @@ def has_template_marker(text: str) -> bool:
 
 
 def _strip_markers(text: str) -> str:
-    return _MARKERS.sub("", text).strip()
+    kept, count = _MARKERS.subn("", text)
+    return kept.strip() if count else text
 
 
 def repair_text(text: str) -> str:
