@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cache, lru_cache
 
+import regex
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from tuneloop.errors import DataError
 
-# What is the same in every language says nothing about it.
-_NEUTRAL = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\S+@\S+|<[^>\n]{1,200}>|\S*[_/\\{}=]\S*|[\d\W_]+",
-    re.DOTALL,
+# What is the same in every language says nothing about it. Marks are parts of letters: the vowels
+# of Hindi and Thai are such.
+_NEUTRAL = regex.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\S+@\S+|<[^>\n]{1,200}>|\S*[_/\\{}=]\S*|"
+    r"[^\p{L}\p{M}]+",
+    regex.DOTALL,
 )
 _FEWEST_LETTERS = 40
 _LARGEST_CHANCE = 0.2
@@ -55,7 +58,7 @@ def language_of(text: str) -> str:
 
 def _ranked(text: str) -> list[tuple[str, float]]:
     """Return the languages of a text with their probabilities; none of one that is not judged."""
-    words = _NEUTRAL.sub(" ", text[:_MOST_CHARACTERS])
+    words = str(_NEUTRAL.sub(" ", unicodedata.normalize("NFC", text[:_MOST_CHARACTERS])))
     is_judged = sum(map(len, words.split())) >= _FEWEST_LETTERS
     return _identifier().rank(words) if is_judged else []
 
