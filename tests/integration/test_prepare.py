@@ -294,6 +294,7 @@ def test_what_is_evaluated_on_is_not_trained_on(tmp_path: Path, base: BaseModel)
     plain.write_text("Before it. " + rows[3]["answer"] + ". After it.")
     path = write(tmp_path / "a.jsonl", rows)
     evaluation = write(tmp_path / "bench.jsonl", bench)
+    again = write(tmp_path / "again.jsonl", bench[:6])
     config = config_for(
         path,
         num_train_examples=60,
@@ -302,6 +303,7 @@ def test_what_is_evaluated_on_is_not_trained_on(tmp_path: Path, base: BaseModel)
             "sources": [
                 {"path": str(evaluation), "format": "question_answer"},
                 {"path": str(plain), "format": "text"},
+                {"path": str(again), "format": "question_answer"},
             ]
         },
     )
@@ -337,7 +339,10 @@ def test_what_is_evaluated_on_is_not_trained_on(tmp_path: Path, base: BaseModel)
         assert " ".join(bench[4]["question"].split()[3:20]) in gone[3]["reason"]
     card = json.loads((artifact.path / "card.json").read_text())
     origins = {Path(o["name"]).name: o for o in card["decontamination"]["origins"]}
-    assert set(origins) == {"test", "validation", "bench.jsonl", "essay.txt"}
+    assert set(origins) == {"test", "validation", "bench.jsonl", "essay.txt", "again.jsonl"}
+    # A train row goes once, and was a row of both files.
+    assert origins["again.jsonl"]["num_removed"] == 0
+    assert origins["again.jsonl"]["num_contaminated"] == origins["bench.jsonl"]["num_contaminated"]
     assert sum(origin["num_removed"] for origin in origins.values()) == len(gone)
     assert origins["bench.jsonl"]["num_rows"] == 20
     assert origins["test"]["num_removed"] == 0

@@ -224,9 +224,22 @@ def test_equal_and_near_duplicate_rows_are_found_however_short() -> None:
     other = held_out(["What is it?", " ".join(long), words("c", 30)])
     texts = ["what  IS it?", " ".join([*long[:-1], "changed"]), words("t", 60), "…"]
     train = train_rows(texts)
-    assert same_rows(train, other) == {0: RowMatch(0, MatchKind.SAME_TEXT, 1.0)}
+    assert same_rows(train, other) == ({0: RowMatch(0, MatchKind.SAME_TEXT, 1.0)}, {0})
     pairs = near_pairs(train, other, DATA)
     sets = dict(enumerate(shingles(texts, DATA.dedup.ngram_words).sets()))
-    found = near_duplicates(pairs, sets, other, DATA)
+    found, repeated = near_duplicates(pairs, sets, other, DATA)
+    assert repeated == {0, 1}
     assert {row: near.held_out for row, near in found.items() if row} == {1: 1}
     assert found[1].similarity == pytest.approx(55 / 57)
+
+
+def test_all_rows_that_a_train_row_repeats_were_in_it() -> None:
+    long = words("n", 60)
+    texts = ["What is it?", long, "what is it", f"{long} again"]
+    other, train = held_out([*texts, "Who?"]), train_rows(["What is it?", f"{long} and"])
+    same = same_rows(train, held_out(["What is it?", "Who?", "what is  IT?"]))
+    assert same == ({0: RowMatch(0, MatchKind.SAME_TEXT, 1.0)}, {0, 2})
+    sets = dict(enumerate(shingles(["What is it?", f"{long} and"], 5).sets()))
+    near = near_duplicates(near_pairs(train, other, DATA), sets, other, DATA)
+    assert near.matches[1].held_out == 1
+    assert near.repeated == {0, 1, 2, 3}

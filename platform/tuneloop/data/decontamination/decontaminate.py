@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from tuneloop.data import ray_rows
 from tuneloop.data.decontamination.distributed import find_overlaps
 from tuneloop.data.decontamination.held_out import EvaluationRows
 from tuneloop.data.decontamination.matching import (
+    FoundRows,
     HeldOutSet,
     Match,
     MatchKind,
@@ -55,7 +56,7 @@ class SetContamination:
         num_rows: Rows of the set.
         num_contaminated: How many of them a train row repeated.
         contamination_ratio: Their share, 0 to 1.
-        num_removed: Train rows removed for it.
+        num_removed: Train rows removed for it, and not for a set before it.
         ngram_words: Words of an n-gram; None if the set has no words.
         kinds: Removed rows by `MatchKind`, the most frequent first.
         examples: The first few removed rows.
@@ -109,12 +110,22 @@ def decontaminate(
     ]
     held_out += [HeldOutSet(item.name, np.arange(len(item.labels)), item) for item in evaluations]
     matches: dict[int, Match] = {}
-    for match in _same_or_near(ledger, rows, content, data, held_out):
-        matches.setdefault(match.key, match)
+    # A train row is removed once, for the first that it repeats; all that it repeats were in it.
+    repeated: list[set[int]] = [set() for _ in held_out]
+    for number, of_set in enumerate(held_out):
+        if of_set.evaluation is not None:
+            found = _same_or_near(ledger, rows, content, data, of_set.evaluation)
+            for row, own in found.matches.items():
+                key = int(keys[row])
+                matches.setdefault(key, Match(key, number, *own))
+            repeated[number] = found.repeated
     train_keys = keys[np.sort(ledger.split.train)]
-    ngram_words, overlaps = find_overlaps(train_keys, held_out, rows, content, data.decontamination)
-    for match in overlaps:
+    overlaps = find_overlaps(train_keys, held_out, rows, content, data.decontamination)
+    ngram_words = overlaps.ngram_words
+    for match in overlaps.matches:
         matches.setdefault(match.key, match)
+    for number, overlapped in enumerate(overlaps.repeated):
+        repeated[number] |= set(overlapped.tolist())
     ordered = [match for _, match in sorted(matches.items())]
     removed = np.searchsorted(keys, [match.key for match in ordered])
     for index, match in zip(removed.tolist(), ordered, strict=True):
@@ -126,6 +137,7 @@ def decontaminate(
                 of_set,
                 ngram_words[number],
                 [match for match in ordered if match.set_index == number],
+                len(repeated[number]),
                 ledger,
             )
             for number, of_set in enumerate(held_out)
@@ -135,42 +147,34 @@ def decontaminate(
 
 
 def _same_or_near(
-    ledger: Ledger,
-    rows: Dataset,
-    content: Content,
-    data: DataConfig,
-    held_out: Sequence[HeldOutSet],
-) -> Iterator[Match]:
-    """Yield the train rows with the text or prompt of an evaluation's row, or nearly the same."""
+    ledger: Ledger, rows: Dataset, content: Content, data: DataConfig, evaluation: EvaluationRows
+) -> FoundRows:
+    """Return the train rows with the text or prompt of an evaluation's row, or nearly the same.
+
+    They are named by their indices among all rows.
+    """
     assert ledger.split is not None
-    if all(of_set.evaluation is None for of_set in held_out):
-        return
     columns = ledger.table.select(["key", "exact_key", "prompt_key", "bands"])
-    table = columns.take(np.sort(ledger.split.train))
+    places = np.sort(ledger.split.train)
+    table = columns.take(places)
     train = TrainRows(
         table["key"].to_numpy(),
         table["exact_key"].to_numpy(),
         table["prompt_key"].to_numpy(),
         as_matrix(table["bands"]),
     )
-    seen: set[int] = set()
-    for number, of_set in enumerate(held_out):
-        if (evaluation := of_set.evaluation) is None:
-            continue
-        matches = same_rows(train, evaluation)
-        seen |= matches.keys()
-        pairs = near_pairs(train, evaluation, data)
-        pairs = pairs[~np.isin(pairs[:, 0], list(seen))]
-        if len(pairs):
-            candidates = np.unique(pairs[:, 0])
-            by_key = ray_rows.fetch_shingles(
-                rows, train.keys[candidates], content, data.dedup.on, data.dedup.ngram_words
-            )
-            sets = {int(row): by_key[int(train.keys[row])] for row in candidates}
-            matches |= near_duplicates(pairs, sets, evaluation, data)
-            seen |= matches.keys()
-        for row, match in matches.items():
-            yield Match(int(train.keys[row]), number, *match)
+    same = same_rows(train, evaluation)
+    near = FoundRows({}, set())
+    pairs = near_pairs(train, evaluation, data)
+    if len(pairs):
+        candidates = np.unique(pairs[:, 0])
+        by_key = ray_rows.fetch_shingles(
+            rows, train.keys[candidates], content, data.dedup.on, data.dedup.ngram_words
+        )
+        sets = {int(row): by_key[int(train.keys[row])] for row in candidates}
+        near = near_duplicates(pairs, sets, evaluation, data)
+    matches = {int(places[row]): match for row, match in (near.matches | same.matches).items()}
+    return FoundRows(matches, same.repeated | near.repeated)
 
 
 def _remove(
@@ -197,9 +201,12 @@ def _remove(
 
 
 def _summary(
-    of_set: HeldOutSet, ngram_words: int | None, matches: Sequence[Match], ledger: Ledger
+    of_set: HeldOutSet,
+    ngram_words: int | None,
+    matches: Sequence[Match],
+    num_contaminated: int,
+    ledger: Ledger,
 ) -> SetContamination:
-    num_contaminated = len({match.held_out for match in matches})
     shown = matches[:_NUM_EXAMPLES]
     indices = np.searchsorted(ledger.table["key"].to_numpy(), [match.key for match in shown])
     return SetContamination(

@@ -49,10 +49,19 @@ class NgramMatches(NamedTuple):
     Args:
         ngram_words: Words of an n-gram for each held-out set; None for one without words.
         matches: At most one for each train row, ascending by its key.
+        repeated: Keys of all rows of each held-out set that some train row overlaps.
     """
 
     ngram_words: list[int | None]
     matches: list[Match]
+    repeated: list[Indices]
+
+
+class _SetOverlaps(NamedTuple):
+    """What rows of a block overlap of a held-out set: the best of each, and the keys of all."""
+
+    best: Overlaps
+    held_out: Indices
 
 
 class _HeldOutTable(NamedTuple):
@@ -107,8 +116,8 @@ def find_overlaps(
 ) -> NgramMatches:
     """Return which train rows overlap with held-out rows by n-grams.
 
-    A train row is there once at most: with the first set that it overlaps, and of that with the row
-    that it overlaps most.
+    A train row matches once at most: the first set that it overlaps, and of that the row that it
+    overlaps most.
 
     Args:
         keys: Keys of the train rows, ascending.
@@ -131,8 +140,9 @@ def find_overlaps(
         if length is not None
         for of_slice in _slices(tables[set_index])
     ]
+    repeated = [np.zeros(0, np.int64) for _ in held_out]
     if not slices:
-        return NgramMatches(ngram_words, [])
+        return NgramMatches(ngram_words, [], repeated)
     indices = [of_slice.index for of_slice in slices]
     # A task that waits for what it asks for gives its CPU away, and Ray starts one more worker.
     ray.wait(indices, num_returns=len(indices), fetch_local=False)
@@ -164,11 +174,14 @@ def find_overlaps(
     by_block = [ray.get(task) for task in tasks]
     matches: dict[int, Match] = {}
     for set_index in sorted(of_sets):
-        best = best_overlaps(_joined([overlaps[set_index] for overlaps in by_block]))
+        of_set = [overlaps[set_index] for overlaps in by_block]
+        repeated[set_index] = np.unique(np.concatenate([part.held_out for part in of_set]))
+        best = best_overlaps(_joined([part.best for part in of_set]))
         for key, other, share in zip(*(column.tolist() for column in best), strict=True):
             matches.setdefault(key, Match(key, set_index, other, MatchKind.NGRAMS, share))
     ordered = [match for _, match in sorted(matches.items())]
-    return NgramMatches(ngram_words, _with_passages(ordered, tables, ngram_words, blocks, content))
+    matched = _with_passages(ordered, tables, ngram_words, blocks, content)
+    return NgramMatches(ngram_words, matched, repeated)
 
 
 def _held_out_tables(
@@ -250,8 +263,8 @@ def _overlaps(
     counts: dict[int, ObjectRef],
     threshold: float,
     *shared: SharedNgrams,
-) -> dict[int, Overlaps]:
-    """Return the overlaps of a block's rows by held-out set, the best of each row and slice.
+) -> dict[int, _SetOverlaps]:
+    """Return the overlaps of a block's rows by held-out set.
 
     Args:
         slices: Indices of the held-out rows.
@@ -271,12 +284,12 @@ def _overlaps(
         num_common = count_common(
             ((ray.get(index), ngrams) for index, ngrams in of_set), of_ngrams.common
         )
-        overlaps[set_index] = _joined(
-            [
-                best_overlaps(overlapping(ray.get(index), ngrams, of_ngrams, num_common, threshold))
-                for index, ngrams in of_set
-            ]
-        )
+        best, held_out = [], []
+        for index, ngrams in of_set:
+            found = overlapping(ray.get(index), ngrams, of_ngrams, num_common, threshold)
+            best.append(best_overlaps(found))
+            held_out.append(np.unique(found.held_out))
+        overlaps[set_index] = _SetOverlaps(_joined(best), np.concatenate(held_out))
     return overlaps
 
 

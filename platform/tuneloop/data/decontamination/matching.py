@@ -92,9 +92,21 @@ class RowMatch(NamedTuple):
     similarity: float
 
 
-def same_rows(train: TrainRows, evaluation: EvaluationRows) -> dict[int, RowMatch]:
-    """Return the train rows with the same text or prompt, by index of the train row."""
-    matches: dict[int, RowMatch] = {}
+class FoundRows(NamedTuple):
+    """What train rows and the rows of an evaluation have in common.
+
+    Args:
+        matches: For each train row that matches one, the row that it matches best, by its index.
+        repeated: All rows of the evaluation that some train row matches, as positions there.
+    """
+
+    matches: dict[int, RowMatch]
+    repeated: set[int]
+
+
+def same_rows(train: TrainRows, evaluation: EvaluationRows) -> FoundRows:
+    """Return the train rows with the same text or prompt."""
+    found = FoundRows({}, set())
     pairs = zip(evaluation.prompts, evaluation.compared, strict=True)
     prompts = [prompt or text for prompt, text in pairs]
     for kind, hashes, texts in (
@@ -102,12 +114,13 @@ def same_rows(train: TrainRows, evaluation: EvaluationRows) -> dict[int, RowMatc
         (MatchKind.SAME_PROMPT, train.prompt, prompts),
     ):
         by_hash: dict[int, int] = {}
-        for position, key in enumerate(normalised_hashes(Texts.of(texts)).tolist()):
+        held_out = normalised_hashes(Texts.of(texts))
+        for position, key in enumerate(held_out.tolist()):
             by_hash.setdefault(key, position)
-        held_out = np.array(list(by_hash), dtype=np.int64)
         for row in np.flatnonzero(np.isin(hashes, held_out)).tolist():
-            matches.setdefault(row, RowMatch(by_hash[int(hashes[row])], kind, 1.0))
-    return matches
+            found.matches.setdefault(row, RowMatch(by_hash[int(hashes[row])], kind, 1.0))
+        found.repeated.update(np.flatnonzero(np.isin(held_out, hashes)).tolist())
+    return found
 
 
 def near_pairs(train: TrainRows, evaluation: EvaluationRows, data: DataConfig) -> Indices:
@@ -131,8 +144,8 @@ def near_pairs(train: TrainRows, evaluation: EvaluationRows, data: DataConfig) -
 
 def near_duplicates(
     pairs: Indices, sets: dict[int, Hashes], evaluation: EvaluationRows, data: DataConfig
-) -> dict[int, RowMatch]:
-    """Return the near-duplicates among candidate pairs, by index of the train row.
+) -> FoundRows:
+    """Return the near-duplicates among candidate pairs.
 
     Args:
         pairs: Result of `near_pairs`.
@@ -154,12 +167,15 @@ def near_duplicates(
         for side in (sets, other_sets)
     )
     best: dict[int, RowMatch] = {}
+    repeated: set[int] = set()
     for row, other in pairs.tolist():
         fewer = min(len(own[row]), len(other_own[other]))
         if fewer and len(np.intersect1d(own[row], other_own[other])) < _ALIKE_OWN * fewer:
             continue
         similarity = jaccard(sets[row], other_sets[other])
-        to_beat = best[row].similarity if row in best else 0.0
-        if similarity >= max(data.dedup.threshold, to_beat + 1e-12):
+        if similarity < data.dedup.threshold:
+            continue
+        repeated.add(other)
+        if row not in best or similarity >= best[row].similarity + 1e-12:
             best[row] = RowMatch(other, MatchKind.NEAR_DUPLICATE, similarity)
-    return best
+    return FoundRows(best, repeated)
