@@ -6,11 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from tuneloop.config import DataConfig, load_config
+from tuneloop.config import DataConfig, TuneloopConfig, load_config
 from tuneloop.data.check import check
+from tuneloop.data.dedup.minhash import Duplicates
+from tuneloop.data.ledger import Ledger, Removal
 from tuneloop.data.rouge import rouge_l
+from tuneloop.data.schema import Reason, ReasonCode, Stage
+from tuneloop.data.split.assign import split_ledger
 from tuneloop.data.split.split import (
     NEAR_DUPLICATES,
     SAME_PROMPT,
@@ -59,6 +64,36 @@ def test_generated_rows_are_trained_on_and_move_none_of_peoples() -> None:
     assert all(
         prompts[index] not in prompts[again.train[again.train < 100]] for index in again.surplus
     )
+
+
+def test_rows_made_of_a_duplicate_of_a_held_out_row_are_left_out() -> None:
+    # Twenty rows, a duplicate of each that has gone, and what was made of the duplicates.
+    ids = [f"{kind}{i}" for kind in ("kept", "gone", "made") for i in range(20)]
+    kept = np.array([*range(20), *range(20), *range(40, 60)])
+    columns = {
+        "synthetic": [False] * 40 + [True] * 20,
+        "group": [""] * 60,
+        "stratum": [""] * 60,
+        "prompt_key": range(60),
+        "source": [f"a:{i}" for i in range(60)],
+        "seed_row_id": [""] * 40 + ids[20:40],
+    }
+    reason = Reason(ReasonCode.NEAR_DUPLICATE, "", "")
+    zeros = np.zeros(60, dtype=np.int64)
+    ledger = Ledger(
+        pa.table({name: list(values) for name, values in columns.items()}),
+        *(zeros, zeros, pa.array(ids), zeros, np.arange(60)),
+        removals={20 + i: Removal(Stage.DEDUP, reason, f"kept{i}", 0.9) for i in range(20)},
+        usable=np.arange(60),
+        duplicates=Duplicates(kept, kept, np.ones(60), np.zeros(60, dtype=bool)),
+    )
+    config = TuneloopConfig.model_validate(
+        {"name": "t", "task": {"type": "generation"}, "model": {"base": "x"}, "data": DATA}
+    )
+    found = split_ledger(ledger, config)
+    assert len(found.test) == 2
+    assert set(found.surplus) == {40 + index for index in found.test.tolist()}
+    assert sorted([*found.train, *found.test, *found.surplus]) == [*range(20), *range(40, 60)]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.8])

@@ -66,7 +66,10 @@ def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
     if len(people) < len(rows):
         seeds = ledger.table["seed_row_id"].take(rows).to_pylist()
         named = zip(row_ids.to_pylist(), seeds, strict=True)
-        bonds: dict[str, Any] = {**links, "seed": [seed or row_id for row_id, seed in named]}
+        # What a row was made from may have gone since, as a duplicate of one that is held out.
+        kept = kept_for_duplicates(ledger)
+        made_of = [kept.get(seed, seed) or row_id for row_id, seed in named]
+        bonds: dict[str, Any] = {**links, "seed": made_of}
         if config.data.split.group_by is not None:
             bonds["group"] = table["group"].to_pylist()
         ranks = rank_rows(config.data.seed, row_ids.to_pylist())
@@ -83,6 +86,13 @@ def split_ledger(ledger: Ledger, config: TuneloopConfig) -> Split:
         surplus={int(rows[index]): reason for index, reason in split.surplus.items()},
         unit=unit,
     )
+
+
+def kept_for_duplicates(ledger: Ledger) -> dict[str, str]:
+    """Return the id of the row that stays in place of each duplicate, by the duplicate's id."""
+    gone = ledger.removed_by(Stage.DEDUP)
+    kept = (str(ledger.removals[index].kept_row_id) for index in gone.tolist())
+    return dict(zip(ledger.row_ids.take(gone).to_pylist(), kept, strict=True))
 
 
 def same_answers(
