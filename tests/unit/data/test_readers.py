@@ -326,6 +326,9 @@ def test_rows_of_one_group_are_one_however_the_value_is_written(tmp_path: Path) 
     path = lines(tmp_path / "a.jsonl", *({"question": "q", "answer": "a", "n": v} for v in values))
     rows = read(config_for(path, "question_answer", split={"group_by": "n"}))
     assert [row["group"] for row in rows] == ["7"] * 4 + [""] * 3 + ["true", "[1]", "7.5"]
+    lines(path, *({"question": "q", "answer": "a", "n": v} for v in ("Zo\u00eb", "Zoe\u0308")))
+    named = read(config_for(path, "question_answer", split={"group_by": "n"}))
+    assert [row["group"] for row in named] == ["Zo\u00eb"] * 2
     assert {rejection(row).what for row in rows[4:7]} == {
         "`n` is empty, and data.split.group_by needs it"
     }

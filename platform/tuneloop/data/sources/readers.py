@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -655,7 +656,8 @@ def _label(record: Mapping[str, Any], column: str, key: str) -> str:
     text = json.dumps(value, sort_keys=True, default=as_text) if is_json else as_text(value)
     if value is None or not text.strip() or text.strip() in NO_VALUES:
         raise RowError(f"`{column}` is empty, and data.split.{key} needs it")
-    return _WHOLE.sub(r"\1", text.strip())
+    # Two spellings of a letter are one value: names of files on a Mac are decomposed.
+    return _WHOLE.sub(r"\1", unicodedata.normalize("NFC", text.strip()))
 
 
 def _refuse_lone_surrogates(row: SourceRow) -> None:
