@@ -234,6 +234,10 @@ def test_marks_in_names_and_texts_go(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfA document.\n")
     (row,) = read(tmp_path / "a.txt", format="text", task={"type": "language_modeling"})
     assert row["text"] == "A document."
+    # The line ends of Windows stay within a text, and end it no more than others do.
+    (tmp_path / "a.txt").write_bytes(b"One.\r\n\r\nTwo.\r\n")
+    (row,) = read(tmp_path / "a.txt", format="text", task={"type": "language_modeling"})
+    assert row["text"] == "One.\r\n\r\nTwo."
 
 
 def test_another_encoding_is_named_with_a_remedy(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class Chat:
 
 def to_document(row: Mapping[str, Any]) -> str:
     """Return the text of a row of format `text`. Raises RowError."""
-    return _text(row, "text").strip("\n")
+    return _text(row, "text").strip("\r\n")
 
 
 def to_chat(row: Mapping[str, Any], source: SourceConfig, task: OneTaskConfig) -> Chat:
