@@ -332,6 +332,10 @@ def test_hidden_folders_and_descriptions_are_passed_over_and_told(tmp_path: Path
     found = find_files(config_for(tmp_path).data.sources)
     assert [Path(file.name).name for file in found] == ["a.jsonl", "one.json"]
     assert notices(tmp_path) == ["4 files are passed over"]
+    # What is behind a link to a folder is not read, nor twice, and told as well.
+    (tmp_path / "latest").symlink_to(tmp_path / "deep")
+    assert len(find_files(config_for(tmp_path).data.sources)) == 2
+    assert notices(tmp_path) == ["6 files are passed over"]
 
 
 def test_a_glob_passes_over_what_is_hidden_unless_it_names_it(tmp_path: Path) -> None:

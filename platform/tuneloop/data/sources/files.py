@@ -250,6 +250,10 @@ def _of_folder(folder: Path, source: SourceConfig) -> _Found:
         if entry.is_file():
             is_data = not _is_hidden(entry.relative_to(folder)) and not _describes(entry, source)
             (found.kept if is_data else found.passed_over).append(str(entry))
+        elif entry.is_symlink() and entry.is_dir():
+            # Not followed: it may lead back, or to what is read already, as `latest` does.
+            behind = sorted(inner for inner in entry.rglob("*") if inner.is_file())
+            found.passed_over.extend(map(str, behind))
     return found
 
 
