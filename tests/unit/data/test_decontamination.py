@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tuneloop.config import DataConfig
-from tuneloop.data.decontamination.held_out import EvaluationRows
+from tuneloop.config import DataConfig, TuneloopConfig
+from tuneloop.data.decontamination.held_out import EvaluationRows, read_evaluations
 from tuneloop.data.decontamination.matching import (
     MatchKind,
     RowMatch,
@@ -32,6 +33,7 @@ from tuneloop.data.decontamination.ngrams import (
 )
 from tuneloop.data.hashing.columns import Texts
 from tuneloop.data.hashing.signatures import band_hashes, normalised_hashes, shingles, word_counts
+from tuneloop.data.sources.files import find_files
 
 DATA = DataConfig.model_validate({"sources": [{"path": "x", "format": "question_answer"}]})
 VOCABULARY = [f"w{i}" for i in range(3000)]
@@ -243,3 +245,19 @@ def test_all_rows_that_a_train_row_repeats_were_in_it() -> None:
     near = near_duplicates(near_pairs(train, other, DATA), sets, other, DATA)
     assert near.matches[1].held_out == 1
     assert near.repeated == {0, 1, 2, 3}
+
+
+def test_evaluations_are_mended_as_train_rows_are_and_none_of_their_rows_is_dropped(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "bench.csv"
+    path.write_text("question,answer\n[INST] Is the cafÃ© open? [/INST],Ja\n[INST],No\n")
+    filters = {"repair_text": True, "template_markers": "strip", "min_characters": 9}
+    decontamination = {"sources": [{"path": str(path), "format": "question_answer"}]}
+    data = DATA.model_dump() | {"filters": filters, "decontamination": decontamination}
+    config = TuneloopConfig.model_validate(
+        {"name": "t", "task": {"type": "generation"}, "model": {"base": "x"}, "data": data}
+    )
+    (found,) = read_evaluations(find_files(config.data.decontamination.sources), config)
+    assert found.prompts == ["Is the café open?", ""]
+    assert found.texts == ["Is the café open?\nJa", "\nNo"]

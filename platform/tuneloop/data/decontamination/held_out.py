@@ -14,6 +14,7 @@ from tuneloop.config import (
 )
 from tuneloop.data.hashing.columns import compared_text
 from tuneloop.data.hashing.content import spoken
+from tuneloop.data.schema import Stage
 from tuneloop.data.sources.bad_rows import BadRow, refuse_bad_rows
 from tuneloop.data.sources.files import SourceFile
 from tuneloop.data.sources.readers import read_source
@@ -52,19 +53,19 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
     sources = [
         MixedSourceConfig(**source.model_dump()) for source in config.data.decontamination.sources
     ]
+    update = {"sources": sources, "split": SplitConfig(), "filters": _mending(config.data.filters)}
+    data = config.data.model_copy(update=update)
     evaluations = []
     for position, file in enumerate(files):
         is_text = sources[file.source].format == "text"
         # An evaluation need not be of this task: its labels and fields are its own.
         task = TaskConfig(type="language_modeling" if is_text else "generation")
-        data = config.data.model_copy(
-            update={"sources": sources, "split": SplitConfig(), "filters": FiltersConfig()}
-        )
         reading = config.model_copy(update={"task": task, "data": data})
         rows = EvaluationRows(file.name, [], [], [], [])
         bad: list[BadRow] = []
         for row in read_source(file, position, reading):
-            if row["rejection"]:
+            # Of a row that is all boilerplate nothing is left, which makes it no bad row.
+            if row["rejection"] and row["rejection"].stage is not Stage.FILTER:
                 bad.append(BadRow(row["source"], row["rejection"]))
                 continue
             messages, text = spoken(row["messages"], row["tools"]), row["text"]
@@ -75,3 +76,13 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
         refuse_bad_rows(bad, len(bad) + len(rows.labels), data)
         evaluations.append(rows)
     return evaluations
+
+
+def _mending(filters: FiltersConfig) -> FiltersConfig:
+    """Return the filters that mend texts, as train rows were mended, and none that drops rows."""
+    return FiltersConfig(
+        repair_text=filters.repair_text,
+        template_markers="strip" if filters.template_markers == "strip" else "keep",
+        boilerplate="strip" if filters.boilerplate == "strip" else "keep",
+        personal_data="mask" if filters.personal_data == "mask" else "keep",
+    )
