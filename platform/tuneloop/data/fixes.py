@@ -260,15 +260,17 @@ def _drop(ledger: Ledger, places: Sequence[int], fixes: Fixes) -> None:
 def _rendered(
     contents: Sequence[dict[str, Any]], rendering: Rendering, config: TuneloopConfig
 ) -> pa.Table:
-    """Return rows tokenized again, in the order of `key`, under the ids that they had."""
+    """Return rows tokenized again, in the order of `key`, with the ids and cuts that they had."""
     ordered = sorted(contents, key=lambda row: int(row["key"]))
     fields = row_schema()
     table = pa.Table.from_pylist(
         [{name: row[name] for name in fields.names} for row in ordered], fields
     )
     fresh = render_batch(table, rendering, Content.of(config.task), config.data.dedup, None)
-    ids = pa.array([row["content_id"] for row in ordered], pa.string())
-    return fresh.set_column(fresh.schema.get_field_index("content_id"), "content_id", ids)
+    for name in ("content_id", "cut"):
+        kept = pa.array([row[name] for row in ordered], pa.string())
+        fresh = fresh.set_column(fresh.schema.get_field_index(name), name, kept)
+    return fresh
 
 
 def _renew(ledger: Ledger, fresh: pa.Table) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from tuneloop.config import TuneloopConfig
+from tuneloop.data.fixes import _rendered
 from tuneloop.data.schema import row_schema
 from tuneloop.data.tokenize.batch import tokenize
+from tuneloop.data.tokenize.rendering import Rendering
 from tuneloop.data.tokenize.truncation import fit
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message
@@ -111,3 +114,31 @@ def test_tokenized_rows_hold_what_is_left_and_say_what_went(renderer: Renderer) 
     assert [Message.of(turn) for turn in second] == TALK[:3]
     assert uncut == ""
     assert tokenize(table, renderer, is_text=False)["num_tokens"].to_pylist()[0] > 200
+
+
+def test_a_row_that_people_correct_stays_on_the_list_of_those_that_were_cut(
+    tiny_model: Path,
+) -> None:
+    source = {"path": "a.jsonl", "format": "question_answer"}
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "t",
+            "task": {"type": "generation"},
+            "model": {"base": "x"},
+            "data": {"sources": [source]},
+        }
+    )
+    texts = dict.fromkeys(
+        ("source", "changes", "task", "tools", "text", "group", "stratum", "seed_row_id"), ""
+    )
+    row = texts | {
+        "key": 3,
+        "rejection": None,
+        "messages": [message.as_dict() for message in TALK],
+        "synthetic": False,
+        "extra": "{}",
+        "content_id": "as-before",
+        "cut": "900 tokens, 4 oldest turns left out",
+    }
+    (fresh,) = _rendered([row], Rendering(str(tiny_model), "auto"), config).to_pylist()
+    assert (fresh["content_id"], fresh["cut"]) == (row["content_id"], row["cut"])
