@@ -16,7 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuneloop.config import DataConfig, DedupConfig, TaskConfig
-from tuneloop.data.dedup.conflicts import without_shared_words
+from tuneloop.data.dedup.conflicts import (
+    differing_rows,
+    outermost_rows,
+    without_shared_words,
+)
 from tuneloop.data.dedup.deduplicate import exact_keys
 from tuneloop.data.dedup.distributed import compared_answers
 from tuneloop.data.dedup.minhash import (
@@ -426,3 +430,16 @@ def test_prompts_are_nearly_the_same_by_their_own_words() -> None:
     assert all(own[n].tolist() == list(range(200 + 10 * n, 210 + 10 * n)) for n in range(8))
     few = without_shared_words({n: sets[n] for n in range(3)}, pairs[(pairs < 3).all(axis=1)])
     assert all(len(few[n]) == 110 for n in range(3))
+
+
+def test_prompts_with_different_answers_are_found_in_any_order_of_their_rows() -> None:
+    # Two prompts, the first with two answers; two with one answer in several rows.
+    prompts, answers = np.array([1, 1, 2, 3, 3, 4]), np.array([8, 5, 8, -7, -7, -7])
+    pairs = np.array([[0, 1], [2, 3]])
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(6)
+        mixed = prompts[order], answers[order]
+        rows = differing_rows(*mixed, pairs)
+        assert mixed[0][rows].tolist() == [[1, 2], [3, 4]]
+        assert mixed[1][rows].tolist() == [[5, 8], [-7, -7]]
+        assert mixed[1][outermost_rows(*mixed).highest].tolist() == [8, 8, -7, -7]

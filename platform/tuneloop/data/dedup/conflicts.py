@@ -72,6 +72,18 @@ class _NearPrompts(NamedTuple):
     other: int
 
 
+class OutermostRows(NamedTuple):
+    """Two rows of each of P prompts, the same one twice if it has one answer. Shape (P,) each.
+
+    Args:
+        lowest: The row whose answer has the lowest hash.
+        highest: The row whose answer has the highest.
+    """
+
+    lowest: Indices
+    highest: Indices
+
+
 def find_conflicts(ledger: Ledger, rows: Dataset, content: Content) -> Conflicts:
     """Return the conflicts among the rows that are not removed.
 
@@ -138,11 +150,12 @@ def _near_prompts(
     table: pa.Table, prompts: Indices, task_ids: Indices, rows: Dataset, content: Content
 ) -> list[_NearPrompts]:
     answers = table["answer_key"].to_numpy()
-    # One row stands for all with its prompt.
-    first = np.sort(np.unique(prompts, return_index=True)[1])
+    first = outermost_rows(prompts, answers).lowest
     pairs = candidate_pairs(as_matrix(table["prompt_bands"]), first)
-    a, b = first[pairs[:, 0]], first[pairs[:, 1]]
-    pairs = pairs[(answers[a] != answers[b]) & (task_ids[a] == task_ids[b])]
+    rows_of_pairs = differing_rows(prompts, answers, pairs)
+    a, b = rows_of_pairs[:, 0], rows_of_pairs[:, 1]
+    differs = (answers[a] != answers[b]) & (task_ids[a] == task_ids[b])
+    pairs, rows_of_pairs = pairs[differs], rows_of_pairs[differs]
     if not len(pairs):
         return []
     keys = table["key"].to_numpy()[first]
@@ -150,10 +163,43 @@ def _near_prompts(
     sets = {place: by_key[int(keys[place])] for place in np.unique(pairs).tolist()}
     sets = without_shared_words(sets, pairs)
     found = [
-        _NearPrompts(jaccard(sets[a], sets[b]), int(first[a]), int(first[b]))
-        for a, b in pairs.tolist()
+        _NearPrompts(jaccard(sets[a], sets[b]), *own)
+        for (a, b), own in zip(pairs.tolist(), rows_of_pairs.tolist(), strict=True)
     ]
     return [pair for pair in found if pair.similarity >= ALIKE_PROMPTS]
+
+
+def outermost_rows(prompts: Indices, answers: Indices) -> OutermostRows:
+    """Return two rows of each different prompt, ascending by its hash.
+
+    Args:
+        prompts: Hash of each row's prompt. Shape (N,).
+        answers: Hash of its answer. Shape (N,).
+    """
+    order = np.lexsort((answers, prompts))
+    values = prompts[order]
+    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(order)])
+    return OutermostRows(order[starts], order[np.append(starts[1:], len(order)) - 1])
+
+
+def differing_rows(prompts: Indices, answers: Indices, pairs: Indices) -> Indices:
+    """Return a row of each prompt of a pair, with different answers if any two rows have such.
+
+    So it does not depend on which row of a prompt with several answers is read first.
+
+    Args:
+        prompts: Hash of each row's prompt. Shape (N,).
+        answers: Hash of its answer. Shape (N,).
+        pairs: Prompts, as places in `outermost_rows`. Shape (P, 2).
+
+    Returns:
+        Shape (P, 2).
+    """
+    lowest, highest = outermost_rows(prompts, answers)
+    a, b = pairs[:, 0], pairs[:, 1]
+    differs = answers[lowest[a]] != answers[highest[b]]
+    first = np.where(differs, lowest[a], highest[a])
+    return np.stack([first, np.where(differs, highest[b], lowest[b])], axis=1)
 
 
 def without_shared_words(sets: Mapping[int, Hashes], pairs: Indices) -> dict[int, Hashes]:
