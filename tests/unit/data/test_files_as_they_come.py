@@ -313,6 +313,14 @@ def test_empty_rows_of_a_spreadsheet_are_no_rows(tmp_path: Path) -> None:
     assert texts(read(tmp_path / "a.csv")) == [("q0", "a0"), ("q1", "a1")]
 
 
+def test_a_header_in_the_middle_is_no_row(tmp_path: Path) -> None:
+    table = "\ufeffquestion, answer\nq0,a0\n"
+    (tmp_path / "a.csv").write_text(table + table)
+    rows = read(tmp_path / "a.csv")
+    assert complaints(rows) == [(f"{tmp_path / 'a.csv'}:3", "the line repeats the header")]
+    assert texts([rows[0], rows[2]]) == [("q0", "a0")] * 2
+
+
 def test_a_file_without_anything_in_it_is_told(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", pairs({}))
     (tmp_path / "b.jsonl").write_text("\n")

@@ -473,6 +473,7 @@ def _separated(buffered: io.BufferedReader, delimiter: str) -> Iterator[Record]:
     text = io.TextIOWrapper(buffered, encoding, newline="")
     lines = _Lines(itertools.islice(text, int(dialect.is_line), None))
     reader = csv.reader(lines, delimiter=dialect.separator, strict=True)
+    written: list[str] = []
     header: list[str] = []
     while True:
         line = reader.line_num + 1 + dialect.is_line
@@ -485,15 +486,18 @@ def _separated(buffered: io.BufferedReader, delimiter: str) -> Iterator[Record]:
             yield from _swallowed(line, lines.taken, "the line is not valid CSV", str(error))
             continue
         if not header:
-            header = [name.strip() for name in values]
-            if len(twice := [name for name, n in Counter(header).items() if name and n > 1]):
+            written = [name.strip() for name in values]
+            if len(twice := [name for name, n in Counter(written).items() if name and n > 1]):
                 got, remedy = ", ".join(twice), "rename one of them, or leave it out"
                 yield Record(line, FileError("two columns have one name", got, remedy=remedy))
                 return
-            header = _named(header)
+            header = _named(written)
         elif not any(values) and len(lines.taken) == 1:
             # Commas alone: an empty row of a spreadsheet.
             continue
+        elif [value.removeprefix(BYTE_ORDER_MARK).strip() for value in values] == written:
+            what, remedy = "the line repeats the header", "remove it: files were put together"
+            yield Record(line, ParseError(what, got=", ".join(written), remedy=remedy))
         elif len(values) == len(header):
             yield Record(line, dict(zip(header, values, strict=True)))
         elif values:
