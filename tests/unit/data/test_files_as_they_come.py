@@ -344,6 +344,12 @@ def test_hidden_folders_and_descriptions_are_passed_over_and_told(tmp_path: Path
     (tmp_path / "latest").symlink_to(tmp_path / "deep")
     assert len(find_files(config_for(tmp_path).data.sources)) == 2
     assert notices(tmp_path) == ["6 files are passed over"]
+    # So are rows in a file that is not read; a README holds none.
+    for name in ("README.md", "more.xlsx", "rows.jsonl.xz", "ROWS.JSONL.GZ"):
+        (tmp_path / "deep" / name).write_bytes(b"")
+    assert len(find_files(config_for(tmp_path).data.sources)) == 2
+    assert notices(tmp_path) == ["9 files are passed over"]
+    assert notices(tmp_path / "deep" / "*") == ["3 files are passed over"]
 
 
 def test_a_glob_passes_over_what_is_hidden_unless_it_names_it(tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ def file_notices(files: Sequence[SourceFile], sources: Sequence[SourceConfig]) -
             Problem(
                 f"{len(left):,} file{'s are' if len(left) > 1 else ' is'} passed over",
                 where=first_places(left),
-                got="hidden, in a hidden folder, behind a link to a folder, or a description of the "
-                "data",
+                got="hidden, in a hidden folder, behind a link to a folder, a description of the "
+                "data, or of a kind that is not read",
                 remedy="to read one, name it, or its folder, as a source",
             )
         )

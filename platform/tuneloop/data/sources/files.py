@@ -28,6 +28,11 @@ DOCSTRINGS = "docstrings:stdlib"
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 DOCUMENTS = (".txt", ".md", ".rst")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".lz4")
+# What may hold rows and is not read. In a folder it is passed over, as a README is, but told.
+_NOT_READ = (
+    *(".xlsx", ".xls", ".ods", ".zip", ".tar", ".tgz", ".7z", ".xz", ".feather", ".orc", ".avro"),
+    *(".pkl", ".pickle", ".sqlite", ".db", *COMPRESSIONS),
+)
 _LONGEST_DESCRIPTION = 1 << 20
 _DOWNLOAD = (
     "download the file and name it; a data set of the Hub is named by its id, its files by "
@@ -269,27 +274,31 @@ def _matches(pattern: Path) -> _Found:
 
 def passed_over(sources: Sequence[SourceConfig]) -> list[str]:
     """Return the files in the sources' folders and globs that could hold rows and are not read."""
+    listed = [_in_folder(source) for source in sources]
     return [
-        path
-        for source in sources
-        for path in _passed_over(source)
-        if SourceFile(path, 0).suffix in TABLES
+        _public_name(path)
+        for found in listed
+        for paths, suffixes in ((found.passed_over, TABLES), (found.kept, _NOT_READ))
+        for path in paths
+        if SourceFile(path, 0).suffix in suffixes
     ]
 
 
-def _passed_over(source: SourceConfig) -> list[str]:
+def _in_folder(source: SourceConfig) -> _Found:
+    """Return what is in the folder or glob of a source; nothing of one that is a file."""
+    nothing = _Found([], [])
     if repository_of(source, TABLES) is not None:
-        return []
+        return nothing
     if "://" in source.path:
         try:
-            return [_public_name(path) for path in _listed(source.path).passed_over]
+            return _listed(source.path)
         except OSError:
-            return []
+            return nothing
     path = Path(source.path).expanduser()
     if path.is_dir():
         is_saved = bool(_saved_files(path)) or (path / "dataset_dict.json").is_file()
-        return [] if is_saved else _of_folder(path, source).passed_over
-    return [] if path.is_file() else _matches(path).passed_over
+        return nothing if is_saved else _of_folder(path, source)
+    return nothing if path.is_file() else _matches(path)
 
 
 def _is_hidden(path: PurePath, pattern: Sequence[str] = ()) -> bool:
