@@ -15,6 +15,7 @@ from tuneloop.data.card.composition import cluster_sizes, effective_number, lead
         ("  I'd like you to sum 1 and 2", "sum"),
         ("Please", "please"),
         ("Übersetze das.", "übersetze"),
+        ("हिन्दी में लिखो।", "हिन्दी"),
         ("1 + 1 =", ""),
         ("def read(path): …", "def"),
     ],
@@ -26,6 +27,7 @@ def test_the_lead_word_skips_politeness(prompt: str, expected: str) -> None:
 def test_long_words_are_counted_once_in_any_case() -> None:
     found = long_words("The archive keeps letters, and THE Archive is l'été 42.")
     assert found == {"the", "archive", "keeps", "letters", "and", "l'été"}
+    assert long_words("कृपया मेरा खाता बंद करें") == {"कृपया", "मेरा", "खाता", "बंद", "करें"}
 
 
 def test_the_effective_number_tells_spread() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import regex
 from ray.data import Dataset
 
 from tuneloop.config import TuneloopConfig
@@ -29,7 +30,8 @@ _MOST_ROWS = 5_000
 _NUM_EXAMPLES, _CHARACTERS_SHOWN = 3, 500
 _SHOWN = 20
 _NUM_STOP_WORDS = 300
-_WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
+# Marks are parts of letters: the vowels of Hindi and Thai are such.
+_WORD = regex.compile(r"[\p{L}\p{M}]+(?:['’-][\p{L}\p{M}]+)*")
 # "Please write …" and "Can you explain …" lead with `write` and `explain`.
 _POLITE = re.compile(
     r"^(?:(?:please|kindly|now|then|next|first|ok|okay|hi|hello|hey)\b[,!]?\s*|"
@@ -229,12 +231,12 @@ def lead_word(prompt: str) -> str:
     """Return the first word of a prompt in lower case, polite openings left out; empty if none."""
     text = prompt.lstrip()
     found = _WORD.search(_POLITE.sub("", text)) or _WORD.search(text)
-    return found.group().lower() if found else ""
+    return str(found.group()).lower() if found else ""
 
 
 def long_words(text: str) -> set[str]:
     """Return the distinct words of three or more letters, in lower case."""
-    return {word.lower() for word in _WORD.findall(text) if len(word) > 2}
+    return {str(word).lower() for word in _WORD.findall(text) if len(word) > 2}
 
 
 def effective_number(counts: Sequence[int]) -> float:
