@@ -19,7 +19,7 @@ from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
 from tuneloop.marks import Mark, decide
 
-CODE_VERSION = 10
+CODE_VERSION = 11
 
 
 def prepare_scored_rows(

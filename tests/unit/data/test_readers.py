@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tuneloop.config import SourceConfig, TuneloopConfig
+from tuneloop.config import SourceConfig, TaskConfig, TuneloopConfig
+from tuneloop.data.hashing.content import Content
 from tuneloop.data.schema import Rejection, SourceRow
 from tuneloop.data.sources.bad_rows import (
     BadRow,
@@ -255,6 +256,29 @@ def test_instruction_joins_the_rows_own_system_message(tmp_path: Path) -> None:
     )
     (row,) = read(config)
     assert turns(row)[0] == ("system", "Answer.\n\nBe brief.")
+
+
+def test_rows_that_have_the_instruction_already_do_not_get_it_twice(tmp_path: Path) -> None:
+    # As the rows of a dataset have it, which `generate` says to name as a source.
+    def row(system: str) -> dict[str, Any]:
+        said = [("system", system), ("user", "Which box?"), ("assistant", "The second.")]
+        return {"messages": [{"role": role, "content": text} for role, text in said]}
+
+    told = ["Answer.", "Answer.\n\nBe brief.", "Answer. In Latin.", "answer."]
+    path = lines(tmp_path / "a.jsonl", *map(row, told))
+    task = {"type": "generation", "instruction": " Answer.\n"}
+    found = read(config_for(path, "messages", task=task))
+    assert [turns(one)[0][1] for one in found] == [
+        *told[:2],
+        "Answer.\n\nAnswer. In Latin.",
+        "Answer.\n\nanswer.",
+    ]
+    task["instruction"] = "Answer.\n\nOne of these only: a, b"
+    (first, *_) = read(config_for(path, "messages", task=task))
+    assert turns(first)[0] == ("system", task["instruction"])
+    task["instruction"] = "Answer."
+    own = Content.of(TaskConfig.model_validate(task)).own
+    assert [len(own(one).messages) for one in found] == [2, 3, 3, 3]
 
 
 def test_answers_are_held_against_the_task(tmp_path: Path) -> None:

@@ -247,12 +247,18 @@ def _kept_columns(record: dict[str, Any], used: Set[str], task: str | None) -> d
 
 
 def with_instruction(messages: list[Message], task: OneTaskConfig) -> list[Message]:
-    """Return the messages with `task.instruction` as, or before, the system message."""
+    """Return the messages with `task.instruction` as, or before, the system message, once."""
     instruction = task.instruction.strip()
     if not instruction:
         return messages
     if messages[0].role in ("system", "developer"):
-        text = f"{instruction}\n\n{messages[0].content}"
+        own = messages[0].content
+        # Rows of a dataset of ours have it already, such as those that a larger model wrote.
+        if own == instruction or own.startswith(f"{instruction}\n\n"):
+            return messages
+        # The labels may have been added to what rows and configuration both say.
+        is_part = instruction.startswith(f"{own}\n\n")
+        text = instruction if is_part else f"{instruction}\n\n{own}"
         return [replace(messages[0], content=text), *messages[1:]]
     return [Message("system", instruction), *messages]
 
