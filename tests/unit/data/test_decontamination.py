@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -261,3 +262,24 @@ def test_evaluations_are_mended_as_train_rows_are_and_none_of_their_rows_is_drop
     (found,) = read_evaluations(find_files(config.data.decontamination.sources), config)
     assert found.prompts == ["Is the café open?", ""]
     assert found.texts == ["Is the café open?\nJa", "\nNo"]
+
+
+def test_the_instruction_of_the_task_is_no_part_of_an_evaluations_rows(tmp_path: Path) -> None:
+    path = tmp_path / "bench.jsonl"
+    for system in ("Sort the mail.", "Sort the mail.\n\nBe brief.", "Be brief.", ""):
+        said = {"system": system, "user": "Where is it?", "assistant": "lost"}
+        turns = [{"role": role, "content": text} for role, text in said.items()]
+        with path.open("a") as file:
+            file.write(json.dumps({"messages": turns}) + "\n")
+    decontamination = {"sources": [{"path": str(path), "format": "messages"}]}
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "t",
+            "task": {"type": "generation", "instruction": "Sort the mail."},
+            "model": {"base": "x"},
+            "data": DATA.model_dump() | {"decontamination": decontamination},
+        }
+    )
+    (found,) = read_evaluations(find_files(config.data.decontamination.sources), config)
+    brief = "Be brief.\nWhere is it?"
+    assert found.prompts == ["Where is it?", brief, brief, "Where is it?"]

@@ -13,7 +13,7 @@ from tuneloop.config import (
     TuneloopConfig,
 )
 from tuneloop.data.hashing.columns import compared_text
-from tuneloop.data.hashing.content import spoken
+from tuneloop.data.hashing.content import Content
 from tuneloop.data.schema import Stage
 from tuneloop.data.sources.bad_rows import BadRow, refuse_bad_rows
 from tuneloop.data.sources.files import SourceFile
@@ -58,8 +58,13 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
     evaluations = []
     for position, file in enumerate(files):
         is_text = sources[file.source].format == "text"
-        # An evaluation need not be of this task: its labels and fields are its own.
-        task = TaskConfig(type="language_modeling" if is_text else "generation")
+        # An evaluation need not be of this task: its labels and fields are its own. Whether its
+        # rows bring the instruction makes no difference: it is no part of what is compared.
+        instruction = "" if is_text else config.task.instruction
+        task = TaskConfig(
+            type="language_modeling" if is_text else "generation", instruction=instruction
+        )
+        content = Content.of(task)
         reading = config.model_copy(update={"task": task, "data": data})
         rows = EvaluationRows(file.name, [], [], [], [])
         bad: list[BadRow] = []
@@ -68,7 +73,7 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
             if row["rejection"] and row["rejection"].stage is not Stage.FILTER:
                 bad.append(BadRow(row["source"], row["rejection"]))
                 continue
-            messages, text = spoken(row["messages"], row["tools"]), row["text"]
+            messages, text = content.own(row)
             rows.labels.append(row["source"])
             rows.texts.append(compared_text(messages, text, "both"))
             rows.prompts.append("" if is_text else compared_text(messages, text, "prompt"))
