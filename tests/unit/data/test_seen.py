@@ -30,13 +30,16 @@ def row(row_id: str, question: str, answer: str) -> dict[str, Any]:
     return {"row_id": row_id, "messages": messages}
 
 
-def publish(workspace: Workspace, rows: list[dict[str, Any]], name: str = "d") -> Artifact:
+def publish(
+    workspace: Workspace, rows: list[dict[str, Any]], name: str = "d", **data: Any
+) -> Artifact:
     with workspace.draft("datasets", name, name * 64) as draft:
         (draft.path / "train").mkdir()
         for number in range(0, len(rows), 100):
             file = draft.path / "train" / f"part-{number:05}.parquet"
             pq.write_table(pa.Table.from_pylist(rows[number : number + 100]), file)
-        return draft.publish(config={"task": TASK}, resources={}, inputs=[], metrics={})
+        config = {"task": TASK, "data": data}
+        return draft.publish(config=config, resources={}, inputs=[], metrics={})
 
 
 def test_planted_leaks_are_found_and_shared_templates_are_not(tmp_path: Path) -> None:
@@ -76,6 +79,17 @@ def test_planted_leaks_are_found_and_shared_templates_are_not(tmp_path: Path) ->
     assert found <= planted
     # The instruction is nobody's own, also where it is not known whose it is.
     assert find_seen(publish(Workspace(tmp_path), clean, "e"), asked, TaskConfig(**TASK)) == set()
+
+
+def test_rows_to_score_are_compared_as_the_filters_have_mended_the_train_rows(
+    tmp_path: Path,
+) -> None:
+    workspace, train = Workspace(tmp_path), [row("t", "Is the café open?", "Yes")]
+    asked = [row("a", "Is the cafÃ© open?", "No"), row("b", "Is the café shut?", "No")]
+    task = TaskConfig(**TASK)
+    assert find_seen(publish(workspace, train), asked, task) == set()
+    mended = publish(workspace, train, "e", filters={"repair_text": True, "min_characters": 99})
+    assert find_seen(mended, asked, task) == {"a"}
 
 
 def test_what_a_base_was_trained_on_counts(tmp_path: Path) -> None:

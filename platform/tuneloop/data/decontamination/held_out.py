@@ -53,7 +53,7 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
     sources = [
         MixedSourceConfig(**source.model_dump()) for source in config.data.decontamination.sources
     ]
-    update = {"sources": sources, "split": SplitConfig(), "filters": _mending(config.data.filters)}
+    update = {"sources": sources, "split": SplitConfig(), "filters": mending(config.data.filters)}
     data = config.data.model_copy(update=update)
     evaluations = []
     for position, file in enumerate(files):
@@ -83,7 +83,7 @@ def read_evaluations(files: Sequence[SourceFile], config: TuneloopConfig) -> lis
     return evaluations
 
 
-def _mending(filters: FiltersConfig) -> FiltersConfig:
+def mending(filters: FiltersConfig) -> FiltersConfig:
     """Return the filters that mend texts, as train rows were mended, and none that drops rows."""
     return FiltersConfig(
         repair_text=filters.repair_text,

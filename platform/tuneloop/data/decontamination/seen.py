@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tuneloop.artifacts import Artifact, Workspace
-from tuneloop.config import DecontaminationConfig, TaskConfig
+from tuneloop.config import DecontaminationConfig, FiltersConfig, TaskConfig
+from tuneloop.data.decontamination.held_out import mending
 from tuneloop.data.decontamination.ngrams import (
     SharedNgrams,
     count_common,
@@ -27,6 +28,7 @@ from tuneloop.data.decontamination.ngrams import (
     ngram_length,
     overlapping,
 )
+from tuneloop.data.filters.quality import apply_filters
 from tuneloop.data.hashing.columns import Texts, compared_text
 from tuneloop.data.hashing.content import Content
 from tuneloop.data.hashing.signatures import normalised_hashes, word_counts
@@ -48,10 +50,13 @@ def find_seen(dataset: Artifact, rows: Sequence[Mapping[str, Any]], task: TaskCo
             where they have them.
         task: Whose instruction stands before these rows. Each side's own does not count.
     """
-    told = dataset.manifest["config"].get("task")
+    config = dataset.manifest["config"]
+    told = config.get("task")
     of_train = _Reading(TaskConfig.model_validate(told) if told else None)
     ids = {str(row["row_id"]) for row in rows}
-    asked = _Reading(task).sides(rows)
+    # Rows to score are not mended, and train rows were.
+    filters = FiltersConfig.model_validate(config.get("data", {}).get("filters", {}))
+    asked = _Reading(task, mending(filters)).sides(rows)
     by_prompt: dict[int, set[str]] = {}
     for row, prompt, key in zip(rows, asked.prompts, asked.prompt_keys(), strict=True):
         if prompt.strip():
@@ -131,7 +136,8 @@ class _Sides:
 class _Reading:
     """Reads what rows say themselves, without the instruction of their task."""
 
-    def __init__(self, task: TaskConfig | None) -> None:
+    def __init__(self, task: TaskConfig | None, filters: FiltersConfig | None = None) -> None:
+        self._filters = filters
         instructions = Content.of(task).instructions if task else {}
         self._content = Content(False, {"": "", **instructions})
 
@@ -147,10 +153,17 @@ class _Reading:
                     "task": name if name in self._content.instructions else "",
                 }
             )
-            prompt = compared_text(own.messages, "", "prompt")
-            texts.append(compared_text(own.messages, own.text, "both"))
+            messages, text = own
+            if self._filters is not None and messages:
+                said = apply_filters([turn["content"] for turn in messages], True, self._filters)
+                pairs = zip(messages, said.texts, strict=True)
+                messages = [turn | {"content": mended} for turn, mended in pairs]
+            elif self._filters is not None:
+                (text,) = apply_filters([text], False, self._filters).texts
+            prompt = compared_text(messages, "", "prompt")
+            texts.append(compared_text(messages, text, "both"))
             only_prompts.append(prompt)
-            prompts.append(prompt if own.messages else own.text)
+            prompts.append(prompt if messages else text)
         return _Sides(texts, prompts, only_prompts)
 
 
