@@ -1,6 +1,8 @@
 """From logits to tokens and their scores.
 
-What a request does not ask for is not done: no `generation_config`, no unstated default.
+What a request does not ask for is not done: no `generation_config`, no unstated default. What it
+asks for is done in vLLM's order, so that every engine draws from the same distribution: biases,
+penalties, temperature, min-p, top-k, nucleus; each is of what those before it have left.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ def shape(
         token_ids: What has been generated.
     """
     logits = logits.float().cpu().clone()
+    for token, bias in shaping.logit_bias.items():
+        logits[token] += bias
     if shaping.repetition_penalty != 1:
         seen = torch.tensor([*prompt_ids, *token_ids]).unique()
         values = logits[seen]
@@ -52,15 +56,13 @@ def shape(
     if token_ids and (shaping.presence_penalty or shaping.frequency_penalty):
         generated, counts = torch.tensor(token_ids).unique(return_counts=True)
         logits[generated] -= shaping.presence_penalty + shaping.frequency_penalty * counts
-    for token, bias in shaping.logit_bias.items():
-        logits[token] += bias
     return logits
 
 
 def sample(
     logits: Tensor, params: SamplingParams, shaping: Shaping, sampler: torch.Generator
 ) -> int:
-    """Return a token drawn with temperature, top-k, nucleus and min-p.
+    """Return a token drawn with temperature, min-p, top-k and nucleus, in this order.
 
     The noise of a draw belongs to the token id, not to its rank: rounding, which depends on what
     else is in the batch, changes ranks of nearly equal tokens, and must not change what a seed
@@ -73,14 +75,15 @@ def sample(
     probs = torch.softmax((logits - logits.max()) / max(params.temperature, _MIN_TEMPERATURE), -1)
     if params.top_p < 1 or shaping.top_k or shaping.min_p:
         ranked, ids = probs.sort(descending=True, stable=True)
-        beyond = ranked < shaping.min_p * ranked[0]
+        kept = ranked >= shaping.min_p * ranked[0]
         if shaping.top_k:
-            beyond[shaping.top_k :] = True
-            ranked = ranked / ranked[: shaping.top_k].sum()
+            kept[shaping.top_k :] = False
         if params.top_p < 1:
-            beyond |= ranked.cumsum(0) - ranked >= params.top_p
-        beyond[0] = False  # top_p 0: the likeliest
-        probs[ids[beyond]] = 0
+            left = ranked * kept
+            left /= left.sum()
+            kept &= left.cumsum(0) - left < params.top_p
+        kept[0] = True  # top_p 0: the likeliest
+        probs[ids[~kept]] = 0
     return int(torch.multinomial(probs, 1, generator=sampler))
 
 

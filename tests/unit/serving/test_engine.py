@@ -453,6 +453,9 @@ def test_shaping_by_hand() -> None:
     penalties = Shaping(presence_penalty=0.5, frequency_penalty=0.25)
     assert shape(logits, penalties, [3], [2, 2, 0]).tolist() == [0.25, -1, 1, 0]
     assert shape(logits, Shaping(repetition_penalty=2.0), [1], [2]).tolist() == [1, -2, 1, 0]
+    # A bias is part of what is penalized.
+    both = Shaping(logit_bias={0: 3, 1: 3}, repetition_penalty=2.0)
+    assert shape(logits, both, [1], [0]).tolist() == [2, 1, 2, 0]
     assert logits.tolist() == [1, -1, 2, 0]
 
 
@@ -471,6 +474,9 @@ def test_bounds_on_what_is_drawn() -> None:
     # The nucleus is taken of what the bound on ranks leaves: 4/7 and 3/7.
     assert drawn(top_p=0.5, top_k=2) == {2}
     assert drawn(min_p=1.0) == {2}
+    # And of what the bound on probabilities leaves: 4/9, 3/9 and 2/9.
+    assert drawn(top_p=0.75, min_p=0.45) == {1, 2}
+    assert drawn(top_p=0.75) == {1, 2, 3}
 
 
 def test_a_draw_belongs_to_the_token_not_to_its_rank() -> None:
