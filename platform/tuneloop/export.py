@@ -35,7 +35,7 @@ from tuneloop.records import Endpoint, SamplingParams
 
 logger = logging.getLogger("tuneloop.export")
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 MODEL = "the model"
 MARKER = "export.json"
 _DRAFT = ".draft"  # the folder is ours, and not whole
@@ -348,13 +348,7 @@ def _write_gguf(
     context = -(-(longest + max_tokens) // 256) * 256
     name = model.name
     if to == "ollama":
-        systems = {q.messages[0].text for q in questions if q.messages[0].role == "system"}
-        text = modelfile(
-            renderer,
-            f"{name}-Q8_0.gguf",
-            systems.pop() if len(systems) == 1 else "",
-            context,
-        )
+        text = modelfile(renderer, f"{name}-Q8_0.gguf", _instruction(questions), context)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
     logger.info("writing %s", ", ".join(KINDS))
     files = convert(model.path, folder, name)
@@ -385,6 +379,13 @@ def _write_gguf(
                 answers[kind] = folder / f"answers-{kind}.jsonl"
                 speeds[kind] = asyncio.run(_answer(address, asked, max_tokens, answers[kind]))
     return _Written(list(files.values()), answers, speeds, notes)
+
+
+def _instruction(questions: Sequence[Question]) -> str:
+    """Return the system message that all questions have; empty if they have none, or several."""
+    firsts = (question.messages[0] for question in questions)
+    systems = {one.text if one.role == "system" else "" for one in firsts}
+    return systems.pop() if len(systems) == 1 else ""
 
 
 async def _answer(

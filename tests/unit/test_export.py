@@ -21,7 +21,7 @@ from tuneloop.errors import ArtifactError, ConfigError, ModelError
 from tuneloop.evals.reporting.formatting import format_change
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.questions import Question
-from tuneloop.export import MARKER, _as_asked, _unasked, export
+from tuneloop.export import MARKER, _as_asked, _instruction, _unasked, export
 from tuneloop.records import Message
 
 
@@ -113,6 +113,15 @@ def test_files_that_cannot_be_asked_all_rows_have_no_price_tags() -> None:
     assert _unasked([plain, plain]) == ""
     assert _unasked([plain, with_tools]).startswith("1 of 2 test rows offer tools")
     assert "plain text" in _unasked([plain, Question("c", text="Once upon a time")])
+
+
+def test_a_modelfile_has_the_instruction_of_all_rows_or_none() -> None:
+    user = Message("user", "What?")
+    told = Question("a", (Message("system", "Be kind."), user))
+    assert _instruction([told, told]) == "Be kind."
+    assert _instruction([told, Question("b", (user,))]) == ""
+    assert _instruction([told, Question("c", (Message("system", "Be brief."), user))]) == ""
+    assert _instruction([]) == ""
 
 
 def test_differences_are_read_in_points_or_as_they_are() -> None:

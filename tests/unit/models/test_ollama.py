@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,35 @@ def render(tiny_model: Path):  # type: ignore[no-untyped-def]
     return lambda template: Renderer(AutoTokenizer.from_pretrained(tiny_model), template)
 
 
+def parsed(text: str) -> dict[str, str]:
+    """Return the commands of a Modelfile, the last of each, as Ollama's parser reads them."""
+    commands: dict[str, str] = {}
+    name, value = "", ""
+    for sign in text:
+        told = value.strip()
+        quotes = next((q for q in ('"""', '"') if told.startswith(q)), "")
+        is_whole = not quotes or (told.endswith(quotes) and len(told) >= 2 * len(quotes))
+        if not name and sign not in " \n":
+            value += sign
+        elif not name:
+            name, value = value, ""
+        elif sign in "\r\n" and is_whole:
+            commands[name] = told.removeprefix(quotes).removesuffix(quotes)
+            name, value = "", ""
+        elif sign.isprintable() or sign in "\t\r\n":
+            value += sign
+    return commands
+
+
+def said(template: str) -> str:
+    """Return a Go template with its constants written out."""
+    return re.sub(
+        r'\{\{ "([^"]*)" \}\}',
+        lambda found: found[1].encode().decode("unicode_escape"),
+        template,
+    )
+
+
 def template_of(text: str) -> str:
     return text.split('TEMPLATE """')[1].split('"""')[0]
 
@@ -71,6 +101,30 @@ def test_what_begins_a_talk_is_written_once(render) -> None:  # type: ignore[no-
     template = template_of(modelfile(renderer, "x.gguf", "", 512))
     assert template.startswith("<|endoftext|>{{ range .Messages }}")
     assert template.count("<|endoftext|>") == 1
+
+
+@pytest.mark.parametrize(
+    "instruction", ['Say """so""" or\n"so".', 'He said "', " a\tb \r\n", "{{ x }}"]
+)
+def test_an_instruction_is_read_back(render, instruction: str) -> None:  # type: ignore[no-untyped-def]
+    commands = parsed(modelfile(render(TEMPLATES["chatml"]), "x.gguf", instruction, 512))
+    assert commands["SYSTEM"] == instruction
+    assert commands["TEMPLATE"].endswith("<|im_start|>assistant\n")
+    assert commands["FROM"] == "./x.gguf"
+
+
+@pytest.mark.parametrize(
+    "instruction", ['Write\n"""\ncode\n"""\n', "two\u3000words", "a\xa0b {{ {", '""""""" \nnot']
+)
+def test_an_instruction_that_a_block_would_change_is_in_the_template(  # type: ignore[no-untyped-def]
+    render, instruction: str
+) -> None:
+    commands = parsed(modelfile(render(DEFAULT_SYSTEM), "x.gguf", instruction, 512))
+    assert "SYSTEM" not in commands
+    default, _, others = said(commands["TEMPLATE"]).partition("{{ end }}{{ range .Messages }}")
+    turn = f"<|im_start|>system\n{instruction}<|im_end|>\n"
+    assert default == "{{ if not .System }}" + turn
+    assert others.endswith("<|im_start|>assistant\n")
 
 
 def test_a_template_that_does_more_is_refused(render) -> None:  # type: ignore[no-untyped-def]

@@ -7,6 +7,7 @@ pieces around each message explain every rendered conversation.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,8 +37,9 @@ def modelfile(renderer: Renderer, file: str, instruction: str, context: int) -> 
     Raises:
         ModelError: The chat template does more than to write something around each message.
     """
+    # The parser knows no escapes: what stands between the outer quotes is the text.
     stops = "".join(
-        f"PARAMETER stop {_quoted(renderer.tokenizer.convert_ids_to_tokens(index))}\n"
+        f'PARAMETER stop "{renderer.tokenizer.convert_ids_to_tokens(index)}"\n'
         for index in renderer.stop_ids
     )
     try:
@@ -47,6 +49,10 @@ def modelfile(renderer: Renderer, file: str, instruction: str, context: int) -> 
     # Where the tokenizer puts BOS before a text, llama.cpp does so too.
     opening = "" if renderer.adds_bos else pieces.opening
     system = f"SYSTEM {_block(instruction)}\n" if instruction else ""
+    if not _is_kept(instruction):
+        # The template's constants can say it: there it stands wherever no other one is sent.
+        before, after = pieces.around["system"]
+        pieces, system = pieces._replace(default=f"{before}{instruction}{after}"), ""
     return (
         f"FROM ./{file}\nTEMPLATE {_block(_go_template(pieces, opening))}\n{system}{stops}"
         # Ollama's own default of 1.1 would turn greedy answers away from what their prompt says.
@@ -132,16 +138,35 @@ def _go_template(pieces: _Pieces, opening: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Return text as a Go template writes it: braces would be read as code."""
-    return text.replace("{{", '{{ "{{" }}')
+    """Return text as a Go template in a block writes it.
+
+    Constants stand for braces, which would be read as code, and for what a block does not keep.
+    """
+
+    def written(found: re.Match[str]) -> str:
+        signs = found[0]
+        if signs[0] not in '{"' and _is_kept(signs):
+            return signs
+        escaped = (sign if sign == "{" else f"\\U{ord(sign):08x}" for sign in signs)
+        return f'{{{{ "{"".join(escaped)}" }}}}'
+
+    return re.sub(r'\{+|"{3,}|[^{"]', written, text)
+
+
+def _is_kept(text: str) -> bool:
+    """Return whether a block keeps a text as it is.
+
+    Ollama's parser leaves out what is not printed, such as a no-break or an ideographic space, and
+    ends a block with the first line that ends with three quotes.
+
+    Source: https://github.com/ollama/ollama/blob/main/parser/parser.go, `ParseFile`.
+    """
+    is_printed = all(sign.isprintable() or sign in "\t\r\n" for sign in text)
+    return is_printed and not re.search(r'"""\s*[\r\n]', text)
 
 
 def _block(text: str) -> str:
     return f'"""{text}"""'
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace('"', '\\"') + '"'
 
 
 def _inexpressible() -> ModelError:
