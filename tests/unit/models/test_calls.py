@@ -240,5 +240,27 @@ def test_a_control_sign_that_no_call_needs_is_not_text(tiny_model: Path) -> None
     assert made.decode_with(kept, ids) == "yes[TOOL_CALLS]no"
 
 
+@pytest.mark.parametrize("family", [*WITH_TOOLS, "chatml_tools", *OTHERS])
+def test_what_json_cannot_write_is_no_argument(family: str, tiny_model: Path) -> None:
+    made = renderer(family, tiny_model)
+    syntax = CallSyntax.of(made)
+    ids = answer_ids(made, [Call("forecast", {"city": "a", "days": 77})])
+    written_text = made.decode_with(syntax.special_ids(made), ids)
+    for number in ("1e999", "-1e999", "NaN", "-Infinity"):
+        text = written_text.replace("77", number)
+        # Where arguments stand one by one, what is no JSON is a text.
+        calls = [Call("forecast", {"city": "a", "days": number})] if syntax.parameters else []
+        assert number in text
+        assert CallReader(syntax, TOOLS).finish(text) == ("" if calls else text, calls)
+        reader = CallReader(syntax, TOOLS)
+        told = [*map(reader.push, text), reader.finish("")]
+        assert [call for new in told for call in new.calls] == calls
+
+
 def test_calls_in_any_text() -> None:
     assert find_calls('so <x>{"name": "a", "arguments": {}} {"b": 1}') == [Call("a", {})]
+    assert find_calls('{"name": "a", "arguments": {"x": 1e999}}') == []
+    as_text = {"name": "a", "arguments": '{"x": NaN}'}
+    assert find_calls(json.dumps(as_text)) == []
+    assert find_calls(json.dumps(as_text | {"arguments": '{"x": 1e9}'})) == [Call("a", {"x": 1e9})]
+    assert find_calls(json.dumps(as_text | {"arguments": "[" * 9000})) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -47,12 +48,11 @@ class Call(NamedTuple):
 def find_calls(text: str) -> list[Call]:
     """Return the calls in a text: JSON objects with a name and arguments, alone or in a list."""
     text = text[:_MOST_CHARACTERS]
-    decoder = json.JSONDecoder()
     found: list[Call] = []
     place = 0
     while (place := _next_json(text, place)) >= 0:
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, place = _DECODER.raw_decode(text, place)
         except (ValueError, RecursionError):
             place += 1
             continue
@@ -73,10 +73,7 @@ def _call(value: object) -> Call | None:
         return None
     arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            return None
+        arguments = _json_or_text(arguments)
     return Call(value["name"], arguments) if isinstance(arguments, dict) else None
 
 
@@ -501,11 +498,15 @@ def _is_arguments(text: str, place: int) -> bool:
     return bool(_json_at(text, place)[0] == _ARGUMENTS[0])
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    """Return a number; what JSON cannot write, such as NaN and 1e999, is none."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not JSON")
+    return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _json_at(text: str, place: int) -> tuple[Any, int]:
