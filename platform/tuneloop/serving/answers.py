@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from pydantic_core import to_json
+
 from tuneloop.models.chat.calls import Call
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.serving.protocol import ChatRequest, CompletionRequest
@@ -200,8 +202,13 @@ def usage(results: Sequence[DecodeResult], num_choices: int = 1) -> dict[str, in
 
 def event(data: dict[str, Any] | None) -> str:
     """Return one server-sent event; None is the last."""
-    text = "[DONE]" if data is None else json.dumps(data, ensure_ascii=False)
+    text = "[DONE]" if data is None else json_text(data)
     return f"data: {text}\n\n"
+
+
+def json_text(data: Mapping[str, Any]) -> str:
+    """Return JSON on one line, with null for what is no number."""
+    return to_json(data, inf_nan_mode="null").decode()
 
 
 class Chunks:

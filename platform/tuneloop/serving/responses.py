@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tuneloop.serving.answers import json_text
 from tuneloop.serving.parsing import parse_body
 from tuneloop.serving.protocol import (
     MAX_FIELDS,
@@ -445,4 +446,4 @@ class _Events:
     def _event(self, kind: str, **fields: Any) -> str:
         data = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
-        return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+        return f"event: {kind}\ndata: {json_text(data)}\n\n"

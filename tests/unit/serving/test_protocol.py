@@ -240,6 +240,11 @@ def test_a_separator_of_lines_in_a_streamed_response_is_text() -> None:
     assert last["response"]["output"][0]["content"][0]["text"] == text
 
 
+def test_what_is_no_number_is_null_in_a_stream() -> None:
+    told = event({"logprob": float("-inf"), "text": "é"})
+    assert json.loads(told.removeprefix("data: ")) == {"logprob": None, "text": "é"}
+
+
 def test_a_model_that_does_not_load_answers_500(tmp_path: Path) -> None:
     status, got = answer(ModelServer({"m": ServedModel(tmp_path)}, 4), "chat", CHAT)
     assert (status, got["error"]["code"]) == (500, "model_not_loaded")
