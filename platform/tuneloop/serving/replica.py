@@ -259,7 +259,8 @@ class _Choice:
         self._asked = asked
         self._decode = decoding.decode or asked.model.renderer.decode
         self._request, self._renderer = asked.request, asked.model.renderer
-        self._text = StreamedText(self._decode, asked.request.stop_strings)
+        unsettled = self._renderer.unsettled_ids
+        self._text = StreamedText(self._decode, asked.request.stop_strings, unsettled)
         self._reader = asked.call_reader()
         self.calls: list[dict[str, Any]] = []
         self._tokens: list[ScoredToken] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -15,10 +15,14 @@ class Detokenizer:
 
     Args:
         decode: Ids to text without special tokens.
+        unsettled: Ids whose text depends on what follows; it comes with the next id of another
+            kind. Without them the text of bytes comes at once, and is not taken back where a later
+            byte breaks it.
     """
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: Decode, unsettled: Collection[int] = ()) -> None:
         self._decode = decode
+        self._unsettled = unsettled
         self._ids: list[int] = []
         self._start = 0  # a few tokens back, because text may depend on its neighbour
         self._num_sent = 0
@@ -26,6 +30,8 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Return the text that this token completes."""
         self._ids.append(token_id)
+        if token_id in self._unsettled:
+            return ""
         before = self._decode(self._ids[self._start : self._num_sent])
         now = self._decode(self._ids[self._start :])
         if len(now) <= len(before) or now.endswith("\ufffd"):
@@ -53,11 +59,16 @@ class StopFinder:
 class StreamedText:
     """The text that may be sent while an answer is being written.
 
-    Text that may turn out to begin a stop string is held back.
+    Text that may turn out to begin a stop string, or to be another one, is held back.
+
+    Args:
+        unsettled: As of `Detokenizer`.
     """
 
-    def __init__(self, decode: Decode, stop: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(decode)
+    def __init__(
+        self, decode: Decode, stop: Sequence[str], unsettled: Collection[int] = ()
+    ) -> None:
+        self._detokenizer = Detokenizer(decode, unsettled)
         self._stop = stop
         self._text = ""
         self._sent = 0

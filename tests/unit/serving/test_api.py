@@ -25,6 +25,7 @@ from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.protocol import MAX_BODY_BYTES
 from tuneloop.serving.replica import ModelServer
 from tuneloop.serving.requests import QueueFull, TokenScore
+from tuneloop.serving.text import StreamedText
 
 CHAT: dict[str, Any] = {
     "model": "m",
@@ -498,7 +499,8 @@ def test_bytes_of_split_characters_join_to_the_text(renderer: Renderer, text: st
         assert bytes(joined) == text.encode()
 
 
-def test_bytes_of_vocabularies_that_fall_back_to_bytes(tmp_path: Path) -> None:
+@pytest.fixture
+def falling_back(tmp_path: Path) -> Renderer:
     """As of Llama 2 and Gemma: `▁` for a space, `<0x..>` for the bytes of what has no token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -514,10 +516,32 @@ def test_bytes_of_vocabularies_that_fall_back_to_bytes(tmp_path: Path) -> None:
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(tmp_path)
-    renderer = Renderer.load(tmp_path, "plain")
+    return Renderer.load(tmp_path, "plain")
+
+
+def test_bytes_of_vocabularies_that_fall_back_to_bytes(falling_back: Renderer) -> None:
     text = "a a 🎉"
-    assert b"".join(map(renderer.token_bytes, renderer.text_ids(text))) == text.encode()
-    assert renderer.token_bytes(9999) == b""
+    ids = falling_back.text_ids(text)
+    assert b"".join(map(falling_back.token_bytes, ids)) == text.encode()
+    assert falling_back.token_bytes(9999) == b""
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize(
+    "data", ["éあ🎉".encode(), "éあ🎉".encode() + b"\xff", b"\xe3\x81", b"\xff\xc3\xa9"]
+)
+def test_bytes_are_streamed_as_the_text_that_they_become(
+    falling_back: Renderer, data: bytes, ended: bool
+) -> None:
+    ids = [4, *(5 + byte for byte in data), *([3, 4] if ended else [])]
+    whole = falling_back.decode(ids)
+    streamed = StreamedText(falling_back.decode, [], falling_back.unsettled_ids)
+    pieces = [streamed.push(token) for token in ids]
+    assert "".join([*pieces, streamed.finish(whole)]) == whole
+    # A special token, which is left out, does not end a run of bytes.
+    ids.insert(2, 1)
+    streamed = StreamedText(falling_back.decode, [], falling_back.unsettled_ids)
+    assert "".join([*map(streamed.push, ids), streamed.finish(whole)]) == whole
 
 
 def test_stop_token_ids_end_an_answer(api: FastAPI) -> None:

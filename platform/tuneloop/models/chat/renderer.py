@@ -114,6 +114,7 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {
 }
 
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _log = logging.getLogger("tuneloop.models")
 
 
@@ -328,7 +329,7 @@ class Renderer:
             return b""
         if self._decoders & {"ByteLevel"}:
             return bytes(_BYTE_OF[character] for character in name)
-        if self._decoders & {"ByteFallback"} and re.fullmatch("<0x[0-9A-F]{2}>", name):
+        if self._decoders & {"ByteFallback"} and _BYTE.fullmatch(name):
             return bytes([int(name[3:5], 16)])
         if self._decoders & {"Metaspace", "Replace"}:
             return name.replace("▁", " ").encode()
@@ -373,6 +374,19 @@ class Renderer:
         """The special tokens, which a text of ids leaves out, by their ids."""
         added = self.tokenizer.added_tokens_decoder
         return {index: token.content for index, token in added.items() if token.special}
+
+    @cached_property
+    def unsettled_ids(self) -> frozenset[int]:
+        """Ids whose text depends on those that follow.
+
+        Where tokens stand for bytes, a run of them is one text if all of it is one, and otherwise
+        a sign of replacement for each byte. Special tokens, which are left out, do not end it.
+        """
+        if "ByteFallback" not in self._decoders:
+            return frozenset()
+        vocabulary = self.tokenizer.get_vocab()
+        run = (index for name, index in vocabulary.items() if _BYTE.fullmatch(name))
+        return frozenset(run) | self.special_names.keys()
 
     @cached_property
     def _decoders(self) -> set[str]:
