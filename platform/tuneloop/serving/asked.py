@@ -27,6 +27,7 @@ from tuneloop.serving.text import Decode
 
 Route = Literal["chat", "completions", "tokenize", "detokenize"]
 _MANY_MESSAGES = 32
+_TAG_TOKENS = 16  # the tag that a prompt may end with has no more
 _READ_AT_ONCE = 16  # short prompts of one request, before others have a turn
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd: no two of 2**63 choices share a seed
 
@@ -51,7 +52,10 @@ class Asked:
         if not isinstance(request, ChatRequest) or not request.may_call:
             return None
         most = 1 if request.parallel_tool_calls is False else None
-        return CallReader(self.model.syntax, request.offered_tools, most)
+        renderer, ids = self.model.renderer, self.prompts[0].token_ids[-_TAG_TOKENS:]
+        # An answer that is bound to calls has no thoughts.
+        end = "" if request.demanded_tools else renderer.decode_with(renderer.special_names, ids)
+        return CallReader(self.model.syntax, request.offered_tools, most, end)
 
     def said(self, result: DecodeResult) -> Said:
         """Return what an answer says."""

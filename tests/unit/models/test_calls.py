@@ -208,15 +208,47 @@ def test_what_a_model_thinks_of_calls_is_no_call(family: str, tiny_model: Path) 
     syntax = CallSyntax.of(renderer(family, tiny_model))
     made = '{"name": "forecast", "arguments": {"city": "b"}}'
     thought = f"<think>{syntax.opening}{made.replace('b', 'a')}</think>"
-    for text in (f"{thought}\n\n{syntax.opening}{made}", f"{thought[7:]}\n{syntax.opening}{made}"):
-        content, calls = CallReader(syntax, TOOLS).finish(text)
-        assert (content, calls) == (text.split("</think>")[0] + "</think>", MADE_B)
+    # Opened by the answer, or by the prompt.
+    for prompt, said in (("", thought), ("x<think>\n", thought.removeprefix("<think>"))):
+        text = f"{said}\n\n{syntax.opening}{made}"
+        assert CallReader(syntax, TOOLS, prompt=prompt).finish(text) == (said, MADE_B)
+        reader = CallReader(syntax, TOOLS, prompt=prompt)
+        told = [*map(reader.push, text), reader.finish("")]
+        assert "".join(new.content for new in told) == said
+        assert [call for new in told for call in new.calls] == MADE_B
+        # A thought that does not end.
+        text = text.replace("</think>", "")
+        assert CallReader(syntax, TOOLS, prompt=prompt).finish(text) == (text, [])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+def test_tags_around_no_thought_are_no_content_before_a_call(family: str, tiny_model: Path) -> None:
+    syntax = CallSyntax.of(renderer(family, tiny_model))
+    call = syntax.opening + '{"name": "forecast", "arguments": {"city": "b"}}'
+    tags = "<think>\n\n</think>\n\n"
+    for text, content, calls in (
+        (tags + call, "", MADE_B),
+        (f"<think>\nWell.</think>\n{call}", "<think>\nWell.</think>", MADE_B),
+        (tags + "Yes <b>it</b>", tags + "Yes <b>it</b>", []),
+        (tags, tags, []),
+    ):
+        assert CallReader(syntax, TOOLS).finish(text) == (content, calls)
+        reader = CallReader(syntax, TOOLS)
+        told = [*map(reader.push, text), reader.finish("")]
+        assert "".join(new.content for new in told) == content
+        assert [one for new in told for one in new.calls] == calls
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "qwen3-coder"])
+def test_an_argument_may_close_a_thought(family: str, tiny_model: Path) -> None:
+    made = renderer(family, tiny_model)
+    syntax = CallSyntax.of(made)
+    calls = [Call("forecast", {"city": "<think>a</think> b"})]
+    text = made.decode_with(syntax.special_ids(made), answer_ids(made, calls))
+    assert CallReader(syntax, TOOLS).finish(text).calls == calls
     reader = CallReader(syntax, TOOLS)
-    told = [*map(reader.push, f"{thought}\n\n{syntax.opening}{made}"), reader.finish("")]
-    assert "".join(new.content for new in told) == thought
-    assert [call for new in told for call in new.calls] == MADE_B
-    open_thought = f"<think>{syntax.opening}{made}"
-    assert CallReader(syntax, TOOLS).finish(open_thought) == (open_thought, [])
+    told = [*map(reader.push, text), reader.finish("")]
+    assert [one for new in told for one in new.calls] == calls
 
 
 def test_ids_are_of_the_kind_that_the_template_takes_back(tiny_model: Path) -> None:

@@ -24,8 +24,11 @@ from tuneloop.records import Message
 _MOST_CHARACTERS = 20_000
 _NAME = re.compile(r"[\w.\-]+")
 _TAGS = "(?:think|thinking|thought|reasoning)"
-_THOUGHT = re.compile(f"^.*</{_TAGS}>\\s*", re.DOTALL)
+_THOUGHT = re.compile(f"^.*?</{_TAGS}>\\s*", re.DOTALL)
 _OPENED_THOUGHT = re.compile(f"\\s*<{_TAGS}>")
+_OPEN_AT_END = re.compile(f"<{_TAGS}>\\s*$")
+# Tags with nothing in them, the last maybe not whole.
+_EMPTY = re.compile(r"(?:\s|</?\w+>)*(?:</?\w*)?")
 # What models were taught to write before a call whose templates do not write calls themselves.
 _KNOWN_TAGS = re.compile(
     r"<tool_call>|<\|tool_call\|>|<function_call>|<\|tool_calls?_start\|>|<\|python_tag\|>"
@@ -316,15 +319,21 @@ class CallReader:
     Args:
         tools: In OpenAI's layout.
         most: Calls beyond this number are left out; None: no bound.
+        prompt: Its end: where it opens a thought, the answer goes on with that.
     """
 
     def __init__(
-        self, syntax: CallSyntax, tools: Sequence[Mapping[str, Any]], most: int | None = None
+        self,
+        syntax: CallSyntax,
+        tools: Sequence[Mapping[str, Any]],
+        most: int | None = None,
+        prompt: str = "",
     ) -> None:
         self._syntax, self._tools, self._most = syntax, tools, most
-        self._text = ""
+        opened = _OPEN_AT_END.search(prompt)
+        self._text = opened[0] if opened else ""
+        self._num_sent = len(self._text)
         self._start: int | None = None
-        self._num_sent = 0
         self.num_calls = 0
 
     def push(self, piece: str) -> Written:
@@ -333,11 +342,13 @@ class CallReader:
         if self._start is None:
             self._start = self._syntax.start(self._text)
             if self._start is None:
-                return Written(self._content(self._syntax.safe_end(self._text)), ())
+                end = self._syntax.safe_end(self._text)
+                if _EMPTY.fullmatch(self._text, 0, end):
+                    end = 0  # a thought that is none is left out if a call follows
+                return Written(self._content(end), ())
         # A call ends with a bracket.
         calls = self._new_calls() if re.search(r"[]}>]", piece) else ()
-        before = len(self._text[: self._start].rstrip())
-        return Written(self._content(before) if self.num_calls else "", calls)
+        return Written(self._content(self._content_end()) if self.num_calls else "", calls)
 
     def finish(self, rest: str) -> Written:
         """Return what is left to tell at the end of the answer.
@@ -348,11 +359,15 @@ class CallReader:
         self._text += rest
         self._start = self._syntax.start(self._text)
         calls = self._new_calls()
+        return Written(self._content(self._content_end()), calls)
+
+    def _content_end(self) -> int:
+        """Return where the content ends: before the calls; a thought that is none is no content."""
         if not self.num_calls:
-            return Written(self._content(len(self._text)), calls)
+            return len(self._text)
         before = self._text[: self._start].rstrip()
-        is_thought = not _THOUGHT.sub("", before) and not re.sub(r"</?\w+>|\s", "", before)
-        return Written("" if is_thought else self._content(len(before)), calls)
+        is_thought = not _THOUGHT.sub("", before) and _EMPTY.fullmatch(before)
+        return 0 if is_thought else len(before)
 
     def _content(self, end: int) -> str:
         new = self._text[self._num_sent : max(end, self._num_sent)]
@@ -488,10 +503,10 @@ def _shared(text: str, other: str) -> str:
 
 def _thought_end(text: str) -> int | None:
     """Return where an answer begins behind what the model thinks; None: it is still thinking."""
+    if not _OPENED_THOUGHT.match(text):
+        return 0  # what closes a thought further on is part of a text, or of an argument
     closed = _THOUGHT.match(text)
-    if closed:
-        return closed.end()
-    return None if _OPENED_THOUGHT.match(text) else 0
+    return closed.end() if closed else None
 
 
 def _is_arguments(text: str, place: int) -> bool:
