@@ -45,7 +45,7 @@ from tuneloop.serving.responses import (
     response_of,
 )
 
-# Status and JSON, then, if the status is 200, server-sent events.
+# Status and JSON, then, if the status is 200, server-sent events; those of an error may follow.
 Stream = AsyncGenerator[tuple[int, dict[str, Any]] | str]
 log = logging.getLogger("tuneloop.serving")
 
@@ -273,10 +273,14 @@ async def _events(items: Stream, asked: _Asked) -> AsyncGenerator[str]:
     status, num_events = 200, 0
     try:
         async for item in items:
+            if not isinstance(item, str):
+                status, body = item
+                yield event(body)
+                continue
             num_events += 1
             if num_events == 2:  # the first opens the answer
                 asked.wrote()
-            yield str(item)
+            yield item
     except ProtocolError as error:
         status = error.status
         yield event(error.body())

@@ -28,7 +28,6 @@ from tuneloop.serving.answers import (
     chat_response,
     completion_logprobs,
     completion_response,
-    event,
     prompt_logprobs,
     tool_call,
 )
@@ -142,8 +141,11 @@ class ModelServer:
     async def stream(
         self, route: Route, body: dict[str, Any], request_id: str = ""
     ) -> AsyncGenerator[tuple[int, dict[str, Any]] | str]:
-        """Yield status and JSON, then, if the status is 200, server-sent events."""
-        started, generations = False, None
+        """Yield status and JSON, then, if the status is 200, server-sent events.
+
+        Where the answer breaks off, status and JSON of the error are the last.
+        """
+        generations = None
         try:
             model = (await asyncio.wrap_future(self._loading))[body["model"]]
             asked = await read_request(route, body, model)
@@ -166,16 +168,12 @@ class ModelServer:
             )
             for index, task in enumerate(generations.tasks):
                 task.add_done_callback(partial(_tell_end, news, _News(index)))
-            started = True
             yield 200, {}
             async for item in _events(asked, generations, news, prompt_scores):
                 yield item
         except Exception as error:
             failure = _failure(error, route, body, request_id)
-            if started:
-                yield event(failure.body())
-            else:
-                yield failure.status, failure.body()
+            yield failure.status, failure.body()
         finally:
             # Closed early: the caller has gone.
             if generations is not None:

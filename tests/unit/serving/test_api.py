@@ -9,7 +9,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from fastapi import FastAPI
 
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.serving.answers import ScoredToken, chat_logprobs
+from tuneloop.serving.answers import ScoredToken, chat_logprobs, event
 from tuneloop.serving.api import build_api
 from tuneloop.serving.keys import ApiKey, Keyring, hash_of
 from tuneloop.serving.loaded import ServedModel
@@ -321,6 +321,24 @@ def test_metrics_count(server: ModelServer) -> None:
     ):
         assert line in text
     assert 'tuneloop_engine_generated_tokens{engine="m"} 0.0' not in text
+
+
+def test_a_stream_that_breaks_off_is_counted_as_failed(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any) -> AsyncGenerator[str]:
+        yield event({"choices": []})
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("tuneloop.serving.replica._events", broken)
+    api = build_api({"m": server})
+    response = ask(api, "POST", CHATS, json=CHAT | {"stream": True})
+    last = json.loads(response.text.split("\n\n")[-2].removeprefix("data: "))
+    assert last["error"]["message"] == "RuntimeError: out of memory"
+    text = ask(api, "GET", "/metrics").text
+    assert 'tuneloop_requests_total{model="m",route="chat",status="500"} 1.0' in text
+    assert 'status="200"' not in text
+    assert "tuneloop_time_to_first_token_seconds_count{" not in text
 
 
 @pytest.mark.parametrize("more", [{}, {"n": 3}, {"prompt": ["yes", "no"]}])
