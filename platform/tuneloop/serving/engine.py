@@ -402,6 +402,8 @@ class Engine:
         return forward(self.model, segments)
 
     def _drop_cancelled(self) -> None:
+        # Those that wait as well, so that no place in the queue is kept for nobody.
+        self._waiting = deque(row for row in self._waiting if not row.future.cancelled())
         self._prefilling = [row for row in self._prefilling if not row.future.cancelled()]
         for batch in self._batches:
             for slot in reversed(range(len(batch))):

@@ -535,6 +535,32 @@ def test_stop_strings_cost_the_newest_text_alone(start) -> None:  # type: ignore
     assert sum(size > 5 for size in longest) <= 2
 
 
+def test_who_goes_away_waits_no_more(start, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    import tuneloop.serving.engine as module
+
+    original = module.forward
+
+    def slow(model, groups):  # type: ignore[no-untyped-def]
+        time.sleep(0.01)
+        return original(model, groups)
+
+    engine = start(make_model(FAMILIES["llama"]), max_batch_size=1, max_waiting=2)
+    monkeypatch.setattr(module, "forward", slow)
+    request = DecodeRequest([1, 2], SamplingParams(max_tokens=390))
+    running = engine.submit(request)
+    deadline = time.monotonic() + 30
+    while engine.activity().waiting and time.monotonic() < deadline:
+        time.sleep(0.01)
+    gone = [engine.submit(request), engine.submit(request)]
+    assert all(future.cancel() for future in gone)
+    while engine.activity().waiting and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.activity().waiting == 0
+    assert not running.done()
+    assert engine.submit(request).cancel()
+    assert running.cancel()
+
+
 def test_full_queue_cancel_and_close(start, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     import tuneloop.serving.engine as module
 
