@@ -186,6 +186,9 @@ def read_keys(path: str | Path) -> dict[str, ApiKey]:
     hashes = [key.sha256 for key in keys.values()]
     if len(set(hashes)) < len(hashes):
         raise _wrong(path, "two names have the same key")
+    if hash_of(b"") in hashes:
+        # A shell's variable that was not set; everybody without a key would have this one.
+        raise _wrong(path, "the hash of an empty key")
     return keys
 
 

@@ -65,6 +65,7 @@ def test_requests_are_bounded_in_every_minute() -> None:
         (f"ann: {{sha256: {'a' * 64}, model: [a]}}", "ann.model"),
         (f"ann: {{sha256: {'a' * 64}, requests_per_minute: 0}}", "ann.requests_per_minute"),
         (f"a: {{sha256: {'a' * 64}}}\nb: {{sha256: {'a' * 64}}}", "two names"),
+        (f"ann: {{sha256: {hash_of(b'')}}}", "empty key"),
     ],
 )
 def test_a_wrong_file_is_told_without_what_stands_in_it(
