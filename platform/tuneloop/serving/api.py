@@ -176,11 +176,10 @@ class _HttpSide:
             raise
         return backend, asked
 
-    async def activities(self) -> dict[str, Activity | None]:
-        """Return what each engine does, by the first of its names; None where it does not answer.
+    async def activities(self) -> dict[str, Activity | BaseException | None]:
+        """Return what each engine does, by the first of its names.
 
-        Raises:
-            Exception: A model cannot be loaded.
+        None where it does not answer, an error where it cannot.
         """
         engines: dict[int, tuple[str, Backend]] = {}
         for name, backend in self.models.items():
@@ -192,7 +191,9 @@ class _HttpSide:
             except TimeoutError:
                 return None
 
-        answers = await asyncio.gather(*(ask(backend) for _, backend in engines.values()))
+        answers = await asyncio.gather(
+            *(ask(backend) for _, backend in engines.values()), return_exceptions=True
+        )
         return {name: answer for (name, _), answer in zip(engines.values(), answers, strict=True)}
 
 
@@ -214,7 +215,7 @@ class _Metrics:
             ["model"], buckets=_BUCKETS_S, registry=self.registry,
         )  # fmt: skip
 
-    def text(self, activities: Mapping[str, Activity | None]) -> bytes:
+    def text(self, activities: Mapping[str, object]) -> bytes:
         """Return all of them with those of the engines, which count for themselves."""
         engines = CollectorRegistry()
         for name in Activity.__dataclass_fields__:
@@ -222,7 +223,7 @@ class _Metrics:
                 f"tuneloop_engine_{name}", _ENGINE_METRICS[name], ["engine"], registry=engines
             )
             for engine, activity in activities.items():
-                if activity is not None:
+                if isinstance(activity, Activity):
                     gauge.labels(engine).set(getattr(activity, name))
         return generate_latest(self.registry) + generate_latest(engines)
 
@@ -367,10 +368,10 @@ def _add_open_routes(api: FastAPI, side: _HttpSide) -> None:
     @api.get("/ready", responses={503: {"model": ErrorBody}})
     async def ready() -> Response:
         """Whether every model is loaded."""
-        try:
-            activities = await side.activities()
-        except Exception as error:
-            raise ProtocolError(503, str(error), code="model_not_loaded") from error
+        activities = await side.activities()
+        for error in activities.values():
+            if isinstance(error, BaseException):
+                raise ProtocolError(503, str(error), code="model_not_loaded") from error
         loading = [name for name, activity in activities.items() if activity is None]
         if loading:
             message = f"still loading: {', '.join(loading)}"
@@ -400,11 +401,7 @@ def _add_routes(api: FastAPI, side: _HttpSide) -> None:
     @api.get("/metrics", dependencies=keyed, responses=refused, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters in Prometheus' text format."""
-        try:
-            activities = await side.activities()
-        except Exception:
-            activities = {}
-        text = side.metrics.text(activities)
+        text = side.metrics.text(await side.activities())
         return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))

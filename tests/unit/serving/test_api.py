@@ -115,6 +115,9 @@ def test_ready_when_the_models_are_loaded(
         asyncio.run(broken.ready())
     response = ask(build_api({"m": broken}), "GET", "/ready")
     assert (response.status_code, response.json()["error"]["code"]) == (503, "model_not_loaded")
+    # The engines of other models are measured all the same.
+    both = build_api({"m": broken, "other": server})
+    assert 'tuneloop_engine_running{engine="other"} ' in ask(both, "GET", "/metrics").text
 
 
 def test_bodies_are_described_by_their_models(api: FastAPI) -> None:
