@@ -130,6 +130,7 @@ def test_bodies_are_described_by_their_models(api: FastAPI) -> None:
         part.split('"')[0] for part in json.dumps(schema).split("#/components/schemas/")[1:]
     }
     assert references <= set(schema["components"]["schemas"])
+    assert not any("422" in o["responses"] for p in schema["paths"].values() for o in p.values())
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,11 @@ def test_bodies_are_described_by_their_models(api: FastAPI) -> None:
         ("POST", CHATS, b'{"model": "m", "temperature": NaN}', 400, None),
         ("POST", CHATS, b" " * (MAX_BODY_BYTES + 1), 413, "request_too_large"),
         ("POST", CHATS, b'{"model": "x"}', 404, "model_not_found"),
+        ("POST", TEXTS, b'{"model": "x", "stream": true}', 404, "model_not_found"),
+        ("POST", "/v1/responses", b'{"model": "x", "input": "a"}', 404, "model_not_found"),
+        ("POST", "/tokenize", b'{"model": "x"}', 404, "model_not_found"),
+        ("POST", "/detokenize", b'{"model": "x"}', 404, "model_not_found"),
+        ("GET", "/v1/models/x", b"", 404, "model_not_found"),
         ("POST", CHATS, b'{"messages": []}', 400, None),
         ("POST", CHATS, b'{"model": null, "messages": []}', 400, None),
         ("POST", CHATS, b'{"model": 3, "messages": []}', 400, None),
