@@ -24,6 +24,7 @@ from tuneloop.evals.reporting.error_analysis import (
 )
 from tuneloop.evals.reporting.views import evidence_of, show_slices
 from tuneloop.evals.scoring.pairing import CHANGES, Change, PairedExample, Pairs
+from tuneloop.evals.scoring.references import changed_references
 from tuneloop.evals.scoring.results import Evaluation
 
 PAGE_SIZE = 5
@@ -54,6 +55,13 @@ def pair(
 
 
 @st.cache_data(max_entries=8)
+def changed_between(
+    locations: tuple[str, str], _first: Artifact, _second: Artifact, _datasets: list[Artifact]
+) -> list[str]:
+    return sorted(changed_references(_first, _second, _datasets))
+
+
+@st.cache_data(max_entries=8)
 def metrics_of(location: str, _evaluation: Evaluation, task: str | None) -> list[str]:
     return analysis.judged_metrics(_evaluation, task)
 
@@ -77,7 +85,8 @@ class Comparison(NamedTuple):
 
 def with_another(workspace: Workspace, artifact: Artifact, evaluation: Evaluation) -> Evaluation:
     """Return the evaluation with the arms of another one, if one is chosen to compare with."""
-    others = [a.ref for a in reversed(workspace.published()) if a.kind == "evaluations"]
+    published = workspace.published()
+    others = [a.ref for a in reversed(published) if a.kind == "evaluations"]
     others.remove(artifact.ref)
     if not others:
         return evaluation
@@ -88,7 +97,14 @@ def with_another(workspace: Workspace, artifact: Artifact, evaluation: Evaluatio
     if other is None:
         return evaluation
     try:
-        return evaluation.beside(load_evaluation(workspace.open(other)), other)
+        opened = workspace.open(other)
+        datasets = [a for a in published if a.kind == "datasets"]
+        both = (opened.location, artifact.location)
+        changed = changed_between(both, opened, artifact, datasets)
+        if changed:
+            told = "rows are not compared between the two evaluations: their right answers differ."
+            st.caption(f"{len(changed):,} {told}")
+        return evaluation.beside(load_evaluation(opened), other, changed)
     except (UserError, OSError) as error:
         refuse("The other evaluation cannot be opened.", error)
         raise

@@ -66,7 +66,8 @@ st.dataframe(
 )
 st.caption(
     "Newest first. Low and high are the ends of the interval. Change: beside the version before, "
-    "over the rows that both answered, from and to the ends of its paired interval. "
+    "over the rows that both answered, from and to the ends of its paired interval; rows whose "
+    "right answers marks have changed are left out. "
     "Fixed and introduced: rows that the model answers better or worse than in the version "
     "before. **Error analysis** shows them, where that version is chosen beside the newer one."
 )

@@ -150,6 +150,14 @@ def test_arms_of_another_evaluation_stand_before_its_own(
     assert first.arm == "tuned of demo@v1"
     assert replace(first, arm="tuned") == own[0].before
     assert len(list(both.predictions)) == 20
+    # What the two hold against different right answers is compared within each of them alone.
+    both = evaluation.beside(stored, "demo@v1", ["r1", "r3"])
+    between = both.pair("base of demo@v1", "tuned", "right")
+    assert {e.example_id: e.change for e in between} == {
+        "r0": "fixed", "r2": "both_right", "r4": "unscored",
+    }  # fmt: skip
+    assert len(both.pair("base", "tuned", "right")) == 5
+    assert len(both.pair("base of demo@v1", "tuned of demo@v1", "right")) == 5
 
 
 def test_what_judges_prefer(evaluation: Evaluation) -> None:

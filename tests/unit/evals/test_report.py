@@ -10,11 +10,12 @@ from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tuneloop.advice import advice_for
-from tuneloop.artifacts import Workspace
+from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import GenerationConfig, TuneloopConfig
 from tuneloop.evals.reporting.advice import Action, Gain, Situation, advise
 from tuneloop.evals.reporting.error_analysis import Filter
@@ -42,6 +43,7 @@ from tuneloop.evals.scoring.predictions import (
     StoredPredictions,
     write_predictions,
 )
+from tuneloop.evals.scoring.references import changed_references
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.marks import Mark
 from tuneloop.records import TRAIN_LIMIT
@@ -773,6 +775,54 @@ def test_versions_by_macro_f1_are_compared_and_by_another_metric_not(
     publish_version(workspace, by_macro_f1(replace(second, predictions=others)), 800, 1)
     assert advice_for(workspace, "demo").outcomes == outcomes
     assert history(workspace.published(), "demo")[-1].num_shared == 0
+
+
+def test_a_corrected_reference_is_no_error_that_was_fixed(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    before = make_evaluation({"finetuned": 80})
+    publish_version(workspace, before, 100, 1)
+    # Six answers got better; five wrong ones are what their references were corrected to.
+    now = make_evaluation({"finetuned": 86})
+    corrected = [
+        replace(p, reference=p.completion, scores=dict.fromkeys(p.scores, 1.0))
+        if p.example_id >= "r095"
+        else p
+        for p in now.predictions
+    ]
+    publish_version(workspace, replace(now, predictions=corrected), 100, 1)
+    last = history(workspace.published(), "demo")[-1]
+    assert (last.num_fixed, last.num_introduced, last.num_shared) == (6, 0, 95)
+    assert last.change
+    assert last.change["value"] == pytest.approx(6 / 95)
+    assert last.changed.endswith("; 5 rows not compared: their right answers changed")
+
+
+def test_rows_with_other_right_answers_are_found(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    # Several right answers are no change where they were so before; to accept one more is.
+    for name, second, third in (("old", "p", []), ("new", "q", ["z"])):
+        rows = [
+            {
+                "row_id": row,
+                "messages": [
+                    {"role": "user", "content": row},
+                    {"role": "assistant", "content": answer},
+                ],
+                "accepted_answers": accepted,
+            }
+            for row, answer, accepted in (("a", "x", ["y"]), ("b", second, []), ("c", "r", third))
+        ]
+        with workspace.draft("datasets", name, name * 16) as draft:
+            (draft.path / "test").mkdir()
+            pq.write_table(pa.Table.from_pylist(rows), draft.path / "test" / "0.parquet")
+            draft.publish(config={}, resources={}, inputs=[], metrics={})
+    datasets = workspace.published("datasets")
+    old, new = (
+        Artifact("evaluations", "e", 1, tmp_path, "", {"config": {"dataset": name * 16}})
+        for name in ("old", "new")
+    )
+    assert changed_references(old, new, datasets) == {"b", "c"}
+    assert changed_references(old, old, datasets) == frozenset()
 
 
 def test_a_setting_that_stays_as_it_was_is_nothing_done(

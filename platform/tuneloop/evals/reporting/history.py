@@ -21,6 +21,7 @@ from tuneloop.evals.scoring.estimates import describe_difference
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.metrics import OF_ALL_ROWS, Scorer
 from tuneloop.evals.scoring.predictions import FILE, paired_values, read_predictions
+from tuneloop.evals.scoring.references import changed_references
 from tuneloop.evals.scoring.results import Evaluation
 
 _MOST_CHANGES = 4
@@ -33,7 +34,8 @@ class Iteration:
     """One version of an evaluation beside the one before.
 
     Args:
-        changed: In words: the dataset, and settings of training and evaluation that differ.
+        changed: In words: the dataset, and settings of training and evaluation that differ, and how
+            many examples are not compared since marks have changed what is right.
         value: Score of the last arm in the primary metric, with the ends of its interval.
         change: Score less that of the version before, over the examples that both scored, with its
             95% interval, paired: `value`, `low`, `high`; None for the first, and where the version
@@ -41,7 +43,7 @@ class Iteration:
         made_of: Dataset of the evaluation and model of its last arm; what is gone is missing.
         num_fixed: Shared examples that score better than in the version before; None for the first.
         num_introduced: Likewise worse.
-        num_shared: Examples that both versions scored.
+        num_shared: Examples that both versions scored against the same right answers.
         took_s: Of the dataset, the model and the evaluation together.
     """
 
@@ -73,6 +75,7 @@ def history(artifacts: Sequence[Artifact], name: str) -> list[Iteration]:
     """
     versions = [a for a in artifacts if (a.kind, a.name) == ("evaluations", name)]
     by_fingerprint = {a.fingerprint: a for a in artifacts}
+    datasets = [a for a in artifacts if a.kind == "datasets"]
     found: list[Iteration] = []
     before: Artifact | None = None
     for version in versions:
@@ -80,16 +83,20 @@ def history(artifacts: Sequence[Artifact], name: str) -> list[Iteration]:
         arm, metric = evaluation.candidate, evaluation.primary
         score = arm["scores"][metric]
         parts = made_of(version, by_fingerprint)
-        changes = None if before is None else _changes(before, version, metric)
+        changes = None if before is None else _changes(before, version, metric, datasets)
+        changed = _changed(
+            [*made_of(before, by_fingerprint), before] if before else [], [*parts, version]
+        )
+        if changes and changes.num_left_out:
+            told = f"{changes.num_left_out:,} rows not compared: their right answers changed"
+            changed = "; ".join(filter(None, (changed, told)))
         found.append(
             Iteration(
                 version.ref,
                 version.manifest["created_at"],
                 arm["name"],
                 metric,
-                _changed(
-                    [*made_of(before, by_fingerprint), before] if before else [], [*parts, version]
-                ),
+                changed,
                 score["value"],
                 score["low"],
                 score["high"],
@@ -145,11 +152,17 @@ class _Changes(NamedTuple):
     num_fixed: int
     num_introduced: int
     num_shared: int
+    num_left_out: int
     difference: dict[str, Any] | None
 
 
-def _changes(before: Artifact, now: Artifact, name: str) -> _Changes | None:
-    """Return how the last arm's answers differ; None where the earlier ones lack the metric."""
+def _changes(
+    before: Artifact, now: Artifact, name: str, datasets: Sequence[Artifact]
+) -> _Changes | None:
+    """Return how the last arm's answers differ; None where the earlier ones lack the metric.
+
+    An answer that is right since a mark has corrected the reference is no error that was fixed.
+    """
     earlier, newer = (Evaluation.load(a) for a in (before, now))
     # Single answers are better or worse by the metric of rows, also where macro-F1 decides.
     by_row = newer.row_metric
@@ -176,6 +189,9 @@ def _changes(before: Artifact, now: Artifact, name: str) -> _Changes | None:
         raise ArtifactError.of(
             "predictions cannot be read", where=now.ref, got=str(error).partition("\n")[0]
         ) from error
+    changed = changed_references(before, now, datasets)
+    left_out = np.isin(shared["example_id"].astype(str), [*changed])
+    shared = {name: values[~left_out] for name, values in shared.items()}
     scores = [np.asarray(shared[key], float) for key in ("now", "before")]
     gains = (scores[0] - scores[1]) * (-1 if metric.better == "lower" else 1)
     difference = None
@@ -202,4 +218,5 @@ def _changes(before: Artifact, now: Artifact, name: str) -> _Changes | None:
             # Without resamples, which take as long again for each version.
             resampling = Resampling(num_resamples=0)
             difference = describe_difference(scores[0], scores[1], clusters, metric, resampling)
-    return _Changes(int((gains > 0).sum()), int((gains < 0).sum()), len(gains), difference)
+    counts = (int((gains > 0).sum()), int((gains < 0).sum()), len(gains), int(left_out.sum()))
+    return _Changes(*counts, difference)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from tuneloop.artifacts import Artifact
@@ -34,6 +35,8 @@ class Evaluation:
         comparison: Content of `comparison.json`.
         slices: Content of `slices.json`; empty in an evaluation of an earlier version.
         nearest: Rows of `nearest.parquet`: what may explain wrong answers of the candidate.
+        others: Arms of another evaluation that stand beside its own.
+        changed: Examples that were held against other right answers there.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Evaluation:
     comparison: dict[str, Any]
     slices: dict[str, Any] = field(default_factory=dict)
     nearest: ds.Dataset = field(default_factory=lambda: as_nearest([]))
+    others: Collection[str] = ()
+    changed: Collection[str] = ()
 
     @classmethod
     def load(cls, artifact: Artifact) -> Evaluation:
@@ -54,13 +59,15 @@ class Evaluation:
         nearest = open_nearest(artifact.path)
         return cls(artifact.name, predictions, metrics, comparison, slices, nearest)
 
-    def beside(self, other: Evaluation, name: str) -> Evaluation:
+    def beside(self, other: Evaluation, name: str, changed: Collection[str] = ()) -> Evaluation:
         """Return this evaluation with the arms of another one before its own.
 
         Args:
             other: Its arms are called `ARM of NAME`. Only what both have is compared: examples by
                 their ids, and metrics.
             name: Of the other evaluation.
+            changed: Examples that the two hold against different right answers: they are left out
+                of pairs of arms of both.
         """
         metrics = {
             k: v for k, v in self.metrics["metrics"].items() if k in other.metrics["metrics"]
@@ -70,6 +77,8 @@ class Evaluation:
             self,
             predictions=JoinedPredictions(other.predictions, f" of {name}", self.predictions),
             metrics={**self.metrics, "metrics": metrics, "arms": [*arms, *self.arms]},
+            others=[arm["name"] for arm in arms],
+            changed=changed,
         )
 
     def column(self, name: str) -> pa.ChunkedArray:
@@ -150,7 +159,12 @@ class Evaluation:
         name = metric or self.row_metric
         # In a mixture a metric may be that of one task alone.
         only = task or (name.rpartition("/")[0] if self.tasks else "")
-        return Pairs.of(self.predictions, Between(before, after, only), name, self.metric(name))
+        found = Pairs.of(self.predictions, Between(before, after, only), name, self.metric(name))
+        if not self.changed or (before in self.others) == (after in self.others):
+            return found
+        ids = found.sides("example_id")[1]
+        changed = pc.is_in(ids, value_set=pa.array(self.changed, pa.string()))
+        return found.where(pc.invert(changed).to_numpy())
 
     @property
     def judge(self) -> dict[str, Any]:
