@@ -29,8 +29,8 @@ counts = {
 }
 st.markdown(", ".join(f"**{count:,}** {state}" for state, count in counts.items() if count))
 if counts["waiting"]:
-    st.markdown("The next preparation applies those that wait:")
-    st.code("tuneloop prepare CONFIG.yaml", language=None)
+    st.markdown("This applies those that wait:")
+    st.code(f"tuneloop {states[0].mark.applied_by} CONFIG.yaml", language=None)
 rows = [state.row() for state in reversed(states)]
 event = st.dataframe(
     [

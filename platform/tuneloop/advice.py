@@ -16,7 +16,6 @@ from tuneloop.evals.reporting.advice import Action, Gain
 from tuneloop.evals.reporting.formatting import format_difference, format_estimate
 from tuneloop.evals.reporting.history import Iteration
 from tuneloop.evals.reporting.situation import (
-    UNMARKED,
     Marked,
     actions_after,
     advised,
@@ -26,7 +25,8 @@ from tuneloop.evals.reporting.situation import (
 )
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.review.fixes import states_of
+from tuneloop.marks import SCORED_SUFFIX, Mark
+from tuneloop.review.fixes import marks_for, states_of
 from tuneloop.review.given import GivenAdvice
 from tuneloop.review.store import ReviewStore, has_store
 
@@ -161,9 +161,6 @@ def advice_for(workspace: Workspace, name: str, config: TuneloopConfig | None = 
     metric = evaluation.metric(evaluation.primary)
     estimate = evaluation.candidate["scores"][evaluation.primary]
     written = config or _written(newest)
-    marked = _marked(workspace, name)
-    if written and written.data.fixes is not True:
-        marked = marked._replace(num_waiting=0)  # no preparation reads them
     return Advice(
         workspace,
         newest.ref,
@@ -174,7 +171,7 @@ def advice_for(workspace: Workspace, name: str, config: TuneloopConfig | None = 
             evaluation,
             versions,
             written,
-            marked,
+            _marked(workspace, name, written),
         ),
         _outcomes(workspace, versions.iterations),
     )
@@ -189,16 +186,25 @@ def _written(evaluation: Artifact) -> TuneloopConfig | None:
     return config if config.name == evaluation.name else None
 
 
-def _marked(workspace: Workspace, name: str) -> Marked:
-    """Return what people's marks ask for."""
-    if not has_store(workspace.location):
-        return UNMARKED
-    marks = ReviewStore(workspace.location).marks(name)
-    states = states_of(marks, workspace.published("datasets", name))
-    return Marked(
-        sum(state.state == "waiting" for state in states),
-        len({mark.content_id for mark in marks if mark.kind == "more_like_this"}),
-    )
+def _marked(workspace: Workspace, name: str, config: TuneloopConfig | None) -> Marked:
+    """Return what people's marks ask for, of those that the configuration lets count."""
+    waiting: list[int] = []
+    wanted: set[str] = set()
+    for is_scored in (False, True):
+        dataset = name + SCORED_SUFFIX * is_scored
+        marks = (
+            marks_for(config, workspace, is_scored) if config else _marks(workspace, dataset)
+        )
+        wanted |= {mark.content_id for mark in marks if mark.kind == "more_like_this"}
+        # Without such rows no evaluation reads the marks on them.
+        is_read = not is_scored or config is None or config.evaluation.sources
+        states = states_of(marks, workspace.published("datasets", dataset)) if is_read else []
+        waiting.append(sum(state.state == "waiting" for state in states))
+    return Marked(waiting[0], len(wanted), waiting[1])
+
+
+def _marks(workspace: Workspace, dataset: str) -> list[Mark]:
+    return ReviewStore(workspace.location).marks(dataset) if has_store(workspace.location) else []
 
 
 def _was_done(command: str, before: Sequence[Artifact], made_of: Sequence[Artifact]) -> bool | None:

@@ -384,10 +384,11 @@ def _fixes(arguments: argparse.Namespace, output: IO[str]) -> None:
         print(f"    {shorten(found.says, _MARK_CHARACTERS)}", file=output)
         if state != "waiting":
             print(f"    {why}", file=output)
-    num_waiting = sum(found.state == "waiting" for found in states)
-    if num_waiting:
-        applies = f"`tuneloop prepare {arguments.config}` applies what waits: {num_waiting:,}"
-        print(applies, file=output)
+    for command in ("prepare", "evaluate"):
+        num = sum(s.state == "waiting" and s.mark.applied_by == command for s in states)
+        if num:
+            words = shlex.join(["tuneloop", command, arguments.config, *arguments.overrides])
+            print(f"`{words}` applies what waits: {num:,}", file=output)
 
 
 def _next(arguments: argparse.Namespace, output: IO[str]) -> None:

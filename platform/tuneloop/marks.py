@@ -27,6 +27,8 @@ MARK_LABELS: dict[MarkKind, str] = {
 }
 # What a preparation did with a row, by the action of its fix.
 FIX_LABELS = {"correct": "corrected", "drop": "dropped", "accept": "accepts more answers"}
+# Ends the name of a dataset of rows of `evaluation.sources`.
+SCORED_SUFFIX = "-scored"
 # Of these a reviewer's newest mark on a row counts.
 _VERDICTS = ("bad_reference", "bad_row", "fine")
 
@@ -65,6 +67,11 @@ class Mark:
     def dataset_name(self) -> str:
         """The name of the dataset: `faq`."""
         return self.dataset.partition("/")[2].partition("@")[0]
+
+    @property
+    def applied_by(self) -> str:
+        """The command that reads the row again, and applies the mark: `prepare` or `evaluate`."""
+        return "evaluate" if self.dataset_name.endswith(SCORED_SUFFIX) else "prepare"
 
 
 class Fix(NamedTuple):

@@ -125,6 +125,13 @@ def test_marks_are_listed_written_and_read_again(
     assert "the given answer breaks the task: the answer is not one of task.labels" in told["why"]
     assert cli.main(["fixes", str(config), "--json", "data.fixes=false"]) == 0
     assert json.loads(capfd.readouterr().out)["marks"][0]["why"] == "data.fixes is false"
+    # Rows of `evaluation.sources` are read by another command; both keep what was overridden.
+    store.add(Mark("bad_row", "c" * 20, "datasets/faq-scored@v1", "bob"))
+    assert cli.main(["fixes", str(config), "data.num_train_examples=9"]) == 0
+    assert capfd.readouterr().out.splitlines()[-2:] == [
+        f"`tuneloop {command} {config} data.num_train_examples=9` applies what waits: 1"
+        for command in ("prepare", "evaluate")
+    ]
     Path(written).write_text("{}")
     for asked, what in ((f"data.fixes={written}", "a line is no mark"),
                         ("data.fixes=none.jsonl", "cannot be read")):  # fmt: skip

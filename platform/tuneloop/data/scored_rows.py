@@ -17,7 +17,7 @@ from tuneloop.data.hashing.content import Content, content_id
 from tuneloop.data.sources.bad_rows import BadRow, refuse_bad_rows, refuse_mismatched_formats
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
-from tuneloop.marks import Mark, decide
+from tuneloop.marks import SCORED_SUFFIX, Mark, decide
 
 CODE_VERSION = 11
 
@@ -53,7 +53,7 @@ def prepare_scored_rows(
     fixes = decide(marks).fixes
     if fixes:
         parts["fixes"] = [fix.identity() for fix in fixes]
-    name = f"{config.name}-scored"
+    name = config.name + SCORED_SUFFIX
     identity = fingerprint("scored_rows", CODE_VERSION, **parts)
     existing = workspace.find("datasets", name, identity)
     if existing is not None:

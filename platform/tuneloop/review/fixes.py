@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig
-from tuneloop.marks import MARK_LABELS, Fix, Mark, decide, read_marks
+from tuneloop.marks import MARK_LABELS, SCORED_SUFFIX, Fix, Mark, decide, read_marks
 from tuneloop.review.store import ReviewStore, has_store
 
-SCORED_SUFFIX = "-scored"
 # What a mark of a kind asks to be done with its row.
 _ACTIONS = {"bad_reference": "correct", "bad_row": "drop", "accept": "accept"}
 
@@ -21,7 +20,8 @@ class MarkState(NamedTuple):
     """A mark, and what has become of it.
 
     Args:
-        state: `applied`, `waiting` for the next preparation, `not applied`, or `kept` to be read.
+        state: `applied`, `waiting` for the next preparation (of rows of `evaluation.sources`, for
+            the next evaluation), `not applied`, or `kept` to be read.
         why: In words.
     """
 
@@ -126,14 +126,14 @@ def states_of(
         elif mark.uid in asked.unused:
             state, why = "not applied", asked.unused[mark.uid]
             if mark.uid in in_newest and ask not in still:
-                why += "; the next `tuneloop prepare` takes it back"
+                why += f"; the next `tuneloop {mark.applied_by}` takes it back"
         elif _is_done(ask, done.get((ask.row, ask.action))):
             since = first_in.get(mark.uid)
             state, why = "applied", f"since {since}" if since else "as it was marked before"
         elif told := refused.get(ask) or refusal(wanted[mark.uid]):
             state, why = "not applied", told
         else:
-            state, why = "waiting", "the next `tuneloop prepare` applies it"
+            state, why = "waiting", f"the next `tuneloop {mark.applied_by}` applies it"
         states.append(MarkState(mark, state, why))
     return states
 

@@ -30,8 +30,9 @@ from tuneloop.evals.scoring.slices import (
     read_columns,
     weak_parts,
 )
+from tuneloop.marks import SCORED_SUFFIX
 from tuneloop.records import Message
-from tuneloop.review.fixes import SCORED_SUFFIX, marks_for
+from tuneloop.review.fixes import marks_for
 from tuneloop.synthesis.filters import Solved
 from tuneloop.words import split_words
 

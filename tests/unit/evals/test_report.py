@@ -825,6 +825,25 @@ def test_rows_with_other_right_answers_are_found(tmp_path: Path) -> None:
     assert changed_references(old, old, datasets) == frozenset()
 
 
+def test_marks_on_rows_scored_elsewhere_wait_for_the_next_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    workspace = Workspace(tmp_path)
+    publish_version(workspace, make_evaluation({"base": 5, "finetuned": 80}), 100, 1)
+    for kind, row in (("bad_row", "r1"), ("more_like_this", "r2")):
+        ReviewStore(tmp_path).add(Mark(kind, row, "datasets/demo-scored@v1", "ann"))
+    config = make_config({"type": "extraction"})
+    asked = config.evaluation.model_copy(update={"sources": config.data.sources})
+    scored = config.model_copy(update={"evaluation": asked})
+    waiting = "Apply the marks that wait on rows of `evaluation.sources`: 1"
+    commands = {a.title: a.command for a in advice_for(workspace, "demo", scored).actions}
+    assert commands[waiting].startswith("tuneloop evaluate ")
+    assert "Add training rows like those that people marked: 1" in commands
+    # Nothing reads them where no such rows are scored.
+    assert waiting not in titles(advice_for(workspace, "demo", config).actions)
+
+
 def test_a_setting_that_stays_as_it_was_is_nothing_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,7 @@ class Situation(NamedTuple):
         curve: Content of the newest sweep's `curve.json`; empty without one.
         num_waiting: Marks that the next preparation applies.
         num_wanted: Rows that people marked with "needs more like this".
+        num_to_score: Marks that the next evaluation applies.
         teacher: Who can write rows; None where none is configured.
         num_train_rows: Of the dataset that the model was trained on; 0 where that is not known.
         num_spare_rows: Train rows of it that `data.num_train_examples` left out.
@@ -140,7 +141,7 @@ class Situation(NamedTuple):
         trained_s: Of `took_s`, those of the training.
         evaluated_s: Of `took_s`, those of the evaluation.
         max_tokens: Of the evaluation.
-        has_arms: Whether the configuration names arms, which `tuneloop run` does not compare.
+        has_arms: Whether arms, or rows of `evaluation.sources`, were scored, as `run` does not.
         group_by: Column by which the rows were split; empty without one.
     """
 
@@ -152,6 +153,7 @@ class Situation(NamedTuple):
     curve: dict[str, Any]
     num_waiting: int = 0
     num_wanted: int = 0
+    num_to_score: int = 0
     teacher: GenerationConfig | None = None
     num_train_rows: int = 0
     num_spare_rows: int = 0
@@ -574,12 +576,14 @@ class _Adviser:
     def marks(self) -> None:
         """What people have asked for with marks."""
         now = self.now
-        if now.num_waiting:
-            self.add(
-                f"Apply the marks that wait: {now.num_waiting:,}",
-                "People have corrected rows; stored answers are scored again where only right "
-                "answers change.", now.command("run"), "/marks", _Brings(num_rows=now.num_waiting),
-            )  # fmt: skip
+        for command, num in (("run", now.num_waiting), ("evaluate", now.num_to_score)):
+            if num:
+                where = " on rows of `evaluation.sources`" * (command == "evaluate")
+                self.add(
+                    f"Apply the marks that wait{where}: {num:,}",
+                    "People have corrected rows; stored answers are scored again where only right "
+                    "answers change.", now.command(command), "/marks", _Brings(num_rows=num),
+                )  # fmt: skip
         if now.num_wanted:
             self.add(
                 f"Add training rows like those that people marked: {now.num_wanted:,}",

@@ -20,6 +20,7 @@ from tuneloop.evals.reporting.history import Iteration, history
 from tuneloop.evals.reporting.overview import read_json
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.marks import SCORED_SUFFIX
 from tuneloop.records import ARMS, TRAIN_LIMIT
 
 # A gain that is smaller than the first, and surely smaller than the second, is not worth the work.
@@ -28,10 +29,12 @@ _ROWS_KEY = "data.num_train_examples"
 
 
 class Marked(NamedTuple):
-    """How many marks wait for the next preparation, and how many rows people want more of."""
+    """How many marks wait for the next preparation, how many rows people want more of, and how many
+    marks wait for the next evaluation: those on rows of `evaluation.sources`."""
 
     num_waiting: int = 0
     num_wanted: int = 0
+    num_to_score: int = 0
 
 
 UNMARKED = Marked()
@@ -100,9 +103,12 @@ def actions_after(
         float(model.manifest["duration_s"]) if model else 0.0,
         evaluated_s + again_s,
         int(artifact.manifest["config"].get("evaluation", {}).get("max_tokens", 0)),
-        bool(config.evaluation.arms)
-        if config
-        else any(arm["name"] not in ARMS for arm in evaluation.arms),
+        (dataset is not None and dataset.name.endswith(SCORED_SUFFIX))
+        or (
+            bool(config.evaluation.arms)
+            if config
+            else any(arm["name"] not in ARMS for arm in evaluation.arms)
+        ),
         split.get("group_by") or "",
     )
     return after_what_came(
