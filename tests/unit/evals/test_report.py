@@ -614,16 +614,55 @@ def test_a_sweep_forecasts_for_its_own_settings_and_metric() -> None:
         "keys": [rate, rows],
         "metric": "exact_match",
         "cells": [{"values": value} for value in values],
-        "curves": [{"series": f"{rate}={r}"} for r in (5e-4, 1e-5)],
+        "curves": [
+            {"series": f"{rate}={r}", "points": [[100, 0.5], [200, 0.6]]} for r in (5e-4, 1e-5)
+        ],
     }
     found = fitting_curves(curve, {rate: 1e-5}, "exact_match")
-    assert found["curves"] == [{"series": f"{rate}=1e-05"}]
+    assert [one["series"] for one in found["curves"]] == [f"{rate}=1e-05"]
     assert fitting_curves(curve, {rate: 1e-5}, "fields_f1")["curves"] == []
     assert fitting_curves(curve, {rate: 1e-3}, "exact_match")["curves"] == []
-    alone = {"keys": [rows], "metric": "exact_match", "cells": [], "curves": [{"series": ""}]}
+    line = {"series": "", "points": [[100, 0.5], [200, 0.6]]}
+    alone = {"keys": [rows], "metric": "exact_match", "cells": [], "curves": [line]}
     assert fitting_curves(alone, {}, "exact_match") == alone
     assert fitting_curves(alone, {}, "fields_f1")["curves"] == []
-    assert fitting_curves({}, {}, "exact_match") == {}
+    assert fitting_curves({}, {}, "exact_match")["curves"] == []
+    # Seeds or settings at one volume are no learning curve.
+    level = {**alone, "curves": [{"series": "", "points": [[100, 0.5], [100, 0.6]]}]}
+    assert fitting_curves(level, {}, "exact_match")["curves"] == []
+
+
+def test_a_sweep_without_volumes_or_of_other_settings_hides_no_learning_curve(
+    tmp_path: Path,
+) -> None:
+    workspace = Workspace(tmp_path)
+    steps = [{"num_examples": n, "times": t, "step": {"value": v, "low": 0.01, "high": 0.06}}
+             for n, t, v in ((200, 2, 0.04), (400, 4, 0.02))]  # fmt: skip
+    line = {"series": "", "points": [[50, 0.5], [100, 0.6]], "forecast": {"forecasts": steps}}
+    level = {"series": "", "points": [[100, 0.6]]}
+
+    def publish_sweep(keys: list[str], curve: dict, model: str) -> None:
+        with workspace.draft("sweeps", "demo", f"{len(workspace.published())}s" * 8) as draft:
+            content = {"keys": keys, "metric": "exact_match", "cells": [], "curves": [curve]}
+            (draft.path / "curve.json").write_text(json.dumps(content))
+            draft.publish(config={}, resources={}, inputs=[model], metrics={})
+
+    def advised() -> list[str]:
+        return titles(advice_for(workspace, "demo").actions)
+
+    more, measure = "to 200 in all", "Measure whether more rows would help"
+    publish_version(workspace, make_evaluation({"base": 5, "finetuned": 80}), 100, 1)
+    assert measure in advised()
+    publish_sweep([], level, "models/demo@v1")
+    assert measure in advised()
+    publish_sweep(["data.num_train_examples"], line, "models/demo@v1")
+    publish_sweep([], level, "models/demo@v1")
+    assert measure not in advised()
+    assert any(title.endswith(more) for title in advised())
+    # Trained for longer, more rows bring something else.
+    publish_version(workspace, make_evaluation({"base": 5, "finetuned": 80}), 100, 2)
+    assert measure in advised()
+    assert not any(title.endswith(more) for title in advised())
 
 
 def test_parts_that_are_surely_worse_are_named() -> None:

@@ -129,7 +129,7 @@ class Situation(NamedTuple):
         config_file: Of the configuration, for the commands.
         took_s: Seconds that dataset, model and evaluation took; None where that is not known.
         num_epochs: Of the training.
-        curve: Content of the newest sweep's `curve.json`; empty without one.
+        curve: `curve.json` of the newest sweep over volumes with these settings; empty without.
         num_waiting: Marks that the next preparation applies.
         num_wanted: Rows that people marked with "needs more like this".
         num_to_score: Marks that the next evaluation applies.
@@ -643,11 +643,11 @@ class _Adviser:
         largest = now.num_train_rows
         if now.num_spare_rows < now.evaluation.metrics["num_examples"]:
             largest -= now.evaluation.metrics["num_examples"]  # they become the validation rows
-        if not now.curve and largest >= _FEWEST_TO_SWEEP:
+        if not now.curve.get("curves") and largest >= _FEWEST_TO_SWEEP:
             volumes = f"{{data.num_train_examples: [{largest // 4}, {largest // 2}, {largest}]}}"
             self.add(
                 "Measure whether more rows would help",
-                "There is no learning curve yet: a sweep over data volumes makes one.",
+                "There is no learning curve of these settings: a sweep over data volumes makes one.",
                 now.command("sweep", f"sweep.parameters={volumes}"), "/sweep",
             )  # fmt: skip
 

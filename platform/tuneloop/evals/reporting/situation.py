@@ -26,6 +26,8 @@ from tuneloop.records import ARMS, TRAIN_LIMIT
 # A gain that is smaller than the first, and surely smaller than the second, is not worth the work.
 HARDLY, SURELY_LESS = 0.01, 0.03
 _ROWS_KEY = "data.num_train_examples"
+# What a sweep sets for each of its trainings.
+_OF_A_TRIAL = ("training.seed", "training.eval_every_steps")
 
 
 class Marked(NamedTuple):
@@ -84,7 +86,6 @@ def actions_after(
     origin = config.origin if config else origin_of(artifact)
     made_of = [*iteration.made_of, artifact]
     settings = settings_of(made_of) | ({"model.base": config.model.base} if config else {})
-    curve = _newest_curve(workspace, artifact.name)
     # Answers that an earlier version had took their time then.
     evaluated_s = float(artifact.manifest["duration_s"])
     again_s = max(0.0, _asked_s(evaluation, artifact, config) - evaluated_s)
@@ -94,7 +95,7 @@ def actions_after(
         origin.file,
         iteration.took_s + again_s,
         int(trained.get("num_epochs") or 1),
-        fitting_curves(curve, settings, evaluation.primary),
+        _newest_curve(workspace, artifact.name, model, settings, evaluation.primary),
         *marked,
         config.generation if config else None,
         int(dataset.manifest["metrics"].get("num_train_rows", 0)) if dataset else 0,
@@ -135,17 +136,48 @@ def origin_of(evaluation: Artifact) -> Origin:
     return Origin(**told) if told else Origin(f"{evaluation.name}.yaml")
 
 
-def _newest_curve(workspace: Workspace, name: str) -> dict[str, Any]:
-    """Return `curve.json` of the newest sweep of a name; empty where there is none."""
-    sweeps = [a for a in workspace.published() if (a.kind, a.name) == ("sweeps", name)]
-    found = (read_json(workspace.open(sweep.ref), "curve.json") for sweep in reversed(sweeps))
-    return next(filter(None, found), {})
+def _newest_curve(
+    workspace: Workspace,
+    name: str,
+    model: Artifact | None,
+    settings: Mapping[str, Any],
+    primary: str,
+) -> dict[str, Any]:
+    """Return the newest learning curves of a name that say something of a model, see
+    `fitting_curves`; empty where there are none."""
+    for sweep in reversed(workspace.published("sweeps", name)):
+        curve = read_json(workspace.open(sweep.ref), "curve.json") or {}
+        found = fitting_curves(curve, settings, primary)
+        if found["curves"] and _is_trained_alike(workspace, sweep, model, curve.get("keys", ())):
+            return found
+    return {}
+
+
+def _is_trained_alike(
+    workspace: Workspace, sweep: Artifact, model: Artifact | None, keys: Sequence[str]
+) -> bool:
+    """Whether a sweep's models were trained as another one but for what was varied.
+
+    All of them share the rest, so one of them tells. What is gone tells nothing against it.
+    """
+    inputs = sweep.manifest["inputs"]
+    trial = next((a for a in workspace.published("models") if a.ref in inputs), None)
+    if model is None or trial is None:
+        return True
+    ours, theirs = ({**_flat(a.manifest["config"])} for a in (model, trial))
+    bases = [a.manifest["config"].get("base_fingerprint") for a in (model, trial)]
+    return ("model.base" in keys or bases[0] == bases[1]) and all(
+        ours[key] == theirs[key]
+        for key in ours.keys() & theirs.keys() - {*keys, *_OF_A_TRIAL}
+        if key.startswith("training.")
+    )
 
 
 def fitting_curves(
     curve: dict[str, Any], settings: Mapping[str, Any], primary: str
 ) -> dict[str, Any]:
-    """Return `curve.json` with those curves alone that are of these settings and this metric.
+    """Return `curve.json` with those curves alone that are of these settings and this metric, over
+    several volumes.
 
     What more rows bring by another learning rate, say, or to another score, says nothing here.
 
@@ -154,15 +186,19 @@ def fitting_curves(
         primary: The metric that decides.
     """
     keys = [key for key in curve.get("keys", ()) if key != _ROWS_KEY]
-    if not keys and curve.get("metric", primary) == primary:
-        return curve
     series = {
         ", ".join(f"{key}={cell['values'][key]}" for key in keys)
         for cell in curve.get("cells", ())
-        if curve["metric"] == primary
-        and all(key in settings and settings[key] == cell["values"][key] for key in keys)
+        if all(key in settings and settings[key] == cell["values"][key] for key in keys)
     }
-    return {**curve, "curves": [one for one in curve["curves"] if one["series"] in series]}
+    curves = [
+        one
+        for one in curve.get("curves", ())
+        if curve.get("metric", primary) == primary
+        and (not keys or one["series"] in series)
+        and len({size for size, _ in one["points"]}) > 1
+    ]
+    return {**curve, "curves": curves}
 
 
 def _num_spare_rows(dataset: Artifact) -> int:
