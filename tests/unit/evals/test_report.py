@@ -678,6 +678,12 @@ def test_parts_that_are_surely_worse_are_named() -> None:
     assert named.gain is not None
     assert tuple(named.gain) == pytest.approx((0.15, 0.11, 0.17))
     assert named.command == "tuneloop label-next INPUTS.csv demo.yaml"
+    # Of macro-F1 the scores of parts, which are shares of right answers, are no bound.
+    labels = make_evaluation({"base": 5, "finetuned": 80}, task="classification")
+    together = advise(situation(replace(by_macro_f1(labels), slices=slices)))
+    (named_too,) = (a for a in together if "topic" in a.title)
+    assert (named_too.gain, named_too.num_rows) == (None, 20)
+    assert named_too.why == "20 test rows are such: 20.0%, the others 95.0%."
     answers = {"endpoint": "http://x/v1", "model": "m", "kind": "answers"}
     answers["sources"] = [{"path": "x.csv", "format": "text"}]
     for teacher, command in (

@@ -443,8 +443,7 @@ class _Adviser:
             name.removeprefix(FIELD_PREFIX): is_one & wrong
             for name, wrong in zip(fields, failed, strict=True)
         }
-        collect = _Try("add training rows in which it is hard", now.look("dashboard"))
-        more = now.more or collect
+        more = now.more or _Try("add training rows in which it is hard", now.look("dashboard"))
         for name, wrong in alone.items():
             why, page = "are wrong in this field alone.", f"answers&wrong={name}"
             self.about(f"Get `{name}` right: {more.words}", why, wrong, more.command, page)
@@ -535,9 +534,10 @@ class _Adviser:
 
     def parts(self) -> None:
         """Each part of the rows that is surely worse than the others."""
-        now, sign = self.now, self.now.sign
-        arm = now.evaluation.candidate["name"]
-        found = weak_parts(now.evaluation.slices, arm, now.metric.better)
+        now, evaluation, name = self.now, self.now.evaluation, self.now.evaluation.row_metric
+        # Parts are scored row by row: of macro-F1 that bounds nothing.
+        metric, is_mean, sign = evaluation.metric(name), evaluation.primary == name, now.sign
+        found = weak_parts(evaluation.slices, evaluation.candidate["name"], metric.better)
         # No group is on both sides: rows of a test group cannot become training rows.
         for part in [part for part in found if part["by"] != now.group_by][:_MOST_PARTS]:
             value, *ends = (
@@ -548,11 +548,12 @@ class _Adviser:
             is_such = shorten(str(part["slice"]), _SHOWN_CHARACTERS) + unit
             self.add(
                 f"Add training rows with {part['by'].replace('_', ' ')} = {is_such}",
-                f"{part['n']:,} test rows are such: {format_value(part['value'], now.metric)}, the "
-                f"others {format_value(part['rest'], now.metric)}. The bound is that they become "
-                "like the others.",
+                f"{part['n']:,} test rows are such: {format_value(part['value'], metric)}, the "
+                f"others {format_value(part['rest'], metric)}."
+                + " The bound is that they become like the others." * is_mean,
                 self._more_of(now.reference), now.page("answers"),
-                _Brings(Gain(value, *sorted(ends)), "at most", part["n"]),
+                _Brings(Gain(value, *sorted(ends)), "at most", part["n"])
+                if is_mean else _Brings(num_rows=part["n"]),
             )  # fmt: skip
 
     def _more_of(self, what: str) -> str:
@@ -647,7 +648,7 @@ class _Adviser:
             volumes = f"{{data.num_train_examples: [{largest // 4}, {largest // 2}, {largest}]}}"
             self.add(
                 "Measure whether more rows would help",
-                "There is no learning curve of these settings: a sweep over data volumes makes one.",
+                "There is no learning curve of these settings: a sweep over volumes makes one.",
                 now.command("sweep", f"sweep.parameters={volumes}"), "/sweep",
             )  # fmt: skip
 
