@@ -746,6 +746,7 @@ def publish_version(
     num_rows: int,
     num_epochs: int,
     max_tokens: int = 80,
+    source: str = "a",
     **training: float,
 ) -> None:
     """Publish a dataset, a model and an evaluation of it."""
@@ -763,7 +764,7 @@ def publish_version(
         (draft.path / "card.json").write_text(json.dumps(card))
         split = {"num_test_examples": 20, "test_ratio": None}
         data = {"num_train_examples": num_rows, "split": split}
-        draft.publish(config={"data": data}, **told)
+        draft.publish(config={"data": data}, **{**told, "inputs": [f"x.jsonl sha256:{source}"]})
     with workspace.draft("models", "demo", model) as draft:
         draft.publish(config={"training": {"num_epochs": num_epochs, **training}}, **told)
     with workspace.draft("evaluations", "demo", own) as draft:
@@ -887,6 +888,19 @@ def test_marks_on_rows_scored_elsewhere_wait_for_the_next_evaluation(
     assert "Add training rows like those that people marked: 1" in commands
     # Nothing reads them where no such rows are scored.
     assert waiting not in titles(advice_for(workspace, "demo", config).actions)
+
+
+@pytest.mark.parametrize(("source", "is_alone"), [("a", True), ("b", False)])
+def test_what_other_rows_brought_is_not_said_of_a_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, is_alone: bool
+) -> None:
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    workspace = Workspace(tmp_path)
+    publish_version(workspace, make_evaluation({"base": 5, "finetuned": 60}), 100, 1)
+    better = make_evaluation({"base": 5, "finetuned": 90})
+    publish_version(workspace, better, 200, 1, source=source)
+    (more,) = (a for a in advice_for(workspace, "demo").actions if "400 rows" in a.title)
+    assert ("The last step of it brought" in more.why) is is_alone
 
 
 def test_a_setting_that_stays_as_it_was_is_nothing_done(

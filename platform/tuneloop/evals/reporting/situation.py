@@ -241,6 +241,18 @@ def settings_of(made_of: Sequence[Artifact]) -> dict[str, Any]:
     return {k: v for a in made_of for k, v in _flat(a.manifest["config"]).items()}
 
 
+def _rows_of(made_of: Sequence[Artifact]) -> list[Any]:
+    """Return the content of the files that datasets were made of, and what marks changed in it.
+
+    No setting tells them: without them a step to more rows of other files is one to more rows.
+    """
+    manifests = [a.manifest for a in made_of if a.kind == "datasets"]
+    return [
+        [[name.rpartition(":")[2] for name in m["inputs"]], m["config"].get("fixes")]
+        for m in manifests
+    ]
+
+
 def advised(command: str) -> dict[str, Any]:
     """Return the settings that a command gives to the next version; empty where it makes none."""
     words = shlex.split(command.partition(" && ")[0])
@@ -313,7 +325,7 @@ class Step(NamedTuple):
 def steps_between(versions: Versions) -> list[Step]:
     """Return the steps between versions, oldest first."""
     settings = [
-        settings_of([*iteration.made_of, artifact])
+        settings_of([*iteration.made_of, artifact]) | {"rows": _rows_of(iteration.made_of)}
         for artifact, iteration in zip(*versions, strict=True)
     ]
     return [
