@@ -575,6 +575,27 @@ def test_commands_take_the_rows_that_are_there_and_change_nothing_else() -> None
     assert "Measure whether more rows would help" not in titles(few)
 
 
+def test_a_field_that_a_row_does_not_have_is_not_wrong_in_it() -> None:
+    references = ['{"a": 1, "b": 2}'] * 10 + ['{"a": 1}'] * 10
+    # Four rows without `b` are wrong in `a` alone; in six more a `b` is invented.
+    said = [*references[:10], *['{"a": 2}'] * 4, *['{"a": 1, "b": 3}'] * 6]
+    ids = [f"r{number}" for number in range(20)]
+    config = make_config({"type": "extraction"})
+    scorer = Scorer(config.task, dict(zip(ids, references, strict=True)))
+    rows = [
+        Prediction(
+            key, "finetuned", "[]", reference, text, "stop", 1, 1, 0.1, "scored",
+            scores=scorer.score(reference, text),
+        )
+        for key, reference, text in zip(ids, references, said, strict=True)
+    ]  # fmt: skip
+    resampling = Resampling(num_resamples=100)
+    told = summarise(rows, scorer, resampling), compare(rows, scorer, resampling)
+    actions = advise(situation(Evaluation("demo", rows, *told)))
+    found = {a.title.partition(" right")[0]: a.num_rows for a in actions if a.title[:3] == "Get"}
+    assert found == {"Get `a`": 4, "Get `b`": 6}
+
+
 def test_what_a_sweep_forecasts_and_marks_that_wait_are_named() -> None:
     evaluation = make_evaluation({"base": 5, "finetuned": 99})
     step, further = ({"value": v, "low": 0.01, "high": 0.06} for v in (0.04, 0.02))

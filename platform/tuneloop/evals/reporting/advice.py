@@ -28,7 +28,7 @@ from tuneloop.evals.reporting.headline import Direction, describe_arm, direction
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import describe_mean
 from tuneloop.evals.scoring.intervals import Floats, Resampling
-from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric, in_task
+from tuneloop.evals.scoring.metrics import FIELD_PREFIX, PRECISION_PREFIX, Metric, in_task
 from tuneloop.evals.scoring.nearest import SAME_QUESTION
 from tuneloop.evals.scoring.predictions import has_tag
 from tuneloop.evals.scoring.results import Evaluation
@@ -435,18 +435,17 @@ class _Adviser:
 
     def fields(self) -> None:
         """Each field that alone makes answers wrong."""
-        now = self.now
-        fields = [n for n in now.evaluation.metrics["metrics"] if n.startswith(FIELD_PREFIX)]
-        failed = [pc.fill_null(self.column(name), 0.0).to_numpy() < 1 for name in fields]
+        now, sides = self.now, (FIELD_PREFIX, PRECISION_PREFIX)
+        names = [n for n in now.evaluation.metrics["metrics"] if n.startswith(FIELD_PREFIX)]
+        names = [name.removeprefix(FIELD_PREFIX) for name in names]
+        # A field that neither reference nor answer has is not wrong.
+        scores = [[pc.fill_null(self.column(s + n), 1.0).to_numpy() for s in sides] for n in names]
+        failed = [np.min(of_field, axis=0) < 1 for of_field in scores]
         is_one = self.wrong & (np.sum(failed, axis=0) == 1)
-        alone = {
-            name.removeprefix(FIELD_PREFIX): is_one & wrong
-            for name, wrong in zip(fields, failed, strict=True)
-        }
         more = now.more or _Try("add training rows in which it is hard", now.look("dashboard"))
-        for name, wrong in alone.items():
+        for name, wrong in zip(names, failed, strict=True):
             why, page = "are wrong in this field alone.", f"answers&wrong={name}"
-            self.about(f"Get `{name}` right: {more.words}", why, wrong, more.command, page)
+            self.about(f"Get `{name}` right: {more.words}", why, is_one & wrong, more.command, page)
 
     def losses(self) -> None:
         """What the strongest other arm answers better."""
