@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig, load_config
-from tuneloop.errors import ArtifactError, ConfigError
+from tuneloop.errors import ArtifactError, ConfigError, DataError
 from tuneloop.evals.reporting.advice import Action, Gain
 from tuneloop.evals.reporting.formatting import format_difference, format_estimate
 from tuneloop.evals.reporting.history import Iteration
@@ -192,9 +193,7 @@ def _marked(workspace: Workspace, name: str, config: TuneloopConfig | None) -> M
     wanted: set[str] = set()
     for is_scored in (False, True):
         dataset = name + SCORED_SUFFIX * is_scored
-        marks = (
-            marks_for(config, workspace, is_scored) if config else _marks(workspace, dataset)
-        )
+        marks = _marks(workspace, dataset, config)
         wanted |= {mark.content_id for mark in marks if mark.kind == "more_like_this"}
         # Without such rows no evaluation reads the marks on them.
         is_read = not is_scored or config is None or config.evaluation.sources
@@ -203,7 +202,12 @@ def _marked(workspace: Workspace, name: str, config: TuneloopConfig | None) -> M
     return Marked(waiting[0], len(wanted), waiting[1])
 
 
-def _marks(workspace: Workspace, dataset: str) -> list[Mark]:
+def _marks(workspace: Workspace, dataset: str, config: TuneloopConfig | None) -> list[Mark]:
+    """Return the marks on a dataset's rows that count; none of a file that cannot be read here."""
+    if config is not None:
+        with contextlib.suppress(DataError):
+            return marks_for(config, workspace, dataset.endswith(SCORED_SUFFIX))
+        return []
     return ReviewStore(workspace.location).marks(dataset) if has_store(workspace.location) else []
 
 

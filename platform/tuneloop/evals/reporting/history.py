@@ -88,7 +88,7 @@ def history(artifacts: Sequence[Artifact], name: str) -> list[Iteration]:
             [*made_of(before, by_fingerprint), before] if before else [], [*parts, version]
         )
         if changes and changes.num_left_out:
-            told = f"{changes.num_left_out:,} rows not compared: their right answers changed"
+            told = f"{changes.num_left_out:,} rows not compared: their right answers differ"
             changed = "; ".join(filter(None, (changed, told)))
         found.append(
             Iteration(
@@ -142,6 +142,9 @@ def _changed(before: Sequence[Artifact], now: Sequence[Artifact]) -> str:
     if len(asked) == 2:
         rows = [r for r in compare_settings(asked) if r["setting"].startswith("evaluation.")]
         first, second = (a.ref for a in asked)
+        arms = [(a.manifest["config"].get("arms") or [{}])[-1].get("name") for a in asked]
+        if None not in arms and arms[0] != arms[1]:
+            parts.append(f"arm: {arms[0]} → {arms[1]}")
         parts += [f"{r['setting']}: {r[first]} → {r[second]}" for r in rows[:_MOST_CHANGES]]
     return "; ".join(parts)
 
