@@ -787,7 +787,20 @@ def publish_version(
         data = {"num_train_examples": num_rows, "split": split}
         draft.publish(config={"data": data}, **{**told, "inputs": [f"x.jsonl sha256:{source}"]})
     with workspace.draft("models", "demo", model) as draft:
-        draft.publish(config={"training": {"num_epochs": num_epochs, **training}}, **told)
+        trained = {"num_epochs": num_epochs, **training}
+        draft.publish(config={"dataset": dataset, "training": trained}, **told)
+    publish_evaluation(workspace, evaluation, own, dataset, model, told, max_tokens)
+
+
+def publish_evaluation(
+    workspace: Workspace,
+    evaluation: Evaluation,
+    own: str,
+    dataset: str,
+    model: str,
+    told: dict,
+    max_tokens: int = 80,
+) -> None:
     with workspace.draft("evaluations", "demo", own) as draft:
         # Macro-F1 is of all rows: it has no column.
         names = [name for name in evaluation.metrics["metrics"] if name != "macro_f1"]
@@ -922,6 +935,34 @@ def test_what_other_rows_brought_is_not_said_of_a_setting(
     publish_version(workspace, better, 200, 1, source=source)
     (more,) = (a for a in advice_for(workspace, "demo").actions if "400 rows" in a.title)
     assert ("The last step of it brought" in more.why) is is_alone
+
+
+def test_of_rows_scored_elsewhere_the_forecast_is_from_the_rows_that_were_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    workspace = Workspace(tmp_path)
+    evaluation = make_evaluation({"base": 5, "finetuned": 80})
+    publish_version(workspace, evaluation, 200, 1)
+    told = {"resources": {}, "inputs": [], "metrics": {"num_train_rows": 0}}
+    with workspace.draft("datasets", "demo-scored", "s" * 64) as draft:
+        draft.publish(config={}, **told)
+    (model,) = workspace.published("models")
+    publish_evaluation(workspace, evaluation, "e" * 64, "s" * 64, model.fingerprint, told)
+    line = {"series": "", "points": [[50, 0.5], [100, 0.6]], "forecast": {"forecasts": [
+        {"num_examples": n, "times": t, "step": {"value": v, "low": 0.01, "high": 0.06}}
+        for n, t, v in ((200, 2, 0.04), (400, 4, 0.02))
+    ]}}  # fmt: skip
+    with workspace.draft("sweeps", "demo", "w" * 64) as draft:
+        keys = ["data.num_train_examples"]
+        content = {"keys": keys, "metric": "exact_match", "cells": [], "curves": [line]}
+        (draft.path / "curve.json").write_text(json.dumps(content))
+        draft.publish(config={}, **told)
+    (rows,) = (a for a in advice_for(workspace, "demo").actions if a.basis == "forecast")
+    # Not the step from 100 rows, which is larger; and what is trained is scored on the same rows.
+    assert rows.gain is not None
+    assert (rows.gain.value, rows.title[-10:]) == (0.02, "400 in all")
+    assert " && tuneloop evaluate demo.yaml" in rows.command
 
 
 def test_a_setting_that_stays_as_it_was_is_nothing_done(

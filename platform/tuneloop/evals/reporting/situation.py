@@ -84,7 +84,9 @@ def actions_after(
     trained = model.manifest["config"].get("training", {}) if model else {}
     split = dataset.manifest["config"].get("data", {}).get("split", {}) if dataset else {}
     origin = config.origin if config else origin_of(artifact)
-    made_of = [*iteration.made_of, artifact]
+    is_scored = dataset is not None and dataset.name.endswith(SCORED_SUFFIX)
+    rows = _trained_on(workspace, model, dataset)
+    made_of = [*iteration.made_of, *([rows] if rows and rows is not dataset else []), artifact]
     settings = settings_of(made_of) | ({"model.base": config.model.base} if config else {})
     # Answers that an earlier version had took their time then.
     evaluated_s = float(artifact.manifest["duration_s"])
@@ -98,13 +100,13 @@ def actions_after(
         _newest_curve(workspace, artifact.name, model, settings, evaluation.primary),
         *marked,
         config.generation if config else None,
-        int(dataset.manifest["metrics"].get("num_train_rows", 0)) if dataset else 0,
-        _num_spare_rows(workspace.open(dataset.ref)) if dataset else 0,
+        int(rows.manifest["metrics"].get("num_train_rows", 0)) if rows else 0,
+        _num_spare_rows(workspace.open(rows.ref)) if rows and not is_scored else 0,
         _kept(config, made_of) if config else origin.overrides,
         float(model.manifest["duration_s"]) if model else 0.0,
         evaluated_s + again_s,
         int(artifact.manifest["config"].get("evaluation", {}).get("max_tokens", 0)),
-        (dataset is not None and dataset.name.endswith(SCORED_SUFFIX))
+        is_scored
         or (
             bool(config.evaluation.arms)
             if config
@@ -118,6 +120,18 @@ def actions_after(
         settings_of(made_of),
         evaluation.metric(evaluation.primary),
     )
+
+
+def _trained_on(
+    workspace: Workspace, model: Artifact | None, scored: Artifact | None
+) -> Artifact | None:
+    """Return the dataset that a model was trained on, which may be another than the one that was
+    scored; None where it is gone."""
+    wanted = model.manifest["config"].get("dataset") if model else None
+    if scored is None or wanted in (None, scored.train_fingerprint):
+        return scored
+    found = (a for a in workspace.published("datasets") if a.train_fingerprint == wanted)
+    return next(found, None)
 
 
 def _asked_s(evaluation: Evaluation, artifact: Artifact, config: TuneloopConfig | None) -> float:
