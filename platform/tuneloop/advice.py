@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -151,11 +152,11 @@ def advice_for(workspace: Workspace, name: str, config: TuneloopConfig | None = 
     """
     versions = read_versions(workspace, name)
     if not versions.artifacts:
-        file = config.origin.file if config else f"{name}.yaml"
+        again = [config.origin.file, *config.origin.overrides] if config else [f"{name}.yaml"]
         raise ArtifactError.of(
             "there is no evaluation to go on from",
             where=f"evaluations/{name}",
-            remedy=f"tuneloop run {file}",
+            remedy=shlex.join(["tuneloop", "run", *again]),
         )
     newest = versions.artifacts[-1]
     evaluation = Evaluation.load(newest)

@@ -140,6 +140,8 @@ def test_marks_are_listed_written_and_read_again(
     for command in (["trace", "b" * 20], ["next"]):
         assert cli.main([*command, str(config)]) == 2
         assert "Traceback" not in capfd.readouterr().err
+    assert cli.main(["next", str(config), "data.num_train_examples=9"]) == 2
+    assert f"tuneloop run {config} data.num_train_examples=9" in capfd.readouterr().err
 
 
 def complete(line: str) -> list[str]:
