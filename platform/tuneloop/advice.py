@@ -207,7 +207,7 @@ def _marks(workspace: Workspace, dataset: str, config: TuneloopConfig | None) ->
     """Return the marks on a dataset's rows that count; none of a file that cannot be read here."""
     if config is not None:
         with contextlib.suppress(DataError):
-            return marks_for(config, workspace, dataset.endswith(SCORED_SUFFIX))
+            return marks_for(config, workspace, scored=dataset != config.name)
         return []
     return ReviewStore(workspace.location).marks(dataset) if has_store(workspace.location) else []
 

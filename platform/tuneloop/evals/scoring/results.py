@@ -163,7 +163,7 @@ class Evaluation:
         if not self.changed or (before in self.others) == (after in self.others):
             return found
         ids = found.sides("example_id")[1]
-        changed = pc.is_in(ids, value_set=pa.array(self.changed, pa.string()))
+        changed = pc.is_in(ids, value_set=pa.array([*self.changed], pa.string()))
         return found.where(pc.invert(changed).to_numpy())
 
     @property
