@@ -21,8 +21,9 @@ _INTRODUCTION = """\
 
 Every key of the YAML. On the command line and in a sweep a key is its dotted path:
 `training.learning_rate=5e-4`, `data.sources.0.path=faq.jsonl`. Unknown keys are errors. Keys under
-`resources` and `serving` say how something runs; they never change a result. Written by
-`python docs/reference.py`.
+`resources` and `serving` say how something runs; they never change a result. Without quotes `true`
+and `false`, and numbers such as `3` and `5e-4`, are what they seem; all else, `no` and `010` too,
+is text. Written by `python docs/reference.py`.
 """
 
 

@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, cast
 
-import yaml
-
 from tuneloop.check import check
-from tuneloop.config import TaskConfig, TaskType, TuneloopConfig
+from tuneloop.config import TaskConfig, TaskType, TuneloopConfig, to_yaml
 from tuneloop.data.check import DataCheck
 from tuneloop.data.check import check as check_data
 from tuneloop.data.first_look import FirstLook, look
@@ -490,9 +488,8 @@ def _comment(text: str, mark: str = "# ") -> str:
 
 def _flow(value: object) -> str:
     """Return a value as YAML in one line."""
-    return yaml.safe_dump(
-        [value], default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False
-    ).strip()[1:-1]
+    text = to_yaml([value], default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.strip()[1:-1]
 
 
 def _outcome_lines(starter: Starter) -> list[str]:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tuneloop.config import TuneloopConfig, grad_accum_steps, load_config, micro_batch_size
+from tuneloop.config import (
+    TuneloopConfig,
+    grad_accum_steps,
+    load_config,
+    micro_batch_size,
+    to_yaml,
+    with_override,
+)
 from tuneloop.errors import ConfigError
 from tuneloop.sweeps.grid import expand
 
@@ -245,6 +252,60 @@ def test_sections_that_may_be_left_out_have_suggestions(tmp_path: Path) -> None:
         ("evaluation.arms.ours.price.inputs=1", "input"),
     ):
         assert f"did you mean `{meant}`?" in "\n".join(problems(path, override))
+
+
+def test_a_text_is_not_taken_for_something_else(tmp_path: Path) -> None:
+    # As PyYAML has it, these are false, true, 8, 750 and a date; and 1e5 is a text.
+    path = write(tmp_path, GOOD.replace("type: generation", "type: classification"))
+    config = load_config(
+        path,
+        [
+            "name=010", "workspace=2024-01-01", "task.labels=[no, On, 010, 12:30, 7, true, ~x]",
+            "data.dedup={on: prompt}", "training.lora.use_dora=yes", "data.fixes=no",
+            "sweep.parameters={training.learning_rate: [1e-4, 2E-4, .5]}",
+            "evaluation.num_resamples=1e3", "data.seed=-3", "training.num_epochs=1_0",
+            "evaluation.floors=[{at_least: 0.5, by: paid, value: yes}]",
+        ],
+    )  # fmt: skip
+    assert (config.name, config.workspace) == ("010", "2024-01-01")
+    assert config.task.labels == ["no", "On", "010", "12:30", "7", "true", "~x"]
+    assert config.data.dedup.on == "prompt"
+    assert config.training.lora.use_dora is True
+    assert config.data.fixes is False
+    assert config.sweep is not None
+    assert config.sweep.parameters == {"training.learning_rate": [1e-4, 2e-4, 0.5]}
+    assert (config.evaluation.num_resamples, config.data.seed) == (1000, -3)
+    assert config.training.num_epochs == 10
+    assert config.evaluation.floors[0].value == "yes"
+    assert load_config(path, ["data.fixes=marks.jsonl"]).data.fixes == "marks.jsonl"
+    assert load_config(path, ["data.fixes=true"]).data.fixes is True
+
+
+def test_what_is_written_out_is_read_as_it_was() -> None:
+    value = ["no", "yes", "1e5", "1e-5", "010", "1_0", "12:30", "true", "~", "", "2024-01-01", ".5"]
+    value += [1e-5, 1e16, 0.5, 3, True, False, None, "a: b", {"on": "é\u2028😀"}]
+    assert with_override({}, f"key={to_yaml(value, default_flow_style=True)}") == {"key": value}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.lora.rank=true",
+        "training.lora.rank=yes",
+        "training.learning_rate=true",
+        "training.max_steps=false",
+        "resources.zero_stage=true",
+        "sweep.parameters={training.seed: {randint: [true, 5]}}",
+        "evaluation.floors=[{at_least: true}]",
+        "training.max_grad_norm=.inf",
+        "name=1.0",
+        "model.base=true",
+    ],
+)
+def test_what_is_of_another_kind_is_refused(tmp_path: Path, override: str) -> None:
+    (found,) = problems(write(tmp_path, GOOD), override)
+    assert "command line" in found
+    assert "is not valid" in found or "not allowed" in found
 
 
 def test_merged_keys_are_read(tmp_path: Path) -> None:

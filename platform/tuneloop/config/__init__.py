@@ -29,6 +29,7 @@ from tuneloop.config.evaluation import PriceConfig as PriceConfig
 from tuneloop.config.generation import GenerationConfig as GenerationConfig
 from tuneloop.config.loading import field_names as field_names
 from tuneloop.config.loading import load_config as load_config
+from tuneloop.config.loading import to_yaml as to_yaml
 from tuneloop.config.loading import with_override as with_override
 from tuneloop.config.loading import with_value as with_value
 from tuneloop.config.resources import ResourcesConfig as ResourcesConfig

@@ -190,7 +190,8 @@ class DataConfig(Section):
     dedup: DedupConfig = DedupConfig()
     split: SplitConfig = SplitConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
-    fixes: bool | str = True
+    # In this order, or `no` were the name of a file.
+    fixes: bool | str = Field(True, union_mode="left_to_right")
     """Whether people's marks on rows are applied: answers corrected, rows dropped, more answers
     accepted. A path names a file that `tuneloop fixes CONFIG --output FILE` wrote, in place of the
     marks of the workspace."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Hashable
@@ -16,9 +17,27 @@ from tuneloop.config.section import Section
 from tuneloop.config.whole import TuneloopConfig
 from tuneloop.errors import ConfigError, Problem
 
+_TAG = "tag:yaml.org,2002:"
+_TRUTH = re.compile(r"^(?:true|false)$")
+_WHOLE = re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$")
+_NUMBER = re.compile(
+    r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+    r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice: YAML would silently keep the last."""
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that takes no text for something else.
+
+    A key given twice is refused: YAML would silently keep the last. Words without quotes are read
+    as in YAML 1.2: PyYAML, which is older, takes `yes`, `no` and `on` for true and false, 010 for
+    8, 12:30 for 750, and 1e5 for a text.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # as PyYAML has it
+        first: [(tag, words) for tag, words in known if tag in (f"{_TAG}null", f"{_TAG}merge")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -36,6 +55,25 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """A safe dumper that quotes what PyYAML or the loader above would take for no text."""
+
+
+_Loader.add_implicit_resolver(f"{_TAG}bool", _TRUTH, list("tf"))
+_Loader.add_implicit_resolver(f"{_TAG}int", _WHOLE, list("-+0123456789"))
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(f"{_TAG}float", _NUMBER, list("-+.0123456789"))
+
+
+def to_yaml(value: object, **layout: Any) -> str:
+    """Return a value as YAML that `load_config` reads as the same value.
+
+    Args:
+        layout: As for `yaml.dump`.
+    """
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, **layout))
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> TuneloopConfig:
@@ -63,7 +101,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Tunel
             remedy="give the path of a YAML file; `tuneloop init` writes one",
         ) from error
     try:
-        raw = yaml.load(text, Loader=_UniqueKeyLoader)
+        raw = yaml.load(text, Loader=_Loader)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -104,7 +142,7 @@ def with_override(raw: dict[str, Any], override: str) -> dict[str, Any]:
             remedy="for example training.learning_rate=1e-4",
         )
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError.of(
             "an override's value is not valid YAML",
@@ -190,7 +228,11 @@ def _problem(detail: Any, path: Path, root: yaml.Node | None, overridden: set[st
     if kind == "value_error":
         return Problem(message, where=where, got=got)
     return Problem(
-        f"`{key}` is not valid", where=where, got=got, allowed=message[0].lower() + message[1:]
+        f"`{key}` is not valid",
+        where=where,
+        got=got,
+        allowed=message[0].lower() + message[1:],
+        remedy="put a text that YAML reads otherwise into quotes" if kind == "string_type" else "",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -33,10 +34,10 @@ class OneTaskConfig(Section):
     @field_validator("labels", mode="before")
     @classmethod
     def _numbers_are_labels(cls, labels: object) -> object:
-        """Take `labels: [0, 1]` as text."""
+        """Take `labels: [0, 1]` and `[true, false]` as text, as answers in rows are."""
         if not isinstance(labels, list):
             return labels
-        return [str(one) if type(one) is int else one for one in labels]
+        return [json.dumps(one) if isinstance(one, int) else one for one in labels]
 
     @model_validator(mode="after")
     def _labels_belong_to_classification(self) -> Self:
