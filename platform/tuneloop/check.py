@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tuneloop.artifacts import Workspace
-from tuneloop.config import TuneloopConfig
+from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.contest import arm_problems
 from tuneloop.data.check import DataCheck
 from tuneloop.data.check import check as check_data
@@ -112,30 +112,30 @@ def _far(config: TuneloopConfig, fit: Fit, data: DataCheck) -> list[Problem]:
     """Return which settings are far from those that have worked; a sweep's own keys are not."""
     if fit.prediction is None:
         return []
-    split, usable = config.data.split, data.num_usable
-    held_out = (split.num_test_examples or split.test_ratio * usable) + (
-        split.num_validation_examples or (split.validation_ratio or 0.0) * usable
-    )
-    share = min(1.0, (config.data.num_train_examples or usable) / max(1.0, usable - held_out))
-    num_rows = (usable - held_out) * share
+    num_rows: float = _expected_rows(config.data, data.num_usable)[0]
     if config.task.type == "language_modeling":
-        num_rows *= data.num_tokens / usable / config.data.max_seq_len  # packed
+        num_rows *= data.num_tokens / data.num_usable / config.data.max_seq_len  # packed
     far = far_from_worked(config.training, max(1, round(num_rows)), fit.prediction.num_parameters)
     swept = config.sweep.parameters if config.sweep else {}
     return [notice for notice in far if notice.where not in swept]
+
+
+def _expected_rows(data: DataConfig, num_usable: int) -> tuple[int, int]:
+    """Return how many rows there will be to train on and to validate on, if none is removed."""
+    split = data.split
+    left = num_usable - (split.num_test_examples or split.test_ratio * num_usable)
+    validated = split.num_validation_examples or (split.validation_ratio or 0.0) * left
+    trained = max(1, round(left - validated))
+    return min(trained, data.num_train_examples or trained), round(validated)
 
 
 def _row_totals(config: TuneloopConfig, data: DataCheck) -> RowTotals | None:
     """Return what is known of the train rows before they are prepared; None of no rows."""
     if not data.num_usable:
         return None
-    num_rows = min(data.num_usable, config.data.num_train_examples or data.num_usable)
+    num_rows, num_validated = _expected_rows(config.data, data.num_usable)
     mean = data.num_tokens / data.num_usable
     num_tokens, longest = round(mean * num_rows), data.length_tokens["max"]
-    split = config.data.split
-    num_validated = split.num_validation_examples or round(
-        (split.validation_ratio or 0.0) * data.num_usable
-    )
     if config.task.type == "language_modeling":
         num_rows = math.ceil(num_tokens / config.data.max_seq_len)  # packed
         num_validated = math.ceil(num_validated * mean / config.data.max_seq_len)

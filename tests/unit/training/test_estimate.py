@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from tuneloop.artifacts import Artifact
-from tuneloop.check import check, report
-from tuneloop.config import TrainingConfig, TuneloopConfig
+from tuneloop.check import _expected_rows, check, report
+from tuneloop.config import DataConfig, TrainingConfig, TuneloopConfig
 from tuneloop.errors import DataError, ModelError, ResourceError
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
@@ -271,6 +271,24 @@ def test_the_chosen_experts_alone_are_counted(tiny_model: Path, tmp_path: Path) 
     assert shapes[0].num_parameters == shapes[1].num_parameters
     assert shapes[0].kept_bytes < shapes[1].kept_bytes
     assert not shapes[0].unknown
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (90, 0)),
+        ({"split": {"num_test_examples": 30}}, (70, 0)),
+        ({"split": {"test_ratio": 0.2, "validation_ratio": 0.25}}, (60, 20)),
+        ({"num_train_examples": 50, "split": {"num_validation_examples": 5}}, (50, 5)),
+        ({"num_train_examples": 95}, (90, 0)),
+    ],
+)
+def test_rows_that_are_held_out_are_not_counted_as_trained_on(
+    settings: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    sources = [{"path": "rows.jsonl", "format": "question_answer"}]
+    data = DataConfig.model_validate({"sources": sources, **settings})
+    assert _expected_rows(data, 100) == expected
 
 
 def test_an_estimate_that_cannot_be_made_is_a_sentence(
