@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tuneloop.artifacts import Published, Workspace, fingerprint
-from tuneloop.config import FiltersConfig, SplitConfig, TuneloopConfig
+from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
+from tuneloop.config import DataConfig, FiltersConfig, SplitConfig, TuneloopConfig
 from tuneloop.data.corrections import ACCEPTED_COLUMN, NOT_THERE, corrected, refusal
 from tuneloop.data.hashing.content import Content, content_id
 from tuneloop.data.sources.bad_rows import BadRow, refuse_bad_rows, refuse_mismatched_formats
-from tuneloop.data.sources.files import find_files
+from tuneloop.data.sources.files import find_files, identities
 from tuneloop.data.sources.readers import read_source
 from tuneloop.marks import SCORED_SUFFIX, Mark, decide
 
@@ -44,10 +44,11 @@ def prepare_scored_rows(
     reading = config.model_copy(update={"data": config.data.model_copy(update=update)})
     refuse_mismatched_formats(reading)
     files = find_files(config.evaluation.sources, "evaluation.sources")
-    contents = {file.name: file.sha256() for file in files}
+    contents = identities(files)
     parts: dict[str, Any] = {
         "task": config.task.model_dump(),
-        "sources": [source.model_dump() for source in config.evaluation.sources],
+        # Files count by what is in them, wherever they lie: a job has them in another place.
+        "sources": [source.model_dump(exclude={"path"}) for source in config.evaluation.sources],
         "files": contents,
     }
     fixes = decide(marks).fixes
@@ -56,7 +57,7 @@ def prepare_scored_rows(
     name = config.name + SCORED_SUFFIX
     identity = fingerprint("scored_rows", CODE_VERSION, **parts)
     existing = workspace.find("datasets", name, identity)
-    if existing is not None:
+    if existing is not None and _has_few_bad_rows(existing, config.data):
         return Published(existing, reused=True)
     content, seen = Content.of(config.task), Counter[str]()
     by_row = {fix.content_id: [f for f in fixes if f.content_id == fix.content_id] for fix in fixes}
@@ -128,12 +129,22 @@ def prepare_scored_rows(
             text = json.dumps(card, indent=2, ensure_ascii=False)
             (draft.path / "card.json").write_text(text, encoding="utf-8")
         artifact = draft.publish(
-            config=parts,
+            config={**parts, "sources": [s.model_dump() for s in config.evaluation.sources]},
             resources={},
-            inputs=[f"{path} sha256:{digest}" for path, digest in contents.items()],
+            inputs=[
+                f"{file.name} sha256:{digest}"
+                for file, (*_, digest) in zip(files, contents, strict=True)
+            ],
             metrics={"num_train_rows": 0, "num_test_rows": len(rows), "num_removed": len(bad)},
         )
     return Published(artifact, reused=False)
+
+
+def _has_few_bad_rows(scored: Artifact, data: DataConfig) -> bool:
+    """Return whether as many rows were left out as are tolerated now."""
+    metrics = scored.manifest["metrics"]
+    num_bad = metrics["num_removed"]
+    return bool(num_bad <= data.max_bad_rows_ratio * (num_bad + metrics["num_test_rows"]))
 
 
 def _texts(extra: dict[str, Any]) -> list[str]:

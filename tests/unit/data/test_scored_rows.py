@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tuneloop.artifacts import Workspace
+import pytest
+
+from tuneloop.artifacts import Published, Workspace
 from tuneloop.config import TuneloopConfig
 from tuneloop.data.scored_rows import prepare_scored_rows
+from tuneloop.errors import DataError
 from tuneloop.evals.scoring.questions import read_questions
 from tuneloop.marks import Mark
 
@@ -41,6 +44,26 @@ def test_rows_are_asked_with_the_tools_that_they_list(tmp_path: Path) -> None:
     first, second = read_questions(scored)
     assert json.loads(first.tools) == [tool]
     assert second.tools == ""
+
+
+def test_a_moved_file_is_the_same_rows_and_fewer_bad_ones_may_be_tolerated(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"question": "q?", "answer": "a"}, {"question": "r?"}]
+    config = make_config(tmp_path, rows, "question_answer")
+    workspace = Workspace(tmp_path / "ws")
+
+    def prepared(file: Path, ratio: float) -> Published:
+        source = config.evaluation.sources[0].model_copy(update={"path": str(file)})
+        changed = {"evaluation": config.evaluation.model_copy(update={"sources": [source]})}
+        changed["data"] = config.data.model_copy(update={"max_bad_rows_ratio": ratio})
+        return prepare_scored_rows(config.model_copy(update=changed), workspace)
+
+    first = prepared(tmp_path / "rows.jsonl", 0.5)
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "rows.jsonl").rename(tmp_path / "elsewhere" / "rows.jsonl")
+    again = prepared(moved, 0.6)
+    assert (again.reused, again.artifact.ref) == (True, first.artifact.ref)
+    with pytest.raises(DataError, match="answer"):
+        prepared(moved, 0.4)
 
 
 def test_marks_correct_accept_and_drop(tmp_path: Path) -> None:
