@@ -118,6 +118,27 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path) -> None:
     assert len(read(config_for(tmp_path / "*.jsonl*", "question_answer"))) == 12
 
 
+def test_a_null_that_parquet_may_have_made_of_an_absent_field_is_told(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [{"question": "q", "answer": {"a": 1, "b": [{"c": 2}]}},
+            {"question": "r", "answer": {"a": 1}}]  # fmt: skip
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    task = {"type": "extraction"}
+    for name, answer, told in (
+        (lines(tmp_path / "a.jsonl", *rows), '{"a": 1}', ""),
+        (tmp_path / "a.parquet", '{"a": 1, "b": null}', "may be a field that is absent"),
+    ):
+        whole, short = read(config_for(name, "question_answer", task=task))
+        assert json.loads(turns(whole)[1][1]) == rows[0]["answer"]
+        assert turns(short)[1][1] == answer
+        assert whole["changes"] == ""
+        assert told in short["changes"]
+        assert bool(told) == bool(short["changes"])
+        assert ", " not in short["changes"]
+
+
 def test_a_saved_dataset_is_read_and_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from pyarrow import parquet
 
-from tuneloop.config import MixedSourceConfig, OneTaskConfig, TuneloopConfig
+from tuneloop.config import MixedSourceConfig, OneTaskConfig, TaskConfig, TuneloopConfig
 from tuneloop.data.filters.quality import apply_filters
 from tuneloop.data.schema import SourceRow, row_key
 from tuneloop.data.sources.dialect import (
@@ -66,6 +66,10 @@ _KEPT_OF_BAD_ROW = 10_000
 _MOST_LEVELS = 100
 # Types of files in which an object has a null for every name that other objects have.
 _ARROW = (".parquet", ".arrow")
+_NULLS = (
+    "a null in the answer may be a field that is absent: Parquet and Arrow write both alike; "
+    "learned as null"
+)
 _UTF8_MARK = b"\xef\xbb\xbf"
 # An object of which one key would be lost is refused.
 _DECODER = json.JSONDecoder(object_pairs_hook=object_of)
@@ -122,6 +126,8 @@ def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iter
                     for name, value in record.items()
                 }
             _fill(row, record, source, config)
+            if file.suffix in _ARROW and _answers_with_null(record, source, config.task, row):
+                row["changes"] = ", ".join(filter(None, [row["changes"], _NULLS]))
             row["extra"] = _json(_kept_columns(record, used, source.task))
             _refuse_lone_surrogates(row)
         except RowError as error:
@@ -131,6 +137,16 @@ def read_source(file: SourceFile, position: int, config: TuneloopConfig) -> Iter
             raw = error.got if isinstance(record, RowError) else _json(record)
             row["text"] = raw[:_KEPT_OF_BAD_ROW].encode("utf-8", "replace").decode()
         yield row
+
+
+def _answers_with_null(
+    record: Mapping[str, Any], source: MixedSourceConfig, task: TaskConfig, row: SourceRow
+) -> bool:
+    """Return whether a file that fills objects with nulls may have made one in an answer."""
+    if task.of(row["task"]).type != "extraction" or source.format == "label_studio":
+        return False
+    objects = [record.get(name) for name in used_columns(source)]
+    return any(isinstance(one, dict) and without_nulls(one) != one for one in objects)
 
 
 def _fill(
