@@ -88,7 +88,10 @@ def _run(arguments: argparse.Namespace, output: IO[str]) -> int:
 
         return COMMANDS[arguments.command](arguments, output) or 0
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
+        # A job goes on without whoever submitted it: the same command would start another.
+        is_job = arguments.command == "submit"
+        again = "" if is_job else "; run the same command again to resume"
+        print(f"interrupted{again}", file=sys.stderr)
         return 130
     except Exception as error:
         user_error = _removed_directory(error) or find_user_error(error)
@@ -159,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("config", metavar="CONFIG.yaml", nargs="?", help=words)
         overrides(sub)
         sub.add_argument(
-            "--workspace", metavar="PATH", default="workspace", help="default: %(default)s"
+            "--workspace", metavar="PATH", help="default: the configuration's, else workspace"
         )
 
     def workspace_command(name: str) -> argparse.ArgumentParser:
@@ -231,7 +234,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     workspace_of(trace)
     submit = command("submit")
-    submit.add_argument("job_command", metavar="COMMAND", help="the command to run there")
+    submit.add_argument(
+        "job_command", metavar="COMMAND",
+        help="check, prepare, generate, train, evaluate, run, sweep or serve",
+    )  # fmt: skip
     submit.add_argument("config", metavar="CONFIG.yaml", help="the configuration")
     overrides(submit)
     submit.add_argument(

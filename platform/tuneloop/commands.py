@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -32,7 +33,12 @@ from tuneloop.doctor import examine
 from tuneloop.errors import ArtifactError, ConfigError, Problem
 from tuneloop.marks import write_marks
 from tuneloop.review.dashboard import run_dashboard
-from tuneloop.submission import in_job_directory, refuse_fleeting_workspace, submit
+from tuneloop.submission import (
+    as_submitted,
+    in_job_directory,
+    refuse_fleeting_workspace,
+    submit,
+)
 from tuneloop.text import shorten
 
 if TYPE_CHECKING:
@@ -63,16 +69,17 @@ def _step(arguments: argparse.Namespace, output: IO[str]) -> None:
             result = {"artifacts": summaries, "next": advice.as_dict() if advice else None}
         print(json.dumps(result, ensure_ascii=False), file=output)
     else:
-        _print_published(published, config, arguments, output)
+        _print_published(published, config, output)
 
 
 def _print_published(
     published: list[Published],
     config: TuneloopConfig,
-    arguments: argparse.Namespace,
     output: IO[str],
 ) -> None:
     console = Console(file=output)
+    # To be copied: in one line each, with the brackets of lists.
+    tell = partial(console.print, soft_wrap=True, markup=False)
     last = published[-1].artifact
     if last.kind == "evaluations":
         from tuneloop.evals.reporting.report import terminal_table
@@ -81,20 +88,20 @@ def _print_published(
     for item in published:
         state = "reused" if item.reused else "new"
         line = f"{item.artifact.ref:<28} {state:<7} {item.artifact.location}"
-        console.print(line, soft_wrap=True)
+        tell(line)
     if last.kind == "evaluations":
-        console.print(f"\nreport     {last.location}/report.html", soft_wrap=True)
-        console.print(f"dashboard  tuneloop dashboard --workspace {config.workspace}")
-        again = shlex.join([arguments.config, *arguments.overrides])
-        console.print(f"serve it   tuneloop serve {again}", soft_wrap=True)
+        tell(f"\nreport     {last.location}/report.html")
+        tell(f"dashboard  tuneloop dashboard --workspace {shlex.quote(config.workspace)}")
+        again = shlex.join([config.origin.file, *config.origin.overrides])
+        tell(f"serve it   tuneloop serve {again}")
         if not last.name.endswith("-baseline"):
             advice = _advice_after(config)
             if advice and advice.actions:
                 first = advice.actions[0]
                 gain = first.describe_gain(advice.metric)
-                for line in (f"try next   {first.title}; gain: {gain}", f"{'':11}{first.command}"):
-                    console.print(line, soft_wrap=True, markup=False)
-            console.print(f"all of it  tuneloop next {again}", soft_wrap=True)
+                tell(f"try next   {first.title}; gain: {gain}")
+                tell(f"{'':11}{first.command}")
+            tell(f"all of it  tuneloop next {again}")
 
 
 def _advice(config: TuneloopConfig) -> Advice:
@@ -233,7 +240,8 @@ def _gate(arguments: argparse.Namespace, output: IO[str]) -> int:
             table.add_column(column, overflow="fold")
         for check in result.checks:
             colour = "green" if check.passed else "yellow" if "tell" in check.outcome else "red"
-            table.add_row(check.name, f"[{colour}]{check.outcome}[/]", check.detail)
+            outcome = f"[{colour}]{check.outcome}[/]"
+            table.add_row(escape(check.name), outcome, escape(check.detail))
         console = Console(file=output)
         console.print(table)
         console.print(f"\n{headline(result)}", markup=False, highlight=False)
@@ -268,10 +276,11 @@ def _sweep(arguments: argparse.Namespace, output: IO[str]) -> None:
         console.print(sweep_table(published.artifact))
         for one in advise(*read_files(published.artifact))[:1]:
             console.print(f"{one.title}. {one.why}\n", markup=False)
-        console.print(f"report      {published.artifact.location}/report.html", soft_wrap=True)
+        tell = partial(console.print, soft_wrap=True, markup=False)
+        tell(f"report      {published.artifact.location}/report.html")
         state = "reused" if published.reused else "new"
-        console.print(f"{published.artifact.ref}  {state}  {published.artifact.location}")
-        console.print(f"look at it  tuneloop dashboard --workspace {config.workspace}")
+        tell(f"{published.artifact.ref}  {state}  {published.artifact.location}")
+        tell(f"look at it  tuneloop dashboard --workspace {shlex.quote(config.workspace)}")
 
 
 def _submit(arguments: argparse.Namespace, output: IO[str]) -> int:
@@ -588,12 +597,16 @@ def _load(arguments: argparse.Namespace) -> TuneloopConfig:
     config = load_config(arguments.config, arguments.overrides)
     if in_job_directory():
         refuse_fleeting_workspace(config)
+        return as_submitted(config)
     return config
 
 
 def open_workspace(arguments: argparse.Namespace) -> Workspace:
-    """Return the workspace of the configuration, if one is named, or of `--workspace`."""
-    return Workspace(_load(arguments).workspace if arguments.config else arguments.workspace)
+    """Return the workspace of `--workspace`, else of the configuration, if one is named."""
+    given = getattr(arguments, "workspace", None)  # completion asks for commands without it
+    if given is None and arguments.config:
+        given = _load(arguments).workspace
+    return Workspace(given or "workspace")
 
 
 def _short(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -14,8 +15,11 @@ from typing import Any
 import pytest
 
 import tuneloop
-from tuneloop import cli
-from tuneloop.artifacts import Artifact, Workspace
+from tuneloop import cli, commands
+from tuneloop.artifacts import Artifact, Published, Workspace
+from tuneloop.commands import open_workspace
+from tuneloop.config import TuneloopConfig
+from tuneloop.evals.reporting import report
 from tuneloop.marks import Mark
 from tuneloop.progress import Progress
 from tuneloop.review.store import URL_VARIABLE, ReviewStore
@@ -275,3 +279,32 @@ def test_the_curl_line_sends_the_key_if_there_is_one(
         server.shutdown()
     body = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
     assert got == [(None, body), ("Bearer it's $ecret", body)]
+
+
+def test_the_workspace_of_the_command_line_wins(tmp_path: Path) -> None:
+    config = tmp_path / "faq.yaml"
+    config.write_text(
+        "name: faq\nworkspace: /of/config\ntask: {type: generation}\nmodel: {base: b}\n"
+        "data: {sources: [{path: a, format: text}]}\n"
+    )
+    for given, named, expected in (
+        (None, None, str(Path("workspace").absolute())),
+        (None, str(config), "/of/config"),
+        ("/given", str(config), "/given"),
+    ):
+        arguments = argparse.Namespace(workspace=given, config=named, overrides=[])
+        assert open_workspace(arguments).location == expected
+
+
+def test_commands_that_are_told_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "terminal_table", lambda artifact: "")
+    sources = [{"path": "a", "format": "text"}]
+    raw = {"name": "faq", "task": {"type": "generation"}, "model": {"base": "b"},
+           "data": {"sources": sources}}  # fmt: skip
+    config = TuneloopConfig.model_validate(raw).read_from("faq.yaml", ["task.labels=[a, b]"])
+    artifact = Artifact("evaluations", "faq-baseline", 1, Path(), "/x/[b]/" + "y" * 90, {})
+    output = io.StringIO()
+    commands._print_published([Published(artifact, reused=False)], config, output)
+    told = output.getvalue().splitlines()
+    assert told[-1] == "serve it   tuneloop serve faq.yaml 'task.labels=[a, b]'"
+    assert f"report     /x/[b]/{'y' * 90}/report.html" in told

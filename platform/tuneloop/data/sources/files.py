@@ -128,7 +128,7 @@ def find_files(sources: Sequence[SourceConfig], key: str = "data.sources") -> li
     problems: list[Problem] = []
     for index, source in enumerate(sources):
         try:
-            files += _find(source, index, f"{key}.{index}")
+            files += find_source(source, index, f"{key}.{index}")
         except DataError as error:
             problems += error.problems
     seen: dict[str, int] = {}
@@ -148,7 +148,26 @@ def find_files(sources: Sequence[SourceConfig], key: str = "data.sources") -> li
     return [replace(file, columns=own) for file, own in zip(files, columns, strict=True)]
 
 
-def _find(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
+def describes_itself(source: SourceConfig) -> bool:
+    """Return whether a local folder is read by what files in it say, as a copy of the Hub's is."""
+    folder = Path(source.path).expanduser()
+    return folder.is_dir() and (
+        repository_of(source, ()) is not None
+        or (folder / "dataset_dict.json").is_file()
+        or bool(_saved_files(folder))
+    )
+
+
+def find_source(source: SourceConfig, index: int, where: str) -> list[SourceFile]:
+    """Return the files of one source, by path.
+
+    Args:
+        index: Its number among all.
+        where: Its key in the YAML.
+
+    Raises:
+        DataError: It leads nowhere.
+    """
     if not source.path.strip():
         raise DataError.of("the path of a source is empty", where=f"{where}.path")
     if source.path.startswith("docstrings:"):
