@@ -551,10 +551,11 @@ class NamedArms:
 def missing_model(config: TuneloopConfig, workspace: Workspace) -> ModelError:
     """Return the error that no model was trained with this configuration."""
     others = [artifact.ref for artifact in workspace.published("models", config.name)]
-    other = f"; {others[-1]} was trained with other settings: name it as `model`" if others else ""
+    named = "name it, as an arm's `model` or by --candidate of a gate"
+    other = f"; {others[-1]} was trained with other settings: {named}" if others else ""
     return ModelError.of(
         "no model was trained with this configuration",
         where=f"workspace {workspace.location}",
-        allowed="`evaluate` scores what is there, and trains nothing",
+        allowed="what is there is scored, and nothing is trained",
         remedy=f"`tuneloop train` or `tuneloop run` makes it{other}",
     )

@@ -13,14 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from pathlib import PurePath
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
 from tuneloop import contest
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.cluster import connect, refuse_unshared
-from tuneloop.config import API_KEY_VARIABLE, NO_DIFFERENCE, Section, ServingConfig, TuneloopConfig
+from tuneloop.config import (
+    API_KEY_VARIABLE,
+    NO_DIFFERENCE,
+    DataConfig,
+    Section,
+    ServingConfig,
+    SourceConfig,
+    TuneloopConfig,
+)
 from tuneloop.contest import Contest
 from tuneloop.errors import ConfigError, ModelError
 from tuneloop.evals.scoring.harness import make_environment
@@ -37,6 +46,7 @@ from tuneloop.training import launch
 
 logger = logging.getLogger("tuneloop.pipeline")
 
+S = TypeVar("S", bound=Section)
 _SHOWN_CHARACTERS = 200  # of what was found; `check` and the dataset card have all of it
 
 
@@ -171,10 +181,10 @@ def gate(
         ModelError: There is no model of this configuration.
     """
     if candidate is None:
-        newest = _newest_finetuned(with_labels(config), workspace, resolve_base(config.model.base))
-        if newest is None:
+        own = _own_models(with_labels(config), workspace, resolve_base(config.model.base))
+        if not own:
             raise contest.missing_model(config, workspace)
-        candidate = newest.ref
+        candidate = own[-1].ref
     arms = contest.gate_arms(config, workspace, against, candidate)
     margin = config.evaluation.margin or NO_DIFFERENCE
     update = {"arms": arms, "margin": margin, "forgetting": None}
@@ -292,30 +302,59 @@ def _newest_finetuned(
     A sweep, or a run with overrides, leaves models of the same name with other settings.
     """
     trained = workspace.published("models", config.name)
-    datasets = {
-        a.train_fingerprint
-        for a in workspace.published("datasets")
-        if _is_told(config.data, a.manifest["config"].get("data"))
-        and _is_told(config.task, a.manifest["config"].get("task"))
-    }
-    same = [
-        model
-        for model in trained
-        if _is_told(config.training, model.manifest["config"]["training"])
-        and model.manifest["config"]["base_fingerprint"] == base.fingerprint
-        and model.manifest["config"]["dataset"] in datasets
-    ]
+    same = _own_models(config, workspace, base)
     if trained and not same:
         logger.warning("no model was trained with exactly this configuration: serving the newest")
     return workspace.open((same or trained)[-1].ref) if trained else None
 
 
-def _is_told(settings: Section, told: object) -> bool:
-    """Return whether a manifest tells these settings; what it does not know has its default."""
+def _own_models(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> list[Artifact]:
+    """Return the models that this configuration makes, oldest first."""
+    datasets = {
+        a.train_fingerprint
+        for a in workspace.published("datasets")
+        if _is_told(config.data, a.manifest["config"].get("data"), _by_name)
+        and _is_told(config.task, a.manifest["config"].get("task"))
+    }
+    template = launch.template_identity(config.model.chat_template)
+    return [
+        model
+        for model in workspace.published("models", config.name)
+        if _is_told(config.training, model.manifest["config"]["training"])
+        and model.manifest["config"]["base_fingerprint"] == base.fingerprint
+        and model.manifest["config"].get("chat_template", template) == template
+        and model.manifest["config"]["dataset"] in datasets
+    ]
+
+
+def _is_told(settings: S, told: object, view: Callable[[S], S] = lambda whole: whole) -> bool:
+    """Return whether a manifest tells these settings; what it does not know has its default.
+
+    Args:
+        view: Of the settings, what is compared.
+    """
     try:
-        return type(settings).model_validate(told) == settings
+        return view(type(settings).model_validate(told)) == view(settings)
     except ValidationError:
         return False
+
+
+def _by_name(data: DataConfig) -> DataConfig:
+    """Return the settings with the names of files alone: a job has them in another place."""
+
+    def named(source: SourceConfig) -> SourceConfig:
+        return source.model_copy(update={"path": PurePath(source.path).name})
+
+    held_out = data.decontamination
+    update = {"sources": [named(source) for source in held_out.sources]}
+    fixes = PurePath(data.fixes).name if isinstance(data.fixes, str) else data.fixes
+    return data.model_copy(
+        update={
+            "sources": [named(source) for source in data.sources],
+            "decontamination": held_out.model_copy(update=update),
+            "fixes": fixes,
+        }
+    )
 
 
 def _check_served(url: str, models: dict[str, ServedModel], key: str) -> dict[str, Parity]:

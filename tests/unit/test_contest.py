@@ -16,7 +16,8 @@ from tuneloop.config import EvaluationConfig, TuneloopConfig
 from tuneloop.contest import NamedArms, arm_problems, base_arms, missing_model
 from tuneloop.errors import ConfigError, ModelError
 from tuneloop.evals.scoring.questions import read_questions
-from tuneloop.models.bases.source import resolve_base
+from tuneloop.models.bases.source import BaseModel, resolve_base
+from tuneloop.pipeline import _own_models
 
 
 def publish_rows(workspace: Workspace) -> Artifact:
@@ -236,3 +237,28 @@ def test_general_tasks_are_not_asked_of_several_trainings():
     arms = {"base": {}, "two": {"model": ["models/a@v1", "models/a@v2"]}}
     with pytest.raises(ValueError, match=r"evaluation\.arms\.two is several"):
         EvaluationConfig.model_validate({"arms": arms, "forgetting": {"tasks": ["arc_easy"]}})
+
+
+def test_models_that_a_job_trained_are_those_of_the_configuration(workspace: Workspace) -> None:
+    def made(path: str, **more: Any) -> TuneloopConfig:
+        source = {"path": path, "format": "question_answer"}
+        return TuneloopConfig.model_validate(
+            {"name": "tiny", "task": {"type": "generation"}, "model": {"base": "b"} | more,
+             "data": {"sources": [source]}}
+        )  # fmt: skip
+
+    def publish(kind: str, fingerprint: str, config: dict[str, Any]) -> None:
+        with workspace.draft(kind, "tiny", fingerprint * 64) as draft:
+            draft.publish(config=config, resources={}, inputs=[], metrics={})
+
+    here, there = made("rows/faq.jsonl"), made("data/0/faq.jsonl")
+    told = {"data": there.data.model_dump(), "task": there.task.model_dump()}
+    publish("datasets", "d", told)
+    model = {"dataset": "d" * 64, "base_fingerprint": "b" * 64, "chat_template": "auto"}
+    for number, rate in enumerate((None, 1e-5)):
+        training = there.training.model_copy(update={"learning_rate": rate})
+        publish("models", str(number), model | {"training": training.model_dump()})
+    base = BaseModel("b", Path(), "b" * 64)
+    assert [m.ref for m in _own_models(here, workspace, base)] == ["models/tiny@v1"]
+    for other in (made("other.jsonl"), made("rows/faq.jsonl", chat_template="chatml")):
+        assert _own_models(other, workspace, base) == []

@@ -29,11 +29,11 @@ def result_parts(config: TuneloopConfig, base: BaseModel, dataset: Artifact) -> 
         "dataset": dataset.train_fingerprint,
         "base": base.fingerprint,
         "training": config.training.model_dump(),
-        "chat_template": _template_identity(config.model.chat_template),
+        "chat_template": template_identity(config.model.chat_template),
     }
 
 
-def _template_identity(chat_template: str) -> str:
+def template_identity(chat_template: str) -> str:
     """Return a template's name, or what is in its file: a job has it at another place."""
     file = Path(chat_template)
     return f"sha256:{sha256_file(file)}" if file.is_file() else chat_template
