@@ -198,7 +198,8 @@ def _marked(workspace: Workspace, name: str, config: TuneloopConfig | None) -> M
         wanted |= {mark.content_id for mark in marks if mark.kind == "more_like_this"}
         # Without such rows no evaluation reads the marks on them.
         is_read = not is_scored or config is None or config.evaluation.sources
-        states = states_of(marks, workspace.published("datasets", dataset)) if is_read else []
+        versions = workspace.published("datasets", dataset) if marks and is_read else []
+        states = states_of(marks, workspace.with_files(versions)) if is_read else []
         waiting.append(sum(state.state == "waiting" for state in states))
     return Marked(waiting[0], len(wanted), waiting[1])
 

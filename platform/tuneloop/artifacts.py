@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -286,8 +286,15 @@ class Workspace:
         return artifact
 
     def published(self, kind: str = "", name: str = "") -> list[Artifact]:
-        """Return the published artifacts of a kind and name that can be read, oldest first."""
+        """Return the published artifacts of a kind and name that can be read, oldest first.
+
+        Of a workspace with a URI their files may be there alone: see `with_files`.
+        """
         return self.listing(kind, name)[0]
+
+    def with_files(self, artifacts: Iterable[Artifact]) -> list[Artifact]:
+        """Return published artifacts with their files on this machine, fetched where need be."""
+        return [self.open(artifact.ref) if self.remote else artifact for artifact in artifacts]
 
     def listing(self, kind: str = "", name: str = "") -> tuple[list[Artifact], list[Problem]]:
         """Return the published artifacts, oldest first, and one problem for each damaged one.

@@ -24,7 +24,7 @@ from tuneloop.data.sources.unlabelled import UnlabelledRow, answer_column, read_
 from tuneloop.errors import ConfigError, DataError, Problem
 from tuneloop.evals.scoring.questions import read_questions, read_solved
 from tuneloop.evals.scoring.simple import MOST_ROWS, classifier, most_alike, vectorizer_of_words
-from tuneloop.evals.scoring.slices import LABEL, weak_parts
+from tuneloop.evals.scoring.slices import LABEL, is_in, weak_parts
 from tuneloop.records import Conversation
 from tuneloop.review.fixes import marks_for
 from tuneloop.text import folded, shorten
@@ -163,7 +163,8 @@ def find_wanted(config: TuneloopConfig, workspace: Workspace, dataset: Artifact)
         rows |= {q.example_id: q.messages[-1].text for q in read_questions(dataset)}
         inputs = [text for row_id, text in rows.items() if row_id.partition("-")[0] in marked]
     versions = workspace.published("evaluations", config.name)
-    file = versions[-1].path / "slices.json" if versions else None
+    newest = workspace.with_files(versions[-1:])
+    file = newest[0].path / "slices.json" if newest else None
     if file is None or not file.is_file():
         return Wanted(inputs)
     slices = json.loads(file.read_text(encoding="utf-8"))
@@ -263,7 +264,7 @@ def _weak(row: UnlabelledRow, guess: str, wanted: Wanted) -> str:
     """Return on which weak part of the newest evaluation an input is; empty if on none."""
     for (by, value), score in wanted.weak.items():
         is_guessed = by == LABEL and guess == value
-        if is_guessed or (by != LABEL and by in row.record and str(row.record[by]) == value):
+        if is_guessed or (by != LABEL and is_in(row.record.get(by), value)):
             what = f"probably `{value}`" if is_guessed else f"{by} `{shorten(value, 40)}`"
             return f"{what}, where {wanted.metric} is {score:.0%}"
     return ""

@@ -223,3 +223,14 @@ def test_two_uploads_at_once_are_two_versions(
         made = list(pool.map(lambda letter: publish(store, letter * 64).version, "ab"))
     assert sorted(made) == [1, 2]
     assert {a.fingerprint[0] for a in store.published()} == {"a", "b"}
+
+
+def test_files_of_published_artifacts_are_fetched_where_they_are_needed(
+    store: Workspace, tmp_path: Path
+) -> None:
+    publish(store, "a" * 64)
+    shutil.rmtree(tmp_path / "cache")
+    (listed,) = store.published("datasets", "faq")
+    assert not listed.path.exists()
+    (fetched,) = store.with_files([listed])
+    assert (fetched.path / "train" / "a.txt").read_text() == "rows"

@@ -71,8 +71,10 @@ def test_what_covers_most_doubt_and_is_wanted_comes_first() -> None:
     for wanted, told in (
         (Wanted(["zyx wvu tsr", "zyx wvu"]), "people want more rows like it"),
         (Wanted(weak={("shop", "north"): 0.25}, metric="accuracy"), "shop `north`, where accuracy"),
+        (Wanted(weak={("size", "5 to 9"): 0.25}, metric="accuracy"), "size `5 to 9`, where"),
     ):
-        marked = [row(text, shop="north" if text == "zyx wvu" else "south") for text in texts]
+        own = {True: {"shop": "north", "size": 7}, False: {"shop": "south", "size": 1}}
+        marked = [row(text, **own[text == "zyx wvu"]) for text in texts]
         again = choose(marked, TRAIN, task, wanted, len(texts))
         place = [choice.row.prompt for choice in again].index("zyx wvu")
         assert again[place].score > chosen[order.index("zyx wvu")].score

@@ -80,7 +80,8 @@ def mark_states(
     for is_scored in (False, True):
         marks = marks_for(config, workspace, is_scored)
         name = config.name + (SCORED_SUFFIX if is_scored else "")
-        found = states_of(marks, workspace.published("datasets", name), refusal)
+        versions = workspace.published("datasets", name) if marks else []
+        found = states_of(marks, workspace.with_files(versions), refusal)
         states += [
             s._replace(state="not applied", why="data.fixes is false")
             if is_off and s.state == "waiting"

@@ -124,7 +124,9 @@ def generate_rows(
     with workspace.draft("datasets", name, identity) as draft:
         path = draft.scratch / REPLIES
         if existing is not None and not path.exists():
-            shutil.copyfile(existing.path / REPLIES, path)
+            # Renamed into place: of half a copy the other half would be paid for again.
+            whole = shutil.copyfile(existing.path / REPLIES, path.with_suffix(".new"))
+            whole.rename(path)
         replies = Replies(path, _earlier_files(workspace, name, identity))
         teacher = teacher_of(generation, replies)
         writer = RowWriter(generation, config.task, known, teacher)
@@ -178,8 +180,10 @@ def _seeds_identity(seeds: Sequence[SeedRow]) -> str:
 
 def _earlier_files(workspace: Workspace, name: str, identity: str) -> list[Path]:
     """Return the replies of other versions: what they hold is not asked for again."""
-    versions = workspace.published("datasets", name)
-    files = (a.path / REPLIES for a in versions if a.fingerprint != identity)
+    versions = workspace.with_files(
+        a for a in workspace.published("datasets", name) if a.fingerprint != identity
+    )
+    files = (version.path / REPLIES for version in versions)
     return [file for file in files if file.is_file()]
 
 

