@@ -94,9 +94,11 @@ def _gpu() -> Finding:
 
 
 def _ray() -> Finding:
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        return Finding("ray cluster", "RAY_ADDRESS is not set; a local Ray is started when needed")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address == "auto":
+        return Finding("ray cluster", "RAY_ADDRESS is auto: the one that runs on this machine")
+    if address in ("", "local"):
+        return Finding("ray cluster", "RAY_ADDRESS names none; a local Ray is started when needed")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=3).close()
