@@ -190,11 +190,6 @@ def test_a_jobs_exit_code_is_passed_on(nodes: Any, config: Path) -> None:
     assert "/nowhere.jsonl" in done.stderr
     assert json.loads(done.stdout)["exit_code"] == 2
     assert "Traceback" not in done.stderr
-    # A file that is to be sent and is not here is told here: no job is started.
-    done = submit(nodes, "prepare", str(config), "data.sources.0.path=nowhere.jsonl")
-    assert done.returncode == 2
-    assert "nowhere.jsonl" in done.stderr
-    assert "submitted" not in done.stderr
 
 
 def test_a_stopped_job_is_told(nodes: Any, config: Path) -> None:

@@ -383,6 +383,15 @@ def test_an_address_that_is_something_else(
     assert "no Ray jobs API answers" in told
 
 
+def test_a_file_that_is_not_here_is_told_here_and_no_job_is_started(
+    config: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A client that cannot submit anything.
+    monkeypatch.setattr("tuneloop.submission._client", lambda address: None)
+    told = refused(capfd, "prepare", str(config), "data.sources.0.path=nowhere.jsonl")
+    assert "nowhere.jsonl" in told
+
+
 def test_a_command_that_cannot_be_submitted(
     config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
