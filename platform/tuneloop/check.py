@@ -25,7 +25,7 @@ from tuneloop.models.chat.renderer import Renderer
 from tuneloop.review.fixes import marks_for
 from tuneloop.serving.keys import serving_problems
 from tuneloop.synthesis.more_of import more_of_problems
-from tuneloop.text import format_duration
+from tuneloop.text import counted, format_duration
 from tuneloop.training.fit.assess import Fit, assess
 from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
 from tuneloop.training.fit.refusals import refuse_small_budget
@@ -268,7 +268,7 @@ def report(result: CheckResult, output: IO[str]) -> None:
     if result.sweep is not None:
         total = result.sweep.training_s
         time = "" if total is None else f", about {format_duration(total)} one after the other"
-        console.print(f"sweep      {result.sweep.num_trials} trainings{time}")
+        console.print(f"sweep      {counted(result.sweep.num_trials, 'training')}{time}")
     if result.no_estimate:
         why = f"memory and time cannot be estimated for this model: {result.no_estimate}"
         console.print(f"training   {why}", markup=False)

@@ -22,6 +22,7 @@ from ray.util.state.exception import RayStateApiException
 
 from tuneloop.config import ResourcesConfig
 from tuneloop.errors import Problem, ResourceError, UserError
+from tuneloop.text import counted
 
 logger = logging.getLogger("tuneloop.cluster")
 
@@ -166,7 +167,7 @@ def await_cpu() -> None:
         raise ResourceError.of(
             "no node of the cluster has a CPU for tasks",
             where="the cluster",
-            got=f"{len(nodes)} nodes with {sum(nodes):g} CPUs",
+            got=f"{counted(len(nodes), 'node')} with {sum(nodes):g} CPUs",
             allowed="at least one node with a whole CPU",
             remedy="start a worker node: `ray start --address=HEAD:PORT`",
         )
@@ -202,11 +203,11 @@ def unplaced_workers() -> str:
     if not waiting:
         return ""
     requested = [
-        f"{total:g} {name}s"
+        f"{total:g} {name}{'s' * (total != 1)}"
         for name in ("CPU", "GPU")
         if (total := sum(bundle.get(name, 0) for bundle in waiting))
     ]
-    return f"{len(waiting)} workers with {' and '.join(requested)}; {_occupation()}"
+    return f"{counted(len(waiting), 'worker')} with {' and '.join(requested)}; {_occupation()}"
 
 
 def _occupation() -> str:

@@ -27,7 +27,7 @@ from tuneloop.evals.scoring.simple import MOST_ROWS, classifier, most_alike, vec
 from tuneloop.evals.scoring.slices import LABEL, is_in, weak_parts
 from tuneloop.records import Conversation
 from tuneloop.review.fixes import marks_for
-from tuneloop.text import folded, shorten
+from tuneloop.text import counted, folded, shorten
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -113,7 +113,7 @@ def choose_next(
     rows = [row for row in rows if folded(row.prompt) not in known]
     if not rows:
         raise DataError.of(
-            "all inputs are rows of the dataset already", where=path, got=f"{len(found):,} rows"
+            "all inputs are rows of the dataset already", where=path, got=counted(len(found), "row")
         )
     return choose(rows, train, config.task, find_wanted(config, workspace, dataset), count)
 
@@ -140,7 +140,8 @@ def read_inputs(config: TuneloopConfig, path: str) -> list[UnlabelledRow]:
         if found.rows and len(found.refused) <= config.data.max_bad_rows_ratio * len(found.rows):
             return found.rows
         for bad in found.refused[:1]:
-            problems.append(bad.rejection.problem(bad.place, f" ({len(found.refused):,} rows)"))
+            many = f" ({counted(len(found.refused), 'row')})"
+            problems.append(bad.rejection.problem(bad.place, many))
     raise DataError(*(problems[:1] or [Problem("the file holds no input", where=path)]))
 
 

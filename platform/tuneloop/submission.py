@@ -34,6 +34,7 @@ from tuneloop.data.sources.files import (
 from tuneloop.data.sources.splits import repository_of
 from tuneloop.errors import ConfigError, Problem, ResourceError
 from tuneloop.records import BASE, FINETUNED
+from tuneloop.text import counted
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -92,9 +93,7 @@ def submit(command: str, config_path: str, overrides: Sequence[str], address: st
     with tempfile.TemporaryDirectory(prefix="tuneloop-bundle-") as folder:
         bundle = Path(folder)
         num_files, num_bytes = write_bundle(config, bundle, command)
-        logger.info(
-            "bundle: %d file%s, %.1f MiB", num_files, "s" * (num_files > 1), num_bytes / 2**20
-        )
+        logger.info("bundle: %s, %.1f MiB", counted(num_files, "file"), num_bytes / 2**20)
         submission_id = client.submit_job(
             entrypoint=f"python3 -m tuneloop.cli {command} {_CONFIG}",
             runtime_env={

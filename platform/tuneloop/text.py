@@ -16,6 +16,11 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def format_duration(seconds: float) -> str:
     """Return a duration as text: `48 s`, `3 min 05 s`, `2 h 10 min`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -23,6 +23,7 @@ from tuneloop.evals.reporting import report
 from tuneloop.marks import Mark
 from tuneloop.progress import Progress
 from tuneloop.review.store import URL_VARIABLE, ReviewStore
+from tuneloop.text import counted
 
 
 def publish(workspace: Workspace, kind: str, name: str, metrics: dict[str, Any]) -> Artifact:
@@ -308,3 +309,8 @@ def test_commands_that_are_told_can_be_copied(monkeypatch: pytest.MonkeyPatch) -
     told = output.getvalue().splitlines()
     assert told[-1] == "serve it   tuneloop serve faq.yaml 'task.labels=[a, b]'"
     assert f"report     /x/[b]/{'y' * 90}/report.html" in told
+
+
+def test_one_is_told_in_the_singular() -> None:
+    told = [counted(number, "new row") for number in (0, 1, 2, 1234)]
+    assert told == ["0 new rows", "1 new row", "2 new rows", "1,234 new rows"]

@@ -53,6 +53,7 @@ from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
 from tuneloop.records import Sample
+from tuneloop.text import counted
 
 # Usable rows that stand for all where they are compared with one another.
 _SPREAD = 64
@@ -305,7 +306,7 @@ def _split_findings(
             Problem(
                 "the rows cannot be split",
                 where="data.split.group_by" if num_rows > 1 and split.group_by else "data.split",
-                got=f"{num_rows:,} row{'s' * (num_rows != 1)} that stay together",
+                got=f"{counted(num_rows, 'row')} that stay together",
                 allowed="at least two prompts that differ, and two groups with split.group_by",
                 remedy="add rows, or group by another column",
             )
@@ -316,7 +317,7 @@ def _split_findings(
             Problem(
                 "not enough rows for the splits",
                 where="data.split, data.num_train_examples",
-                got=f"{num_rows:,} usable rows"
+                got=counted(num_rows, "usable row")
                 + f" that people wrote and {num_synthetic:,} synthetic ones" * bool(num_synthetic),
                 allowed=f"at least {held_out + (limit or 1):,}: {tested:,} to test, "
                 f"{held_out - tested:,} to validate, {limit or 1:,} to train on",

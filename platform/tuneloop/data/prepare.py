@@ -51,6 +51,7 @@ from tuneloop.marks import Fix, Mark, decide
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.progress import Progress
 from tuneloop.repetition import REPETITION_VERSION
+from tuneloop.text import counted
 
 logger = logging.getLogger("tuneloop.data")
 
@@ -174,7 +175,7 @@ def _build(
         sources = read_sources(files, config)
     total = len(sources.readable) + sources.num_unreadable
     logger.info(
-        f"read {total:,} rows of {len(files):,} file{'s' * (len(files) > 1)}, "
+        f"read {counted(total, 'row')} of {counted(len(files), 'file')}, "
         f"{sources.num_unreadable:,} of them unusable"
     )
     with _timed("tokenize", seconds) as progress:
@@ -190,7 +191,7 @@ def _build(
     logger.info(f"tokenized {num_tokens:,} tokens, {rate:,.0f} a second")
     with _timed("dedup", seconds):
         ledger.duplicates = deduplicate(ledger, rows, content, config)
-    logger.info(f"removed {len(ledger.removed_by(Stage.DEDUP)):,} duplicate rows")
+    logger.info(f"removed {counted(len(ledger.removed_by(Stage.DEDUP)), 'duplicate row')}")
     if not content.is_text:
         link_passages(ledger, rows, content, config.data.split.group_by is not None)
     ledger.split = split_ledger(ledger, config)
@@ -203,7 +204,7 @@ def _build(
             ledger.conflicts = find_conflicts(ledger, rows, content)
     with _timed("decontaminate", seconds):
         ledger.contamination = decontaminate(ledger, rows, content, config.data, evaluations)
-    logger.info(f"removed {len(ledger.contamination.removed):,} contaminated train rows")
+    logger.info(f"removed {counted(len(ledger.contamination.removed), 'contaminated train row')}")
     ledger.forget_bands()
     ledger.split = assign_sides(ledger, config)
     _log_synthetic(ledger, config)

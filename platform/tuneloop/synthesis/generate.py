@@ -43,7 +43,7 @@ from tuneloop.synthesis.rows import (
     read_seeds,
 )
 from tuneloop.synthesis.teacher import Rates, Replies, Teacher
-from tuneloop.text import shorten
+from tuneloop.text import counted, shorten
 
 logger = logging.getLogger("tuneloop.data")
 
@@ -267,7 +267,9 @@ def reasons(removed: Sequence[dict[str, Any]]) -> Counter[str]:
 def _nothing_taken(
     rows: GeneratedRows, written: Written, teacher: Teacher, generation: GenerationConfig
 ) -> DataError:
-    told = ", ".join(f"{why} ({n} times)" for why, n in reasons(rows.removed).most_common(3))
+    told = ", ".join(
+        f"{why} ({counted(n, 'time')})" for why, n in reasons(rows.removed).most_common(3)
+    )
     if teacher.stopped is not None and not told:
         return DataError(teacher.stopped)
     return DataError.of(

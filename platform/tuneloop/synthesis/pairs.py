@@ -48,6 +48,7 @@ from tuneloop.synthesis.generate import (
 )
 from tuneloop.synthesis.rows import Candidate, Removed
 from tuneloop.synthesis.teacher import Asked, Replies, Reply, Teacher
+from tuneloop.text import counted
 
 logger = logging.getLogger("tuneloop.data")
 
@@ -144,7 +145,9 @@ def generate(config: TuneloopConfig, workspace: Workspace, base: BaseModel) -> P
             raise DataError.of(
                 "no reply holds a pair that can be used",
                 where=f"{generation.model} at {generation.endpoint}",
-                got=", ".join(f"{reason} ({n} times)" for reason, n in removed.most_common(3)),
+                got=", ".join(
+                    f"{reason} ({counted(n, 'time')})" for reason, n in removed.most_common(3)
+                ),
                 allowed="a JSON list of objects with `question` and `answer`",
                 remedy="take a larger model, raise generation.max_tokens, or say it more "
                 "clearly in generation.instruction",
@@ -357,8 +360,8 @@ def _write(
         f"{metrics['num_passages']:,} passages. All of them are synthetic: read some before "
         "you train on them, and test on rows that people wrote.",
         "",
-        f"- {metrics['num_unanswered']} requests got no answer",
-        *(f"- {count} times: {reason}" for reason, count in removed.most_common()),
+        f"- no answer to {counted(metrics['num_unanswered'], 'request')}",
+        *(f"- {counted(count, 'time')}: {reason}" for reason, count in removed.most_common()),
         "",
         "Use them as a source of `prepare`: `{path: WORKSPACE/datasets/"
         f"{name}/vN/train, format: messages}}`.",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
 from tuneloop.models.bases.source import BaseModel
+from tuneloop.text import counted
 from tuneloop.training.methods import METHODS
 from tuneloop.training.results import StepRecord, TrainingResult, last_steps, mean_loss
 from tuneloop.training.validation import best_step
@@ -33,7 +34,11 @@ def model_card(
         ("data", f"`{dataset.ref}`, fingerprint `{dataset.fingerprint[:16]}`"),
         ("method", method.describe(training)),
         ("trained parameters", f"{result.num_trainable:,} ({share:.2%})"),
-        ("steps", f"{last['step']:,} of {training.global_batch_size} rows, {last['epoch']} epochs"),
+        (
+            "steps",
+            f"{last['step']:,} of {counted(training.global_batch_size, 'row')}, "
+            + counted(last["epoch"], "epoch"),
+        ),
         ("tokens", f"{tokens:,}"),
         ("learning rate", f"{rate:g}, {training.lr_scheduler}"),
         ("loss", f"{result.log[0]['loss']:.4f} at the first step, {_final_loss(result.log)}"),
@@ -68,7 +73,8 @@ def model_card(
     parts += [
         "## Checked\n\nThe reloaded "
         + " and ".join(parity.arms)
-        + f" answered {parity.prompts} training prompts ({parity.tokens} tokens) like the model "
+        + f" answered {counted(parity.prompts, 'training prompt')} "
+        f"({counted(parity.tokens, 'token')}) like the model "
         "in training: "
         + (
             "the same greedy tokens"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tuneloop.config import TrainingConfig
 from tuneloop.errors import Problem
+from tuneloop.text import counted
 from tuneloop.training.batches import Schedule
 
 
@@ -105,7 +106,7 @@ def far_from_worked(training: TrainingConfig, num_rows: int, num_parameters: int
             Problem(
                 "few optimizer steps: twice as many brought 18 and 25 points where it was measured",
                 where="training.num_epochs",
-                got=f"{steps} steps, for about {num_rows:,} rows in batches of "
+                got=f"{counted(steps, 'step')}, for about {counted(num_rows, 'row')} in batches of "
                 f"{training.global_batch_size}, {training.num_epochs} time(s)",
                 allowed=f"{_FEW_STEPS} or more",
                 remedy="set training.num_epochs="

@@ -10,7 +10,7 @@ from tuneloop.data.synthetic_rows import synthetic_lines
 from tuneloop.marks import FIX_LABELS
 from tuneloop.models.chat.tokenizer_backends import BackendChoice
 from tuneloop.records import Message
-from tuneloop.text import shorten
+from tuneloop.text import counted, shorten
 
 _STAGES = {
     "found": "found in the sources",
@@ -211,7 +211,9 @@ def _filters(found: dict[str, Any]) -> list[str]:
     """Return the section on filters, if any did something."""
     if not found["changes"] and not found["examples"]:
         return []
-    changed = ", ".join(f"{name} in {count:,} rows" for name, count in found["changes"].items())
+    changed = ", ".join(
+        f"{name} in {counted(count, 'row')}" for name, count in found["changes"].items()
+    )
     parts = ["## Filters", f"Mended: {changed or 'nothing'}."]
     if found["examples"]:
         rows = [

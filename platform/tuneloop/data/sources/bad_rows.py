@@ -11,6 +11,7 @@ import psutil
 from tuneloop.config import DataConfig, TuneloopConfig
 from tuneloop.data.schema import Rejection
 from tuneloop.errors import DataError, Problem, ResourceError
+from tuneloop.text import counted
 
 _PLACES = 3
 _KINDS = 5
@@ -83,7 +84,7 @@ def bad_row_problems(bad: Sequence[BadRow], total: int, data: DataConfig) -> lis
         problems.append(Problem(what, where, first.got, first.allowed, first.remedy))
     rest = sum(len(rows) for _, rows in ranked[_KINDS:])
     if rest:
-        problems.append(Problem(f"{rest:,} more rows have other mistakes"))
+        problems.append(Problem(f"other mistakes in {counted(rest, 'more row')}"))
     share = len(bad) / max(1, total)
     if share > data.max_bad_rows_ratio and not _has_fatal(bad):
         last = problems.pop()

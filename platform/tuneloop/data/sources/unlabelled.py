@@ -14,6 +14,7 @@ from tuneloop.data.sources.readers import read_records, with_instruction
 from tuneloop.data.sources.row_errors import RowError
 from tuneloop.errors import DataError
 from tuneloop.records import Message
+from tuneloop.text import counted
 
 # Stands where the answer will be while a row is read; it is never seen outside.
 _ANSWER = "?"
@@ -105,7 +106,7 @@ def read_all_unlabelled(
     found = read_unlabelled(files, generation.sources, task)
     if found.refused:
         bad = found.refused[0]
-        more = f" (and {len(found.refused) - 1:,} more rows)" * (len(found.refused) > 1)
+        more = f" (and {counted(len(found.refused) - 1, 'more row')})" * (len(found.refused) > 1)
         raise DataError(bad.rejection.problem(bad.place, more))
     if not found.rows:
         raise DataError.of("the sources hold no input", where="generation.sources")

@@ -26,6 +26,7 @@ from tuneloop.data.split.mixture import Mixture
 from tuneloop.data.split.synthetic import SURPLUS, cap_synthetic
 from tuneloop.errors import DataError, Problem
 from tuneloop.records import TRAIN_LIMIT
+from tuneloop.text import counted
 
 SIDES = ("train", "test", "validation")
 # What keeps rows together, as an error says it, and what helps.
@@ -187,7 +188,7 @@ def limit_train(
         raise DataError.of(
             "not enough rows to train on",
             where="data.num_train_examples" if limit else "data",
-            got=f"{len(train):,} rows after {held_out}",
+            got=f"{counted(len(train), 'row')} after {held_out}",
             allowed=f"at least {limit or 1:,}",
             remedy="lower it, add data, or leave it out to train on all rows"
             if limit
@@ -411,7 +412,7 @@ def _refuse_too_little_left(num_units: int, num_chosen: int, data: DataConfig) -
     raise DataError.of(
         "not enough rows for the validation split",
         where="data.split.num_validation_examples" if by_number else "data.split.validation_ratio",
-        got=f"{num_units:,} groups that stay together after the test split",
+        got=f"{counted(num_units, 'group')} left after the test split",
         allowed="enough for validation, and one more to train on",
         remedy="lower it, or add data",
     )
@@ -436,7 +437,7 @@ def _unsplittable_problem(
         return Problem(
             "not enough rows for the test split",
             where="data.split.num_test_examples",
-            got=f"{count:,} rows in all",
+            got=f"{counted(count, 'row')} in all",
             allowed=f"more than {wanted:,}, so that some are left to train on",
             remedy="lower it, or add data",
         )

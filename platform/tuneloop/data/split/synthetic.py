@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tuneloop.data.hashing.columns import Hashes, Indices
 from tuneloop.data.schema import Reason, ReasonCode
 from tuneloop.errors import DataError, Problem
+from tuneloop.text import counted
 
 if TYPE_CHECKING:
     from tuneloop.data.split.split import Split
@@ -31,7 +32,7 @@ def no_people_problem(num_rows: int) -> Problem:
     return Problem(
         "no row was written by people: there is nothing to test on",
         where="data.sources",
-        got=f"{num_rows:,} rows, all with `synthetic: true`",
+        got=f"{counted(num_rows, 'row')}, all with `synthetic: true`",
         remedy="add rows that people wrote or corrected; rows without a true `synthetic` column "
         "count as such",
     )

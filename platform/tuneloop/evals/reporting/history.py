@@ -23,6 +23,7 @@ from tuneloop.evals.scoring.metrics import OF_ALL_ROWS, Scorer
 from tuneloop.evals.scoring.predictions import FILE, paired_values, read_predictions
 from tuneloop.evals.scoring.references import changed_references
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.text import counted
 
 _MOST_CHANGES = 4
 # Resamples times rows: a page that lists many versions has no seconds for each.
@@ -129,7 +130,7 @@ def _changed(before: Sequence[Artifact], now: Sequence[Artifact]) -> str:
             continue
         parts.append(new.ref)
         if kind == "datasets" and (fixed := new.manifest["metrics"].get("num_fixed_rows")):
-            parts.append(f"{fixed:,} rows changed by marks")
+            parts.append(f"{counted(fixed, 'row')} changed by marks")
         if old is not None:
             skipped = ("dataset", "renderer", "train_fingerprint", "fixes", "files")
             rows = [

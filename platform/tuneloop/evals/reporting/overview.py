@@ -16,7 +16,7 @@ from tuneloop.evals.reporting.formatting import format_cost, format_estimate, fo
 from tuneloop.evals.reporting.headline import Headline, describe_rows, write_headline
 from tuneloop.evals.reporting.views import describe_trainings, show_pair
 from tuneloop.evals.scoring.results import Evaluation
-from tuneloop.text import shorten
+from tuneloop.text import counted, shorten
 
 _LONGEST_TEXT = 90
 # As models of several families end a turn.
@@ -73,7 +73,7 @@ def describe_metrics(metrics: dict[str, Any]) -> str:
     if "final_loss" in metrics:
         return (
             f"loss {metrics['first_loss']:.3f} at first, {metrics['final_loss']:.3f} at the end; "
-            f"{metrics['num_steps']:,} steps"
+            f"{counted(metrics['num_steps'], 'step')}"
         )
     if "primary" in metrics and "scores" in metrics:
         # The candidate is the last arm, and what is too long for the column is cut on the right.
@@ -83,7 +83,7 @@ def describe_metrics(metrics: dict[str, Any]) -> str:
         return f"{metrics['primary']}: {listed}" + f"; {unscored:,} not scored" * bool(unscored)
     if "best_model" in metrics:
         return (
-            f"{metrics['num_trials']:,} trials; best {metrics['best_model']}: "
+            f"{counted(metrics['num_trials'], 'trial')}; best {metrics['best_model']}: "
             f"{_describe(metrics['best_score'])}"
         )
     parts = []

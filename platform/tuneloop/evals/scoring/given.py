@@ -10,6 +10,7 @@ from tuneloop.artifacts import sha256_file
 from tuneloop.errors import DataError, Problem
 from tuneloop.evals.scoring.questions import Question, normalised_prompt
 from tuneloop.records import Arm, Endpoint
+from tuneloop.text import counted
 
 
 def given_arm(name: str, path: str) -> Arm:
@@ -63,7 +64,8 @@ def _read(path: Path) -> dict[tuple[str, str], str]:
     if not answers and not problems:
         problems.append(Problem("there are no answers in the file", where=str(path)))
     if len(problems) > 3:
-        problems[3:] = [Problem(f"and {len(problems) - 3} more such lines", where=str(path))]
+        more = f"and {counted(len(problems) - 3, 'more such line')}"
+        problems[3:] = [Problem(more, where=str(path))]
     DataError.refuse(problems)
     return answers
 

@@ -24,6 +24,7 @@ from rapidfuzz.distance import LCSseq
 from tuneloop.config import OneTaskConfig, TaskConfig, TaskType
 from tuneloop.errors import DataError, Problem
 from tuneloop.evals.scoring.function_calls import accepted_calls, function_call, without_accepted
+from tuneloop.text import counted
 from tuneloop.words import WORD_PATTERN, find_words, split_words
 
 Better = Literal["higher", "lower", "neither"]
@@ -305,7 +306,7 @@ def _refuse(bad: Sequence[str], references: Mapping[str, str], allowed: str, rem
         for row_id in bad[:_SHOWN_PROBLEMS]
     ]
     if len(bad) > _SHOWN_PROBLEMS:
-        problems.append(Problem(f"and {len(bad) - _SHOWN_PROBLEMS} more such rows"))
+        problems.append(Problem(f"and {counted(len(bad) - _SHOWN_PROBLEMS, 'more such row')}"))
     raise DataError(*problems)
 
 

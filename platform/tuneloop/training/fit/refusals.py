@@ -14,7 +14,7 @@ from tuneloop.config import ResourcesConfig, TuneloopConfig
 from tuneloop.errors import ConfigError, DataError, ModelError, Problem, ResourceError
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.text import format_duration
+from tuneloop.text import counted, format_duration
 from tuneloop.training.fit.estimate import ResourceEstimate, RowTotals, gib
 from tuneloop.training.fit.shape import ModelShape
 from tuneloop.training.methods import METHODS
@@ -90,7 +90,7 @@ def refuse_untrainable_rows(rows: Rows, dataset: Artifact) -> None:
         raise DataError.of(
             "rows without a token to learn",
             where=f"{dataset.ref}, rows {_some(rows, idle)}",
-            got=f"{len(idle)} rows with an empty loss mask",
+            got=f"{counted(len(idle), 'row')} with an empty loss mask",
             remedy="run `tuneloop prepare` again; `tuneloop check` shows the mask",
         )
 
