@@ -23,7 +23,7 @@ from tuneloop.config import TrainingConfig
 from tuneloop.models.bases.source import BaseModel
 from tuneloop.training.rows import open_rows, store_rows
 
-NUM_STEPS = 20
+NUM_STEPS, MIDDLE = 10, 5
 # Other workers add up in another order. At this learning rate a difference of 1e-7 in a step has
 # grown to 2e-4 in the norms after fifteen, by processor (AVX2 or AVX-512); the losses stay closer.
 TOLERANCES = [("loss", 1e-4), ("grad_norm", 1e-3)]
@@ -88,8 +88,8 @@ def train_without_ray(rank: int, phase: int, base: Path, data: Path, port: int) 
         config = TrainingConfig(
             method=method,
             learning_rate=1e-2,
-            num_epochs=4,
-            eval_every_steps=10,
+            num_epochs=2,
+            eval_every_steps=MIDDLE,
             # Every layer with an adapter costs ZeRO-3 as much time as a big one.
             lora={"target_modules": ["q_proj", "down_proj"]},
         )
@@ -99,15 +99,15 @@ def train_without_ray(rank: int, phase: int, base: Path, data: Path, port: int) 
             for path in folders:
                 path.mkdir(parents=True)
             if source:
-                kept = data / method / source / "checkpoints" / "step10"
-                shutil.copytree(kept, folders[1] / "step10")
+                kept = data / method / source / "checkpoints" / f"step{MIDDLE}"
+                shutil.copytree(kept, folders[1] / kept.name)
         dist.barrier()
 
         def report(metrics: dict[str, Any], kept: Path | None, folders: Any = folders) -> None:
             if kept is not None:
                 shutil.copytree(kept, folders[1] / f"step{metrics['step']}")
 
-        job = TrainingJob(base, "tiny", "auto", config, *folders, checkpoint_every_steps=10)
+        job = TrainingJob(base, "tiny", "auto", config, *folders, checkpoint_every_steps=MIDDLE)
         execution = Execution(size, 2, 4 // size, stage)
         worker = Worker(rank, execution, torch.device("cpu"), 1, report)
         train, validation = (
@@ -155,7 +155,7 @@ def test_two_workers_and_every_zero_stage_train_like_one_worker(
             assert [row[column] for row in log] == pytest.approx(
                 [row[column] for row in one], rel=rel
             ), (method, workers, stage, column)
-        for step in (9, 19):
+        for step in (MIDDLE - 1, NUM_STEPS - 1):
             assert log[step]["validation_loss"] == pytest.approx(
                 one[step]["validation_loss"], rel=1e-4
             )
@@ -170,7 +170,7 @@ def test_a_training_goes_on_with_other_workers_and_another_zero_stage(
         logs = plain_trainings[method]
         log = logs[f"{workers}-{stage}-after-{source}"]
         # The steps before the checkpoint are the other training's, to the last digit.
-        assert log[:10] == logs[source][:10]
+        assert log[:MIDDLE] == logs[source][:MIDDLE]
         assert len(log) == NUM_STEPS
         for column, rel in [*TOLERANCES, ("learning_rate", 0)]:
             assert [row[column] for row in log] == pytest.approx(
