@@ -22,12 +22,16 @@ from tuneloop.config import OneTaskConfig, SourceConfig, TuneloopConfig
 from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.unlabelled import UnlabelledRow, answer_column, read_unlabelled
 from tuneloop.errors import ConfigError, DataError, Problem
-from tuneloop.evals.scoring.questions import read_questions, read_solved
+from tuneloop.evals.reporting.formatting import format_value
+from tuneloop.evals.scoring.metrics import Metric
+from tuneloop.evals.scoring.questions import Question, read_questions, read_solved
 from tuneloop.evals.scoring.simple import MOST_ROWS, classifier, most_alike, vectorizer_of_words
-from tuneloop.evals.scoring.slices import LABEL, is_in, weak_parts
+from tuneloop.evals.scoring.slices import LABEL, LENGTH, is_in, weak_parts
+from tuneloop.marks import SCORED_SUFFIX
 from tuneloop.records import Conversation
 from tuneloop.review.fixes import marks_for
 from tuneloop.text import counted, folded, shorten
+from tuneloop.words import split_words
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -46,13 +50,13 @@ class Wanted:
 
     Args:
         marked: Inputs of rows that people marked with "needs more like this".
-        weak: Values of columns, or labels, on which the newest evaluation is shown to be worse,
-            with the score there: by column and value.
+        weak: Values of columns, ranges of numbers, or labels, on which the newest evaluation is
+            shown to be worse, with the score there in words: by column and value.
         metric: What the scores are of.
     """
 
     marked: Sequence[str] = ()
-    weak: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    weak: Mapping[tuple[str, str], str] = field(default_factory=dict)
     metric: str = ""
 
 
@@ -108,12 +112,15 @@ def choose_next(
     found = read_inputs(config, path)
     dataset = workspace.open(f"datasets/{config.name}")
     train = read_solved(dataset)
-    known = {folded(conversation.messages[-2].text) for conversation in train} | _held_out(dataset)
+    known = {folded(conversation.messages[-2].text) for conversation in train}
+    known |= {folded(row.messages[-1].text) for row in _held_out(config, workspace, dataset)}
     rows = list({folded(row.prompt): row for row in reversed(found)}.values())[::-1]
     rows = [row for row in rows if folded(row.prompt) not in known]
     if not rows:
         raise DataError.of(
-            "all inputs are rows of the dataset already", where=path, got=counted(len(found), "row")
+            "all inputs are rows of the dataset already, or rows that are scored",
+            where=path,
+            got=counted(len(found), "row"),
         )
     return choose(rows, train, config.task, find_wanted(config, workspace, dataset), count)
 
@@ -145,23 +152,26 @@ def read_inputs(config: TuneloopConfig, path: str) -> list[UnlabelledRow]:
     raise DataError(*(problems[:1] or [Problem("the file holds no input", where=path)]))
 
 
-def _held_out(dataset: Artifact) -> set[str]:
-    """Return the inputs of rows that are tested on: labelled already, and never trained on."""
-    found: set[str] = set()
-    for split in ("test", "validation"):
-        with contextlib.suppress(DataError):  # there is no such split
-            rows = read_questions(dataset, split=split)
-            found |= {folded(row.messages[-1].text) for row in rows if row.messages}
+def _held_out(config: TuneloopConfig, workspace: Workspace, dataset: Artifact) -> list[Question]:
+    """Return the rows that are tested on: labelled already, and never trained on."""
+    scored = workspace.published("datasets", config.name + SCORED_SUFFIX)
+    found: list[Question] = []
+    for one in (dataset, *(workspace.open(newest.ref) for newest in scored[-1:])):
+        for split in ("test", "validation"):
+            with contextlib.suppress(DataError):  # there is no such split
+                found += [row for row in read_questions(one, split=split) if row.messages]
     return found
 
 
 def find_wanted(config: TuneloopConfig, workspace: Workspace, dataset: Artifact) -> Wanted:
     """Return what people's marks and the newest evaluation say there should be more of."""
-    marked = {m.content_id for m in marks_for(config, workspace) if m.kind == "more_like_this"}
+    marks = [*marks_for(config, workspace), *marks_for(config, workspace, scored=True)]
+    marked = {mark.content_id for mark in marks if mark.kind == "more_like_this"}
     inputs = []
     if marked:
         rows = {row.row_id: row.messages[-2].text for row in read_solved(dataset)}
-        rows |= {q.example_id: q.messages[-1].text for q in read_questions(dataset)}
+        held_out = _held_out(config, workspace, dataset)
+        rows |= {row.example_id: row.messages[-1].text for row in held_out}
         inputs = [text for row_id, text in rows.items() if row_id.partition("-")[0] in marked]
     versions = workspace.published("evaluations", config.name)
     newest = workspace.with_files(versions[-1:])
@@ -170,9 +180,14 @@ def find_wanted(config: TuneloopConfig, workspace: Workspace, dataset: Artifact)
         return Wanted(inputs)
     slices = json.loads(file.read_text(encoding="utf-8"))
     metrics = json.loads((file.parent / "metrics.json").read_text(encoding="utf-8"))
-    better = metrics["metrics"][slices["primary"]]["better"]
-    parts = weak_parts(slices, [*slices["arms"]][-1], better) if slices["arms"] else []
-    weak = {(part["by"], part["slice"]): float(part["value"]) for part in parts}
+    metric = Metric(**metrics["metrics"][slices["primary"]])
+    parts = weak_parts(slices, [*slices["arms"]][-1], metric.better) if slices["arms"] else []
+    weak = {
+        (part["by"], part["slice"]): format_value(part["value"], metric)
+        for part in parts
+        # More rows of a group that is held out are held out as well.
+        if part["by"] != config.data.split.group_by
+    }
     return Wanted(inputs, weak, slices["primary"])
 
 
@@ -265,10 +280,22 @@ def _weak(row: UnlabelledRow, guess: str, wanted: Wanted) -> str:
     """Return on which weak part of the newest evaluation an input is; empty if on none."""
     for (by, value), score in wanted.weak.items():
         is_guessed = by == LABEL and guess == value
-        if is_guessed or (by != LABEL and is_in(row.record.get(by), value)):
-            what = f"probably `{value}`" if is_guessed else f"{by} `{shorten(value, 40)}`"
-            return f"{what}, where {wanted.metric} is {score:.0%}"
+        if is_guessed or (by != LABEL and any(is_in(own, value) for own in _told(row, by))):
+            unit = " words" * (by == LENGTH)
+            what = f"probably `{value}`" if is_guessed else f"{by} `{shorten(value, 40)}`{unit}"
+            return f"{what}, where {wanted.metric} is {score}"
     return ""
+
+
+def _told(row: UnlabelledRow, by: str) -> list[Any]:
+    """Return what an input has in a column; of a text also the number that it says."""
+    if by == LENGTH:
+        return [len(split_words(row.prompt))]
+    told = row.record.get(by)
+    if isinstance(told, str):
+        with contextlib.suppress(ValueError):
+            return [told, float(told)]
+    return [told]
 
 
 class Written(NamedTuple):

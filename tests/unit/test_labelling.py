@@ -20,8 +20,17 @@ from tuneloop.data.sources.files import find_files
 from tuneloop.data.sources.readers import read_source
 from tuneloop.data.sources.unlabelled import UnlabelledRow
 from tuneloop.errors import DataError
-from tuneloop.labelling import Choice, Wanted, choose, write_choices
+from tuneloop.labelling import (
+    Choice,
+    Wanted,
+    choose,
+    choose_next,
+    find_wanted,
+    write_choices,
+)
+from tuneloop.marks import Mark
 from tuneloop.records import Conversation, Message
+from tuneloop.review.store import URL_VARIABLE, ReviewStore
 
 KNOWN = {
     "where is my parcel today": "delivery",
@@ -47,6 +56,10 @@ def row(text: str, **record: Any) -> UnlabelledRow:
     return UnlabelledRow((Message("user", text),), "x:1", {"text": text, **record})
 
 
+def weak(by: str, part: str) -> Wanted:
+    return Wanted(weak={(by, part): "25.0%"}, metric="accuracy")
+
+
 TRAIN = [solved(*item) for item in KNOWN.items()]
 
 
@@ -70,11 +83,14 @@ def test_what_covers_most_doubt_and_is_wanted_comes_first() -> None:
     # What is wanted by people, or is of a weak part, comes first.
     for wanted, told in (
         (Wanted(["zyx wvu tsr", "zyx wvu"]), "people want more rows like it"),
-        (Wanted(weak={("shop", "north"): 0.25}, metric="accuracy"), "shop `north`, where accuracy"),
-        (Wanted(weak={("size", "5 to 9"): 0.25}, metric="accuracy"), "size `5 to 9`, where"),
+        (weak("shop", "north"), "shop `north`, where accuracy is 25.0%"),
+        # Of numbers a part is a range; a table has them as texts.
+        (weak("price", "5 to below 10"), "price `5 to below 10`, where"),
+        (weak("size", "5 to 9"), "size `5 to 9`, where"),
+        (weak("length", "1 to 3"), "length `1 to 3` words, where"),
     ):
-        own = {True: {"shop": "north", "size": 7}, False: {"shop": "south", "size": 1}}
-        marked = [row(text, **own[text == "zyx wvu"]) for text in texts]
+        own: dict[str, Any] = {"shop": "north", "price": "7.5", "size": 7}
+        marked = [row(t, **(own if t == "zyx wvu" else dict.fromkeys(own, "30"))) for t in texts]
         again = choose(marked, TRAIN, task, wanted, len(texts))
         place = [choice.row.prompt for choice in again].index("zyx wvu")
         assert again[place].score > chosen[order.index("zyx wvu")].score
@@ -113,6 +129,46 @@ def config(tmp_path: Path) -> Path:
         "columns: {prompt: mail, completion: topic}}]}\n"
     )
     return path
+
+
+def test_marks_on_rows_scored_elsewhere_count(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    workspace = Workspace(tmp_path / "ws")
+    asked = [{"role": "user", "content": INPUTS[0]}, {"role": "assistant", "content": "delivery"}]
+    with workspace.draft("datasets", "mail-scored", "e" * 64) as draft:
+        (draft.path / "test").mkdir()
+        table = pa.Table.from_pylist([{"row_id": "e" * 20, "messages": asked}])
+        pq.write_table(table, draft.path / "test" / "part-0.parquet")
+        draft.publish(config={}, resources={}, inputs=[], metrics={})
+    ReviewStore(workspace.location).add(
+        Mark("more_like_this", "e" * 20, "datasets/mail-scored@v1", "ann")
+    )
+    wanted = find_wanted(load_config(config, []), workspace, workspace.open("datasets/mail"))
+    assert wanted.marked == [INPUTS[0]]
+    # It is labelled already.
+    (tmp_path / "all.csv").write_text("mail\n" + "\n".join(INPUTS))
+    chosen = choose_next(load_config(config, []), workspace, str(tmp_path / "all.csv"), 9)
+    assert {choice.row.prompt for choice in chosen} == {*INPUTS[1:]}
+
+
+def test_weak_parts_count_but_not_groups_that_the_split_holds_out(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    workspace = Workspace(tmp_path / "ws")
+    told = {"value": 0.25, "rest": 0.8, "p_adjusted": 0.01}
+    parts = [told | {"by": by, "slice": "5 to 9"} for by in ("price", "shop")]
+    right = {"label": "right label", "better": "higher", "kind": "binary"}
+    with workspace.draft("evaluations", "mail", "a" * 64) as draft:
+        slices = {"primary": "accuracy", "confidence": 0.95, "arms": {"finetuned": parts}}
+        (draft.path / "slices.json").write_text(json.dumps(slices))
+        (draft.path / "metrics.json").write_text(json.dumps({"metrics": {"accuracy": right}}))
+        draft.publish(config={}, resources={}, inputs=[], metrics={})
+    loaded = load_config(config, ["data.split.group_by=shop"])
+    wanted = find_wanted(loaded, workspace, workspace.open("datasets/mail"))
+    assert wanted.weak == {("price", "5 to 9"): "25.0%"}
 
 
 def test_a_table_comes_back_as_a_source(

@@ -216,7 +216,7 @@ def _value(row: Solved, by: str, column: Mapping[str, Any]) -> Any:
     """Return what a slice is told by: a column's value, a label, or a number of words."""
     if by == LABEL and not column:
         return row.answer
-    if by in (LENGTH, REFERENCE_LENGTH) and not column:
+    if by in (LENGTH, REFERENCE_LENGTH):
         return len(split_words(row.input if by == LENGTH else row.answer))
     return column.get(row.row_id)
 
