@@ -110,7 +110,7 @@ def task_effects(
     for task, alone, mixed in pairs.values():
         of = [evaluations_of(scored, cell["trials"]) for cell in (alone, mixed)]
         metric = choice["tasks"][task]
-        difference = _difference(of[0], of[1], metric, confidence)
+        scores, difference = _compared(of[0], of[1], metric, confidence)
         own, total = (num_rows[cell["trials"][0]] for cell in (alone, mixed))
         if difference.low is None or difference.high is None:
             effect = "not known"
@@ -125,8 +125,7 @@ def task_effects(
                 "is_share": of[0][0].metric(metric).kind != "number",
                 "num_train_examples": own[task],
                 "num_others": sum(total.values()) - total[task],
-                "alone": score_seeds(of[0], metric=metric).value,
-                "mixed": score_seeds(of[1], metric=metric).value,
+                **scores,
                 "difference": asdict(difference),
                 "num_seeds": min(map(len, of)),
                 "effect": effect,
@@ -139,19 +138,23 @@ def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != key}
 
 
-def _difference(
+def _compared(
     alone: Sequence[Evaluation], mixed: Sequence[Evaluation], metric: str, confidence: float
-) -> Score:
-    """Return the score beside the other tasks minus that alone, over rows and seeds."""
+) -> tuple[dict[str, float | None], Score]:
+    """Return the scores alone and beside the other tasks, and the second minus the first.
+
+    All of them are over the rows that every seed of both answered.
+    """
     num_seeds = min(len(alone), len(mixed))
     values, clusters = seeds_by_row([*mixed[:num_seeds], *alone[:num_seeds]], None, metric)
-    if not values.size:  # a score of all answers together, such as macro-F1
-        first, second = (score_seeds(one, metric=metric).value for one in (alone, mixed))
-        return Score(None if first is None or second is None else second - first)
+    if not values.size:
+        return {"alone": None, "mixed": None}, Score(None)
+    beside, own = values[:num_seeds], values[num_seeds:]
+    scores: dict[str, float | None] = {"alone": float(own.mean()), "mixed": float(beside.mean())}
     if num_seeds == 1:
         meaning = alone[0].metric(metric)
         resampling = Resampling(confidence)
-        return Score.of(describe_difference(values[0], values[1], clusters, meaning, resampling))
-    differences = values[:num_seeds] - values[num_seeds:]
-    estimate = estimate_over_seeds(differences, clusters, "unbounded", confidence)
-    return Score(estimate.value, estimate.low, estimate.high)
+        told = describe_difference(beside[0], own[0], clusters, meaning, resampling)
+        return scores, Score.of(told)
+    estimate = estimate_over_seeds(beside - own, clusters, "unbounded", confidence)
+    return scores, Score(estimate.value, estimate.low, estimate.high)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -136,3 +138,25 @@ def test_each_task_has_its_curve_and_what_the_others_do_to_it(num_seeds: int) ->
     assert "<td>hurt</td>" in page
     assert ", not trained</td>" in page
     assert ", 200 rows</td>" in page
+
+
+def test_scores_and_difference_of_a_task_are_of_the_same_rows() -> None:
+    alone = evaluation({"read": 0.6, "write": 0.6}, 1)
+    mixed = evaluation({"read": 0.6, "write": 0.5}, 2)
+    right = [p.example_id for p in alone.predictions if p.task == "write" and p.scores["score"]]
+    # What is missing beside the other task is what was right alone.
+    rows = [
+        replace(p, scores={}, status="unscored") if p.example_id in right[:100] else p
+        for p in mixed.predictions
+    ]
+    evaluations = [alone, replace(mixed, predictions=rows)]
+    metrics = {task: f"{task}/exact_match" for task in TASKS}
+    cells = [
+        {"values": {TASKS_KEY: tasks}, "trials": [number], "num_train_examples": 100}
+        for number, tasks in enumerate((["write"], None))
+    ]
+    choice = {"cells": cells, "tasks": metrics, "confidence": 0.95}
+    scored: Any = [SimpleNamespace(evaluation=one) for one in evaluations]
+    (effect,) = task_effects(choice, scored, [{"read": 0, "write": 50}, {"read": 50, "write": 50}])
+    assert effect["alone"] == pytest.approx((240 - 100) / 300)
+    assert effect["mixed"] - effect["alone"] == pytest.approx(effect["difference"]["value"])
