@@ -254,7 +254,8 @@ def _best_setting(sweep: Sweep) -> list[Advice]:
         for cell in (best, second)
     ]
     if abs(best["value"] - second["value"]) < HARDLY * sweep.unit:
-        why = f"They have {told[0]} and {told[1]} on the validation rows: less than a point apart."
+        apart = "a point" if sweep.is_share else "1%"
+        why = f"They have {told[0]} and {told[1]} on the validation rows: less than {apart} apart."
         return [Advice("setting", f"Take {names[0]}, or {names[1]}", why)]
     why = f"It has {told[0]} on the validation rows; the next, {names[1]}, has {told[1]}."
     return [Advice("setting", f"Take {names[0]}", why)]
@@ -345,7 +346,9 @@ def _stop(sweep: Sweep, rows: Help, model: Help) -> Advice:
         )
         if model == "hardly":
             why += " The larger model does not help either."
-        return Advice("stop", "Stop: neither rows nor settings bring more", why)
+        tried = set(sweep.curve["keys"]) - {ROWS_KEY, MODEL_KEY, TASKS_KEY}
+        what = "neither rows nor settings bring more" if tried else "more rows hardly help"
+        return Advice("stop", f"Stop: {what}", why)
     return Advice(
         "unclear",
         "It cannot be told yet what would help",
