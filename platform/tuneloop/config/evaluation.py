@@ -220,7 +220,8 @@ class FloorConfig(Section):
 
     at_least: float
     """The score in the primary metric that has to be shown, in its unit (0.8 is 80% of a score
-    shown in per cent): the lower end of the interval has to reach it."""
+    shown in per cent): the lower end of the interval has to reach it. Where `macro_f1` decides, the
+    rows of one kind have to reach it in the metric of single answers, `accuracy`."""
     by: str | None = None
     """A column of the rows, or `length`, `reference_length`, `source`, `label`, `task`: see
     `slices.json`. Default: all rows together."""

@@ -64,6 +64,26 @@ def test_the_verdict_goes_by_the_interval_and_the_margin() -> None:
     assert "about 3,100 rows would tell" in check.detail
 
 
+def test_a_floor_of_a_part_says_by_what_it_is_reached() -> None:
+    told = evaluate([1] * 100, [1] * 100)
+    floors = [FloorConfig(at_least=0.5, by="topic")]
+    assert decide(told, floors).checks[-1].name == "at least 50.0% on topic = billing"
+    together = replace(
+        told,
+        metrics=told.metrics | {"primary": "macro_f1"},
+        comparison=told.comparison | {"primary": "macro_f1"},
+    )
+    (part,) = decide(together, floors).checks[1:]
+    assert part.name == "at least 50.0% on topic = billing, by accuracy"
+
+
+def test_two_ways_to_ask_one_model_have_a_verdict() -> None:
+    told = evaluate([1, 0] * 100, [1] * 160 + [0] * 40)
+    old, new = told.arms
+    bound = replace(told, metrics=told.metrics | {"arms": [{**old, "free_arm": "new"}, new]})
+    assert decide(bound).verdict == "better"
+
+
 def test_a_small_loss_that_is_shown_passes_within_the_margin_and_not_without() -> None:
     old = [1] * 1000
     new = [0] * 8 + [1] * 992

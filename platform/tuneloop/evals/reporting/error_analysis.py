@@ -272,6 +272,8 @@ def describe_slices(slices: dict[str, Any]) -> str:
     )
     if slices["lost"]:
         words += f" Clearly worse than {slices['other']}: {'; '.join(slices['lost'])}."
+    # Macro-F1 is of all rows together.
+    words += f" Parts are scored by {slices['metric']}." if slices["metric"] else ""
     return f"{words} Worst first; p after Holm for all {len(slices['rows'])} parts."
 
 

@@ -95,7 +95,8 @@ def decide(
     Raises:
         ConfigError: A floor for rows that there are not.
     """
-    (pair,) = evaluation.candidate_pairs()
+    # Also of two arms of one model, of which one is bound to a form.
+    (pair,) = evaluation.comparison["pairs"]
     metric = evaluation.metric(evaluation.primary)
     difference, margin = pair["differences"][evaluation.primary], margin_of(evaluation)
     verdict = _VERDICTS[direction(evaluation, pair, evaluation.primary)]
@@ -194,6 +195,8 @@ def _floors(
     evaluation: Evaluation, floors: Sequence[FloorConfig], metric: Metric
 ) -> list[GateCheck]:
     parts = evaluation.slices["arms"][evaluation.candidate["name"]]
+    # Macro-F1 is of all rows together.
+    by_row = f", by {evaluation.row_metric}" * (evaluation.row_metric != evaluation.primary)
     checks, problems = [], []
     for number, floor in enumerate(floors):
         if floor.by is None:
@@ -227,7 +230,7 @@ def _floors(
         for part in meant:
             # In XML and in a table's cell no other character may stand.
             value = "".join(c for c in " ".join(part["slice"].split()) if c.isprintable())
-            name = f"{part['by']} = {value}"
+            name = f"{part['by']} = {value}{by_row}"
             if missing := part.get("num_unscored"):
                 # As if all of them were wrong.
                 worst_case = (part["value"] or 0.0) * part["n"] / (part["n"] + missing)

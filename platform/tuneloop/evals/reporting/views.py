@@ -309,6 +309,7 @@ def show_slices(evaluation: Evaluation, arm: str = "", other: str = "") -> dict[
         )
     return {
         "arm": arm,
+        "metric": evaluation.row_metric * (evaluation.row_metric != evaluation.primary),
         "other": other if changes else "",
         "rows": rows,
         "worse": worse,
