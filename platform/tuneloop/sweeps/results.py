@@ -183,7 +183,7 @@ def describe_choice(
         "num_validation_examples": (
             best.evaluation.metrics["num_examples"] if rows is None else len(rows)
         ),
-        "weakest": weakest(best.evaluation),
+        "weakest": weakest(best.evaluation, best.trial.cell.config.data.split.group_by),
         "tasks": {
             task: in_task(task, about["primary"]) for task, about in best.evaluation.tasks.items()
         },
@@ -369,8 +369,12 @@ def model_steps(
     return steps
 
 
-def weakest(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return the parts of the rows on which a model is clearly worse than on the others."""
+def weakest(evaluation: Evaluation, group_by: str | None = None) -> list[dict[str, Any]]:
+    """Return the parts of the rows on which a model is clearly worse than on the others.
+
+    Args:
+        group_by: What the rows were split by: more rows of a group that is held out are held out.
+    """
     metric = evaluation.metric(evaluation.primary)
     sign = 1 if metric.better == "higher" else -1
     level = 1 - float(evaluation.metrics["confidence"])
@@ -378,7 +382,8 @@ def weakest(evaluation: Evaluation) -> list[dict[str, Any]]:
     parts = [
         {name: part[name] for name in ("by", "slice", "value", "rest", "n")}
         for part in evaluation.slices.get("arms", {}).get(arm["name"], [])
-        if part["p_adjusted"] is not None
+        if part["by"] != group_by
+        and part["p_adjusted"] is not None
         and part["p_adjusted"] <= level
         and sign * (part["value"] - part["rest"]) < 0
     ]

@@ -27,10 +27,12 @@ from tuneloop.sweeps.results import (
     add_forecast,
     cells_of,
     describe_choice,
+    evaluations_of,
     forecast_of,
     model_steps,
     score_cells,
     trial_row,
+    weakest,
 )
 from tuneloop.sweeps.run import write
 from tuneloop.sweeps.table import read_files
@@ -155,6 +157,9 @@ def test_rows_curves_steps_and_page_are_of_the_trials(
         assert bar["low"] <= true <= bar["high"]
         assert true / 1.5 < bar["num_examples"] < true * 1.5
     assert [part["slice"] for part in choice["weakest"]] == ["other"]
+    # More rows of a group that the split holds out are held out as well.
+    (winners,) = evaluations_of(scored, [best])
+    assert weakest(winners, group_by="label") == []
 
     content = {"keys": keys, "curves": curves, "model_steps": steps, "chosen_by": "exact_match"}
     content |= choice | {"untrained": {}, "price_per_row": 0.5, "price_per_hour": 2.0}
