@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from tuneloop.evals.reporting.formatting import format_estimate
 from tuneloop.evals.scoring.metrics import Metric
-from tuneloop.text import counted
 
 _SHARE = Metric("share")
 _KAPPA = Metric("kappa", kind="number")
@@ -81,8 +80,7 @@ def _result(pair: dict[str, Any]) -> str:
 
 def _clusters(rate: dict[str, Any]) -> str:
     n, clusters = rate["n"], rate["num_clusters"]
-    votes = counted(n, "vote")
-    return votes if n == clusters else f"{votes} in {counted(clusters, 'cluster')}"
+    return f"{n} votes" if n == clusters else f"{n} votes in {clusters} clusters"
 
 
 def _notes(pair: dict[str, Any], judge: dict[str, Any]) -> list[str]:
@@ -109,7 +107,8 @@ def _notes(pair: dict[str, Any], judge: dict[str, Any]) -> list[str]:
         )
         notes.append(
             f"On these pairs the judge gives `{side}` {100 * abs(bias['value']):.0f} points more "
-            f"than people do{interval}; its own rate over all pairs is {pair['judge_alone']:.1%}."
+            f"than people do{interval}; its own rate over what it judged is "
+            f"{pair['judge_alone']:.1%}."
         )
         notes.append(
             f"Agreement with people beyond chance (Cohen's kappa): "
