@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import unicodedata
 from collections.abc import Callable, Collection
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
@@ -84,7 +85,7 @@ class ReviewStore:
         """Append a verdict, a mark or advice; it is on disk when this returns.
 
         Adding the same one again, after a failure that leaves open whether it was stored, keeps it
-        once.
+        once. A reviewer who writes her name otherwise than before, in case or spaces, stays one.
 
         Raises:
             ArtifactError: The database cannot be written.
@@ -96,6 +97,8 @@ class ReviewStore:
         def insert(connection: sa.Connection) -> None:
             known = sa.select(table.c.id).where(table.c.uid == said.uid)
             if connection.execute(known).first() is None:
+                if "reviewer" in values:
+                    values["reviewer"] = _as_stored(connection, values["reviewer"])
                 connection.execute(table.insert().values(values))
 
         self._run(insert, writes=True)
@@ -107,12 +110,14 @@ class ReviewStore:
 
         Args:
             evaluation: Reference with version, or several.
-            reviewer: Only hers.
+            reviewer: Only hers, however she writes her name.
         """
         references = [evaluation] if isinstance(evaluation, str) else list(evaluation)
         where: sa.ColumnElement[bool] = _VERDICTS.c.evaluation.in_(references)
-        if reviewer is not None:
-            where &= _VERDICTS.c.reviewer == reviewer
+        if reviewer is not None and self._is_there():
+            typed = reviewer
+            stored = self._run(lambda connection: _as_stored(connection, typed))
+            where &= _VERDICTS.c.reviewer == stored
         newest: dict[tuple[str, str, str, frozenset[str]], Verdict] = {}
         for verdict in self._select(Verdict, _VERDICTS, where):
             pair = frozenset((verdict.arm_left, verdict.arm_right))
@@ -210,6 +215,21 @@ class ReviewStore:
         return Problem(
             "the verdicts cannot be opened", where=self.place, got=str(cause), remedy=remedy
         )
+
+
+def _as_stored(connection: sa.Connection, reviewer: str) -> str:
+    """Return a reviewer's name as it was first stored, in whatever case and spaces it is given."""
+    stored: list[str] = []
+    for table in (_VERDICTS, _MARKS):
+        names = sa.select(table.c.reviewer).group_by(table.c.reviewer)
+        stored += connection.scalars(names.order_by(sa.func.min(table.c.id)))
+    if reviewer in stored:
+        return reviewer
+    return next((name for name in stored if _plain(name) == _plain(reviewer)), reviewer)
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFKC", " ".join(name.split())).casefold()
 
 
 def has_store(workspace: str | Path) -> bool:

@@ -149,6 +149,19 @@ def test_votes_on_several_versions_are_read_together_and_the_newest_of_each_vers
     assert store.verdicts([]) == []
 
 
+def test_a_name_in_other_case_or_spaces_is_the_same_reviewer(place: Path) -> None:
+    store = ReviewStore(place)
+    assert store.verdicts(EVALUATION, "zoë") == []
+    store.add(verdict("e1", reviewer="Zoë Lee"))
+    store.add(verdict("e1", "right", "zoe\u0308  lee "))
+    store.add(verdict("e1", "tie", "Zoe Lee"))
+    store.add(mark(reviewer="ZOË LEE"))
+    (hers,) = store.verdicts(EVALUATION, "zoë lee")
+    assert (hers.reviewer, hers.choice) == ("Zoë Lee", "right")
+    assert {v.reviewer for v in store.verdicts(EVALUATION)} == {"Zoë Lee", "Zoe Lee"}
+    assert [m.reviewer for m in store.marks()] == ["Zoë Lee"]
+
+
 @pytest.mark.parametrize("table", ["verdicts", "marks"])
 def test_nothing_said_is_ever_edited(place: Path, table: str) -> None:
     store = ReviewStore(place)
