@@ -52,6 +52,27 @@ def test_the_mask_covers_answers_and_their_stop_token_only(renderer: Renderer) -
     assert renderer.decode(learned) == "\n\nParis4"
 
 
+def test_answers_end_at_the_tokens_that_generation_config_names_as_well(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    usual = Renderer.load(base)
+    assert usual.stop_ids == (2,)
+    # Token 40 is a piece of text.
+    (base / "generation_config.json").write_text('{"eos_token_id": [0, 2, 40]}')
+    renderer = Renderer.load(base)
+    assert renderer.stop_ids == (2, 0)
+    assert renderer.sample(TURNS) == usual.sample(TURNS)
+    quoted = renderer.sample([*TURNS[:-1], Message("assistant", "a<|endoftext|>b")])
+    assert quoted.input_ids.count(0) == 0
+    # As an export has it.
+    renderer.save(tmp_path / "export")
+    settings = json.dumps({"eos_token_id": list(renderer.stop_ids)})
+    (tmp_path / "export" / "generation_config.json").write_text(settings)
+    assert Renderer.load(tmp_path / "export").hash == renderer.hash != usual.hash
+
+
 def test_chatml_ends_turns_with_eos_where_the_vocabulary_has_no_token_for_it(
     tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -135,13 +135,16 @@ class Renderer:
     Args:
         tokenizer: A fast Hugging Face tokenizer.
         template: The Jinja chat template.
+        other_stops: Tokens that end an answer besides the template's and EOS, if they are special.
 
     Raises:
         ModelError: The template does not end an answer with a token that stops generation, or
             renders no question with its answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, template: str, other_stops: Collection[int] = ()
+    ) -> None:
         self.tokenizer = tokenizer
         self._chat_template = ChatTemplate(tokenizer, template)
         self.template = self._chat_template.source
@@ -149,7 +152,7 @@ class Renderer:
         self._control = re.compile(r"(?!)")
         self.stop_ids: tuple[int, ...] = ()
         try:
-            self.stop_ids = self._find_stop_ids()
+            self.stop_ids = self._find_stop_ids(other_stops)
             self._control = self._find_control_tokens()
         except RenderError as error:
             raise ModelError.of(
@@ -176,6 +179,7 @@ class Renderer:
         """
         try:
             tokenizer = _load_tokenizer(Path(path))
+            other_stops = _other_stops(Path(path))
         except (OSError, ValueError, KeyError) as error:
             raise ModelError.of(
                 "cannot load the tokenizer",
@@ -183,7 +187,7 @@ class Renderer:
                 got=str(error).splitlines()[0],
                 allowed="a Hugging Face directory with tokenizer.json",
             ) from error
-        return cls(tokenizer, _template(tokenizer, chat_template))
+        return cls(tokenizer, _template(tokenizer, chat_template), other_stops)
 
     def with_backend(self, backend: TokenizerBackend) -> Renderer:
         """Return the same rendering, its texts encoded by a backend verified to give equal ids."""
@@ -412,7 +416,7 @@ class Renderer:
     def hash(self) -> str:
         """Identity of the rendering, 64 hexadecimal digits: tokenizer, template, stop tokens, code.
 
-        Equal before and after `save`, so a finetuned model can be held against its dataset.
+        Equal before and after an export, so a finetuned model can be held against its dataset.
         """
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         backend.pop("padding", None)
@@ -574,12 +578,15 @@ class Renderer:
             token.content
             for token in self.tokenizer.added_tokens_decoder.values()
             if token.special and token.content in skeleton
-        } | set(self.tokenizer.all_special_tokens)
+        } | {
+            *self.tokenizer.all_special_tokens,
+            *self.tokenizer.convert_ids_to_tokens(list(self.stop_ids)),
+        }
         names = sorted(found, key=lambda name: (-len(name), name))
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
-    def _find_stop_ids(self) -> tuple[int, ...]:
-        """Return the token the template ends an answer with, and EOS."""
+    def _find_stop_ids(self, others: Collection[int]) -> tuple[int, ...]:
+        """Return the token the template ends an answer with, EOS, and what is special of others."""
         pieces, _ = self._pieces([Message("user", "a"), Message("assistant", "b")], (), False)
         answer = pieces[-1].text
         special = set(self.tokenizer.all_special_ids) | {
@@ -594,7 +601,8 @@ class Renderer:
                 remedy="end the assistant's turn with {{ eos_token }}",
             )
         eos = self.tokenizer.eos_token_id
-        return (stop,) if eos is None or eos == stop else (stop, eos)
+        known = [stop] if eos is None else [stop, eos]
+        return tuple(dict.fromkeys([*known, *(token for token in others if token in special)]))
 
 
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -613,6 +621,17 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+
+
+def _other_stops(path: Path) -> list[int]:
+    """Return the tokens that end a generation by a model's `generation_config.json`.
+
+    Qwen and Llama 3 name some there that their tokenizers do not call EOS.
+    """
+    file = path / "generation_config.json"
+    named = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stops = named.get("eos_token_id")
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 def _template(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> str:
