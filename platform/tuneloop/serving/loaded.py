@@ -286,6 +286,8 @@ def _load_renderer(model: ServedModel) -> Renderer:
             allowed=str(recorded),
             remedy="put back the directory's own files, or train again",
         )
+    # Reads the whole tokenizer, for which no stream is to wait.
+    _ = renderer.unsettled_ids
     return renderer
 
 

@@ -114,7 +114,6 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {
 }
 
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _log = logging.getLogger("tuneloop.models")
 
 
@@ -333,7 +332,7 @@ class Renderer:
             return b""
         if self._decoders & {"ByteLevel"}:
             return bytes(_BYTE_OF[character] for character in name)
-        if self._decoders & {"ByteFallback"} and _BYTE.fullmatch(name):
+        if self._decoders & {"ByteFallback"} and re.fullmatch("<0x[0-9A-F]{2}>", name):
             return bytes([int(name[3:5], 16)])
         if self._decoders & {"Metaspace", "Replace"}:
             return name.replace("▁", " ").encode()
@@ -388,9 +387,9 @@ class Renderer:
         """
         if "ByteFallback" not in self._decoders:
             return frozenset()
-        vocabulary = self.tokenizer.get_vocab()
-        run = (index for name, index in vocabulary.items() if _BYTE.fullmatch(name))
-        return frozenset(run) | self.special_names.keys()
+        find = self.tokenizer.backend_tokenizer.token_to_id
+        run = (find(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(index for index in run if index is not None) | self.special_names.keys()
 
     @cached_property
     def _decoders(self) -> set[str]:
