@@ -3,6 +3,7 @@ and what people say of it."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -51,7 +52,7 @@ class Answer:
     """What an arm answered to the row.
 
     Args:
-        score: In the evaluation's primary metric; None where there is none.
+        score: In the metric by which single answers are right or wrong; None where there is none.
     """
 
     evaluation: str
@@ -247,6 +248,10 @@ def _answers(evaluation: Artifact, row_id: str) -> Iterator[Answer]:
         return
     query = Query([file])
     metric = str(evaluation.manifest["metrics"].get("primary", ""))
+    about = evaluation.path / "metrics.json"
+    if metric not in query.types and about.is_file():
+        # Of macro-F1 no answer has a score by itself.
+        metric = json.loads(about.read_text(encoding="utf-8")).get("row_metric", metric)
     score = quoted(metric) if metric in query.types else "NULL"
     for row in query.ask(
         f"SELECT arm, completion, {score} AS score FROM rows "

@@ -148,6 +148,17 @@ def test_answers_are_found_by_their_question_and_not_by_all_that_was_sent(tmp_pa
         assert read_page(query, RowFilter(words), 1, 10).num_matching == count
 
 
+def test_an_answer_has_its_own_score_where_macro_f1_decides(workspace: Workspace) -> None:
+    publish(workspace, "datasets", "faq", {}, test__0_parquet=[row(5)])
+    with workspace.draft("evaluations", "faq", "e" * 64) as draft:
+        said = {"example_id": f"{5:020d}", "arm": "base", "completion": "b", "accuracy": 0.0}
+        pq.write_table(pa.Table.from_pylist([said]), draft.path / "predictions.parquet")
+        (draft.path / "metrics.json").write_text('{"row_metric": "accuracy"}')
+        draft.publish(config={}, resources={}, inputs=[], metrics={"primary": "macro_f1"})
+    (answer,) = trace(workspace, f"{5:020d}").answers
+    assert (answer.metric, answer.score) == ("accuracy", 0.0)
+
+
 def test_a_row_is_followed_through_everything(workspace: Workspace) -> None:
     removed = {
         "row_id": f"{9:020d}",
