@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from shell import workspace_location
+from shell import arrive, workspace_location
 from theme import CSS
 
 
@@ -51,6 +51,7 @@ def main() -> None:
     # A browser with several tabs, and its history, show this.
     st.set_page_config(page_title=f"{page.title} · tuneloop")
     st.title(page.title)
+    arrive(page.url_path)
     page.run()
 
 

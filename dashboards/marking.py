@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -70,10 +71,10 @@ class Marking:
             st.code(str(error), language=None, wrap_lines=True)
 
     def chips(self, row_id: str) -> list[str]:
-        """Return what people have said of a row, as HTML."""
+        """Return what people have said of a row, as HTML; of all copies and pieces alike."""
         return [
             theme.chip(f"{mark.reviewer}: {MARK_LABELS[mark.kind]}", MARK_TONES.get(mark.kind, ""))
-            for mark in self.by_row.get(row_id.partition("-")[0], [])
+            for mark in self.by_row.get(re.split(r"[-.]", row_id)[0], [])
         ]
 
     def button(self, row: MarkedRow, number: int) -> None:

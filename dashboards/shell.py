@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import newest_comparison
 from tuneloop.evals.scoring.results import Evaluation
 
-# What is chosen on a page of one artifact.
-_CHOSEN = (
-    *("before", "after", "metric", "task", "pair", "arm", "wrong", "error", "unscored", "page"),
-    *("column", "value", "other", "with", "by", "part"),
-)
+# What is chosen on a page of one artifact: what all pages begin with, and what each page says.
+_ANEW = {"page": 1, "wrong": None, "error": None, "column": None, "by": None, "unscored": False}
+_PAGE_SAYS = ("before", "after", "metric", "task", "pair", "arm", "other", "with")
+_CHOSEN = (*_ANEW, *_PAGE_SAYS, "value", "part")
+# What else a page can be asked for, whichever artifact it shows.
+_ASKED = ("q", "find", "outcome", "tag", "change", "sort", "against", "view")
 _MAKERS = {
     "datasets": ("dataset", "tuneloop prepare CONFIG.yaml"),
     "models": ("model", "tuneloop train CONFIG.yaml"),
@@ -72,12 +74,16 @@ def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
     compared = newest_comparison(artifacts) if kind == "evaluations" else None
     first = asked or (compared.ref if compared else references[0])
     reference = st.selectbox(label, references, references.index(first), key=kind) or first
-    if st.session_state.setdefault(f"shown {kind}", reference) != reference:
-        # What was chosen of another artifact does not hold for this one.
+    # What was chosen of another artifact does not hold for this one. Where it is chosen on the
+    # page, to forget that is not enough: the browser goes on showing and sending it.
+    st.session_state.anew = bool(asked) and asked != reference
+    if st.session_state.anew:
+        for key in _ANEW.keys() & set(st.session_state):
+            st.session_state[key] = _ANEW[key]
+    elif st.session_state.get(f"shown {kind}", reference) != reference:
         for key in _CHOSEN:
             st.session_state.pop(key, None)
-            st.query_params.pop(key, None)
-        st.session_state[f"shown {kind}"] = reference
+    st.session_state[f"shown {kind}"] = reference
     st.query_params.pop("artifact", None)
     st.query_params[kind] = reference
     try:
@@ -87,19 +93,54 @@ def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
         raise
 
 
-def page_number() -> int:
-    """Return the page that the pagination below, or at first the address, asks for."""
+def begin_with(key: str, value: object) -> None:
+    """Set what a widget begins with, if another artifact has just been chosen on its page."""
+    if st.session_state.anew:
+        st.session_state[key] = value
+
+
+def arrive(page: str) -> None:
+    """Forget, where a link leads to a page, what was chosen there before: the link says it all.
+
+    Streamlit keeps what stands in addresses for the next visit to a page.
+    """
+    if st.session_state.get("at") != page and st.query_params:
+        for key in (*_CHOSEN, *_ASKED):
+            st.session_state.pop(key, None)
+    st.session_state.at = page
+
+
+def page_number(*chosen: object) -> int:
+    """Return the page that the pagination below, or at first the address, asks for.
+
+    Args:
+        chosen: What says which rows there are, and their order. Others begin with their first page.
+    """
+    if "page" in st.session_state and st.session_state.get("page of", chosen) != chosen:
+        st.session_state.page = 1
+    st.session_state["page of"] = chosen
     asked = st.session_state.get("page") or st.query_params.get("page", "1")
     return int(asked) if str(asked).isdecimal() else 1
 
 
+def choose_page(num_items: int, page_size: int) -> int:
+    """Show the pagination, if there is more than one page, and return the page to show."""
+    num_pages = max(1, math.ceil(num_items / page_size))
+    return st.pagination(num_pages, key="page", bind="query-params") if num_pages > 1 else 1
+
+
+def identity(artifact: Artifact) -> str:
+    """Return what caches know an artifact by: removed and made again, it has the same place."""
+    return f"{artifact.location} {artifact.fingerprint} {artifact.manifest['created_at']}"
+
+
 def load_evaluation(artifact: Artifact) -> Evaluation:
     """Return an evaluation, cached: published artifacts do not change."""
-    return _load(artifact.location, artifact.fingerprint, artifact)
+    return _load(identity(artifact), artifact)
 
 
 @st.cache_resource(max_entries=4, show_spinner="Reading the evaluation")
-def _load(location: str, fingerprint: str, _artifact: Artifact) -> Evaluation:
+def _load(made: str, _artifact: Artifact) -> Evaluation:
     return Evaluation.load(_artifact)
 
 

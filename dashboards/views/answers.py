@@ -14,12 +14,12 @@ import theme
 from exporting import export_buttons
 from marking import KINDS, MarkedRow, Marking, marking_of
 from nearest import show_nearest
-from shell import choose_artifact, page_number, refuse
+from shell import begin_with, choose_artifact, choose_page, identity, page_number, refuse
 from tuneloop.artifacts import Artifact
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.error_analysis import prompt_turns, tag_label
 from tuneloop.evals.reporting.formatting import format_estimate, word_diff
-from tuneloop.evals.scoring.metrics import FIELD_PREFIX, Metric
+from tuneloop.evals.scoring.metrics import FIELD_PREFIX, OF_ALL_ROWS, Metric
 from tuneloop.evals.scoring.pairing import last_question
 from tuneloop.review.rows import Query, RowFilter, ids_where, open_rows, read_page, value_counts
 
@@ -36,23 +36,23 @@ READABLE_RATIO, MOST_COMPARED = 0.3, 4_000
 
 
 @st.cache_resource(max_entries=4)
-def open_predictions(location: str, fingerprint: str, _artifact: Artifact) -> Query:
+def open_predictions(made: str, _artifact: Artifact) -> Query:
     return Query([_artifact.path / "predictions.parquet"])
 
 
 @st.cache_data(max_entries=8)
-def read_metrics(location: str, fingerprint: str, _artifact: Artifact) -> dict[str, Any]:
+def read_metrics(made: str, _artifact: Artifact) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((_artifact.path / "metrics.json").read_text("utf-8"))
     return found
 
 
 @st.cache_resource(max_entries=4)
-def open_test_rows(location: str, split: str, _dataset: Artifact) -> Query | None:
+def open_test_rows(made: str, split: str, _dataset: Artifact) -> Query | None:
     return open_rows(_dataset, split)
 
 
 @st.cache_data(max_entries=8)
-def load_values(location: str, split: str, _query: Query) -> dict[str, dict[str, int]]:
+def load_values(made: str, split: str, _query: Query) -> dict[str, dict[str, int]]:
     return value_counts(_query)
 
 
@@ -69,8 +69,8 @@ def load_nearest(evaluation: Artifact, ids: list[str]) -> dict[str, list[dict[st
 
 def choose_part(dataset: Artifact | None, split: str) -> list[str] | None:
     """Return the rows that have a value in a column of the test rows; None for all rows."""
-    query = open_test_rows(dataset.location, split, dataset) if dataset else None
-    values = load_values(dataset.location, split, query) if dataset and query else {}
+    query = open_test_rows(identity(dataset), split, dataset) if dataset else None
+    values = load_values(identity(dataset), split, query) if dataset and query else {}
     if query is None or not values:
         return None
     left, right = st.columns(2)
@@ -88,13 +88,20 @@ def choose_part(dataset: Artifact | None, split: str) -> list[str] | None:
     return ids_where(query, column, value) if value is not None else None
 
 
+def label_of(metric: str) -> str:
+    """Return what a metric is called, without marks for code."""
+    return str(about["metrics"][metric]["label"]).replace("`", "")
+
+
 def show_parts(arm: str) -> None:
     """Show the parts of the rows on which an arm does worst, folded away."""
     file = artifact.path / "slices.json"
     told = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"arms": {}}
     found = told["arms"].get(arm, [])
     if found:
-        with st.expander(f"{len(found):,} parts of the rows, the worst first"):
+        # Whatever is chosen above: the report has the same parts.
+        by = label_of(about.get("row_metric", about["primary"]))
+        with st.expander(f"{len(found):,} parts of the rows by {by}, the worst first"):
             rows = [
                 {
                     "part": f"{item['by']} = {item['slice']}",
@@ -140,10 +147,12 @@ def choose_rows(
     unscored = arm["num_unscored"] and st.toggle(
         f"Only the {arm['num_unscored']:,} without an answer", key="unscored", bind="query-params"
     )
+    # In a mixture a metric may be that of one task alone.
+    task = {"task": metric.rpartition("/")[0]} if about.get("tasks") and "/" in metric else {}
     order = {"worst": metric, "best": metric, "long": "completion_tokens", "slow": "latency_s"}
     return RowFilter(
         words or "",
-        {"arm": arm["name"], **({"status": "unscored"} if unscored else {})},
+        {"arm": arm["name"], **task, **({"status": "unscored"} if unscored else {})},
         {FIELD_PREFIX + wrong: 1.0} if wrong else {},
         listed={"error_tags": tag} if tag else {},
         example_ids=part,
@@ -155,10 +164,12 @@ def choose_rows(
 def show_summary(about: dict[str, Any], arm: dict[str, Any], metric: str) -> None:
     """Show an arm's score, the shares of its errors, and how each part does."""
     score = arm["scores"][metric]
-    st.markdown(
-        f"**{arm['name']}**: {format_estimate(score, Metric(**about['metrics'][metric]))}, "
-        f"{score['n']:,} answers scored"
-    )
+    told = format_estimate(score, Metric(**about["metrics"][metric]))
+    told += f", {score['n']:,} answers scored"
+    if about["primary"] == OF_ALL_ROWS:
+        decides = Metric(**about["metrics"][OF_ALL_ROWS])
+        told += f"; {decides.label}: {format_estimate(arm['scores'][OF_ALL_ROWS], decides)}"
+    st.markdown(f"**{arm['name']}**: {told}")
     n = max(1, arm["num_scored"])
     tags = {tag_label(tag): count for tag, count in arm["error_tags"].items() if count}
     fields = {
@@ -218,7 +229,8 @@ def show_answer(
             st.page_link("views/lineage.py", label="Follow", query_params={"id": row["example_id"]})
             st.page_link(
                 "views/errors.py", label="Side by side",
-                query_params={"evaluations": artifact.ref, "q": row["example_id"]},
+                query_params={"evaluations": artifact.ref, "q": row["example_id"]}
+                | ({} if is_candidate else {"before": name}),
             )  # fmt: skip
             with st.popover("What was sent", type="tertiary"):
                 turns = prompt_turns(row["prompt"])
@@ -241,8 +253,10 @@ def sampled_answer(sample: dict[str, Any]) -> str:
 
 def score_chip(row: dict[str, Any], about: dict[str, Any], metric: str) -> str:
     value, kind = row.get(metric), about["metrics"][metric]["kind"]
-    if row["status"] != "scored" or value is None or math.isnan(value):
+    if row["status"] != "scored":
         return theme.chip("not scored")
+    if value is None or math.isnan(value):
+        return theme.chip("this measure does not apply")
     if kind == "binary":
         return theme.chip("right" if value else "wrong", "good" if value else "bad")
     return theme.chip(f"{value:.0%}" if kind == "ratio" else f"{value:.3g}")
@@ -262,20 +276,25 @@ first, second, third = st.columns([1.6, 1, 1])
 with first:
     workspace, artifact = choose_artifact("evaluations", "Evaluation")
 try:
-    about = read_metrics(artifact.location, artifact.fingerprint, artifact)
-    query = open_predictions(artifact.location, artifact.fingerprint, artifact)
+    about = read_metrics(identity(artifact), artifact)
+    query = open_predictions(identity(artifact), artifact)
 except (UserError, OSError, ValueError) as error:
     refuse("This evaluation cannot be read.", error)
 if about["task_type"] == "language_modeling":
     st.info("Plain text is scored by likelihood: there are no answers to read.")
     st.stop()
 arms = {arm["name"]: arm for arm in about["arms"]}
+begin_with("arm", list(arms)[-1])
 name = second.selectbox("Model", list(arms), len(arms) - 1, key="arm", bind="query-params")
-judged = [m for m, meaning in about["metrics"].items() if meaning["better"] != "neither"]
-judged.sort(key=lambda m: m != about["primary"])
+# One of all answers together says of none whether it is right.
+by_row = [m for m in about["metrics"] if m != OF_ALL_ROWS]
+judged = [m for m in by_row if about["metrics"][m]["better"] != "neither"]
+judged.sort(key=lambda m: m != about.get("row_metric", about["primary"]))
+judged = judged or by_row
+begin_with("metric", judged[0])
 metric = third.selectbox(
     "Right or wrong by", judged,
-    format_func=lambda m: about["metrics"][m]["label"].replace("`", ""),
+    format_func=label_of,
     key="metric", bind="query-params",
 )  # fmt: skip
 show_summary(about, arms[name], metric)
@@ -289,19 +308,16 @@ try:
 except UserError as error:
     refuse("The test rows cannot be read.", error)
 chosen = choose_rows(about, arms[name], metric, part)
-page = page_number()
+page = page_number(artifact.ref, chosen)
 try:
     shown = read_page(query, chosen, page, PAGE_SIZE)
-    if not shown.rows and shown.num_matching:
-        shown = read_page(query, chosen, 1, PAGE_SIZE)
 except UserError as error:
     refuse("The answers cannot be read.", error)
-num_pages = max(1, math.ceil(shown.num_matching / PAGE_SIZE))
 with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
     total = arms[name]["num_scored"] + arms[name]["num_unscored"]
     st.caption(f"{shown.num_matching:,} of {total:,} answers. Digits mark the rows of this page.")
-    if num_pages > 1:
-        st.pagination(num_pages, key="page", bind="query-params")
+    if (now := choose_page(shown.num_matching, PAGE_SIZE)) != page:
+        shown = read_page(query, chosen, now, PAGE_SIZE)
     export_buttons(query, chosen, f"{artifact.name}-{name}")
 if not shown.rows:
     st.info("No answer matches all filters. Clear one of them.")

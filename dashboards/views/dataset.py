@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from typing import Any
 
 import streamlit as st
@@ -11,7 +10,16 @@ import streamlit as st
 import theme
 from exporting import export_buttons
 from marking import MarkedRow, Marking
-from shell import choose_artifact, open_workspace, page_number, refuse, show_origin
+from shell import (
+    begin_with,
+    choose_artifact,
+    choose_page,
+    identity,
+    open_workspace,
+    page_number,
+    refuse,
+    show_origin,
+)
 from tuneloop.artifacts import Artifact
 from tuneloop.data.diff import diff_datasets
 from tuneloop.data.schema import SPLITS
@@ -36,12 +44,12 @@ CARD, REMOVED, CONFLICTS, CHANGES = "Card", "Removed rows", "Conflicts", "Change
 
 
 @st.cache_resource(max_entries=8)
-def load_query(location: str, folder: str, _artifact: Artifact) -> Query | None:
+def load_query(made: str, folder: str, _artifact: Artifact) -> Query | None:
     return open_rows(_artifact, folder)
 
 
 @st.cache_data(max_entries=16, show_spinner="Looking through the columns")
-def load_values(location: str, folder: str, _query: Query) -> dict[str, dict[str, int]]:
+def load_values(made: str, folder: str, _query: Query) -> dict[str, dict[str, int]]:
     return value_counts(_query)
 
 
@@ -52,14 +60,14 @@ def load_diff(new: str, old: str, _new: Artifact, _old: Artifact) -> dict[str, A
 
 @st.cache_data(max_entries=4, show_spinner="Looking for conflicts")
 def load_conflicts(
-    location: str, page: int, _query: Query, by_task: bool
+    made: str, page: int, _query: Query, by_task: bool
 ) -> tuple[list[list[dict[str, Any]]], int]:
     return conflicts(_query, page, PAGE_SIZE, by_task)
 
 
 def query_of(folder: str) -> Query | None:
     try:
-        return load_query(artifact.location, folder, artifact)
+        return load_query(identity(artifact), folder, artifact)
     except UserError as error:
         refuse("These rows cannot be read.", error)
         raise
@@ -71,7 +79,7 @@ def choose_rows(query: Query, folder: str) -> RowFilter:
     words = left.text_input(
         "Search", key="q", placeholder="words to find in all rows", bind="query-params"
     )
-    values = load_values(artifact.location, folder, query)
+    values = load_values(identity(artifact), folder, query)
     column = middle.selectbox(
         "Only rows where", list(values), None, key="column", placeholder="any column",
         bind="query-params",
@@ -87,12 +95,6 @@ def choose_rows(query: Query, folder: str) -> RowFilter:
     return RowFilter(words or "", equal)
 
 
-def page_of(num_matching: int) -> None:
-    num_pages = max(1, math.ceil(num_matching / PAGE_SIZE))
-    if num_pages > 1:
-        st.pagination(num_pages, key="page", bind="query-params")
-
-
 def show_rows(folder: str) -> None:
     """Show a split row by row, with its turns, or the removed rows with their reasons."""
     query = query_of(folder)
@@ -100,16 +102,15 @@ def show_rows(folder: str) -> None:
         st.info("There are no such rows.")
         return
     chosen = choose_rows(query, folder)
-    page = page_number()
+    page = page_number(artifact.ref, folder, chosen)
     found = read_page(query, chosen, page, PAGE_SIZE)
-    if not found.rows and found.num_matching:
-        found = read_page(query, chosen, 1, PAGE_SIZE)
     with st.container(
         horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"
     ):
         what = "removed rows" if folder == "removed" else "rows"
         st.caption(f"{found.num_matching:,} of {found.num_rows:,} {what}")
-        page_of(found.num_matching)
+        if (now := choose_page(found.num_matching, PAGE_SIZE)) != page:
+            found = read_page(query, chosen, now, PAGE_SIZE)
         export_buttons(query, chosen, f"{artifact.name}-{folder}")
     if not found.rows:
         st.info("No row matches. Clear the search or the filter.")
@@ -125,7 +126,8 @@ def show_row(row: dict[str, Any], folder: str, number: int, query: Query) -> Non
         chips.append(theme.chip(f"{row['num_tokens']:,} tokens"))
     if row.get("synthetic"):
         chips.append(theme.chip("synthetic", "warn"))
-    chips += marking.chips(row_id)
+    for document in row.get("document_ids") or [row_id]:
+        chips += marking.chips(document)
     body = turns_of(row)
     if folder == "removed":
         chips.append(theme.chip(str(row["stage"]), "warn"))
@@ -207,14 +209,14 @@ def load_tokenizer(base: str) -> Any:
 def show_conflicts() -> None:
     """Show rows that ask the same and answer differently, side by side."""
     query = query_of("train")
-    found, count = ([], 0)
+    found, count, page = [], 0, page_number(artifact.ref, CONFLICTS)
+    is_mixture = bool(artifact.manifest["config"].get("task", {}).get("tasks"))
     if query is not None:
-        is_mixture = bool(artifact.manifest["config"].get("task", {}).get("tasks"))
-        found, count = load_conflicts(artifact.location, page_number(), query, is_mixture)
+        found, count = load_conflicts(identity(artifact), page, query, is_mixture)
     what = "prompt has" if count == 1 else "prompts have"
     st.caption(f"{count:,} {what} several answers among the train rows.")
-    if count > PAGE_SIZE:
-        page_of(count)
+    if query is not None and (now := choose_page(count, PAGE_SIZE)) != page:
+        found, _ = load_conflicts(identity(artifact), now, query, is_mixture)
     number = 0
     for rows in found:
         with st.container(border=True, gap="xsmall"):
@@ -250,8 +252,8 @@ def show_conflicts() -> None:
 def show_fixes(applied: list[dict[str, Any]]) -> None:
     """Show the rows that marks have changed: what the files say, what they say now, and by whom."""
     st.subheader("Changed by marks")
-    page_of(len(applied))
-    start = min(page_number() - 1, (len(applied) - 1) // PAGE_SIZE) * PAGE_SIZE
+    page_number(artifact.ref, CHANGES)
+    start = (choose_page(len(applied), PAGE_SIZE) - 1) * PAGE_SIZE
     for item in applied[start : start + PAGE_SIZE]:
         chips = [theme.chip(item["source"]), theme.chip(item["side"])]
         told = f"{FIX_LABELS[item['action']]} by {', '.join(item['reviewers'])}"
@@ -282,10 +284,11 @@ def show_changes() -> None:
         return
     same = [ref for ref in others if ref.startswith(f"datasets/{artifact.name}@")]
     first = others.index(same[0]) if same else 0
+    begin_with("other", others[first])
     other = st.selectbox("Compared with", others, first, key="other", bind="query-params")
     try:
         old = workspace.open(other)
-        diff = load_diff(artifact.ref, old.ref, artifact, old)
+        diff = load_diff(identity(artifact), identity(old), artifact, old)
     except (UserError, OSError, KeyError) as error:
         # Rows that were only scored have no card to compare.
         refuse("These versions cannot be compared.", error)

@@ -11,7 +11,15 @@ import theme
 from headline import ARM_HELP
 from marking import KINDS, MarkedRow, Marking, marking_of
 from nearest import show_nearest
-from shell import choose_artifact, load_evaluation, refuse
+from shell import (
+    begin_with,
+    choose_artifact,
+    choose_page,
+    identity,
+    load_evaluation,
+    page_number,
+    refuse,
+)
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting import error_analysis as analysis
@@ -46,7 +54,7 @@ class Paired(NamedTuple):
 # What goes over all answers is done once, and not at every click.
 @st.cache_resource(max_entries=2, show_spinner="Comparing the answers")
 def pair(
-    location: str, _evaluation: Evaluation, before: str, after: str, metric: str, task: str | None
+    made: str, _evaluation: Evaluation, before: str, after: str, metric: str, task: str | None
 ) -> Paired:
     examples = _evaluation.pair(before, after, metric, task)
     counts = {name: int((examples.change == name).sum()) for name in CHANGES}
@@ -56,19 +64,19 @@ def pair(
 
 @st.cache_data(max_entries=8)
 def changed_between(
-    locations: tuple[str, str], _first: Artifact, _second: Artifact, _datasets: list[Artifact]
+    made: tuple[str, str], _first: Artifact, _second: Artifact, _datasets: list[Artifact]
 ) -> list[str]:
     return sorted(changed_references(_first, _second, _datasets))
 
 
 @st.cache_data(max_entries=8)
-def metrics_of(location: str, _evaluation: Evaluation, task: str | None) -> list[str]:
+def metrics_of(made: str, _evaluation: Evaluation, task: str | None) -> list[str]:
     return analysis.judged_metrics(_evaluation, task)
 
 
-def identity(artifact: Artifact) -> str:
+def of_both(artifact: Artifact) -> str:
     """Return what the caches know the answers by: both evaluations, if there are two."""
-    return f"{artifact.location} {st.session_state.get('with')}"
+    return f"{identity(artifact)} {st.session_state.get('with')}"
 
 
 class Comparison(NamedTuple):
@@ -90,6 +98,7 @@ def with_another(workspace: Workspace, artifact: Artifact, evaluation: Evaluatio
     others.remove(artifact.ref)
     if not others:
         return evaluation
+    begin_with("with", None)
     other = st.selectbox(
         "Together with another evaluation", others, None, key="with", bind="query-params",
         placeholder="none: compare the arms of this one",
@@ -99,15 +108,20 @@ def with_another(workspace: Workspace, artifact: Artifact, evaluation: Evaluatio
     try:
         opened = workspace.open(other)
         datasets = [a for a in published if a.kind == "datasets"]
-        both = (opened.location, artifact.location)
+        both = (identity(opened), identity(artifact))
         changed = changed_between(both, opened, artifact, datasets)
         if changed:
             told = "rows are not compared between the two evaluations: their right answers differ."
             st.caption(f"{len(changed):,} {told}")
-        return evaluation.beside(load_evaluation(opened), other, changed)
+        joined = evaluation.beside(load_evaluation(opened), other, changed)
     except (UserError, OSError) as error:
         refuse("The other evaluation cannot be opened.", error)
         raise
+    if not {evaluation.primary, evaluation.row_metric} <= joined.metrics["metrics"].keys():
+        label = evaluation.metric(evaluation.primary).label.replace("`", "")
+        st.info(f"The other evaluation was not scored by {label}: they cannot be compared.")
+        st.stop()
+    return joined
 
 
 def choose() -> Comparison:
@@ -119,6 +133,7 @@ def choose() -> Comparison:
     evaluation = with_another(workspace, artifact, evaluation)
     task = None
     if evaluation.tasks:
+        begin_with("task", ALL_TASKS)
         chosen = st.segmented_control(
             "Task",
             [ALL_TASKS, *evaluation.tasks],
@@ -134,15 +149,19 @@ def choose() -> Comparison:
         st.stop()
     # As in the report: first against the arm that is hardest to beat.
     strongest = names.index(evaluation.strongest_other() or names[0])
+    begin_with("before", names[strongest])
+    begin_with("after", names[-1])
     before = left.selectbox(
         "Before", names, strongest, key="before", bind="query-params", help=ARM_HELP
     )
     after = middle.selectbox(
         "After", names, len(names) - 1, key="after", bind="query-params", help=ARM_HELP
     )
+    metrics = metrics_of(of_both(artifact), evaluation, task)
+    begin_with("metric", next(iter(metrics), None))
     metric = right.selectbox(
         "Right or wrong by",
-        metrics_of(identity(artifact), evaluation, task),
+        metrics,
         format_func=lambda name: evaluation.metric(name).label.replace("`", ""),
         key="metric",
         bind="query-params",
@@ -248,7 +267,7 @@ artifact, evaluation, before, after, metric, task, workspace = comparison
 if evaluation.metrics["task_type"] == "language_modeling":
     st.info("Plain text is scored by likelihood: there are no answers to compare.")
     st.stop()
-examples, counts, tags = pair(identity(artifact), evaluation, before, after, metric, task)
+examples, counts, tags = pair(of_both(artifact), evaluation, before, after, metric, task)
 if not examples:
     st.info("The two have no example in common.")
     st.stop()
@@ -268,14 +287,17 @@ else:
 
 if slices := show_slices(evaluation, after, before):
     st.subheader("Parts of the rows")
-    st.caption(analysis.describe_slices(slices))
+    # Whatever is chosen above: the report has the same parts.
+    by = evaluation.metric(evaluation.row_metric).label.replace("`", "")
+    shown_parts = f" The first {MOST_SLICES} are shown." * (len(slices["rows"]) > MOST_SLICES)
+    st.caption(f"By {by}, over all rows. {analysis.describe_slices(slices)}{shown_parts}")
     with st.container(key="slices"):
         st.table(analysis.slice_rows(slices)[:MOST_SLICES], border="horizontal", hide_index=True)
 
 st.subheader("Examples")
 chosen = choose_filter(counts, [count.tag for count in tags])
 matches = examples if chosen == Filter() else chosen.choose(examples)
-_, num_pages = analysis.paginate(matches, 1, PAGE_SIZE)
+page_number(of_both(artifact), before, after, metric, task, chosen)
 with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
     against = st.segmented_control(
         "Mark differences",
@@ -286,7 +308,7 @@ with st.container(horizontal=True, vertical_alignment="bottom", horizontal_align
         key="against",
         bind="query-params",
     )
-    page = st.pagination(num_pages, key="page", bind="query-params") if num_pages > 1 else 1
+    page = choose_page(len(matches), PAGE_SIZE)
 missing = "<span class='tl-missing'>missing here</span>" if against == "reference" else ""
 st.html(
     f"<div class='tl-legend'><span class='tl-quiet'>{len(matches):,} of {len(examples):,} examples"

@@ -8,7 +8,7 @@ import altair as alt
 import streamlit as st
 
 import theme
-from shell import choose_artifact, refuse, show_origin
+from shell import begin_with, choose_artifact, refuse, show_origin
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import (
     compare_settings,
@@ -64,6 +64,7 @@ def compare_runs() -> None:
     """Draw the curves of several models over one another, and show how their settings differ."""
     others = [a.ref for a in reversed(workspace.published()) if a.kind == "models"]
     others.remove(artifact.ref)
+    begin_with("with", [])
     chosen = others and st.multiselect(
         "Compare with", others, key="with", bind="query-params", placeholder="other models"
     )

@@ -13,7 +13,7 @@ import streamlit as st
 
 import theme
 from headline import ARM_HELP
-from shell import choose_artifact, load_evaluation, refuse
+from shell import begin_with, choose_artifact, identity, load_evaluation, refuse
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting import error_analysis as analysis
 from tuneloop.evals.reporting.judge import describe_judge, describe_judged_pair
@@ -122,7 +122,7 @@ def counted_verdicts(evaluation: Evaluation, reviewer: str | None = None) -> lis
 
 
 @st.cache_resource(max_entries=2, show_spinner="Comparing the answers")
-def different_answers(location: str, _evaluation: Evaluation, arms: Sequence[str]) -> Pairs:
+def different_answers(made: str, _evaluation: Evaluation, arms: Sequence[str]) -> Pairs:
     return analysis.examples_to_judge(_evaluation, arms)
 
 
@@ -132,6 +132,12 @@ def show_ballot(examples: Pairs, arms: Collection[str]) -> None:
     if not reviewer:
         st.info("Type your name to begin.")
         return
+    asked = (artifact.ref, tuple(arms), reviewer)
+    if st.session_state.setdefault("asked", asked) != asked:
+        # What was voted on last, put off or read belongs to what was asked before.
+        for key in ("again", "last_voted", "skipped", "shown"):
+            st.session_state.pop(key, None)
+        st.session_state.asked = asked
     ids = examples.sides("example_id")[1].to_pylist()
     numbers = {example_id: number for number, example_id in enumerate(ids)}
     mine = counted_verdicts(evaluation, reviewer)
@@ -150,15 +156,22 @@ def show_ballot(examples: Pairs, arms: Collection[str]) -> None:
     if example_id is None:
         st.success("Every example is judged. Thank you! The ratings are under Results.")
     else:
-        show_pair(examples[numbers[example_id]], blind_order(example_id, reviewer, arms), reviewer)
+        sides = blind_order(example_id, reviewer, arms)
+        # The newest vote counts, and its comment: one that is changed begins with what it said.
+        said = [
+            v.comment
+            for v in mine
+            if v.example_id == example_id and {v.arm_left, v.arm_right} == {*sides}
+        ]
+        show_pair(examples[numbers[example_id]], sides, reviewer, said[-1] if said else "")
     last = st.session_state.get("last_voted")
     if last in numbers and last != example_id and st.button("Change my last vote", type="tertiary"):
         st.session_state.again = last
         st.rerun()
 
 
-def show_pair(example: PairedExample, sides: Sides, reviewer: str) -> None:
-    """Show one question with two nameless answers and the four buttons."""
+def show_pair(example: PairedExample, sides: Sides, reviewer: str, comment: str) -> None:
+    """Show one question with two nameless answers, the comment so far, and the four buttons."""
     if st.session_state.get("shown", ("",))[0] != example.example_id:
         st.session_state.shown = (example.example_id, time.monotonic())
     answers = {p.arm: p.completion for p in (example.before, example.after)}
@@ -175,8 +188,9 @@ def show_pair(example: PairedExample, sides: Sides, reviewer: str) -> None:
             )
         )
     st.text_input(
-        "Comment", key=f"comment-{example.example_id}", placeholder="optional: why", max_chars=2000
-    )
+        "Comment", comment, key=f"comment-{example.example_id}", placeholder="optional: why",
+        max_chars=2000,
+    )  # fmt: skip
     with st.container(horizontal=True, key="ballot"):
         for choice, (label, shortcut) in BUTTONS.items():
             st.button(
@@ -280,11 +294,12 @@ strongest = evaluation.strongest_other()
 pairs = sorted(
     combinations(names, 2), key=lambda pair: (pair[1] != names[-1], pair[0] != strongest)
 )
+begin_with("pair", pairs[0])
 arms = right.selectbox(
     "Arms", pairs, format_func=" vs ".join, key="pair", bind="query-params",
     help=f"{ARM_HELP} Which answer is on the left differs by example and reviewer.",
 )  # fmt: skip
-examples = different_answers(artifact.location, evaluation, arms)
+examples = different_answers(identity(artifact), evaluation, arms)
 view = st.segmented_control(
     "View", ["Vote", "Results"], default="Vote", key="view", required=True,
     label_visibility="collapsed", bind="query-params",

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from tuneloop.sweeps.curve import Bar, describe_forecast, learning_curves, serie
 
 APP = Path(__file__).parents[2] / "dashboards" / "app.py"
 NUM_EXAMPLES = 30
+ARMS = ("base", "base+few-shot", "finetuned")
 SYSTEM = "Answer with JSON: colour and number of the thing."
 
 
@@ -216,10 +217,12 @@ def answer(arm: str, index: int) -> str:
     return right if index < 28 else json.dumps({"colour": "blue", "number": index + 1})
 
 
-def publish_evaluation(workspace: Workspace) -> None:
+def publish_evaluation(
+    workspace: Workspace, name: str = "demo", arms: Sequence[str] = ARMS
+) -> None:
     config = TuneloopConfig.model_validate(
         {
-            "name": "demo",
+            "name": name,
             "task": {"type": "extraction"},
             "model": {"base": "parrot"},
             "data": {"sources": [{"path": "rows.jsonl", "format": "messages"}]},
@@ -229,7 +232,7 @@ def publish_evaluation(workspace: Workspace) -> None:
     references = {r: json.dumps({"colour": "blue", "number": i}) for i, r in enumerate(ids)}
     scorer = Scorer(config.task, references)
     rows = []
-    for arm in ("base", "base+few-shot", "finetuned"):
+    for arm in arms:
         for index, row_id in enumerate(ids):
             question = f"Thing number {index} is blue. <b>What is it?</b>"
             turns = [("system", SYSTEM), ("user", question)]
@@ -306,6 +309,27 @@ def publish_mixture(workspace: Workspace) -> None:
     publish_results(workspace, config, rows, scorer)
 
 
+def publish_labels(workspace: Workspace) -> None:
+    """Four labels, three of them right, where macro-F1 decides."""
+    config = TuneloopConfig.model_validate(
+        {
+            "name": "labels",
+            "task": {"type": "classification", "labels": ["yes", "no"]},
+            "model": {"base": "parrot"},
+            "data": {"sources": [{"path": "rows.jsonl", "format": "messages"}]},
+        }
+    )
+    references = {"l0": "yes", "l1": "no", "l2": "yes", "l3": "no"}
+    scorer = Scorer(config.task, references, primary="macro_f1")
+    rows = [
+        Prediction(row_id, "finetuned", "Right?", reference, said, "stop", 9, 5, 0.1, "scored",
+                   scores=scorer.score(reference, said))
+        for row_id, reference in references.items()
+        for said in ["no" if row_id == "l2" else reference]
+    ]  # fmt: skip
+    publish_results(workspace, config, rows, scorer)
+
+
 def fill(folder: Path) -> Path:
     workspace = Workspace(folder)
     publish_dataset(workspace)
@@ -320,6 +344,14 @@ def mixed(tmp_path: Path) -> Path:
     """A workspace with the evaluation of a mixture of tasks."""
     workspace = Workspace(tmp_path / "mixed")
     publish_mixture(workspace)
+    return workspace.root
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """A workspace with the evaluation of a classification."""
+    workspace = Workspace(tmp_path / "labelled")
+    publish_labels(workspace)
     return workspace.root
 
 

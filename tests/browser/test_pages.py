@@ -305,6 +305,21 @@ def test_a_vote_can_be_changed_and_an_example_put_off(open_page, own, fast_reade
     assert rows[0][0] == rows[1][0]
 
 
+def test_a_changed_vote_keeps_its_comment_and_another_pair_has_no_last_vote(
+    open_page, own, fast_reader
+):
+    app = open_page(own, "votes")
+    judge_as(app, "ann")
+    next(t for t in app.text_input if t.key.startswith("comment-")).set_value("too long").run()
+    button(app, "Left is better").click().run()
+    button(app, "Change my last vote").click().run()
+    assert next(t for t in app.text_input if t.key.startswith("comment-")).value == "too long"
+    button(app, "Right is better").click().run()
+    assert [comment for _, comment in votes_in(own)] == ["too long", "too long"]
+    app.selectbox(key="pair").set_value(("base", "finetuned")).run()
+    assert "Change my last vote" not in [b.label for b in app.button]
+
+
 def test_results_show_ratings_agreement_and_the_baseline(open_page, own, fast_reader):
     for reviewer in ("ann", "bob"):
         app = open_page(own, "votes")
@@ -341,6 +356,25 @@ def test_the_worst_answers_of_one_model_come_first(open_page, filled):
     app.text_input(key="find").set_value("thing NUMBER 7 definately").run()
     assert "<b>r07</b>" in page_html(app)
     assert "&lt;b&gt;What is it?&lt;/b&gt;" in page_html(app)
+
+
+def test_answers_are_right_or_wrong_where_macro_f1_decides(open_page, labelled):
+    app = open_page(labelled, "answers")
+    shown = page_html(app)
+    assert shown.index("<b>l2</b>") < shown.index("<b>l0</b>")
+    assert shown.count(">wrong</span>") == 1
+    assert shown.count(">right</span>") == 3
+    assert "75.0%" in app.markdown[0].value
+    assert "mean F1 over the labels: 73.3%" in app.markdown[0].value
+    assert "mean F1 over the labels" not in app.selectbox(key="metric").options
+
+
+def test_a_metric_of_one_task_shows_its_rows(open_page, mixed):
+    app = open_page(mixed, "answers")
+    assert "4 of 4 answers" in app.caption[0].value
+    app.selectbox(key="metric").set_value("title/token_f1").run()
+    assert "2 of 4 answers" in app.caption[0].value
+    assert "<b>l1</b>" not in page_html(app)
 
 
 def test_rows_are_marked_listed_and_followed(open_page, own, next_version):
