@@ -34,6 +34,7 @@ from tuneloop.review.fixes import marks_for
 from tuneloop.synthesis.filters import Rejected
 from tuneloop.synthesis.more_of import find_parts, held_out_rows
 from tuneloop.synthesis.rows import (
+    UNASKED,
     Candidate,
     Known,
     Removed,
@@ -48,7 +49,7 @@ from tuneloop.text import counted, shorten
 logger = logging.getLogger("tuneloop.data")
 
 API_KEY_VARIABLE = "TUNELOOP_GENERATION_API_KEY"
-CODE_VERSION = 4
+CODE_VERSION = 5
 REPLIES = "replies.jsonl"
 # What is paid and how fast does not change what is written.
 # The parts that `more_of` comes to count.
@@ -270,8 +271,16 @@ def _nothing_taken(
     told = ", ".join(
         f"{why} ({counted(n, 'time')})" for why, n in reasons(rows.removed).most_common(3)
     )
-    if teacher.stopped is not None and not told:
+    has_written = any(row["reason"] not in UNASKED for row in rows.removed)
+    if teacher.stopped is not None and not has_written:
         return DataError(teacher.stopped)
+    if not has_written and not written.num_unanswered:
+        return DataError.of(
+            "no input is left to ask about",
+            where="generation.sources",
+            got=told,
+            remedy="name inputs that the dataset does not have",
+        )
     return DataError.of(
         "no row that the model wrote can be used",
         where=f"{generation.model} at {generation.endpoint}",
@@ -282,13 +291,15 @@ def _nothing_taken(
 
 def _metrics(rows: GeneratedRows, written: Written, teacher: Teacher) -> dict[str, Any]:
     num_train, num_removed = len(rows.train), len(rows.removed)
+    # Inputs that are known or held out were not asked about: nothing was written.
+    num_written = num_train + sum(row["reason"] not in UNASKED for row in rows.removed)
     return {
         "num_train_rows": num_train,
         "num_test_rows": 0,
         "num_removed": num_removed,
         "num_unanswered": written.num_unanswered,
         "num_train_tokens": sum(row["num_tokens"] for row in rows.train),
-        "taken_ratio": round(num_train / max(1, num_train + num_removed), 4),
+        "taken_ratio": round(num_train / max(1, num_written), 4),
         **describe_requests(teacher),
     }
 
@@ -300,7 +311,10 @@ def describe_requests(teacher: Teacher) -> dict[str, Any]:
         "num_requests": replies.num_requests,
         "num_lost_replies": replies.num_lost,
         "spent_tokens": replies.spent.tokens,
-        "spent_money": round(replies.spent.money, 6) if teacher.price else None,
+        # The judge may have a price as well.
+        "spent_money": round(replies.spent.money, 6)
+        if teacher.price or replies.spent.money
+        else None,
     }
 
 

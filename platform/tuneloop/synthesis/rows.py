@@ -36,6 +36,8 @@ _NUM_SHOWN, _NUM_OF_LABEL = 6, 3
 # Of these, so many that people want more like.
 _NUM_WANTED = 3
 _SYSTEM = ("system", "developer")
+# Why an input is not asked about.
+UNASKED = ("the input is known", "the input is held out")
 _INSTRUCTIONS = {
     "self_instruct": "Write one new input for the task below. Its topic and wording have to differ "
     "from the examples; in kind, length and style it has to be like them. Reply with the input "
@@ -297,10 +299,10 @@ class RowWriter:
         for item in unlabelled:
             row = Candidate(item.messages, item.source)
             if (earlier := known.get(folded(row.input))) is not None:
-                why = Rejected(ReasonCode.EXACT_DUPLICATE, "the input is known", earlier)
+                why = Rejected(ReasonCode.EXACT_DUPLICATE, UNASKED[0], earlier)
                 written.reject(row, why, row.input)
             elif (tested := held_out.get(folded(row.input))) is not None:
-                why = Rejected(ReasonCode.SAME_PROMPT, "the input is held out", tested)
+                why = Rejected(ReasonCode.SAME_PROMPT, UNASKED[1], tested)
                 written.reject(row, why, row.input)
             else:
                 known[folded(row.input)] = row.row_id

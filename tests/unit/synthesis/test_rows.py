@@ -147,8 +147,17 @@ def test_inputs_are_answered_filtered_and_paid_for_once(
     words = sum(len(m["content"].split()) for b in model_server.requests for m in b["messages"])
     card = json.loads((made.artifact.path / "card.json").read_text())
     assert card["removed"]["the input is known"] == 2
+    # It was not asked about these two.
+    assert metrics["taken_ratio"] == pytest.approx(22 / 24, abs=1e-4)
     assert card["synthetic_rows"]["synthetic"]["num_rows"] == 22
     assert 0 < metrics["spent_tokens"] - words < 72 * 5 + 400  # 2 of the prompts were refused
+
+    # Of known inputs alone nothing is asked, so that no other model would do better.
+    (tmp_path / "known.csv").write_text(f"mail,number\n{asked(3)},0\n")
+    source = source | {"path": str(tmp_path / "known.csv")}
+    known = config_for(tmp_path, tiny_model, model_server.url, kind="answers", sources=[source])
+    with pytest.raises(DataError, match="no input is left to ask about"):
+        generate_rows(known, workspace, base, dataset)
 
     # The same again: reused. With more inputs only those are asked for.
     assert generate_rows(config, workspace, base, dataset).reused
