@@ -386,6 +386,9 @@ class RowWriter:
             expected = self.task.labels[turn.number % len(self.task.labels)]
             own = [s for s in self.seeds if s.messages[-1].text == expected]
             own = rng.sample(own, min(_NUM_OF_LABEL, len(own)))
+            # Those that people want more like come first here too.
+            liked = [s for s in more_like if s.messages[-1].text == expected]
+            own = [*liked, *(s for s in own if s not in liked)][:_NUM_OF_LABEL]
             others = [s for s in shown if s.messages[-1].text != expected]
             shown = [*others[: _NUM_SHOWN - len(own)], *own]
         return _Examples(shown, expected)

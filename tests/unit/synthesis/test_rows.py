@@ -276,7 +276,7 @@ def test_rows_that_people_want_more_like_come_first(dataset: Artifact, tmp_path:
     teacher = teacher_of(generation, replies)
     wanted = frozenset({f"{3:020x}", f"{9:020x}"})
 
-    def requests(kind: str, num_rows: int) -> list[str]:
+    def requests(kind: str, num_rows: int, task: TaskConfig = task) -> list[str]:
         asked_for = generation.model_copy(update={"kind": kind, "num_rows": num_rows})
         writer = RowWriter(asked_for, task, Known(read_seeds(dataset), wanted), teacher)
         return [request.messages[-1].content for request, _ in writer.requests()]
@@ -288,6 +288,11 @@ def test_rows_that_people_want_more_like_come_first(dataset: Artifact, tmp_path:
         assert asked(3) in text
         assert asked(9) in text
         assert text.count("Input ") == 6
+    # Whichever label is asked for, of theirs or another.
+    labels = TaskConfig(type="classification", labels=LABELS)
+    for text in requests("self_instruct", 8, labels):
+        assert asked(3) in text
+        assert asked(9) in text
 
 
 def with_topics(dataset: Artifact) -> Artifact:
