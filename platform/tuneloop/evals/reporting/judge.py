@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from tuneloop.evals.reporting.formatting import format_estimate
 from tuneloop.evals.scoring.metrics import Metric
+from tuneloop.text import counted
 
 _SHARE = Metric("share")
 _KAPPA = Metric("kappa", kind="number")
@@ -80,7 +81,8 @@ def _result(pair: dict[str, Any]) -> str:
 
 def _clusters(rate: dict[str, Any]) -> str:
     n, clusters = rate["n"], rate["num_clusters"]
-    return f"{n} votes" if n == clusters else f"{n} votes in {clusters} clusters"
+    votes = counted(n, "vote")
+    return votes if n == clusters else f"{votes} in {counted(clusters, 'cluster')}"
 
 
 def _notes(pair: dict[str, Any], judge: dict[str, Any]) -> list[str]:
