@@ -874,7 +874,7 @@ def test_a_corrected_reference_is_no_error_that_was_fixed(tmp_path: Path) -> Non
     assert (last.num_fixed, last.num_introduced, last.num_shared) == (6, 0, 95)
     assert last.change
     assert last.change["value"] == pytest.approx(6 / 95)
-    assert last.changed.endswith("; 5 rows not compared: their right answers differ")
+    assert last.changed.endswith("; 5 rows not compared: right answers differ")
 
 
 def test_rows_with_other_right_answers_are_found(tmp_path: Path) -> None:

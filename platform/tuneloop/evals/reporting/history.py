@@ -89,7 +89,7 @@ def history(artifacts: Sequence[Artifact], name: str) -> list[Iteration]:
             [*made_of(before, by_fingerprint), before] if before else [], [*parts, version]
         )
         if changes and changes.num_left_out:
-            told = f"{changes.num_left_out:,} rows not compared: their right answers differ"
+            told = f"{counted(changes.num_left_out, 'row')} not compared: right answers differ"
             changed = "; ".join(filter(None, (changed, told)))
         found.append(
             Iteration(
