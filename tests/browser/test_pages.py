@@ -377,6 +377,21 @@ def test_a_metric_of_one_task_shows_its_rows(open_page, mixed):
     assert "<b>l1</b>" not in page_html(app)
 
 
+def test_another_evaluation_begins_anew(open_page, own):
+    shutil.copytree(own / "evaluations" / "demo", own / "evaluations" / "later")
+    app = open_page(own, "answers")
+    app.selectbox(key="evaluations").set_value("evaluations/demo@v1").run()
+    app.selectbox(key="arm").set_value("base").run()
+    # As the browser has it then.
+    app.query_params["arm"] = "base"
+    assert "**base**" in app.markdown[0].value
+    app.selectbox(key="evaluations").set_value("evaluations/later@v1").run()
+    assert not app.exception
+    assert "**finetuned**: 93.3%" in app.markdown[0].value
+    assert app.selectbox(key="arm").value == "finetuned"
+    assert "<b>r28</b>" in page_html(app)
+
+
 def test_rows_are_marked_listed_and_followed(open_page, own, next_version):
     app = open_page(own, "answers")
     next(b for b in app.button if b.key == "mark 2 r29").click().run()
