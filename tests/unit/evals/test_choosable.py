@@ -150,6 +150,11 @@ def test_macro_f1_decides_together_and_accuracy_about_single_answers():
         ({}, "-$1,200.50", "a loss of −$1200.5", 1.0),
         ({}, "-$5", "$5", 0.0),
         ({"after": "####"}, "so #### Paris", "hence #### paris.", 1.0),
+        # Floats are the same for all of these.
+        ({}, "121932631112635269", "121932631112635268", 0.0),
+        ({}, "121932631112635269", "121,932,631,112,635,269.0", 1.0),
+        ({"tolerance": 0.01}, "121932631112635269", "121932631112635268", 1.0),
+        ({}, "1e9999999999999999999999", "12", 0.0),
     ],
 )
 def test_numbers_are_compared_by_value(options, reference, completion, expected):

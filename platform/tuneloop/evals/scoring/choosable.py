@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from decimal import Decimal, InvalidOperation
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -450,10 +451,18 @@ def _is_spaced(text: str) -> bool:
     return 2 * sum(map(is_unspaced, words)) <= len(words)
 
 
-def _numbers(text: str, after: str) -> list[float]:
+def _numbers(text: str, after: str) -> list[Decimal]:
     part = text.rpartition(after)[2] if after else text
     plain = plain_numbers(part.replace("−", "-"))
-    return [float(number.replace(",", "")) for number in _NUMBER.findall(plain)]
+    return [_exactly(number.replace(",", "")) for number in _NUMBER.findall(plain)]
+
+
+def _exactly(number: str) -> Decimal:
+    """Return a number with all its digits, of which a float keeps seventeen."""
+    try:
+        return Decimal(number)
+    except InvalidOperation:  # an exponent beyond all bounds
+        return Decimal(float(number))
 
 
 def _same_number(
@@ -471,8 +480,10 @@ def _same_number(
     if not answer:
         return 0.0
     place = 0 if after else -1
-    most = tolerance * abs(expected[place])
-    return float(math.isclose(answer[place], expected[place], rel_tol=0, abs_tol=most))
+    if not tolerance:
+        return float(answer[place] == expected[place])
+    wanted, given = float(expected[place]), float(answer[place])
+    return float(math.isclose(given, wanted, rel_tol=0, abs_tol=tolerance * abs(wanted)))
 
 
 def _multi_label_f1(separator: str, reference: str, completion: str, task: OneTaskConfig) -> float:
