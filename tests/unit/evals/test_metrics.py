@@ -198,6 +198,19 @@ def test_the_letter_a_of_a_choice_is_no_article(completion, f1, exact):
     assert other["token_f1"] == pytest.approx(f1)
 
 
+@pytest.mark.parametrize("sign", ["+", "/", "<=", "😀"])
+def test_a_reference_of_signs_alone_is_said_as_it_is(sign):
+    names = ("token_f1", "rouge_l", "exact_match")
+    assert [score_text(sign, f" {sign}\n")[name] for name in names] == [1.0, 1.0, 1.0]
+    for wrong in ("", "-", "plus"):
+        assert [score_text(sign, wrong)[name] for name in names] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("other", ["a well\u2011known \u22125", "a well\u2010known -5"])
+def test_typographic_hyphens_and_minus_are_those_of_a_keyboard(other):
+    assert score_text("a well-known -5", other)["token_f1"] == 1.0
+
+
 def test_token_f1_follows_the_squad_script():
     assert reference_words("The cat's a hat, an   Apple!") == ["cats", "hat", "apple"]
     scores = score_text("the black cat sat", "A black cat")
@@ -257,6 +270,9 @@ def test_a_part_of_a_chinese_answer_is_a_part_of_the_score():
         ("3-5 days", "3–5 days", True),
         ("The answer is 4.", "answer is 4", True),
         ("(see above)", "see above", True),
+        ("/", "*", False),
+        ("/", "", False),
+        (" / ", "/", True),
     ],
 )
 def test_exact_match_keeps_numbers_and_signs(reference, other, same):

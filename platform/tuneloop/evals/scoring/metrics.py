@@ -76,8 +76,9 @@ MACRO_F1 = Metric("mean F1 over the labels")
 OF_ALL_ROWS = "macro_f1"
 PRECISION_PREFIX = "precision_"
 
-# SQuAD removes these and so joins what they part (`don't`); other punctuation parts words.
-_WITHOUT_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’ʼ"))
+# SQuAD removes these and so joins what they part (`don't`), whichever hyphen or minus stands there;
+# other punctuation parts words.
+_WITHOUT_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’ʼ\u2010\u2011−"))
 _PUNCTUATION = regex.compile(r"\p{P}")
 _ONE_SPELLING = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "−": "-"})
 _QUOTES = "\"'`“”„‘’‚«»"
@@ -467,6 +468,8 @@ def token_f1(reference: str, completion: str, task: OneTaskConfig) -> float:
     expected, answer = reference_words(reference), reference_words(completion)
     if not expected:  # as the letter A of a choice, which an empty answer does not name
         expected, answer = split_words(_bare(reference)), split_words(_bare(completion))
+    if not expected:
+        return _same_signs(reference, completion)
     common = sum((Counter(expected) & Counter(answer)).values())
     return _f1(common, len(expected), len(answer))
 
@@ -489,6 +492,8 @@ def rouge_l(reference: str, completion: str, task: OneTaskConfig) -> float:
     Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", section 3.1.
     """
     expected, answer = find_words(reference.lower()), find_words(completion.lower())
+    if not expected:
+        return _same_signs(reference, completion)
     return _f1(LCSseq.similarity(expected, answer), len(expected), len(answer))
 
 
@@ -503,6 +508,11 @@ def reference_words(text: str) -> list[str]:
     return split_words(re.sub(r"\b(a|an|the)\b", " ", _bare(text)))
 
 
+def _same_signs(reference: str, completion: str) -> float:
+    """Return 1 where a reference without words, such as an operator, is said as it is, else 0."""
+    return float(_plain(reference) == _plain(completion))
+
+
 def _bare(text: str) -> str:
     """Return a text without case and punctuation."""
     lowered = unicodedata.normalize("NFC", text).lower().translate(_WITHOUT_PUNCTUATION)
@@ -514,11 +524,11 @@ def words_and_signs(text: str) -> list[str]:
 
     Case, articles, quotes and other punctuation do not count. `-5` is not `5`, `3.14` not `314`,
     `.5` not `5`, `5%` not `5` and `C++` not `C#`; `1,000` is `1000`. A text of articles alone, as
-    the letter A of a choice, keeps them.
+    the letter A of a choice, keeps them, and one of punctuation alone, such as `/`, as well.
     """
     plain = plain_numbers(unicodedata.normalize("NFC", text).casefold().translate(_ONE_SPELLING))
     words = _TOKEN.findall(_THOUSANDS.sub("", plain))
-    return [word for word in words if word not in _ARTICLES] or words
+    return [word for word in words if word not in _ARTICLES] or words or plain.split()
 
 
 def plain_numbers(text: str) -> str:
