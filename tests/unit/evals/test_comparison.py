@@ -10,6 +10,7 @@ from scipy import stats
 
 from tuneloop.config import TaskConfig
 from tuneloop.evals.reporting.headline import write_headline
+from tuneloop.evals.scoring.asking import EvaluationRequest, ModelAnswer
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.estimates import describe_difference, describe_mean
@@ -26,7 +27,10 @@ from tuneloop.evals.scoring.intervals import (
 )
 from tuneloop.evals.scoring.metrics import Metric, Scorer
 from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.evals.scoring.questions import Question
 from tuneloop.evals.scoring.results import Evaluation
+from tuneloop.evals.scoring.scored_answers import score_answer
+from tuneloop.records import Arm, Endpoint, Message, SamplingParams
 
 FAST = Resampling(num_resamples=2000)
 
@@ -452,6 +456,43 @@ def test_macro_f1_and_confusion_count_every_sampled_answer():
     assert arm["label_f1"] == pytest.approx({"a": 2 / 3, "b": 4 / 5})
     # The draws of the first row have the variance 1/2; of the mean of two rows of two draws 1/16.
     assert arm["sampling"]["std_error"] == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("names", [("", ""), ("m@v1", "m@v2")], ids=["sampled", "trainings"])
+def test_macro_f1_takes_every_right_label_of_a_row_for_right(names):
+    # Both labels are right; the row's reference is the one that its first answer names.
+    task = TaskConfig(type="classification", labels=["a", "b", "c"])
+    scorer = Scorer(task, {"r0": "a"}).averaged()
+    for last, accuracy in (("b", 1.0), ("c", 0.5)):
+        samples = [
+            {"completion": text, "model": name, "scores": {"accuracy": score}}
+            | dict.fromkeys(("finish_reason", "prompt_tokens", "completion_tokens", "latency_s"))
+            | {"probability": None, "score": score}
+            for text, name, score in zip(("a", last), names, (1.0, 2 * accuracy - 1), strict=True)
+        ]
+        (row,) = predictions("tuned", ["a"], ["a"], scorer)
+        row = replace(row, scores={"accuracy": accuracy}, samples=samples)
+        (arm,) = summarise([row], scorer, FAST)["arms"]
+        wrong = {"c": 1} if last == "c" else {}
+        assert arm["confusion"] == {"a": {"a": 2 - len(wrong)} | wrong}
+        assert (arm["scores"]["macro_f1"]["value"] == 1.0) == (last == "b")
+
+
+def test_of_several_right_answers_all_metrics_see_the_nearest():
+    task = TaskConfig(type="generation")
+
+    def scores(answer, *right):
+        asked = Question("r0", (Message("user", "Which?"),), right[0], accepted=right[1:])
+        request = EvaluationRequest(Arm("tuned", Endpoint("", "")), "", asked, SamplingParams())
+        return score_answer(Scorer(task, {}), request, ModelAnswer("r0", "", answer))
+
+    # The words are the same by SQuAD's measure, which removes signs.
+    assert scores("C++", "C#", "C++")["exact_match"] == 1.0
+    assert scores("C", "C#", "C++")["exact_match"] == 0.0
+    # Wrong by the primary metric: the others are of the answer that it comes nearest to.
+    task = TaskConfig(type="extraction")
+    told = scores('{"x": 1, "y": 3}', '{"x": 9, "y": 2}', '{"x": 1, "y": 2}')
+    assert (told["exact_match"], told["fields_f1"]) == (0.0, 0.5)
 
 
 def test_macro_f1_may_decide_with_its_own_test_and_worst_case():

@@ -306,7 +306,10 @@ class LabelCounts:
 
     def __init__(self, predictions: Sequence[Prediction], scorer: Scorer) -> None:
         truth = [scorer.label(p.reference) for p in predictions]
-        answers = [[scorer.label(text) for text in p.completions] for p in predictions]
+        answers = [
+            [own if is_right else scorer.label(text) for text, is_right in _answers_of(p)]
+            for p, own in zip(predictions, truth, strict=True)
+        ]
         self._known = list(scorer.task.labels)
         self._pairs = Counter(
             (label, one) for label, of_row in zip(truth, answers, strict=True) for one in of_row
@@ -355,6 +358,16 @@ class LabelCounts:
         return {
             label: float(2 * r / e) for label, r, e in zip(self.labels, right, either, strict=True)
         }
+
+
+def _answers_of(prediction: Prediction) -> list[tuple[str, bool]]:
+    """Return every answer to a row, and whether it is known to be right.
+
+    Where several labels are right the row's reference is the one that its first answer names.
+    """
+    scores = [sample.get("scores") or {} for sample in prediction.samples] or [prediction.scores]
+    is_right = [score.get("accuracy") == 1 for score in scores]
+    return list(zip(prediction.completions, is_right, strict=True))
 
 
 def _counts(prediction: Prediction, scorer: Scorer) -> bool:

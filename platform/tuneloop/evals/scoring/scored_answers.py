@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 from tuneloop.errors import ConfigError
@@ -51,15 +52,24 @@ def score_answer(
 
 
 def _nearest_reference(scorer: Scorer, request: EvaluationRequest, answer: ModelAnswer) -> str:
-    """Return that of the right answers by which an answer scores best; of equals the first."""
+    """Return that of the right answers by which an answer scores best; of equals the first.
+
+    By the primary metric, and where that cannot tell, as of wrong answers, by the others.
+    """
     question = request.question
     if not question.accepted:
         return question.reference
     sign = -1 if scorer.metrics[scorer.primary].better == "lower" else 1
 
-    def score(reference: str) -> float:
-        value = scorer.score(reference, answer.text, question.task)[scorer.primary]
-        return -math.inf if value is None else sign * value
+    def score(reference: str) -> tuple[float, float]:
+        scores = scorer.score(reference, answer.text, question.task)
+        value = scores[scorer.primary]
+        others = [
+            known
+            for name, known in scores.items()
+            if known is not None and scorer.metrics[name].better == "higher"
+        ]
+        return -math.inf if value is None else sign * value, fmean(others) if others else 0.0
 
     return max((question.reference, *question.accepted), key=score)
 
