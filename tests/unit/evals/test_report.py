@@ -965,6 +965,23 @@ def test_of_rows_scored_elsewhere_the_forecast_is_from_the_rows_that_were_traine
     assert " && tuneloop evaluate demo.yaml" in rows.command
 
 
+def test_a_version_with_several_answers_to_a_row_is_compared_by_shares(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    second = make_evaluation({"finetuned": 60})
+    halves = [replace(p, scores={**p.scores, "exact_match": 0.5}) for p in second.predictions]
+    meanings = second.metrics["metrics"]
+    meanings = {**meanings, "exact_match": {**meanings["exact_match"], "kind": "ratio"}}
+    first = replace(second, predictions=halves, metrics={**second.metrics, "metrics": meanings})
+    publish_version(workspace, first, 100, 1)
+    publish_version(workspace, second, 100, 2)
+    change = history(workspace.published(), "demo")[-1].change
+    assert change is not None
+    # 60 rows gained a half and 40 lost one: t with 99 degrees of freedom is 1.984.
+    half = 1.984 * (0.24 / 99) ** 0.5
+    ends = [change[name] for name in ("value", "low", "high")]
+    assert ends == pytest.approx([0.1, 0.1 - half, 0.1 + half], abs=1e-4)
+
+
 def test_a_setting_that_stays_as_it_was_is_nothing_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

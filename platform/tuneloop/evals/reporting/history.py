@@ -173,6 +173,8 @@ def _changes(
     if not {name, by_row} <= earlier.metrics["metrics"].keys():
         return None
     metric = newer.metric(by_row)
+    if metric.kind == "binary":  # with several answers to a row the earlier ones are shares
+        metric = earlier.metric(by_row)
     values: list[Any] = []
     for artifact, evaluation in ((now, newer), (before, earlier)):
         values += [str(artifact.path / FILE), evaluation.candidate["name"]]
