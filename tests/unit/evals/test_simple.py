@@ -75,6 +75,17 @@ def test_writing_and_extraction_take_the_nearest_rows_answer_and_the_first_of_eq
     assert [shot.row_id for shot in shots["what is Spain's capital"]] == ["c", "b"]
 
 
+def test_where_words_tell_nothing_it_gives_the_most_frequent_label_or_the_first_row() -> None:
+    # As first names, of which each is there once.
+    names = [solved(f"{n:04d}", f"name{n}", "lights" if n % 3 else "heating") for n in range(1_000)]
+    asked = [question("name7"), question("another")]
+    assert list(answer_simply(names, asked, LABEL_TASK).values()) == ["lights", "lights"]
+    blank = [solved("a", " ", "Paris"), solved("b", "", "Madrid")]
+    assert (
+        list(answer_simply(blank, asked, TaskConfig(type="generation")).values()) == ["Paris"] * 2
+    )
+
+
 def test_in_a_mixture_each_task_has_its_own_rows() -> None:
     mixed = TaskConfig.model_validate(
         {

@@ -7,6 +7,7 @@ train split alone and takes seconds on a CPU.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -116,7 +117,10 @@ def nearest_rows(
     """
     texts, asked = asked_texts(rows, questions)
     vectorizer = vectorizer_of_words()
-    known = vectorizer.fit_transform(texts)
+    try:
+        known = vectorizer.fit_transform(texts)
+    except ValueError:  # no row has a word
+        return [list(range(min(count, len(rows)))) for _ in asked]
     nearest: list[list[int]] = []
     for start in range(0, len(asked), 256):
         similarity = (vectorizer.transform(asked[start : start + 256]) @ known.T).toarray()
@@ -134,7 +138,11 @@ def _classify(
     # With many rows, words that only one of them has tell nothing and cost most: 7,500 rows of 150
     # labels take 2 s of CPU without them and 58 s with them; the multinomial solver takes 48 s.
     vectorizer = vectorizer_of_words(min_rows=2 if len(rows) >= _MANY_ROWS else 1)
-    fitted = classifier().fit(vectorizer.fit_transform(texts), labels)
+    try:
+        known = vectorizer.fit_transform(texts)
+    except ValueError:  # no word is in two rows, as where each row is a name
+        return [Counter(labels).most_common(1)[0][0]] * len(questions)
+    fitted = classifier().fit(known, labels)
     return [str(label) for label in fitted.predict(vectorizer.transform(asked))]
 
 
