@@ -705,6 +705,12 @@ def test_parts_that_are_surely_worse_are_named() -> None:
     (named_too,) = (a for a in together if "topic" in a.title)
     assert (named_too.gain, named_too.num_rows) == (None, 20)
     assert named_too.why == "20 test rows are such: 20.0%, the others 95.0%."
+    # Rows of one cluster have no interval, and so no bound.
+    only = {"arms": {"finetuned": [{**part, "low": None, "high": None}]}}
+    (untold,) = (
+        a for a in advise(situation(replace(evaluation, slices=only))) if "topic" in a.title
+    )
+    assert (untold.gain, untold.basis, untold.num_rows) == (None, "unknown", 20)
     answers = {"endpoint": "http://x/v1", "model": "m", "kind": "answers"}
     answers["sources"] = [{"path": "x.csv", "format": "text"}]
     for teacher, command in (

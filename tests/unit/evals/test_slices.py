@@ -93,6 +93,16 @@ def test_a_slice_is_a_value_a_quarter_of_lengths_a_label_or_a_cluster() -> None:
     assert [len(part.example_ids) for part in by_cluster] == [10] * 4
 
 
+def test_the_rows_of_a_cluster_have_one_interval_whatever_else_they_have_in_common() -> None:
+    rows = [prediction(index, "a", index % 3 > 0, f"c{index // 10}") for index in range(40)]
+    # Each customer writes about one topic.
+    columns = {"topic": {p.example_id: f"about {p.cluster}" for p in rows}}
+    found = [p for p in find_slices(rows, columns, scorer_of(rows), "customer") if p.by == "topic"]
+    assert [part.is_cluster for part in found] == [True] * 4
+    first, *_ = describe_slices(rows, found, scorer_of(rows), 0.95)["arms"]["a"]
+    assert (first["num_clusters"], first["method"]) == (1, "Wilson")
+
+
 def test_the_columns_of_a_split_are_the_users_own_and_the_files(tmp_path: Path) -> None:
     rows = [
         {

@@ -534,13 +534,14 @@ class _Adviser:
     def parts(self) -> None:
         """Each part of the rows that is surely worse than the others."""
         now, evaluation, name = self.now, self.now.evaluation, self.now.evaluation.row_metric
-        # Parts are scored row by row: of macro-F1 that bounds nothing.
+        # Parts are scored row by row: of macro-F1 that bounds nothing. One cluster has no interval.
         metric, is_mean, sign = evaluation.metric(name), evaluation.primary == name, now.sign
         found = weak_parts(evaluation.slices, evaluation.candidate["name"], metric.better)
         # No group is on both sides: rows of a test group cannot become training rows.
         for part in [part for part in found if part["by"] != now.group_by][:_MOST_PARTS]:
+            is_bound, share = is_mean and part["low"] is not None, part["n"] / len(self.loss)
             value, *ends = (
-                sign * max(0.0, sign * (part["rest"] - part[end])) * part["n"] / len(self.loss)
+                sign * max(0.0, sign * (part["rest"] - (part[end] or 0.0))) * share
                 for end in ("value", "low", "high")
             )
             unit = " words" * (part["by"] in (LENGTH, REFERENCE_LENGTH))
@@ -549,10 +550,10 @@ class _Adviser:
                 f"Add training rows with {part['by'].replace('_', ' ')} = {is_such}",
                 f"{part['n']:,} test rows are such: {format_value(part['value'], metric)}, the "
                 f"others {format_value(part['rest'], metric)}."
-                + " The bound is that they become like the others." * is_mean,
+                + " The bound is that they become like the others." * is_bound,
                 self._more_of(now.reference), now.page("answers"),
                 _Brings(Gain(value, *sorted(ends)), "at most", part["n"])
-                if is_mean else _Brings(num_rows=part["n"]),
+                if is_bound else _Brings(num_rows=part["n"]),
             )  # fmt: skip
 
     def _more_of(self, what: str) -> str:

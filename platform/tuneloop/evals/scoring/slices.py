@@ -165,7 +165,9 @@ def find_slices(
     for by, values in kinds.items():
         for value, ids in _parts({key: values[key] for key in rows if key in values}).items():
             if ids in found:
-                found[ids] = replace(found[ids], also=(*found[ids].also, (by, value)))
+                also, is_cluster = (*found[ids].also, (by, value)), by == cluster_by
+                is_cluster |= found[ids].is_cluster
+                found[ids] = replace(found[ids], also=also, is_cluster=is_cluster)
             elif SMALLEST <= len(ids) < len(rows):
                 found[ids] = Slice(by, value, ids, by == cluster_by)
     return list(found.values())
