@@ -26,6 +26,9 @@ from tuneloop.sweeps.choice import (
 from tuneloop.sweeps.curve import Bar, describe_forecast, series_of
 from tuneloop.sweeps.grid import VALIDATION_LOSS, Trial
 
+# A model with fewer times the parameters of another one is as large.
+_LARGER = 1.1
+
 
 class ScoredTrial(NamedTuple):
     """A trial with what it was trained on, and how its model did on the validation rows.
@@ -304,7 +307,8 @@ def model_steps(
 ) -> list[dict[str, Any]]:
     """Return what each larger base model brought, from the smallest to the largest.
 
-    Each is there with its best combination, at the largest data volume that all were trained on.
+    Each is there with its best combination, at the largest data volume that all were trained on; of
+    models of one size, such as a base model and its chat model, the best alone.
 
     Args:
         cells: Those of `curve.json`.
@@ -334,7 +338,12 @@ def model_steps(
         for base, cell in chosen.items()
         if (model := scored[cell["trials"][0]].trial.model) is not None
     }
-    bases = sorted(chosen, key=lambda base: size[base])
+    bases: list[str] = []
+    for base in sorted(chosen, key=lambda base: size[base]):
+        if bases and size[base] < _LARGER * size[bases[-1]]:
+            bases[-1] = max(bases[-1], base, key=lambda one: sign * chosen[one]["value"])
+        else:
+            bases.append(base)
     steps = []
     for smaller, larger in itertools.pairwise(bases):
         pair = [chosen[smaller], chosen[larger]]

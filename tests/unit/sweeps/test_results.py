@@ -206,6 +206,20 @@ def test_the_steps_between_models_have_the_level_of_the_scores(
     assert widths[0] == pytest.approx(widths[1] * share, rel=1e-3)
 
 
+@pytest.mark.parametrize(("size", "found"), [(10**8, 0), (1.05 * 10**8, 0), (1.2 * 10**8, 1)])
+def test_between_models_of_one_size_there_is_no_step(
+    measured: tuple[TuneloopConfig, list[ScoredTrial], dict[str, Untrained]], size: int, found: int
+) -> None:
+    _, scored, _ = measured
+    for one in scored:
+        assert one.trial.model is not None
+        if one.trial.cell.config.model.base == "large":
+            one.trial.model.manifest["metrics"]["num_parameters"] = size
+    winner = Winner(0, artifact("evaluations", num_examples=30), scored[0].score, True)
+    cells = describe_choice(scored, winner, None)["cells"]
+    assert len(model_steps(scored, cells)) == found
+
+
 def test_the_score_of_a_mixture_is_of_the_rows_that_all_trials_answered(
     measured: tuple[TuneloopConfig, list[ScoredTrial], dict[str, Untrained]],
 ) -> None:
