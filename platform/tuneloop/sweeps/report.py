@@ -260,10 +260,12 @@ def _spent(trials: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     labels = [trial["label_price"] for trial in trials if trial.get("label_price") is not None]
     if labels:
         facts.append(("price of the labels, once", f"{max(labels):,.2f}"))
-    stopped = [trial for trial in trials if trial["status"] == "stopped"]
-    if stopped:
-        shares = [float(t["trained_ratio"]) for t in trials if t["status"] in ("stopped", "done")]
-        facts.append(("steps saved by early stopping", f"{1 - _mean(shares):.0%}"))
+    # Trainings may differ in length.
+    begun = [t for t in trials if t["status"] in ("stopped", "done") and t.get("num_steps")]
+    if "stopped" in by_status and begun:
+        taken = sum(trial["num_steps"] for trial in begun)
+        planned = sum(trial["num_steps"] / trial["trained_ratio"] for trial in begun)
+        facts.append(("steps saved by early stopping", f"{1 - taken / planned:.0%}"))
     return facts
 
 

@@ -237,6 +237,15 @@ def test_a_mixture_shows_each_task_by_itself() -> None:
     assert last["read"] == "50.0% (40.0% to 60.0%), 90 rows"
 
 
+def test_saved_steps_are_counted_in_trainings_of_any_length() -> None:
+    content, trials = sweep(rising)
+    for trial in trials:
+        trial["num_steps"] = 100
+    # Three times as long, and stopped at a fifth.
+    trials[0] |= {"status": "stopped", "score": None, "num_steps": 60, "trained_ratio": 0.2}
+    assert "<dd>34%</dd>" in render_sweep("sweeps/s@v1", content, trials)  # 460 of 700 steps
+
+
 def test_the_page_loads_nothing_and_shows_curve_front_and_advice() -> None:
     content, trials = sweep(rising, [Bar("base+few-shot", 0.45, 0.44, 0.46)])
     page = render_sweep("sweeps/s@v1", content, trials)
