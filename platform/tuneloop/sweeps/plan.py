@@ -14,9 +14,16 @@ import pyarrow.parquet as pq
 from tuneloop import pipeline
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import SweepConfig, TuneloopConfig
-from tuneloop.errors import DataError, Problem, UserError
+from tuneloop.errors import ConfigError, DataError, Problem, UserError
 from tuneloop.models.bases.source import resolve_base
-from tuneloop.sweeps.grid import Cell, listed_values, num_combinations, search_of, with_drawn
+from tuneloop.sweeps.grid import (
+    VALIDATION_LOSS,
+    Cell,
+    listed_values,
+    num_combinations,
+    search_of,
+    with_drawn,
+)
 from tuneloop.sweeps.study import Budget, Job, Journal, Study
 from tuneloop.training.batches import Schedule
 
@@ -144,3 +151,49 @@ def common_rows(datasets: Sequence[Artifact], keys: Sequence[str]) -> frozenset[
         "the trials' validation splits differ: compared on the %d rows that all have", len(common)
     )
     return common
+
+
+def refuse_losses(
+    sweep: SweepConfig, datasets: Sequence[Artifact], rows: frozenset[str] | None
+) -> None:
+    """Raise ConfigError where validation losses would be compared that are of other things.
+
+    A validation loss is a mean over the tokens of all answers: where models cut the same answers
+    into other tokens, the one with the shorter tokens has the lower loss.
+
+    Args:
+        rows: What `common_rows` returned. Losses are of all validation rows of a trial.
+    """
+    is_chosen_by = sweep.metric == VALIDATION_LOSS
+    uses = [("sweep.metric", VALIDATION_LOSS)] * is_chosen_by
+    uses += [("sweep.scheduler", str(sweep.scheduler))] * (sweep.scheduler is not None)
+    uses += [("sweep.search", "optuna")] * (search_of(sweep) == "optuna")
+    if not uses:
+        return
+    by_renderer = {dataset.manifest["config"]["renderer"]: dataset for dataset in datasets}
+    first, *others = (
+        _num_targets(dataset) if len(by_renderer) > 1 else {} for dataset in by_renderer.values()
+    )
+    what, allowed = "", ""
+    if any(one[row] != first[row] for one in others for row in first.keys() & one.keys()):
+        what, allowed = "other tokens", "models that cut answers into the same tokens"
+    elif is_chosen_by and rows is not None:
+        uses, what = uses[:1], "other validation rows"
+        allowed = "keys that leave the rows as they are"
+    ConfigError.refuse(
+        Problem(
+            f"validation losses cannot be compared: those of the trials are of {what}",
+            where=where,
+            got=got,
+            allowed=allowed,
+            remedy="leave it out, so that scores alone decide; or make a sweep of each",
+        )
+        for where, got in (uses if what else ())
+    )
+
+
+def _num_targets(dataset: Artifact) -> dict[str, int]:
+    """Return by validation row into how many tokens its answers were cut."""
+    table = pq.read_table(dataset.path / "validation", columns=["row_id", "loss_mask"])
+    ids, masks = (table[name].to_pylist() for name in ("row_id", "loss_mask"))
+    return {row: sum(mask) for row, mask in zip(ids, masks, strict=True)}

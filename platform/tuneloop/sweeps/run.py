@@ -27,7 +27,7 @@ from tuneloop.models.bases.source import resolve_base
 from tuneloop.sweeps.choice import Score, choose, score_trial
 from tuneloop.sweeps.curve import ROWS_KEY, learning_curves
 from tuneloop.sweeps.grid import VALIDATION_LOSS, Trial, evaluated_on, expand
-from tuneloop.sweeps.plan import Prepared, common_rows, make_study, prepare_all
+from tuneloop.sweeps.plan import Prepared, common_rows, make_study, prepare_all, refuse_losses
 from tuneloop.sweeps.report import render_sweep
 from tuneloop.sweeps.results import (
     ScoredTrial,
@@ -71,6 +71,7 @@ def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:
         prepared = Prepared(config.sweep, prepare_all(cells, workspace))
         jobs = [prepared.job(cell) for cell in cells]
         rows = common_rows([job.dataset for job in jobs], keys)
+        refuse_losses(config.sweep, [job.dataset for job in jobs], rows)
         parts = {
             "keys": keys,
             "cells": [cell.values for cell in cells],

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tuneloop.config import TuneloopConfig, load_config
+from tuneloop.artifacts import Artifact
+from tuneloop.config import SweepConfig, TuneloopConfig, load_config
 from tuneloop.errors import ConfigError
 from tuneloop.sweeps.grid import evaluated_on, expand, num_combinations, with_drawn
+from tuneloop.sweeps.plan import refuse_losses
 
 
 def config(
@@ -188,3 +192,36 @@ def test_what_is_no_list_and_no_distribution_is_refused_with_the_file(tmp_path: 
     (problem,) = caught.value.problems
     assert "training.learning_rate is neither" in str(problem)
     assert "training.seed is neither" in str(problem)
+
+
+def test_losses_of_other_tokens_or_rows_are_not_compared(tmp_path: Path) -> None:
+    def dataset(name: str, renderer: str, num_targets: dict[str, int]) -> Artifact:
+        (tmp_path / name / "validation").mkdir(parents=True)
+        masks = [[0, *[1] * num] for num in num_targets.values()]
+        table = pa.table({"row_id": [*num_targets], "loss_mask": masks})
+        pq.write_table(table, tmp_path / name / "validation" / "part.parquet")
+        return Artifact(
+            "datasets", name, 1, tmp_path / name, "", {"config": {"renderer": renderer}}
+        )
+
+    small = dataset("small", "a", {"r": 3, "s": 5})
+    large = dataset("large", "b", {"r": 3, "s": 5})  # another template, the same tokens
+    coarse = dataset("coarse", "c", {"r": 2, "s": 4})
+
+    def refused(datasets: list[Artifact], rows: frozenset[str] | None = None, **sweep: Any) -> str:
+        try:
+            refuse_losses(SweepConfig(parameters={"model.base": ["m"]}, **sweep), datasets, rows)
+        except ConfigError as error:
+            return " ".join(f"{p.where}: {p.what.partition('of ')[2]}" for p in error.problems)
+        return ""
+
+    by_loss: dict[str, Any] = {"metric": "validation_loss"}
+    assert refused([small, coarse, small], **by_loss).endswith("are of other tokens")
+    told = refused([small, coarse], scheduler="asha", search="optuna", num_trials=2)
+    assert "sweep.scheduler" in told
+    assert "sweep.search" in told
+    assert refused([small, large], scheduler="asha", **by_loss) == ""
+    assert refused([small, coarse], frozenset("r"), metric="exact_match") == ""
+    # Of other rows a score is taken on those that all have; a loss cannot be.
+    assert refused([small, small], frozenset("r"), **by_loss).endswith("other validation rows")
+    assert refused([small, small], frozenset("r"), scheduler="asha") == ""
