@@ -30,11 +30,11 @@ from tuneloop.evals.reporting.situation import (
     after_what_came,
     fitting_curves,
 )
-from tuneloop.evals.reporting.views import show_examples
+from tuneloop.evals.reporting.views import describe_trainings, show_examples
 from tuneloop.evals.scoring.comparison import compare, summarise
 from tuneloop.evals.scoring.error_tags import tag_errors
 from tuneloop.evals.scoring.intervals import Resampling
-from tuneloop.evals.scoring.metrics import Scorer
+from tuneloop.evals.scoring.metrics import Metric, Scorer
 from tuneloop.evals.scoring.nearest import as_nearest
 from tuneloop.evals.scoring.pairing import last_question
 from tuneloop.evals.scoring.predictions import (
@@ -969,6 +969,15 @@ def test_of_rows_scored_elsewhere_the_forecast_is_from_the_rows_that_were_traine
     assert rows.gain is not None
     assert (rows.gain.value, rows.title[-10:]) == (0.02, "400 in all")
     assert " && tuneloop evaluate demo.yaml" in rows.command
+
+
+@pytest.mark.parametrize(("low", "is_same"), [(0.2, True), (None, False)])
+def test_trainings_without_an_interval_are_not_said_to_be_alike(low, is_same) -> None:
+    scores = [{"name": f"m@v{n}", "scores": {"accuracy": {"value": n / 4}}} for n in (1, 2)]
+    arm = {"models": scores, "scores": {"accuracy": {"low": low}}}
+    told = describe_trainings(arm, "accuracy", Metric("right", kind="ratio"))
+    assert told.startswith("2 trainings of one recipe, whose mean is the score: m@v1 25.0%, ")
+    assert ("on the same rows" in told) is is_same
 
 
 def test_a_version_with_several_answers_to_a_row_is_compared_by_shares(tmp_path: Path) -> None:

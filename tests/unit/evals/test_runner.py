@@ -491,7 +491,9 @@ def test_several_trainings_are_one_arm(model_server, config, workspace, dataset,
     for check in (gate.checks[0], gate.checks[-1]):
         assert "more trainings would have to tell" in check.detail
     assert "too few trainings to tell" in write_headline(evaluation).title
-    assert "models/words@v3 50.0%" in (artifact.path / "report.html").read_text()
+    report = (artifact.path / "report.html").read_text()
+    assert "models/words@v3 50.0%" in report
+    assert "Of an arm that is several trainings it covers both" in report
     Console(width=120).print(terminal_table(artifact))
     assert "models/words@v3" in capsys.readouterr().out
 

@@ -104,17 +104,18 @@ def describe_trainings(arm: dict[str, Any], primary: str, metric: Metric) -> str
         f"{model['name']} {format_value(model['scores'][primary]['value'], metric)}"
         for model in models
     ]
-    text = f"{len(models)} trainings of one recipe, whose mean is the score: {', '.join(scores)}. "
-    share = arm["scores"][primary].get("seed_share")
-    if share is None:
-        text += "They are right and wrong on the same rows"
-    else:
-        text += (
+    told = [f"{len(models)} trainings of one recipe, whose mean is the score: {', '.join(scores)}"]
+    score = arm["scores"][primary]
+    if (share := score.get("seed_share")) is not None:
+        told.append(
             "The interval holds for other seeds as well. The seeds make up "
             f"{share:.0%} of the score's variance: more trainings would make that smaller, more "
             "rows would not"
         )
-    return f"{text}. Examples, error tags and judges look at the answers of {models[0]['name']}"
+    elif score["low"] is not None:  # rows of one cluster tell nothing of other seeds
+        told.append("They are right and wrong on the same rows")
+    told.append(f"Examples, error tags and judges look at the answers of {models[0]['name']}")
+    return ". ".join(told)
 
 
 def _sampling_noise(sampling: dict[str, Any] | None) -> str:
