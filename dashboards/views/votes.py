@@ -20,6 +20,7 @@ from tuneloop.evals.reporting.judge import describe_judge, describe_judged_pair
 from tuneloop.evals.scoring.intervals import Resampling
 from tuneloop.evals.scoring.judged_pairs import Compared, describe_pair
 from tuneloop.evals.scoring.judging import are_on_these, read_judgements
+from tuneloop.evals.scoring.metrics import without_thought
 from tuneloop.evals.scoring.pairing import PairedExample, Pairs
 from tuneloop.evals.scoring.predictions import Prediction, rows_at
 from tuneloop.evals.scoring.results import Evaluation
@@ -174,7 +175,8 @@ def show_pair(example: PairedExample, sides: Sides, reviewer: str, comment: str)
     """Show one question with two nameless answers, the comment so far, and the four buttons."""
     if st.session_state.get("shown", ("",))[0] != example.example_id:
         st.session_state.shown = (example.example_id, time.monotonic())
-    answers = {p.arm: p.completion for p in (example.before, example.after)}
+    sides_shown = (example.before, example.after)
+    answers = {p.arm: without_thought(p.completion) for p in sides_shown}
     with st.container(border=True):
         st.html(theme.labelled("Question", theme.folded(example.question)))
         with st.expander("Reference answer"):

@@ -12,11 +12,20 @@ import pytest
 import yaml
 
 from tuneloop.cli import main
+from tuneloop.config import JudgeConfig
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.corrected import correct_rate
-from tuneloop.evals.scoring.judging import are_on_these, read_rating, read_verdict
+from tuneloop.evals.scoring.judging import (
+    JudgeQuestions,
+    Judging,
+    are_on_these,
+    pairs_to_judge,
+    read_rating,
+    read_verdict,
+)
 from tuneloop.evals.scoring.predictions import Prediction
-from tuneloop.records import Vote
+from tuneloop.evals.scoring.questions import Question
+from tuneloop.records import Arm, Endpoint, Message, Vote
 from tuneloop.review.store import ReviewStore
 from tuneloop.review.verdicts import Verdict
 
@@ -205,6 +214,31 @@ def test_a_judge_that_cannot_be_asked_is_told(model_server, config, tmp_path, ca
 )
 def test_a_verdict_is_a_line_of_its_own(text: str, verdict: str) -> None:
     assert read_verdict(text) == verdict
+
+
+def test_what_a_model_thought_is_not_judged_and_every_right_answer_is_told() -> None:
+    def answer(example: str, arm: str, text: str) -> Prediction:
+        return Prediction(example, arm, "", "", text, "stop", None, None, None, "scored")
+
+    rows = [answer("same", "old", "yes"), answer("other", "old", "<think>Hm.</think>\n\nno")]
+    rows += [
+        answer("same", "new", "<think>Is it? It is.</think> yes"),
+        answer("other", "new", "yes"),
+    ]
+    questions = [
+        Question(name, (Message("user", "Is it?"),), "yes", accepted=("of course",))
+        for name in ("same", "other")
+    ]
+    (pair,) = pairs_to_judge(rows, "new", "old")
+    assert pair.arm.example_id == "other"
+    told = JudgeConfig(endpoint="http://judge/v1", model="large")
+    judging = Judging(told, Arm("judge", Endpoint("http://judge/v1", "large")))
+    first, second = (
+        r.messages[-1].text for r in JudgeQuestions(judging, rows, questions).requests()
+    )
+    start = "[Task]\nIs it?\n\n[Reference answer]\nyes\n\nor\n\nof course\n\n"
+    assert first == f"{start}[Answer A]\nyes\n\n[Answer B]\nno"
+    assert second == f"{start}[Answer A]\nno\n\n[Answer B]\nyes"
 
 
 def test_a_rating_is_a_line_of_its_own() -> None:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from tuneloop.evals.reporting.formatting import Piece, format_value, word_diff
 from tuneloop.evals.scoring.error_tags import ERROR_TAGS
 from tuneloop.evals.scoring.function_calls import without_accepted
+from tuneloop.evals.scoring.metrics import without_thought
 from tuneloop.evals.scoring.pairing import (
     TAG_CHANGES,
     Change,
@@ -160,7 +161,8 @@ def examples_to_judge(evaluation: Evaluation, arms: Collection[str]) -> Pairs:
     """
     examples = evaluation.pair(*sorted(arms))
     examples = examples.where(examples.is_answered)
-    said = [texts.to_pylist() for texts in examples.sides("completion")]
+    sides = [texts.to_pylist() for texts in examples.sides("completion")]
+    said = [[without_thought(text) for text in texts] for texts in sides]
     differ = [old != new and not same_text(old, new) for old, new in zip(*said, strict=True)]
     different = examples.where(np.array(differ, bool))
     # Row ids are hashes: a random order, in which nothing tells the size of the change.
@@ -190,7 +192,8 @@ def length_preferences(examples: Sequence[PairedExample]) -> Mapping[str, str | 
     """Return by example the arm with the longer answer, None where they are equally long."""
     preferred: dict[str, str | None] = {}
     for example in examples:
-        old, new = len(example.before.completion), len(example.after.completion)
+        sides = (example.before, example.after)
+        old, new = (len(without_thought(side.completion)) for side in sides)
         longer = example.after if new > old else example.before
         preferred[example.example_id] = None if new == old else longer.arm
     return preferred

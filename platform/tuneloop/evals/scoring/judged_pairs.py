@@ -27,7 +27,7 @@ from tuneloop.evals.scoring.judging import (
     against_of,
     pairs_to_judge,
 )
-from tuneloop.evals.scoring.metrics import Metric
+from tuneloop.evals.scoring.metrics import Metric, without_thought
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.records import Vote
@@ -126,10 +126,8 @@ def describe_pair(
     judged = np.array([outcome.value for outcome in outcomes])
     known = np.array([outcome.is_known for outcome in outcomes], dtype=bool)
     people = _votes_by_pair(pairs, votes)
-    lengths = np.array(
-        [len(p.arm.completion) - len(p.other.completion) for p in pairs], dtype=float
-    )
-    longer = (np.sign(lengths) + 1) / 2
+    lengths = ([len(without_thought(p.completion)) for p in pair] for pair in pairs)
+    longer = np.array([(np.sign(ours - theirs) + 1) / 2 for ours, theirs in lengths], dtype=float)
     ids = np.array([p.arm.cluster or p.arm.example_id for p in pairs], dtype=np.str_)
     has_vote = ~np.isnan(people)
     num_votes = int(has_vote.sum())

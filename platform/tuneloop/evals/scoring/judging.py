@@ -158,7 +158,7 @@ def pairs_to_judge(predictions: Sequence[Prediction], arm: str, other: str) -> l
         if p.arm == arm
         and p.status == "scored"
         and p.example_id in others
-        and p.completion.split() != others[p.example_id].completion.split()
+        and _said(p).split() != _said(others[p.example_id]).split()
     ]
 
 
@@ -212,14 +212,14 @@ class JudgeQuestions:
         if self._judging.config.kind == "rubric":
             system = _ONE.format(criteria=criteria)
             return [
-                self._request(system, _shown(question, [("Answer", p.completion)]), p, None, p.arm)
+                self._request(system, _shown(question, [("Answer", _said(p))]), p, None, p.arm)
                 for p in pair
             ]
         system = _PAIR.format(criteria=criteria)
         return [
             self._request(
                 system,
-                _shown(question, [("Answer A", first.completion), ("Answer B", second.completion)]),
+                _shown(question, [("Answer A", _said(first)), ("Answer B", _said(second))]),
                 pair.arm,
                 pair.other,
                 first.arm,
@@ -360,6 +360,11 @@ def _key(system: str, shown: str) -> str:
     return "judge-" + hashlib.sha256(f"{system}\0{shown}".encode()).hexdigest()[:24]
 
 
+def _said(prediction: Prediction) -> str:
+    """Return what is judged of an answer: what a model thought before it is not scored either."""
+    return without_thought(prediction.completion)
+
+
 def _shown(question: Question, answers: Sequence[tuple[str, str]]) -> str:
     """Return the task, the reference and the answers as the judge sees them."""
     turns = [message for message in question.messages if message.role != "system"]
@@ -370,7 +375,8 @@ def _shown(question: Question, answers: Sequence[tuple[str, str]]) -> str:
         else "\n\n".join(f"{turn.role}: {turn.text}" for turn in turns)
     )
     parts = [("Instruction", "\n\n".join(instructions)), ("Task", asked)]
-    parts += [("Reference answer", question.reference), *answers]
+    right = "\n\nor\n\n".join((question.reference, *question.accepted))
+    parts += [("Reference answer", right), *answers]
     return "\n\n".join(
         f"[{title}]\n{text or '(nothing)'}" for title, text in parts if text or title[0] == "A"
     )
