@@ -24,7 +24,13 @@ from tuneloop.evals.reporting.headline import write_headline
 from tuneloop.evals.runner import evaluate
 from tuneloop.evals.scoring.calibration import describe_calibration
 from tuneloop.evals.scoring.cheapest import find_cheapest
-from tuneloop.evals.scoring.constrained import constrain, layout_of, schema_of, unwrap
+from tuneloop.evals.scoring.constrained import (
+    constrain,
+    is_wrapped,
+    layout_of,
+    schema_of,
+    unwrap,
+)
 from tuneloop.evals.scoring.metrics import Metric
 from tuneloop.evals.scoring.predictions import Prediction
 from tuneloop.evals.scoring.results import Evaluation
@@ -128,6 +134,10 @@ def test_labels_of_another_server_come_as_json(tmp_path: Path) -> None:
     assert asked["strict"] is True
     assert unwrap('{"label": "b"}', arm.answer_key) == "b"
     assert unwrap("b, I think", arm.answer_key) == "b, I think"
+    # In a mixture the records of another task may have a property of that name.
+    record = {"json_schema": {"schema": schema_of(['{"label": "x", "size": 3}'])}}
+    forms = (arm.forms[""], {"response_format": record}, {})
+    assert [is_wrapped(form, arm.answer_key) for form in forms] == [True, False, False]
     own = constrain(Arm("base", Endpoint("", BASE), (), "weights"), task, None)
     assert own.forms[""]["ranking"] == {"answers": ["a", "b"], "coverage": 0.0}
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from tuneloop.config import BudgetConfig
 from tuneloop.errors import EndpointError, Problem
 from tuneloop.evals.scoring.budget import Budget, Sent, cost_of, most
-from tuneloop.evals.scoring.constrained import form_schema, unwrap
+from tuneloop.evals.scoring.constrained import form_schema, is_wrapped, unwrap
 from tuneloop.evals.scoring.questions import Question, messages_json
 from tuneloop.evals.scoring.spending import Cost, Entry, Spending, read_entries
 from tuneloop.models.client.client import Client, RequestError, ask_each
@@ -417,10 +417,11 @@ async def _answer(client: Client, request: EvaluationRequest) -> ModelAnswer:
         return ModelAnswer(
             example_id, prompt, error=str(error), refused=error.refused, lost=error.lost
         )
+    text, key = completion.text, request.arm.answer_key
     return ModelAnswer(
         example_id,
         prompt,
-        text=unwrap(completion.text, request.arm.answer_key) if request.form else completion.text,
+        text=unwrap(text, key) if is_wrapped(request.form, key) else text,
         finish_reason=completion.finish_reason,
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,

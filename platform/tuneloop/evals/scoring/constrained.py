@@ -93,6 +93,15 @@ def form_schema(form: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return asked["json_schema"]["schema"] if asked else None
 
 
+def is_wrapped(form: Mapping[str, Any], key: str) -> bool:
+    """Return whether the answer is a property of the JSON of this form, and one of some labels.
+
+    A record of an extraction may have a property of that name as well.
+    """
+    properties = (form_schema(form) or {}).get("properties", {})
+    return "enum" in properties.get(key, {})
+
+
 def unwrap(text: str, key: str) -> str:
     """Return the property of a JSON answer, or the text itself where it has none."""
     try:
