@@ -168,7 +168,7 @@ def gate(
     """Return `evaluations/NAME-gate`: a candidate and what it is held against, on the same rows.
 
     Without `evaluation.margin` a loss of less than 5 points is taken not to matter, as in the
-    headline of a report.
+    headline of a report; bits per byte, which are no points, need one.
 
     Args:
         config: Says which rows are answered and how they are scored.
@@ -177,9 +177,16 @@ def gate(
         candidate: Likewise. Default: the newest model of this configuration.
 
     Raises:
+        ConfigError: Plain text is scored, and there is no margin.
         ArtifactError: No such model.
         ModelError: There is no model of this configuration.
     """
+    if config.evaluation.margin is None and config.task.type == "language_modeling":
+        raise ConfigError.of(
+            "a gate of plain text needs a margin: bits per byte are no points",
+            where="evaluation.margin",
+            remedy="set the loss that does not matter, for example 0.01",
+        )
     if candidate is None:
         own = _own_models(with_labels(config), workspace, resolve_base(config.model.base))
         if not own:

@@ -11,8 +11,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from tuneloop import pipeline
+from tuneloop.artifacts import Workspace
 from tuneloop.cli import main
-from tuneloop.config import FloorConfig, TaskConfig
+from tuneloop.config import FloorConfig, TaskConfig, TuneloopConfig
 from tuneloop.errors import ConfigError
 from tuneloop.evals.reporting.gate import decide, to_junit, to_markdown
 from tuneloop.evals.scoring.comparison import compare, summarise
@@ -95,6 +97,22 @@ def test_one_model_is_not_worse_than_itself_however_few_rows_there_are() -> None
     few = evaluate([1, 0, 1, 0, 1] * 4, [1, 0, 1, 0, 1] * 4, margin=0.01)
     assert decide(few).verdict == "cannot tell"
     assert decide(few, is_same=True).passed
+
+
+def test_a_model_is_held_against_itself_with_answers_of_a_form() -> None:
+    evaluation = evaluate([1] * 200, [0] * 100 + [1] * 100)
+    evaluation.metrics["arms"][0]["free_arm"] = "new"
+    assert evaluation.candidate_pairs() == []
+    assert decide(evaluation).verdict == "worse"
+
+
+def test_plain_text_has_no_points_for_a_margin(tmp_path: Path) -> None:
+    source = {"path": "rows.jsonl", "format": "text"}
+    told = {"name": "t", "task": {"type": "language_modeling"}, "model": {"base": "none"}}
+    config = TuneloopConfig.model_validate(told | {"data": {"sources": [source]}})
+    with pytest.raises(ConfigError) as raised:
+        pipeline.gate(config, Workspace(tmp_path), "base", "finetuned")
+    assert raised.value.problems[0].where == "evaluation.margin"
 
 
 def test_floors_are_reached_only_where_the_interval_shows_it() -> None:
