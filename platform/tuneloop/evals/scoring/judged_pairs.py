@@ -237,7 +237,10 @@ def _longer_wins(
 def _kappa(
     first: Floats, second: Floats, clusters: Clusters, resampling: Resampling
 ) -> dict[str, Any]:
-    """Return Cohen's kappa of two lists of results, as won, tied or lost, with its interval."""
+    """Return Cohen's kappa of two lists of results, as won, tied or lost, with its interval.
+
+    Where both are of one kind alone it cannot be told from chance: no value.
+    """
     ours, theirs = (np.sign(values - 0.5) for values in (first, second))
 
     def kappa(weights: Floats) -> Floats:
@@ -251,4 +254,7 @@ def _kappa(
             observed - chance, 1 - chance, out=np.zeros_like(total), where=chance < 1 - 1e-12
         )
 
-    return describe_statistic(kappa, clusters, len(ours), "unbounded", resampling)
+    estimate = describe_statistic(kappa, clusters, len(ours), "unbounded", resampling)
+    if np.ptp([*ours, *theirs]) == 0:
+        estimate |= dict.fromkeys(("value", "low", "high", "p_value"))
+    return estimate
