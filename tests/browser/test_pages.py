@@ -34,12 +34,9 @@ def open_page(monkeypatch: pytest.MonkeyPatch):
         app = AppTest.from_file(str(APP), default_timeout=60)
         for key, value in query.items():
             app.query_params[key] = value
-        if page == "advice":
-            # Before its first run an app knows pages by the names of their files alone.
-            app.run()
-        if page != "overview":
-            app.switch_page(f"views/{page}.py")
         app.run()
+        if page != "overview":
+            app.switch_page(f"views/{page}.py").run()
         assert not app.exception
         return app
 
