@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from shell import arrive, workspace_location
+from shell import arrive, is_read_only, sign_in, signed_in_name, workspace_location
 from theme import CSS
 
 
@@ -18,6 +18,7 @@ def main() -> None:
     # A material icon as page icon would be fetched from the internet.
     st.set_page_config(page_title="tuneloop", layout="wide")
     st.html(CSS)
+    sign_in()
     # Not in a folder called `pages`: Streamlit would serve those by itself, without this script.
     page = st.navigation(
         {
@@ -46,8 +47,13 @@ def main() -> None:
     )
     with st.sidebar:
         st.caption(f"Workspace  \n`{workspace_location()}`")
+        if is_read_only():
+            st.caption("Read-only: votes and marks are shown, and no new ones taken.")
         if st.button("Refresh", help="Read the workspace again"):
             st.rerun()
+        if name := signed_in_name():
+            st.caption(f"Signed in as `{name}`")
+            st.button("Sign out", type="tertiary", on_click=st.logout)
     # A browser with several tabs, and its history, show this.
     st.set_page_config(page_title=f"{page.title} · tuneloop")
     st.title(page.title)

@@ -10,6 +10,7 @@ import streamlit as st
 from pydantic import ValidationError
 
 import theme
+from shell import is_read_only, reviewer_name
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TaskConfig
 from tuneloop.data.corrections import refusal
@@ -70,6 +71,11 @@ class Marking:
             st.warning("Marks cannot be read or stored here.")
             st.code(str(error), language=None, wrap_lines=True)
 
+    @property
+    def takes_marks(self) -> bool:
+        """Whether new marks can be stored here."""
+        return self.store is not None and not is_read_only()
+
     def chips(self, row_id: str) -> list[str]:
         """Return what people have said of a row, as HTML; of all copies and pieces alike."""
         return [
@@ -79,7 +85,7 @@ class Marking:
 
     def button(self, row: MarkedRow, number: int) -> None:
         """Show the button that opens the form; the digit of its place on the page does too."""
-        if self.store is not None:
+        if self.takes_marks:
             st.button(
                 "Mark",
                 key=f"mark {number} {row.row_id}",
@@ -91,7 +97,7 @@ class Marking:
 
     def form(self, row: MarkedRow) -> None:
         """Show the form for a new mark, if it has been opened for this row."""
-        if self.store is not None and st.session_state.get("marked_row") == row.row_id:
+        if self.takes_marks and st.session_state.get("marked_row") == row.row_id:
             ask(self, row)
 
     def problem(self, kind: MarkKind, row: MarkedRow, answer: str) -> str:
@@ -163,7 +169,7 @@ def ask(marking: Marking, row: MarkedRow) -> None:
     note = st.text_input(
         "Note", placeholder="optional: why", max_chars=2000, key=f"note {row.row_id}"
     )
-    reviewer = st.session_state.get("judge", "")
+    reviewer = reviewer_name()
     if not reviewer:
         reviewer = st.text_input(
             "Your name", placeholder="stored with each mark", max_chars=80, key="marker"

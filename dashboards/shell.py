@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
@@ -29,11 +29,55 @@ _MAKERS = {
 }
 
 
-def workspace_location() -> str:
-    """Return the workspace from `--workspace`, else TUNELOOP_WORKSPACE, else `workspace`."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workspace", default=os.environ.get("TUNELOOP_WORKSPACE", "workspace"))
-    return str(parser.parse_known_args(sys.argv[1:])[0].workspace)
+    parser.add_argument("--read-only", action="store_true")
+    return parser.parse_known_args(sys.argv[1:])[0]
+
+
+def workspace_location() -> str:
+    """Return the workspace from `--workspace`, else TUNELOOP_WORKSPACE, else `workspace`."""
+    return str(_arguments().workspace)
+
+
+def is_read_only() -> bool:
+    """Return whether votes, marks and test rows are shown and not taken: `--read-only`."""
+    return bool(_arguments().read_only)
+
+
+def sign_in() -> None:
+    """End the page for who has not signed in, where Streamlit's own sign-in is configured.
+
+    That is `[auth]` in Streamlit's secrets (OpenID Connect), with one provider or several by name.
+    """
+    if st.user.get("is_logged_in", True):
+        return
+    st.title("tuneloop")
+    st.write("Sign in to see this workspace. Votes and marks are stored under your name.")
+    settings = st.secrets["auth"]
+    named = [name for name in settings if isinstance(settings[name], Mapping)]
+    for name in named or [None]:
+        st.button(
+            f"Sign in with {name}" if name else "Sign in",
+            type="primary",
+            on_click=st.login,
+            args=(name,),
+        )
+    st.stop()
+
+
+def signed_in_name() -> str:
+    """Return under which name somebody has signed in; empty where no sign-in is configured."""
+    if not st.user.get("is_logged_in"):
+        return ""
+    claims = ("email", "preferred_username", "name", "sub")
+    return next((str(st.user[claim]) for claim in claims if st.user.get(claim)), "")
+
+
+def reviewer_name() -> str:
+    """Return who judges: who has signed in, else the name given on a page; empty before that."""
+    return signed_in_name() or str(st.session_state.get("judge", ""))
 
 
 def open_workspace() -> tuple[Workspace, list[Artifact]]:

@@ -315,7 +315,8 @@ except UserError as error:
     refuse("The answers cannot be read.", error)
 with st.container(horizontal=True, vertical_alignment="bottom", horizontal_alignment="distribute"):
     total = arms[name]["num_scored"] + arms[name]["num_unscored"]
-    st.caption(f"{shown.num_matching:,} of {total:,} answers. Digits mark the rows of this page.")
+    digits = " Digits mark the rows of this page." if marking.takes_marks else ""
+    st.caption(f"{shown.num_matching:,} of {total:,} answers.{digits}")
     if (now := choose_page(shown.num_matching, PAGE_SIZE)) != page:
         shown = read_page(query, chosen, now, PAGE_SIZE)
     export_buttons(query, chosen, f"{artifact.name}-{name}")

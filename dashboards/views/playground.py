@@ -9,12 +9,13 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 import theme
-from shell import workspace_location
+from shell import is_read_only, reviewer_name, workspace_location
 from tuneloop.artifacts import Workspace
 from tuneloop.errors import EndpointError, UserError
 from tuneloop.evals.reporting.overview import list_instructions
 from tuneloop.models.client.client import Client, Delta, RequestError, chat_request
 from tuneloop.records import Endpoint, Message, SamplingParams
+from tuneloop.review.kept_rows import KeptRow, keep_row, kept_rows_file
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
 MOST_MODELS = 2
@@ -162,6 +163,38 @@ def answer_box(model: str, reply: dict[str, Any]) -> str:
     return theme.box(model, chips, body)
 
 
+def offer_test_row(turn: dict[str, Any], task: str) -> None:
+    """Offer to keep a question, with its right answer, as a test row of the task."""
+    if "://" in (location := workspace_location()).removeprefix("file://"):
+        return
+    file = kept_rows_file(location, task)
+    with st.popover("Save as a test row", type="tertiary"):
+        st.html(theme.labelled("Question", theme.text(turn["question"])))
+        said = next((reply["text"] for reply in turn["answers"].values()), "")
+        right = st.text_area("Right answer", said, key=f"right {turn['number']}") or ""
+        name = reviewer_name()
+        if not name:
+            name = st.text_input("Your name", placeholder="stored with the row", max_chars=80,
+                                 key="keeper") or ""  # fmt: skip
+        if st.button("Save", type="primary"):
+            if not right.strip() or not name.strip():
+                st.error("Give your name." if right.strip() else "Give the right answer.")
+                return
+            row = KeptRow(turn["question"], right.strip(), name.strip())
+            try:
+                is_new = keep_row(file, row)
+            except UserError as error:
+                st.error("The row is not saved.")
+                st.code(str(error), language=None, wrap_lines=True)
+                return
+            st.session_state.judge = name.strip()
+            st.success("Saved." if is_new else "It is saved already.")
+            st.caption("To score models on the rows saved so far:")
+            source = f"[{{path: {file}, format: question_answer}}]"
+            st.code(f"tuneloop evaluate CONFIG.yaml 'evaluation.sources={source}'", language=None,
+                    wrap_lines=True)  # fmt: skip
+
+
 settings, talk = st.columns([1, 2], gap="large")
 with settings:
     url, api_key, models = connect(talk)
@@ -181,7 +214,8 @@ with above:
         st.html(theme.labelled("You", theme.text(turn["question"])))
         st.html(theme.sides([answer_box(m, a) for m, a in turn["answers"].items()]))
     if question and models:
-        turns.append({"question": question, "answers": {}, "sent": {}})
+        number = st.session_state["asked"] = st.session_state.get("asked", 0) + 1
+        turns.append({"question": question, "answers": {}, "sent": {}, "number": number})
         st.html(theme.labelled("You", theme.text(question)))
         requests = {
             model: conversation(turns if is_talk else turns[-1:], model, system) for model in models
@@ -196,6 +230,9 @@ if turns:
     with below:
         with st.expander("What was sent last"):
             st.json(turns[-1]["sent"], expanded=2)
+        # What an answer to earlier turns is right about is not in its question.
+        if not is_read_only() and (len(turns) == 1 or not is_talk):
+            offer_test_row(turns[-1], st.session_state.get("task", ""))
         if st.button("Start over"):
             turns.clear()
             st.rerun()

@@ -13,7 +13,16 @@ import streamlit as st
 
 import theme
 from headline import ARM_HELP
-from shell import begin_with, choose_artifact, identity, load_evaluation, refuse
+from shell import (
+    begin_with,
+    choose_artifact,
+    identity,
+    is_read_only,
+    load_evaluation,
+    refuse,
+    reviewer_name,
+    signed_in_name,
+)  # fmt: skip
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting import error_analysis as analysis
 from tuneloop.evals.reporting.judge import describe_judge, describe_judged_pair
@@ -84,11 +93,11 @@ def ask_name() -> str:
     It is no live field, since single keys vote on this page, and in no address, since a link that
     is passed on must not make others vote under this name.
     """
-    name: str = st.session_state.get("judge", "")
+    name = reviewer_name()
     if name:
         with st.container(horizontal=True, vertical_alignment="center"):
             st.html(theme.chip(f"You judge as {name}"), width="content")
-            if st.button("Not you?", type="tertiary"):
+            if not signed_in_name() and st.button("Not you?", type="tertiary"):
                 del st.session_state.judge
                 st.rerun()
         return name
@@ -308,6 +317,8 @@ view = st.segmented_control(
 )  # fmt: skip
 if view == "Results":
     show_results(evaluation, examples)
+elif is_read_only():
+    st.info("This dashboard is read-only: it takes no votes.")
 elif not examples:
     st.info("Both arms gave the same answers: there is nothing to choose between.")
 else:

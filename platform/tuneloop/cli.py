@@ -243,8 +243,10 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument(
         "--address", metavar="URL", help="of the jobs API; default: RAY_API_SERVER_ADDRESS"
     )
-    workspace_command("dashboard").add_argument(
-        "--port", type=int, default=8501, help="default: %(default)s"
+    shown = workspace_command("dashboard")
+    shown.add_argument("--port", type=int, default=8501, help="default: %(default)s")
+    shown.add_argument(
+        "--read-only", action="store_true", help="show votes and marks, and take no new ones"
     )
     workspace_command("ls")
     workspace_command("show")

@@ -329,7 +329,8 @@ def _curl_line(url: str, model: str, has_file: bool = False) -> str:
 
 
 def _dashboard(arguments: argparse.Namespace, output: IO[str]) -> int:
-    return run_dashboard(open_workspace(arguments).location, arguments.port)
+    location = open_workspace(arguments).location
+    return run_dashboard(location, arguments.port, arguments.read_only)
 
 
 def _ls(arguments: argparse.Namespace, output: IO[str]) -> None:

@@ -592,3 +592,62 @@ def test_the_error_page_begins_with_the_examples_of_the_report(open_page, filled
     app.button_group(key="outcome").set_value("fixed").run()
     assert re.findall(r"<b>(r\d+)</b>", page_html(app)) == in_report
     assert len(in_report) == 5
+
+
+def test_an_answer_of_the_playground_is_saved_as_a_test_row(open_page, own, parrots):
+    app = open_page(own, "playground")
+    app.text_input(key="url").set_value(parrots).run()
+    app.chat_input[0].set_value("Hello there").run()
+    (right,) = (area for area in app.text_area if area.label == "Right answer")
+    assert right.value.strip() == "HELLO THERE"
+    right.set_value("Hello back")
+    button(app, "Save").click().run()
+    assert "Give your name." in [error.value for error in app.error]
+    app.text_input(key="keeper").set_value("ann")
+    button(app, "Save").click().run()
+    assert "Saved." in [told.value for told in app.success]
+    (file,) = (own / "review" / "test-rows").iterdir()
+    (row,) = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (row["question"], row["answer"], row["reviewer"]) == ("Hello there", "Hello back", "ann")
+    command = next(code.value for code in app.code if "tuneloop evaluate" in code.value)
+    assert str(file) in command
+
+
+def test_a_read_only_dashboard_takes_nothing(open_page, own, parrots, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["app.py", "--read-only"])
+    app = open_page(own, "votes")
+    assert "takes no votes" in app.info[0].value
+    app = open_page(own, "answers")
+    assert "Mark" not in [one.label for one in app.button]
+    app = open_page(own, "playground")
+    app.text_input(key="url").set_value(parrots).run()
+    app.chat_input[0].set_value("Hello there").run()
+    assert "Save" not in [one.label for one in app.button]
+
+
+def test_with_sign_in_nobody_else_sees_the_workspace(own, monkeypatch):
+    from streamlit.testing.v1 import AppTest
+
+    monkeypatch.setattr("streamlit.user", {"is_logged_in": False})
+    monkeypatch.setenv("TUNELOOP_WORKSPACE", str(own))
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    monkeypatch.syspath_prepend(str(APP.parent))
+    app = AppTest.from_file(str(APP), default_timeout=60)
+    app.secrets["auth"] = {"company": {"client_id": "x"}}
+    app.run()
+    assert [one.label for one in app.button] == ["Sign in with company"]
+    assert not app.selectbox
+    app.secrets["auth"] = {"client_id": "x"}
+    app.run()
+    assert [one.label for one in app.button] == ["Sign in"]
+
+
+def test_who_has_signed_in_judges_under_that_name(open_page, own, monkeypatch):
+    open_page(own)
+    import shell
+
+    monkeypatch.setattr(shell.st, "user", {"is_logged_in": True, "email": "ann@example.com"})
+    monkeypatch.setattr(shell.st, "session_state", {"judge": "somebody else"})
+    assert shell.reviewer_name() == "ann@example.com"
+    monkeypatch.setattr(shell.st, "user", {})
+    assert shell.reviewer_name() == "somebody else"

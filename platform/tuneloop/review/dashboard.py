@@ -15,12 +15,13 @@ HOST = "127.0.0.1"
 PORT = 8501
 
 
-def run_dashboard(workspace: str, port: int = PORT) -> int:
+def run_dashboard(workspace: str, port: int = PORT, is_read_only: bool = False) -> int:
     """Serve the dashboard until interrupted and return its exit code.
 
     Args:
         workspace: Path or URI of the workspace to show.
         port: On 127.0.0.1.
+        is_read_only: Take no votes, marks and test rows.
 
     Raises:
         ResourceError: Streamlit is not installed, or the port is in use.
@@ -41,7 +42,7 @@ def run_dashboard(workspace: str, port: int = PORT) -> int:
             ) from error
     command = [sys.executable, "-m", "streamlit", "run", str(_app()), "--server.port", str(port)]
     command += ["--server.address", HOST, "--server.headless", "true", "--", "--workspace"]
-    process = subprocess.Popen([*command, workspace])
+    process = subprocess.Popen([*command, workspace, *["--read-only"] * is_read_only])
     try:
         return process.wait()
     except KeyboardInterrupt:

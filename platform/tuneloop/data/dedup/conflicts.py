@@ -152,7 +152,8 @@ def _near_prompts(
     answers = table["answer_key"].to_numpy()
     first = outermost_rows(prompts, answers).lowest
     pairs = candidate_pairs(as_matrix(table["prompt_bands"]), first)
-    rows_of_pairs = differing_rows(prompts, answers, pairs)
+    # As they were read, for people.
+    rows_of_pairs = np.sort(differing_rows(prompts, answers, pairs), axis=1)
     a, b = rows_of_pairs[:, 0], rows_of_pairs[:, 1]
     differs = (answers[a] != answers[b]) & (task_ids[a] == task_ids[b])
     pairs, rows_of_pairs = pairs[differs], rows_of_pairs[differs]
