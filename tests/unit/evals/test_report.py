@@ -145,6 +145,11 @@ def test_a_handful_of_rows_decides_nothing(n):
     if n > 1:
         assert f"{n} answers show a difference of" in headline.detail
         assert "in four of five cases" in headline.detail
+        # No two scores are more than 100 points apart.
+        evaluation.comparison["pairs"][0]["differences"]["exact_match"]["detectable"] = 1.65
+        detail = write_headline(evaluation).detail
+        assert f"{n} answers are too few for any difference to show in four of five cases" in detail
+        assert "165" not in detail
     if n > 3:
         assert f"but p = {2 / 2**n:.3f}" in headline.detail
     certain = write_headline(make_evaluation({"base": 0, "finetuned": 6}, 6))

@@ -231,10 +231,13 @@ def _what_it_can_show(
     if difference.get("detectable") is None:
         return ""
     rows = describe_rows(evaluation, difference)
-    words = (
-        f" {rows} show a difference of {format_size(difference['detectable'], metric)} in four of "
-        "five cases"
-    )
+    if metric.kind != "number" and difference["detectable"] > 1:
+        words = f" {rows} are too few for any difference to show in four of five cases"
+    else:
+        words = (
+            f" {rows} show a difference of {format_size(difference['detectable'], metric)} in four "
+            "of five cases"
+        )
     if difference.get("seed_share"):
         words += f"; the seeds make up {difference['seed_share']:.0%} of the difference's variance"
         if _lacks_trainings(unclear[0], evaluation.primary):
