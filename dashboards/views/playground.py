@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shlex
 from typing import Any
 
 import streamlit as st
@@ -190,9 +192,9 @@ def offer_test_row(turn: dict[str, Any], task: str) -> None:
             st.session_state.judge = name.strip()
             st.success("Saved." if is_new else "It is saved already.")
             st.caption("To score models on the rows saved so far:")
-            source = f"[{{path: {file}, format: question_answer}}]"
-            st.code(f"tuneloop evaluate CONFIG.yaml 'evaluation.sources={source}'", language=None,
-                    wrap_lines=True)  # fmt: skip
+            source = json.dumps([{"path": str(file), "format": "question_answer"}])
+            override = shlex.quote(f"evaluation.sources={source}")
+            st.code(f"tuneloop evaluate CONFIG.yaml {override}", language=None, wrap_lines=True)
 
 
 settings, talk = st.columns([1, 2], gap="large")
@@ -214,8 +216,9 @@ with above:
         st.html(theme.labelled("You", theme.text(turn["question"])))
         st.html(theme.sides([answer_box(m, a) for m, a in turn["answers"].items()]))
     if question and models:
-        number = st.session_state["asked"] = st.session_state.get("asked", 0) + 1
+        number = st.session_state["num_turns"] = st.session_state.get("num_turns", 0) + 1
         turns.append({"question": question, "answers": {}, "sent": {}, "number": number})
+        turns[-1]["is_alone"] = len(turns) == 1 or not is_talk
         st.html(theme.labelled("You", theme.text(question)))
         requests = {
             model: conversation(turns if is_talk else turns[-1:], model, system) for model in models
@@ -231,7 +234,7 @@ if turns:
         with st.expander("What was sent last"):
             st.json(turns[-1]["sent"], expanded=2)
         # What an answer to earlier turns is right about is not in its question.
-        if not is_read_only() and (len(turns) == 1 or not is_talk):
+        if turns[-1]["is_alone"] and not is_read_only():
             offer_test_row(turns[-1], st.session_state.get("task", ""))
         if st.button("Start over"):
             turns.clear()

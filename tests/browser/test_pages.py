@@ -595,7 +595,12 @@ def test_the_error_page_begins_with_the_examples_of_the_report(open_page, filled
 
 
 def test_an_answer_of_the_playground_is_saved_as_a_test_row(open_page, own, parrots):
-    app = open_page(own, "playground")
+    # By way of another page that keeps what was asked.
+    app = open_page(own, "votes")
+    app.text_input(key="reviewer").set_value("ann")
+    button(app, "Start").click().run()
+    button(app, "Not you?").click().run()
+    app.switch_page("views/playground.py").run()
     app.text_input(key="url").set_value(parrots).run()
     app.chat_input[0].set_value("Hello there").run()
     (right,) = (area for area in app.text_area if area.label == "Right answer")
