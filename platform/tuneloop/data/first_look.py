@@ -22,7 +22,8 @@ from tuneloop.data.sources.layout import (
     Layout,
     find_layout,
 )
-from tuneloop.data.sources.readers import Record, read_records, read_source
+from tuneloop.data.sources.parsing import Record, read_records
+from tuneloop.data.sources.readers import read_source
 from tuneloop.data.sources.row_errors import RowError
 from tuneloop.errors import DataError
 from tuneloop.records import Message

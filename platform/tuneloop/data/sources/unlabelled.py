@@ -10,7 +10,8 @@ from tuneloop.config import GenerationConfig, OneTaskConfig, SourceConfig
 from tuneloop.data.sources.bad_rows import BadRow
 from tuneloop.data.sources.files import SourceFile, find_files
 from tuneloop.data.sources.formats import to_chat, to_document, used_columns
-from tuneloop.data.sources.readers import read_records, with_instruction
+from tuneloop.data.sources.parsing import read_records
+from tuneloop.data.sources.readers import with_instruction
 from tuneloop.data.sources.row_errors import RowError
 from tuneloop.errors import DataError
 from tuneloop.records import Message
