@@ -17,6 +17,7 @@ import pytest
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import ForgettingConfig, TuneloopConfig
 from tuneloop.errors import EndpointError
+from tuneloop.evals.reporting.forgetting import show_forgetting
 from tuneloop.evals.runner import evaluate, find_unanswered
 from tuneloop.evals.scoring.forgetting import describe_forgetting
 from tuneloop.evals.scoring.harness import (
@@ -70,6 +71,34 @@ def test_what_was_lost_is_told_by_documents_both_have() -> None:
     assert lost["difference"]["p_adjusted"] < 0.001
     assert kept["difference"]["value"] == 0
     assert told["fingerprints"] == {"base": "weights-1", "tuned": "weights-2"}
+
+
+def test_where_lower_is_better_a_higher_score_is_a_loss(tmp_path: Path) -> None:
+    scores = []
+    for arm, error in ((BASE, 0.0), (TUNED, 1.0)):
+        time, folder = f"2026-01-01T00-00-0{error}", tmp_path / arm.name
+        folder.mkdir()
+        names = {"error": False, "perplexity": False, "acc_mutual": True}
+        (folder / f"results_{time}.json").write_text(json.dumps({"higher_is_better": {"t": names}}))
+        # The sample's `perplexity` is a log-likelihood: the higher, the better.
+        values = [
+            {"error": error, "perplexity": -error * (1 + doc % 3), "acc_mutual": error}
+            for doc in range(40)
+        ]
+        rows = [{"doc_id": doc, "metrics": list(names), **v} for doc, v in enumerate(values)]
+        lines = [json.dumps(row) for row in rows]
+        (folder / f"samples_t_{time}.jsonl").write_text("\n".join(lines))
+        scores += read_samples(folder, "id", arm)
+    shown = []
+    for models in (Models(BASE, TUNED), Models(TUNED, BASE)):
+        for name in ("error", "log_likelihood", "acc_mutual"):
+            of_name = [score for score in scores if score.metric == name]
+            told = describe_forgetting(of_name, models, Resampling(num_resamples=200))
+            shown += [(row["metric"], row["says"]) for row in show_forgetting(told, 0.95)]
+    names = ["error, lower is better", "log_likelihood", "acc_mutual"]
+    first = ["forgotten", "forgotten", "better than before"]
+    then = ["better than before", "better than before", "forgotten"]
+    assert shown == [*zip(names, first, strict=True), *zip(names, then, strict=True)]
 
 
 def test_a_document_that_is_read_in_two_ways_is_one_document() -> None:

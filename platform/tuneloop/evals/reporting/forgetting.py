@@ -20,11 +20,13 @@ def show_forgetting(forgetting: dict[str, Any], confidence: float) -> list[dict[
     for task in forgetting.get("tasks", []):
         if not task["is_primary"]:
             continue
-        metric, difference = Metric(task["metric"], kind=task["kind"]), task["difference"]
+        difference = task["difference"]
+        # Evaluations of earlier versions take all for better where they are higher.
+        metric = Metric(task["metric"], task.get("better", "higher"), task["kind"])
         rows.append(
             {
                 "task": task["task"],
-                "metric": task["metric"],
+                "metric": task["metric"] + ", lower is better" * (metric.better == "lower"),
                 "n": difference["n"],
                 "before": format_estimate(task["before"], metric),
                 "after": format_estimate(task["after"], metric),
@@ -41,6 +43,8 @@ def _says(difference: dict[str, Any], metric: Metric, level: float) -> str:
     low, high, p_value = difference["low"], difference["high"], difference["p_adjusted"]
     if low is None or p_value is None:
         return "too few documents"
+    if metric.better == "lower":
+        low, high = -high, -low
     if p_value <= level and high < 0:
         return "forgotten"
     if p_value <= level and low > 0:

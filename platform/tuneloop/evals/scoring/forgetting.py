@@ -11,7 +11,7 @@ from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import adjust_p_values, describe_difference, describe_mean
 from tuneloop.evals.scoring.harness import DocumentScore, Models
 from tuneloop.evals.scoring.intervals import Floats, Resampling
-from tuneloop.evals.scoring.metrics import Metric
+from tuneloop.evals.scoring.metrics import Better, Metric
 
 # What a task is judged by if it has it; else its first metric.
 _PREFERRED = ("acc_norm", "acc", "exact_match")
@@ -36,11 +36,11 @@ def describe_forgetting(
     filters: dict[str, dict[str, None]] = {}
     for score in scores:
         filters.setdefault(score.task, {})[score.doc.partition("/")[2]] = None
-    names: dict[str, dict[str, None]] = {}
+    names: dict[str, dict[str, Better]] = {}
     for score in scores:
         doc, _, way = score.doc.partition("/")
         name = f"{score.metric},{way}" if len(filters[score.task]) > 1 else score.metric
-        names.setdefault(score.task, {})[name] = None
+        names.setdefault(score.task, {})[name] = score.better
         values.setdefault((score.task, name, score.arm), {})[doc] = score.value
     tasks: list[dict[str, Any]] = []
     for task, found in names.items():
@@ -49,11 +49,13 @@ def describe_forgetting(
             old, new = (values.get((task, name, arm), {}) for arm in (before, after))
             if docs := sorted(old.keys() & new.keys()):
                 first, second = (np.array([arm[doc] for doc in docs]) for arm in (old, new))
-                metric, rows = _meaning(name, np.concatenate([first, second])), Clusters.of(docs)
+                metric = _meaning(name, found[name], np.concatenate([first, second]))
+                rows = Clusters.of(docs)
                 told = {
                     "task": task,
                     "metric": name,
                     "kind": metric.kind,
+                    "better": metric.better,
                     "is_primary": name == _primary(metrics),
                     "before": describe_mean(first, rows, metric, resampling),
                     "after": describe_mean(second, rows, metric, resampling),
@@ -69,10 +71,11 @@ def describe_forgetting(
     }
 
 
-def _meaning(name: str, values: Floats) -> Metric:
+def _meaning(name: str, better: Better, values: Floats) -> Metric:
     if np.isin(values, [0, 1]).all():
-        return Metric(name, kind="binary")
-    return Metric(name, kind="ratio" if values.min() >= 0 and values.max() <= 1 else "number")
+        return Metric(name, better, kind="binary")
+    is_ratio = values.min() >= 0 and values.max() <= 1
+    return Metric(name, better, kind="ratio" if is_ratio else "number")
 
 
 def _primary(metrics: Sequence[str]) -> str:

@@ -27,18 +27,24 @@ import yaml
 from tuneloop.artifacts import Artifact, sha256_file
 from tuneloop.config import ForgettingConfig
 from tuneloop.errors import ConfigError, EndpointError, Problem
+from tuneloop.evals.scoring.metrics import Better
 from tuneloop.records import Arm
 
 FILE = "forgetting.parquet"
 # What is installed into a new environment. The harness pins nothing of what tuneloop needs, but is
 # kept apart all the same: it may move other versions than those the training was tested with.
 REQUIREMENTS = ("lm-eval[api]>=0.4.11,<0.5", "transformers>=5,<6")
+# Raised where the same samples are read as other scores.
+_READ_VERSION = 2
+# Under this name a sample has what the metric is computed from.
+_OF_A_DOCUMENT = {"perplexity": "log_likelihood"}
 _CONCURRENCY = 8
 _LAST_LINES = 12
 _log = logging.getLogger("tuneloop.evals")
 _COLUMNS = [
     *((name, pa.string()) for name in ("identity", "arm", "model", "task", "doc", "metric")),
     ("value", pa.float64()),
+    ("better", pa.string()),
 ]
 
 
@@ -57,6 +63,7 @@ class DocumentScore:
         identity: Of the model, the tasks and the harness.
         model: Fingerprint of the model that was asked: weights, tokenizer and template.
         doc: Number of the document in its task, and the filter if there are several.
+        better: Whether a higher or a lower value is better.
     """
 
     identity: str
@@ -66,6 +73,7 @@ class DocumentScore:
     doc: str
     metric: str
     value: float
+    better: Better = "higher"
 
 
 def models_to_compare(arms: Sequence[Arm]) -> Models | None:
@@ -90,6 +98,7 @@ def parts_of(config: ForgettingConfig) -> dict[str, Any]:
         "limit": config.limit,
         "num_fewshot": config.num_fewshot,
         "lm_eval": version or REQUIREMENTS[0],
+        "read_version": _READ_VERSION,
     }
 
 
@@ -254,17 +263,22 @@ def read_samples(output: Path, identity: str, arm: Arm) -> list[DocumentScore]:
         newest[file.name.removeprefix("samples_").rpartition("_")[0]] = file
     scores: list[DocumentScore] = []
     for task, file in newest.items():
+        results = file.with_name(f"results_{file.stem.rpartition('_')[2]}.json")
+        told = json.loads(results.read_bytes()) if results.is_file() else {}
+        is_better = told.get("higher_is_better", {}).get(task, {})
         # As bytes: a line of text also ends at U+2028, which stands in documents.
         for line in file.read_bytes().splitlines():
             sample = json.loads(line)
             doc = f"{sample['doc_id']}/{sample.get('filter', 'none')}"
             for metric in sample.get("metrics", []):
                 value = sample.get(metric)
-                if isinstance(value, int | float):
-                    score = DocumentScore(
-                        identity, arm.name, arm.model_fingerprint, task, doc, metric, float(value)
-                    )
-                    scores.append(score)
+                if not isinstance(value, int | float):
+                    continue
+                name = _OF_A_DOCUMENT.get(metric)
+                is_lower = name is None and is_better.get(metric) is False
+                better: Better = "lower" if is_lower else "higher"
+                known = identity, arm.name, arm.model_fingerprint, task, doc
+                scores.append(DocumentScore(*known, name or metric, float(value), better))
     return scores
 
 
