@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import TuneloopConfig, load_config
 from tuneloop.errors import ArtifactError, ConfigError, DataError
-from tuneloop.evals.reporting.advice import Action, Gain
+from tuneloop.evals.reporting.actions import Action, Gain
 from tuneloop.evals.reporting.formatting import format_difference, format_estimate
 from tuneloop.evals.reporting.history import Iteration
 from tuneloop.evals.reporting.situation import (

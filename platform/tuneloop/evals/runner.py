@@ -13,7 +13,7 @@ from typing import Any
 from tuneloop.artifacts import Artifact, Published, Workspace, fingerprint
 from tuneloop.config import BudgetConfig, ForgettingConfig, TuneloopConfig
 from tuneloop.errors import ConfigError, EndpointError, Problem, UserError
-from tuneloop.evals.reporting.advice import Action
+from tuneloop.evals.reporting.actions import Action
 from tuneloop.evals.reporting.report import render_report
 from tuneloop.evals.reporting.situation import actions_after, read_versions
 from tuneloop.evals.scoring.asking import (

@@ -17,7 +17,8 @@ import pytest
 from tuneloop.advice import advice_for
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import GenerationConfig, TuneloopConfig
-from tuneloop.evals.reporting.advice import Action, Gain, Situation, advise
+from tuneloop.evals.reporting.actions import Action, Gain
+from tuneloop.evals.reporting.advice import Situation, advise
 from tuneloop.evals.reporting.error_analysis import Filter
 from tuneloop.evals.reporting.formatting import word_diff
 from tuneloop.evals.reporting.headline import describe_rows, write_headline

@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -23,7 +23,8 @@ import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from tuneloop.config import GenerationConfig
-from tuneloop.evals.reporting.formatting import format_difference, format_value, join_words
+from tuneloop.evals.reporting.actions import NOTHING_KNOWN, STOP, Action, Brings, Gain, comes_first
+from tuneloop.evals.reporting.formatting import format_value, join_words
 from tuneloop.evals.reporting.headline import Direction, describe_arm, direction
 from tuneloop.evals.scoring.clusters import Clusters
 from tuneloop.evals.scoring.estimates import describe_mean
@@ -34,10 +35,9 @@ from tuneloop.evals.scoring.predictions import has_tag
 from tuneloop.evals.scoring.results import Evaluation
 from tuneloop.evals.scoring.slices import LENGTH, REFERENCE_LENGTH, weak_parts
 from tuneloop.records import BASE, BASE_CONSTRAINED, FEW_SHOT, FINETUNED, SIMPLE
-from tuneloop.text import format_duration, shorten
+from tuneloop.text import shorten
 
 Bools = NDArray[np.bool_]
-Basis = Literal["at most", "measured", "forecast", "unknown"]
 _MOST_PARTS, _FEWEST_ROWS, _SHOWN_CHARACTERS = 3, 3, 60
 # The smallest of a learning curve's volumes has to be a training still.
 _FEWEST_TO_SWEEP = 64
@@ -46,24 +46,7 @@ _MANY_ROWS = 20_000
 _SATURATED = 0.97
 # From an interval as wide as this little follows; more test rows would make it as narrow as that.
 _WIDE_INTERVAL, _NARROW_INTERVAL = 0.15, 0.10
-_STOP = "Stop, or make the test harder"
 _UNTRAINED = (BASE, FEW_SHOT, BASE_CONSTRAINED, SIMPLE)
-
-
-class Gain(NamedTuple):
-    """What an action may add to the primary metric, with the ends of its interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-class _Brings(NamedTuple):
-    """What an action may bring, what that rests on, and how many rows it is about: see `Action`."""
-
-    gain: Gain | None = None
-    basis: Basis = "unknown"
-    num_rows: int = 0
 
 
 class _Try(NamedTuple):
@@ -71,53 +54,6 @@ class _Try(NamedTuple):
 
     words: str
     command: str
-
-
-_NOTHING_KNOWN = _Brings()
-
-
-@dataclass(frozen=True)
-class Action:
-    """Something to do.
-
-    Args:
-        title: What.
-        why: The measurement that speaks for it.
-        gain: In the unit of the primary metric, below 0 where lower is better; None where it is
-            not known.
-        basis: Whether the gain is a bound, measured, a forecast, or not known.
-        num_rows: Rows that the gain is about; 0 where it is about all.
-        cost_s: Seconds of training and evaluation, as they took before; None where no machine has
-            to run.
-        command: What does it, or shows what has to be done.
-        page: Address of the dashboard's page with the evidence; empty where there is none.
-    """
-
-    title: str
-    why: str
-    gain: Gain | None
-    basis: Basis
-    num_rows: int
-    cost_s: float | None
-    command: str
-    page: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
-        gain = None if self.gain is None else self.gain._asdict()
-        return {**asdict(self), "gain": gain}
-
-    def describe_gain(self, metric: Metric) -> str:
-        """Return the gain in words."""
-        if self.gain is None:
-            return "not known"
-        low, high = (format_difference(end, metric, unit=False) for end in self.gain[1:])
-        prefix = "at most " * (self.basis == "at most")
-        return f"{prefix}{format_difference(self.gain.value, metric)} ({low} to {high})"
-
-    def describe_cost(self) -> str:
-        """Return the cost in words."""
-        return "reading" if self.cost_s is None else f"about {format_duration(self.cost_s)}"
 
 
 class Situation(NamedTuple):
@@ -256,7 +192,7 @@ def advise(now: Situation) -> list[Action]:
         rules.remove(_Adviser.epochs)
         if now.width <= _WIDE_INTERVAL:
             why = f"{score:.1%} is right: this test can no longer tell models apart."
-            adviser.add(_STOP, why, now.command("serve"))
+            adviser.add(STOP, why, now.command("serve"))
     for rule in rules:
         rule(adviser)
 
@@ -265,14 +201,6 @@ def advise(now: Situation) -> list[Action]:
         return comes_first(action, now.metric), value
 
     return sorted(adviser.found, key=rank, reverse=True)
-
-
-def comes_first(action: Action, metric: Metric) -> bool:
-    """Whether an action surely brings something, or ends what cannot: before any bound."""
-    if action.gain is None or action.basis not in ("forecast", "measured"):
-        return action.title == _STOP
-    sign = -1 if metric.better == "lower" else 1
-    return min(sign * end for end in action.gain[1:]) > 0
 
 
 @dataclass(frozen=True)
@@ -328,7 +256,7 @@ class _Adviser:
         return has_tag(self.column("error_tags"), tag)
 
     def add(
-        self, title: str, why: str, command: str, page: str = "", brings: _Brings = _NOTHING_KNOWN
+        self, title: str, why: str, command: str, page: str = "", brings: Brings = NOTHING_KNOWN
     ) -> None:
         """Add an action; its cost is that of its command."""
         self.found.append(Action(title, why, *brings, self.now.cost_of(command), command, page))
@@ -348,7 +276,7 @@ class _Adviser:
         if all(action.command != tried.command for action in self.found):
             self.add(tried.words.capitalize(), why + self._not_better(), tried.command, page)
 
-    def _bound(self, chosen: Bools) -> _Brings:
+    def _bound(self, chosen: Bools) -> Brings:
         """Return what the score would gain if some answers were all right.
 
         Hardly any answer is all right by a score of overlap: there, if they were like the others.
@@ -356,17 +284,17 @@ class _Adviser:
         evaluation, metric, num_rows = self.now.evaluation, self.now.metric, int(chosen.sum())
         # Of others the score of all is not the mean of how right each row is.
         if metric.kind == "number" or evaluation.primary != evaluation.row_metric:
-            return _Brings(num_rows=num_rows)
+            return Brings(num_rows=num_rows)
         others = self.loss[~chosen]
         rest = float(others.mean()) if metric.kind == "ratio" and len(others) else 0.0
         lacking = np.where(chosen, np.maximum(0.0, self.loss - rest), 0.0)
         if not lacking.any():  # the others are no better
-            return _Brings(num_rows=num_rows)
+            return Brings(num_rows=num_rows)
         # Of so many rows resampling takes long, and says the same to a twentieth of the width.
         resampling = Resampling(num_resamples=2_000 if len(lacking) < _MANY_ROWS else 0)
         told = describe_mean(lacking, self.clusters, metric, resampling)
         gain = Gain(told["value"], max(0.0, told["low"] or 0.0), told["high"] or 0.0)
-        return _Brings(gain, "at most", num_rows)
+        return Brings(gain, "at most", num_rows)
 
     def errors(self) -> None:
         """Errors with a name, doubtful references and misleading train rows."""
@@ -493,10 +421,10 @@ class _Adviser:
         now, arm = self.now, self.now.evaluation.candidate
         num, ends = arm["num_unscored"], arm.get("worst_case")
         if num:
-            brings, score = _Brings(num_rows=num), now.score["value"]
+            brings, score = Brings(num_rows=num), now.score["value"]
             if ends and score is not None:
                 end = ends["high"] - score
-                brings = _Brings(Gain(end, 0.0, end), "at most", num)
+                brings = Brings(Gain(end, 0.0, end), "at most", num)
             self.add(
                 f"Find out why {num:,} answers are missing, and ask again",
                 f"The server said: {next(iter(arm['unscored_reasons']))}",
@@ -527,7 +455,7 @@ class _Adviser:
                 "`ranking` for labels and `response_format` for JSON in each request."
             )
         is_served = other in own or (other in _UNTRAINED and other != SIMPLE)
-        brings = _Brings(Gain(-told["value"], -told["high"], -told["low"]), "measured", told["n"])
+        brings = Brings(Gain(-told["value"], -told["high"], -told["low"]), "measured", told["n"])
         command = now.command("serve") if is_served else now.look("dashboard")
         self.add(title, why, command, now.page(f"errors&before={quote(other)}"), brings)
 
@@ -552,8 +480,8 @@ class _Adviser:
                 f"others {format_value(part['rest'], metric)}."
                 + " The bound is that they become like the others." * is_bound,
                 self._more_of(now.reference), now.page("answers"),
-                _Brings(Gain(value, *sorted(ends)), "at most", part["n"])
-                if is_bound else _Brings(num_rows=part["n"]),
+                Brings(Gain(value, *sorted(ends)), "at most", part["n"])
+                if is_bound else Brings(num_rows=part["n"]),
             )  # fmt: skip
 
     def _more_of(self, what: str) -> str:
@@ -583,13 +511,13 @@ class _Adviser:
                 self.add(
                     f"Apply the marks that wait{where}: {num:,}",
                     "People have corrected rows; stored answers are scored again where only right "
-                    "answers change.", now.command(command), "/marks", _Brings(num_rows=num),
+                    "answers change.", now.command(command), "/marks", Brings(num_rows=num),
                 )  # fmt: skip
         if now.num_wanted:
             self.add(
                 f"Add training rows like those that people marked: {now.num_wanted:,}",
                 "People have marked them with `needs more like this`.", self._more_of("marks"),
-                "/marks", _Brings(num_rows=now.num_wanted),
+                "/marks", Brings(num_rows=now.num_wanted),
             )  # fmt: skip
 
     def width(self) -> None:
@@ -627,7 +555,7 @@ class _Adviser:
                     self.add(
                         f"Add training rows of the same kind, to {num:,} in all", why,
                         now.command("run", f"data.num_train_examples={num}"), "/sweep",
-                        _Brings(gain, "forecast"),
+                        Brings(gain, "forecast"),
                     )  # fmt: skip
                     break
         if now.more and not any(action.basis == "forecast" for action in self.found):

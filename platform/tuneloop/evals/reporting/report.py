@@ -14,7 +14,7 @@ from rich.text import Text
 
 from tuneloop.artifacts import Artifact
 from tuneloop.config import TuneloopConfig
-from tuneloop.evals.reporting.advice import Action
+from tuneloop.evals.reporting.actions import Action
 from tuneloop.evals.reporting.forgetting import show_forgetting
 from tuneloop.evals.reporting.formatting import format_estimate, format_number
 from tuneloop.evals.reporting.headline import describe_rows, write_headline

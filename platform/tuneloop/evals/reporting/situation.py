@@ -14,7 +14,8 @@ import yaml
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import Origin, TuneloopConfig
-from tuneloop.evals.reporting.advice import Action, Situation, advise, comes_first
+from tuneloop.evals.reporting.actions import Action, comes_first
+from tuneloop.evals.reporting.advice import Situation, advise
 from tuneloop.evals.reporting.formatting import format_change
 from tuneloop.evals.reporting.history import Iteration, history
 from tuneloop.evals.reporting.overview import read_json
