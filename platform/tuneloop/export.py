@@ -7,6 +7,7 @@ for vLLM and transformers, and those as a repository on the Hugging Face Hub.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import shutil
@@ -163,8 +164,7 @@ def export(
         try:
             files, answers, speeds, notes = _write_gguf(model, to, folder, questions, scoring)
         except ModelError:
-            # Nobody is to run a file that was found to be wrong.
-            shutil.rmtree(folder)
+            _remove_gguf(folder, model.name)
             raise
         if unasked:
             notes.append(f"no price tags: {unasked}")
@@ -379,6 +379,19 @@ def _write_gguf(
                 answers[kind] = folder / f"answers-{kind}.jsonl"
                 speeds[kind] = asyncio.run(_answer(address, asked, max_tokens, answers[kind]))
     return _Written(list(files.values()), answers, speeds, notes)
+
+
+def _remove_gguf(folder: Path, name: str) -> None:
+    """Remove what `_write_gguf` writes: nobody is to run a file that was found to be wrong.
+
+    What else is there is not ours: people may use the folder of an export that was killed.
+    """
+    names = [f"{name}-{kind}.gguf" for kind in KINDS]
+    names += [f"answers-{kind}.jsonl" for kind in KINDS]
+    for file in (*names, "Modelfile", MARKER, _DRAFT):
+        (folder / file).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not empty
+        folder.rmdir()
 
 
 def _instruction(questions: Sequence[Question]) -> str:

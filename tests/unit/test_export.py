@@ -97,6 +97,13 @@ def test_an_export_that_was_killed_is_written_again_and_a_refused_one_leaves_not
     with pytest.raises(ModelError, match="renders the chat template otherwise"):
         export(workspace, "models/faq", "gguf", tmp_path / "g")
     assert not (tmp_path / "g").exists()
+    # A folder that a killed export left may hold more by now.
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / ".draft").touch()
+    (tmp_path / "g" / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match="renders the chat template otherwise"):
+        export(workspace, "models/faq", "gguf", tmp_path / "g")
+    assert [file.name for file in (tmp_path / "g").iterdir()] == ["notes.txt"]
 
 
 def test_the_model_is_scored_as_its_files_are() -> None:
