@@ -49,7 +49,7 @@ from tuneloop.text import counted, shorten
 logger = logging.getLogger("tuneloop.data")
 
 API_KEY_VARIABLE = "TUNELOOP_GENERATION_API_KEY"
-CODE_VERSION = 5
+CODE_VERSION = 6
 REPLIES = "replies.jsonl"
 # What is paid and how fast does not change what is written.
 # The parts that `more_of` comes to count.
@@ -140,7 +140,8 @@ def generate_rows(
             written.num_unanswered >= existing.manifest["metrics"]["num_unanswered"]
         ):
             return Published(existing, reused=True)
-        rows = rendered([*written.removed, *written.taken], renderer)
+        taken = [row.without_instruction(config.task.instruction) for row in written.taken]
+        rows = rendered([*written.removed, *taken], renderer)
         if not rows.train:
             raise _nothing_taken(rows, written, teacher, generation)
         metrics = _metrics(rows, written, teacher)

@@ -121,6 +121,15 @@ class Candidate:
         """What its last turn says."""
         return self.messages[-1].text
 
+    def without_instruction(self, instruction: str) -> Candidate:
+        """Return the row without the task's instruction: whoever reads it puts that of the time."""
+        first, *turns = self.messages
+        own = first.content.removeprefix(instruction.strip()).strip()
+        if first.role not in _SYSTEM or own == first.content:
+            return self
+        system = [replace(first, content=own)] * bool(own)
+        return replace(self, messages=(*system, *turns))
+
     @property
     def row_id(self) -> str:
         """Hash of what is asked, and of the answer once there is one."""

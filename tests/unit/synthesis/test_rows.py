@@ -30,7 +30,7 @@ from tuneloop.review.store import ReviewStore
 from tuneloop.synthesis.filters import Filters, Novelty, Solved, agreement, cleaned, lost
 from tuneloop.synthesis.generate import generate_rows, teacher_of
 from tuneloop.synthesis.more_of import find_parts, more_of_problems
-from tuneloop.synthesis.rows import Known, RowWriter, read_seeds
+from tuneloop.synthesis.rows import Candidate, Known, RowWriter, read_seeds
 from tuneloop.synthesis.teacher import Asked, Rates, Replies, Reply, Teacher
 
 LABELS = ["billing", "delivery"]
@@ -124,15 +124,15 @@ def test_inputs_are_answered_filtered_and_paid_for_once(
     base, workspace = resolve_base(str(tiny_model)), Workspace(tmp_path / "ws")
     made = generate_rows(config, workspace, base, dataset)
     rows = pq.read_table(made.artifact.path / "train").to_pylist()
-    assert {row["messages"][1]["content"] for row in rows} == set(texts[:24]) - {
+    assert {row["messages"][0]["content"] for row in rows} == set(texts[:24]) - {
         asked(105),
         asked(108),
     }
     for row in rows:
         assert row["synthetic"]
-        assert row["messages"][2]["content"] == label_of(row["messages"][1]["content"])
+        assert row["messages"][1]["content"] == label_of(row["messages"][0]["content"])
         assert sum(row["loss_mask"]) > 0
-    by_number = {int(r["messages"][1]["content"].rsplit(" ", 1)[-1][:-1]): r for r in rows}
+    by_number = {int(r["messages"][0]["content"].rsplit(" ", 1)[-1][:-1]): r for r in rows}
     assert by_number[100]["agreement"] == 1
     assert (
         by_number[106]["agreement"] == by_number[107]["agreement"] == pytest.approx(2 / 3, abs=1e-3)
@@ -229,7 +229,10 @@ def test_new_inputs_are_novel_of_their_label_and_made_of_train_rows(
     made = generate_rows(config, Workspace(tmp_path / "ws"), resolve_base(str(tiny_model)), dataset)
     rows = pq.read_table(made.artifact.path / "train").to_pylist()
     assert Counter(row["messages"][-1]["content"] for row in rows) == {"billing": 5, "delivery": 5}
-    assert all(row["messages"][0]["content"] == "Sort the mail." for row in rows)
+    # Without the task's instruction, which `prepare` puts as it is then.
+    assert {tuple(turn["role"] for turn in row["messages"]) for row in rows} == {
+        ("user", "assistant")
+    }
     assert len(set(made_of)) == 12  # each is shown other rows
     assert asked(30) not in "".join(made_of)  # what a model wrote is no example
     removed = {
@@ -258,14 +261,24 @@ def test_paraphrases_keep_the_answer_and_name_their_row(
     assert len(rows) == 28
     for row in rows:
         number = int(row["seed_row_id"], 16)
-        assert row["messages"][1]["content"].endswith(f" no {number}?")
-        assert row["messages"][2]["content"] == label_of(asked(number))
+        assert row["messages"][0]["content"].endswith(f" no {number}?")
+        assert row["messages"][1]["content"] == label_of(asked(number))
         assert row["rating"] == 5
     removed = pq.read_table(made.artifact.path / "removed").to_pylist()
     assert {row["reason"] for row in removed} == {
         "the paraphrase has lost a detail: 4",
         "the judge's rating is too low: 2 of 5",
     }
+
+
+def test_a_rows_own_system_message_stays_without_the_tasks_instruction() -> None:
+    def left(*system: str) -> list[str]:
+        turns = [*(Message("system", text) for text in system), Message("user", "Hi?")]
+        row = Candidate(tuple(turns), "x").without_instruction("Sort the mail.\n")
+        return [message.content for message in row.messages]
+
+    assert left() == left("Sort the mail.") == ["Hi?"]
+    assert left("Sort the mail.\n\nBe brief.") == left("Be brief.") == ["Be brief.", "Hi?"]
 
 
 def test_rows_that_people_want_more_like_come_first(dataset: Artifact, tmp_path: Path) -> None:
