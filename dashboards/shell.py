@@ -20,7 +20,7 @@ _ANEW = {"page": 1, "wrong": None, "error": None, "column": None, "by": None, "u
 _PAGE_SAYS = ("before", "after", "metric", "task", "pair", "arm", "other", "with")
 _CHOSEN = (*_ANEW, *_PAGE_SAYS, "value", "part")
 # What else a page can be asked for, whichever artifact it shows.
-_ASKED = ("q", "find", "outcome", "tag", "change", "sort", "against", "view")
+_ASKED = ("q", "find", "outcome", "tag", "change", "sort", "against", "view", "rows")
 _MAKERS = {
     "datasets": ("dataset", "tuneloop prepare CONFIG.yaml"),
     "models": ("model", "tuneloop train CONFIG.yaml"),

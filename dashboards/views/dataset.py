@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from typing import Any
 
+import pyarrow.compute as pc
 import streamlit as st
 
 import theme
@@ -21,7 +23,7 @@ from shell import (
     show_origin,
 )
 from tuneloop.artifacts import Artifact
-from tuneloop.data.diff import diff_datasets
+from tuneloop.data.diff import changed_rows, diff_datasets
 from tuneloop.data.schema import SPLITS
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import read_card, read_json
@@ -34,12 +36,15 @@ from tuneloop.review.rows import (
     open_rows,
     read_page,
     read_row,
+    read_rows,
     value_counts,
 )
 
 PAGE_SIZE = 10
 # Plain text has no answer that could be wrong.
 WITHOUT_ANSWER: tuple[MarkKind, ...] = ("bad_row", "more_like_this", "fine", "note")
+MARKED = "marked"
+CHANGE_NAMES = {MARKED: "Changed by marks", "added": "New", "gone": "Gone", "moved": "Moved"}
 CARD, REMOVED, CONFLICTS, CHANGES = "Card", "Removed rows", "Conflicts", "Changes"
 
 
@@ -53,9 +58,10 @@ def load_values(made: str, folder: str, _query: Query) -> dict[str, dict[str, in
     return value_counts(_query)
 
 
-@st.cache_data(max_entries=4, show_spinner="Comparing the versions")
-def load_diff(new: str, old: str, _new: Artifact, _old: Artifact) -> dict[str, Any]:
-    return diff_datasets(_new, _old)
+@st.cache_resource(max_entries=2, show_spinner="Comparing the versions")
+def load_diff(new: str, old: str, _new: Artifact, _old: Artifact) -> tuple[dict[str, Any], Any]:
+    changed = changed_rows(_new, _old)
+    return diff_datasets(_new, _old, changed), changed
 
 
 @st.cache_data(max_entries=4, show_spinner="Looking for conflicts")
@@ -249,49 +255,59 @@ def show_conflicts() -> None:
             st.html(theme.sides(boxes))
 
 
-def show_fixes(applied: list[dict[str, Any]]) -> None:
-    """Show the rows that marks have changed: what the files say, what they say now, and by whom."""
-    st.subheader("Changed by marks")
-    page_number(artifact.ref, CHANGES)
-    start = (choose_page(len(applied), PAGE_SIZE) - 1) * PAGE_SIZE
-    for item in applied[start : start + PAGE_SIZE]:
-        chips = [theme.chip(item["source"]), theme.chip(item["side"])]
-        told = f"{FIX_LABELS[item['action']]} by {', '.join(item['reviewers'])}"
-        chips.append(theme.chip(told, "warn" if item["action"] == "drop" else "good"))
-        chips.append(theme.chip(item["created_at"][:10]))
-        boxes = [theme.box("The files say", [], theme.folded(item["before"]))]
-        if item["after"]:
-            title = "Right too" if item["action"] == "accept" else "Now"
-            boxes.append(theme.box(title, [], theme.folded(item["after"])))
-        with st.container(border=True, gap="xsmall"):
-            st.html(
-                f'<div class="tl-head"><b>{html.escape(item["row_id"])}</b>{"".join(chips)}</div>'
-                + theme.sides(boxes)
-            )
-            st.page_link("views/lineage.py", label="Follow", query_params={"id": item["row_id"]})
-
-
 def show_changes() -> None:
-    """Show what marks have changed, and what differs from another version."""
+    """Show what differs from another version, and which rows marks have changed."""
     fixes = (read_json(artifact, "card.json") or {}).get("fixes") or {"applied": []}
-    if fixes["applied"]:
-        show_fixes(fixes["applied"])
     _, artifacts = open_workspace()
     others = [a.ref for a in reversed(artifacts) if a.kind == "datasets" and a.ref != artifact.ref]
-    st.subheader("Against another version")
-    if not others:
+    old, changed, counts = None, None, Counter[str]()
+    if fixes["applied"]:
+        counts[MARKED] = len(fixes["applied"])
+    if others:
+        old, changed = show_comparison(others)
+        counts.update(changed["change"].to_pylist())
+        if not changed.num_rows:
+            st.info("Both have the same rows, each in the same split.")
+    else:
         st.info("There is one version of one dataset: nothing to compare it with.")
+    kinds = [kind for kind in CHANGE_NAMES if counts[kind]]
+    if not kinds:
         return
+    st.subheader("Rows")
+    if st.session_state.get("rows", kinds[0]) not in kinds:
+        st.session_state.rows = kinds[0]
+    kind = st.segmented_control(
+        "Rows", kinds, default=kinds[0], required=True, key="rows", label_visibility="collapsed",
+        format_func=lambda kind: f"{CHANGE_NAMES[kind]} {counts[kind]:,}", bind="query-params",
+    )  # fmt: skip
+    page_number(artifact.ref, CHANGES, old and old.ref, kind)
+    start = (choose_page(counts[kind], PAGE_SIZE) - 1) * PAGE_SIZE
+    if kind == MARKED or old is None or changed is None:
+        for item in fixes["applied"][start : start + PAGE_SIZE]:
+            show_fix(item)
+        return
+    found = changed.filter(pc.equal(changed["change"], kind)).slice(start, PAGE_SIZE)
+    show_changed_rows(
+        found.to_pylist(), *((old, "before") if kind == "gone" else (artifact, "after"))
+    )
+
+
+def show_comparison(others: list[str]) -> tuple[Artifact, Any]:
+    """Show the numbers of this version beside those of another, which is returned with the rows.
+
+    Args:
+        others: The references to choose from.
+    """
     same = [ref for ref in others if ref.startswith(f"datasets/{artifact.name}@")]
     first = others.index(same[0]) if same else 0
     begin_with("other", others[first])
     other = st.selectbox("Compared with", others, first, key="other", bind="query-params")
     try:
         old = workspace.open(other)
-        diff = load_diff(identity(artifact), identity(old), artifact, old)
-    except (UserError, OSError, KeyError) as error:
-        # Rows that were only scored have no card to compare.
+        diff, changed = load_diff(identity(artifact), identity(old), artifact, old)
+    except (UserError, OSError) as error:
         refuse("These versions cannot be compared.", error)
+        raise
     rows = [
         {
             "rows": name,
@@ -302,9 +318,9 @@ def show_changes() -> None:
         for name, (before, after) in diff["rows"].items()
     ]
     st.table(rows, border="horizontal", hide_index=True)
-    moved = [{"move": move, "rows": count} for move, count in diff["moves"].items()]
-    st.markdown(f"{diff['num_added']:,} rows are new, {diff['num_gone']:,} are gone.")
-    if moved:
+    st.markdown(f"New rows: {diff['num_added']:,}. Gone: {diff['num_gone']:,}.")
+    if diff["moves"]:
+        moved = [{"move": move, "rows": f"{count:,}"} for move, count in diff["moves"].items()]
         st.table(moved, border="horizontal", hide_index=True)
     if diff["settings"]:
         settings = [
@@ -314,6 +330,50 @@ def show_changes() -> None:
         what = "setting differs" if len(settings) == 1 else "settings differ"
         with st.expander(f"{len(settings)} {what}"):
             st.dataframe(settings, hide_index=True)
+    return old, changed
+
+
+def show_fix(item: dict[str, Any]) -> None:
+    """Show a row that marks have changed: what the files say, what it says now, and by whom."""
+    chips = [theme.chip(item["source"]), theme.chip(item["side"])]
+    told = f"{FIX_LABELS[item['action']]} by {', '.join(item['reviewers'])}"
+    chips.append(theme.chip(told, "warn" if item["action"] == "drop" else "good"))
+    chips.append(theme.chip(item["created_at"][:10]))
+    boxes = [theme.box("The files say", [], theme.folded(item["before"]))]
+    if item["after"]:
+        title = "Right too" if item["action"] == "accept" else "Now"
+        boxes.append(theme.box(title, [], theme.folded(item["after"])))
+    with st.container(border=True, gap="xsmall"):
+        st.html(
+            f'<div class="tl-head"><b>{html.escape(item["row_id"])}</b>{"".join(chips)}</div>'
+            + theme.sides(boxes)
+        )
+        st.page_link("views/lineage.py", label="Follow", query_params={"id": item["row_id"]})
+
+
+def show_changed_rows(rows: list[dict[str, Any]], version: Artifact, place: str) -> None:
+    """Show rows that only one of two versions has or that are elsewhere in the other.
+
+    Args:
+        rows: Of `changed_rows`.
+        version: Where they are.
+        place: The column that says in which split: `before` or `after`.
+    """
+    said: dict[str, dict[str, Any]] = {}
+    for folder in {row[place].split()[0] for row in rows}:
+        query = load_query(identity(version), folder, version)
+        said |= read_rows(query, [row["row_id"] for row in rows]) if query else {}
+    for row in rows:
+        move = " → ".join(name for name in (row["before"], row["after"]) if name)
+        chips = [theme.chip(row["source"]), theme.chip(move)]
+        # Of documents that were packed or cut there is no row of this id.
+        body = turns_of(said[row["row_id"]]) if row["row_id"] in said else ""
+        with st.container(border=True, gap="xsmall"):
+            st.html(
+                f'<div class="tl-head"><b>{html.escape(row["row_id"])}</b>{"".join(chips)}</div>'
+                f"{body}"
+            )
+            st.page_link("views/lineage.py", label="Follow", query_params={"id": row["row_id"]})
 
 
 workspace, artifact = choose_artifact("datasets", "Dataset")

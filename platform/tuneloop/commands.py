@@ -28,7 +28,6 @@ from rich.text import Text
 
 from tuneloop.artifacts import Artifact, Published, Workspace
 from tuneloop.config import API_KEY_VARIABLE, TuneloopConfig, load_config
-from tuneloop.data.diff import diff_datasets, diff_text
 from tuneloop.doctor import examine
 from tuneloop.errors import ArtifactError, ConfigError, Problem
 from tuneloop.marks import write_marks
@@ -472,6 +471,8 @@ def _show(arguments: argparse.Namespace, output: IO[str]) -> None:
     workspace = open_workspace(arguments)
     artifact = workspace.open(arguments.ref)
     if arguments.diff:
+        from tuneloop.data.diff import diff_datasets, diff_text
+
         diff = diff_datasets(artifact, workspace.open(arguments.diff))
         print(
             json.dumps(diff, ensure_ascii=False) if arguments.json else diff_text(diff), file=output

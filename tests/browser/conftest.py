@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import uvicorn
@@ -74,12 +75,14 @@ def publish_dataset(workspace: Workspace) -> None:
     ]
     removed = [
         {
-            "row_id": "r900", "stage": "dedup", "reason": "near duplicate",
+            "row_id": "r900", "source": "rows.jsonl:900", "stage": "dedup",
+            "reason": "near duplicate",
             "kept_row_id": "r001", "similarity": 0.91, "text": "say a, again",
         }
     ]  # fmt: skip
     files = {
         "README.md": "---\nlicense: x\n---\n# The card of the rows\n\n25 rows.",
+        "card.json": json.dumps(card_of(train=26, test=6, removed=1)),
         "train/part-0.parquet": pa.Table.from_pylist(rows),
         "test/part-0.parquet": pa.Table.from_pylist(rows[:5]),
         "removed/part-0.parquet": pa.Table.from_pylist(removed),
@@ -104,6 +107,16 @@ def publish_dataset(workspace: Workspace) -> None:
     publish(workspace, "datasets", files, {"train_rows": 26, "test_rows": 6})
 
 
+def card_of(*, removed: int, **rows: int) -> dict[str, Any]:
+    """Return what a dataset's card counts."""
+    found = sum(rows.values()) + removed
+    funnel = [
+        {"stage": "found", "rows": found, "removed": 0},
+        {"stage": "dedup", "rows": found - removed, "removed": removed},
+    ]
+    return {"splits": {name: {"num_rows": n} for name, n in rows.items()}, "funnel": funnel}
+
+
 def publish_fixed(workspace: Workspace) -> None:
     """Publish the next version of the dataset, as a preparation that applies all marks does.
 
@@ -121,10 +134,15 @@ def publish_fixed(workspace: Workspace) -> None:
         applied.append(asdict(done))
     old = workspace.open("datasets/demo@v1")
     with workspace.draft("datasets", "demo", "f" * 64) as draft:
-        shutil.copytree(old.path / "test", draft.path / "test")
-        (draft.path / "card.json").write_text(
-            json.dumps({"fixes": {"applied": applied, "refused": {}}})
+        for folder in ("train", "test", "removed"):
+            shutil.copytree(old.path / folder, draft.path / folder)
+        file = draft.path / "train" / "part-0.parquet"
+        table = pq.read_table(file)
+        pq.write_table(
+            table.filter(pc.invert(pc.is_in(table["row_id"], pa.array(["r000", "r020"])))), file
         )
+        card = card_of(train=24, test=6, removed=1) | {"fixes": {"applied": applied, "refused": {}}}
+        (draft.path / "card.json").write_text(json.dumps(card))
         draft.publish(config={}, resources={}, inputs=[], metrics={})
 
 

@@ -87,6 +87,10 @@ def choice(page: Any, label: str) -> Any:
     return page.locator("[data-testid=stButtonGroup]").get_by_text(label)
 
 
+def is_streamlits_question(response: Any) -> bool:
+    return "/media/" in response.url and response.request.resource_type == "fetch"
+
+
 def assert_clean(visit: Visit, served: str) -> None:
     local = (served, served.replace("http", "ws"), "data:", "blob:", "about:")
     assert [url for url in visit.asked if not url.startswith(local)] == []
@@ -169,13 +173,12 @@ def test_from_a_wrong_answer_to_the_next_version(visit, served, filled, next_ver
     page.get_by_role("button", name="Store the mark").click()
     page.get_by_text("grace: the answer is wrong").wait_for()
     page.get_by_role("button", name="Export").click()
-    with page.expect_download() as download:
+    # Beside the download Streamlit asks whether the file is there, which it is while the page is.
+    with page.expect_response(is_streamlits_question), page.expect_download() as download:
         page.get_by_role("button", name="CSV").click()
     lines = Path(download.value.path()).read_text().splitlines()
     assert lines[0].startswith("example_id,arm,prompt,reference")
     assert len(lines) == 2
-    # Streamlit looks behind a download whether the file is there, which it is while the page is.
-    page.wait_for_timeout(1000)
     page.keyboard.press("Escape")
     page.get_by_role("link", name="Follow", exact=True).click()
     page.get_by_role("heading", name="Marks").wait_for()

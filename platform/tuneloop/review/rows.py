@@ -164,6 +164,15 @@ def read_row(query: Query, row_id: str) -> dict[str, Any] | None:
     return found[0] if found else None
 
 
+def read_rows(query: Query, row_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return rows by their ids, without their tokens; what is not there is left out."""
+    found = query.ask(
+        f"SELECT {query.columns(_TOKENS)} FROM rows WHERE row_id IN (SELECT unnest(?))",
+        list(row_ids),
+    )
+    return {row["row_id"]: row for row in found}
+
+
 def conflicts(
     query: Query, page: int, page_size: int, by_task: bool = False
 ) -> tuple[list[list[dict[str, Any]]], int]:
