@@ -50,7 +50,8 @@ CSS = """
 [data-testid="stButtonGroup"] [data-selected] * { color: inherit !important; }
 /* Where the keyboard is: Streamlit marks these by a change of colour that is hard to see. */
 [data-testid="stSidebarNavLink"]:focus-visible, [data-testid^="stPageLink"]:focus-visible,
-[data-testid="stBaseButton-elementToolbar"]:focus-visible {
+[data-testid="stBaseButton-elementToolbar"]:focus-visible,
+[data-testid="stDataFrame"]:has(:focus-visible) {
   outline: 2px solid #5b78e6; outline-offset: 1px; }
 /* The frame fills the window, so that there is one thing to scroll. */
 [data-testid="stIFrame"] { height: calc(100dvh - 21rem); min-height: 24rem; }

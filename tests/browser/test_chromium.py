@@ -205,6 +205,62 @@ def test_from_a_wrong_answer_to_the_next_version(visit, served, filled, next_ver
     assert_clean(visit, served)
 
 
+def tab_to(page: Any, wanted: Any) -> None:
+    """Press Tab until an element has the focus, as somebody without a mouse does."""
+    wanted.wait_for()
+    for _ in range(150):
+        if wanted.evaluate("e => e === document.activeElement"):
+            return
+        page.keyboard.press("Tab")
+    pytest.fail(f"Tab does not reach {wanted}")
+
+
+def test_answers_and_votes_need_no_mouse(visit, served, filled):
+    page = visit.page
+    page.goto(f"{served}/answers")
+    page.get_by_text("30 of 30 answers").wait_for()
+    tab_to(page, page.get_by_role("combobox", name="Model"))
+    page.keyboard.type("few-shot")
+    page.keyboard.press("Enter")
+    page.get_by_text("base+few-shot: 50.0%").wait_for()
+    tab_to(page, page.get_by_label("Search"))
+    page.keyboard.type("r16")
+    page.keyboard.press("Enter")
+    page.get_by_text("1 of 30 answers").wait_for()
+    page.get_by_text("r15", exact=True).wait_for(state="detached")
+    tab_to(page, page.get_by_role("button", name="Mark Shortcut 1"))
+    page.keyboard.press("Enter")
+    tab_to(page, page.get_by_label("Right answer"))
+    page.keyboard.press("Control+A")
+    page.keyboard.type('{"colour": "blue", "number": 61}')
+    tab_to(page, page.get_by_label("Your name"))
+    page.keyboard.type("kim")
+    tab_to(page, page.get_by_role("button", name="Store the mark"))
+    page.keyboard.press("Enter")
+    page.get_by_text("kim: the answer is wrong").wait_for()
+
+    page.goto(f"{served}/votes")
+    tab_to(page, page.get_by_label("Your name"))
+    page.keyboard.type("kim")
+    page.keyboard.press("Enter")
+    page.get_by_text("0 of 15 judged by kim").wait_for()
+    press_until(page, "1", page.get_by_text("1 of 15 judged by kim"))
+    tab_to(page, page.get_by_role("button", name="Equally good"))
+    press_until(page, "Enter", page.get_by_text("2 of 15 judged by kim"))
+    # The button is still the one that has the focus.
+    press_until(page, "Enter", page.get_by_text("3 of 15 judged by kim"))
+    tab_to(page, page.get_by_role("button", name="Change my last vote"))
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Change my last vote").wait_for(state="detached")
+    press_until(page, "4", page.get_by_role("button", name="Change my last vote"))
+    page.get_by_text("3 of 15 judged by kim").wait_for()
+    with sqlite3.connect(filled / "review" / "verdicts.sqlite") as connection:
+        asked = "SELECT choice, example_id FROM verdicts WHERE reviewer = 'kim' ORDER BY id"
+        rows = connection.execute(asked).fetchall()
+    assert [choice for choice, _ in rows] == ["left", "tie", "tie", "right"]
+    assert rows[2][1] == rows[3][1]
+
+
 def test_an_address_opens_its_page_at_once(visit, served):
     """Also on a server that nobody has visited yet, where only the main script knows the pages."""
     page = visit.page
