@@ -22,10 +22,12 @@ from tuneloop.evals.reporting.advice import Situation, advise
 from tuneloop.evals.reporting.gain import describe_gain
 from tuneloop.evals.reporting.headline import write_headline
 from tuneloop.evals.runner import evaluate
+from tuneloop.evals.scoring.asking import arm_identity
 from tuneloop.evals.scoring.calibration import describe_calibration
 from tuneloop.evals.scoring.cheapest import find_cheapest
 from tuneloop.evals.scoring.constrained import (
     constrain,
+    has_key,
     is_wrapped,
     layout_of,
     schema_of,
@@ -44,6 +46,7 @@ from tuneloop.records import (
     Arm,
     Endpoint,
     Price,
+    SamplingParams,
 )
 
 
@@ -138,6 +141,13 @@ def test_labels_of_another_server_come_as_json(tmp_path: Path) -> None:
     record = {"json_schema": {"schema": schema_of(['{"label": "x", "size": 3}'])}}
     forms = (arm.forms[""], {"response_format": record}, {})
     assert [is_wrapped(form, arm.answer_key) for form in forms] == [True, False, False]
+    assert [has_key(form, arm.answer_key) for form in forms] == [False, True, False]
+    # Their records were once cut to that property: stored ones are not taken for whole.
+    mixed = replace(arm, forms={"sort": forms[0], "extract": forms[1]})
+    one = replace(mixed, answer_key="")
+    assert arm_identity(mixed, SamplingParams()) != arm_identity(one, SamplingParams())
+    plain = replace(arm, answer_key="")
+    assert arm_identity(arm, SamplingParams()) == arm_identity(plain, SamplingParams())
     own = constrain(Arm("base", Endpoint("", BASE), (), "weights"), task, None)
     assert own.forms[""]["ranking"] == {"answers": ["a", "b"], "coverage": 0.0}
 

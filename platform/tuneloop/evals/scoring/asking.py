@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from tuneloop.config import BudgetConfig
 from tuneloop.errors import EndpointError, Problem
 from tuneloop.evals.scoring.budget import Budget, Sent, cost_of, most
-from tuneloop.evals.scoring.constrained import form_schema, is_wrapped, unwrap
+from tuneloop.evals.scoring.constrained import form_schema, has_key, is_wrapped, unwrap
 from tuneloop.evals.scoring.questions import Question, messages_json
 from tuneloop.evals.scoring.spending import Cost, Entry, Spending, read_entries
 from tuneloop.models.client.client import Client, RequestError, ask_each
@@ -162,6 +162,9 @@ def arm_identity(arm: Arm, params: SamplingParams, sample: int = 0) -> str:
         parts["choose"] = arm.chosen_by
     if arm.forms:
         parts["forms"] = arm.forms
+        if arm.answer_key and any(has_key(f, arm.answer_key) for f in arm.forms.values()):
+            # Answers of before were cut to this property.
+            parts["records"] = "whole"
     if sample:
         parts["sample"] = sample
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -98,8 +98,17 @@ def is_wrapped(form: Mapping[str, Any], key: str) -> bool:
 
     A record of an extraction may have a property of that name as well.
     """
-    properties = (form_schema(form) or {}).get("properties", {})
-    return "enum" in properties.get(key, {})
+    return "enum" in _properties(form).get(key, {})
+
+
+def has_key(form: Mapping[str, Any], key: str) -> bool:
+    """Return whether a record of this form may have a property of the name that labels have."""
+    return key in _properties(form) and not is_wrapped(form, key)
+
+
+def _properties(form: Mapping[str, Any]) -> Mapping[str, Any]:
+    properties: Mapping[str, Any] = (form_schema(form) or {}).get("properties", {})
+    return properties
 
 
 def unwrap(text: str, key: str) -> str:
