@@ -33,6 +33,7 @@ from tuneloop.data.sources.files import (
 )
 from tuneloop.data.sources.splits import repository_of
 from tuneloop.errors import ConfigError, Problem, ResourceError
+from tuneloop.own_code import own_files
 from tuneloop.records import BASE, FINETUNED
 from tuneloop.text import counted
 
@@ -313,10 +314,12 @@ def _single_files(raw: dict[str, Any]) -> list[tuple[_Named, Path]]:
 
 
 def _own_modules(config: TuneloopConfig) -> list[Path]:
-    """Return the modules and packages of this directory that scorers and tags come from."""
+    """Return the modules and packages of this directory that scorers and tags need."""
     e = config.evaluation
     dotted = [*(metric.name.rpartition("/")[2] for metric in e.metrics), *e.tags]
-    names = dict.fromkeys(path.partition(".")[0] for path in dotted if "." in path)
+    modules = [path.rpartition(".")[0] for path in dotted if "." in path]
+    needed = [file.parts[0].removesuffix(".py") for m in modules for file in own_files(m, Path())]
+    names = dict.fromkeys([*(module.partition(".")[0] for module in modules), *needed])
     files = [Path(f"{name}.py") if Path(f"{name}.py").is_file() else Path(name) for name in names]
     return [file for file in files if file.exists()]
 

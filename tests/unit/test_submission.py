@@ -226,7 +226,15 @@ def test_modules_with_scorers_are_sent(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path / "here")
-    (tmp_path / "here" / "mine.py").write_text("def score(reference, completion): return 1.0\n")
+    code = (
+        "import json\nfrom words.few import split\ndef score(reference, completion): return 1.0\n"
+    )
+    (tmp_path / "here" / "mine.py").write_text(code)
+    for folder in ("words", "json"):
+        (tmp_path / "here" / folder).mkdir()
+    (tmp_path / "here" / "words" / "few.py").write_text("import signs\n")
+    (tmp_path / "here" / "signs.py").write_text("import mine\n")
+    (tmp_path / "here" / "other.py").write_text("")
     (tmp_path / "here" / "tags").mkdir()
     (tmp_path / "here" / "tags" / "rude.py").write_text("def rude(reference, completion): ...\n")
     named = ["evaluation.metrics=[mine.score, chrf]", "evaluation.tags=[tags.rude.rude]"]
@@ -234,6 +242,10 @@ def test_modules_with_scorers_are_sent(
     write_bundle(load_config(config, named), tmp_path / "bundle")
     assert (tmp_path / "bundle" / "mine.py").is_file()
     assert (tmp_path / "bundle" / "tags" / "rude.py").is_file()
+    # What they import of this directory goes with them, and nothing else.
+    assert {file.name for file in (tmp_path / "bundle").glob("*.py")} == {"mine.py", "signs.py"}
+    assert (tmp_path / "bundle" / "words" / "few.py").is_file()
+    assert not (tmp_path / "bundle" / "json").exists()
 
 
 def test_files_that_are_never_sent_are_refused_where_a_command_needs_them(

@@ -220,6 +220,25 @@ def test_a_scorer_of_the_users_own_is_a_function_by_its_dotted_path(module):
     assert code_of_own_scorers(evaluation) != before
 
 
+def test_what_a_scorer_imports_of_its_directory_is_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "package_of_a_test"
+    package.mkdir()
+    code = "from . import words\ndef score(reference, completion): return 1.0\n"
+    (package / "scorers.py").write_text(code)
+    (package / "words.py").write_text("from .parts.signs import MARKS\n")
+    (package / "parts").mkdir()
+    (package / "parts" / "__init__.py").write_text("")
+    (package / "parts" / "signs.py").write_text("MARKS = '!'\n")
+    (package / "other.py").write_text("")
+    evaluation = EvaluationConfig(metrics=["package_of_a_test.scorers.score"])
+    before = code_of_own_scorers(evaluation)
+    (package / "other.py").write_text("MARKS = '.'\n")
+    assert code_of_own_scorers(evaluation) == before
+    (package / "parts" / "signs.py").write_text("MARKS = '?'\n")
+    assert code_of_own_scorers(evaluation) != before
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [

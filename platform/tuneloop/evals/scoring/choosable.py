@@ -38,6 +38,7 @@ from tuneloop.evals.scoring.metrics import (
     words_and_signs,
 )
 from tuneloop.evals.scoring.predictions import Prediction
+from tuneloop.own_code import own_files
 from tuneloop.words import is_unspaced, split_words
 
 if TYPE_CHECKING:
@@ -178,7 +179,10 @@ def try_scorers(task: OneTaskConfig, evaluation: EvaluationConfig, text: str) ->
 
 
 def code_of_own_scorers(evaluation: EvaluationConfig) -> dict[str, str]:
-    """Return a hash of the code of each of the user's own scorers and tags, by dotted path."""
+    """Return a hash of the code of each of the user's own scorers and tags, by dotted path.
+
+    What it imports of this directory is part of it.
+    """
     codes = {}
     for path, where in (
         *(
@@ -190,6 +194,9 @@ def code_of_own_scorers(evaluation: EvaluationConfig) -> dict[str, str]:
         if "." in path:
             file = inspect.getsourcefile(_load(path, where))
             code = Path(file).read_bytes() if file else path.encode()
+            others = own_files(path.rpartition(".")[0], Path.cwd())
+            others = [other for other in others if not file or not other.samefile(file)]
+            code = b"".join([code, *(other.read_bytes() for other in others)])
             codes[path] = hashlib.sha256(code).hexdigest()
     return codes
 
