@@ -28,6 +28,7 @@ from tuneloop.data.schema import SPLITS
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import read_card, read_json
 from tuneloop.marks import FIX_LABELS, MarkKind
+from tuneloop.models.bases.source import resolve_base
 from tuneloop.records import Message
 from tuneloop.review.rows import (
     Query,
@@ -206,8 +207,6 @@ def show_tokens(query: Query, row_id: str) -> None:
 @st.cache_resource(max_entries=2, show_spinner="Loading the tokenizer")
 def load_tokenizer(base: str) -> Any:
     from transformers import AutoTokenizer
-
-    from tuneloop.models.bases.source import resolve_base
 
     return AutoTokenizer.from_pretrained(resolve_base(base).path)
 

@@ -84,7 +84,7 @@ def make_study(
         return [prepared.job(one) for one in with_drawn(cell, values, sweep.num_seeds)]
 
     # Loaded here: everything else is looked up without Ray Tune.
-    from tuneloop.sweeps.search import OptunaDrawing
+    from tuneloop.sweeps.drawing import OptunaDrawing
 
     return study(
         [],

@@ -153,7 +153,7 @@ def test_money_is_time_by_the_price_of_all_workers() -> None:
 
 def optuna_study(folder: Path, models: Models, num_wanted: int, num_seeds: int = 1) -> Study:
     pytest.importorskip("optuna")
-    from tuneloop.sweeps.search import OptunaDrawing
+    from tuneloop.sweeps.drawing import OptunaDrawing
 
     settings = config(
         {
@@ -243,7 +243,7 @@ def test_what_is_told_is_the_mean_loss_also_of_a_trial_that_was_stopped(tmp_path
 
 def test_a_small_space_is_drawn_whole_and_then_ends(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
-    from tuneloop.sweeps.search import OptunaDrawing
+    from tuneloop.sweeps.drawing import OptunaDrawing
 
     sweep = {"parameters": {RATE: [1e-4, 1e-3, 1e-2]}, "search": "optuna", "num_trials": 9}
     settings = config(sweep)

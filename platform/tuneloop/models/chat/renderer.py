@@ -610,16 +610,14 @@ def _load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     `AutoTokenizer` imports torch and its model classes to find a special class; a directory that
     asks for the generic one is loaded without, five CPU seconds sooner in every process.
     """
+    import transformers
+
     settings = path / "tokenizer_config.json"
     if settings.is_file():
         kind = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class")
         if kind in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast.from_pretrained(str(path))
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+            return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
+    return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
 
 
 def _other_stops(path: Path) -> list[int]:
