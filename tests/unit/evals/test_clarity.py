@@ -84,3 +84,9 @@ def test_json_that_is_written_otherwise_is_no_other_answer() -> None:
     assert measure_clarity(rows, task).num_conflicting == 0
     rows.append(AnsweredRow("the same input", answers[2]))
     assert measure_clarity(rows, task).num_conflicting == 61
+    # What scores as the same is the same: 1 and 1.0, a field that is absent and null.
+    alike = ['{"a": [1], "b": "X  y"}', '{"a": [1.0], "b": "X y", "c": null}']
+    rows = [AnsweredRow("the same input", answer) for answer in alike]
+    assert measure_clarity(rows, task).num_conflicting == 0
+    rows.append(AnsweredRow("the same input", '{"a": [true], "b": "X y"}'))
+    assert measure_clarity(rows, task).num_conflicting == 3

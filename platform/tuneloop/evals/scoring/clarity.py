@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tuneloop.config import TaskConfig
 from tuneloop.evals.scoring.intervals import wilson
-from tuneloop.evals.scoring.metrics import TASK_METRICS, parse_object
+from tuneloop.evals.scoring.metrics import TASK_METRICS, one_value, parse_object
 from tuneloop.evals.scoring.questions import Question
 from tuneloop.evals.scoring.simple import answer_simply
 from tuneloop.records import Conversation, Message
@@ -211,7 +211,8 @@ def measure_clarity(rows: Sequence[AnsweredRow], task: TaskConfig) -> Clarity:
 def _said(answer: str, task: TaskConfig) -> str:
     """Return an answer without what makes no difference: case, white space, how JSON is written."""
     if task.type == "extraction" and (record := parse_object(answer)) is not None:
-        return json.dumps(record, sort_keys=True)
+        given = {name: one_value(value) for name, value in record.items() if value is not None}
+        return json.dumps(given, sort_keys=True)
     return folded(answer)
 
 
