@@ -170,6 +170,49 @@ def test_a_template_without_a_stop_token_is_refused(tiny_model: Path, tmp_path: 
         Renderer.load(tiny_model, str(template))
 
 
+def test_a_call_that_nothing_closes_is_not_learned_with_its_result(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    text = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content or '' }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}
+{% endfor %}{% if not m.tool_calls %}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    calls = [{"id": "abcdefghi", "type": "function", "function": function}]
+    question = Message("user", "What is 1 + 1?")
+    called = Message.of({"role": "assistant", "content": "", "tool_calls": calls})
+    rest = [Message.of({"role": "tool", "content": "2"}), Message("assistant", "It is 2.")]
+    (tmp_path / "open.jinja").write_text(text)
+    renderer = Renderer.load(tiny_model, str(tmp_path / "open.jinja"))
+    for turns in ([question, called], [question, called, *rest]):
+        with pytest.raises(RenderError, match="stop token"):
+            renderer.sample(turns)
+    context = Message.of({**called.as_dict(), "weight": 0})
+    learned = renderer.sample([question, context, *rest])
+    ids = [i for i, kept in zip(learned.input_ids, learned.loss_mask, strict=True) if kept]
+    assert renderer.decode(ids) == "It is 2."
+    closed = text.replace("{% if not m.tool_calls %}<|im_end|>\n{% endif %}", "<|im_end|>\n")
+    (tmp_path / "closed.jinja").write_text(closed)
+    sample = Renderer.load(tiny_model, str(tmp_path / "closed.jinja")).sample
+    assert sum(sample([question, called, *rest]).loss_mask) > len(ids)
+
+
+def test_a_special_token_that_opens_an_answer_does_not_end_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    opened = TEMPLATES["chatml"].replace(
+        "{{ message.content }}",
+        "{% if message.role == 'assistant' %}<|im_start|>final\n{% endif %}{{ message.content }}",
+    )
+    (tmp_path / "opened.jinja").write_text(opened)
+    renderer = Renderer.load(tiny_model, str(tmp_path / "opened.jinja"))
+    assert renderer.stop_ids == Renderer.load(tiny_model).stop_ids
+    sample = renderer.sample([Message("user", "a"), Message("assistant", "Paris")])
+    learned = [i for i, kept in zip(sample.input_ids, sample.loss_mask, strict=True) if kept]
+    assert renderer.decode(learned) == "final\nParis"
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(
     tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -450,7 +450,7 @@ class Renderer:
         whole = template.render(turns, tools, is_prompt)
         template.refuse_losses(whole, turns, tools)
         cuts: list[int] = []
-        learned = {}
+        learned, followed = {}, {}
         for index, message in enumerate(messages):
             # What opens a conversation is nothing the model was asked for.
             if message.role != "assistant" or (is_prompt and index == 0):
@@ -473,8 +473,25 @@ class Renderer:
                 raise RenderError("the chat template changes the order of the turns")
             cuts.append(start)
             learned[start] = bool(message.weight) and not is_prompt
-        borders = itertools.pairwise([0, *cuts, len(whole)])
+            if learned[start] and not is_last:
+                followed[start] = turns[index + 1]["content"] or ""
+        borders = list(itertools.pairwise([0, *cuts, len(whole)]))
+        for start, end in borders:
+            self._refuse_unclosed(whole[start:end], followed.get(start, ""))
         return [_Piece(whole[a:b], learned.get(a, False)) for a, b in borders], escapes
+
+    def _refuse_unclosed(self, answer: str, following: str) -> None:
+        """Raise RenderError for an answer whose first stop token is that of the turn behind it.
+
+        Args:
+            answer: With the turns behind it.
+            following: What the next turn says; empty where there is none.
+        """
+        names = self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))
+        stop = min((at for name in names if (at := answer.find(name)) >= 0), default=len(answer))
+        said = following.strip()
+        if said and said in answer[:stop] and said not in answer[stop:]:
+            raise RenderError("the chat template ends an answer or a call without a stop token")
 
     def _encode_pieces(self, pieces: Sequence[_Piece], escapes: Escapes) -> list[list[int]]:
         """Return the ids of each piece.
@@ -586,8 +603,10 @@ class Renderer:
 
     def _find_stop_ids(self, others: Collection[int]) -> tuple[int, ...]:
         """Return the token the template ends an answer with, EOS, and what is special of others."""
-        pieces, _ = self._pieces([Message("user", "a"), Message("assistant", "b")], (), False)
-        answer = pieces[-1].text
+        said = "Yes."
+        pieces, _ = self._pieces([Message("user", "a"), Message("assistant", said)], (), False)
+        # What stands before the answer opens it, as the name of a channel does.
+        answer = pieces[-1].text.rpartition(said)[2]
         special = set(self.tokenizer.all_special_ids) | {
             index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
