@@ -12,7 +12,7 @@ from rich.text import Text
 
 from tuneloop.artifacts import Workspace
 from tuneloop.config import DataConfig, TuneloopConfig
-from tuneloop.contest import arm_problems
+from tuneloop.contest import arm_problems, served_model_problems
 from tuneloop.data.check import DataCheck
 from tuneloop.data.check import check as check_data
 from tuneloop.data.labels import resolve_labels
@@ -104,6 +104,7 @@ def check(config: TuneloopConfig) -> CheckResult:
     problems = [*data.findings, *fit.problems, *_evaluation_problems(config)]
     problems += _mark_problems(config) + _generation_problems(config)
     problems += serving_problems(config.serving)
+    problems += served_model_problems(config, Workspace(config.workspace))
     problems += _metric_problems(config, base, data)
     return CheckResult(data, expected, problems, unknown, notices=_far(config, fit, data))
 

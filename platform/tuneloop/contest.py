@@ -24,7 +24,7 @@ from tuneloop.evals.scoring.harness import forgetting_problems
 from tuneloop.evals.scoring.judging import Judging
 from tuneloop.evals.scoring.questions import Question, choose_shots
 from tuneloop.evals.scoring.simple import simple_arm, with_nearest_shots
-from tuneloop.models.bases.source import BaseModel, resolve_base
+from tuneloop.models.bases.source import BaseModel, refuse_missing, resolve_base
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.client.client import api_key_of
 from tuneloop.models.export.layout import ADAPTER
@@ -290,6 +290,32 @@ def judging_problems(config: TuneloopConfig) -> list[Problem]:
     return problems
 
 
+def _refuse_reference(
+    config: TuneloopConfig, workspace: Workspace, where: str, reference: str
+) -> None:
+    """Raise UserError for a model that cannot be served, without fetching or loading it."""
+    if reference in (BASE, FINETUNED, config.model.base):
+        return
+    if reference.startswith("models/") and reference.endswith(f"/{ADAPTER}"):
+        referenced_model(workspace, resolve_base(config.model.base), where, reference)
+    elif reference.startswith("models/"):
+        _open(workspace, reference)
+    else:
+        refuse_missing(reference)
+
+
+def served_model_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
+    """Return why `serve` cannot serve what `serving.models` names."""
+    problems = list[Problem]()
+    for name, reference in config.serving.models.items():
+        where = f"serving.models.{name}"
+        try:
+            _refuse_reference(config, workspace, where, reference)
+        except UserError as error:
+            problems += _placed(where, error)
+    return problems
+
+
 def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
     """Return what is wrong with what `evaluate` names that can be known before anything runs."""
     problems = judging_problems(config)
@@ -302,8 +328,8 @@ def arm_problems(config: TuneloopConfig, workspace: Workspace) -> list[Problem]:
                 given_arm(name, spec.answers)
             elif isinstance(spec.model, list):
                 problems += trainings_problems(workspace, f"{where}.model", spec.model)
-            elif spec.model and spec.model.startswith("models/"):
-                _open(workspace, spec.model)
+            elif spec.model:
+                _refuse_reference(config, workspace, f"{where}.model", spec.model)
         except UserError as error:
             problems += _placed(where, error)
         if config.task.type == "language_modeling" and (

@@ -13,7 +13,13 @@ import pytest
 
 from tuneloop.artifacts import Artifact, Workspace
 from tuneloop.config import EvaluationConfig, TuneloopConfig
-from tuneloop.contest import NamedArms, arm_problems, base_arms, missing_model
+from tuneloop.contest import (
+    NamedArms,
+    arm_problems,
+    base_arms,
+    missing_model,
+    served_model_problems,
+)
 from tuneloop.errors import ConfigError, ModelError
 from tuneloop.evals.scoring.questions import read_questions
 from tuneloop.models.bases.source import BaseModel, resolve_base
@@ -217,6 +223,33 @@ def test_a_list_that_is_not_one_recipe_is_refused_before_anything_runs(workspace
     (twice,) = told("models/tiny", "models/tiny@v6")
     assert twice[0] == "the same model stands in the list twice"
     assert len(told("models/tiny@v1", "models/tiny@v7", "models/other@v1")) == 2
+
+
+def test_models_that_are_not_there_are_told_before_anything_runs(workspace, tiny_model, tmp_path):
+    dataset = publish_rows(workspace)
+    base = resolve_base(str(tiny_model)).fingerprint
+    publish_model(workspace, "mine", dataset, base)
+    publish_model(workspace, "other", dataset, "c" * 64)
+    (tmp_path / "empty").mkdir()
+    good = ["models/mine", "models/mine/adapter", "models/other@v1", str(tiny_model), "org/name"]
+    wrong = {
+        "models/nothing": "no artifact `models/nothing`",
+        "models/mine@v7": "no artifact `models/mine@v7`",
+        "models/other/adapter": "the adapter belongs to another base model",
+        str(tmp_path / "gone"): "the base model cannot be found",
+        str(tmp_path / "gone.gguf"): "the base model cannot be found",
+        str(tmp_path / "empty"): "the directory holds no model",
+    }
+    arms = {f"a{n}": {"model": one} for n, one in enumerate([*good, "base", *wrong])}
+    config = named(workspace, tiny_model, dataset, None, **arms).config
+    found = arm_problems(config, workspace)
+    assert [problem.what for problem in found] == [*wrong.values()]
+    assert found[0].where.startswith("evaluation.arms.a6")
+    served = {f"m{n}": one for n, one in enumerate([*good, *wrong])}
+    serving = config.serving.model_copy(update={"models": served})
+    found = served_model_problems(config.model_copy(update={"serving": serving}), workspace)
+    assert [problem.what for problem in found] == [*wrong.values()]
+    assert found[0].where.startswith("serving.models.m5")
 
 
 @pytest.mark.parametrize(

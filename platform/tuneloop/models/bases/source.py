@@ -63,17 +63,13 @@ def resolve_base(base: str) -> BaseModel:
         ResourceError: No space to keep it.
     """
     try:
+        refuse_missing(base)
         if base.startswith("pip:"):
             return _from_wheel(base)
         if base.endswith(".gguf"):
-            file = Path(base).expanduser()
-            if not file.is_file():
-                raise ModelError(_missing(base, "no such file"))
-            return _from_gguf(base, file, license="unknown")
+            return _from_gguf(base, Path(base).expanduser(), license="unknown")
         if Path(base).expanduser().is_dir():
             return _from_directory(base, Path(base).expanduser())
-        if base.startswith(("/", ".", "~")) or base.count("/") > 1:
-            raise ModelError(_missing(base, "no such directory"))
         return _from_hub(base)
     except OSError as error:
         raise ResourceError.of(
@@ -82,6 +78,23 @@ def resolve_base(base: str) -> BaseModel:
             got=error.strerror or str(error),
             remedy="free space, or set TUNELOOP_CACHE to another disk",
         ) from error
+
+
+def refuse_missing(base: str) -> None:
+    """Raise ModelError for a base that is not there, or not whole, as far as a look at it tells.
+
+    Nothing is fetched, converted or read whole.
+    """
+    path = Path(base).expanduser()
+    if base.startswith("pip:"):
+        return
+    if base.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(_missing(base, "no such file"))
+    elif path.is_dir():
+        _refuse_directory(path)
+    elif base.startswith(("/", ".", "~")) or base.count("/") > 1:
+        raise ModelError(_missing(base, "no such directory"))
 
 
 def cache_directory() -> Path:
@@ -99,7 +112,7 @@ def _missing(base: str, reason: str) -> Problem:
     )
 
 
-def _from_directory(base: str, path: Path) -> BaseModel:
+def _refuse_directory(path: Path) -> None:
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
         entries = sorted(entry.name for entry in path.iterdir())
         raise ModelError.of(
@@ -111,6 +124,9 @@ def _from_directory(base: str, path: Path) -> BaseModel:
     _refuse_adapter(path)
     _refuse_broken_weights(path)
     _refuse_broken_index(path)
+
+
+def _from_directory(base: str, path: Path) -> BaseModel:
     files = sorted({file for pattern in _WEIGHT_FILES for file in path.glob(pattern)})
     digest = hashlib.sha256()
     for file in files:
