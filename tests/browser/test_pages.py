@@ -106,6 +106,8 @@ def test_the_overview_prefers_a_comparison_to_a_lone_score(filled):
         replace(compared, name="demo-baseline", manifest=many),
     )
     assert newest_comparison([baseline, compared, lone]) is compared
+    later = [replace(compared, name=f"demo-{made_by}") for made_by in ("export", "gate")]
+    assert newest_comparison([compared, *later]) is compared
     assert newest_comparison([lone]) is lone
     assert newest_comparison([]) is None
 

@@ -50,14 +50,15 @@ def list_artifacts(artifacts: Sequence[Artifact]) -> list[dict[str, Any]]:
 def newest_comparison(artifacts: Sequence[Artifact]) -> Artifact | None:
     """Return the newest evaluation that compares arms, else the newest one, or None.
 
-    A sweep scores each of its models alone, and a baseline knows no finetuned model.
+    A sweep scores each of its models alone, a baseline knows no finetuned model, and what an export
+    or a gate compares are forms of one model, or two models without what prompting reaches.
     """
     evaluations = [artifact for artifact in artifacts if artifact.kind == "evaluations"]
     compared = [
         artifact
         for artifact in evaluations
         if len(artifact.manifest["config"].get("arms", [])) > 1
-        and not artifact.name.endswith("-baseline")
+        and not artifact.name.endswith(("-baseline", "-export", "-gate"))
     ]
     return next(reversed(compared or evaluations), None)
 
