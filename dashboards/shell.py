@@ -97,7 +97,8 @@ def open_workspace() -> tuple[Workspace, list[Artifact]]:
 def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
     """Return the artifact that the page's selector or its address names.
 
-    At first that is the newest; of evaluations the newest that compares arms.
+    At first that is the newest; of evaluations the newest that compares arms, of datasets the
+    newest that can be trained on.
     """
     workspace, artifacts = open_workspace()
     references = [a.ref for a in reversed(artifacts) if a.kind == kind]
@@ -115,8 +116,11 @@ def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
             st.query_params.clear()
             st.rerun()
         st.stop()
-    compared = newest_comparison(artifacts) if kind == "evaluations" else None
-    first = asked or (compared.ref if compared else references[0])
+    best = newest_comparison(artifacts) if kind == "evaluations" else None
+    if kind == "datasets":
+        of_kind = (a for a in reversed(artifacts) if a.kind == kind)
+        best = next((a for a in of_kind if is_prepared(a)), None)
+    first = asked or (best.ref if best else references[0])
     reference = st.selectbox(label, references, references.index(first), key=kind) or first
     # What was chosen of another artifact does not hold for this one. Where it is chosen on the
     # page, to forget that is not enough: the browser goes on showing and sending it.
@@ -135,6 +139,11 @@ def choose_artifact(kind: str, label: str) -> tuple[Workspace, Artifact]:
     except UserError as error:
         refuse("This artifact cannot be opened.", error)
         raise
+
+
+def is_prepared(dataset: Artifact) -> bool:
+    """Return whether a dataset has rows to train on: rows that were only scored have none."""
+    return (dataset.path / "train").is_dir()
 
 
 def begin_with(key: str, value: object) -> None:

@@ -17,6 +17,7 @@ from shell import (
     choose_artifact,
     choose_page,
     identity,
+    is_prepared,
     open_workspace,
     page_number,
     refuse,
@@ -258,17 +259,18 @@ def show_changes() -> None:
     """Show what differs from another version, and which rows marks have changed."""
     fixes = (read_json(artifact, "card.json") or {}).get("fixes") or {"applied": []}
     _, artifacts = open_workspace()
-    others = [a.ref for a in reversed(artifacts) if a.kind == "datasets" and a.ref != artifact.ref]
+    prepared = [a for a in artifacts if a.kind == "datasets" and is_prepared(a)]
+    others = [a.ref for a in reversed(prepared) if a.ref != artifact.ref]
     old, changed, counts = None, None, Counter[str]()
     if fixes["applied"]:
         counts[MARKED] = len(fixes["applied"])
-    if others:
+    if others and is_prepared(artifact):
         old, changed = show_comparison(others)
         counts.update(changed["change"].to_pylist())
         if not changed.num_rows:
             st.info("Both have the same rows, each in the same split.")
     else:
-        st.info("There is one version of one dataset: nothing to compare it with.")
+        st.info("There is no other dataset that was prepared: nothing to compare it with.")
     kinds = [kind for kind in CHANGE_NAMES if counts[kind]]
     if not kinds:
         return

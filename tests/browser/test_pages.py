@@ -447,6 +447,18 @@ def test_rows_are_marked_listed_and_followed(open_page, own, next_version):
     assert "corrected by ann; the files say: {&quot;colour&quot;" in page_html(app)
 
 
+def test_datasets_begin_with_one_that_can_be_trained_on(open_page, own):
+    workspace = Workspace(own)
+    scored = workspace.open("datasets/demo@v1").path / "test"
+    with workspace.draft("datasets", "demo-scored", "5" * 64) as draft:
+        shutil.copytree(scored, draft.path / "test")
+        draft.publish(config={}, resources={}, inputs=[], metrics={})
+    app = open_page(own, "dataset", view="Changes")
+    assert app.selectbox(key="datasets").value == "datasets/demo@v1"
+    app.button_group(key="view").set_value("Changes").run()
+    assert "nothing to compare it with" in app.info[0].value
+
+
 def test_long_answers_are_folded_with_their_marks(monkeypatch):
     monkeypatch.syspath_prepend(str(APP.parent))
     import theme
