@@ -273,7 +273,7 @@ def serve(config: TuneloopConfig, workspace: Workspace) -> Iterator[tuple[str, l
     """
     ModelError.refuse(contest.engine_problems(config))
     keys, own = keyring(config.serving), ""
-    refuse_exposed(config.serving, keys)
+    refuse_exposed(config.serving.host, keys)
     if keys:
         # The check of what is served needs a key as well, which ends with this process.
         own = secrets.token_hex(24)

@@ -213,7 +213,7 @@ def listen(serving: ServingConfig, keys: Keyring | None = None) -> Iterator[str]
         ResourceError: The port is taken, or Serve runs already.
         ConfigError: Other machines would reach the models without a key.
     """
-    refuse_exposed(serving, keyring(serving) if keys is None else keys)
+    refuse_exposed(serving.host, keyring(serving) if keys is None else keys)
     _refuse_running_serve()
     port = free_port(serving)
     # Its warnings are about queue lengths of replicas that still load.

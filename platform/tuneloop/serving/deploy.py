@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import Field
 from ray.serve import Application
 
+from tuneloop.compat.ray import serve_host
 from tuneloop.config import EngineName, Section, ServingConfig, VllmConfig
 from tuneloop.serving.app import (
     MODEL_CPUS,
@@ -19,7 +20,7 @@ from tuneloop.serving.app import (
     ServedModel,
     build_application,
 )
-from tuneloop.serving.keys import keyring
+from tuneloop.serving.keys import keyring, refuse_exposed
 
 _LOAD_S = 600  # the largest models of one machine are read in less
 
@@ -62,6 +63,9 @@ def application(arguments: DeployArguments) -> Application:
 
     Host and port are the config file's own `http_options`; keys are those of `api_keys_file` and of
     the environment variable TUNELOOP_API_KEY.
+
+    Raises:
+        ConfigError: The keys are wrong, or other machines would reach the models without one.
     """
     models = {
         name: ServedModel(Path(model.path), model.chat_template)
@@ -76,5 +80,8 @@ def application(arguments: DeployArguments) -> Application:
         vllm=arguments.vllm,
         api_keys_file=arguments.api_keys_file,
     )
+    keys, host = keyring(serving), serve_host()
+    if host is not None:
+        refuse_exposed(host, keys, "http_options.host", "api_keys_file")
     rollout = Rollout(arguments.drain_s, arguments.spare_replica, _LOAD_S)
-    return build_application(models, serving, options, keyring(serving), rollout)
+    return build_application(models, serving, options, keys, rollout)

@@ -125,22 +125,29 @@ def serving_problems(serving: ServingConfig) -> list[Problem]:
     """Return why `tuneloop serve` would not listen."""
     try:
         ring = keyring(serving)
-        refuse_exposed(serving, ring)
+        refuse_exposed(serving.host, ring)
     except ConfigError as error:
         return list(error.problems)
     return []
 
 
-def refuse_exposed(serving: ServingConfig, ring: Keyring) -> None:
-    """Raise ConfigError for an address that other machines reach, without a key."""
-    if ring or _is_loopback(serving.host):
+def refuse_exposed(
+    host: str, ring: Keyring, where: str = "serving.host", file: str = "serving.api_keys_file"
+) -> None:
+    """Raise ConfigError for an address that other machines reach, without a key.
+
+    Args:
+        where: The setting that names the address.
+        file: The setting that names a file of keys.
+    """
+    if ring or _is_loopback(host):
         return
     raise ConfigError.of(
         "other machines would reach the models, and no key is asked for",
-        where="serving.host",
-        got=serving.host,
+        where=where,
+        got=host,
         allowed="127.0.0.1, or any address with a key",
-        remedy=f"set serving.api_keys_file, or the environment variable {API_KEY_VARIABLE}",
+        remedy=f"set {file}, or the environment variable {API_KEY_VARIABLE}",
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 
 from tuneloop.config import ServingConfig
 from tuneloop.errors import ConfigError
+from tuneloop.serving import deploy
+from tuneloop.serving.deploy import DeployArguments, DeployedModel, application
 from tuneloop.serving.keys import ApiKey, Holder, Keyring, hash_of, keyring, serving_problems
 from tuneloop.serving.protocol import ProtocolError
 
@@ -98,3 +101,30 @@ def test_no_address_is_open_to_other_machines_without_a_key(
     assert not serving_problems(keys.model_copy(update={"host": "0.0.0.0"}))
     monkeypatch.setenv("TUNELOOP_API_KEY", "secret")
     assert not serving_problems(ServingConfig(host="0.0.0.0"))
+
+
+def test_a_deployed_application_is_not_open_to_other_machines_without_a_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = DeployArguments(models={"m": DeployedModel(path="/models/m")})
+    assert application(arguments), "Serve does not run here"
+    for host in ("127.0.0.1", "0.0.0.0", ""):
+        monkeypatch.setattr(deploy, "serve_host", lambda host=host: host)
+        if host == "127.0.0.1":
+            assert application(arguments)
+            continue
+        with pytest.raises(ConfigError) as caught:
+            application(arguments)
+        assert caught.value.problems[0].where == "http_options.host"
+    monkeypatch.setenv("TUNELOOP_API_KEY", "secret")
+    assert application(arguments)
+
+
+def test_serve_tells_its_controller_where_it_listens() -> None:
+    """Where this fails, `serve_host` has to ask otherwise."""
+    from ray.serve._private.controller import ServeController
+    from ray.serve.config import HTTPOptions
+
+    told = inspect.signature(ServeController.get_http_config, eval_str=True).return_annotation
+    assert told is HTTPOptions
+    assert HTTPOptions(host="0.0.0.0").host == "0.0.0.0"
