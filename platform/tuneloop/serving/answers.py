@@ -145,7 +145,7 @@ def completion_response(
         if request.logprobs is not None:
             num_top, start = request.logprobs, len(prompt.text) if request.echo else 0
             tokens = list(map(ScoredToken, result.token_ids, result.scores or ()))
-            offsets = TextOffsets(completion_decode(request, prompt, renderer), start)
+            offsets = TextOffsets(renderer, completion_decode(request, prompt, renderer), start)
             told = completion_logprobs(tokens, num_top, renderer, offsets)
             if request.echo:
                 before = prompt_logprobs(prompt, result.prompt_scores or (), num_top, renderer)
@@ -294,22 +294,28 @@ def chat_logprobs(tokens: Sequence[ScoredToken], renderer: Renderer) -> dict[str
 
 
 class TextOffsets:
-    """Where each token begins in a text.
+    """Where each token begins in a text; one that goes on with a character, where that begins.
 
     Args:
         decode: Ids to this text.
         start: Where the first begins.
     """
 
-    def __init__(self, decode: Decode, start: int = 0) -> None:
-        self._detokenizer = Detokenizer(decode)
-        self._end = start
+    def __init__(self, renderer: Renderer, decode: Decode, start: int = 0) -> None:
+        self._renderer, self._detokenizer = renderer, Detokenizer(decode)
+        self._start = self._end = start
+        self._num_held = 0
 
     def next(self, token_id: int) -> int:
         """Return where the next token begins."""
-        start = self._end
-        self._end += len(self._detokenizer.push(token_id))
-        return start
+        first = self._renderer.token_bytes(token_id)[:1]
+        # A character that no token goes on with is a sign of replacement of its own.
+        if not (self._num_held and b"\x80" <= first < b"\xc0"):
+            self._start = self._end + self._num_held
+        piece = self._detokenizer.push(token_id)
+        self._end += len(piece)
+        self._num_held = 0 if piece else len(self._detokenizer.held)
+        return self._start
 
 
 def prompt_logprobs(
@@ -322,7 +328,7 @@ def prompt_logprobs(
     """
     # Ids were given, and special tokens are left out; or a text, which stays as it is.
     kept = {index for index, name in renderer.special_names.items() if name in prompt.text}
-    offsets = TextOffsets(partial(renderer.decode_with, kept))
+    offsets = TextOffsets(renderer, partial(renderer.decode_with, kept))
     tokens = list(map(ScoredToken, prompt.token_ids, [None, *scores]))
     return completion_logprobs(tokens, num_top, renderer, offsets)
 

@@ -262,7 +262,7 @@ class _Choice:
         self._reader = asked.call_reader()
         self.calls: list[dict[str, Any]] = []
         self._tokens: list[ScoredToken] = []
-        self._offsets = TextOffsets(self._decode)
+        self._offsets = TextOffsets(self._renderer, self._decode)
         self._wants_logprobs = decoding.params.logprobs
 
     def push(self, token: ScoredToken) -> Said:
@@ -277,7 +277,7 @@ class _Choice:
     ) -> dict[str, Any]:
         """Return the log-probabilities of the prompt's tokens."""
         assert isinstance(self._request, CompletionRequest)
-        self._offsets = TextOffsets(self._decode, len(prompt.text))
+        self._offsets = TextOffsets(self._renderer, self._decode, len(prompt.text))
         return prompt_logprobs(prompt, scores, self._request.logprobs or 0, renderer)
 
     def finish(self, result: DecodeResult) -> Said:

@@ -39,6 +39,12 @@ class Detokenizer:
         self._start, self._num_sent = self._num_sent, len(self._ids)
         return now[len(before) :]
 
+    @property
+    def held(self) -> str:
+        """What the tokens that have given no text so far would be if nothing followed."""
+        before = self._decode(self._ids[self._start : self._num_sent])
+        return self._decode(self._ids[self._start :])[len(before) :]
+
 
 class StopFinder:
     """Watches for stop strings, at the cost of the newest text alone."""

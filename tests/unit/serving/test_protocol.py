@@ -15,7 +15,7 @@ from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params as response_params
 
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.serving.answers import event
+from tuneloop.serving.answers import TextOffsets, event
 from tuneloop.serving.app import _gpu_share
 from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.parsing import parse_chat, parse_completion, unknown_model
@@ -170,6 +170,18 @@ def test_pieces_join_to_the_whole_text(renderer: Renderer) -> None:
     pieces = [detokenizer.push(token) for token in ids]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_offsets_are_places_in_the_text_also_behind_broken_characters(renderer: Renderer) -> None:
+    (word,), (lead, rest) = renderer.text_ids(" list"), renderer.text_ids("é")
+    for ids, text, expected in (
+        ([lead, word, lead, rest, word], "\ufffd listé list", [0, 1, 6, 6, 7]),
+        ([lead, lead, word], "\ufffd\ufffd list", [0, 1, 2]),
+        ([lead, rest, lead, rest, lead], "éé\ufffd", [0, 0, 1, 1, 2]),
+    ):
+        offsets = TextOffsets(renderer, renderer.decode, 10)
+        assert renderer.decode(ids) == text
+        assert [offsets.next(token) - 10 for token in ids] == expected
 
 
 def test_streamed_text_holds_back_what_may_become_a_stop_string(renderer: Renderer) -> None:
