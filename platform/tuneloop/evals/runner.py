@@ -78,7 +78,7 @@ from tuneloop.records import Arm, SamplingParams
 _log = logging.getLogger("tuneloop.evals")
 STEP = "evaluate"
 # Raised when a change here or in metrics, error tags, intervals or report changes the results.
-CODE_VERSION = 37
+CODE_VERSION = 38
 
 
 def find_evaluation(

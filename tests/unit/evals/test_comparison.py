@@ -316,6 +316,17 @@ def test_missing_answers_are_shown_at_their_worst_and_best():
     assert pair["worst_case"] == pytest.approx({"low": 0.2, "high": 0.4})
 
 
+def test_a_missing_label_may_have_been_the_one_that_costs_most():
+    task = TaskConfig(type="classification", labels=["a", "b"])
+    truth = ["a"] * 4 + ["b"] * 4
+    scorer = Scorer(task, {}, primary="macro_f1")
+    (arm,) = summarise(
+        predictions("tuned", ["a"] * 4 + ["b"] * 3 + [None], truth, scorer), scorer, FAST
+    )["arms"]
+    # Named `a` where `b` is right: F1 of `a` is 8/9, of `b` 6/7.
+    assert arm["worst_case"] == pytest.approx({"low": (8 / 9 + 6 / 7) / 2, "high": 1.0})
+
+
 def test_rows_that_a_metric_says_nothing_of_are_no_wrong_answers():
     task = TaskConfig(type="generation")
     number = {"number": Metric("right number", kind="binary")}

@@ -21,7 +21,7 @@ from tuneloop.evals.reporting.actions import Action, Gain
 from tuneloop.evals.reporting.advice import Situation, advise
 from tuneloop.evals.reporting.error_analysis import Filter
 from tuneloop.evals.reporting.formatting import word_diff
-from tuneloop.evals.reporting.headline import describe_rows, write_headline
+from tuneloop.evals.reporting.headline import describe_rows, direction, write_headline
 from tuneloop.evals.reporting.history import history
 from tuneloop.evals.reporting.overview import describe_metrics, prompt_labels, tabulate, without_end
 from tuneloop.evals.reporting.report import render_report
@@ -202,6 +202,22 @@ def test_better_must_hold_if_the_missing_answers_are_wrong():
         == "Finetuning made no clear difference: too many answers are missing to tell"
     )
     assert "the finetuned model between 35.0% and 60.0%" in headline.detail
+
+
+def test_no_difference_must_hold_if_the_missing_answers_are_right():
+    evaluation = make_evaluation({"base": 40, "finetuned": 40})
+    name = evaluation.primary
+    told = {"value": 0.0, "low": -0.01, "high": 0.02, "p_adjusted": 1.0}
+
+    def said(worst_case, margin=None):
+        comparison = {**evaluation.comparison, "margin": margin}
+        pair = {"differences": {name: told}, "worst_case": worst_case}
+        return direction(replace(evaluation, comparison=comparison), pair, name)
+
+    assert said({"low": -0.01, "high": 0.03}) == "equal"
+    assert said({"low": -0.01, "high": 0.12}) == "unclear"
+    assert said({"low": -0.01, "high": 0.12}, margin=0.05) == "not_worse"
+    assert said({"low": -0.12, "high": 0.01}, margin=0.05) == "unclear"
 
 
 def test_answers_are_counted_in_their_clusters():

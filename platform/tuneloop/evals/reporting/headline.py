@@ -141,9 +141,9 @@ def direction(evaluation: Evaluation, pair: dict[str, Any], name: str) -> Direct
     """Return what the difference of two arms in a metric allows to say.
 
     `better` and `worse` need both the interval and the printed test (Holm's p-value where several
-    are read together), and must hold if every missing answer spoke against them. `equal` means
-    that all of the interval is below the margin, `not_worse` that a loss of `evaluation.margin` is
-    excluded; `unclear` that there are too few rows to tell. A loss within a margin that was set
+    are read together). `equal` means that all of the interval is below the margin, `not_worse` that
+    a loss of `evaluation.margin` is excluded; `unclear` that there are too few rows to tell. What
+    is said must hold if every missing answer spoke against it. A loss within a margin that was set
     does not matter: it is not `worse`.
     """
     difference, metric = pair["differences"][name], evaluation.metric(name)
@@ -160,12 +160,13 @@ def direction(evaluation: Evaluation, pair: dict[str, Any], name: str) -> Direct
         return "better"
     margin, is_set = margin_of(evaluation), evaluation.comparison.get("margin") is not None
     is_harmless = low > -margin and (worst is None or worst["low"] > -margin)
+    is_useless = high < margin and (worst is None or worst["high"] < margin)
     if is_set and is_harmless:
-        return "equal" if high < margin else "not_worse"
+        return "equal" if is_useless else "not_worse"
     if is_shown and high < 0 and (worst is None or worst["high"] < 0):
         return "worse"
     is_score = metric.kind != "number"
-    return "equal" if is_score and not is_set and is_harmless and high < margin else "unclear"
+    return "equal" if is_score and not is_set and is_harmless and is_useless else "unclear"
 
 
 def _lacks_answers(evaluation: Evaluation, pair: dict[str, Any]) -> bool:

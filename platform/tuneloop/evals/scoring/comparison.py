@@ -337,6 +337,17 @@ class LabelCounts:
         present = weights @ self._truth > 0
         return np.asarray((f1 * present).sum(axis=1) / present.sum(axis=1))
 
+    def least_macro_f1(self, num_wrong: int) -> float:
+        """Return the mean F1 over the labels if so many rows without a label had a wrong one.
+
+        Each names the label whose F1 falls most by it: no wrong answers can do more harm.
+        """
+        right = (self._truth * self._answers).sum(axis=0)
+        either = (self._truth + self._answers).sum(axis=0)
+        for _ in range(num_wrong):
+            either[np.argmax(right / either - right / (either + 1))] += 1
+        return float(np.mean(2 * right / either))
+
     def confusion(self) -> dict[str, dict[str, int]]:
         """Return how often each reference's label was answered with which; an empty name is an
         answer that names none."""
@@ -395,8 +406,9 @@ def _score_of_all(predictions: Sequence[Prediction], scorer: Scorer, missing: fl
             else replace(p, completion=p.reference if missing else "", samples=[])
             for p in predictions
         ]
+        lacking = 0 if missing else sum(p.status != "scored" for p in predictions)
         each = [LabelCounts(rows, scorer) for rows in by_model(filled).values()]
-        return float(np.mean([counts.macro_f1(np.ones((1, len(filled)))) for counts in each]))
+        return float(np.mean([counts.least_macro_f1(lacking) for counts in each]))
     return float(np.mean([p.scores.get(scorer.primary, missing) for p in predictions]))
 
 
