@@ -243,6 +243,12 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="session")
+def base(tiny_model: Path) -> BaseModel:
+    """The tiny model as a base."""
+    return BaseModel("tiny", tiny_model, "0" * 64, "none")
+
+
+@pytest.fixture(scope="session")
 def publish_sums() -> Callable[[Workspace, BaseModel], Artifact]:
     """Publish 37 rows for training and 5 for validation, as `prepare` would."""
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import chat_templates as written
+from chat_templates import WITH_TOOLS, renderer_of
 from tuneloop.models.chat.calls import Call, CallReader, CallSyntax, find_calls
 from tuneloop.models.chat.renderer import TEMPLATES, Renderer
 from tuneloop.records import Message
 from tuneloop.serving.constraint import Constraints
 from tuneloop.serving.requests import AnswerForm
-
-sys.path.insert(0, str(Path(__file__).parent))
-import chat_templates as written
-from test_chat_templates import WITH_TOOLS, renderer_of
 
 TURN = """\
 {%- if tools %}{{- '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' }}{% endif %}

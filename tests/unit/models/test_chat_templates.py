@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import chat_templates as written
+from chat_templates import WITH_TOOLS, renderer_of
 from tuneloop.errors import ModelError
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
 from tuneloop.records import Message
 
-sys.path.insert(0, str(Path(__file__).parent))
-import chat_templates as written
-
-WITH_TOOLS = ["qwen2.5", "qwen3", "llama3", "mistral", "granite"]
 TOOLS = [
     {
         "type": "function",
@@ -56,14 +53,6 @@ CALLS = [
 def make(family: str, tiny_model: Path) -> Renderer:
     template, special = written.FAMILIES[family]
     return renderer_of(template, special, tiny_model)
-
-
-def renderer_of(template: str, special: tuple[str, ...], tiny_model: Path) -> Renderer:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
-    tokenizer.eos_token = special[0]
-    tokenizer.bos_token = "<|endoftext|>"
-    return Renderer(tokenizer, template)
 
 
 def plainly(message: Message) -> dict[str, Any]:

@@ -17,15 +17,15 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from fuzzing import fuzzed
 from tuneloop.models.chat.renderer import Renderer
-from tuneloop.serving.answers import ScoredToken, chat_logprobs, event
+from tuneloop.serving.answers import event
 from tuneloop.serving.api import build_api
 from tuneloop.serving.keys import ApiKey, Keyring, hash_of
 from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.protocol import MAX_BODY_BYTES
 from tuneloop.serving.replica import ModelServer
-from tuneloop.serving.requests import QueueFull, TokenScore
-from tuneloop.serving.text import StreamedText
+from tuneloop.serving.requests import QueueFull
 
 CHAT: dict[str, Any] = {
     "model": "m",
@@ -33,7 +33,11 @@ CHAT: dict[str, Any] = {
     "max_tokens": 4,
     "temperature": 0,
 }
+
+
 TEXT: dict[str, Any] = {"model": "m", "prompt": "Return the", "max_tokens": 4, "temperature": 0}
+
+
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 
 
@@ -192,8 +196,14 @@ def test_what_would_cost_the_others_is_refused(
 
 
 LONG = "a" * 3_000_000
+
+
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
 ASKED: dict[str, Any] = {"model": "m", "input": "a"}
+
+
 NO_FORM = {"type": "json_schema", "name": "x", "schema": {"type": 3}}
 
 
@@ -516,61 +526,6 @@ def test_log_probabilities_of_a_streamed_chat(api: FastAPI) -> None:
     assert [item["logprob"] for item in sent] == pytest.approx([c["logprob"] for c in content])
 
 
-@pytest.mark.parametrize("text", ["Great! 🎉", "東京", "naïve", "ok ✅ <|im_end|>"])
-def test_bytes_of_split_characters_join_to_the_text(renderer: Renderer, text: str) -> None:
-    ids = renderer.tokenizer.encode(text)
-    assert b"".join(map(renderer.token_bytes, ids)) == text.encode()
-    report = chat_logprobs([ScoredToken(i, TokenScore(-1.0, ((i, -1.0),))) for i in ids], renderer)
-    for key in (lambda item: item, lambda item: item["top_logprobs"][0]):
-        joined = itertools.chain(*(key(item)["bytes"] for item in report["content"]))
-        assert bytes(joined) == text.encode()
-
-
-@pytest.fixture
-def falling_back(tmp_path: Path) -> Renderer:
-    """As of Llama 2 and Gemma: `▁` for a space, `<0x..>` for the bytes of what has no token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "▁a": 4}
-    vocabulary |= {f"<0x{byte:02X}>": 5 + byte for byte in range(256)}
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
-    fast.save_pretrained(tmp_path)
-    return Renderer.load(tmp_path, "plain")
-
-
-def test_bytes_of_vocabularies_that_fall_back_to_bytes(falling_back: Renderer) -> None:
-    text = "a a 🎉"
-    ids = falling_back.text_ids(text)
-    assert b"".join(map(falling_back.token_bytes, ids)) == text.encode()
-    assert falling_back.token_bytes(9999) == b""
-
-
-@pytest.mark.parametrize("ended", [True, False])
-@pytest.mark.parametrize(
-    "data", ["éあ🎉".encode(), "éあ🎉".encode() + b"\xff", b"\xe3\x81", b"\xff\xc3\xa9"]
-)
-def test_bytes_are_streamed_as_the_text_that_they_become(
-    falling_back: Renderer, data: bytes, ended: bool
-) -> None:
-    ids = [4, *(5 + byte for byte in data), *([3, 4] if ended else [])]
-    whole = falling_back.decode(ids)
-    streamed = StreamedText(falling_back.decode, [], falling_back.unsettled_ids)
-    pieces = [streamed.push(token) for token in ids]
-    assert "".join([*pieces, streamed.finish(whole)]) == whole
-    # A special token, which is left out, does not end a run of bytes.
-    ids.insert(2, 1)
-    streamed = StreamedText(falling_back.decode, [], falling_back.unsettled_ids)
-    assert "".join([*map(streamed.push, ids), streamed.finish(whole)]) == whole
-
-
 def test_stop_token_ids_end_an_answer(api: FastAPI) -> None:
     body = TEXT | {"max_tokens": 12, "return_token_ids": True, "temperature": 1, "seed": 3}
     ids = post(api, TEXTS, body)["choices"][0]["token_ids"]
@@ -668,111 +623,3 @@ def test_no_request_makes_the_server_fail(api: FastAPI) -> None:
     print(f"{number} requests in {time.perf_counter() - started:.1f} s: {statuses}")
     assert statuses[200] > number // 10
     assert statuses[400] > number // 10
-
-
-TEXTS_TO_TRY = [
-    "",
-    "a",
-    "What is it?",
-    "é🎉",
-    "<|im_end|>",
-    "\x00",
-    "\n\n",
-    "東京 " * 50,
-    "\u202e",
-    "0",
-]
-NUMBERS_TO_TRY = [0, 1, -1, 2, 0.5, 1e-40, 1e300, 10**25, -(2**63), 3, 599]
-ANYTHING = [None, True, False, [], {}, [[]], {"a": None}, "x", ["x"], [1], *NUMBERS_TO_TRY]
-
-
-def fuzzed(schema: dict[str, Any], chooser: random.Random) -> tuple[str, str, bytes]:
-    """Return a request: mostly as the schema says, then perhaps with something else in it."""
-    path = chooser.choice(sorted(schema["paths"]))
-    method, operation = chooser.choice(sorted(schema["paths"][path].items()))
-    url = path.replace("{name}", chooser.choice(["m", "x", "%00", "a%2Fb"]))
-    if "requestBody" not in operation:
-        return method.upper(), url, b""
-    kind = operation["requestBody"]["content"]["application/json"]["schema"]
-    body = example(kind, schema, chooser)
-    body["model"] = "m"
-    body["max_tokens"] = chooser.randrange(1, 4)
-    if "n" in body:
-        body["n"] = chooser.randrange(1, 4)
-    if chooser.random() < 0.4:
-        spoil(body, chooser)
-    content = json.dumps(body).encode()
-    if chooser.random() < 0.03:
-        content = content[: chooser.randrange(len(content))]
-    if chooser.random() < 0.03:
-        position = chooser.randrange(len(content) + 1)
-        content = content[:position] + chooser.randbytes(3) + content[position:]
-    return method.upper(), url, content
-
-
-def example(kind: Any, schema: dict[str, Any], chooser: random.Random) -> Any:
-    """Return a value that the schema allows, or nearly."""
-    if kind is True:
-        return chooser.choice([*ANYTHING, {"name": "f"}, {"name": "f", "parameters": {}}])
-    if "$ref" in kind:
-        return example(
-            schema["components"]["schemas"][kind["$ref"].split("/")[-1]], schema, chooser
-        )
-    if "anyOf" in kind:
-        return example(chooser.choice(kind["anyOf"]), schema, chooser)
-    if "enum" in kind:
-        return chooser.choice(kind["enum"])
-    if "const" in kind:
-        return kind["const"]
-    match kind.get("type"):
-        case "object" if "properties" in kind:
-            required = kind.get("required", ())
-            return {
-                name: example(field, schema, chooser)
-                for name, field in kind["properties"].items()
-                if name in required or chooser.random() < 0.25
-            }
-        case "object":
-            free = kind["additionalProperties"] is True
-            keys = [
-                chooser.choice(
-                    ["function", "name", "type"] if free else [str(n) for n in range(700)]
-                )
-                for _ in range(chooser.randrange(3))
-            ]
-            return {key: example(kind["additionalProperties"], schema, chooser) for key in keys}
-        case "array":
-            count = kind.get("minItems", 0) + chooser.randrange(4)
-            return [example(kind["items"], schema, chooser) for _ in range(count)]
-        case "integer":
-            low = kind.get("minimum", -3)
-            return chooser.randint(low, min(kind.get("maximum", 700), low + 700))
-        case "number":
-            low, high = kind.get("minimum", 0), kind.get("maximum", 2)
-            return chooser.choice([low, high, chooser.uniform(low, high), low + 1e-40])
-        case "boolean":
-            return chooser.random() < 0.5
-        case "null":
-            return None
-    return chooser.choice(TEXTS_TO_TRY)
-
-
-def spoil(value: Any, chooser: random.Random) -> None:
-    """Put something else somewhere into a body."""
-    while True:
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        if not keys:
-            return
-        key = chooser.choice(keys)
-        inner = value[key]
-        if isinstance(inner, dict | list) and inner and chooser.random() < 0.7:
-            value = inner
-            continue
-        match chooser.randrange(4):
-            case 0 if key != "max_tokens":
-                del value[key]
-            case 1 if isinstance(value, dict):
-                value[chooser.choice([*TEXTS_TO_TRY, "tools", "suffix"])] = chooser.choice(ANYTHING)
-            case _:
-                value[key] = chooser.choice([*ANYTHING, *TEXTS_TO_TRY])
-        return

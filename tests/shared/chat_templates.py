@@ -3,6 +3,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from tuneloop.models.chat.renderer import Renderer
+
+WITH_TOOLS = ["qwen2.5", "qwen3", "llama3", "mistral", "granite"]
+
 _HERMES_TOOLS = """\
 {%- macro described(tools) %}# Tools
 <tools>{% for tool in tools %}
@@ -206,3 +214,11 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"),
     ),
 }
+
+
+def renderer_of(template: str, special: tuple[str, ...], tiny_model: Path) -> Renderer:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.eos_token = special[0]
+    tokenizer.bos_token = "<|endoftext|>"
+    return Renderer(tokenizer, template)
