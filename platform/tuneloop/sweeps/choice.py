@@ -15,8 +15,12 @@ import numpy as np
 
 from tuneloop.config import OneTaskConfig
 from tuneloop.evals.scoring.clusters import Clusters
-from tuneloop.evals.scoring.comparison import describe_macro_f1
-from tuneloop.evals.scoring.estimates import describe_mean, scale_of
+from tuneloop.evals.scoring.comparison import LabelCounts, describe_macro_f1
+from tuneloop.evals.scoring.estimates import (
+    describe_mean,
+    describe_statistic_over_seeds,
+    scale_of,
+)
 from tuneloop.evals.scoring.intervals import Floats, Resampling
 from tuneloop.evals.scoring.metrics import OF_ALL_ROWS, Scorer
 from tuneloop.evals.scoring.results import Evaluation
@@ -123,6 +127,10 @@ def score_seeds(
         return score_trial(first, rows, metric, task)
     values, clusters = seeds_by_row(evaluations, rows, metric)
     if not values.size:  # a score of all answers together, such as macro-F1
+        if metric == OF_ALL_ROWS and task is not None:
+            told = _macro_f1_over_seeds(evaluations, rows, task)
+            if told is not None:
+                return told
         scores = [score_trial(one, rows, metric, task).value for one in evaluations]
         known = [score for score in scores if score is not None]
         return Score(sum(known) / len(known) if known else None)
@@ -134,6 +142,29 @@ def score_seeds(
         scatter,
     )
     return Score(estimate.value, estimate.low, estimate.high)
+
+
+def _macro_f1_over_seeds(
+    evaluations: Sequence[Evaluation], rows: Collection[str] | None, task: OneTaskConfig
+) -> Score | None:
+    """Return the mean macro-F1 of seeds over the rows that all answered; None if nothing varies."""
+    answered = [
+        {
+            p.example_id: p
+            for p in evaluation.predictions
+            if p.status == "scored" and (rows is None or p.example_id in rows)
+        }
+        for evaluation in evaluations
+    ]
+    common = [row for row in answered[0] if all(row in of_seed for of_seed in answered)]
+    if not common:
+        return None
+    scorer = Scorer(task, {})
+    each = [LabelCounts([of_seed[row] for row in common], scorer) for of_seed in answered]
+    clusters = Clusters.of([answered[0][row].cluster or row for row in common])
+    confidence = float(evaluations[0].metrics["confidence"])
+    told = describe_statistic_over_seeds([one.macro_f1 for one in each], [], clusters, confidence)
+    return None if told is None else Score.of(told)
 
 
 def choose(scores: Sequence[float | None], higher_is_better: bool) -> int | None:

@@ -44,7 +44,7 @@ from tuneloop.sweeps.results import (
 )
 from tuneloop.sweeps.tasks import task_curves, task_effects, train_rows_of
 
-CODE_VERSION = 17
+CODE_VERSION = 18
 
 
 def sweep(config: TuneloopConfig, workspace: Workspace) -> list[Published]:

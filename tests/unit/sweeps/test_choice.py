@@ -118,6 +118,33 @@ def test_macro_f1_and_bars_are_of_the_rows_that_all_trials_answered() -> None:
     assert bar.score == 0.75
 
 
+def test_macro_f1_of_several_seeds_has_an_interval() -> None:
+    task = OneTaskConfig(type="classification", labels=["a", "b"])
+    scorer = Scorer(task, {}, primary="macro_f1")
+
+    def of(*wrong: int) -> list[Evaluation]:
+        found = []
+        for num_wrong in wrong:
+            rows = [
+                Prediction(
+                    f"r{n:02d}", "only", "", own, "ba"[own == "b"] if n < num_wrong else own,
+                    "stop", 1, 1, 0.1, "scored", scores={"accuracy": float(n >= num_wrong)},
+                )
+                for n, own in enumerate("ab" * 40)
+            ]  # fmt: skip
+            told = summarise(rows, scorer, Resampling(num_resamples=200))
+            found.append(Evaluation("s", rows, told, {}))
+        return found
+
+    alike, apart = score_seeds(of(20, 20), task=task), score_seeds(of(4, 36), task=task)
+    # Of each seed it is the share of right answers, for both labels alike.
+    assert (alike.value, apart.value) == (pytest.approx(0.75), pytest.approx(0.75))
+    assert alike.low is not None
+    assert apart.low is not None
+    assert 0.6 < alike.low < 0.7
+    assert apart.low < 0.3
+
+
 def test_seeds_that_differ_widen_the_interval() -> None:
     calm = [evaluation([1.0] * 50 + [0.0] * 50) for _ in range(3)]
     wild = [evaluation([1.0] * ones + [0.0] * (100 - ones)) for ones in (20, 50, 80)]
