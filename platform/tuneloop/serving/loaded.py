@@ -81,7 +81,17 @@ class LoadedModel:
     def decode_request(
         self, request: ChatRequest | CompletionRequest, params: SamplingParams
     ) -> DecodeRequest:
-        """Return what to ask the engine for, but for the prompt."""
+        """Return what to ask the engine for, but for the prompt.
+
+        Raises:
+            InvalidRequest: It is to stop at a token that the model does not have.
+        """
+        size = self.engine.vocab_size
+        if any(token >= size for token in request.stop_token_ids or ()):
+            raise InvalidRequest(
+                f"`stop_token_ids` has a token id outside the vocabulary of {size}",
+                param="stop_token_ids",
+            )
         stop_ids = frozenset([*self.renderer.stop_ids, *(request.stop_token_ids or ())])
         return DecodeRequest(
             (), params, adapter=self.adapter, stop_ids=stop_ids, shaping=request.shaping()

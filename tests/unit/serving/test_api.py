@@ -183,6 +183,8 @@ def test_refusals_are_in_openais_shape(
         ({"stop": ["z"] * 100}, "stop", None),
         ({"logit_bias": {"9999": 1}}, "logit_bias", None),
         ({"logit_bias": {"x": 1}}, "logit_bias", None),
+        ({"stop_token_ids": [9999]}, "stop_token_ids", None),
+        ({"stop_token_ids": [9999], "stream": True}, "stop_token_ids", None),
     ],
 )
 def test_what_would_cost_the_others_is_refused(
