@@ -230,7 +230,11 @@ def test_a_gguf_of_llama_3_keeps_how_its_positions_are_scaled(
     divisors = (frequencies[0] / frequencies[1]).numpy()
     assert divisors.max() == 8
     more = {"rope_freqs.weight": divisors}
-    base = resolve_base(str(write_gguf(tiny_model, tmp_path / "tiny.gguf", more=more)))
+    file = write_gguf(tiny_model, tmp_path / "tiny.gguf", more=more)
+    base = resolve_base(str(file))
+    # What an earlier version made of the same file had other positions.
+    assert base.fingerprint != hashlib.sha256(file.read_bytes()).hexdigest()
+    assert resolve_base(str(file)) == base
     found = AutoModelForCausalLM.from_pretrained(base.path)
     torch.testing.assert_close(found.model.rotary_emb.inv_freq, frequencies[1])
     batch = torch.arange(3, 60)[None]

