@@ -74,6 +74,10 @@ class _InputText(StrictBody):
     logprobs: list[Any] | None = None
 
 
+def _text(content: str | list[_InputText]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
 class _InputMessage(StrictBody):
     """One turn, also one that was answered here."""
 
@@ -83,10 +87,6 @@ class _InputMessage(StrictBody):
     id: str | None = None
     status: str | None = None
     phase: str | None = None
-
-    def text(self) -> str:
-        content = self.content
-        return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class _InputCall(StrictBody):
@@ -105,7 +105,7 @@ class _InputResult(StrictBody):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str
+    output: str | Annotated[list[_InputText], Field(max_length=MAX_PARTS, fail_fast=True)]
     id: str | None = None
     status: str | None = None
 
@@ -215,10 +215,10 @@ class ResponsesRequest(StrictBody):
             return [*messages, {"role": "user", "content": self.input}]
         for item in self.input:
             if isinstance(item, _InputMessage):
-                messages.append({"role": item.role, "content": item.text()})
+                messages.append({"role": item.role, "content": _text(item.content)})
             elif isinstance(item, _InputResult):
-                result = {"role": "tool", "tool_call_id": item.call_id, "content": item.output}
-                messages.append(result)
+                said = _text(item.output)
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": said})
             else:
                 # What was said and called in one turn stands in several items.
                 if not messages or messages[-1]["role"] != "assistant":
@@ -235,11 +235,20 @@ def parse_responses(body: dict[str, Any]) -> ResponsesRequest:
     Raises:
         ProtocolError: 400, with the first field that is wrong.
     """
+    if isinstance(items := body.get("input"), list):
+        body = {**body, "input": list(map(_without_null, items))}
     request = parse_body(ResponsesRequest, body, _NEUTRAL, _IGNORED)
     form = request.text.format
     if (form.type == "json_schema") != (form.schema_ is not None):
         raise ProtocolError(400, "`text.format.schema` belongs to the type json_schema", "text")
     return request
+
+
+def _without_null(item: object) -> object:
+    """Return an item without the fields that say nothing, which clients send back as they come."""
+    if not isinstance(item, dict):
+        return item
+    return {name: value for name, value in item.items() if value is not None}
 
 
 class _Answer:

@@ -219,6 +219,10 @@ def test_calls_and_forms_in_the_responses_protocol(client: openai.OpenAI) -> Non
     assert again.usage is not None
     assert whole.usage is not None
     assert again.usage.input_tokens > whole.usage.total_tokens
+    # As kept in a file, with every field that is null; and a result in parts.
+    parts = [{"type": "input_text", "text": "do"}, {"type": "input_text", "text": "ne"}]
+    kept = [back[0], call.model_dump(), {**result, "output": parts, "status": None}]
+    assert client.responses.create(**{**short, "input": kept}).usage == again.usage
     form = {"type": "json_schema", "name": "it", "schema": {"enum": ["yes", "no"]}}
     bound = client.responses.create(model="t", input="a", text={"format": form})
     assert json.loads(bound.output_text) in ("yes", "no")
