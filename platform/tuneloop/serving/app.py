@@ -224,10 +224,15 @@ def listen(serving: ServingConfig, keys: Keyring | None = None) -> Iterator[str]
             http_options={"host": serving.host, "port": port},
             logging_config=_QUIET,
         )
-        reached = "127.0.0.1" if serving.host in ("0.0.0.0", "") else serving.host
-        yield f"http://{reached}:{port}/v1"
+        yield _base_url(serving.host, port)
     finally:
         ray_serve.shutdown()
+
+
+def _base_url(host: str, port: int) -> str:
+    """Return where this machine reaches a server that listens at a host."""
+    reached = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}/v1"
 
 
 def host(

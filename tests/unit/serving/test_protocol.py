@@ -16,7 +16,7 @@ from openai.types.responses import response_create_params as response_params
 
 from tuneloop.models.chat.renderer import Renderer
 from tuneloop.serving.answers import TextOffsets, event
-from tuneloop.serving.app import _gpu_share
+from tuneloop.serving.app import _base_url, _gpu_share
 from tuneloop.serving.loaded import ServedModel
 from tuneloop.serving.parsing import parse_chat, parse_completion, unknown_model
 from tuneloop.serving.protocol import ChatRequest, CompletionRequest, ProtocolError
@@ -154,6 +154,12 @@ def test_each_parameter_of_openais_client_is_known(
             codes[error.param] = error.code
     assert set(codes.values()) == {"unsupported_parameter"}, codes
     assert codes.keys() >= {CHATS: {"audio"}, TEXTS: {"suffix"}, RESPONSES: {"prompt"}}[kind]
+
+
+def test_an_address_of_the_newer_protocol_stands_in_brackets() -> None:
+    hosts = ("127.0.0.1", "0.0.0.0", "", "::", "::1", "machine.example")
+    reached = ("127.0.0.1", "127.0.0.1", "127.0.0.1", "[::1]", "[::1]", "machine.example")
+    assert [_base_url(host, 80) for host in hosts] == [f"http://{one}:80/v1" for one in reached]
 
 
 def test_text_parts_are_joined() -> None:
