@@ -487,10 +487,12 @@ class Renderer:
             answer: With the turns behind it.
             following: What the next turn says; empty where there is none.
         """
+        said = following.strip()
+        if not said:
+            return
         names = self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))
         stop = min((at for name in names if (at := answer.find(name)) >= 0), default=len(answer))
-        said = following.strip()
-        if said and said in answer[:stop] and said not in answer[stop:]:
+        if said in answer[:stop] and said not in answer[stop:]:
             raise RenderError("the chat template ends an answer or a call without a stop token")
 
     def _encode_pieces(self, pieces: Sequence[_Piece], escapes: Escapes) -> list[list[int]]:
