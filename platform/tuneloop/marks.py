@@ -7,6 +7,7 @@ same when a mark changes the row's answer, so one mark holds for every version o
 from __future__ import annotations
 
 import json
+import unicodedata
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -146,9 +147,10 @@ def _verdict(own: Sequence[Mark], unused: dict[str, str]) -> Fix | None:
     newest: dict[str, Mark] = {}
     for mark in own:
         if mark.kind in _VERDICTS:
-            if mark.reviewer in newest:
-                unused[newest[mark.reviewer].uid] = f"{mark.reviewer} has marked the row again"
-            newest[mark.reviewer] = mark
+            name = plain_name(mark.reviewer)
+            if name in newest:
+                unused[newest[name].uid] = f"{mark.reviewer} has marked the row again"
+            newest[name] = mark
     asked: dict[tuple[str, str], list[Mark]] = {}
     for mark in newest.values():
         if mark.kind == "bad_reference" and not mark.answer.strip():
@@ -175,7 +177,8 @@ def _verdict(own: Sequence[Mark], unused: dict[str, str]) -> Fix | None:
 def _accepted(own: Sequence[Mark], is_dropped: bool, unused: dict[str, str]) -> dict[str, Mark]:
     """Return, by answer, the first mark that accepts it; note why others come to nothing."""
     accepted: dict[str, Mark] = {}
-    taken_back = {mark.reviewer: index for index, mark in enumerate(own) if mark.kind == "fine"}
+    fine = ((index, mark) for index, mark in enumerate(own) if mark.kind == "fine")
+    taken_back = {plain_name(mark.reviewer): index for index, mark in fine}
     for index, mark in enumerate(own):
         answer = mark.answer.strip()
         if mark.kind != "accept":
@@ -184,13 +187,18 @@ def _accepted(own: Sequence[Mark], is_dropped: bool, unused: dict[str, str]) -> 
             unused[mark.uid] = "without an answer there is nothing to accept"
         elif is_dropped:
             unused[mark.uid] = "the row is dropped"
-        elif index < taken_back.get(mark.reviewer, -1):
+        elif index < taken_back.get(plain_name(mark.reviewer), -1):
             unused[mark.uid] = f"{mark.reviewer} has marked the row again"
         elif answer in accepted:
             unused[mark.uid] = f"{accepted[answer].reviewer} has accepted the same answer"
         else:
             accepted[answer] = mark
     return accepted
+
+
+def plain_name(reviewer: str) -> str:
+    """Return a name that is the same however a person writes it: case, spaces, Unicode forms."""
+    return unicodedata.normalize("NFKC", " ".join(reviewer.split())).casefold()
 
 
 def write_marks(marks: Iterable[Mark], path: Path) -> None:

@@ -30,6 +30,14 @@ def test_the_newest_mark_of_a_reviewer_counts() -> None:
     assert len(taken_back.unused) == 3
 
 
+def test_a_name_in_another_spelling_is_the_same_reviewer() -> None:
+    # As files of marks from two systems have it: é as one sign, and as two.
+    marks = [mark("bad_row", "Jos\u00e9"), mark("bad_reference", "jose\u0301 ", "42")]
+    assert decide(marks).fixes == [("correct", "r1", ("42",), (marks[1],))]
+    accepted = [mark("accept", "Jos\u00e9", "43"), mark("fine", "Jose\u0301")]
+    assert decide(accepted).fixes == []
+
+
 def test_reviewers_who_agree_are_all_named_and_those_who_do_not_change_nothing() -> None:
     agreed = [mark("bad_reference", name, "42") for name in ("ann", "bob")]
     (fix,) = decide(agreed).fixes

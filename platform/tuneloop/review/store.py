@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import unicodedata
 from collections.abc import Callable, Collection
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
@@ -25,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
 from tuneloop.errors import ArtifactError, Problem
-from tuneloop.marks import Mark
+from tuneloop.marks import Mark, plain_name
 from tuneloop.review.given import GivenAdvice
 from tuneloop.review.verdicts import Verdict
 
@@ -225,11 +224,8 @@ def _as_stored(connection: sa.Connection, reviewer: str) -> str:
         stored += connection.scalars(names.order_by(sa.func.min(table.c.id)))
     if reviewer in stored:
         return reviewer
-    return next((name for name in stored if _plain(name) == _plain(reviewer)), reviewer)
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFKC", " ".join(name.split())).casefold()
+    typed = plain_name(reviewer)
+    return next((name for name in stored if plain_name(name) == typed), reviewer)
 
 
 def has_store(workspace: str | Path) -> bool:
