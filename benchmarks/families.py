@@ -211,7 +211,7 @@ def make_model(family: str, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from tuneloop.models.chat.renderer import TEMPLATES
+    from tuneloop.models.chat.own_templates import TEMPLATES
 
     kind = family.partition(" ")[0]
     blank = AutoConfig.for_model(kind)

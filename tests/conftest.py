@@ -74,7 +74,7 @@ def make_tokenizer(vocab_size: int = 600):  # type: ignore[no-untyped-def]
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    from tuneloop.models.chat.renderer import TEMPLATES
+    from tuneloop.models.chat.own_templates import TEMPLATES
 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

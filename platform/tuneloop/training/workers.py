@@ -21,7 +21,7 @@ from tuneloop.artifacts import Draft
 from tuneloop.config import TuneloopConfig, grad_accum_steps, micro_batch_size
 from tuneloop.errors import ResourceError, UserError, find_user_error
 from tuneloop.models.bases.source import BaseModel
-from tuneloop.models.chat.renderer import template_from_root
+from tuneloop.models.chat.own_templates import template_from_root
 from tuneloop.training.checkpoint import newest_complete
 from tuneloop.training.deepspeed_engine import Execution
 from tuneloop.training.dry_run import dry_run, stage_of

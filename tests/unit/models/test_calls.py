@@ -11,7 +11,8 @@ import pytest
 import chat_templates as written
 from chat_templates import WITH_TOOLS, renderer_of
 from tuneloop.models.chat.calls import Call, CallReader, CallSyntax, find_calls
-from tuneloop.models.chat.renderer import TEMPLATES, Renderer
+from tuneloop.models.chat.own_templates import TEMPLATES
+from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message
 from tuneloop.serving.constraint import Constraints
 from tuneloop.serving.requests import AnswerForm

@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tuneloop.errors import ModelError
-from tuneloop.models.chat.renderer import TEMPLATES, Renderer
+from tuneloop.models.chat.own_templates import TEMPLATES
+from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.export.ollama import modelfile
 
 DEFAULT_SYSTEM = (

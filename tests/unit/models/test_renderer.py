@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from tuneloop.errors import ModelError
-from tuneloop.models.chat.renderer import TEMPLATES, Renderer
+from tuneloop.models.chat.own_templates import TEMPLATES
+from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
 from tuneloop.records import Message
 
@@ -149,14 +150,14 @@ def test_a_tokenizer_that_adds_bos_gets_it_from_the_template_once(tiny_model: Pa
     from tokenizers import processors
     from transformers import AutoTokenizer
 
-    from tuneloop.models.chat.renderer import _template
+    from tuneloop.models.chat.own_templates import chosen_template
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    renderer = Renderer(tokenizer, _template(tokenizer, "alpaca"))
+    renderer = Renderer(tokenizer, chosen_template(tokenizer, "alpaca"))
     ids = renderer.prompt_ids(TURNS[:2])
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids[0] == tokenizer.bos_token_id

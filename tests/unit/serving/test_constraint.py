@@ -16,7 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tuneloop.models.chat.renderer import TEMPLATES, Renderer
+from tuneloop.models.chat.own_templates import TEMPLATES
+from tuneloop.models.chat.renderer import Renderer
 from tuneloop.records import Message
 from tuneloop.serving.constraint import Constraints
 from tuneloop.serving.parsing import parse_chat

@@ -14,7 +14,8 @@ import numpy as np
 
 from tuneloop.data.hashing.columns import Indices
 from tuneloop.data.schema import ReasonCode, Rejection, Stage
-from tuneloop.models.chat.renderer import Renderer, template_from_root
+from tuneloop.models.chat.own_templates import template_from_root
+from tuneloop.models.chat.renderer import Renderer
 from tuneloop.models.chat.template import RenderError
 from tuneloop.models.chat.tokenizer_backends import BackendChoice, FastTokenizer, choose_backend
 from tuneloop.records import Message, Sample
