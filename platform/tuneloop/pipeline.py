@@ -31,6 +31,8 @@ from tuneloop.config import (
     TuneloopConfig,
 )
 from tuneloop.contest import Contest
+from tuneloop.data.labels import resolve_labels
+from tuneloop.data.scored_rows import prepare_scored_rows
 from tuneloop.errors import ConfigError, ModelError
 from tuneloop.evals.scoring.harness import make_environment
 from tuneloop.evals.scoring.judging import Judging
@@ -60,8 +62,6 @@ class Trained(NamedTuple):
 
 def with_labels(config: TuneloopConfig) -> TuneloopConfig:
     """Return the configuration with the labels of its classifications: see `resolve_labels`."""
-    from tuneloop.data.labels import resolve_labels
-
     labelled = resolve_labels(config)
     for notice in labelled.notices:
         _tell_once(notice.what, notice.got)
@@ -210,8 +210,6 @@ def evaluate_named(
         rows: The dataset whose held-out rows are answered, for arms that need no other. Default:
             as the configuration says.
     """
-    from tuneloop.data.scored_rows import prepare_scored_rows
-
     ConfigError.refuse(contest.arm_problems(config, workspace))
     _make_environment(config)
     config = with_labels(config)
