@@ -48,6 +48,8 @@ CSS = """
 /* The theme's blue on its own tint is 3.5 : 1 in the dark. */
 [data-testid="stButtonGroup"] [data-selected],
 [data-testid="stButtonGroup"] [data-selected] * { color: inherit !important; }
+/* So is the label of what is open. */
+[data-testid="stPopoverButton"][aria-expanded="true"] { color: inherit; }
 /* Where the keyboard is: Streamlit marks these by a change of colour that is hard to see. */
 [data-testid="stSidebarNavLink"]:focus-visible, [data-testid^="stPageLink"]:focus-visible,
 [data-testid="stBaseButton-elementToolbar"]:focus-visible,

@@ -172,8 +172,14 @@ def offer_test_row(turn: dict[str, Any], task: str) -> None:
     file = kept_rows_file(location, task)
     with st.popover("Save as a test row", type="tertiary"):
         st.html(theme.labelled("Question", theme.text(turn["question"])))
-        said = next((reply["text"] for reply in turn["answers"].values()), "")
-        right = st.text_area("Right answer", said, key=f"right {turn['number']}") or ""
+        said = {model: reply["text"] for model, reply in turn["answers"].items()}
+        model = next(reversed(said), "")
+        if len(said) > 1:
+            model = st.selectbox("Begin with the answer of", said, len(said) - 1) or model
+        right = (
+            st.text_area("Right answer", said.get(model, ""), key=f"right {turn['number']} {model}")
+            or ""
+        )
         name = reviewer_name()
         if not name:
             name = st.text_input("Your name", placeholder="stored with the row", max_chars=80,

@@ -621,6 +621,9 @@ def test_an_answer_of_the_playground_is_saved_as_a_test_row(open_page, own, parr
     app.switch_page("views/playground.py").run()
     app.text_input(key="url").set_value(parrots).run()
     app.chat_input[0].set_value("Hello there").run()
+    (begun,) = (box for box in app.selectbox if box.label == "Begin with the answer of")
+    assert begun.value == "quiet"
+    begun.set_value("loud").run()
     (right,) = (area for area in app.text_area if area.label == "Right answer")
     assert right.value.strip() == "HELLO THERE"
     right.set_value("Hello back")
