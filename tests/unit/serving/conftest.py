@@ -47,7 +47,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             "t": ServedModel(tiny_model, "chatml_tools"),
             "thinking": ServedModel(tiny_model, str(thinking)),
         }
-        server = ModelServer(models, max_batch_size=4)
+        server = ModelServer(models, max_batch_size=4, waits=True)
         yield server
         server._loading.result()["m"].engine.close()
 
