@@ -34,6 +34,7 @@ class MarkedRow(NamedTuple):
         said: What a model answered; empty on pages of data.
         kinds: Marks that make sense for it.
         task: Its task in a mixture.
+        suggested: The right answer that the form begins with; the data's if empty.
     """
 
     row_id: str
@@ -41,6 +42,7 @@ class MarkedRow(NamedTuple):
     kinds: tuple[MarkKind, ...]
     said: str = ""
     task: str = ""
+    suggested: str = ""
 
 
 class Marking:
@@ -157,7 +159,7 @@ def ask(marking: Marking, row: MarkedRow) -> None:
     answer = ""
     if kind in WITH_ANSWER:
         labels = marking.labels(row)
-        start = row.said if kind == "accept" else row.answer
+        start = row.said if kind == "accept" else row.suggested or row.answer
         if labels:
             options = list(labels)
             place = options.index(start) if start in options else None

@@ -1,4 +1,4 @@
-"""A dataset's card, its rows, the rows that were removed, conflicts, and what changed."""
+"""A dataset's card and rows, removed rows, conflicts, doubtful labels, and what changed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 import streamlit as st
+from pydantic import ValidationError
 
 import theme
 from exporting import export_buttons
@@ -24,10 +25,16 @@ from shell import (
     show_origin,
 )
 from tuneloop.artifacts import Artifact
+from tuneloop.config import TaskConfig
 from tuneloop.data.diff import changed_rows, diff_datasets
 from tuneloop.data.schema import SPLITS
 from tuneloop.errors import UserError
 from tuneloop.evals.reporting.overview import read_card, read_json
+from tuneloop.evals.scoring.doubtful import (
+    DoubtfulLabel,
+    classification_tasks,
+    find_doubtful_labels,
+)
 from tuneloop.marks import FIX_LABELS, MarkKind
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.records import Message
@@ -48,6 +55,7 @@ WITHOUT_ANSWER: tuple[MarkKind, ...] = ("bad_row", "more_like_this", "fine", "no
 MARKED = "marked"
 CHANGE_NAMES = {MARKED: "Changed by marks", "added": "New", "gone": "Gone", "moved": "Moved"}
 CARD, REMOVED, CONFLICTS, CHANGES = "Card", "Removed rows", "Conflicts", "Changes"
+DOUBTFUL = "Doubtful labels"
 
 
 @st.cache_resource(max_entries=8)
@@ -71,6 +79,11 @@ def load_conflicts(
     made: str, page: int, _query: Query, by_task: bool
 ) -> tuple[list[list[dict[str, Any]]], int]:
     return conflicts(_query, page, PAGE_SIZE, by_task)
+
+
+@st.cache_resource(max_entries=2, show_spinner="Asking the other rows about each label")
+def load_doubtful(made: str, _artifact: Artifact, _task: TaskConfig) -> list[DoubtfulLabel]:
+    return find_doubtful_labels(_artifact, _task)
 
 
 def query_of(folder: str) -> Query | None:
@@ -334,6 +347,45 @@ def show_comparison(others: list[str]) -> tuple[Artifact, Any]:
     return old, changed
 
 
+def show_doubtful(task: TaskConfig) -> None:
+    """Show the train rows whose labels the other rows deny, the most doubtful first."""
+    found = load_doubtful(identity(artifact), artifact, task)
+    marked = sum(bool(marking.chips(doubt.row.row_id)) for doubt in found)
+    st.caption(
+        f"{len(found):,} train rows have a label that a classifier of the other rows does not give "
+        f"them; {marked:,} of them are marked. The surest come first: read from the top, and stop "
+        "where the labels are right."
+    )
+    page_number(artifact.ref, DOUBTFUL)
+    start = (choose_page(len(found), PAGE_SIZE) - 1) * PAGE_SIZE
+    for number, doubt in enumerate(found[start : start + PAGE_SIZE], 1):
+        row = doubt.row
+        chips = [theme.chip(row.source), *marking.chips(row.row_id)]
+        asked = (turn for turn in row.messages[:-1] if turn.role != "system")
+        body = "".join(theme.labelled(turn.role, theme.folded(turn.text)) for turn in asked)
+        body += theme.sides(
+            [
+                theme.labelled("The row's label", theme.text(doubt.given)),
+                theme.labelled(
+                    f"The other rows say, {doubt.other_probability:.0%} against "
+                    f"{doubt.given_probability:.0%}",
+                    theme.text(doubt.other),
+                ),
+            ]
+        )
+        with st.container(border=True, gap="xsmall"):
+            st.html(
+                f'<div class="tl-head"><b>{html.escape(row.row_id)}</b>{"".join(chips)}</div>{body}'
+            )
+            item = MarkedRow(
+                row.row_id, doubt.given, kinds_of("train"), task=row.task, suggested=doubt.other
+            )
+            with st.container(horizontal=True, vertical_alignment="center"):
+                marking.button(item, number)
+                st.page_link("views/lineage.py", label="Follow", query_params={"id": row.row_id})
+            marking.form(item)
+
+
 def show_fix(item: dict[str, Any]) -> None:
     """Show a row that marks have changed: what the files say, what it says now, and by whom."""
     chips = [theme.chip(item["source"]), theme.chip(item["side"])]
@@ -382,7 +434,13 @@ splits = [side.folder for side in SPLITS if (artifact.path / side.folder).is_dir
 folders = {f"{name.capitalize()} rows": name for name in splits}
 if any((artifact.path / "removed").glob("*.parquet")):
     folders[REMOVED] = "removed"
-views = [CARD, *folders, CONFLICTS, CHANGES]
+try:
+    labelled = TaskConfig.model_validate(artifact.manifest["config"].get("task"))
+except ValidationError:  # of another version
+    labelled = None
+if labelled and not (is_prepared(artifact) and classification_tasks(labelled)):
+    labelled = None
+views = [CARD, *folders, CONFLICTS, *[DOUBTFUL] * bool(labelled), CHANGES]
 view = st.segmented_control(
     "View", views, default=CARD, key="view", required=True, label_visibility="collapsed",
     bind="query-params",
@@ -395,6 +453,8 @@ try:
         show_conflicts()
     elif view == CHANGES:
         show_changes()
+    elif view == DOUBTFUL and labelled:
+        show_doubtful(labelled)
     else:
         card = read_card(artifact)
         with st.container(border=True):

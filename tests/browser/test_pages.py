@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -10,6 +11,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tuneloop.artifacts import Workspace
@@ -457,6 +460,38 @@ def test_datasets_begin_with_one_that_can_be_trained_on(open_page, own):
     assert app.selectbox(key="datasets").value == "datasets/demo@v1"
     app.button_group(key="view").set_value("Changes").run()
     assert "nothing to compare it with" in app.info[0].value
+
+
+def test_a_doubtful_label_is_corrected_to_what_the_others_say(open_page, own):
+    rows = [
+        {"row_id": f"{index:02}", "source": f"rows.csv:{index}", "messages": [
+            {"role": "user", "content": f"{said} the {room}"},
+            {"role": "assistant", "content": label},
+        ]}
+        for index, (room, (said, label)) in enumerate(
+            itertools.product(
+                ["kitchen", "garden", "cellar", "attic", "garage", "hall", "office", "porch"],
+                [("switch on", "lights"), ("play music in", "music"), ("warm up", "heating")],
+            )
+        )
+    ]  # fmt: skip
+    rows[7]["messages"][1]["content"] = "heating"
+    task = {"type": "classification", "labels": ["lights", "music", "heating"]}
+    with Workspace(own).draft("datasets", "rooms", "6" * 64) as draft:
+        (draft.path / "train").mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), draft.path / "train" / "part-0.parquet")
+        draft.publish(config={"task": task}, resources={}, inputs=[], metrics={})
+    app = open_page(own, "dataset")
+    app.selectbox(key="datasets").set_value("datasets/rooms@v1").run()
+    app.button_group(key="view").set_value("Doubtful labels").run()
+    assert re.findall(r"<b>(\d\d)</b>", page_html(app)) == ["07"]
+    button(app, "Mark").click().run()
+    assert app.selectbox(key="label bad_reference 07").value == "music"
+    app.text_input(key="marker").set_value("ann").run()
+    button(app, "Store the mark").click().run()
+    assert "ann: the answer is wrong" in page_html(app)
+    (mark,) = ReviewStore(own).marks("rooms")
+    assert (mark.row_id, mark.kind, mark.answer) == ("07", "bad_reference", "music")
 
 
 def test_long_answers_are_folded_with_their_marks(monkeypatch):
