@@ -363,14 +363,11 @@ def show_doubtful(task: TaskConfig) -> None:
         chips = [theme.chip(row.source), *marking.chips(row.row_id)]
         asked = (turn for turn in row.messages[:-1] if turn.role != "system")
         body = "".join(theme.labelled(turn.role, theme.folded(turn.text)) for turn in asked)
+        surer = f"{doubt.other_probability:.0%} against {doubt.given_probability:.0%}"
         body += theme.sides(
             [
-                theme.labelled("The row's label", theme.text(doubt.given)),
-                theme.labelled(
-                    f"The other rows say, {doubt.other_probability:.0%} against "
-                    f"{doubt.given_probability:.0%}",
-                    theme.text(doubt.other),
-                ),
+                theme.box("The row's label", [], theme.text(doubt.given)),
+                theme.box("The other rows say", [theme.chip(surer)], theme.text(doubt.other)),
             ]
         )
         with st.container(border=True, gap="xsmall"):
