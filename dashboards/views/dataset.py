@@ -35,6 +35,7 @@ from tuneloop.evals.scoring.doubtful import (
     classification_tasks,
     find_doubtful_labels,
 )
+from tuneloop.evals.scoring.simple import MOST_ROWS
 from tuneloop.marks import FIX_LABELS, MarkKind
 from tuneloop.models.bases.source import resolve_base
 from tuneloop.records import Message
@@ -351,10 +352,12 @@ def show_doubtful(task: TaskConfig) -> None:
     """Show the train rows whose labels the other rows deny, the most doubtful first."""
     found = load_doubtful(identity(artifact), artifact, task)
     marked = sum(bool(marking.chips(doubt.row.row_id)) for doubt in found)
+    num_rows = artifact.manifest["metrics"].get("num_train_rows", 0)
+    of_all = f" of the first {MOST_ROWS:,}" if num_rows > MOST_ROWS else ""
     st.caption(
-        f"{len(found):,} train rows have a label that a classifier of the other rows does not give "
-        f"them; {marked:,} of them are marked. The surest come first: read from the top, and stop "
-        "where the labels are right."
+        f"{len(found):,} train rows{of_all} have a label that a classifier of the other rows does "
+        f"not give them; {marked:,} of them are marked. The surest come first: read from the top, "
+        "and stop where the labels are right."
     )
     page_number(artifact.ref, DOUBTFUL)
     start = (choose_page(len(found), PAGE_SIZE) - 1) * PAGE_SIZE

@@ -471,3 +471,33 @@ def parrots() -> Iterator[str]:
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
     server.should_exit = True
     thread.join(20)
+
+
+@pytest.fixture
+def open_page(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("streamlit", reason="the dashboard needs `pip install tuneloop[dashboard]`")
+    from streamlit.testing.v1 import AppTest
+
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    # As `streamlit run` does.
+    monkeypatch.syspath_prepend(str(APP.parent))
+
+    def open_(workspace: object, page: str = "overview", **query: str) -> AppTest:
+        monkeypatch.setenv("TUNELOOP_WORKSPACE", str(workspace))
+        app = AppTest.from_file(str(APP), default_timeout=60)
+        for key, value in query.items():
+            app.query_params[key] = value
+        app.run()
+        if page != "overview":
+            app.switch_page(f"views/{page}.py").run()
+        assert not app.exception
+        return app
+
+    return open_
+
+
+@pytest.fixture
+def own(filled, tmp_path):
+    """A copy of the workspace, without votes, that a test may vote in."""
+    shutil.copytree(filled, tmp_path / "workspace", ignore=shutil.ignore_patterns("review"))
+    return tmp_path / "workspace"

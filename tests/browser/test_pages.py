@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
@@ -11,10 +10,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from page_parts import button, page_html
 from tuneloop.artifacts import Workspace
 from tuneloop.evals.reporting.overview import newest_comparison
 from tuneloop.review.store import ReviewStore
@@ -22,32 +20,6 @@ from tuneloop.review.store import ReviewStore
 APP = Path(__file__).parents[2] / "dashboards" / "app.py"
 
 pytest.importorskip("streamlit", reason="the dashboard needs `pip install tuneloop[dashboard]`")
-
-
-@pytest.fixture
-def open_page(monkeypatch: pytest.MonkeyPatch):
-    from streamlit.testing.v1 import AppTest
-
-    monkeypatch.setattr(sys, "argv", ["app.py"])
-    # As `streamlit run` does.
-    monkeypatch.syspath_prepend(str(APP.parent))
-
-    def open_(workspace: object, page: str = "overview", **query: str) -> AppTest:
-        monkeypatch.setenv("TUNELOOP_WORKSPACE", str(workspace))
-        app = AppTest.from_file(str(APP), default_timeout=60)
-        for key, value in query.items():
-            app.query_params[key] = value
-        app.run()
-        if page != "overview":
-            app.switch_page(f"views/{page}.py").run()
-        assert not app.exception
-        return app
-
-    return open_
-
-
-def page_html(app) -> str:
-    return "\n".join(element.proto.body for element in app.get("html"))
 
 
 def test_the_style_sheet_has_nothing_that_looks_like_a_tag(monkeypatch):
@@ -113,23 +85,6 @@ def test_the_overview_prefers_a_comparison_to_a_lone_score(filled):
     assert newest_comparison([compared, *later]) is compared
     assert newest_comparison([lone]) is lone
     assert newest_comparison([]) is None
-
-
-def test_dataset_page_shows_card_rows_and_removed_rows(open_page, filled):
-    app = open_page(filled, "dataset")
-    assert any("# The card of the rows" in m.value for m in app.markdown)
-    app.button_group(key="view").set_value("Train rows").run()
-    assert "a-ha" in page_html(app)
-    assert "rows.jsonl:3" in page_html(app)
-    app.text_input(key="q").set_value("rows.jsonl:24").run()
-    assert "1 of 26 rows" in [caption.value for caption in app.caption]
-    app.text_input(key="q").set_value("").run()
-    app.button_group(key="view").set_value("Removed rows").run()
-    assert "near duplicate" in page_html(app)
-    assert "1 of 1 removed rows" in [caption.value for caption in app.caption]
-    app.button_group(key="view").set_value("Conflicts").run()
-    assert "1 prompt has several answers among the train rows." in [c.value for c in app.caption]
-    assert "boo" in page_html(app)
 
 
 def test_model_page_shows_curve_parity_and_card(open_page, filled):
@@ -243,13 +198,6 @@ def test_arms_of_two_evaluations_and_two_runs_are_compared(open_page, own):
     assert list(settings["models/later@v1"]) == ["2"]
 
 
-@pytest.fixture
-def own(filled, tmp_path):
-    """A copy of the workspace, without votes, that a test may vote in."""
-    shutil.copytree(filled, tmp_path / "workspace", ignore=shutil.ignore_patterns("review"))
-    return tmp_path / "workspace"
-
-
 def judge_as(app, name):
     """Give a name and begin; the answers have been read by the time of the first vote."""
     app.text_input(key="reviewer").set_value(name)
@@ -259,10 +207,6 @@ def judge_as(app, name):
 @pytest.fixture
 def fast_reader(monkeypatch):
     monkeypatch.setattr("tuneloop.review.verdicts.LEAST_READING_S", 0.0)
-
-
-def button(app, label):
-    return next(b for b in app.button if b.label == label)
 
 
 def test_a_vote_is_stored_blind_and_the_next_example_comes(open_page, own, fast_reader):
@@ -448,50 +392,6 @@ def test_rows_are_marked_listed_and_followed(open_page, own, next_version):
     app = open_page(own, "lineage")
     app.text_input(key="id").set_value("r29").run()
     assert "corrected by ann; the files say: {&quot;colour&quot;" in page_html(app)
-
-
-def test_datasets_begin_with_one_that_can_be_trained_on(open_page, own):
-    workspace = Workspace(own)
-    scored = workspace.open("datasets/demo@v1").path / "test"
-    with workspace.draft("datasets", "demo-scored", "5" * 64) as draft:
-        shutil.copytree(scored, draft.path / "test")
-        draft.publish(config={}, resources={}, inputs=[], metrics={})
-    app = open_page(own, "dataset", view="Changes")
-    assert app.selectbox(key="datasets").value == "datasets/demo@v1"
-    app.button_group(key="view").set_value("Changes").run()
-    assert "nothing to compare it with" in app.info[0].value
-
-
-def test_a_doubtful_label_is_corrected_to_what_the_others_say(open_page, own):
-    rows = [
-        {"row_id": f"{index:02}", "source": f"rows.csv:{index}", "messages": [
-            {"role": "user", "content": f"{said} the {room}"},
-            {"role": "assistant", "content": label},
-        ]}
-        for index, (room, (said, label)) in enumerate(
-            itertools.product(
-                ["kitchen", "garden", "cellar", "attic", "garage", "hall", "office", "porch"],
-                [("switch on", "lights"), ("play music in", "music"), ("warm up", "heating")],
-            )
-        )
-    ]  # fmt: skip
-    rows[7]["messages"][1]["content"] = "heating"
-    task = {"type": "classification", "labels": ["lights", "music", "heating"]}
-    with Workspace(own).draft("datasets", "rooms", "6" * 64) as draft:
-        (draft.path / "train").mkdir()
-        pq.write_table(pa.Table.from_pylist(rows), draft.path / "train" / "part-0.parquet")
-        draft.publish(config={"task": task}, resources={}, inputs=[], metrics={})
-    app = open_page(own, "dataset")
-    app.selectbox(key="datasets").set_value("datasets/rooms@v1").run()
-    app.button_group(key="view").set_value("Doubtful labels").run()
-    assert re.findall(r"<b>(\d\d)</b>", page_html(app)) == ["07"]
-    button(app, "Mark").click().run()
-    assert app.selectbox(key="label bad_reference 07").value == "music"
-    app.text_input(key="marker").set_value("ann").run()
-    button(app, "Store the mark").click().run()
-    assert "ann: the answer is wrong" in page_html(app)
-    (mark,) = ReviewStore(own).marks("rooms")
-    assert (mark.row_id, mark.kind, mark.answer) == ("07", "bad_reference", "music")
 
 
 def test_long_answers_are_folded_with_their_marks(monkeypatch):

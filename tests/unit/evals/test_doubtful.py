@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import random
 from itertools import product
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tuneloop.evals.scoring.doubtful import doubtful_labels
+from tuneloop.evals.scoring.questions import read_solved
 from tuneloop.records import Conversation, Message
 
 ROOMS = ["kitchen", "garden", "cellar", "attic", "garage", "hall", "office", "porch"]
@@ -62,3 +67,17 @@ def test_what_cannot_be_judged_is_not_doubted():
     # No other row has its label.
     lonely = [*rows(), labelled("open the kitchen window", "windows", "r99")]
     assert "r99" not in {doubt.row.row_id for doubt in doubtful_labels(lonely)}
+
+
+def test_the_first_rows_are_read_whatever_file_they_are_in(tmp_path):
+    (tmp_path / "train").mkdir()
+    every = [
+        {"row_id": row.row_id, "messages": [turn.as_dict() for turn in row.messages]}
+        for row in rows()
+    ]
+    for number in range(2):
+        part = pa.Table.from_pylist(every[::-1][number::2])
+        pq.write_table(part, tmp_path / "train" / f"part-{number}.parquet")
+    dataset = SimpleNamespace(path=tmp_path)
+    assert [row.row_id for row in read_solved(dataset, (), 5)] == [f"r{i:02}" for i in range(5)]
+    assert read_solved(dataset, (), 99) == read_solved(dataset) == rows()

@@ -55,13 +55,13 @@ def find_doubtful_labels(dataset: Artifact, task: TaskConfig) -> list[DoubtfulLa
     """Return the train rows of a dataset whose labels are denied, the most doubtful first.
 
     Args:
-        dataset: A dataset artifact. Of each task the first 20,000 rows are looked at.
+        dataset: A dataset artifact. Its first `MOST_ROWS` train rows are looked at.
         task: Its task, or the mixture whose tasks the rows name.
     """
-    rows = read_solved(dataset, list(task.tasks))
+    rows = read_solved(dataset, list(task.tasks), MOST_ROWS)
     found: list[DoubtfulLabel] = []
     for name in classification_tasks(task):
-        found += doubtful_labels([row for row in rows if row.task == name][:MOST_ROWS])
+        found += doubtful_labels([row for row in rows if row.task == name])
     return sorted(found, key=_certainty)
 
 
